@@ -13,7 +13,7 @@ CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": t
 Measure = Callable[[], float]  # does something once and returns the seconds it took
 
 
-def seconds(run: Callable[[], object], *, clock: str = "wall") -> float:
+def seconds(run: Callable[[], object], *, clock: str) -> float:
     """How long one call takes, including its work on a GPU. "cpu" counts only the time of this process."""
     _settle()
     start = CLOCKS[clock]()
@@ -22,7 +22,7 @@ def seconds(run: Callable[[], object], *, clock: str = "wall") -> float:
     return CLOCKS[clock]() - start
 
 
-def entering(context: AbstractContextManager, *, clock: str = "wall") -> float:
+def entering(context: AbstractContextManager, *, clock: str) -> float:
     """How long it takes to enter a context. Leaving it does not count."""
     took = seconds(context.__enter__, clock=clock)
     context.__exit__(None, None, None)

@@ -72,14 +72,12 @@ class Size:
         unet: the UNet's configuration; if it is empty, the pipeline is the tests' tiny one.
         texts: width, layers and heads of one or two text encoders, and the projection size of the second.
         tokens: the number of tokens of a text.
-        factor: pixels per latent.
     """
 
     pixels: int
     unet: Mapping[str, Any] = field(default_factory=dict)
     texts: Sequence[tuple[int, ...]] = ()
     tokens: int = 77
-    factor: int = 8
 
     def build(self, dtype: torch.dtype, device: str = "cpu") -> Any:
         """A new pipeline."""
@@ -101,7 +99,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(32, factor=2),
+    "tiny": Size(32),
     # all modules of SD 1.5's UNet, so narrow that a step is nearly all dispatch: the work of a GPU's host thread
     "thin": Size(64, THIN, [(8, 2, 2)], tokens=16),
     # UNets (859.5 M and 2.57 B) and text encoders as published
@@ -110,11 +108,11 @@ SIZES = {
 }
 
 
-def inputs(pipe: Any, size: str, *, pixels: int) -> dict[str, Any]:
+def inputs(pipe: Any, *, pixels: int) -> dict[str, Any]:
     """Random arguments of the denoiser's call in a step of guided sampling (a batch of 2)."""
     unet, generator = pipe.unet, torch.Generator(pipe.device).manual_seed(1)
     like = {"generator": generator, "device": pipe.device, "dtype": unet.dtype}
-    side, tokens = pixels // SIZES[size].factor, pipe.tokenizer.model_max_length
+    side, tokens = pixels // pipe.vae_scale_factor, pipe.tokenizer.model_max_length
     given: dict[str, Any] = {
         "sample": torch.randn(2, unet.config.in_channels, side, side, **like),
         "timestep": torch.tensor(500, device=pipe.device),

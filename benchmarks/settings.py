@@ -67,7 +67,7 @@ class Settings:
         pipe = SIZES[self.size].build(DTYPES[self.dtype], self.device)
         with TemporaryDirectory() as folder:
             files = lora_files(pipe.unet, Path(folder), max(counts), rank=self.rank)
-            yield pipe, inputs(pipe, self.size, pixels=self.side), {n: dict(list(files.items())[:n]) for n in counts}
+            yield pipe, inputs(pipe, pixels=self.side), {n: dict(list(files.items())[:n]) for n in counts}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def losses(pipe: Any, mixture: Mixture, data: TrainingData, config: GateTraining
     """A function per held-out seed that measures the gates in their current state: their error to the teachers' pictures."""
 
     def measured(seed: int) -> Callable[[], float]:
-        context = TrainingContext(pipe, mixture, data, seed=seed, width=config.width, height=config.height)
+        context = TrainingContext(pipe, mixture, data, config=replace(config, seed=seed))
         objectives = []
         for name, term in config.parsed.items():
             one = {"seeds": 1, "pictures": 1} if name == "collage" else {"seeds": 1}

@@ -231,7 +231,7 @@ def _figures(out: Path, rows: list[Row], report: Report, *, attached: bool, shar
     """Draw every figure that the rows allow, and note each one that was asked for but is not possible."""
     from mole_diffusers.evaluation import plots
 
-    plots.sample_grid(rows, out, out / "samples.png", case=rows[0]["case"])
+    plots.sample_grid(rows, out, out / "samples.png")
     report.draw_bars(rows, out / "bars.png")
     asked = {"experts": (attached, report.draw_count), "frontier": (share, report.draw_frontier)}
     for name, (wanted, draw) in asked.items():

@@ -98,17 +98,15 @@ class ClipDinoMetrics:
     def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
         text = self.clip.text([case.prompt])[0]  # [D]
         rows: list[Row] = []
+
+        def likeness(crops: torch.Tensor, own: Mapping[str, torch.Tensor]) -> dict[str, float]:
+            return {c: (crops @ own[c].T).mean(1).max().item() for c in case.concepts if c in own}
+
         for image in images:
             crops = windows(image)
             clip, dino = self._clip(crops), self._dino(crops)  # [10, D]
-            there = [c for c in case.concepts if c in self.own_clip]
-            rows.append(
-                {
-                    "clip_t": (clip[0] @ text).item(),
-                    "clip_i": {c: (clip @ self.own_clip[c].T).mean(1).max().item() for c in there},
-                    "dino": {c: (dino @ self.own_dino[c].T).mean(1).max().item() for c in there},
-                }
-            )
+            found = {"clip_i": likeness(clip, self.own_clip), "dino": likeness(dino, self.own_dino)}
+            rows.append({"clip_t": (clip[0] @ text).item(), **found})
         return rows
 
     @torch.no_grad()

@@ -129,12 +129,9 @@ def _colours(names: Iterable[str]) -> dict[str, Any]:
     return {name: palette[i % len(palette)] for i, name in enumerate(found)}
 
 
-def sample_grid(rows: Sequence[Row], folder: Path, path: Path, *, case: str) -> Image.Image:
-    """The pictures of one case in `folder`, for its first prompt: a row for each arm that has every seed, a column per
-    seed.
-    """
-    own = [row for row in rows if row["case"] == case]
-    shown = [row for row in own if row["prompt"] == own[0]["prompt"]]
+def sample_grid(rows: Sequence[Row], folder: Path, path: Path) -> Image.Image:
+    """The pictures in `folder` of the first case and prompt: a row for each arm that has every seed, a column per seed."""
+    shown = [row for row in rows if (row["case"], row["prompt"]) == (rows[0]["case"], rows[0]["prompt"])]
     seeds = sorted({row["seed"] for row in shown})
     arms: dict[str, dict[int, Row]] = {}
     for row in shown:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mole_diffusers.lora import layer_key
 from mole_diffusers.merging.factors import Layer
-from mole_diffusers.merging.layers import layers_of
+from mole_diffusers.merging.layers import layers_of, merge_key
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.undo import Undo, replaced_forward
@@ -152,8 +151,7 @@ def k_lora(pipe: Any, mixture: Mixture, *, content: str, style: str) -> Iterator
         steps.at(args, kwargs)
 
     def chosen(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        part, _, module = place.partition(".")
-        if (key := f"{part}.{layer_key(module)}") not in until:
+        if (key := merge_key(place)) not in until:
             return gates
         name = content if steps.step / len(pipe.scheduler.timesteps) <= until[key] else style
         return gates.new_tensor([float(each == name) for each in names])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mole_diffusers.lora import Expert, LoraWeights
+from mole_diffusers.lora import Expert, LoraWeights, layer_key
 from mole_diffusers.merging.factors import Merged, Pair
 
 Weighted = Mapping[str, tuple[Expert, float]]  # name -> expert and strength
@@ -29,6 +29,12 @@ def layers_of(experts: Weighted) -> dict[str, list[Pair | None]]:
         if len(set(shapes.values())) > 1:
             raise ValueError(f"the experts do not fit one model: [Cout, Cin] of layer {key!r} is {shapes}")
     return layers
+
+
+def merge_key(layer: str) -> str:
+    """ "unet.down_blocks.0..." -> the layer's key in `layers_of`."""
+    part, _, name = layer.partition(".")
+    return f"{part}.{layer_key(name)}"
 
 
 def _by_key(expert: Expert) -> dict[str, LoraWeights]:

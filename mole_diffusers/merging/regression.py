@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from mole_diffusers.merging.factors import Layer, Layers, Merged, Pair, concatenated
+from mole_diffusers.merging.factors import Layer, Layers, Merged, Pair, concatenated, present
 
 Inputs = Mapping[str, Sequence[torch.Tensor | None]]  # layer -> X_k [n_k, Cin] per expert
 
@@ -31,7 +31,7 @@ def ssr(layers: Layers, *, inputs: Inputs, ridge: float = 0.01) -> Merged:
         whole = concatenated(pairs)
         return whole._replace(down=best_router(pairs, inputs, ridge) @ whole.down)
 
-    return _each(layers, inputs, merged)
+    return _each(layers, merged, inputs)
 
 
 def best_router(pairs: Sequence[Pair], inputs: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
@@ -59,7 +59,7 @@ def regmean(layers: Layers, *, inputs: Inputs, diagonal: float = 0.9, ridge: flo
         squares = [_ridged(s, ridge) for s in squares]
         return concatenated(pairs)._replace(down=least_squares([p.down for p in pairs], squares, squares))
 
-    return _each(layers, inputs, merged)
+    return _each(layers, merged, inputs)
 
 
 def iteris(
@@ -79,20 +79,18 @@ def iteris(
     """
     if rounds < 1:
         raise ValueError(f"rounds of IterIS must be 1 or more, got {rounds}")
+
+    def merged(pairs: list[Pair], own: list[torch.Tensor], now: list[torch.Tensor]) -> Pair:
+        changes = [_energy(x @ p.down.T @ p.up.T).clamp_min(1e-30) for p, x in zip(pairs, own, strict=True)]
+        weights = [_energy(p.delta()) / change for p, change in zip(pairs, changes, strict=True)]
+        cross = [_ridged(w * x.T @ y, ridge) for w, x, y in zip(weights, own, now, strict=True)]
+        squares = [_ridged(w * _squares(y), ridge) for w, y in zip(weights, now, strict=True)]
+        return concatenated(pairs)._replace(down=least_squares([p.down for p in pairs], cross, squares))
+
     out: Merged = {}
     for number in range(rounds):
-        now = rerun(out) if number else inputs
-        out = {k: _iterated(*_known(layer, inputs[k]), _known(layer, now[k])[1], ridge) for k, layer in layers.items()}
+        out = _each(layers, merged, inputs, rerun(out) if number else inputs)
     return out
-
-
-def _iterated(pairs: list[Pair], own: list[torch.Tensor], now: list[torch.Tensor], ridge: float) -> Pair:
-    if len(pairs) == 1:
-        return pairs[0]
-    weights = [_sized(p.delta()) / _sized(x @ p.down.T @ p.up.T).clamp_min(1e-30) for p, x in zip(pairs, own, strict=True)]
-    cross = [_ridged(w * x.T @ y, ridge) for w, x, y in zip(weights, own, now, strict=True)]
-    squares = [_ridged(w * _squares(y), ridge) for w, y in zip(weights, now, strict=True)]
-    return concatenated(pairs)._replace(down=least_squares([p.down for p in pairs], cross, squares))
 
 
 def scalars(layers: Layers, *, inputs: Inputs, ridge: float = 0.0) -> Merged:
@@ -106,7 +104,7 @@ def scalars(layers: Layers, *, inputs: Inputs, ridge: float = 0.0) -> Merged:
         weights = best_scalars(pairs, inputs, ridge)
         return concatenated([p._replace(up=w * p.up) for p, w in zip(pairs, weights, strict=True)])
 
-    return _each(layers, inputs, merged)
+    return _each(layers, merged, inputs)
 
 
 def best_scalars(pairs: Sequence[Pair], inputs: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
@@ -169,32 +167,32 @@ def least_squares(
 def relative_loss(layer: Layer, inputs: Sequence[torch.Tensor | None], merged: Pair) -> float:
     """sum_k |W X_k - delta_k X_k|^2 / sum_k |delta_k X_k|^2: 0 if every expert acts as it does alone, 1 if none acts."""
     lost = whole = 0.0
-    for pair, x in zip(*_known(layer, inputs), strict=True):
+    for pair, x in zip(present(layer), _recorded(layer, inputs), strict=True):
         want = x @ pair.down.T @ pair.up.T
-        lost += _sized(x @ merged.down.T @ (merged.scale * merged.up.T) - want).item()
-        whole += _sized(want).item()
+        lost += _energy(x @ merged.down.T @ (merged.scale * merged.up.T) - want).item()
+        whole += _energy(want).item()
     return lost / whole if whole else 0.0
 
 
-def _each(layers: Layers, inputs: Inputs, solve: Callable[[list[Pair], list[torch.Tensor]], Pair]) -> Merged:
+def _each(layers: Layers, solve: Callable[..., Pair], *inputs: Inputs) -> Merged:
+    """`solve(pairs, X_k, ..)` for each layer, with the X_k of each of `inputs`; a layer of a single expert as it is."""
     out = {}
     for key, layer in layers.items():
-        pairs, own = _known(layer, inputs[key])
-        out[key] = pairs[0] if len(pairs) == 1 else solve(pairs, own)
+        pairs = present(layer)
+        out[key] = pairs[0] if len(pairs) == 1 else solve(pairs, *(_recorded(layer, each[key]) for each in inputs))
     return out
 
 
-def _known(layer: Layer, inputs: Sequence[torch.Tensor | None]) -> tuple[list[Pair], list[torch.Tensor]]:
-    """The experts that have a layer, and their X_k."""
-    both = [(p.folded(), x.to(p.down.dtype)) for p, x in zip(layer, inputs, strict=True) if p is not None and x is not None]
-    return [p for p, _ in both], [x for _, x in both]
+def _recorded(layer: Layer, inputs: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The X_k of the experts that have a layer."""
+    return [x.to(p.down.dtype) for p, x in zip(layer, inputs, strict=True) if p is not None and x is not None]
 
 
 def _squares(x: torch.Tensor) -> torch.Tensor:
     return x.T @ x
 
 
-def _sized(x: torch.Tensor) -> torch.Tensor:
+def _energy(x: torch.Tensor) -> torch.Tensor:
     return x.square().sum()
 
 

@@ -28,5 +28,4 @@ def top(scores: torch.Tensor, allowed: torch.Tensor, k: int, threshold: float) -
     scores [N], allowed [N] bool.
     """
     order = torch.argsort(scores, descending=True, stable=True)
-    rows: list[int] = order[allowed[order] & (scores[order] >= threshold)][:k].tolist()
-    return rows
+    return order[allowed[order] & (scores[order] >= threshold)][:k].tolist()

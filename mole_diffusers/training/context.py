@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mole_diffusers.binding.sentence import pattern
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.clip import Clip
+from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import latent_shape
 
@@ -24,24 +25,21 @@ LossFn = Callable[[RandomBatch], torch.Tensor]  # the value of one term on a sha
 
 @dataclass
 class TrainingContext:
-    """The pipeline with its mixture, and the data that its gates are trained on.
+    """The pipeline with its mixture, and what its gates are trained on and how.
 
     Attributes:
         clip: for the objectives that need one.
         state: what losses keep from one update to the next; checkpoints save it.
         progress: show progress bars while objectives are prepared.
-        width, height: pixels of the pictures of composed prompts; None is the model's own size.
     """
 
     pipe: Any
     mixture: Mixture
     data: TrainingData
     clip: Clip | None = None
-    seed: int = 0
+    config: GateTraining = GateTraining()
     state: dict[str, Any] = field(default_factory=dict)
     progress: bool = False
-    width: int | None = None
-    height: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """`state` of all processes, on the CPU, since another machine may lack this device."""
@@ -54,7 +52,7 @@ class TrainingContext:
     @property
     def composed_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the latents of composed prompts."""
-        return latent_shape(self.pipe, self.width, self.height)
+        return latent_shape(self.pipe, self.config.width, self.config.height)
 
     def bar(self, items: Iterable[Any], what: str) -> Iterator[Any]:
         """`items`, with a progress bar that disappears at the end."""

@@ -42,7 +42,7 @@ def single(context: TrainingContext, term: DistillationTerm) -> LossFn:
     stored = []
     for i, (name, prompts) in enumerate(require(context.data.singles, "single", "prompts for each expert").items()):
         teacher = sum_teacher(context.pipe, context.mixture, [name], unit=[])
-        stored += sample_trajectories(context, teacher, prompts, term, seed=context.seed + i, name=name)
+        stored += sample_trajectories(context, teacher, prompts, term, seed=context.config.seed + i, name=name)
     return _match(context, stored)
 
 
@@ -50,8 +50,8 @@ def composed(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """L2 and L3: with a composed prompt, predict the blend of the experts, subjects masked and styles everywhere."""
     prompts = list(require(context.data.composed, "composed", "composed prompts"))
     teacher = composed_teacher(context.pipe, context.mixture, context.data.styles)
-    sizes = dict.fromkeys(prompts, (context.width, context.height))
-    how: dict[str, Any] = {"sizes": sizes, "seed": context.seed + 99, "name": "the blend"}
+    sizes = dict.fromkeys(prompts, (context.config.width, context.config.height))
+    how: dict[str, Any] = {"sizes": sizes, "seed": context.config.seed + 99, "name": "the blend"}
     return _match(context, sample_trajectories(context, teacher, prompts, term, **how))
 
 
@@ -61,7 +61,8 @@ def base(context: TrainingContext, term: DistillationTerm) -> LossFn:
     """
     prompts = require(context.data.plain, "base", "plain prompts")
     teacher = sum_teacher(context.pipe, context.mixture, [], unit=list(context.mixture.experts))
-    return _match(context, sample_trajectories(context, teacher, prompts, term, seed=context.seed + 199, name="the base"))
+    rows = sample_trajectories(context, teacher, prompts, term, seed=context.config.seed + 199, name="the base")
+    return _match(context, rows)
 
 
 def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:

@@ -73,10 +73,8 @@ def train_gates(
             drawn, or a loss is not finite (the last checkpoint stays).
         OSError: a checkpoint cannot be written; earlier ones stay.
     """
-    context = TrainingContext(
-        pipe, mixture, data, clip, config.seed, progress=progress, width=config.width, height=config.height
-    )
-    trainer = GateTrainer(context, config, folder=Path(folder) if folder else None, success=success)
+    context = TrainingContext(pipe, mixture, data, clip, config, progress=progress)
+    trainer = GateTrainer(context, folder=Path(folder) if folder else None, success=success)
     with only_run(trainer.engine.writes_to), trainer.only_gates_learn():
         trainer.engine.resume(resume_from)
         trainer.prepare()
@@ -89,19 +87,18 @@ class GateTrainer:
 
     # ---- setup
 
-    def __init__(
-        self, context: TrainingContext, config: GateTraining, *, folder: Path | None = None, success: Success | None = None
-    ):
+    def __init__(self, context: TrainingContext, *, folder: Path | None = None, success: Success | None = None):
         """Check the settings and prepare updates. Under `accelerate launch` this joins the other processes."""
-        self.config, self.success = config, success
+        self.config = config = context.config
+        self.success = success
         self.pipe, self.mixture, self.data = context.pipe, context.mixture, context.data
         check_trainable(self.pipe)
         if not self.mixture.parameters():
             raise ValueError(f"gates of family {self.mixture.config.family!r} have nothing to train")
         for name in (*self.data.singles, *self.data.others, *self.data.styles):
             self.mixture.strength(name)  # raises for an unknown expert
-        self.looks = list(config.validation.prompts or self.data.composed)  # the prompts that validation draws
-        if config.validation.every and not self.looks:
+        self.validation_prompts = list(config.validation.prompts or self.data.composed)
+        if config.validation.every and not self.validation_prompts:
             raise ValueError("validation draws the composed prompts, and there are none: give some, or prompts of its own")
         _ = context.composed_shape  # raises for a size that cannot be drawn
         warn_of_missing_triggers(context)
@@ -239,9 +236,9 @@ class GateTrainer:
         if not self.accelerator.is_main_process:
             return
         how, images, shares = self.config.validation, [], []
-        call: dict[str, Any] = {"width": self.context.width, "height": self.context.height}
+        call: dict[str, Any] = {"width": self.config.width, "height": self.config.height}
         call |= {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
-        for prompt in self.looks:
+        for prompt in self.validation_prompts:
             noise = [torch.Generator().manual_seed(self.config.seed + i) for i in range(how.seeds)]
             with self._averaged(), self.engine.autocast():
                 drawn = self.pipe([prompt] * how.seeds, generator=noise, **call).images

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mole_diffusers.lora import layer_key
 from mole_diffusers.merging.activations import Activations
-from mole_diffusers.merging.layers import layers_of
+from mole_diffusers.merging.layers import layers_of, merge_key
 from mole_diffusers.merging.regression import best_router, own_answers, scalar_equations, solved
 from mole_diffusers.training.context import TrainingContext
 
@@ -59,9 +58,3 @@ def _equations(context: TrainingContext, initial: str) -> dict[str, tuple[torch.
             normal[index[:, None], index], wanted[index] = scalar_equations(pairs, inputs, answers)
         found[key] = (normal, wanted)
     return found
-
-
-def merge_key(layer: str) -> str:
-    """ "unet.down_blocks.0..." -> the layer's key in `layers_of`."""
-    part, _, name = layer.partition(".")
-    return f"{part}.{layer_key(name)}"

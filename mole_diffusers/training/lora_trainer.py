@@ -179,6 +179,5 @@ def class_samples(
     ]
     samples = Samples(torch.cat(drawn), [prompt] * count)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         save_atomically({"latents": samples.latents}, file, {"asked": asked})
     return samples

@@ -43,13 +43,13 @@ def collage(context: TrainingContext, term: CollageTerm) -> LossFn:
                 f"{prompt!r} names {left_out} and none of its parts {list(parts)} does: gates would learn to "
                 "leave them out. Name a subject in one part, a style in each"
             )
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = torch.Generator().manual_seed(context.config.seed)
     lessons: list[tuple[Samples, dict[str, Bound] | None]] = []  # collages of a prompt, and where its experts act in them
     for prompt, parts in prompts.items():
         drawn = [draw_part(context, part, generator, term) for part in context.bar(parts, "pictures of each subject")]
         picks = torch.randint(0, term.seeds, (len(parts), term.pictures), generator=generator)
         pictures = torch.stack([d[pick] for d, pick in zip(drawn, picks, strict=True)])
-        sheets = side_by_side(pictures, context.width, context.height)  # [pictures, 3, H, W]
+        sheets = side_by_side(pictures, context.config.width, context.config.height)  # [pictures, 3, H, W]
         places = places_of(context.mixture, parts, *reversed(sheets.shape[2:]))
         sheets = encode_pixels(context.pipe, sheets)  # [pictures, C, h, w]
         lessons.append((Samples(sheets, [prompt] * term.pictures), places))

@@ -23,7 +23,7 @@ def outputs(pipe, tmp_path):
 
     @torch.no_grad()
     def run(arms, gates=SUM):
-        files, given = lora_files(pipe.unet, tmp_path, 2, rank=4), inputs(pipe, "tiny", pixels=64)
+        files, given = lora_files(pipe.unet, tmp_path, 2, rank=4), inputs(pipe, pixels=64)
         bits, found = {k: v.clone() for k, v in pipe.unet.state_dict().items()}, {}
         for arm in arms:
             with ExitStack() as stack:
@@ -63,7 +63,7 @@ def test_what_a_step_asks_of_pytorch(tmp_path, arm):
     """docs/speed.md has these counts: binding adds no operation to the 128 layers."""
     less, most = MORE[arm]
     pipe = hosts.SIZES["thin"].build(torch.float32)
-    given, files = inputs(pipe, "thin", pixels=64), lora_files(pipe.unet, tmp_path, 3, rank=4)
+    given, files = inputs(pipe, pixels=64), lora_files(pipe.unet, tmp_path, 3, rank=4)
     counts = {}
     with ExitStack() as stack:
         for name in (less, arm):
@@ -87,7 +87,7 @@ def test_every_arm_of_equal_gates_computes_the_same_step(outputs):
 @torch.no_grad()
 @pytest.mark.parametrize("arm", ["bound sum", "bound mole"])
 def test_what_is_bound_has_words_places_and_closed_words(pipe, tmp_path, arm):
-    files, given = lora_files(pipe.unet, tmp_path, 2, rank=4), inputs(pipe, "tiny", pixels=32)
+    files, given = lora_files(pipe.unet, tmp_path, 2, rank=4), inputs(pipe, pixels=32)
     with ExitStack() as stack:
         step = entered(stack, arm, pipe, files, SUM, given)
         step()
@@ -201,7 +201,7 @@ def test_what_is_paid_once(what, arms, capsys):
 def test_attaching_and_folding_are_undone_between_rounds(pipe, tmp_path):
     files, bits = lora_files(pipe.unet, tmp_path, 2, rank=4), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     small = settings.Settings(repeats=1)
-    given = inputs(pipe, "tiny", pixels=32)
+    given = inputs(pipe, pixels=32)
     for measured in (once.attaching, once.collapsing):
         for measure in measured(small, pipe, given, files).values():
             assert measure() > 0

@@ -69,7 +69,7 @@ def test_a_mixer_mixes_ranks_before_the_gate(ladder, pipe, experts):
 
 def learn(pipe, mixture):
     """Leave the gradient of one update where it arrives."""
-    trainer = GateTrainer(TrainingContext(pipe, mixture, DATA), CONFIG)
+    trainer = GateTrainer(TrainingContext(pipe, mixture, DATA, config=CONFIG))
     with trainer.only_gates_learn():
         trainer.prepare()
         sum(trainer.losses(0, index=0, shares=1).values()).backward()

@@ -114,7 +114,7 @@ def test_the_sample_grid_has_a_row_per_arm_that_has_every_seed(tmp_path):
     for r in rows + other:
         colour = (40 * r["seed"], 0, 200 if r["arm"] == "sum" else 0) if r not in other else (0, 255, 0)
         save_picture(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, r))
-    sheet = plots.sample_grid([*rows, other[0]], tmp_path, tmp_path / "samples.png", case="a+b")
+    sheet = plots.sample_grid([*rows, other[0]], tmp_path, tmp_path / "samples.png")
     colours = {
         colour for _, colour in sheet.getcolors(1 << 16) if colour[2] == 200 or (colour[0] in (40, 80) and not colour[1])
     }

@@ -9,7 +9,7 @@ import mole_diffusers as mole
 from mole_diffusers.functional import gate_weights, logits_for
 from mole_diffusers.gates import Context, FlowGate, GateConfig, MoLEGate, StaticGate
 from mole_diffusers.merging.activations import Activations
-from mole_diffusers.merging.layers import layers_of
+from mole_diffusers.merging.layers import layers_of, merge_key
 from mole_diffusers.merging.merge import merge
 from mole_diffusers.training import initialization
 from mole_diffusers.training.config import GateTraining
@@ -17,7 +17,7 @@ from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import Samples, TrainingData
 from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.gate_trainer import train_gates
-from mole_diffusers.training.initialization import initialize, merge_key
+from mole_diffusers.training.initialization import initialize
 
 SINGLES = {"fox": ["a fox", "fox"], "ink": ["ink art", "ink"], "hat": ["a hat"]}
 HERE, ONE = torch.tensor([True, True]), torch.zeros(1)

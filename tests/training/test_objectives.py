@@ -169,7 +169,7 @@ def test_clip_features_equal_transformers_own(tmp_path):
 def test_the_balance_losss_gradient_equals_the_difference_of_values(context):
     """The one term that reads the gates of others: as the loop computes it, with what it is beside held apart."""
     config = GateTraining({"denoise": 1.0, "balance": 1.0}, batch=2, steps=1)
-    trainer = GateTrainer(context, config)
+    trainer = GateTrainer(replace(context, config=config))
     trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, Term())}
 
     def value():

@@ -74,8 +74,9 @@ def test_an_update_waits_for_no_card(loras, precision):
     """The driver's own word; `test_training_waits.py` asks the same of the meta device."""
     pipe = tiny_pipeline().to("cuda")
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
-    context = TrainingContext(pipe, mixture, TrainingData(samples=PICTURES))
-    trainer = GateTrainer(context, replace(SHORT, precision=precision, ema=0.9))
+    config = replace(SHORT, precision=precision, ema=0.9)
+    context = TrainingContext(pipe, mixture, TrainingData(samples=PICTURES), config=config)
+    trainer = GateTrainer(context)
     trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, Term())}
     with trainer.only_gates_learn():
         trainer.update(0)

@@ -107,12 +107,12 @@ def test_an_update_of_gates_waits_for_nothing(meta, loras, term, family):
         {"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"],
         parts={"a fox in ink": ["a fox", "ink art"]}, samples=PICTURES,
     )  # fmt: skip
-    context = TrainingContext(pipe, mixture, data, clip)
+    config = GateTraining({term: 1.0, "balance": 0.1}, batch=2, steps=2, drop=0.5, ema=0.9)
+    context = TrainingContext(pipe, mixture, data, clip, config)
     terms = {} if term in LIVE else {term: OBJECTIVES[term](context, TERMS[term](**OPTIONS[term]))}
     leave()
     terms = terms or {term: OBJECTIVES[term](context, TERMS[term](**OPTIONS[term]))}
-    config = GateTraining({term: 1.0, "balance": 0.1}, batch=2, steps=2, drop=0.5, ema=0.9)
-    trainer = GateTrainer(context, config)
+    trainer = GateTrainer(context)
     trainer.loss_fns = terms
     with trainer.only_gates_learn():
         assert waits(lambda i: trainer.update(i)) == []
@@ -130,7 +130,7 @@ def test_what_a_checkpoint_holds_goes_where_the_run_is(meta, loras, tmp_path):
     mole.detach(pipe)
     mixture = mole.attach(pipe, files, "mole")
     leave()
-    trainer = GateTrainer(TrainingContext(pipe, mixture, data, clip), config, folder=tmp_path)
+    trainer = GateTrainer(TrainingContext(pipe, mixture, data, clip, config), folder=tmp_path)
     trainer.engine.resume("checkpoint-1")
     way, state = trainer.context.state["clip 0"], trainer.engine.optimizer.state
     found = [way["x"], way["looks"], *trainer.ema.shadow_params, *(state[p]["exp_avg"] for p in trainer.engine.parameters)]
