@@ -11,7 +11,7 @@ from typing import Any
 
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.gate_figures import COLOURS
-from mole_diffusers.studio.names import known_names, matching
+from mole_diffusers.studio.names import known_names, matching_lora
 from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, parse
 
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
@@ -21,7 +21,7 @@ FIELDS = ("unet", "word", "region", "te", "lbw", "start", "stop")  # a tag's fie
 def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) -> list[MixerCard]:
     """The cards after the prompt has changed. Each takes its tag from the prompt; a card without a tag there is off."""
     tags = {tag.name: str(tag) for tag in parse(prompt, known).tags}
-    if unknown := [name for name in tags if matching(name, known) is None]:
+    if unknown := [name for name in tags if matching_lora(name, known) is None]:
         raise ValueError(f"there is no LoRA {unknown[0]!r}; {known_names(unknown[0], known)}")
     found = [{**card, "on": card["name"] in tags, "tag": tags.get(card["name"], card["tag"])} for card in cards]
     for name in tags:

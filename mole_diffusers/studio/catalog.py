@@ -14,7 +14,7 @@ from mole_diffusers.lora import Expert, LoraWeights, read_expert
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import read_header
-from mole_diffusers.studio.names import by_name, files_below, known_names, matching
+from mole_diffusers.studio.names import by_name, files_below, known_names, matching, matching_lora
 
 UNTRAINED = ("sum", "mean")  # families that need no training
 PREVIEWS = (".png", ".jpg", ".jpeg", ".webp")  # suffixes of preview pictures next to LoRA files
@@ -49,7 +49,7 @@ class Catalog:
 
     def name(self, name: str) -> str:
         """The catalog's name of a LoRA, given in any case and with _ for spaces. Raises ValueError if it is unknown."""
-        found = matching(name, self.loras) or matching(name.replace("_", " "), self.loras)
+        found = matching_lora(name, self.loras)
         if found is None:
             raise ValueError(f"there is no LoRA {name!r}; {known_names(name, self.loras)}")
         return found

@@ -80,6 +80,11 @@ def matching(name: str, known: Collection[str]) -> str | None:
     return alike[0] if len(alike) == 1 else None
 
 
+def matching_lora(name: str, known: Collection[str]) -> str | None:
+    """The known LoRA of this name, given in any case and with _ for spaces, or None."""
+    return matching(name, known) or matching(name.replace("_", " "), known)
+
+
 def known_names(name: str, known: Collection[str]) -> str:
     """The part of a message that lists the known names: all if they are few, else the closest to `name` and the count."""
     if len(known) <= FEW:

@@ -14,7 +14,7 @@ from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.options import check_options
-from mole_diffusers.studio.names import matching, shared_name
+from mole_diffusers.studio.names import matching_lora, shared_name
 from mole_diffusers.studio.prompt_syntax import MAX_PROMPT, PAINTED, LoraTag, constant, parse
 from mole_diffusers.studio.weight_syntax import plain_text
 
@@ -223,6 +223,6 @@ def with_strength(prompt: str, name: str, strength: float, known: Iterable[str] 
     """
     parsed = parse(prompt, known)
     tags = {tag.name: tag for tag in parsed.tags}
-    name = matching(name, tags) or matching(name.replace("_", " "), tags) or name
+    name = matching_lora(name, tags) or name
     tags[name] = replace(tags.get(name, LoraTag(name)), te=constant(strength), unet=constant(strength))
     return str(replace(parsed, tags=tuple(tags.values())))

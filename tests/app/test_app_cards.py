@@ -53,6 +53,10 @@ def test_a_lora_keeps_its_colour_whatever_comes_and_goes():
     assert drawn["new"] not in cards.shades(found).values()
 
 
+def test_a_card_is_named_as_typed_in_any_case_and_with_underlines_for_spaces():
+    assert [card["name"] for card in cards.cards_of("<lora:My_Fox:1>", [], ["my fox"])] == ["My_Fox"]
+
+
 def test_a_prompt_keeps_its_lines_and_a_tag_its_place():
     lines = "a fox,\nin ink <lora:fox:1>\n\n<lora:ink:0.5>\nwide"
     found = cards.cards_of(lines, [], KNOWN)
