@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
+from accelerate.utils import send_to_device
 from torch import nn
 from tqdm import tqdm
 
@@ -232,21 +233,21 @@ class Engine:
             raise ValueError(f"a run that resumes {asked!r} needs the folder of its checkpoints")
         path = find_checkpoint(self.folder, asked) if self.folder else None
         if path is not None:
-            state = _read_state(path / STATE, self.device)
+            state = _read_state(path / STATE)
             before, now = state["run"], json.loads(json.dumps(self.identity))
             if changed := [name for name, value in now.items() if before.get(name) != value]:
                 raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}); use another folder")
             if missing := sorted({*self.stateful, "log"} - set(state)):
                 raise ValueError(f"{path / STATE} is damaged: it has no {missing[0]}; resume from another checkpoint")
-            for name, part in self.stateful.items():
-                part.load_state_dict(state[name])
+            for name, part in self.stateful.items():  # an optimizer keeps its counters where it reads them
+                part.load_state_dict(state[name] if part is self.optimizer else send_to_device(state[name], self.device))
             self.log = state["log"]
         self._mark_good()
 
 
-def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         return state | {"run": json.loads(state["run"])}
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); resume from another checkpoint") from error
