@@ -108,6 +108,13 @@ def denoiser(pipe: Any) -> nn.Module:
     raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
 
 
+def is_one_graph(pipe: Any) -> bool:
+    """Whether the denoiser of a pipeline was compiled as a whole, so that no hook of a layer can leave it."""
+    model: Any = denoiser(pipe)
+    is_wrapped = all(getattr(pipe, name, None) is not model for name in DENOISERS)
+    return is_wrapped or getattr(model, "_compiled_call_impl", None) is not None
+
+
 def models_of(pipe: Any) -> dict[str, nn.Module]:
     """Part -> model, for the models of a pipeline that can have LoRAs."""
     return {part: compiled_from(model) for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}

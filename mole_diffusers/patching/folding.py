@@ -13,7 +13,7 @@ from mole_diffusers import functional
 from mole_diffusers.lora import LoraWeights
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.component import Component
-from mole_diffusers.patching.denoiser_inputs import denoiser
+from mole_diffusers.patching.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.runtime import Decision, Present
 
 Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N], or [R] of gates per rank
@@ -49,17 +49,10 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
     if prompt is None or (all(part.input_free for part in parts) and not reads_text):
         for part in parts:
             part.evaluate_input_free()
-    elif all(part.step_invariant for part in parts) and not _compiled(pipe):
+    elif all(part.step_invariant for part in parts) and not is_one_graph(pipe):
         _encode(pipe, parts, prompt, **call)
     else:
         sample(pipe, prompt, **call)
-
-
-def _compiled(pipe: Any) -> bool:
-    """Whether the denoiser is a single graph, which no hook of a layer can leave."""
-    model: Any = denoiser(pipe)
-    wrapped = getattr(pipe, "unet", getattr(pipe, "transformer", None)) is not model
-    return wrapped or getattr(model, "_compiled_call_impl", None) is not None
 
 
 class _EvaluatedError(Exception):

@@ -19,7 +19,7 @@ from mole_diffusers.binding.layout import MOST_THINGS
 from mole_diffusers.binding.parts import Part, prompts_apart
 from mole_diffusers.binding.regions import EVERYWHERE, region_mask
 from mole_diffusers.binding.words import ThingKey, keys
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, prompted_rows
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, is_one_graph, prompted_rows
 from mole_diffusers.patching.picture_layout import planned_regions
 from mole_diffusers.patching.undo import replaced_forward
 
@@ -153,7 +153,7 @@ def obstacle(pipe: Any, things: Things | None) -> str:
     """Why a pipeline cannot draw these in tiles; "" if it can."""
     if getattr(pipe, "unet", None) is None or not all(hasattr(type(pipe), name) for name in OF_PIPELINES):
         return f"tiles need a unet, and {' and '.join(OF_PIPELINES)} of the pipeline, unlike {type(pipe).__name__}"
-    if compiled_from(pipe.unet) is not pipe.unet or getattr(pipe.unet, "_compiled_call_impl", None) is not None:
+    if is_one_graph(pipe):
         return "tiles have other sizes than the picture, and the unet is compiled as one graph"
     if things is None:
         return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
