@@ -113,7 +113,7 @@ class TokenMasks:
     @property
     def layouts(self) -> list[Layout]:
         """The layouts of the pictures being drawn, or drawn last, in their order."""
-        spoken = [text for text in self._texts if any(map(_names_an_expert, text.picture.readings))] or self._texts
+        spoken = [text for text in self._texts if _names_an_expert(text.picture.readings)] or self._texts
         return spoken[-1].picture.layouts() if spoken else []
 
     # ---- texts
@@ -268,14 +268,10 @@ class TokenMasks:
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
         acts = onto(self._acting_tokens(readings), text.device) if readings else None
         mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
-        before = next((known for known in reversed(self._texts) if any(map(_names_an_expert, known.picture.readings))), None)
-        follows = (
-            groups is None
-            and before is not None
-            and not any(map(_names_an_expert, readings))
-            and len(before.text) == len(text)
-        )
-        prompt = before if follows else None
+        before = next((known for known in reversed(self._texts) if _names_an_expert(known.picture.readings)), None)
+        prompt = before if groups is None and not _names_an_expert(readings) else None
+        if prompt is not None and len(prompt.text) != len(text):
+            prompt = None
         silent, by_row = self._silent(mentioned, text.device) if prompt is None else (prompt.silent, prompt.row_silent)
         now = text.detach(), version(text), latents.shape
         state = BoundText(*now, picture, acts, silent, by_row, prompt)
@@ -297,13 +293,13 @@ class TokenMasks:
             warnings.warn(message, stacklevel=2)
 
 
-def _names_an_expert(reading: Reading) -> bool:
-    return any(reading.mentioned)
+def _names_an_expert(readings: Sequence[Reading]) -> bool:
+    return any(any(reading.mentioned) for reading in readings)
 
 
 def _groups(readings: Sequence[Reading]) -> Groups:
     """Whether the first half of the rows are prompts, judged by the texts alone."""
     half = len(readings) // 2
-    named = list(map(_names_an_expert, readings))
+    named = [any(reading.mentioned) for reading in readings]
     guided = half and len(readings) == 2 * half and not any(named[:half]) and all(named[half:])
     return (False, True) if guided else (True,)
