@@ -223,18 +223,16 @@ class Component:
 
     def _evaluate_at(self, entry: str, site: GateSite, undo: Undo) -> None:
         """Evaluate a site's gate on what enters a module."""
-        module = self.model.get_submodule(entry)
-        if isinstance(module, Attention):
-            _replace_processor(module, site, undo)
-        else:
-            undo.before_forward(module, self._evaluate_on_entry(site), with_kwargs=True)
 
-    def _evaluate_on_entry(self, site: GateSite) -> Callable[[nn.Module, tuple, dict], None]:
         def evaluate(_: nn.Module, args: tuple, kwargs: dict) -> None:
             tokens = None if site.timed else self.runtime.tokens.current
             site.evaluate(args[0] if args else kwargs["hidden_states"], tokens=tokens)
 
-        return evaluate
+        module = self.model.get_submodule(entry)
+        if isinstance(module, Attention):
+            _replace_processor(module, site, undo)
+        else:
+            undo.before_forward(module, evaluate, with_kwargs=True)
 
 
 def _defer_text_and_time(site: ModelSite, inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
