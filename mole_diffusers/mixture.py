@@ -28,8 +28,8 @@ from mole_diffusers.patching.component import Component
 from mole_diffusers.patching.denoiser_inputs import (
     DENOISERS,
     DenoiserInputs,
-    compiled_from,
     denoiser,
+    denoisers,
     groups_of,
     hosts,
     models_of,
@@ -707,7 +707,7 @@ def detach(pipe: Any) -> None:
         if mixture is not None:
             mixture._take_off()
         else:
-            for model in _denoisers(pipe):
+            for model in denoisers(pipe):
                 if (lifted := _lifted.pop(model, None)) is not None:  # so that `lifted` does not put it back
                     lifted._locking.close()
             unlock_calls(pipe)  # in case an earlier detach was interrupted before this
@@ -731,8 +731,4 @@ def _held(pipe: Any) -> Iterator[Mixture | None]:
 def lock_of_pipeline(pipe: Any) -> PipelineLock:
     """The lock of a pipeline's denoiser, or of the mixture that its text encoders still hold."""
     found = attached(pipe)
-    return lock_of(next(iter(_denoisers(pipe)), pipe)) if found is None else found._lock
-
-
-def _denoisers(pipe: Any) -> list[Any]:
-    return [compiled_from(model) for name in DENOISERS if (model := getattr(pipe, name, None)) is not None]
+    return lock_of(next(iter(denoisers(pipe)), pipe)) if found is None else found._lock

@@ -100,12 +100,16 @@ def compiled_from(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def denoisers(pipe: Any) -> list[nn.Module]:
+    """The UNet or transformer of a pipeline, if it has one."""
+    return [compiled_from(model) for name in DENOISERS if (model := getattr(pipe, name, None)) is not None]
+
+
 def denoiser(pipe: Any) -> nn.Module:
     """The UNet or transformer of a pipeline; ValueError if it has none."""
-    for name in DENOISERS:
-        if (model := getattr(pipe, name, None)) is not None:
-            return compiled_from(model)
-    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
+    if not (found := denoisers(pipe)):
+        raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
+    return found[0]
 
 
 def is_one_graph(pipe: Any) -> bool:
