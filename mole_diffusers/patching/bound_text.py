@@ -71,6 +71,10 @@ class BoundText:
         self.image, self._made = self.prompt.image, {}
         return True
 
+    def forget(self) -> None:
+        """Drop what was computed for layers. It is computed again when they ask."""
+        self._made = {}
+
     # ---- what layers ask
 
     @property
@@ -109,9 +113,9 @@ class BoundText:
         return None if side is None else self._image_tokens(side)
 
     def _image_tokens(self, side: Side) -> torch.Tensor | None:
-        return (
-            None if self.image is None else F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)
-        )  # [B, T, N]
+        if self.image is None:
+            return None
+        return F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)  # [B, T, N]
 
     def _joint(self, tokens: int) -> torch.Tensor | None:
         """Text, then picture."""
@@ -152,10 +156,6 @@ class BoundText:
                 bias = bias.to(dtype).repeat_interleave(heads, 0)
             self._made[key] = bias
         return self._made[key]
-
-    def forget(self) -> None:
-        """Drop what was computed for layers. It is computed again when they ask."""
-        self._made = {}
 
     def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
         """The same for attention over text and picture together: [B, 1, tokens, tokens]."""
