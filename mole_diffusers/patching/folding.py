@@ -96,8 +96,9 @@ def one_lora(parts: Iterable[Component], weights: Weights) -> Folded:
     layers: Folded = {}
     for part in parts:
         for name, stack in part.stacks.items():
-            factor = weights[part.place_of(name)].cpu()
-            if (lora := _weighed(stack, factor if part.gate_of(name).ranked else factor[stack.segment])).rank:
+            site = part.site_of(name)
+            factor = weights[site.name, stack.present].cpu()
+            if (lora := _weighed(stack, factor if site.gate.ranked else factor[stack.segment])).rank:
                 layers.setdefault(part.name, {})[name] = lora
     return layers
 
