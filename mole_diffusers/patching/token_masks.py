@@ -33,7 +33,6 @@ from mole_diffusers.patching.prompt_tokens import PromptTokens
 
 Watcher = Callable[[list[dict[str, torch.Tensor]]], None]  # called with name -> map [h, w], for each picture
 MOST_TEXTS = 5  # texts that are kept: pictures of one call may be drawn with several, in turn
-CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
 
 
 class TokenMasks:
@@ -56,7 +55,6 @@ class TokenMasks:
     ):
         self.bound, self.tokenizers, self.tokens, self._changed = dict(bound), dict(tokenizers), tokens, changed
         self._watchers = watchers
-        self.closing = CLOSING
         self.has_words = any(b.words for b in bound.values())  # if not, no text need be read
         self.silent: Silent = (False,) * len(bound)  # experts whose words are not in the current text
         self.row_silent: torch.Tensor | None = None  # [B, N], if rows differ
@@ -193,7 +191,7 @@ class TokenMasks:
         self._planned = regions
         for state in self._texts:
             if state.picture.put(regions):
-                state.place(self.closing)
+                state.place()
         self._changed()
 
     def end(self, *, warns: bool) -> None:
@@ -243,7 +241,7 @@ class TokenMasks:
         elif state.picture.can_plan:
             for warning in state.picture.plan():
                 self._warn(warning)
-            state.place(self.closing)
+            state.place()
             changed = True
         changed |= state.follow_prompt()
         if changed or self.text is not state or self.silent != state.silent or self.row_silent is not state.row_silent:
@@ -281,7 +279,7 @@ class TokenMasks:
             picture.put(self._planned)
         elif before is not None and self._called:
             picture.keep(before.picture)
-        state.place(self.closing)
+        state.place()
         return state
 
     def _warn(self, message: str) -> None:
