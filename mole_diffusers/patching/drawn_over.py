@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from mole_diffusers.binding.config import Bound, given_region
-from mole_diffusers.binding.words import ThingKey
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.picture_layout import UNDECIDED, planned_regions
-from mole_diffusers.patching.tiles import OF_WHOLE_SIZE, By, Encode, Things, Tiling, encoder, obstacle, things_of
+from mole_diffusers.patching.tiles import OF_WHOLE_SIZE, By, Encode, Settle, Things, Tiling, encoder, obstacle, things_of
 from mole_diffusers.patching.undo import Undo
 
 LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places
@@ -38,7 +37,7 @@ def drawn_over(
     bound: Mapping[str, Bound],
     acting: Collection[str],
     by: By,
-    settle: Callable[[Mapping[ThingKey, torch.Tensor]], None],
+    settle: Settle,
 ) -> DrawnOver | None:
     """An object that finds the things of a call in the picture that it draws over. The arguments are those of `tiles_for`.
 
@@ -69,7 +68,7 @@ class DrawnOver:
     things: Things
     encode: Encode
     by: By
-    settle: Callable[[Mapping[ThingKey, torch.Tensor]], None]
+    settle: Settle
     _picture: torch.Tensor | None = None  # [B, C, H, W], the latents that noise was added to
     _has_begun: bool = False  # whether the UNet was called
 

@@ -35,6 +35,7 @@ OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call wit
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 By = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts, on every word
+Settle = Callable[[Mapping[ThingKey, torch.Tensor]], None]  # called with the place [H, W] of each thing, by its key
 # A part of a prompt -> its text states [1, S, C], and the pooled states that SDXL reads [1, P], None for other models.
 Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -81,7 +82,7 @@ def tiles_for(
     bound: Mapping[str, Bound],
     acting: Collection[str],
     by: By,
-    settle: Callable[[Mapping[ThingKey, torch.Tensor]], None],
+    settle: Settle,
 ) -> Tiles | None:
     """An object that draws the pictures of a call in tiles; None if they are drawn as one.
 
@@ -94,20 +95,20 @@ def tiles_for(
 
     Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
     """
-    things = _things(pipe, tiling, call, bound, acting)
+    things = _things_for_tiles(pipe, tiling, call, bound, acting)
     return None if things is None else Tiles(pipe, tiling, things, encoder(pipe, tiling, call), by, settle)
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
     """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
-    things = _things(pipe, Tiling(), call, bound, acting)
+    things = _things_for_tiles(pipe, Tiling(), call, bound, acting)
     if things is None:
         return False
     height, width = (call[side] // pipe.vae_scale_factor for side in ("height", "width"))
     return _has_room(pipe.unet, things.masks(height, width))
 
 
-def _things(
+def _things_for_tiles(
     pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
 ) -> Things | None:
     """The things to draw in tiles if there is room; None if a picture is drawn as one."""
@@ -253,7 +254,7 @@ class Tiles:
     things: Things
     encode: Encode
     by: By
-    settle: Callable[[Mapping[ThingKey, torch.Tensor]], None]
+    settle: Settle
     # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
     _found: dict[tuple[int, int, int], list[Tile]] = field(default_factory=dict)
 
