@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 TOTALS = ("1", "N", "sigmoid", "linear")
+LEAST = 0.05  # the smallest weight that logits are made for
 
 
 def gate_weights(logits: torch.Tensor, mask: torch.Tensor | None, total: str) -> torch.Tensor:
@@ -41,18 +42,18 @@ def gate_weights(logits: torch.Tensor, mask: torch.Tensor | None, total: str) ->
     return weights * (mask.sum(-1, keepdim=True) if total == "N" else mask)
 
 
-def logits_for(weights: torch.Tensor, total: str, *, least: float = 0.05) -> torch.Tensor:
+def logits_for(weights: torch.Tensor, total: str) -> torch.Tensor:
     """Logits whose `gate_weights` are `weights`, [..., N] -> [..., N]: exact for "linear", otherwise as near as possible.
 
     A softmax only reaches positive weights with a fixed sum, so "1" and "N" keep only the ratios of the weights.
-    "sigmoid" reaches weights between 0 and 2. Weights are clamped to at least `least` (and for "sigmoid" to at most 2 -
-    `least`), so that the logits can still move.
+    "sigmoid" reaches weights between 0 and 2. Weights are clamped to at least `LEAST` (and for "sigmoid" to at most 2 -
+    `LEAST`), so that the logits can still move.
     """
     if total == "linear":
         return weights - 1
     if total == "sigmoid":
-        return torch.logit(weights.clamp(least, 2 - least) / 2)
-    logits = weights.clamp_min(least).log()
+        return torch.logit(weights.clamp(LEAST, 2 - LEAST) / 2)
+    logits = weights.clamp_min(LEAST).log()
     return logits - logits.mean(-1, keepdim=True)
 
 

@@ -28,8 +28,8 @@ from mole_diffusers.patching.component import Component
 from mole_diffusers.patching.denoiser_inputs import (
     DENOISERS,
     DenoiserInputs,
-    compiled_from,
     denoiser,
+    denoisers,
     groups_of,
     hosts,
     models_of,
@@ -133,15 +133,12 @@ class Mixture:
         ):
             yield
 
-    @contextmanager
-    def only(self, *names: str) -> Iterator[None]:
+    def only(self, *names: str) -> AbstractContextManager[None]:
         """Mask all other experts and renormalise the gates inside the block (MoLE's second inference mode)."""
         kept = {self._index(name) for name in names}
-        with self._with_settings(active=[i in kept for i in range(len(self.experts))]):
-            yield
+        return self._with_settings(active=[i in kept for i in range(len(self.experts))])
 
-    @contextmanager
-    def fixed(self, weights: Mapping[str, float]) -> Iterator[None]:
+    def fixed(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
         """Replace every gate by these weights inside the block.
 
         Experts that are not named get 0. Strengths and `only` have no effect inside the block.
@@ -149,11 +146,9 @@ class Mixture:
         values = [0.0] * len(self.experts)
         for name, weight in weights.items():
             values[self._index(name)] = self._finite(name, weight)
-        with self._with_settings(fixed=values):
-            yield
+        return self._with_settings(fixed=values)
 
-    @contextmanager
-    def rows(self, sets: Sequence[Mapping[str, float]], *, images: int = 1) -> Iterator[None]:
+    def rows(self, sets: Sequence[Mapping[str, float]], *, images: int = 1) -> AbstractContextManager[None]:
         """Give each prompt of a batch its own set of experts, by one mapping matrix (LoraRetriever, Zhao et al., 2024).
 
         Args:
@@ -170,34 +165,27 @@ class Mixture:
                 raise ValueError(f'each prompt has experts with their factors, as {{"fox": 1.0}}, got {chosen!r}')
             for name, factor in chosen.items():
                 table[row, self._index(name)] = self._finite(name, factor)
-        with self._with_settings(rows=table, images=images):
-            yield
+        return self._with_settings(rows=table, images=images)
 
-    @contextmanager
-    def planned(self, plan: Plan) -> Iterator[None]:
+    def planned(self, plan: Plan) -> AbstractContextManager[None]:
         """Set strengths by component, block and step, or gates by hand, inside the block; see `patching.runtime.Plan`."""
-        with self._with_settings(plan=plan):
-            yield
+        return self._with_settings(plan=plan)
 
-    @contextmanager
-    def adjusted(self, control: Control) -> Iterator[None]:
+    def adjusted(self, control: Control) -> AbstractContextManager[None]:
         """Transform the gates inside the block, before strengths apply: `control(place, gates, mask) -> gates`.
 
         See `gates.transforms`.
         """
-        with self._with_settings(control=control):
-            yield
+        return self._with_settings(control=control)
 
-    @contextmanager
-    def every(self, calls: int) -> Iterator[None]:
+    def every(self, calls: int) -> AbstractContextManager[None]:
         """Evaluate the denoiser's gates only in every `calls`-th of its calls, and reuse their weights in between.
 
         A new text starts over. With gradients, and in a compiled model, gates are evaluated in every call.
         """
         if not isinstance(calls, int) or calls < 1:
             raise ValueError(f"gates can be evaluated in one of 1 or more calls, got {calls}")
-        with self._with_settings(every=calls):
-            yield
+        return self._with_settings(every=calls)
 
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
@@ -476,19 +464,16 @@ class Mixture:
         """
         return partial(self._runtime.set, **self._now())
 
-    @contextmanager
-    def settings_kept(self) -> Iterator[None]:
+    def settings_kept(self) -> AbstractContextManager[None]:
         """Restore the binding and the active experts at the end of the block."""
-        with self._with_settings(**self._now()):
-            yield
+        return self._with_settings(**self._now())
 
     def _now(self) -> dict[str, Any]:
         return {"binding": self._runtime.binding, "active": list(self._runtime.active)}
 
-    @contextmanager
     def tiled(
         self, until: float = UNTIL, *, always: bool = True, prompt: str | None = None, encode: Encode | None = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Draw pictures in tiles at first: each thing that the prompt names is a picture of its own, in its own place.
 
         In the first steps, the denoiser is called for each thing separately, on its part of the latents. It reads the
@@ -525,8 +510,7 @@ class Mixture:
         """
         if not 0 <= until <= 1:
             raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")
-        with self._with_settings(tiling=Tiling(until, always, prompt, encode)):
-            yield
+        return self._with_settings(tiling=Tiling(until, always, prompt, encode))
 
     @property
     def layouts(self) -> list[Layout]:
@@ -723,7 +707,7 @@ def detach(pipe: Any) -> None:
         if mixture is not None:
             mixture._take_off()
         else:
-            for model in _denoisers(pipe):
+            for model in denoisers(pipe):
                 if (lifted := _lifted.pop(model, None)) is not None:  # so that `lifted` does not put it back
                     lifted._locking.close()
             unlock_calls(pipe)  # in case an earlier detach was interrupted before this
@@ -747,8 +731,4 @@ def _held(pipe: Any) -> Iterator[Mixture | None]:
 def lock_of_pipeline(pipe: Any) -> PipelineLock:
     """The lock of a pipeline's denoiser, or of the mixture that its text encoders still hold."""
     found = attached(pipe)
-    return lock_of(next(iter(_denoisers(pipe)), pipe)) if found is None else found._lock
-
-
-def _denoisers(pipe: Any) -> list[Any]:
-    return [compiled_from(model) for name in DENOISERS if (model := getattr(pipe, name, None)) is not None]
+    return lock_of(next(iter(denoisers(pipe)), pipe)) if found is None else found._lock

@@ -11,8 +11,6 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 
 from mole_diffusers.mixture import attach, attached, detach, lock_of_pipeline
 
-OWN = ("experts", "gates", "binding")  # inputs beyond those of diffusers
-
 
 class MoLEStableDiffusionXLBlocks(StableDiffusionXLAutoBlocks):
     """`StableDiffusionXLAutoBlocks` with the inputs of `attach`. A call without `experts` keeps what is attached.
@@ -33,7 +31,7 @@ class MoLEStableDiffusionXLBlocks(StableDiffusionXLAutoBlocks):
 
     def __call__(self, pipeline: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         """Attach the LoRAs that the call names, and run diffusers' blocks with them."""
-        experts, gates, binding = (state.get(name) for name in OWN)
+        experts, gates, binding = (state.get(name) for name in ("experts", "gates", "binding"))
         with lock_of_pipeline(pipeline).held():
             if experts:
                 attach(pipeline, experts, gates, binding=binding)

@@ -14,9 +14,10 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -91,13 +92,11 @@ class DropIn:
         if unknown := sorted(set(kwargs) - {*HUB, *IGNORED, "weight_name", "subfolder"}):
             raise TypeError(f"load_lora_weights() has no argument {unknown[0]!r}")
         experts, ordinary = self._experts(), self._ordinary()
-        free = next(
-            name for i in range(len(experts) + len(ordinary) + 1) if (name := f"default_{i}") not in (*experts, *ordinary)
-        )
-        name = adapter_name or free
+        loaded = [*experts, *ordinary]
+        name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in loaded)
         if name in ordinary or (name in experts) != hotswap:
             what = "is not loaded, so it cannot be swapped" if hotswap else "is in use"
-            raise ValueError(f"adapter name {name!r} {what}; loaded: {[*experts, *ordinary]}")
+            raise ValueError(f"adapter name {name!r} {what}; loaded: {loaded}")
         options = {key: value for key, value in kwargs.items() if key not in IGNORED}
         expert = _read(source, name, **options)
         if self.mixture is not None and self.mixture.parameters():
@@ -244,11 +243,9 @@ class DropIn:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """Load as in diffusers, and attach the mixture that `save_pretrained` kept, if any."""
-        source = whole_folder(Path(pretrained_model_name_or_path))
-        if not source.is_dir():
-            source = pretrained_model_name_or_path  # type: ignore[assignment]
-        pipe = super().from_pretrained(str(source), **kwargs)
-        folder = _kept(pretrained_model_name_or_path, **{k: v for k, v in kwargs.items() if k in HUB})
+        source = _source(pretrained_model_name_or_path)
+        pipe = super().from_pretrained(source, **kwargs)
+        folder = _kept(source, **{k: v for k, v in kwargs.items() if k in HUB})
         if folder is not None:
             pipe.load_mixture(folder)
         return pipe
@@ -400,20 +397,18 @@ class MoLEPipeline:
 
         Raises ValueError if that class has no drop-in; `attach` works with any pipeline.
         """
-        return _kind(cls.__name__ for cls in type(pipe).__mro__).from_pipe(pipe, **kwargs)
+        return _kind([cls.__name__ for cls in type(pipe).__mro__]).from_pipe(pipe, **kwargs)
 
     @staticmethod
     def from_pretrained(source: str | Path, **kwargs: Any) -> Any:
         """The drop-in pipeline for what a folder or hub repository holds; `kwargs` as in diffusers."""
-        if (folder := whole_folder(Path(source))).is_dir():
-            source = str(folder)
+        source = _source(source)
         config = diffusers.DiffusionPipeline.load_config(source, **{k: v for k, v in kwargs.items() if k in HUB})
         return _kind([config["_class_name"]]).from_pretrained(source, **kwargs)
 
 
-def _kind(names: Iterable[str]) -> Any:
+def _kind(names: Sequence[str]) -> Any:
     """The drop-in for the first name that has one."""
-    names = list(names)
     for name in names:
         if name in KINDS:
             return KINDS[name]
@@ -466,11 +461,17 @@ def _only_file(repo: str, *, subfolder: str = "", revision: str | None = None, t
     return names[0]
 
 
-def _kept(source: str | Path, **hub: Any) -> Path | None:
+def _source(name: str | Path) -> str:
+    """The folder of a saved pipeline; any other name as it is, for the hub."""
+    folder = whole_folder(Path(name))
+    return str(folder if folder.is_dir() else name)
+
+
+def _kept(source: str, **hub: Any) -> Path | None:
     """The folder with the mixture of a saved pipeline, here or on the hub; None if it has none."""
-    folder = whole_folder(Path(source))
+    folder = Path(source)
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(source), allow_patterns=[f"{KEPT}/*"], **hub))
+        folder = Path(snapshot_download(source, allow_patterns=[f"{KEPT}/*"], **hub))
     return folder / KEPT if (folder / KEPT).is_dir() else None
 
 

@@ -140,7 +140,7 @@ def suggested(
     for i, prompt in things.prompts.items():
         for name in things.experts(i):
             subjects.setdefault(name, []).append(prompt.text)
-    found = [name for name in bound if name in things.everywhere or name in styles]
+    found = [name for k, name in enumerate(bound) if k in things.everywhere or name in styles]
     silent = [name for name in bound if name not in subjects and name not in found]
     if way == "collage":
         return subjects, found, silent

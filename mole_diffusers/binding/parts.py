@@ -57,21 +57,20 @@ def prompts_apart(
     for i, begin in zip(order, begins, strict=True):
         last = spans[i][-1][1]
         ends.append(spans[i][0][1] if any(begin < other < last for other in begins) else last)
+    gaps = [text[end:begin] for end, begin in zip(ends, begins[1:], strict=False)]
     article = ARTICLE.search(text[: begins[0]])
-    edges = [article.start() if article else begins[0]]  # in turn, where the text on one thing alone begins and ends
-    gaps = [text[end:start] for end, start in zip(ends, begins[1:], strict=False)]
-    for gap, end, start in zip(gaps, ends, begins[1:], strict=False):
+    starts, stops = [article.start() if article else begins[0]], []  # of the text on each thing alone
+    for gap, end, begin in zip(gaps, ends, begins[1:], strict=False):
         breaks, article = [match.span() for match in BREAK.finditer(gap)], ARTICLE.search(gap)
-        edges += [end + breaks[0][0], end + breaks[-1][1]] if breaks else [end, end + article.start() if article else start]
-    edges.append(ends[-1])
+        stops.append(end + breaks[0][0] if breaks else end)
+        starts.append(end + breaks[-1][1] if breaks else end + article.start() if article else begin)
+    stops.append(ends[-1])
     places = _characters(sentence.sides)  # they place a thing among others, which means nothing in a tile
-    head, *own = (
-        [i for i in _stripped(text, a, b) if i not in places]
-        for a, b in zip([0, *edges[::2]], [edges[0], *edges[1::2]], strict=True)
-    )
-    tail = [i for i in range(edges[-1], len(prompt)) if i not in places]
+    edges = [(0, starts[0]), *zip(starts, stops, strict=True)]
+    head, *own = ([i for i in _stripped(text, *each) if i not in places] for each in edges)
+    tail = [i for i in range(stops[-1], len(prompt)) if i not in places]
     apart = {i: _part(prompt, [*head, *([None] if head else []), *each, *tail]) for i, each in zip(order, own, strict=True)}
-    listed = _are_listed(gaps, text[edges[-1] :], all(sentence.mentions[i].experts for i in order))
+    listed = _are_listed(gaps, text[stops[-1] :], all(sentence.mentions[i].experts for i in order))
     return reading, apart, listed and _are_parted(sentence, apart)
 
 

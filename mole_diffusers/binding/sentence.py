@@ -266,9 +266,7 @@ def _other_nouns(text: str, owned: Sequence[Span], located: Sequence[Span]) -> I
     if not located:
         return
     for a, b in zip(edges[::2], edges[1::2], strict=True):
-        noun = NOUN.match(text[a:b])
-        if noun is None:
-            noun = DRAWN_NOUN.search(text[a:b])
+        noun = NOUN.match(text[a:b]) or DRAWN_NOUN.search(text[a:b])
         if noun is None or not noun[1].strip() or any(a <= c < b for c, _ in located):
             continue
         start, end = a + noun.start(1), a + noun.end(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -19,12 +19,8 @@ class Thing:
 
     Attributes:
         name: its words in the text.
-        experts: the experts that the words belong to; none for a noun without an expert.
+        experts, phrases, is_tag: see `sentence.Mention`.
         tokens: [T] bool, the tokens of its words.
-        phrases: the indices of these words among the phrases of the first expert, starting with the one that names the
-            thing.
-        is_tag: whether the words stand alone between commas, outside of a list with "and". Such words may name a thing
-            or a style, so they get no place.
     """
 
     name: str
@@ -94,42 +90,50 @@ def joined(readings: Sequence[Reading]) -> Reading:
     thing.
     """
     lengths = [len(reading.own[0]) for reading in readings]
-    return _merged(readings, [0, *accumulate(lengths[:-1])], sum(lengths))
+    starts = [0, *accumulate(lengths[:-1])]
+    return _merged([_placed(reading, at, sum(lengths)) for reading, at in zip(readings, starts, strict=True)])
 
 
 def overlaid(readings: Sequence[Reading]) -> Reading:
     """Combine texts of several encoders whose states lie side by side: a token belongs to a word if it does in any text."""
-    return _merged(readings, [0] * len(readings), max(len(reading.own[0]) for reading in readings))
+    length = max(len(reading.own[0]) for reading in readings)
+    return _merged([_placed(reading, 0, length) for reading in readings])
 
 
-def _merged(readings: Sequence[Reading], starts: Sequence[int], length: int) -> Reading:
-    """One reading of several texts whose tokens begin at `starts` among `length`."""
-    if len(readings) == 1:
-        return readings[0]
+def _placed(reading: Reading, start: int, length: int) -> Reading:
+    """A text whose tokens begin at `start` among `length`."""
 
-    def placed(tokens: tuple[bool, ...], start: int) -> tuple[bool, ...]:
+    def placed(tokens: tuple[bool, ...]) -> tuple[bool, ...]:
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
-    own = [[placed(r.own[k], at) for r, at in zip(readings, starts, strict=True)] for k in range(len(readings[0].own))]
-    same: dict[ThingKey, list[tuple[Thing, tuple[bool, ...]]]] = {}  # key -> the same thing in each text, with its tokens
+    things = tuple(replace(thing, tokens=placed(thing.tokens)) for thing in reading.things)
+    return replace(reading, own=tuple(map(placed, reading.own)), things=things)
+
+
+def _merged(readings: Sequence[Reading]) -> Reading:
+    """One reading of several texts that have the same tokens."""
+    if len(readings) == 1:
+        return readings[0]
+    same: dict[ThingKey, list[Thing]] = {}  # key -> the same thing in each text
     relations: dict[tuple[int, int, str], None] = {}
-    for reading, at, common in zip(readings, starts, _common_keys(readings), strict=True):
+    for reading, common in zip(readings, _common_keys(readings), strict=True):
         for thing, its_keys in zip(reading.things, common, strict=True):
             for key in its_keys:
-                same.setdefault(key, []).append((thing, placed(thing.tokens, at)))
+                same.setdefault(key, []).append(thing)
         index = [list(same).index(its_keys[0]) for its_keys in common]
         relations |= {(index[a], index[b], axis): None for a, b, axis in reading.relations}
     things = [
         Thing(
-            each[0][0].name,
+            each[0].name,
             experts,
-            _union([tokens for _, tokens in each], length),
-            tuple(dict.fromkeys(phrase for thing, _ in each for phrase in thing.phrases)),
-            all(thing.is_tag for thing, _ in each),
+            _union(thing.tokens for thing in each),
+            tuple(dict.fromkeys(phrase for thing in each for phrase in thing.phrases)),
+            all(thing.is_tag for thing in each),
         )
         for (experts, *_), each in same.items()
     ]
-    return Reading(tuple(_union(each, length) for each in own), tuple(things), tuple(relations))
+    own = zip(*(reading.own for reading in readings), strict=True)  # [N] of the tokens in each text
+    return Reading(tuple(map(_union, own)), tuple(things), tuple(relations))
 
 
 def _common_keys(readings: Sequence[Reading]) -> list[list[list[ThingKey]]]:
@@ -188,5 +192,5 @@ def _surface(phrase: str, tokenizer: Any, added: Collection[str]) -> str:
     return "".join(_as_text(token, added) for token in tokenizer.tokenize(phrase)).strip().lower()
 
 
-def _union(masks: Sequence[tuple[bool, ...]], length: int) -> tuple[bool, ...]:
-    return tuple(map(any, zip(*masks, strict=True))) if masks else (False,) * length
+def _union(masks: Iterable[tuple[bool, ...]]) -> tuple[bool, ...]:
+    return tuple(map(any, zip(*masks, strict=True)))

@@ -74,11 +74,12 @@ class Checkpoint:
             raise RefusedFileError(
                 f"the gates in {self.folder} hold {foreign[0]!r}, which this pipeline and experts do not have"
             )
-        for name, tensor in ((name, self.tensors[name]) for name in wanted):
-            if tensor.shape != wanted[name].shape:
-                shapes = f"{list(tensor.shape)}, expected {list(wanted[name].shape)}"
+        for name, own in wanted.items():
+            tensor = self.tensors[name]
+            if tensor.shape != own.shape:
+                shapes = f"{list(tensor.shape)}, expected {list(own.shape)}"
                 raise RefusedFileError(f"the gates in {self.folder}: {name!r} has shape {shapes}")
-            wanted[name].copy_(tensor)
+            own.copy_(tensor)
 
 
 def save(

@@ -13,6 +13,7 @@ from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.picture_layout import PictureLayout, Side, sides
 
+CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
 Silent = tuple[bool, ...]
 Made = dict[tuple, torch.Tensor | None]  # masks and biases, by a layer's request
@@ -55,13 +56,13 @@ class BoundText:
             return self.version == version(text)
         return torch.equal(self.text, text)
 
-    def place(self, closing: float) -> None:
-        """Make the picture's masks from the known regions. Cross-attention loses `closing`, in logits, outside of them."""
+    def place(self) -> None:
+        """Make the picture's masks from the known regions."""
         image, device = self.picture.expert_masks(), self.text.device
         self.image, self.biases, self._made = None if image is None else onto(image, device), {}, {}
-        if image is not None and self.picture.readings and closing:
+        if image is not None and self.picture.readings:
             for side in sides(self.picture.side):
-                bias = -closing * self.picture.closed_words(side)
+                bias = -CLOSING * self.picture.closed_words(side)
                 self.biases[side[0] * side[1]] = onto(bias.to(self.text.dtype), device)
 
     def follow_prompt(self) -> bool:
@@ -70,6 +71,10 @@ class BoundText:
             return False
         self.image, self._made = self.prompt.image, {}
         return True
+
+    def forget(self) -> None:
+        """Drop what was computed for layers. It is computed again when they ask."""
+        self._made = {}
 
     # ---- what layers ask
 
@@ -109,9 +114,9 @@ class BoundText:
         return None if side is None else self._image_tokens(side)
 
     def _image_tokens(self, side: Side) -> torch.Tensor | None:
-        return (
-            None if self.image is None else F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)
-        )  # [B, T, N]
+        if self.image is None:
+            return None
+        return F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)  # [B, T, N]
 
     def _joint(self, tokens: int) -> torch.Tensor | None:
         """Text, then picture."""
@@ -152,10 +157,6 @@ class BoundText:
                 bias = bias.to(dtype).repeat_interleave(heads, 0)
             self._made[key] = bias
         return self._made[key]
-
-    def forget(self) -> None:
-        """Drop what was computed for layers. It is computed again when they ask."""
-        self._made = {}
 
     def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
         """The same for attention over text and picture together: [B, 1, tokens, tokens]."""

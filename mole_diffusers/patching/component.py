@@ -14,7 +14,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates import Gate, GateBank, GateConfig, Layer, LayerOfPromptGate, PromptGate, build_gate
+from mole_diffusers.gates import GateBank, GateConfig, Layer, LayerOfPromptGate, PromptGate, build_gate
 from mole_diffusers.gates.rank import singular
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching import peft_injection
@@ -64,8 +64,7 @@ class Component:
         """
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
-        sites = {layer: self.sites[name] for layer, name in self.owners.items()}
-        peft_injection.inject(self.model, self.stacks, sites, undo)
+        peft_injection.inject(self.model, self.stacks, {layer: self.site_of(layer) for layer in self.stacks}, undo)
         if self.config.reads_prompt and self.name in DENOISERS:
             hook = _defer_text(self._model_sites, DenoiserInputs(self.model))
             undo.before_forward(self.model, hook, with_kwargs=True)
@@ -99,36 +98,27 @@ class Component:
         """
         device = next(self.model.parameters()).device
         for name, at in self.places.items():
-            gate = self.sites[name].gate
-            if self.runtime.fixed is None and not gate.input_free:
-                reads = "prompt" if gate.step_invariant else "picture"
-                raise ValueError(
-                    f"the gate of {self._full_name(name)} depends on the {reads}; give a prompt to average over"
-                )
+            site = self.sites[name]
+            if self.runtime.fixed is None and not site.gate.input_free:
+                reads = "prompt" if site.gate.step_invariant else "picture"
+                raise ValueError(f"the gate of {site.name} depends on the {reads}; give a prompt to average over")
             masks = self.runtime.masks
             rows = 1 if masks is None or masks.row_silent is None else len(masks.row_silent)
             layer = None
-            if gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
+            if site.gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
                 stack = self.stacks[name]
                 layer = Layer(torch.zeros(1, len(stack.segment), device=device), stack.up, stack.segment.to(device))
             self._site(at).evaluate(torch.zeros(rows, 1, at.width, device=device), layer)
 
-    def place_of(self, layer: str) -> tuple[str, Present]:
-        """The place whose weights a layer takes, and the experts that the layer has."""
-        return self._full_name(self.owners[layer]), self.stacks[layer].present
-
-    def gate_of(self, layer: str) -> Gate:
-        """The gate whose weights a layer takes."""
-        return self.sites[self.owners[layer]].gate
+    def site_of(self, layer: str) -> GateSite:
+        """The site of the gate whose weights a layer takes."""
+        return self.sites[self.owners[layer]]
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate with the layers that it weighs; none for "prompt", whose gates weigh several places at once."""
         if self.config.reads_prompt:
             return []
         return [(self.bank[name], [layer for layer in self.stacks if self.owners[layer] == name]) for name in self.places]
-
-    def _full_name(self, place: str) -> str:
-        return f"{self.name}.{place}" if place else self.name
 
     # ---- building
 
@@ -171,7 +161,7 @@ class Component:
             "scope": scope,
             "probe": self._probe(at),
         }
-        about = self._full_name(at.name), gate, self.runtime
+        about = f"{self.name}.{at.name}" if at.name else self.name, gate, self.runtime
         if whole or (timed and self.config.reads_prompt):
             return ModelSite(*about, spans_blocks=whole, **common)
         if at.block is not None or self.config.reads_prompt:
@@ -223,18 +213,16 @@ class Component:
 
     def _evaluate_at(self, entry: str, site: GateSite, undo: Undo) -> None:
         """Evaluate a site's gate on what enters a module."""
-        module = self.model.get_submodule(entry)
-        if isinstance(module, Attention):
-            _replace_processor(module, site, undo)
-        else:
-            undo.before_forward(module, self._evaluate_on_entry(site), with_kwargs=True)
 
-    def _evaluate_on_entry(self, site: GateSite) -> Callable[[nn.Module, tuple, dict], None]:
         def evaluate(_: nn.Module, args: tuple, kwargs: dict) -> None:
             tokens = None if site.timed else self.runtime.tokens.current
             site.evaluate(args[0] if args else kwargs["hidden_states"], tokens=tokens)
 
-        return evaluate
+        module = self.model.get_submodule(entry)
+        if isinstance(module, Attention):
+            _replace_processor(module, site, undo)
+        else:
+            undo.before_forward(module, evaluate, with_kwargs=True)
 
 
 def _defer_text_and_time(site: ModelSite, inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:

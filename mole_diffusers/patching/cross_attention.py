@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 
 from mole_diffusers.patching.placement import tokens_of
 from mole_diffusers.patching.runtime import Runtime
-from mole_diffusers.patching.uncompiled import Uncompiled
+from mole_diffusers.patching.uncompiled import run_uncompiled
 from mole_diffusers.patching.undo import Undo
 
 MAP_TOKENS = 256  # maps are read in layers with about this many tokens: 16 x 16 in SD 1.5 at 512 pixels
@@ -27,7 +27,7 @@ def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     around = [
         module for name, module in model.named_modules() if any(each.startswith(f"{name}.") for each in reading if name)
     ]
-    Uncompiled(runtime, around, lambda masks: masks.wants_maps).install(model, undo)
+    run_uncompiled(model, around, runtime, lambda masks: masks.wants_maps, undo)
 
 
 def cross_attentions(model: Any) -> dict[str, Attention]:

@@ -100,12 +100,23 @@ def compiled_from(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def denoisers(pipe: Any) -> list[nn.Module]:
+    """The UNet or transformer of a pipeline, if it has one."""
+    return [compiled_from(model) for name in DENOISERS if (model := getattr(pipe, name, None)) is not None]
+
+
 def denoiser(pipe: Any) -> nn.Module:
     """The UNet or transformer of a pipeline; ValueError if it has none."""
-    for name in DENOISERS:
-        if (model := getattr(pipe, name, None)) is not None:
-            return compiled_from(model)
-    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
+    if not (found := denoisers(pipe)):
+        raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
+    return found[0]
+
+
+def is_one_graph(pipe: Any) -> bool:
+    """Whether the denoiser of a pipeline was compiled as a whole, so that no hook of a layer can leave it."""
+    model: Any = denoiser(pipe)
+    is_wrapped = all(getattr(pipe, name, None) is not model for name in DENOISERS)
+    return is_wrapped or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:

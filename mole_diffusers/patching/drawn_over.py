@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from mole_diffusers.binding.config import Bound, given_region
-from mole_diffusers.binding.words import ThingKey
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.picture_layout import UNDECIDED, planned_regions
-from mole_diffusers.patching.tiles import OF_WHOLE_SIZE, By, Encode, Things, Tiling, encoder, obstacle, things_of
+from mole_diffusers.patching.tiles import OF_WHOLE_SIZE, By, Encode, Settle, Things, Tiling, encoder, obstacle, things_of
+from mole_diffusers.patching.undo import Undo
 
 LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places
 
@@ -37,7 +37,7 @@ def drawn_over(
     bound: Mapping[str, Bound],
     acting: Collection[str],
     by: By,
-    settle: Callable[[Mapping[ThingKey, torch.Tensor]], None],
+    settle: Settle,
 ) -> DrawnOver | None:
     """An object that finds the things of a call in the picture that it draws over. The arguments are those of `tiles_for`.
 
@@ -68,30 +68,24 @@ class DrawnOver:
     things: Things
     encode: Encode
     by: By
-    settle: Callable[[Mapping[ThingKey, torch.Tensor]], None]
+    settle: Settle
     _picture: torch.Tensor | None = None  # [B, C, H, W], the latents that noise was added to
     _has_begun: bool = False  # whether the UNet was called
 
     @contextmanager
     def placed(self) -> Iterator[None]:
         """While the block runs, place a call's things before its first step."""
-        methods, add_noise = vars(self.pipe.scheduler), self.pipe.scheduler.add_noise
-        own = methods.get("add_noise")
+        add_noise = self.pipe.scheduler.add_noise
 
         def noted(original_samples: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             self._picture = original_samples
             return add_noise(original_samples, *args, **kwargs)
 
-        methods["add_noise"] = noted
-        # Before the mixture's own hooks, so that the step itself is the last call that they see.
-        hook = self.pipe.unet.register_forward_pre_hook(self._before_step, prepend=True, with_kwargs=True)
-        try:
+        with Undo() as undo:
+            undo.override(self.pipe.scheduler, "add_noise", noted)
+            # Before the mixture's own hooks, so that the step itself is the last call that they see.
+            undo.before_forward(self.pipe.unet, self._before_step, prepend=True, with_kwargs=True)
             yield
-        finally:
-            hook.remove()
-            methods.pop("add_noise")
-            if own is not None:
-                methods["add_noise"] = own
 
     def _before_step(self, _: Any, args: tuple, kwargs: dict) -> None:
         if self._has_begun:

@@ -13,7 +13,7 @@ from mole_diffusers import functional
 from mole_diffusers.lora import LoraWeights
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.component import Component
-from mole_diffusers.patching.denoiser_inputs import denoiser
+from mole_diffusers.patching.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.runtime import Decision, Present
 
 Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N], or [R] of gates per rank
@@ -49,17 +49,10 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
     if prompt is None or (all(part.input_free for part in parts) and not reads_text):
         for part in parts:
             part.evaluate_input_free()
-    elif all(part.step_invariant for part in parts) and not _compiled(pipe):
+    elif all(part.step_invariant for part in parts) and not is_one_graph(pipe):
         _encode(pipe, parts, prompt, **call)
     else:
         sample(pipe, prompt, **call)
-
-
-def _compiled(pipe: Any) -> bool:
-    """Whether the denoiser is a single graph, which no hook of a layer can leave."""
-    model: Any = denoiser(pipe)
-    wrapped = getattr(pipe, "unet", getattr(pipe, "transformer", None)) is not model
-    return wrapped or getattr(model, "_compiled_call_impl", None) is not None
 
 
 class _EvaluatedError(Exception):
@@ -103,8 +96,9 @@ def one_lora(parts: Iterable[Component], weights: Weights) -> Folded:
     layers: Folded = {}
     for part in parts:
         for name, stack in part.stacks.items():
-            factor = weights[part.place_of(name)].cpu()
-            if (lora := _weighed(stack, factor if part.gate_of(name).ranked else factor[stack.segment])).rank:
+            site = part.site_of(name)
+            factor = weights[site.name, stack.present].cpu()
+            if (lora := _weighed(stack, factor if site.gate.ranked else factor[stack.segment])).rank:
                 layers.setdefault(part.name, {})[name] = lora
     return layers
 

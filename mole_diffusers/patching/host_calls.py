@@ -51,11 +51,11 @@ def guard(
     layers themselves keep the mixture's adapter active, and refuse to be fused.
     """
     _wrap(pipe, "fuse_lora", partial(_refused, MERGED), undo)
-    _set(pipe, "__deepcopy__", copy, undo)
-    _set(pipe, "__reduce_ex__", partial(_not_pickled, pipe), undo)
+    undo.override(pipe, "__deepcopy__", copy)
+    undo.override(pipe, "__reduce_ex__", partial(_not_pickled, pipe))
     for model in models:
-        _set(model, "__deepcopy__", partial(_deepcopy, model, lift), undo)
-        _set(model, "__reduce_ex__", partial(_not_pickled, model), undo)
+        undo.override(model, "__deepcopy__", partial(_deepcopy, model, lift))
+        undo.override(model, "__reduce_ex__", partial(_not_pickled, model))
         for name in ON_THE_ORIGINAL:
             _wrap(model, name, partial(_on_the_original, lift), undo)
         _wrap(model, "unload_lora", partial(_after_removing, remove), undo)
@@ -70,8 +70,7 @@ def guard(
             _watch_parts(model, undo)
         elif hasattr(model, "final_layer_norm") and not hasattr(model, "text_model"):
             # diffusers' `clip_skip` looks for a module that transformers 5.6 removed
-            undo.callback(vars(model).pop, "text_model", None)
-            vars(model)["text_model"] = model
+            undo.override(model, "text_model", model)
 
 
 def _wrap(owner: Any, name: str, call: Callable[..., Any], undo: Undo) -> None:
@@ -82,16 +81,7 @@ def _wrap(owner: Any, name: str, call: Callable[..., Any], undo: Undo) -> None:
     found = getattr(type(owner), name, None)
     if found is None or found.__module__.startswith("mole_diffusers"):
         return
-    _set(owner, name, MethodType(update_wrapper(partial(call, found), found), owner), undo)
-
-
-def _set(owner: Any, name: str, value: Any, undo: Undo) -> None:
-    own = vars(owner)
-    if name in own:  # set by someone else before us
-        undo.callback(own.__setitem__, name, own[name])
-    else:
-        undo.callback(own.pop, name, None)
-    own[name] = value
+    undo.override(owner, name, MethodType(update_wrapper(partial(call, found), found), owner))
 
 
 def _deepcopy(model: Any, lift: Lift, memo: dict[int, Any]) -> Any:

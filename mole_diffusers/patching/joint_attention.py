@@ -19,7 +19,7 @@ from mole_diffusers.patching.bound_text import BoundText
 from mole_diffusers.patching.placement import JOINT_STREAM, blocks
 from mole_diffusers.patching.runtime import Runtime
 from mole_diffusers.patching.token_masks import TokenMasks
-from mole_diffusers.patching.uncompiled import Uncompiled
+from mole_diffusers.patching.uncompiled import run_uncompiled
 from mole_diffusers.patching.undo import Undo
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of PyTorch's attention, by position
@@ -28,21 +28,16 @@ ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # 
 def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     """Hook the joint attention of every block of a transformer. Maps are read in the middle half of the blocks."""
     joint = JOINT_STREAM[-1]
-    layers = [model.get_submodule(f"{block}.{joint}") for block in blocks(model) if _has(model.get_submodule(block), joint)]
+    found = [getattr(model.get_submodule(block), joint, None) for block in blocks(model)]
+    layers = [layer for layer in found if isinstance(layer, nn.Module)]
     if layers:
-        Uncompiled(runtime, list(model.modules()), lambda masks: masks.wants_maps or _has_regions(masks)).install(
-            model, undo
-        )
+        run_uncompiled(model, list(model.modules()), runtime, lambda m: m.wants_maps or _has_regions(m), undo)
     for i, layer in enumerate(layers):
         _Hooks(runtime, layer, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4)).install(undo)
 
 
 def _has_regions(masks: TokenMasks) -> bool:
     return masks.text is not None and masks.text.image is not None
-
-
-def _has(block: nn.Module, name: str) -> bool:
-    return isinstance(getattr(block, name, None), nn.Module)
 
 
 class _Hooks:

@@ -112,15 +112,16 @@ class PictureLayout:
 
     def put(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
         """Take places [H, W] that were planned elsewhere, by `words.keys`. Returns whether all things have one."""
-        rows = {}
+        found = {}
         for row in self.picture_rows:
             things, placed = self.readings[row].things, self._placed(row)
-            rows[row] = [regions.get(key) for key, thing in zip(keys(things), things, strict=True) if thing in placed]
-        found = {row: [r for r in each if r is not None and r.shape == self.side] for row, each in rows.items()}
-        fits = all(found.values()) and all(len(found[row]) == len(each) for row, each in rows.items())
-        if fits:
-            self._regions = {row: torch.stack(each) for row, each in found.items()}
-        return fits
+            given = [regions.get(key) for key, thing in zip(keys(things), things, strict=True) if thing in placed]
+            fitting = [region for region in given if region is not None and region.shape == self.side]
+            if not fitting or len(fitting) < len(given):
+                return False
+            found[row] = torch.stack(fitting)
+        self._regions = found
+        return True
 
     def keep(self, before: PictureLayout) -> None:
         """Keep the layouts of the previous text if it names the same things: the prompt may change while drawing."""

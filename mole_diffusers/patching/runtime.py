@@ -134,21 +134,20 @@ class Runtime:
     changes: int = 0
     _active: dict[tuple[Present, torch.device], ActiveExperts] = field(default_factory=dict)
     _text: Callable[[], torch.Tensor | None] = lambda: None
-    _blocks: list[dict[str, Any]] = field(default_factory=list)  # the settings of each running block; the last one holds
-    _outside: dict[str, Any] = field(default_factory=dict)  # those settings without any block
+    _blocks: list[dict[str, Any]] = field(default_factory=lambda: [{}])  # settings outside of blocks, then of each block
 
     def set(self, **values: Any) -> None:
         """Change settings."""
         for name, value in values.items():
-            if (block := self._holder(name)) is not None:
-                block[name] = value
+            self._holder(name)[name] = value
         vars(self).update(values)
         self.changed()
 
     @contextmanager
     def changed_while(self, **values: Any) -> Iterator[None]:
         """Change settings while the block runs. In generators, blocks may end in any order."""
-        self._outside |= {name: getattr(self, name) for name in values if self._holder(name) is None}
+        for name in values:
+            self._blocks[0].setdefault(name, getattr(self, name))
         block = dict(values)
         try:
             self._blocks.append(block)
@@ -167,16 +166,16 @@ class Runtime:
 
     def _show(self, names: Iterable[str]) -> None:
         """Give settings the values that hold now."""
-        vars(self).update({name: (self._holder(name) or self._outside)[name] for name in names})
+        vars(self).update({name: self._holder(name)[name] for name in names})
         self.changed()
 
-    def _holder(self, name: str) -> dict[str, Any] | None:
-        """The block whose value of a setting holds now."""
-        return next((block for block in reversed(self._blocks) if name in block), None)
+    def _holder(self, name: str) -> dict[str, Any]:
+        """The settings of the last running block that has this one, otherwise those outside of blocks."""
+        return next((block for block in reversed(self._blocks) if name in block), self._blocks[0])
 
     def outside(self, name: str) -> Any:
         """A setting's value outside of all running blocks."""
-        return getattr(self, name) if self._holder(name) is None else self._outside[name]
+        return self._blocks[0].get(name, getattr(self, name))
 
     @property
     def acting(self) -> list[bool]:

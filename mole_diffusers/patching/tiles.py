@@ -19,7 +19,7 @@ from mole_diffusers.binding.layout import MOST_THINGS
 from mole_diffusers.binding.parts import Part, prompts_apart
 from mole_diffusers.binding.regions import EVERYWHERE, region_mask
 from mole_diffusers.binding.words import ThingKey, keys
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, compiled_from, prompted_rows
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, is_one_graph, prompted_rows
 from mole_diffusers.patching.picture_layout import planned_regions
 from mole_diffusers.patching.undo import replaced_forward
 
@@ -35,6 +35,7 @@ OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call wit
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 By = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts, on every word
+Settle = Callable[[Mapping[ThingKey, torch.Tensor]], None]  # called with the place [H, W] of each thing, by its key
 # A part of a prompt -> its text states [1, S, C], and the pooled states that SDXL reads [1, P], None for other models.
 Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -81,7 +82,7 @@ def tiles_for(
     bound: Mapping[str, Bound],
     acting: Collection[str],
     by: By,
-    settle: Callable[[Mapping[ThingKey, torch.Tensor]], None],
+    settle: Settle,
 ) -> Tiles | None:
     """An object that draws the pictures of a call in tiles; None if they are drawn as one.
 
@@ -94,20 +95,20 @@ def tiles_for(
 
     Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
     """
-    things = _things(pipe, tiling, call, bound, acting)
+    things = _things_for_tiles(pipe, tiling, call, bound, acting)
     return None if things is None else Tiles(pipe, tiling, things, encoder(pipe, tiling, call), by, settle)
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
     """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
-    things = _things(pipe, Tiling(), call, bound, acting)
+    things = _things_for_tiles(pipe, Tiling(), call, bound, acting)
     if things is None:
         return False
     height, width = (call[side] // pipe.vae_scale_factor for side in ("height", "width"))
     return _has_room(pipe.unet, things.masks(height, width))
 
 
-def _things(
+def _things_for_tiles(
     pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
 ) -> Things | None:
     """The things to draw in tiles if there is room; None if a picture is drawn as one."""
@@ -153,7 +154,7 @@ def obstacle(pipe: Any, things: Things | None) -> str:
     """Why a pipeline cannot draw these in tiles; "" if it can."""
     if getattr(pipe, "unet", None) is None or not all(hasattr(type(pipe), name) for name in OF_PIPELINES):
         return f"tiles need a unet, and {' and '.join(OF_PIPELINES)} of the pipeline, unlike {type(pipe).__name__}"
-    if compiled_from(pipe.unet) is not pipe.unet or getattr(pipe.unet, "_compiled_call_impl", None) is not None:
+    if is_one_graph(pipe):
         return "tiles have other sizes than the picture, and the unet is compiled as one graph"
     if things is None:
         return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
@@ -199,27 +200,25 @@ class Things:
     Attributes:
         prompts: index of a thing in the reading, in the order of naming -> the prompt for it alone.
         keys: index of a thing in the reading -> its key, see `words.keys`.
-        everywhere: the experts that act in the whole picture, such as a style.
-        outside: those of them that the user gave a region.
+        everywhere: the indices of the experts that act in the whole picture, such as a style.
+        outside: the names of those of them that the user gave a region.
         are_listed: whether the prompt lists several things (see `prompts_apart`), at least one of them with an expert,
             and all experts of these things are on.
     """
 
     def __init__(self, prompt: str, bound: Mapping[str, Bound], acting: Collection[str]):
         self.names, self.bound, self.acting = list(bound), list(bound.values()), acting
-        self.required = {name: own.needs_words for name, own in bound.items()}
-        everywhere = [k for k, b in enumerate(self.bound) if b.region == EVERYWHERE]
         phrases = [b.words for b in self.bound]
-        apart = prompts_apart(prompt, phrases, everywhere, whole=with_region(self.bound))
-        self.reading, self.prompts, side_by_side = apart
+        styles = [k for k, b in enumerate(self.bound) if b.region == EVERYWHERE]
+        self.reading, self.prompts, side_by_side = prompts_apart(prompt, phrases, styles, whole=with_region(self.bound))
         self.keys = dict(enumerate(keys(self.reading.things)))
         placed = {k for i in self.prompts for k in self.reading.things[i].experts}
-        self.everywhere = tuple(
-            name
-            for k, (name, own) in enumerate(bound.items())
-            if name in acting and k not in placed and (self.reading.mentioned[k] or not own.needs_words)
-        )
-        self.outside = [name for name in self.everywhere if bound[name].given is not None]
+        self.everywhere = [
+            k
+            for k, b in enumerate(self.bound)
+            if self.names[k] in acting and k not in placed and (self.reading.mentioned[k] or not b.needs_words)
+        ]
+        self.outside = [self.names[k] for k in self.everywhere if self.bound[k].given is not None]
         owned = [i for i in self.prompts if self.reading.things[i].experts]
         self.are_listed = side_by_side and len(self.prompts) > 1 and bool(owned) and all(map(self.experts, owned))
 
@@ -230,9 +229,9 @@ class Things:
     def drawing(self, thing: int) -> tuple[str, ...]:
         """The experts that draw a thing alone: its own, and those that act everywhere, if its prompt has their words."""
         said = [i for i in self.prompts[thing].source if i is not None]
-        own = dict(zip(self.names, self.reading.own, strict=True))
-        spoken = [n for n in self.everywhere if any(own[n][i] for i in said) or not self.required[n]]
-        return (*self.experts(thing), *spoken)
+        own, bound = self.reading.own, self.bound
+        spoken = [k for k in self.everywhere if any(own[k][i] for i in said) or not bound[k].needs_words]
+        return (*self.experts(thing), *(self.names[k] for k in spoken))
 
     def masks(self, height: int, width: int) -> torch.Tensor:
         """[K, height, width] in 0..1: the place of each thing, as given, or a cell of the rest, in the order of naming."""
@@ -255,7 +254,7 @@ class Tiles:
     things: Things
     encode: Encode
     by: By
-    settle: Callable[[Mapping[ThingKey, torch.Tensor]], None]
+    settle: Settle
     # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
     _found: dict[tuple[int, int, int], list[Tile]] = field(default_factory=dict)
 
@@ -306,19 +305,16 @@ class Tiles:
                 raise ValueError(f"the regions leave no place for {things.reading.things[i].name!r}")
         tiles: list[Tile] = []
         for (i, prompt), mask in zip(things.prompts.items(), masks, strict=True):
-            tiles.append(self._tile(i, prompt, mask))
-            if (short := tiles[-1].text.shape[1]) != tokens:
+            names = things.drawing(i)
+            with torch.no_grad(), self.by(names):
+                text, pooled = self.encode(prompt)
+            if (short := text.shape[1]) != tokens:
                 if self.tiling.always:
                     raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
                 return []
+            tiles.append(Tile(names, text, pooled, mask, _box(mask, self.pipe.unet)))
         self.settle({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)})
         return tiles
-
-    def _tile(self, thing: int, prompt: Part, mask: torch.Tensor) -> Tile:
-        names = self.things.drawing(thing)
-        with torch.no_grad(), self.by(names):
-            text, pooled = self.encode(prompt)
-        return Tile(names, text, pooled, mask, _box(mask, self.pipe.unet))
 
     def _parts(self, tiles: Sequence[Tile], whole: Callable[..., Any], args: tuple, kwargs: dict) -> torch.Tensor:
         """The UNet's prediction, tile by tile. Outside of all tiles it is that of `whole`, where words of things are
@@ -326,27 +322,22 @@ class Tiles:
         """
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
         prompted = prompted_rows(self.pipe, text, latents)
-
-        def predict(names: Sequence[str], **changed: Any) -> torch.Tensor:
-            changed = {**kwargs, **changed, "return_dict": False}
-            rest = {name: value for name, value in zip(self.reader.names, args, strict=False) if name not in changed}
-            with self.by(names):
-                return self.pipe.unet(**rest, **changed)[0]
-
+        call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
         masks = torch.stack([tile.mask for tile in tiles]).to(latents)  # [K, H, W]
         shares, outside = masks / masks.sum(0).clamp_min(1), (1 - masks.sum(0)).clamp_min(0)
         channels = self.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
         out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
         if outside.any():
-            out += outside * whole(*args, **{**kwargs, "return_dict": False})[0]
+            out += outside * whole(**call)[0]
         for tile, share in zip(tiles, shares, strict=True):
             top, bottom, left, right = tile.box
-            part = predict(
-                tile.names,
-                sample=latents[..., top:bottom, left:right].contiguous(),
-                encoder_hidden_states=torch.where(prompted[:, None, None], tile.text.to(text), text),
+            changed = {
+                "sample": latents[..., top:bottom, left:right].contiguous(),
+                "encoder_hidden_states": torch.where(prompted[:, None, None], tile.text.to(text), text),
                 **self._pooled(tile, prompted, kwargs.get("added_cond_kwargs")),
-            )
+            }
+            with self.by(tile.names):
+                part = self.pipe.unet(**call | changed)[0]
             out[..., top:bottom, left:right] += share[top:bottom, left:right] * part
         return out
 

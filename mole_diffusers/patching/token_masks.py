@@ -33,7 +33,6 @@ from mole_diffusers.patching.prompt_tokens import PromptTokens
 
 Watcher = Callable[[list[dict[str, torch.Tensor]]], None]  # called with name -> map [h, w], for each picture
 MOST_TEXTS = 5  # texts that are kept: pictures of one call may be drawn with several, in turn
-CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
 
 
 class TokenMasks:
@@ -56,7 +55,6 @@ class TokenMasks:
     ):
         self.bound, self.tokenizers, self.tokens, self._changed = dict(bound), dict(tokenizers), tokens, changed
         self._watchers = watchers
-        self.closing = CLOSING
         self.has_words = any(b.words for b in bound.values())  # if not, no text need be read
         self.silent: Silent = (False,) * len(bound)  # experts whose words are not in the current text
         self.row_silent: torch.Tensor | None = None  # [B, N], if rows differ
@@ -113,7 +111,7 @@ class TokenMasks:
     @property
     def layouts(self) -> list[Layout]:
         """The layouts of the pictures being drawn, or drawn last, in their order."""
-        spoken = [text for text in self._texts if any(map(_names_an_expert, text.picture.readings))] or self._texts
+        spoken = [text for text in self._texts if _names_an_expert(text.picture.readings)] or self._texts
         return spoken[-1].picture.layouts() if spoken else []
 
     # ---- texts
@@ -193,7 +191,7 @@ class TokenMasks:
         self._planned = regions
         for state in self._texts:
             if state.picture.put(regions):
-                state.place(self.closing)
+                state.place()
         self._changed()
 
     def end(self, *, warns: bool) -> None:
@@ -243,7 +241,7 @@ class TokenMasks:
         elif state.picture.can_plan:
             for warning in state.picture.plan():
                 self._warn(warning)
-            state.place(self.closing)
+            state.place()
             changed = True
         changed |= state.follow_prompt()
         if changed or self.text is not state or self.silent != state.silent or self.row_silent is not state.row_silent:
@@ -268,14 +266,10 @@ class TokenMasks:
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
         acts = onto(self._acting_tokens(readings), text.device) if readings else None
         mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
-        before = next((known for known in reversed(self._texts) if any(map(_names_an_expert, known.picture.readings))), None)
-        follows = (
-            groups is None
-            and before is not None
-            and not any(map(_names_an_expert, readings))
-            and len(before.text) == len(text)
-        )
-        prompt = before if follows else None
+        before = next((known for known in reversed(self._texts) if _names_an_expert(known.picture.readings)), None)
+        prompt = before if groups is None and not _names_an_expert(readings) else None
+        if prompt is not None and len(prompt.text) != len(text):
+            prompt = None
         silent, by_row = self._silent(mentioned, text.device) if prompt is None else (prompt.silent, prompt.row_silent)
         now = text.detach(), version(text), latents.shape
         state = BoundText(*now, picture, acts, silent, by_row, prompt)
@@ -285,7 +279,7 @@ class TokenMasks:
             picture.put(self._planned)
         elif before is not None and self._called:
             picture.keep(before.picture)
-        state.place(self.closing)
+        state.place()
         return state
 
     def _warn(self, message: str) -> None:
@@ -297,13 +291,13 @@ class TokenMasks:
             warnings.warn(message, stacklevel=2)
 
 
-def _names_an_expert(reading: Reading) -> bool:
-    return any(reading.mentioned)
+def _names_an_expert(readings: Sequence[Reading]) -> bool:
+    return any(any(reading.mentioned) for reading in readings)
 
 
 def _groups(readings: Sequence[Reading]) -> Groups:
     """Whether the first half of the rows are prompts, judged by the texts alone."""
     half = len(readings) // 2
-    named = list(map(_names_an_expert, readings))
+    named = [any(reading.mentioned) for reading in readings]
     guided = half and len(readings) == 2 * half and not any(named[:half]) and all(named[half:])
     return (False, True) if guided else (True,)

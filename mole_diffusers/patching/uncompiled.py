@@ -13,28 +13,24 @@ from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.undo import Undo
 
 
-class Uncompiled:
-    """Calls of a model in which `blocks` run uncompiled while `needed(masks)` is true."""
+def run_uncompiled(
+    model: nn.Module, blocks: Sequence[nn.Module], runtime: Runtime, needed: Callable[[TokenMasks], bool], undo: Undo
+) -> None:
+    """Run `blocks` uncompiled in the calls of `model` that begin while `needed(masks)` is true."""
+    compiled: list[tuple[nn.Module, Any]] = []  # the blocks of the running call, and their compiled calls
 
-    def __init__(self, runtime: Runtime, blocks: Sequence[nn.Module], needed: Callable[[TokenMasks], bool]):
-        self.runtime, self.blocks, self.needed = runtime, blocks, needed
-        self._calls: list[tuple[nn.Module, Any]] = []
-
-    def install(self, model: nn.Module, undo: Undo) -> None:
-        """Hook the calls of `model`. The undo step of each hook is recorded in `undo` before it."""
-        undo.before_forward(model, self._before)
-        undo.after_forward(model, self._after, always_call=True)
-
-    def _before(self, *_: object) -> None:
-        masks = self.runtime.masks
-        if torch.compiler.is_compiling() or masks is None or not self.needed(masks):
+    def before(*_: object) -> None:
+        masks = runtime.masks
+        if torch.compiler.is_compiling() or masks is None or not needed(masks):
             return
-        found = [(block, call) for block in self.blocks if (call := getattr(block, "_compiled_call_impl", None)) is not None]
-        self._calls = found
-        for block, _ in found:
+        compiled[:] = [(each, call) for each in blocks if (call := getattr(each, "_compiled_call_impl", None)) is not None]
+        for block, _ in compiled:
             block._compiled_call_impl = None
 
-    def _after(self, *_: object) -> None:
-        for block, call in self._calls:
+    def after(*_: object) -> None:
+        for block, call in compiled:
             block._compiled_call_impl = call
-        self._calls = []
+        compiled.clear()
+
+    undo.before_forward(model, before)
+    undo.after_forward(model, after, always_call=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,19 @@ class Undo:
         """Run `step(*args)` on `close`, before the steps that were recorded earlier."""
         self._steps.append(partial(step, *args))
 
-    def before_forward(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
-        """Call `hook` before each forward of `module` until `close`."""
+    def override(self, owner: Any, name: str, value: Any) -> None:
+        """Give one object its own value for an attribute or a method until `close`."""
+        own = vars(owner)
+        if name in own:  # set by someone else before us
+            self.callback(own.__setitem__, name, own[name])
+        else:
+            self.callback(own.pop, name, None)
+        own[name] = value
+
+    def before_forward(self, module: nn.Module, hook: Callable[..., Any], **how: bool) -> None:
+        """Call `hook` before each forward of `module` until `close`; `with_kwargs` and `prepend` are PyTorch's."""
         handles = self._handles()
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+        handles.append(module.register_forward_pre_hook(hook, **how))
 
     def after_forward(self, module: nn.Module, hook: Callable[..., Any], *, always_call: bool = False) -> None:
         """Call `hook` after each forward of `module` until `close`; `always_call`: also after one that raised."""
@@ -69,7 +78,7 @@ class Undo:
 @contextmanager
 def replaced_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
     """Calls of `module` go to `run`. Calls that `run` itself makes go to the module."""
-    found, own, inside = module.forward, "forward" in module.__dict__, False
+    found, inside = module.forward, False
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal inside
@@ -81,7 +90,6 @@ def replaced_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[Non
         finally:
             inside = False
 
-    with ExitStack() as undo:
-        undo.callback(module.__dict__.__setitem__ if own else module.__dict__.pop, "forward", found)
-        module.__dict__["forward"] = forward
+    with Undo() as undo:
+        undo.override(module, "forward", forward)
         yield

@@ -434,10 +434,10 @@ class Reference:
 
 
 @pytest.mark.parametrize("closing", [*thorough(0.0), 8.0])
-def test_a_bound_picture_is_the_sums_written_out(attach, pipe, loras, draw, closing):
+def test_a_bound_picture_is_the_sums_written_out(attach, pipe, loras, draw, closing, monkeypatch):
     host = copy.deepcopy(pipe)
-    mixture = attach(HALVES)
-    mixture._runtime.binding.closing = closing
+    monkeypatch.setattr(bound_text, "CLOSING", closing)
+    attach(HALVES)
     bound = draw(pipe, PROMPT)
     empty = torch.zeros(16, 3)
     empty[:, 2] = 1
@@ -822,7 +822,6 @@ def test_closed_words_of_joint_attention_are_those_written_out(other, monkeypatc
     """Logits of the picture's tokens to other experts' words, lowered by hand in a plain attention."""
     binding = {"fox": ("fox", "left"), "ink": ("owl", "right")}
     mixture, closed = bound_pictures(other, binding)
-    masks = mixture._runtime.binding
     own = torch.tensor(now(mixture).picture.readings[-1].own).float()  # [N, S]
     conditional = [row for row, prompt in enumerate(now(mixture).picture.prompt_of) if row == prompt]
     height, width = now(mixture).picture.side
@@ -843,11 +842,11 @@ def test_closed_words_of_joint_attention_are_those_written_out(other, monkeypatc
             logits[row, :, picture, text] += closing
         return logits.softmax(-1) @ value
 
-    masks.closing = 0.0
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    by_hand = draw_other(other)
+    monkeypatch.setattr(bound_text, "CLOSING", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        by_hand = draw_other(other)
     torch.testing.assert_close(by_hand, closed, atol=1e-4, rtol=0)
-    monkeypatch.undo()
     assert (draw_other(other) - closed).abs().max() > 1e-4
 
 
@@ -917,7 +916,7 @@ def test_words_are_closed_in_layers_that_perturbed_attention_splits(guidance, tm
     parts = {name: part for name, part in hosts.sd3().components.items() if "image" not in name and "feature" not in name}
     pipe = hosts.quiet(StableDiffusion3PAGPipeline(**parts, pag_applied_layers="blocks.1"))
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
-    mixture = mole.attach(pipe, files, binding={"fox": ("fox", "left"), "ink": ("owl", "right")})
+    mole.attach(pipe, files, binding={"fox": ("fox", "left"), "ink": ("owl", "right")})
     given, ask = [], bound_text.BoundText.bias
 
     def bias(self, tokens, rows):
@@ -927,7 +926,7 @@ def test_words_are_closed_in_layers_that_perturbed_attention_splits(guidance, tm
     monkeypatch.setattr(bound_text.BoundText, "bias", bias)
     hosts.draw(pipe, hosts.SIZE | {"guidance_scale": guidance, "pag_scale": 3.0}, PROMPT, steps=1)
     whole, before, perturbed = given
-    assert whole.amin((1, 2)).tolist() == [0.0] * (guidance > 1) + [-mixture._runtime.binding.closing] * 2
+    assert whole.amin((1, 2)).tolist() == [0.0] * (guidance > 1) + [-bound_text.CLOSING] * 2
     assert torch.equal(torch.cat([before, perturbed]), whole)
 
 
