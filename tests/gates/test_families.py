@@ -28,10 +28,17 @@ SIZE = {
     "rank": 1.0,
     "factors": 1.0,
 }  # of random parameters; scores that are large only flip on rounding
+
+
+def families(*fast, among=SUM):
+    """Each of these families in turn, all but the named ones in the thorough tier."""
+    return pytest.mark.parametrize("family", [*fast, *thorough(*(name for name in among if name not in fast))])
+
+
 each = pytest.mark.parametrize("family", SUM)
-some = pytest.mark.parametrize("family", ["flow", "rank", *thorough("prompt", "retrieval", "factors")])
-rows = pytest.mark.parametrize("family", ["rank", *thorough("flow", "prompt", "retrieval")])  # factors are those of no row
-sharing = pytest.mark.parametrize("family", ["flow", *thorough("prompt", "retrieval")])
+some = families("flow", "rank")
+rows = families("rank", among=[name for name in SUM if name != "factors"])  # factors are those of no row
+sharing = families("flow", among=SHARE)
 
 
 @each
