@@ -114,7 +114,12 @@ def styles(asked: str) -> str:
 def page(text: str) -> str:
     """A document with its tables made anew."""
     tables = {"success": success, "robustness": robustness, "ladder": ladder, "styles": styles}
-    return TABLE.sub(lambda found: f"<!-- {found[1]}: {found[2]} -->\n\n{tables[found[1]](found[2])}\n", text)
+
+    def made(found: re.Match[str]) -> str:
+        after = "" if found[3] else "\n"  # a table that was there has its empty line after it
+        return f"<!-- {found[1]}: {found[2]} -->\n\n{tables[found[1]](found[2])}\n{after}"
+
+    return TABLE.sub(made, text)
 
 
 if __name__ == "__main__":
