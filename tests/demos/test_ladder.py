@@ -131,8 +131,8 @@ def test_trained_gates_are_drawn_as_attached_from_their_folder(ladder, pipe, exp
 
 
 def test_the_figure_has_every_row_at_its_rung_and_what_is_not_trained_at_each(ladder):
-    rows = ladder.placed([{"arm": name, "kind": "k"} for name in ("bound", "mixer @ 60", "A @ 240")])
-    assert [(row["arm"], row["panel"], row["setting"], row["line"]) for row in rows] == [
+    rows = ladder.placed([{"arm": name, "kind": "k"} for name in ("A @ 240", "bound", "mixer @ 60")])
+    assert [(row["arm"], row["panel"], row["what is free to learn"], row["line"]) for row in rows] == [
         ("bound", "k", "mixer", "bound"), ("bound", "k", "A", "bound"),
         ("mixer @ 60", "k", "mixer", "60 updates"), ("A @ 240", "k", "A", "240 updates"),
     ]  # fmt: skip

@@ -166,12 +166,12 @@ def bound(name: str, updates: int) -> Arm:
 
 def placed(rows: Sequence[Row]) -> Iterator[Row]:
     """Rows for the figure: by rung, with a line per number of updates. Untrained arms are at every rung."""
-    rungs = dict.fromkeys(row["arm"].partition(" @ ")[0] for row in rows if " @ " in row["arm"])
-    for row in rows:
-        rung, _, updates = row["arm"].partition(" @ ")
+    parted = [(row, *row["arm"].partition(" @ ")[::2]) for row in rows]
+    trained = {rung for _, rung, updates in parted if updates}
+    for row, rung, updates in sorted(parted, key=lambda found: int(found[2] or 0)):
         line = f"{updates} updates" if updates else rung
-        for at in [rung] if updates else rungs:
-            yield row | {"panel": row["kind"], "setting": at, "line": line}
+        for at in [rung] if updates else [name for name in RUNGS if name in trained]:
+            yield row | {"panel": row["kind"], "what is free to learn": at, "line": line}
 
 
 def main() -> None:
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--rungs", nargs="*", choices=RUNGS, default=list(RUNGS))
     parser.add_argument("--updates", nargs="*", type=int, default=UPDATES)
     parser.add_argument("--pack", action="store_true", help="write the verdicts to docs/results/, too")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the figure, too")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the figure of all rows, too")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
@@ -199,14 +199,14 @@ def main() -> None:
     drawn = [*(ARMS[name]() for name in ("sum", "bound", "tiles")), *trained]
     seeds = range(SEEDS["validation"], SEEDS["validation"] + args.seeds)
     metrics = emoji_protocol.JudgeMetrics(world.judge(), found)
-    rows = measured(setup, drawn, found, metrics, seeds=seeds, rows=Rows(WORK / "ladder" / "rows"))
-    table = as_frame(rows)
+    rows = Rows(WORK / "ladder" / "rows")
+    table = as_frame(measured(setup, drawn, found, metrics, seeds=seeds, rows=rows))
     print(success_table(table))
     print(paired_table(table, "bound"))
     if args.pack:
         pack("ladder", table, ["kind", "concepts", "arm", "seed"])
     if args.figure:
-        curves(as_frame(placed(rows)), args.figure, at="setting", line="line", panel="panel")
+        curves(as_frame(placed(rows.read())), args.figure, at="what is free to learn", line="line", panel="panel")
 
 
 if __name__ == "__main__":
