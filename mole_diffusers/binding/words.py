@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -116,7 +116,9 @@ def _merged(readings: Sequence[Reading]) -> Reading:
         return readings[0]
     same: dict[ThingKey, list[Thing]] = {}  # key -> the same thing in each text
     relations: dict[tuple[int, int, str], None] = {}
-    for reading, common in zip(readings, _common_keys(readings), strict=True):
+    separate = _separate_names(reading.things for reading in readings)
+    for reading in readings:
+        common = _common_keys(reading.things, separate)
         for thing, its_keys in zip(reading.things, common, strict=True):
             for key in its_keys:
                 same.setdefault(key, []).append(thing)
@@ -136,43 +138,41 @@ def _merged(readings: Sequence[Reading]) -> Reading:
     return Reading(tuple(map(_union, own)), tuple(things), tuple(relations))
 
 
-def _common_keys(readings: Sequence[Reading]) -> list[list[list[ThingKey]]]:
-    """[text][thing] -> its keys in all the texts together.
+def _separate_names(texts: Iterable[Sequence[Thing]]) -> dict[tuple[int, ...], list[int]]:
+    """Experts that name several things in one text -> the phrases that name these, in the text that names most."""
+    most: dict[tuple[int, ...], list[int]] = {}
+    for things in texts:
+        names: dict[tuple[int, ...], list[int]] = {}
+        for thing in things:
+            if thing.experts:
+                names.setdefault(thing.experts, []).append(thing.phrases[0])
+        for experts, phrases in names.items():
+            if len(phrases) > max(1, len(most.get(experts, ()))):
+                most[experts] = phrases
+    return most
 
-    There is one key, or several if another text names things separately that this text treats as one: for the same LoRA,
-    "a fox and an owl" in `prompt` and "fox, owl" in `prompt_2`.
+
+def _common_keys(things: Sequence[Thing], separate: Mapping[tuple[int, ...], Sequence[int]]) -> list[list[ThingKey]]:
+    """[thing of one text] -> its keys in all the texts together, given the `_separate_names` of these.
+
+    There is one key, or several if another text names separately what this text treats as one. For the same LoRA, "a fox
+    and an owl" in `prompt` are two things with keys [[fox], [owl]]; "fox, owl" in `prompt_2` is one with [[fox, owl]].
     """
-    several: dict[tuple[int, ...], list[int]] = {}  # experts -> phrases that name things, in the text that names most
-    for reading in readings:
-        for experts, names in _names(reading.things).items():
-            several[experts] = max(several.get(experts, []), names, key=len)
-
-    def common(thing: Thing, key: ThingKey) -> list[ThingKey]:
-        if len(names := several.get(thing.experts, ())) < 2:
-            return [key]
-        said = [name for name in names if name in thing.phrases] or names[:1]
-        return [(thing.experts, str(name), 0) for name in said]
-
-    return [[common(*each) for each in zip(r.things, keys(r.things), strict=True)] for r in readings]
-
-
-def _names(things: Sequence[Thing]) -> dict[tuple[int, ...], list[int]]:
-    """Experts -> the phrases that name their things."""
-    names: dict[tuple[int, ...], list[int]] = {}
-    for thing in things:
-        if thing.experts:
-            names.setdefault(thing.experts, []).append(thing.phrases[0])
-    return names
+    common = [[key] for key in keys(things)]
+    for i, thing in enumerate(things):
+        if phrases := separate.get(thing.experts):
+            said = [phrase for phrase in phrases if phrase in thing.phrases] or phrases[:1]
+            common[i] = [(thing.experts, str(phrase), 0) for phrase in said]
+    return common
 
 
 def keys(things: Sequence[Thing]) -> list[ThingKey]:
     """Keys that match things of two texts, or of one text in other tokens: the second lemon of one is the second of the
     other.
     """
-    several = _names(things)
+    separate = _separate_names([things])
     names = [
-        (str(t.phrases[0]) if len(several[t.experts]) > 1 else "") if t.experts else re.sub(r"\W", "", t.name)
-        for t in things
+        (str(t.phrases[0]) if t.experts in separate else "") if t.experts else re.sub(r"\W", "", t.name) for t in things
     ]
     called = [(thing.experts, name) for thing, name in zip(things, names, strict=True)]
     return [(*name, called[:i].count(name)) for i, name in enumerate(called)]
