@@ -91,23 +91,23 @@ def joined(readings: Sequence[Reading]) -> Reading:
     """
     lengths = [len(reading.own[0]) for reading in readings]
     starts = [0, *accumulate(lengths[:-1])]
-    return _merged([_placed(reading, at, sum(lengths)) for reading, at in zip(readings, starts, strict=True)])
+    return _merged([_padded(reading, at, sum(lengths)) for reading, at in zip(readings, starts, strict=True)])
 
 
 def overlaid(readings: Sequence[Reading]) -> Reading:
     """Combine texts of several encoders whose states lie side by side: a token belongs to a word if it does in any text."""
     length = max(len(reading.own[0]) for reading in readings)
-    return _merged([_placed(reading, 0, length) for reading in readings])
+    return _merged([_padded(reading, 0, length) for reading in readings])
 
 
-def _placed(reading: Reading, start: int, length: int) -> Reading:
+def _padded(reading: Reading, start: int, length: int) -> Reading:
     """A text whose tokens begin at `start` among `length`."""
 
-    def placed(tokens: tuple[bool, ...]) -> tuple[bool, ...]:
+    def padded(tokens: tuple[bool, ...]) -> tuple[bool, ...]:
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
-    things = tuple(replace(thing, tokens=placed(thing.tokens)) for thing in reading.things)
-    return replace(reading, own=tuple(map(placed, reading.own)), things=things)
+    things = tuple(replace(thing, tokens=padded(thing.tokens)) for thing in reading.things)
+    return replace(reading, own=tuple(map(padded, reading.own)), things=things)
 
 
 def _merged(readings: Sequence[Reading]) -> Reading:
