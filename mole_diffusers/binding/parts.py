@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from mole_diffusers.binding.sentence import ARTICLE, BREAK, JOINED, LISTED, Sentence, Span, ends_list, parse
 from mole_diffusers.binding.words import Reading, reading_of
@@ -23,9 +25,19 @@ class Part:
     source: tuple[int | None, ...]
 
 
+class Apart(NamedTuple):
+    """A prompt and its things. These are not listed in "a fox riding a horse", nor if words of one stand among those of
+    another. With nouns that belong to no expert, only a plain list with "and" counts: "a fox, a lemon and a tiger".
+    """
+
+    reading: Reading  # how binding reads the prompt, with one character per token
+    prompts: dict[int, Part]  # each thing's index in that reading -> its prompt, in the order of naming
+    are_listed: bool  # whether the things are listed side by side, as by "and" or "left of"
+
+
 def prompts_apart(
     prompt: str, phrases: Sequence[Sequence[str]], everywhere: Collection[int] = (), *, whole: Collection[int] = ()
-) -> tuple[Reading, dict[int, Part], bool]:
+) -> Apart:
     """A separate prompt for each thing: "ink drawing of a red fox and an owl in snow" gives "ink drawing of an owl in snow".
 
     The text before the first thing and after the last one applies to every thing.
@@ -34,44 +46,42 @@ def prompts_apart(
         phrases: [N], each expert's words.
         everywhere: the experts whose words describe the whole picture.
         whole: see `words.read`.
-
-    Returns:
-        Three values. First, how binding reads the prompt, with one character per token. Second, each thing's index in
-        that reading -> its prompt, in the order of naming. Third, whether the things are listed side by side, as by
-        "and" or "left of". In "a fox riding a horse" they are not, nor if words of one thing stand among those of
-        another. With nouns that belong to no expert, only a plain list with "and" counts, such as "a fox, a lemon and a
-        tiger".
     """
     sentence = parse(prompt, [[phrase.strip().lower() for phrase in each] for each in phrases], whole)
     text, reading = sentence.text, reading_of(sentence, list(prompt))
-    spans = {
-        i: mention.spans
-        for i, mention in enumerate(sentence.mentions)
-        if not mention.is_tag and (not mention.experts or not set(mention.experts) <= set(everywhere))
-    }
-    order = sorted(spans, key=lambda i: spans[i][0])
-    if not order:
-        return reading, {}, True
-    begins = [spans[i][0][0] for i in order]
-    ends = []  # the end of each thing's last word, or of its first if other things come between
-    for i, begin in zip(order, begins, strict=True):
-        last = spans[i][-1][1]
-        ends.append(spans[i][0][1] if any(begin < other < last for other in begins) else last)
-    gaps = [text[end:begin] for end, begin in zip(ends, begins[1:], strict=False)]
-    article = ARTICLE.search(text[: begins[0]])
-    starts, stops = [article.start() if article else begins[0]], []  # of the text on each thing alone
-    for gap, end, begin in zip(gaps, ends, begins[1:], strict=False):
-        breaks, article = [match.span() for match in BREAK.finditer(gap)], ARTICLE.search(gap)
-        stops.append(end + breaks[0][0] if breaks else end)
-        starts.append(end + breaks[-1][1] if breaks else end + article.start() if article else begin)
-    stops.append(ends[-1])
-    places = _characters(sentence.sides)  # they place a thing among others, which means nothing in a tile
-    edges = [(0, starts[0]), *zip(starts, stops, strict=True)]
-    head, *own = ([i for i in _stripped(text, *each) if i not in places] for each in edges)
-    tail = [i for i in range(stops[-1], len(prompt)) if i not in places]
-    apart = {i: _part(prompt, [*head, *([None] if head else []), *each, *tail]) for i, each in zip(order, own, strict=True)}
-    listed = _are_listed(gaps, text[stops[-1] :], all(sentence.mentions[i].experts for i in order))
-    return reading, apart, listed and _are_parted(sentence, apart)
+    in_order = sorted(enumerate(sentence.mentions), key=lambda each: each[1].spans[0])
+    things = {i: m for i, m in in_order if not (m.is_tag or (m.experts and set(m.experts) <= set(everywhere)))}
+    if not things:
+        return Apart(reading, {}, True)
+    begins = [thing.spans[0][0] for thing in things.values()]
+    named = []  # from the first word of each thing to its last, or the first alone if other things come between
+    for thing in things.values():
+        (begin, end), (_, last) = thing.spans[0], thing.spans[-1]
+        named.append((begin, end if any(begin < other < last for other in begins) else last))
+    own = _own_texts(text, named)
+    before, after = _stripped(text, 0, own[0][0]), range(own[-1][1], len(text))
+    sources = ([*before, None, *_stripped(text, *span), *after] for span in own)
+    sides = _characters(sentence.sides)  # they place a thing among others, which means nothing in a tile
+    prompts = {i: _part(prompt, [c for c in source if c not in sides]) for i, source in zip(things, sources, strict=True)}
+    gaps = [text[end:begin] for (_, end), (begin, _) in pairwise(named)]
+    listed = _are_listed(gaps, text[after.start :], all(thing.experts for thing in things.values()))
+    return Apart(reading, prompts, listed and _are_parted(sentence, prompts))
+
+
+def _own_texts(text: str, named: Sequence[Span]) -> list[Span]:
+    """Where the text on each thing starts and stops: at breaks, such as a comma, or else with the thing and its article."""
+    starts, stops = [_article(text, 0, named[0][0])], []
+    for (_, end), (begin, _) in pairwise(named):
+        breaks = list(BREAK.finditer(text[end:begin]))
+        stops.append(end + breaks[0].start() if breaks else end)
+        starts.append(end + breaks[-1].end() if breaks else _article(text, end, begin))
+    return list(zip(starts, [*stops, named[-1][1]], strict=True))
+
+
+def _article(text: str, start: int, noun: int) -> int:
+    """Where the article of a noun is, or the noun itself if there is none after `start`."""
+    article = ARTICLE.search(text[start:noun])
+    return start + article.start() if article else noun
 
 
 def _characters(spans: Iterable[Span]) -> set[int]:

@@ -190,15 +190,15 @@ def _mentions(
     if len(at_sides := {everyones[i] for i in _on_sides(text, dict(enumerate(everyones)), sides)}) > 1:
         lists.append(at_sides)
     named: dict[tuple[Span, ...], list[int]] = {}  # where a thing is named -> the experts of these words
-    for k, each in enumerate(located):
-        own, own_names = (
-            [words for words in found if not _says_more(text, words, each, tags)] for found in (lists, lists_of_names)
-        )
-        # Names without an article are a list only if it has all words of the expert, as in "miku and rin".
-        listed = next((names for names in own_names if names.issuperset(each)), set().union(*own))
-        for spans in _by_thing(each, () if k in whole else listed):
-            if spans:
-                named.setdefault(spans, []).append(k)
+    for k, own in enumerate(located):
+        if k in whole:  # they name one thing
+            listed: Collection[Span] = ()
+        elif any(names.issuperset(own) for names in lists_of_names):  # "miku and rin", without other words of the expert
+            listed = own
+        else:  # "a fox and an owl", not "a knight with a sword and a shield"
+            listed = {span for words in lists if not _says_more(text, words, own, tags) for span in words}
+        for spans in _by_thing(own, listed):
+            named.setdefault(spans, []).append(k)
     return [
         Mention(spans, tuple(experts), tuple(dict.fromkeys(located[experts[0]][span] for span in spans)))
         for spans, experts in named.items()
@@ -212,7 +212,7 @@ def _by_thing(spans: Mapping[Span, int], listed: Collection[Span]) -> list[tuple
     """
     names = list(dict.fromkeys(phrase for span, phrase in spans.items() if span in listed))
     if len(names) < 2:
-        return [tuple(spans)]
+        return [tuple(spans)] if spans else []
     things: dict[int, list[Span]] = {name: [] for name in names}
     now = names[0]
     for span, phrase in spans.items():

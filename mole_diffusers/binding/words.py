@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -91,23 +91,23 @@ def joined(readings: Sequence[Reading]) -> Reading:
     """
     lengths = [len(reading.own[0]) for reading in readings]
     starts = [0, *accumulate(lengths[:-1])]
-    return _merged([_placed(reading, at, sum(lengths)) for reading, at in zip(readings, starts, strict=True)])
+    return _merged([_padded(reading, at, sum(lengths)) for reading, at in zip(readings, starts, strict=True)])
 
 
 def overlaid(readings: Sequence[Reading]) -> Reading:
     """Combine texts of several encoders whose states lie side by side: a token belongs to a word if it does in any text."""
     length = max(len(reading.own[0]) for reading in readings)
-    return _merged([_placed(reading, 0, length) for reading in readings])
+    return _merged([_padded(reading, 0, length) for reading in readings])
 
 
-def _placed(reading: Reading, start: int, length: int) -> Reading:
+def _padded(reading: Reading, start: int, length: int) -> Reading:
     """A text whose tokens begin at `start` among `length`."""
 
-    def placed(tokens: tuple[bool, ...]) -> tuple[bool, ...]:
+    def padded(tokens: tuple[bool, ...]) -> tuple[bool, ...]:
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
-    things = tuple(replace(thing, tokens=placed(thing.tokens)) for thing in reading.things)
-    return replace(reading, own=tuple(map(placed, reading.own)), things=things)
+    things = tuple(replace(thing, tokens=padded(thing.tokens)) for thing in reading.things)
+    return replace(reading, own=tuple(map(padded, reading.own)), things=things)
 
 
 def _merged(readings: Sequence[Reading]) -> Reading:
@@ -116,7 +116,9 @@ def _merged(readings: Sequence[Reading]) -> Reading:
         return readings[0]
     same: dict[ThingKey, list[Thing]] = {}  # key -> the same thing in each text
     relations: dict[tuple[int, int, str], None] = {}
-    for reading, common in zip(readings, _common_keys(readings), strict=True):
+    separate = _separate_names(reading.things for reading in readings)
+    for reading in readings:
+        common = _common_keys(reading.things, separate)
         for thing, its_keys in zip(reading.things, common, strict=True):
             for key in its_keys:
                 same.setdefault(key, []).append(thing)
@@ -136,43 +138,41 @@ def _merged(readings: Sequence[Reading]) -> Reading:
     return Reading(tuple(map(_union, own)), tuple(things), tuple(relations))
 
 
-def _common_keys(readings: Sequence[Reading]) -> list[list[list[ThingKey]]]:
-    """[text][thing] -> its keys in all the texts together.
+def _separate_names(texts: Iterable[Sequence[Thing]]) -> dict[tuple[int, ...], list[int]]:
+    """Experts that name several things in one text -> the phrases that name these, in the text that names most."""
+    most: dict[tuple[int, ...], list[int]] = {}
+    for things in texts:
+        names: dict[tuple[int, ...], list[int]] = {}
+        for thing in things:
+            if thing.experts:
+                names.setdefault(thing.experts, []).append(thing.phrases[0])
+        for experts, phrases in names.items():
+            if len(phrases) > max(1, len(most.get(experts, ()))):
+                most[experts] = phrases
+    return most
 
-    There is one key, or several if another text names things separately that this text treats as one: for the same LoRA,
-    "a fox and an owl" in `prompt` and "fox, owl" in `prompt_2`.
+
+def _common_keys(things: Sequence[Thing], separate: Mapping[tuple[int, ...], Sequence[int]]) -> list[list[ThingKey]]:
+    """[thing of one text] -> its keys in all the texts together, given the `_separate_names` of these.
+
+    There is one key, or several if another text names separately what this text treats as one. For the same LoRA, "a fox
+    and an owl" in `prompt` are two things with keys [[fox], [owl]]; "fox, owl" in `prompt_2` is one with [[fox, owl]].
     """
-    several: dict[tuple[int, ...], list[int]] = {}  # experts -> phrases that name things, in the text that names most
-    for reading in readings:
-        for experts, names in _names(reading.things).items():
-            several[experts] = max(several.get(experts, []), names, key=len)
-
-    def common(thing: Thing, key: ThingKey) -> list[ThingKey]:
-        if len(names := several.get(thing.experts, ())) < 2:
-            return [key]
-        said = [name for name in names if name in thing.phrases] or names[:1]
-        return [(thing.experts, str(name), 0) for name in said]
-
-    return [[common(*each) for each in zip(r.things, keys(r.things), strict=True)] for r in readings]
-
-
-def _names(things: Sequence[Thing]) -> dict[tuple[int, ...], list[int]]:
-    """Experts -> the phrases that name their things."""
-    names: dict[tuple[int, ...], list[int]] = {}
-    for thing in things:
-        if thing.experts:
-            names.setdefault(thing.experts, []).append(thing.phrases[0])
-    return names
+    common = [[key] for key in keys(things)]
+    for i, thing in enumerate(things):
+        if phrases := separate.get(thing.experts):
+            said = [phrase for phrase in phrases if phrase in thing.phrases] or phrases[:1]
+            common[i] = [(thing.experts, str(phrase), 0) for phrase in said]
+    return common
 
 
 def keys(things: Sequence[Thing]) -> list[ThingKey]:
     """Keys that match things of two texts, or of one text in other tokens: the second lemon of one is the second of the
     other.
     """
-    several = _names(things)
+    separate = _separate_names([things])
     names = [
-        (str(t.phrases[0]) if len(several[t.experts]) > 1 else "") if t.experts else re.sub(r"\W", "", t.name)
-        for t in things
+        (str(t.phrases[0]) if t.experts in separate else "") if t.experts else re.sub(r"\W", "", t.name) for t in things
     ]
     called = [(thing.experts, name) for thing, name in zip(things, names, strict=True)]
     return [(*name, called[:i].count(name)) for i, name in enumerate(called)]

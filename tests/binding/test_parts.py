@@ -10,8 +10,8 @@ TWO = ["fox", "owl", "blue hat", "ink"]  # all of one LoRA
 def test_words_that_stand_among_those_of_another_thing_are_not_listed():
     """Each of the two would be in the other's prompt, too."""
     for prompt in ("fox, bear and owl", "a fox, a bear, the owl asleep"):
-        assert not prompts_apart(prompt, [["fox", "owl"], ["bear"]])[2]
-    assert not prompts_apart("a fox, ink style, and an owl", [["fox"], ["owl"], ["ink"]])[2]  # ink would be in none
+        assert not prompts_apart(prompt, [["fox", "owl"], ["bear"]]).are_listed
+    assert not prompts_apart("a fox, ink style, and an owl", [["fox"], ["owl"], ["ink"]]).are_listed  # ink would be in none
 
 
 @pytest.mark.parametrize(
