@@ -258,19 +258,19 @@ class Mixture:
         # Weights by hand hold everywhere, and rows of sets belong to other prompts.
         if call is None or binding is None or runtime.fixed is not None or runtime.rows is not None:
             return nullcontext()
-
-        @contextmanager
-        def by(names: Sequence[str], **settings: Any) -> Iterator[None]:
-            with self.bound(None), self.only(*names), self._with_settings(within_step=True, **settings):
-                yield
-
         acting = [name for name, acts in zip(self.experts, runtime.acting, strict=True) if acts]
         about: dict[str, Any] = {"bound": binding.bound, "acting": acting, "settle": binding.plan}
-        tiles = tiles_for(pipe, tiling, call, by=by, **about) if tiling.until else None
-        if tiles is not None:
+        if tiling.until and (tiles := tiles_for(pipe, tiling, call, by=self._alone, **about)) is not None:
             return tiles.drawn()
-        over = drawn_over(pipe, tiling, call, by=partial(by, listeners=[]), **about)
-        return nullcontext() if over is None else over.placed()
+        if (over := drawn_over(pipe, tiling, call, by=partial(self._alone, listeners=[]), **about)) is not None:
+            return over.placed()
+        return nullcontext()
+
+    @contextmanager
+    def _alone(self, names: Sequence[str], **settings: Any) -> Iterator[None]:
+        """Only these experts, on every word, for calls of the denoiser that are parts of a step."""
+        with self.bound(None), self.only(*names), self._with_settings(within_step=True, **settings):
+            yield
 
     def announce_text(self, ids: torch.Tensor) -> None:
         """Announce the token ids [B, T], on the CPU, that a text encoder is about to get.

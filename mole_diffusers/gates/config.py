@@ -141,7 +141,7 @@ class GateConfig:
     def one_gate_per(self) -> str:
         """The unit that has one gate, see `patching.placement.place_name`."""
         if self.reads_prompt:
-            return "block_input" if self.axis == "concept" else "module"
+            return "block" if self.axis == "concept" else "matrix"
         return FAMILIES[self.family].one_gate_per or self.granularity
 
     @property

@@ -56,11 +56,15 @@ class Gate(Protocol):
 
     hidden [B, T, C], of any dtype, is what enters the gate's place:
 
-    - a block: the input of its first attention, after the norm;
-    - "flow": the input of the block, or its text;
-    - "prompt": the text;
-    - a gate of one layer: the input of that layer;
-    - layers outside of a denoiser's blocks: [B, 1, C + 32], the mean text and the noise level.
+    - one gate per "block": the input of the block's first attention, after the norm;
+    - per "layer": the input of that attention or feed-forward;
+    - per "matrix", "retrieval", "rank" and "factors": the input of the linear or convolution layer;
+    - "flow": the input of the block, or its text; outside of blocks that of each layer;
+    - "prompt": the denoiser's text; in a text encoder the input of the block, or outside of blocks of the first;
+    - for layers outside of blocks otherwise, and per "model": [B, 1, C + 32], the mean text and the noise level; in a
+      text encoder the input of the first block.
+
+    For `inputs="experts"` it is the experts' outputs for that input, [B, T, D], except in the last case.
 
     Attributes:
         step_invariant: the weights depend on nothing that changes while sampling, so they can be folded.

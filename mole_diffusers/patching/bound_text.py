@@ -65,12 +65,10 @@ class BoundText:
                 bias = -CLOSING * self.picture.closed_words(side)
                 self.biases[side[0] * side[1]] = onto(bias.to(self.text.dtype), device)
 
-    def follow_prompt(self) -> bool:
-        """Take over the places that were planned for the prompt since then. Returns whether there were any."""
-        if self.prompt is None or self.image is self.prompt.image:
-            return False
-        self.image, self._made = self.prompt.image, {}
-        return True
+    def follow_prompt(self) -> None:
+        """Take over the places that were planned for the prompt since then, if there were any."""
+        if self.prompt is not None and self.image is not self.prompt.image:
+            self.image, self._made = self.prompt.image, {}
 
     def forget(self) -> None:
         """Drop what was computed for layers. It is computed again when they ask."""

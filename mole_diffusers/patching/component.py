@@ -6,6 +6,7 @@ The LoRAs themselves are put on by peft, see peft_injection.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ from mole_diffusers.patching.placement import (
     Place,
     blocks,
     describe_place,
+    describe_prompt_place,
     place_name,
     probed,
-    text_width,
 )
 from mole_diffusers.patching.processor import MoLEAttnProcessor
 from mole_diffusers.patching.runtime import Present, Runtime
@@ -46,15 +47,18 @@ class Component:
 
     def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, config: GateConfig, runtime: Runtime):
         self.name, self.model, self.stacks, self.config, self.runtime = name, model, dict(stacks), config, runtime
+        self.denoises = name in DENOISERS
         if config.family == "rank" and config.refactor:
             self.stacks = {layer: singular(stack) for layer, stack in stacks.items()}
-        names, per = list(blocks(model)), config.one_gate_per
-        self.owners = {layer: place_name(layer, per, names) for layer in stacks}  # layer -> name of its place
-        self.places = {name: describe_place(name, per, model) for name in dict.fromkeys(self.owners.values())}
-        self.layers_of_block: dict[str, list[str]] = {}  # block -> its layers, if one gate weighs them all
-        if per == "module":
+        entries, per = blocks(model), config.one_gate_per
+        self.owners = {layer: place_name(layer, per, entries) for layer in stacks}  # layer -> name of its place
+        describe = describe_prompt_place if config.reads_prompt else partial(describe_place, one_gate_per=per)
+        names = dict.fromkeys(self.owners.values())
+        self.places = {place: describe(place, model=model, entries=entries, denoises=self.denoises) for place in names}
+        self.layers_of_block: dict[str, list[str]] = {}  # block -> its layers, if one gate weighs each of them
+        if config.reads_prompt and per == "matrix":
             for layer in stacks:
-                self.layers_of_block.setdefault(place_name(layer, "block_input", names), []).append(layer)
+                self.layers_of_block.setdefault(place_name(layer, "block", entries), []).append(layer)
         self.bank = GateBank(self._gates())
         self.sites = {name: self._site(at) for name, at in self.places.items()}
 
@@ -65,10 +69,9 @@ class Component:
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
         peft_injection.inject(self.model, self.stacks, {layer: self.site_of(layer) for layer in self.stacks}, undo)
-        if self.config.reads_prompt and self.name in DENOISERS:
-            hook = _defer_text(self._model_sites, DenoiserInputs(self.model))
-            undo.before_forward(self.model, hook, with_kwargs=True)
-            return
+        if self.denoises and (sites := self._model_sites):
+            defer = _defer_text if self.config.reads_prompt else _defer_text_and_time
+            undo.before_forward(self.model, defer(sites, DenoiserInputs(self.model)), with_kwargs=True)
         for name, at in self.places.items():
             self._hook(at, self.sites[name], undo)
 
@@ -127,16 +130,20 @@ class Component:
         return self.config.family == "mole" and self.config.inputs == "experts"
 
     def _gates(self) -> dict[str, nn.Module]:
+        """The gates by place, or by block if one gate weighs each layer of a block."""
         if not self.config.reads_prompt:
             return {name: self._gate(at) for name, at in self.places.items()}
-        rows = {block: [self.stacks[layer].present for layer in layers] for block, layers in self.layers_of_block.items()}
-        everyone = tuple(True for _ in self.runtime.active)
-        return {name: self._prompt_gate(name, rows.get(name, [everyone])) for name in rows or self.places}
+        if not self.layers_of_block:
+            everyone = tuple(True for _ in self.runtime.active)
+            return {name: self._prompt_gate(at, [everyone]) for name, at in self.places.items()}
+        return {
+            block: self._prompt_gate(self.places[layers[0]], [self.stacks[layer].present for layer in layers])
+            for block, layers in self.layers_of_block.items()
+        }
 
-    def _prompt_gate(self, name: str, presents: Sequence[Sequence[bool]]) -> nn.Module:
-        width = text_width(self.model) if self.name in DENOISERS else describe_place(name, "block_input", self.model).width
+    def _prompt_gate(self, at: Place, presents: Sequence[Present]) -> nn.Module:
         config = self.config
-        return PromptGate(width, presents, axis=config.axis, top=config.top, total=config.total)
+        return PromptGate(at.width, presents, axis=config.axis, top=config.top, total=config.total)
 
     def _gate(self, at: Place) -> nn.Module:
         experts = len(self.runtime.active)
@@ -152,32 +159,31 @@ class Component:
         return build_gate(self.config, experts, width, stack=self.stacks.get(at.name))
 
     def _site(self, at: Place) -> GateSite:
-        presents = {self.stacks[layer].present for layer, name in self.owners.items() if name == at.name}
-        timed, whole = self.name in DENOISERS, at.name == NETWORK
+        """The site of a place. What the gate reads there decides when it is evaluated, and so the kind of site."""
         gate, scope = self._gate_of(at)
+        presents = {self.stacks[layer].present for layer, name in self.owners.items() if name == at.name}
         common: dict[str, Any] = {
             "presents": sorted(presents, key=lambda present: (sum(present), present), reverse=True),
-            "timed": timed,
+            "timed": self.denoises,
             "scope": scope,
             "probe": self._probe(at),
         }
         about = f"{self.name}.{at.name}" if at.name else self.name, gate, self.runtime
-        if whole or (timed and self.config.reads_prompt):
-            return ModelSite(*about, spans_blocks=whole, **common)
-        if at.block is not None or self.config.reads_prompt:
-            reads_text = timed and self.config.one_gate_per == "stream" and at.name.endswith(TEXT_LAYERS)
-            return BlockSite(*about, reads_text=reads_text, **common)
-        return LayerSite(*about, **common)
+        if NETWORK in (at.name, at.entry):
+            return ModelSite(*about, spans_blocks=at.name == NETWORK, **common)
+        if at.entry is None and at.block is None:
+            return LayerSite(*about, **common)
+        reads_text = self.denoises and self.config.one_gate_per == "stream" and at.name.endswith(TEXT_LAYERS)
+        return BlockSite(*about, reads_text=reads_text, **common)
 
     def _gate_of(self, at: Place) -> tuple[Any, Present | None]:
-        """The gate at a place, and the experts it shares among if one gate weighs all layers of a block."""
-        for block, layers in self.layers_of_block.items():
-            if at.name in layers:
-                presents = [self.stacks[layer].present for layer in layers]
-                return LayerOfPromptGate(self.bank[block], layers.index(at.name)), tuple(
-                    map(any, zip(*presents, strict=True))
-                )
-        return self.bank[at.name], None
+        """The gate at a place, and the experts it shares among if it weighs each layer of a block."""
+        block = next((block for block, layers in self.layers_of_block.items() if at.name in layers), None)
+        if block is None:
+            return self.bank[at.name], None
+        layers = self.layers_of_block[block]
+        scope = tuple(map(any, zip(*(self.stacks[layer].present for layer in layers), strict=True)))
+        return LayerOfPromptGate(self.bank[block], layers.index(at.name)), scope
 
     def _probe(self, at: Place) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The paper's gate input: hidden state [B, T, C] -> each expert's outputs [B, T, N * sum Cout]."""
@@ -198,18 +204,11 @@ class Component:
     # ---- hooks
 
     def _hook(self, at: Place, site: GateSite, undo: Undo) -> None:
-        """Evaluate the site's gate whenever sampling enters its place."""
-        if isinstance(site, LayerSite):  # the layer evaluates it by itself
-            return
-        if isinstance(site, ModelSite) and self.name in DENOISERS:
-            hook = _defer_text_and_time(site, DenoiserInputs(self.model))
-            undo.before_forward(self.model, hook, with_kwargs=True)
-        elif at.block is None:  # in a text encoder
-            self._evaluate_at(next(iter(blocks(self.model))), site, undo)
-        elif isinstance(site, BlockSite):
+        """Let a site know when sampling enters its place, and what enters."""
+        if isinstance(site, BlockSite) and at.block is not None:
             undo.before_forward(self.model.get_submodule(at.block), lambda *_: site.begin_block())
-            if at.entry is not None:  # otherwise the first of its layers evaluates it
-                self._evaluate_at(at.entry, site, undo)
+        if at.entry is not None and at.entry != NETWORK:
+            self._evaluate_at(at.entry, site, undo)
 
     def _evaluate_at(self, entry: str, site: GateSite, undo: Undo) -> None:
         """Evaluate a site's gate on what enters a module."""
@@ -225,12 +224,15 @@ class Component:
             undo.before_forward(module, evaluate, with_kwargs=True)
 
 
-def _defer_text_and_time(site: ModelSite, inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
+def _defer_text_and_time(sites: Sequence[ModelSite], inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
+    """For gates of layers outside of the denoiser's blocks."""
+
     def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
         time = inputs.time(args, kwargs)  # [B]
         text = functional.resample_rows(inputs.text(args, kwargs), len(time))  # [B, T, C]; a video repeats it for each frame
         time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
-        site.defer(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
+        for site in sites:
+            site.defer(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
 
     return defer
 

@@ -1,4 +1,12 @@
-"""A gate at its site in a model: evaluated at the start of its block, and read by every expert layer of the block."""
+"""A site: one gate, and the layers that take its weights.
+
+Every site keeps its gate's last weights, evaluates the gate again when these no longer hold (`evaluate`), and gives each
+of its layers the factor for its ranks (`factor`). Sites differ in when they evaluate it:
+
+    BlockSite    when its block begins, for all its layers there
+    LayerSite    when its only layer runs
+    ModelSite    once in a call of the model; in a denoiser, when the first of its layers asks
+"""
 
 from __future__ import annotations
 
@@ -14,7 +22,7 @@ from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates import Context, Gate, Layer
 from mole_diffusers.gates.seen import Seen, version
-from mole_diffusers.patching.runtime import ActiveExperts, Decision, Plan, Present, Runtime
+from mole_diffusers.patching.runtime import ActiveExperts, Decision, Present, Runtime
 
 if TYPE_CHECKING:
     from mole_diffusers.patching.gated_linear import GatedExperts
@@ -33,6 +41,7 @@ class GateSite(ABC):
     """
 
     shares_factors = True  # whether all layers of the same ranks have the same factor
+    spans_blocks = False  # whether each layer multiplies its own block's strength from a schedule
 
     def __init__(
         self,
@@ -49,7 +58,7 @@ class GateSite(ABC):
         self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
         self._decisions: list[Decision] = []
         self._valid_for: tuple[Any, ...] | None = None  # see `_validity`; None: valid for this call only
-        self._factors: dict[tuple, torch.Tensor] = {}  # by a layer's ranks, and by its tokens if experts are bound
+        self._factors: dict[tuple, torch.Tensor] = {}  # of these decisions, by what layers have in common, see `factor`
 
     # ---- evaluating
 
@@ -90,7 +99,9 @@ class GateSite(ABC):
 
     def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> list[Decision]:
         """One decision for each set of experts among the site's layers."""
-        fixed = self._fixed()
+        fixed: Sequence[float] | None = self.runtime.fixed  # weights by hand for all gates, or a schedule's for this one
+        if fixed is None and self.runtime.plan is not None:
+            fixed = self.runtime.plan.gates(self.name)
         segment = layer.segment if layer is not None and self.gate.ranked else None
         if fixed is not None:
             return [self._by_hand(present, fixed, hidden, segment) for present in self.presents]
@@ -139,39 +150,41 @@ class GateSite(ABC):
             gates = gates * active.mask
         return self._decision(present, gates if segment is None else gates[..., segment], active, segment)
 
-    def _fixed(self) -> Sequence[float] | None:
-        """The weights that replace the gate's, if any."""
-        runtime = self.runtime
-        return runtime.plan.gates(self.name) if runtime.fixed is None and runtime.plan is not None else runtime.fixed
-
     def _active_experts(self, present: Present, hidden: torch.Tensor) -> ActiveExperts:
-        """The experts that the gate weighs at this step, under a schedule and with different sets per row."""
-        runtime, plan = self.runtime, self.runtime.plan
-        if plan is None and runtime.fixed is None:
+        """The experts that the gate weighs at this step: first those of the whole batch, then what differs by row."""
+        runtime, batch = self.runtime, len(hidden)
+        if runtime.fixed is None and runtime.plan is None:
             active = runtime.active_experts(present, hidden.device)
         else:
-            strengths = runtime.strength if runtime.fixed is None else [1.0] * len(present)
-            if plan is not None:
-                part = plan.part(self.name.partition(".")[0])
-                strengths = [math.prod(row) for row in zip(strengths, part, self._plan_of_block(plan), strict=True)]
-            active = runtime.compute_active(present, strengths, hidden.device)
-        if runtime.masks is not None and (silent := runtime.masks.row_silent) is not None:
-            there = ~functional.rows_for_layer(silent, len(hidden))  # [B, N]
-            active = ActiveExperts(active.mask & there, active.strengths, all_active=False, unit_strengths=False)
-        if runtime.rows is None:
+            active = runtime.compute_active(present, self._strengths(), hidden.device)
+        silent = None if runtime.masks is None else runtime.masks.row_silent
+        if silent is None and runtime.rows is None:
             return active
-        images = runtime.images if self.timed else 1  # a text encoder sees a prompt once, whatever its number of pictures
-        rows = functional.rows_per_prompt(runtime.rows.to(hidden.device), len(hidden), images)  # [B, N]
-        return ActiveExperts(active.mask & (rows != 0), active.strengths * rows, all_active=False, unit_strengths=False)
+        mask, strengths = active.mask, active.strengths
+        if silent is not None:
+            mask = mask & ~functional.rows_for_layer(silent, batch)  # [B, N]
+        if runtime.rows is not None:
+            images = runtime.images if self.timed else 1  # a text encoder sees a prompt once for all its pictures
+            factors = functional.rows_per_prompt(runtime.rows.to(hidden.device), batch, images)  # [B, N]
+            mask, strengths = mask & (factors != 0), strengths * factors
+        return ActiveExperts(mask, strengths, all_active=False, unit_strengths=False)
 
-    def _plan_of_block(self, plan: Plan) -> Sequence[float]:
-        """[N], a schedule's factors for the site's block."""
-        return plan.block(self.name)
+    def _strengths(self) -> Sequence[float]:
+        """[N]: the user's strengths, or 1 each beside weights by hand; times the schedule's."""
+        runtime, plan = self.runtime, self.runtime.plan
+        strengths = runtime.strength if runtime.fixed is None else [1.0] * len(runtime.strength)
+        if plan is None:
+            return strengths
+        part = plan.part(self.name.partition(".")[0])
+        block = [1.0] * len(strengths) if self.spans_blocks else plan.block(self.name)
+        return [math.prod(factors) for factors in zip(strengths, part, block, strict=True)]
 
     # ---- reading
 
     def factor(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """The factor for A x of a layer, rank by rank.
+
+        Until the gate is evaluated again, it is kept for layers of the same ranks and, if bound, of the same tokens.
 
         Args:
             x: the layer's input, [B, Cin], [B, T, Cin] or [B, Cin, H, W].
@@ -185,17 +198,23 @@ class GateSite(ABC):
             return self._new_factor(layer, x, low)
         masks = self.runtime.masks
         tokens = (layer.stream, x.shape[:2]) if masks is not None and masks.binds else ()  # PAG passes a part of the rows
-        key = layer.ranks, low.dim(), low.dtype, *tokens
-        if (factor := self._factors.get(key)) is None:
+        in_common = layer.ranks, low.dim(), low.dtype, *tokens
+        if (factor := self._factors.get(in_common)) is None:
             factor = self._new_factor(layer, x, low)
             if not factor.requires_grad:  # a checkpointed block that is computed again must save the same tensors
-                self._factors[key] = factor
+                self._factors[in_common] = factor
         return factor
 
     def _new_factor(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        factor = self._spread(layer, self._weights_of(layer, len(x)), _by_token(low, x))
-        by_token = factor.dim() == 3 and factor.shape[1] > 1
-        return factor.flatten(0, 1) if by_token and low.dim() < x.dim() else factor
+        """The weights of a layer's experts over their ranks, times the masks of its tokens if experts are bound."""
+        segment, low_of_tokens = layer.segment, _of_tokens(low, x)
+        weights = self._weights_of(layer, len(x))
+        factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low_of_tokens)
+        if (masks := self.runtime.masks) is not None and masks.binds:
+            mask = masks.over_ranks(layer.stream, low_of_tokens, segment, layer.ranks)
+            factor = factor if mask is None else factor * mask
+        differs_by_token = factor.dim() == 3 and factor.shape[1] > 1
+        return factor.flatten(0, 1) if differs_by_token and low.dim() < x.dim() else factor
 
     @abstractmethod
     def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
@@ -204,15 +223,6 @@ class GateSite(ABC):
     def _weights_of(self, layer: GatedExperts, rows: int) -> torch.Tensor:
         """The weights of a layer's experts, [N] or [R], [B, ...] or [B, T, ...]; `rows` of the batch reach it."""
         return next(d.applied for d in self._decisions if d.present == layer.present)
-
-    def _spread(self, layer: GatedExperts, weights: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """The weights of a layer's experts over their ranks, times the masks of its tokens if experts are bound."""
-        segment = layer.segment
-        factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low)
-        if (masks := self.runtime.masks) is not None and masks.binds:
-            mask = masks.over_ranks(layer.stream, low, segment, layer.ranks)
-            factor = factor if mask is None else factor * mask
-        return factor
 
 
 class BlockSite(GateSite):
@@ -255,7 +265,7 @@ class LayerSite(GateSite):
     """A gate that is evaluated on its layer's input whenever that layer runs."""
 
     def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
-        low = _by_token(low, x)
+        low = _of_tokens(low, x)
         self.evaluate(_as_input(x, low), layer.described(low))
 
 
@@ -265,9 +275,6 @@ class ModelSite(GateSite):
     In a denoiser it reads the model's inputs, and is evaluated when the first layer asks. When the model is entered, the
     gate may still be on another device, since offloading moves it when the model's forward begins. In a text encoder it
     reads the input of the first block.
-
-    Args:
-        spans_blocks: each layer multiplies its own block's strength from a schedule.
     """
 
     shares_factors = False
@@ -296,9 +303,6 @@ class ModelSite(GateSite):
     def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
         self.evaluate_deferred()
 
-    def _plan_of_block(self, plan: Plan) -> Sequence[float]:
-        return [1.0] * len(self.runtime.strength) if self.spans_blocks else super()._plan_of_block(plan)
-
     def _weights_of(self, layer: GatedExperts, rows: int) -> torch.Tensor:
         weights = super()._weights_of(layer, rows)
         if weights.dim() > 1:
@@ -316,6 +320,6 @@ def _as_input(x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     return functional.as_tokens(x)
 
 
-def _by_token(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _of_tokens(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Rows [B T, R] of an x [B, T, Cin] as [B, T, R]; anything else as it is."""
     return low.view(*x.shape[:2], -1) if low.dim() < x.dim() else low

@@ -24,15 +24,23 @@ TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's g
 
 @dataclass(frozen=True)
 class Place:
-    """Where one gate is.
+    """Where one gate is, what it reads, and when.
 
     Attributes:
-        name: the module name of the block, layer or matrix; "" for the network.
-        entry: the module whose input the gate reads; None if each layer gives its own input.
-        block: when this module is entered, the gate must be evaluated again, and its layers share the new weights; None
-            if every layer evaluates the gate for itself.
+        name: the module name of the block, layer or matrix; "" for all layers outside of blocks.
+        entry: the module whose input the gate reads; "" is the denoiser, whose text it reads. None if a layer of the
+            place gives its own input.
+        block: when this module is entered, the gate must be evaluated again, and its layers share the new weights.
         width: channels C of that input.
         tokens: T at the model's default resolution, for flattened features; 0 if it is not fixed.
+
+    `entry` and `block` are
+
+    - per "block": its first attention, and the block; per "layer": the attention or feed-forward for both;
+    - per "matrix", and for "flow" outside of blocks: None for both, since each layer has its own gate;
+    - for "flow" in a block: the block for both; for its layers that read the text, None and the block;
+    - for "prompt": "" and None in a denoiser; in a text encoder the block for both;
+    - outside of blocks otherwise: "" in a denoiser, the first block in a text encoder; and None.
     """
 
     name: str
@@ -60,46 +68,46 @@ def place_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str
 
     Args:
         one_gate_per: a granularity, see `GateConfig`. Or "stream": in a block one place for the layers that read the
-            picture and one for those that read the text, and outside of blocks one for each layer. Or "block_input": one
-            place for each block. Or "module": one for each layer.
+            picture and one for those that read the text, and outside of blocks one for each layer.
     """
-    if one_gate_per in ("matrix", "module"):
+    block = _block_of(layer, block_names)
+    if one_gate_per == "matrix" or (one_gate_per == "stream" and block is None):
         return layer
-    block = next((b for b in block_names if layer.startswith(f"{b}.")), NETWORK)
-    if one_gate_per == "stream" and block == NETWORK:
-        return layer
-    if one_gate_per == "model" or block == NETWORK:
+    if one_gate_per == "model" or block is None:
         return NETWORK
     if one_gate_per == "stream" and layer.endswith(TEXT_LAYERS):
         return f"{block}.{TEXT_LAYERS[0]}"
     return block if one_gate_per != "layer" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
 
 
-def describe_place(name: str, one_gate_per: str, model: nn.Module) -> Place:
-    """Describe the place with a name from `place_name`."""
+def _block_of(module: str, block_names: Iterable[str]) -> str | None:
+    """The block that a module is in, or that it is."""
+    return next((block for block in block_names if f"{module}.".startswith(f"{block}.")), None)
+
+
+def describe_place(name: str, one_gate_per: str, model: nn.Module, entries: Mapping[str, str], *, denoises: bool) -> Place:
+    """Describe the place with a name from `place_name`, in a denoiser or a text encoder. `entries` are its `blocks`."""
     if name == NETWORK:
-        return Place(name, None, None, _network_width(model), 1)
-    if one_gate_per in ("stream", "block_input", "module"):
-        return _within(name, one_gate_per, model)
+        return Place(name, NETWORK if denoises else next(iter(entries)), None, _network_width(model), 1)
+    width = _in_width(model.get_submodule(name))
     if one_gate_per == "matrix":
-        return Place(name, None, None, _in_width(model.get_submodule(name)), 0)
-    entry = f"{name}.{_first_attention(model.get_submodule(name))}" if one_gate_per == "block" else name
+        return Place(name, None, None, width, 0)
+    if one_gate_per == "stream":
+        block = _block_of(name, entries)
+        if block is not None and not entries[block].endswith(ONE_STREAM):
+            raise ValueError(f"gates per token need blocks that keep text and picture apart, which {block} does not")
+        return Place(name, name if name == block else None, block, width, 0)
+    entry = entries[name] if one_gate_per == "block" else name
     return Place(name, entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
 
 
-def _within(name: str, one_gate_per: str, model: nn.Module) -> Place:
-    """A place that reads its block's input before any norm; in text layers of two streams, the text as these layers get
-    it.
-    """
-    parts = name.split(".")
-    around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]  # the modules that contain it, and itself
-    block = next((each for each in around if _first_attention(model.get_submodule(each))), None)
-    if one_gate_per == "stream":
-        if block is not None and not any(hasattr(model.get_submodule(block), first) for first in ONE_STREAM):
-            raise ValueError(f"gates per token need blocks that keep text and picture apart, which {block} does not")
-        return Place(name, name if name == block else None, block, _in_width(model.get_submodule(name)), 0)
-    width = _network_width(model) if block is None else _in_width(model.get_submodule(block))
-    return Place(name, block, block, width, 0)
+def describe_prompt_place(name: str, model: nn.Module, entries: Mapping[str, str], *, denoises: bool) -> Place:
+    """The same for a gate that reads the text: what a denoiser gets, or what enters a text encoder's block."""
+    if denoises:
+        return Place(name, NETWORK, None, text_width(model), 0)
+    if (block := _block_of(name, entries)) is None:
+        return Place(name, next(iter(entries)), None, text_width(model), 0)
+    return Place(name, block, block, _in_width(model.get_submodule(block)), 0)
 
 
 def stream_of(component: str, layer: str) -> str | None:

@@ -111,7 +111,7 @@ class TokenMasks:
     @property
     def layouts(self) -> list[Layout]:
         """The layouts of the pictures being drawn, or drawn last, in their order."""
-        spoken = [text for text in self._texts if _names_an_expert(text.picture.readings)] or self._texts
+        spoken = self._prompts or self._texts
         return spoken[-1].picture.layouts() if spoken else []
 
     # ---- texts
@@ -215,72 +215,84 @@ class TokenMasks:
     ) -> None:
         """The denoiser is about to run.
 
+        `side`, `level` and `groups` may wait for the device, so each is called only if its answer is needed.
+
         Args:
             text: its states, [B, S, C].
             latents: the denoiser's input.
             side: of the latents; None if it is not known, and nothing has a place.
-            level: of noise, 1 is the highest. Outside of a call, another picture begins if it rises.
-            groups: for the groups of rows of the text, whether they are prompts. None if that is not known; then a first
-                half without any expert's words is not taken for prompts.
+            level: of noise, 1 is the highest.
+            groups: for the groups of rows of the text, whether they are prompts. None if that is not known.
             wanted: [N], the experts for which to warn if they are silent, or several are in one place.
         """
-        if not self._called and self.has_words and not torch.is_grad_enabled():
-            before, self._level = self._level, level()
-            if self._level > before:
-                self._texts = []
-        changed = False
+        self._begin_if_noisier(level)
         state = next((known for known in self._texts if known.is_of(text, latents)), None)
         if state is None:
-            state = self._read(text, latents, side(), groups())
+            state = self._new(text, latents, side(), groups())
             self._texts = [*self._texts, state][-MOST_TEXTS:]
             for (name, bound), silent, wants in zip(self.bound.items(), state.silent, wanted, strict=True):
                 if silent and wants:
                     self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
             for warning in [*state.picture.crowded(wanted), *state.picture.tags(wanted)]:
                 self._warn(warning)
-        elif state.picture.can_plan:
+        places = state.image
+        if state.picture.can_plan:
             for warning in state.picture.plan():
                 self._warn(warning)
             state.place()
-            changed = True
-        changed |= state.follow_prompt()
-        if changed or self.text is not state or self.silent != state.silent or self.row_silent is not state.row_silent:
+        state.follow_prompt()
+        others_are_silent = self.silent != state.silent or self.row_silent is not state.row_silent
+        if self.text is not state or state.image is not places or others_are_silent:
             self.text, self.silent, self.row_silent = state, state.silent, state.row_silent
             self._changed()
 
-    def _read(self, text: torch.Tensor, latents: torch.Tensor, side: Side | None, groups: Groups | None) -> BoundText:
-        """What follows from a new text. Within a call, it keeps the layout of the previous text if the things are the same.
+    def _begin_if_noisier(self, level: Callable[[], float]) -> None:
+        """Outside of a call, a rise of the noise level is all that says that another picture begins."""
+        if not self._called and self.has_words and not torch.is_grad_enabled():
+            before, self._level = self._level, level()
+            if self._level > before:
+                self._texts = []
+
+    def _new(self, text: torch.Tensor, latents: torch.Tensor, side: Side | None, groups: Groups | None) -> BoundText:
+        """What follows from a new text. Within a call, it keeps the layout of the last prompt if the things are the same.
 
         If it is not known whether the text is a prompt, a text without any expert's words counts as the unconditional
-        one of guidance that calls the denoiser separately. It then has the experts and places of the previous text.
+        one of guidance that calls the denoiser separately. It then has the experts and places of the last prompt.
         """
-        readings: list[Reading] = []
-        found = self.tokens.rows(text) if self.has_words else None
-        encoders = {run.encoder for row in found or () for part in row for run, _ in part}
-        if found is not None and all(self.tokenizers[encoder] is not None for encoder in encoders):
-            rows = [[[(run.encoder, run.ids[i].tolist()) for run, i in part] for part in row] for row in found]
-            readings = self._readings(rows, tokens=text.shape[1])
-        elif self.has_words:
-            self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
+        readings = self._read(text)
         frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
         acts = onto(self._acting_tokens(readings), text.device) if readings else None
+        words = text.detach(), version(text), latents.shape, picture, acts
+        prompt = next(reversed(self._prompts), None)
+        is_prompt = groups is not None or _names_an_expert(readings)
+        if not is_prompt and prompt is not None and len(prompt.text) == len(text):
+            return BoundText(*words, prompt.silent, prompt.row_silent, prompt)
         mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
-        before = next((known for known in reversed(self._texts) if _names_an_expert(known.picture.readings)), None)
-        prompt = before if groups is None and not _names_an_expert(readings) else None
-        if prompt is not None and len(prompt.text) != len(text):
-            prompt = None
-        silent, by_row = self._silent(mentioned, text.device) if prompt is None else (prompt.silent, prompt.row_silent)
-        now = text.detach(), version(text), latents.shape
-        state = BoundText(*now, picture, acts, silent, by_row, prompt)
-        if prompt is not None:
-            return state
+        state = BoundText(*words, *self._silent(mentioned, text.device))
         if self._planned:
             picture.put(self._planned)
-        elif before is not None and self._called:
-            picture.keep(before.picture)
+        elif prompt is not None and self._called:
+            picture.keep(prompt.picture)
         state.place()
         return state
+
+    def _read(self, text: torch.Tensor) -> list[Reading]:
+        """Read each row of the denoiser's text. [] if no expert has words, or the text's words are not known."""
+        if not self.has_words:
+            return []
+        found = self.tokens.rows(text)
+        encoders = {run.encoder for row in found or () for part in row for run, _ in part}
+        if found is None or any(self.tokenizers[encoder] is None for encoder in encoders):
+            self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
+            return []
+        rows = [[[(run.encoder, run.ids[i].tolist()) for run, i in part] for part in row] for row in found]
+        return self._readings(rows, tokens=text.shape[1])
+
+    @property
+    def _prompts(self) -> list[BoundText]:
+        """The texts of the current pictures that name an expert."""
+        return [text for text in self._texts if _names_an_expert(text.picture.readings)]
 
     def _warn(self, message: str) -> None:
         """Warn once for each message."""
