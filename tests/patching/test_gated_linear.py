@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 @pytest.fixture
 def step(pipe):
     """step(text, sample, time): one call of the denoiser; its defaults are the same objects every time."""
-    given = inputs(pipe, "tiny", pixels=32)
+    given = inputs(pipe, pixels=32)
 
     @torch.no_grad()
     def run(text=None, sample=None, time=None):
