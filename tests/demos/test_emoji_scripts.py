@@ -105,11 +105,11 @@ def test_ways_for_styles_are_drawn_and_packed(script, tmp_path, monkeypatch, cap
     monkeypatch.setattr(styles, "WORK", tmp_path)
     monkeypatch.setattr(styles, "STEPS", 1)
     monkeypatch.setattr(script("packing"), "FOLDER", tmp_path)
-    options = ["koala+relief", "--seeds", "1", "--ways", "style at 1.2", "the style's mean at .7", "--pack"]
+    options = ["koala+relief", "--seeds", "1", "--ways", "style at 1.2", "the style's deviation at 1.3", "--pack"]
     monkeypatch.setattr("sys.argv", ["styles.py", *options])
     styles.main()
     packed = pd.read_csv(tmp_path / "styles.csv.gz")
-    assert packed["arm"].tolist() == ["bound", "style at 1.2", "the style's mean at .7"]
+    assert packed["arm"].tolist() == ["bound", "style at 1.2", "the style's deviation at 1.3"]
     assert packed["style margin"].nunique() == 3
     assert capsys.readouterr().out.count("| style at 1.2 |") == 2  # as it is, and less bound
 

@@ -47,14 +47,13 @@ class Way:
 
     Attributes:
         subjects, style: what such a tag says after the name.
-        mean, deviation: the style's LoRA adds something to each token in a layer. These are factors of its mean over tokens,
-            and of each token's difference from the mean.
+        deviation: the style's LoRA adds something to each token in a layer. This is a factor of each token's difference
+            from the mean over tokens.
         gates: gates by noise level, trained for each composition, on top of the strengths.
     """
 
     subjects: str = "1"
     style: str = "1"
-    mean: float = 1
     deviation: float = 1
     gates: GateConfig | None = None
 
@@ -70,13 +69,10 @@ DEEP, LAST = "1,1,{0},{0},{0},{0},1,1", "1,1,1,1,1,1,{0},{0}"
 WAYS = {
     "bound": Way(),
     "subjects at .8": Way("0.8"),
-    "subjects at .7 after .4 of the steps": Way(later(0.7, 0.4)),
     "subjects at .6 after .4": Way(later(0.6, 0.4)),
-    "subjects at .5 after .5": Way(later(0.5, 0.5)),
     "style at 1.2": Way(style="1.2"),
     "style at 1.2 after .4": Way(style=later(1.2, 0.4)),
     "style at 1.4 after .6": Way(style=later(1.4, 0.6)),
-    "subjects at 1.2 until .4": Way(later(1, 0.4, first=1.2)),
     "subjects at 1.2 until .4, then style at 1.2": Way(later(1, 0.4, first=1.2), later(1.2, 0.4)),
     "subjects at 1.2 until .3, then style at 1.3": Way(later(1, 0.3, first=1.2), later(1.3, 0.3)),
     "style after .2": Way(style=later(1, 0.2, first=0)),
@@ -84,10 +80,7 @@ WAYS = {
     "style at 1.3 in the last blocks": Way(style=f"1:lbw={LAST.format(1.3)}"),
     "subjects at .6 in the deep blocks": Way(f"1:lbw={DEEP.format(0.6)}"),
     "style at 1.3 in the deep blocks": Way(style=f"1:lbw={DEEP.format(1.3)}"),
-    "the style's mean at 1.3": Way(mean=1.3),
-    "the style's mean at .7": Way(mean=0.7),
     "the style's deviation at 1.3": Way(deviation=1.3),
-    "the style's deviation at .7": Way(deviation=0.7),
     "trained gates by noise level": Way(gates=GateConfig("static", granularity="matrix", total="linear", bins=4)),
 }
 UPDATES = 60  # of these gates
@@ -112,18 +105,18 @@ def arm(name: str) -> Arm:
             schedule.step = steps.at(args, kwargs)
 
         for part, _, layer in layers(setup.pipe):
-            if part == "unet" and (way.mean, way.deviation) != (1, 1):
-                parted(layer.lora_A[ADAPTER], [name in setup.styles for name in mixture.experts], way)
+            if part == "unet" and way.deviation != 1:
+                scale_deviation(layer.lora_A[ADAPTER], [name in setup.styles for name in mixture.experts], way.deviation)
         with Undo() as undo, mixture.planned(schedule), mixture.tiled(prompt=case.prompt):
             undo.before_forward(setup.pipe.unet, before, with_kwargs=True)
             yield
 
-    strengths = {"subjects": way.subjects, "style": way.style, "mean": way.mean, "deviation": way.deviation}
+    strengths = {"subjects": way.subjects, "style": way.style, "deviation": way.deviation}
     return arms.weighted(name, gates=kept if way.gates else "sum", binding=arms.from_files, context=context, **strengths)
 
 
-def parted(down: torch.nn.Module, is_style: Sequence[bool], way: Way) -> None:
-    """Scale the mean over tokens, and the difference from it, of a style's ranks of A x, [B, T, R] or [B, R, H, W].
+def scale_deviation(down: torch.nn.Module, is_style: Sequence[bool], factor: float) -> None:
+    """Scale each token's difference from the mean over tokens, of a style's ranks of A x, [B, T, R] or [B, R, H, W].
 
     The hook ends with `detach`.
     """
@@ -132,7 +125,7 @@ def parted(down: torch.nn.Module, is_style: Sequence[bool], way: Way) -> None:
     def after(_: object, __: object, low: torch.Tensor) -> torch.Tensor:
         own, tokens = (ranks[:, None, None], (2, 3)) if low.dim() == 4 else (ranks, (1,))
         mean = low.mean(tokens, keepdim=True)
-        return torch.where(own, way.mean * mean + way.deviation * (low - mean), low)
+        return torch.where(own, mean + factor * (low - mean), low)
 
     down.register_forward_hook(after)
 
