@@ -55,7 +55,7 @@ def in_order(rows: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
 
 
 def success(asked: str) -> str:
-    """Of arms on the compositions of a split."""
+    """Of arms on the compositions of a split; of the file "shared", a column per split."""
     split, names, count, *further = asked.split("; ")
     options = dict(option.split(" ", 1) for option in further)
     rows, arms, against = verdicts(split), names.split(" / "), options.get("less")
@@ -63,11 +63,10 @@ def success(asked: str) -> str:
         arms.insert(0, against)
     if unknown := set(arms) - set(rows["arm"]):
         raise ValueError(f"{split}.csv.gz has no arm {sorted(unknown)}, but {sorted(set(rows['arm']))}")
-    seeds = sorted(rows["seed"].unique())[: int(count.removesuffix(" seeds"))]
-    rows = rows[rows["arm"].isin(arms) & rows["seed"].isin(seeds)]
+    nth = rows.groupby("group")["seed"].rank(method="dense")  # splits have other seeds
+    rows = rows[rows["arm"].isin(arms) & (nth <= int(count.removesuffix(" seeds")))]
     if "where" in options:
         rows = rows[rows["case"].isin(rows.loc[rows["arm"] == options["where"], "case"])]
-    rows = rows.sort_values(["kind", "arm"], key=lambda column: column.map([*TEST, *LARGER, *arms].index), kind="stable")
     rows = in_order(rows, arms)
     return paired_table(rows, against) if against else success_table(rows)
 

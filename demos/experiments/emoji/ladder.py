@@ -1,6 +1,6 @@
 """Where is the limit? More and more is free to learn composing, from one weight per LoRA to the LoRAs' own matrices.
 
-    python demos/experiments/emoji/ladder.py [--kinds ...] [--per-kind 4] [--seeds 4] [--rungs ...] [--updates 60 240]
+    python demos/experiments/emoji/ladder.py [--kinds ...] [--per-kind 4] [--seeds 4] [--rungs ...] [--updates 60 200]
     python demos/experiments/emoji/ladder.py --figure docs/ladder.png
 
 Every rung begins as bound LoRAs and learns from prompts alone, with one objective: to draw collages of a composition's
@@ -43,7 +43,7 @@ from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates
 
-UPDATES = (60, 240)
+UPDATES = (60, 200)
 
 
 # ---- rungs
