@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.runtime import PlainSum
+from mole_diffusers.patching.tiles import draws_in_tiles
 
 MARGIN = 6  # pixels around a cell of a sheet
 
@@ -56,9 +57,16 @@ def sample(pipe: Any, prompt: str, seeds: Sequence[int], **options: Any) -> list
 def compare(
     pipe: Any, mixture: Mixture, prompt: str, *, seeds: Sequence[int], **options: Any
 ) -> dict[str, list[Image.Image]]:
-    """Label -> one picture per seed, for every column of `columns`."""
-    pictures = {}
-    for label, context in columns(mixture).items():
+    """Label -> one picture per seed, for every column of `columns`.
+
+    Args:
+        options: further arguments of the pipeline's calls. With `width` and `height`, there is the column "tiles" if the
+            mixture by itself would draw in tiles at this size.
+    """
+    call, pictures = {"prompt": prompt, **options}, {}
+    has_size, bound = {"width", "height"} <= options.keys(), mixture.binding
+    in_tiles = has_size and bound is not None and draws_in_tiles(pipe, call, bound, mixture.active)
+    for label, context in columns(mixture, {"prompt": prompt} if in_tiles else None).items():
         with context():
             pictures[label] = sample(pipe, prompt, seeds, **options)
     return pictures

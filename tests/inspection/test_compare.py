@@ -1,10 +1,25 @@
 """Sheets of pictures."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from mole_diffusers.inspection.compare import image_grid
+import mole_diffusers as mole
+from mole_diffusers.inspection.compare import compare, image_grid, sample
+from mole_diffusers.lora import read_expert
+
+
+def test_a_comparison_shows_what_a_call_gives_by_default(pipe, loras):
+    """The column "tiles" was missing, though a call was drawn in tiles."""
+    mixture = mole.attach(pipe, {n: replace(read_expert(loras[n], n), triggers=(n,)) for n in ("fox", "hat")})
+    call = {"num_inference_steps": 2, "width": 64, "height": 32}
+    found = compare(pipe, mixture, "a fox, a hat", seeds=[1], **call)
+    assert list(found) == ["base", "fox alone", "hat alone", "sum", "bound", "tiles"]
+    assert found["tiles"] == sample(pipe, "a fox, a hat", [1], **call)
+    assert found["tiles"] != found["bound"]
+    assert "tiles" not in compare(pipe, mixture, "a fox, a hat", seeds=[1], **call | {"width": 32})
 
 
 def test_a_label_of_several_lines_is_as_wide_as_its_longest():
