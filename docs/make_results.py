@@ -28,7 +28,7 @@ RUNGS = {  # arm of the ladder -> what is free to learn
     "sum": "",
     "bound": "",
     "mole": "gates: a weight per LoRA and block",
-    "static": "gates: a constant per LoRA and layer",
+    "static": "gates: a constant per LoRA and matrix",
     "flow": "gates: a weight per LoRA, block and token",
     "rank": "gates: a weight per rank and token",
     "factors": "gates: a constant per rank",
@@ -37,6 +37,7 @@ RUNGS = {  # arm of the ladder -> what is free to learn
     "A+B": "all matrices of the LoRAs",
     "tiles": "",
 }
+AXES = {"strangers": "LoRAs attached", "base_words": "subjects without a LoRA"}  # axis of robustness.py -> in a table
 MARGINS = {"style margin": "style", "subject margin": "subject"}  # column of the ways for styles -> its name in a table
 
 
@@ -77,7 +78,8 @@ def robustness(asked: str) -> str:
     rows = verdicts("robustness")
     if unknown := set(axes.split(", ")) - set(rows.loc[rows["kind"] == kind, "axis"]):
         raise ValueError(f"robustness.csv.gz has no axis {sorted(unknown)} of {kind}")
-    return grid_table(rows[(rows["kind"] == kind) & rows["axis"].isin(axes.split(", "))], ["axis", "setting"], "arm")
+    rows = rows[(rows["kind"] == kind) & rows["axis"].isin(axes.split(", "))]
+    return grid_table(rows.replace({"axis": AXES}), ["axis", "setting"], "arm")
 
 
 def ladder(asked: str) -> str:
