@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
         try:
             with browser(work) as page:
                 page.open(url)
-                for view in (compose, regions, train, see, gallery, keep):
+                for view in (compose, train, see, gallery, keep, regions):
                     view(page)
                     shoot(page, folder / f"app_{view.__name__}.png")
             with browser(work, width=390) as page:
@@ -56,14 +56,15 @@ def compose(page: Browser) -> None:
 
 
 def regions(page: Browser) -> None:
-    """Open the region that was found for the sunflower, and paint another strip."""
+    """Open the region that was found for the sunflower, and widen it a little."""
     from selenium.webdriver import ActionChains
 
+    page.tab("Compose")
     page.click("#regions button")
     sheet = page.one("#paint canvas")
     page.until(lambda: page.all("#found img"), WAIT)
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", sheet)
-    brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, 5, -60).click_and_hold()
+    brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, -18, -60).click_and_hold()
     brush.move_by_offset(0, 60).move_by_offset(0, 60).release().perform()
     page.click("#paint-use")
     page.until(lambda: "acts there" in page.text("#paint-status"), WAIT)
@@ -92,9 +93,9 @@ def train(page: Browser) -> None:
 
 
 def gallery(page: Browser) -> None:
-    """Show eight pictures, one of them a favourite, and the comparison."""
+    """Show four pictures, one of them a favourite, and the comparison."""
     page.tab("Gallery")
-    page.until(lambda: len(page.all("#gallery .thumbnail-item")) == 9, WAIT)
+    page.until(lambda: len(page.all("#gallery .thumbnail-item")) == 5, WAIT)
     page.click("#gallery .thumbnail-item")
     page.until(lambda: page.text("#gallery-status").startswith("chosen"), WAIT)
     page.click("#star")

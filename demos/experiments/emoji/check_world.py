@@ -163,7 +163,7 @@ def table() -> str:
     rows = json.loads(GATE.read_text()).items() if GATE.exists() else []
     lines = []
     for name, row in rows:
-        measured = f"{row['share']:.2f} [{row['low']:.2f}, {row['high']:.2f}] of {row['of']}"
+        measured = f"{row['share']:.3f} [{row['low']:.2f}, {row['high']:.2f}] of {row['of']}"
         lines.append(f"| {name} | {row['wanted']:.2f} | {measured} | {'yes' if row['met'] else 'no'} |")
     return "\n".join(["| row | at least | measured, 95 % interval | met |", "|---|---|---|---|", *lines])
 

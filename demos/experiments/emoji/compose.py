@@ -156,7 +156,7 @@ FIGURES = {  # figure -> its compositions by kind and index, and its columns
         ("plain sum", "bound", "regions", "true drawing"),
     ),
     "tiles": (
-        (("two subjects + style", 1), ("three subjects", 0), ("four subjects + style", 0)),
+        (("two subjects + style", 8), ("three subjects", 0), ("four subjects + style", 0)),
         ("plain sum", "bound", "tiles", "true drawing"),
     ),
     "joint": (
@@ -172,7 +172,7 @@ def figure(world: EmojiWorld, name: str, path: Path) -> None:
     rows = [side_by_side(world, *each, joint=name == "joint") for each in found]
     cells = [[pictures[column] for column in columns] for pictures, _ in rows]
     page = image_grid(cells, columns, [label for _, label in rows], cell=256)
-    page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)  # to keep the file small
+    page.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)  # to keep the file small
 
 
 def main() -> None:
