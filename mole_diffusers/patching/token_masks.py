@@ -27,7 +27,7 @@ from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, re
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.bound_text import BoundText, Made, Silent, kept_over_ranks
-from mole_diffusers.patching.denoiser_inputs import Groups
+from mole_diffusers.patching.denoiser_inputs import Groups, repeats
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 
@@ -261,7 +261,7 @@ class TokenMasks:
         """
         readings = self._read(text)
         frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
-        picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
+        picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings, latents), frames=frames, side=side)
         acts = onto(self._acting_tokens(readings), text.device) if readings else None
         words = text.detach(), version(text), latents.shape, picture, acts
         prompt = next(reversed(self._prompts), None)
@@ -307,9 +307,15 @@ def _names_an_expert(readings: Sequence[Reading]) -> bool:
     return any(any(reading.mentioned) for reading in readings)
 
 
-def _groups(readings: Sequence[Reading]) -> Groups:
-    """Whether the first half of the rows are prompts, judged by the texts alone."""
+def _groups(readings: Sequence[Reading], latents: torch.Tensor) -> Groups:
+    """The groups of a text's rows, of a pipeline that is not known.
+
+    Guidance repeats each picture, first without its prompt. In training, where nothing waits for the device, only a batch
+    whose other rows all name an expert counts as guided.
+    """
     half = len(readings) // 2
     named = [any(reading.mentioned) for reading in readings]
-    guided = half and len(readings) == 2 * half and not any(named[:half]) and all(named[half:])
+    if not half or len(readings) != 2 * half or any(named[:half]):
+        return (True,)
+    guided = all(named[half:]) if torch.is_grad_enabled() else repeats(latents, 2)
     return (False, True) if guided else (True,)

@@ -132,6 +132,25 @@ def test_prompts_of_a_batch_silence_experts_row_by_row(attach, pipe, draw):
     torch.testing.assert_close(together[2:], base, atol=2e-5, rtol=0)  # the base, though others of the batch have experts
 
 
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+@pytest.mark.parametrize("prompts", [("a fox", "a house"), ("a house", "a fox")])
+def test_a_second_pipeline_draws_each_picture_of_a_batch_as_alone(attach, pipe, prompts, guidance):
+    """Nobody says whether it guides, whichever of the prompts has words."""
+    attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    second = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+
+    def drawn(of, prompts):
+        generators = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
+        options = {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "np"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.from_numpy(of(list(prompts), generator=generators, **options).images)
+
+    alone = torch.cat([drawn(pipe, [prompt]) for prompt in prompts])
+    torch.testing.assert_close(drawn(second, prompts), alone, atol=2e-5, rtol=0)
+
+
 def test_a_word_of_two_experts_is_shared(attach, pipe):
     mixture = attach({"fox": "fox", "ink": "fox", "hat": "everywhere"})
     with warnings.catch_warnings():
@@ -799,6 +818,18 @@ def test_an_absent_word_is_strength_0_on_any_host(other):
     mixture.bind({"ink": "everywhere"})
     mixture.strength("ink", 0)
     torch.testing.assert_close(draw_other(other), absent, atol=1e-5, rtol=0)
+
+
+def test_prompts_with_and_without_words_are_drawn_as_alone_on_any_host(other):
+    other.attach().bind({"fox": "fox", "ink": "owl"})
+
+    def draw(*prompts):
+        generators = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return hosts.draw(other.pipe, other.options | {"generator": generators}, list(prompts))
+
+    torch.testing.assert_close(draw("a house", "a fox"), torch.cat([draw("a house"), draw("a fox")]), atol=1e-4, rtol=0)
 
 
 def test_a_layout_is_planned_on_any_host(other):
