@@ -322,6 +322,20 @@ def test_sdxl_reads_each_prompt_with_both_encoders_and_the_size_of_the_tile(tmp_
     assert torch.equal(drawn(PROMPT, x), wanted)  # by itself, where there is room
 
 
+@pytest.mark.parametrize("refiner", [False, True])
+def test_sdxl_is_refused_what_its_tiles_cannot_be_told(tmp_path, refiner):
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline if refiner else diffusers.StableDiffusionXLPipeline
+    pipe, image = sdxl(kind, refiner=refiner), {"image": torch.rand(1, 3, 32, 32), "strength": 1.0}
+    call = {"prompt": "a fox, an ox", "num_inference_steps": 2} | (image if refiner else {})
+    mixture = mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors")}, binding={"fox": "fox"})
+    for name, given in (("prompt_2", "ink"), ("original_size", (64, 64)), ("negative_target_size", (64, 64))):
+        with mixture.tiled(), pytest.raises(ValueError, match=f"a size of its own: draw without {name}$"):
+            pipe(**call, **{name: given})
+    if refiner:
+        with mixture.tiled(), pytest.raises(ValueError, match="in 6 numbers, and this UNet reads 5"):
+            pipe(**call)
+
+
 @pytest.mark.parametrize(("steps", "early"), [(2, 1), *thorough((1, 0), (3, 2), (4, 3), (5, 4), (10, 8))])
 def test_the_last_step_joins_the_tiles_however_few_there_are(pipe, experts, steps, early):
     mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
