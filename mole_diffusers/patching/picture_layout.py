@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +122,14 @@ class PictureLayout:
             found[row] = torch.stack(fitting)
         self._regions = found
         return True
+
+    def names_only(self, wanted: Collection[ThingKey]) -> bool:
+        """Whether each picture's text names exactly these things, by `words.keys`, apart from tags and styles."""
+        return all(
+            {key for key, t in zip(keys(things), things, strict=True) if not (t.is_tag or self._is_everywhere(t))}
+            == set(wanted)
+            for things in (self.readings[row].things for row in self.picture_rows)
+        )
 
     def keep(self, before: PictureLayout) -> None:
         """Keep the layouts of the previous text if it names the same things: the prompt may change while drawing."""

@@ -40,7 +40,8 @@ SIZES = 6  # numbers that SDXL's UNet is told of them; its refiner reads others
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 By = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts, on every word
-Settle = Callable[[Mapping[ThingKey, torch.Tensor]], None]  # called with the place [H, W] of each thing, by its key
+# Called with the place [H, W] of each thing, by its key. Returns whether the denoiser's text names these things.
+Settle = Callable[[Mapping[ThingKey, torch.Tensor]], bool]
 # A part of a prompt -> its text states [1, S, C], and the pooled states that SDXL reads [1, P], None for other models.
 Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -96,7 +97,7 @@ def tiles_for(
         bound: each expert's words and region.
         acting: the experts that are on.
         by: a context in which only some of them act, on every word.
-        settle: receives the place [H, W] of each thing, by its key, before the first tile is drawn.
+        settle: receives the places before the first tile is drawn.
 
     Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
     """
@@ -322,8 +323,12 @@ class Tiles:
                     raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
                 return []
             tiles.append(Tile(names, text, pooled, mask, _box(mask, self.pipe.unet)))
-        self.settle({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)})
-        return tiles
+        if self.settle({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)}):
+            return tiles
+        if self.tiling.always:
+            named = " and ".join(repr(things.reading.things[i].name) for i in things.prompts)
+            raise ValueError(f"the text encoder reads other things in this prompt than {named}: shorten or reword it")
+        return []
 
     def _parts(self, tiles: Sequence[Tile], whole: Callable[..., Any], args: tuple, kwargs: dict) -> torch.Tensor:
         """The UNet's prediction, tile by tile. Outside of all tiles it is that of `whole`, where words of things are

@@ -186,13 +186,19 @@ class TokenMasks:
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._changed()
 
-    def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> None:
-        """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read."""
+    def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
+        """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read.
+
+        Returns False, and sets nothing, if the text that the denoiser reads names other things.
+        """
+        if not all(state.picture.names_only(regions) for state in self._texts):
+            return False
         self._planned = regions
         for state in self._texts:
             if state.picture.put(regions):
                 state.place()
         self._changed()
+        return True
 
     def end(self, *, warns: bool) -> None:
         """The call has ended. With `warns`, warn of what got no place."""

@@ -275,6 +275,17 @@ def test_the_last_steps_are_bound_to_the_places_of_the_tiles(pipe, experts, recw
     assert not [w for w in recwarn if "places" in str(w.message)]
 
 
+def test_a_thing_that_the_text_encoder_cuts_off_gets_no_tile(pipe, experts):
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    prompt = "a fox, red blue grey, and a hat"
+    with mixture.tiled(0):
+        bound = latent(pipe, prompt)
+    assert torch.equal(latent(pipe, prompt), bound)
+    with mixture.tiled(), pytest.raises(ValueError, match="other things in this prompt than 'fox' and 'hat': shorten"):
+        latent(pipe, prompt)
+
+
 @pytest.mark.thorough
 def test_prompts_of_tiles_skip_the_layers_that_the_call_skips(pipe, experts):
     mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
