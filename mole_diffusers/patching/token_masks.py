@@ -290,7 +290,10 @@ class TokenMasks:
         found = self.tokens.rows(text)
         encoders = {run.encoder for row in found or () for part in row for run, _ in part}
         if found is None or any(self.tokenizers[encoder] is None for encoder in encoders):
-            self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
+            self._warn(
+                "the text's words are not known, so every expert acts everywhere: its states come from elsewhere, or were "
+                "made before LoRAs or gates were last attached, or too many texts ago"
+            )
             return []
         rows = [[[(run.encoder, run.ids[i].tolist()) for run, i in part] for part in row] for row in found]
         return self._readings(rows, tokens=text.shape[1])

@@ -502,10 +502,13 @@ def test_a_text_that_is_copied_at_every_step_is_one_text(attach, pipe, draw):
 
 
 def test_states_of_elsewhere_are_not_bound_and_say_so(attach, pipe):
-    mixture = attach(HALVES)
-    with pytest.warns(UserWarning, match="words are not known"):
-        pipe(prompt_embeds=torch.randn(1, 16, 16), num_inference_steps=1, output_type="latent", guidance_scale=1)
-    assert now(mixture).acts is None
+    attach(HALVES)
+    before = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    for states in (torch.randn(1, 16, 16), before):
+        mixture = attach(HALVES)
+        with pytest.warns(UserWarning, match="words are not known, .* before LoRAs or gates were last attached"):
+            pipe(prompt_embeds=states, num_inference_steps=1, output_type="latent", guidance_scale=1)
+        assert now(mixture).acts is None
 
 
 def test_weighted_words_are_found_by_their_direction(attach, pipe):
