@@ -178,8 +178,8 @@ class PictureLayout:
             things = [t for t in self.readings[row].things if t.is_tag and any(wanted[k] for k in t.experts)]
             if len(names := list(dict.fromkeys(thing.name for thing in things if not self._is_everywhere(thing)))) > 1:
                 warned.append(
-                    f"{_listed(names)} are named as tags, so they act in the whole picture; "
-                    f"for a place each write {' and '.join(names)!r}, or give regions"
+                    f"{_listed(names)} are named as tags, so they act in the whole picture: "
+                    "join those that are things with 'and' to give each a place, or give regions"
                 )
         return list(dict.fromkeys(warned))
 

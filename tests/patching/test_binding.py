@@ -103,6 +103,16 @@ def test_several_experts_in_one_place_are_told_of(attach, pipe, draw, binding, w
     assert not [text for text in mixture.binding_warnings if "undecided" not in text]
 
 
+def test_tags_are_told_of_until_those_that_are_things_are_joined(attach, pipe):
+    mixture = attach({"fox": "fox", "ink": "owl", "hat": "ink"})
+    with pytest.warns(UserWarning, match="'fox' and 'owl' and 'ink' are named as tags, .*: join those .* with 'and'"):
+        pipe("fox,owl,ink", num_inference_steps=2, output_type="latent")
+    assert not mixture.layouts[0].regions
+    pipe("fox and owl,ink", num_inference_steps=2, output_type="latent")
+    assert not [text for text in mixture.binding_warnings if "tags" in text]
+    assert [*mixture.layouts[0].regions] == ["fox", "ink"]
+
+
 # ---- words
 
 
