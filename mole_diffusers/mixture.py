@@ -506,7 +506,7 @@ class Mixture:
         Raises ValueError for a share outside of 0..1. A picture that must be drawn in tiles also raises it for a
         pipeline without a UNet, for anything but one prompt, for more than eight things, for a video, a ControlNet, a
         prompt of several chunks, or a region of an expert that is not a thing. So do regions that leave a thing no
-        place.
+        place, and SDXL's refiner, `prompt_2` and sizes such as `original_size`.
         """
         if not 0 <= until <= 1:
             raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")

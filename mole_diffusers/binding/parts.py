@@ -40,14 +40,14 @@ def prompts_apart(
 ) -> Apart:
     """A separate prompt for each thing: "ink drawing of a red fox and an owl in snow" gives "ink drawing of an owl in snow".
 
-    The text before the first thing and after the last one applies to every thing.
+    The text before the first thing and after the last one applies to every thing. Line breaks are spaces, as to CLIP.
 
     Args:
         phrases: [N], each expert's words.
         everywhere: the experts whose words describe the whole picture.
         whole: see `words.read`.
     """
-    sentence = parse(prompt, [[phrase.strip().lower() for phrase in each] for each in phrases], whole)
+    sentence = parse(prompt.replace("\n", " "), [[phrase.strip().lower() for phrase in each] for each in phrases], whole)
     text, reading = sentence.text, reading_of(sentence, list(prompt))
     in_order = sorted(enumerate(sentence.mentions), key=lambda each: each[1].spans[0])
     things = {i: m for i, m in in_order if not (m.is_tag or (m.experts and set(m.experts) <= set(everywhere)))}

@@ -13,9 +13,10 @@ MEDIA = (
 )
 FUNCTION_WORDS = "an?|the|of|in|on|at|and|with|to|by"
 BEFORE_NOUN = r"(?:an?|the|one|two|three)\s+(?:[\w'-]+\s+){0,3}"  # an article, and the words between it and its noun
-# A style is before a medium, "ink drawing of", or after a style word: "in ink", "in the style of ink".
+# A style is before a medium, "ink drawing of", or after a style word: "in ink", "in the style of ink". A tokenizer may
+# have cut off its possessive: "monet 's drawing of".
 END = r"(?=\s+(?:of|in|on|with|style)\b|\s*[,.;\n]|\s*$)"  # what follows a medium: "a fox painting a wall" has none
-BEFORE_MEDIUM = re.compile(rf"\s*(?:(?!(?:{FUNCTION_WORDS})\b)[\w-]+\s+){{0,2}}(?:{MEDIA})s?{END}")
+BEFORE_MEDIUM = re.compile(rf"(?:\s*['’]\s*s?\b)?\s*(?:(?!(?:{FUNCTION_WORDS})\b)[\w-]+\s+){{0,2}}(?:{MEDIA})s?{END}")
 AFTER_STYLE_WORD = re.compile(r"\b(?:in|style of|made of)\s+(?:(?:an?|the)\s+)?$|\bby\s+$")
 # Something worn or held is not a thing beside others: "a knight wearing a red cape", "a girl with blue eyes".
 # But "a fox with an owl" and "photo with fox and owl" name two.

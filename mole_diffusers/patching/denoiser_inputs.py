@@ -74,16 +74,16 @@ def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | 
     """
     if isinstance(pipe, StableDiffusionInstructPix2PixPipeline | StableDiffusionXLInstructPix2PixPipeline):
         noisy = latents[:, : latents.shape[1] // 2]
-        return (True, False, False) if _repeats(noisy, 3) and torch.equal(*text.chunk(3)[1:]) else (True,)
+        return (True, False, False) if repeats(noisy, 3) and torch.equal(*text.chunk(3)[1:]) else (True,)
     guided = getattr(pipe, "do_classifier_free_guidance", None)
     if guided is None:
         return None
     perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
     groups = (False,) * bool(guided) + (True,) * (1 + perturbed)
-    return groups if _repeats(latents, len(groups)) else None
+    return groups if repeats(latents, len(groups)) else None
 
 
-def _repeats(latents: torch.Tensor, times: int) -> bool:
+def repeats(latents: torch.Tensor, times: int) -> bool:
     """Whether the same pictures are repeated this many times, one batch after the other."""
     first, *others = latents.chunk(times)
     return len(others) == times - 1 and all(torch.equal(first, other) for other in others)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,12 +70,18 @@ class DrawnOver:
     by: By
     settle: Settle
     _picture: torch.Tensor | None = None  # [B, C, H, W], the latents that noise was added to
+    _encoded: list[torch.Tensor] = field(default_factory=list)  # the pictures [b, 3, 8H, 8W] that these were made of
     _has_begun: bool = False  # whether the UNet was called
 
     @contextmanager
     def placed(self) -> Iterator[None]:
         """While the block runs, place a call's things before its first step."""
-        add_noise = self.pipe.scheduler.add_noise
+        add_noise, encode = self.pipe.scheduler.add_noise, self.pipe.vae.encode
+
+        def seen(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._picture is None:
+                self._encoded.append(x)
+            return encode(x, *args, **kwargs)
 
         def noted(original_samples: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             self._picture = original_samples
@@ -83,6 +89,7 @@ class DrawnOver:
 
         with Undo() as undo:
             undo.override(self.pipe.scheduler, "add_noise", noted)
+            undo.override(self.pipe.vae, "encode", seen)
             # Before the mixture's own hooks, so that the step itself is the last call that they see.
             undo.before_forward(self.pipe.unet, self._before_step, prepend=True, with_kwargs=True)
             yield
@@ -96,7 +103,9 @@ class DrawnOver:
         free = [i for i in things.prompts if given_region(things.reading.things[i], things.bound) is None]
         if len(free) < 2 or picture is None or latents.shape[1:] != picture.shape[1:]:
             return
-        if not all(torch.equal(each, picture[0]) for each in picture):
+        # Latents of one picture differ if each has its own generator.
+        given = [each for batch in self._encoded or [picture] for each in batch]
+        if not all(torch.equal(each, given[0]) for each in given):
             return
         errors = torch.stack([self._errors(i, picture[:1], latents, call) for i in free]).cpu()  # [K, H, W]
         chosen, (height, width) = [things.reading.things[i] for i in free], errors.shape[1:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +123,14 @@ class PictureLayout:
         self._regions = found
         return True
 
+    def names_only(self, wanted: Collection[ThingKey]) -> bool:
+        """Whether each picture's text names exactly these things, by `words.keys`, apart from tags and styles."""
+        return all(
+            {key for key, t in zip(keys(things), things, strict=True) if not (t.is_tag or self._is_everywhere(t))}
+            == set(wanted)
+            for things in (self.readings[row].things for row in self.picture_rows)
+        )
+
     def keep(self, before: PictureLayout) -> None:
         """Keep the layouts of the previous text if it names the same things: the prompt may change while drawing."""
         rows, others = self.picture_rows, before.picture_rows
@@ -170,8 +178,8 @@ class PictureLayout:
             things = [t for t in self.readings[row].things if t.is_tag and any(wanted[k] for k in t.experts)]
             if len(names := list(dict.fromkeys(thing.name for thing in things if not self._is_everywhere(thing)))) > 1:
                 warned.append(
-                    f"{_listed(names)} are named as tags, so they act in the whole picture; "
-                    f"for a place each write {' and '.join(names)!r}, or give regions"
+                    f"{_listed(names)} are named as tags, so they act in the whole picture: "
+                    "join those that are things with 'and' to give each a place, or give regions"
                 )
         return list(dict.fromkeys(warned))
 

@@ -14,7 +14,7 @@ from torch import nn
 from mole_diffusers.gates.seen import Seen
 from mole_diffusers.patching.undo import Undo
 
-LEAST_TEXTS, MOST_BYTES = 8, 32 << 20  # keep this many of the last texts, and more up to this size
+LEAST_RUNS, MOST_BYTES = 8, 32 << 20  # keep this many of the encoders' last runs, and more up to this size
 ALIKE, LEAD = 0.9, 0.02  # least mean cosine of weighted states with their text, and least lead over the next text
 
 
@@ -89,7 +89,7 @@ class PromptTokens:
             texts = tuple(s.detach() for s in states if s.dim() == 3)
             if reading and texts:
                 self._known.append(Encoded(name, *reading[0], texts))
-                while len(self._known) > LEAST_TEXTS and sum(s.nbytes for e in self._known for s in e.states) > MOST_BYTES:
+                while len(self._known) > LEAST_RUNS and sum(s.nbytes for e in self._known for s in e.states) > MOST_BYTES:
                     self._known.popleft()
 
         undo.before_forward(encoder, before, with_kwargs=True)

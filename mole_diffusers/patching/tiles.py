@@ -32,10 +32,16 @@ OF_A_PROMPT = {
     "latents", "output_type", "return_dict", "clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 }  # fmt: skip
 OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call with the text states of a known prompt
+# What SDXL is told besides the prompt. Each tile is told its own part of the prompt, and its own size.
+OF_WHOLE_PICTURE = {"prompt_2"} | {
+    f"{of}{name}" for of in ("", "negative_") for name in ("original_size", "crops_coords_top_left", "target_size")
+}
+SIZES = 6  # numbers that SDXL's UNet is told of them; its refiner reads others
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 By = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts, on every word
-Settle = Callable[[Mapping[ThingKey, torch.Tensor]], None]  # called with the place [H, W] of each thing, by its key
+# Called with the place [H, W] of each thing, by its key. Returns whether the denoiser's text names these things.
+Settle = Callable[[Mapping[ThingKey, torch.Tensor]], bool]
 # A part of a prompt -> its text states [1, S, C], and the pooled states that SDXL reads [1, P], None for other models.
 Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -91,7 +97,7 @@ def tiles_for(
         bound: each expert's words and region.
         acting: the experts that are on.
         by: a context in which only some of them act, on every word.
-        settle: receives the place [H, W] of each thing, by its key, before the first tile is drawn.
+        settle: receives the places before the first tile is drawn.
 
     Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
     """
@@ -118,9 +124,11 @@ def _things_for_tiles(
         raise ValueError(reason)
     if reason or things is None or len(things.prompts) < 2:
         return None
+    asked = {name for name, value in call.items() if value is not None}
+    if tiling.always and (lost := sorted(asked & OF_WHOLE_PICTURE)):
+        raise ValueError(f"each tile has a prompt and a size of its own: draw without {' and '.join(lost)}")
     allowed = OF_A_PROMPT | OF_STATES if _gives_states(tiling, call) else OF_A_PROMPT
-    asks_for_nothing_else = all(name in allowed for name, value in call.items() if value is not None)
-    return things if tiling.always or (things.are_listed and asks_for_nothing_else) else None
+    return things if tiling.always or (things.are_listed and asked <= allowed) else None
 
 
 def _gives_states(tiling: Tiling, call: Mapping[str, Any]) -> bool:
@@ -287,6 +295,8 @@ class Tiles:
             reason = "a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them"
         elif latents.dim() != 4:
             reason = "tiles are parts of a picture, and this is a video"
+        elif (ids := (kwargs.get("added_cond_kwargs") or {}).get("time_ids")) is not None and ids.shape[-1] != SIZES:
+            reason = f"tiles tell SDXL their size in {SIZES} numbers, and this UNet reads {ids.shape[-1]}, as refiners do"
         if reason and self.tiling.always:
             raise ValueError(reason)
         if reason:
@@ -313,8 +323,12 @@ class Tiles:
                     raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
                 return []
             tiles.append(Tile(names, text, pooled, mask, _box(mask, self.pipe.unet)))
-        self.settle({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)})
-        return tiles
+        if self.settle({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)}):
+            return tiles
+        if self.tiling.always:
+            named = " and ".join(repr(things.reading.things[i].name) for i in things.prompts)
+            raise ValueError(f"the text encoder reads other things in this prompt than {named}: shorten or reword it")
+        return []
 
     def _parts(self, tiles: Sequence[Tile], whole: Callable[..., Any], args: tuple, kwargs: dict) -> torch.Tensor:
         """The UNet's prediction, tile by tile. Outside of all tiles it is that of `whole`, where words of things are

@@ -27,7 +27,7 @@ from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, re
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.bound_text import BoundText, Made, Silent, kept_over_ranks
-from mole_diffusers.patching.denoiser_inputs import Groups
+from mole_diffusers.patching.denoiser_inputs import Groups, repeats
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 
@@ -186,13 +186,19 @@ class TokenMasks:
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._changed()
 
-    def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> None:
-        """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read."""
+    def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
+        """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read.
+
+        Returns False, and sets nothing, if the text that the denoiser reads names other things.
+        """
+        if not all(state.picture.names_only(regions) for state in self._texts):
+            return False
         self._planned = regions
         for state in self._texts:
             if state.picture.put(regions):
                 state.place()
         self._changed()
+        return True
 
     def end(self, *, warns: bool) -> None:
         """The call has ended. With `warns`, warn of what got no place."""
@@ -261,7 +267,7 @@ class TokenMasks:
         """
         readings = self._read(text)
         frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
-        picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings), frames=frames, side=side)
+        picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings, latents), frames=frames, side=side)
         acts = onto(self._acting_tokens(readings), text.device) if readings else None
         words = text.detach(), version(text), latents.shape, picture, acts
         prompt = next(reversed(self._prompts), None)
@@ -284,7 +290,10 @@ class TokenMasks:
         found = self.tokens.rows(text)
         encoders = {run.encoder for row in found or () for part in row for run, _ in part}
         if found is None or any(self.tokenizers[encoder] is None for encoder in encoders):
-            self._warn("the text's words are not known, since its states come from elsewhere: every expert acts everywhere")
+            self._warn(
+                "the text's words are not known, so every expert acts everywhere: its states come from elsewhere, or were "
+                "made before LoRAs or gates were last attached, or too many texts ago"
+            )
             return []
         rows = [[[(run.encoder, run.ids[i].tolist()) for run, i in part] for part in row] for row in found]
         return self._readings(rows, tokens=text.shape[1])
@@ -307,9 +316,15 @@ def _names_an_expert(readings: Sequence[Reading]) -> bool:
     return any(any(reading.mentioned) for reading in readings)
 
 
-def _groups(readings: Sequence[Reading]) -> Groups:
-    """Whether the first half of the rows are prompts, judged by the texts alone."""
+def _groups(readings: Sequence[Reading], latents: torch.Tensor) -> Groups:
+    """The groups of a text's rows, of a pipeline that is not known.
+
+    Guidance repeats each picture, first without its prompt. In training, where nothing waits for the device, only a batch
+    whose other rows all name an expert counts as guided.
+    """
     half = len(readings) // 2
     named = [any(reading.mentioned) for reading in readings]
-    guided = half and len(readings) == 2 * half and not any(named[:half]) and all(named[half:])
+    if not half or len(readings) != 2 * half or any(named[:half]):
+        return (True,)
+    guided = all(named[half:]) if torch.is_grad_enabled() else repeats(latents, 2)
     return (False, True) if guided else (True,)

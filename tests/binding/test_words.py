@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from mole_diffusers.binding.parts import prompts_apart
-from mole_diffusers.binding.words import joined, overlaid, read
+from mole_diffusers.binding.words import joined, keys, overlaid, read
 from mole_diffusers.emoji import default_folder
 
 
@@ -95,6 +95,7 @@ def test_marks_before_words_and_case_are_those_of_the_tokenizer(sentencepiece):
         "a fox, ink style",
         "a photo of a fox in the style of ink",
         "ink portrait of a fox",
+        "ink's painting of a fox",
     ],
 )
 def test_a_style_has_words_and_no_place(clip, prompt):
@@ -128,6 +129,28 @@ def test_words_alone_between_commas_are_tags_that_say_of_no_place(clip, prompt, 
     found, apart, _ = prompts_apart(prompt, phrases)
     assert [found.things[i].name for i in apart] == things
     assert all(tag in part.text for part in apart.values() for tag in tags)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "ink's painting of a fox and an owl",
+        "Ink’s painting of a fox and an owl",
+        "a fox in ink's style and an owl",
+        "a fox's hat and an owl",
+        "a fox and an owl\nink",
+        "ink\n\na fox\nan owl",
+        "1girl, FOX & (owl:1.1)",
+        "a well-known old fox...and a lemon-yellow cat's toy + an owl",
+    ],
+)
+@pytest.mark.parametrize("phrases", [[["fox"], ["owl"], ["ink"]], [["fox", "owl"], ["ink"]], [["ink's"], ["Fox"], ["owl"]]])
+def test_a_prompt_has_the_same_things_as_its_tokens(clip, prompt, phrases):
+    """So what is drawn in tiles keeps its place when the text encoder's tokens say what is bound."""
+    text, tokens = prompts_apart(prompt, phrases).reading, read(clip(prompt).input_ids, clip, phrases)
+    assert keys(text.things) == keys(tokens.things)
+    assert [thing.is_tag for thing in text.things] == [thing.is_tag for thing in tokens.things]
+    assert text.relations == tokens.relations
 
 
 @pytest.mark.parametrize(

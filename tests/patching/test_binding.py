@@ -103,6 +103,16 @@ def test_several_experts_in_one_place_are_told_of(attach, pipe, draw, binding, w
     assert not [text for text in mixture.binding_warnings if "undecided" not in text]
 
 
+def test_tags_are_told_of_until_those_that_are_things_are_joined(attach, pipe):
+    mixture = attach({"fox": "fox", "ink": "owl", "hat": "ink"})
+    with pytest.warns(UserWarning, match="'fox' and 'owl' and 'ink' are named as tags, .*: join those .* with 'and'"):
+        pipe("fox,owl,ink", num_inference_steps=2, output_type="latent")
+    assert not mixture.layouts[0].regions
+    pipe("fox and owl,ink", num_inference_steps=2, output_type="latent")
+    assert not [text for text in mixture.binding_warnings if "tags" in text]
+    assert [*mixture.layouts[0].regions] == ["fox", "ink"]
+
+
 # ---- words
 
 
@@ -130,6 +140,25 @@ def test_prompts_of_a_batch_silence_experts_row_by_row(attach, pipe, draw):
         base = draw(pipe, "a house")
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
     torch.testing.assert_close(together[2:], base, atol=2e-5, rtol=0)  # the base, though others of the batch have experts
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+@pytest.mark.parametrize("prompts", [("a fox", "a house"), ("a house", "a fox")])
+def test_a_second_pipeline_draws_each_picture_of_a_batch_as_alone(attach, pipe, prompts, guidance):
+    """Nobody says whether it guides, whichever of the prompts has words."""
+    attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    second = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+
+    def drawn(of, prompts):
+        generators = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
+        options = {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "np"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.from_numpy(of(list(prompts), generator=generators, **options).images)
+
+    alone = torch.cat([drawn(pipe, [prompt]) for prompt in prompts])
+    torch.testing.assert_close(drawn(second, prompts), alone, atol=2e-5, rtol=0)
 
 
 def test_a_word_of_two_experts_is_shared(attach, pipe):
@@ -483,10 +512,13 @@ def test_a_text_that_is_copied_at_every_step_is_one_text(attach, pipe, draw):
 
 
 def test_states_of_elsewhere_are_not_bound_and_say_so(attach, pipe):
-    mixture = attach(HALVES)
-    with pytest.warns(UserWarning, match="words are not known"):
-        pipe(prompt_embeds=torch.randn(1, 16, 16), num_inference_steps=1, output_type="latent", guidance_scale=1)
-    assert now(mixture).acts is None
+    attach(HALVES)
+    before = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    for states in (torch.randn(1, 16, 16), before):
+        mixture = attach(HALVES)
+        with pytest.warns(UserWarning, match="words are not known, .* before LoRAs or gates were last attached"):
+            pipe(prompt_embeds=states, num_inference_steps=1, output_type="latent", guidance_scale=1)
+        assert now(mixture).acts is None
 
 
 def test_weighted_words_are_found_by_their_direction(attach, pipe):
@@ -799,6 +831,18 @@ def test_an_absent_word_is_strength_0_on_any_host(other):
     mixture.bind({"ink": "everywhere"})
     mixture.strength("ink", 0)
     torch.testing.assert_close(draw_other(other), absent, atol=1e-5, rtol=0)
+
+
+def test_prompts_with_and_without_words_are_drawn_as_alone_on_any_host(other):
+    other.attach().bind({"fox": "fox", "ink": "owl"})
+
+    def draw(*prompts):
+        generators = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return hosts.draw(other.pipe, other.options | {"generator": generators}, list(prompts))
+
+    torch.testing.assert_close(draw("a house", "a fox"), torch.cat([draw("a house"), draw("a fox")]), atol=1e-4, rtol=0)
 
 
 def test_a_layout_is_planned_on_any_host(other):

@@ -32,8 +32,8 @@ def picture(world):
 
 
 def drawn(pipe, prompt, image, **options):
-    generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, image=image, generator=generator, output_type="latent", **CALL | options).images
+    options = CALL | {"generator": torch.Generator().manual_seed(0), "output_type": "latent"} | options
+    return pipe(prompt, image=image, **options).images
 
 
 @pytest.mark.parametrize("mirrored", [False, *thorough(True)])
@@ -106,12 +106,16 @@ class Fixed:
         self.latents = latents
 
 
+SEEDS = [torch.Generator().manual_seed(seed) for seed in range(2)]
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "finds"),
     [
         ("Img2Img", {}, True),
         ("Img2Img", {"prompt": "a fox"}, False),  # one thing
         ("Img2Img", {"image": torch.rand(2, 3, 32, 64), "prompt": ["a fox, a hat"] * 2}, False),  # two pictures
+        ("Img2Img", {"prompt": ["a fox, a hat"] * 2, "generator": SEEDS}, True),
         *thorough(("Inpaint", {"mask_image": torch.ones(1, 1, 32, 64)}, True)),
         ("Inpaint", {"mask_image": torch.ones(1, 1, 32, 64), "strength": 1.0}, False),  # nothing of the picture is kept
     ],

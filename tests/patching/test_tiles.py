@@ -275,6 +275,17 @@ def test_the_last_steps_are_bound_to_the_places_of_the_tiles(pipe, experts, recw
     assert not [w for w in recwarn if "places" in str(w.message)]
 
 
+def test_a_thing_that_the_text_encoder_cuts_off_gets_no_tile(pipe, experts):
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    prompt = "a fox, red blue grey, and a hat"
+    with mixture.tiled(0):
+        bound = latent(pipe, prompt)
+    assert torch.equal(latent(pipe, prompt), bound)
+    with mixture.tiled(), pytest.raises(ValueError, match="other things in this prompt than 'fox' and 'hat': shorten"):
+        latent(pipe, prompt)
+
+
 @pytest.mark.thorough
 def test_prompts_of_tiles_skip_the_layers_that_the_call_skips(pipe, experts):
     mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
@@ -320,6 +331,20 @@ def test_sdxl_reads_each_prompt_with_both_encoders_and_the_size_of_the_tile(tmp_
     with mixture.tiled():
         wanted = drawn(PROMPT, x)
     assert torch.equal(drawn(PROMPT, x), wanted)  # by itself, where there is room
+
+
+@pytest.mark.parametrize("refiner", [False, True])
+def test_sdxl_is_refused_what_its_tiles_cannot_be_told(tmp_path, refiner):
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline if refiner else diffusers.StableDiffusionXLPipeline
+    pipe, image = sdxl(kind, refiner=refiner), {"image": torch.rand(1, 3, 32, 32), "strength": 1.0}
+    call = {"prompt": "a fox, an ox", "num_inference_steps": 2} | (image if refiner else {})
+    mixture = mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors")}, binding={"fox": "fox"})
+    for name, given in (("prompt_2", "ink"), ("original_size", (64, 64)), ("negative_target_size", (64, 64))):
+        with mixture.tiled(), pytest.raises(ValueError, match=f"a size of its own: draw without {name}$"):
+            pipe(**call, **{name: given})
+    if refiner:
+        with mixture.tiled(), pytest.raises(ValueError, match="in 6 numbers, and this UNet reads 5"):
+            pipe(**call)
 
 
 @pytest.mark.parametrize(("steps", "early"), [(2, 1), *thorough((1, 0), (3, 2), (4, 3), (5, 4), (10, 8))])
