@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,6 +54,22 @@ MAX_STRENGTH = 1e6  # far more than any picture survives, and small enough that 
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
 _lifted: WeakKeyDictionary[Any, Mixture] = WeakKeyDictionary()  # denoiser -> the mixture that `lifted` took off it
+
+
+class Lasting(NamedTuple):
+    """What a mixture is set to outside of all `with` blocks.
+
+    Attributes:
+        experts: name -> (expert, strength), as `attach` takes them.
+        active: the experts that are switched on.
+        plan: the plan that `choose` has set, if any.
+        binding: each expert's words and region; None if nothing is bound.
+    """
+
+    experts: dict[str, tuple[Expert, float]]
+    active: set[str]
+    plan: Plan | None
+    binding: dict[str, Bound] | None
 
 
 class Mixture:
@@ -282,6 +298,17 @@ class Mixture:
     def weighed(self) -> dict[str, tuple[Expert, float]]:
         """name -> (expert, strength), as `attach` takes them."""
         return {name: (expert, self.strength(name)) for name, expert in self.experts.items()}
+
+    def lasting(self) -> Lasting:
+        """The settings outside of all `with` blocks, those of other threads included: what is copied and saved."""
+        with self._lock.held():
+            strength, active, plan, binding = map(self._runtime.outside, ("strength", "active", "plan", "binding"))
+            return Lasting(
+                {name: (expert, s) for (name, expert), s in zip(self.experts.items(), strength, strict=True)},
+                {name for name, on in zip(self.experts, active, strict=True) if on},
+                plan,
+                None if binding is None else dict(binding.bound),
+            )
 
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters: everything that training changes."""
@@ -585,9 +612,13 @@ class Mixture:
             for name, bank in self.banks.items():  # inside `lifted` it is not offloaded
                 mixture.banks[name].load_state_dict(bank.state_dict())
         models = [getattr(twin, name) for name in off]
-        kept = {name: copy(self._runtime.outside(name)) for name in ("strength", "active", "plan")}
-        bound: TokenMasks | None = self._runtime.outside("binding")
-        mixture._runtime.set(**kept, binding=mixture._masks(None if bound is None else bound.bound))
+        kept = self.lasting()
+        mixture._runtime.set(
+            strength=[strength for _, strength in kept.experts.values()],
+            active=[name in kept.active for name in self.experts],
+            plan=copy(kept.plan),
+            binding=mixture._masks(kept.binding),
+        )
         switch(models, on=True)
         mixture._replace(None)
         switch(models, on=False)

@@ -49,6 +49,7 @@ from mole_diffusers.patching.denoiser_inputs import hosts
 from mole_diffusers.patching.gated_linear import ADAPTER
 from mole_diffusers.patching.peft_injection import adapted
 from mole_diffusers.patching.pipeline_calls import share_calls
+from mole_diffusers.patching.runtime import Plan
 
 KEPT = "mole"  # folder of a saved pipeline that holds its mixture
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "proxies")
@@ -190,21 +191,20 @@ class DropIn:
                 "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
                 "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"
             )
-        experts, by_block, binding = mixture.weighed(), _block_weights(mixture), mixture.binding
-        on = {name: experts[name][1] for name in mixture.active}
+        before = mixture.lasting()
         try:
             self._hand_over(mixture)
             super().fuse_lora(*args, **kwargs)
         except BaseException:
             if self.mixture is None:  # it was handed over
-                super().delete_adapters([name for name in experts if name in self._ordinary()])
-                attach(self, experts, binding=binding)
-                _choose(self, on, by_block)
+                super().delete_adapters([name for name in before.experts if name in self._ordinary()])
+                attach(self, before.experts, binding=before.binding)
+                _choose(self, {name: before.experts[name][1] for name in before.active}, _block_weights(before.plan))
             raise
 
     def _hand_over(self, mixture: Mixture) -> None:
         """Turn the experts into ordinary diffusers adapters with the same weights."""
-        experts, active, by_block = mixture.weighed(), self.get_active_adapters(), _block_weights(mixture)
+        experts, active, by_block = mixture.weighed(), self.get_active_adapters(), _block_weights(mixture.plan)
         with TemporaryDirectory() as folder:
             files = {name: Path(folder, f"{i}.safetensors") for i, name in enumerate(experts)}
             for name, (expert, _) in experts.items():
@@ -224,6 +224,8 @@ class DropIn:
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline in diffusers' format, together with experts, gates and strengths.
+
+        What holds only inside a `with` block of the mixture is not saved.
 
         Any diffusers pipeline of this kind opens the folder without them. The folder's pipeline.py is for
         `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`; call `load_mixture` after that.
@@ -282,7 +284,7 @@ class DropIn:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card; `options` are those of `gates.hub.upload`."""
         mixture = self._require()
-        card = model_card(mixture.weighed(), mixture.config, repo_id, pipeline=True)
+        card = model_card(mixture.lasting().experts, mixture.config, repo_id, pipeline=True)
         return push(self.save_pretrained, card, repo_id, **options)
 
     def to_json_string(self) -> str:
@@ -292,10 +294,12 @@ class DropIn:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _experts(self) -> dict[str, tuple[Expert, float]]:
-        return {} if self.mixture is None else self.mixture.weighed()
+        return {} if self.mixture is None else self.mixture.lasting().experts
 
     def _attach(self, experts: Mapping[str, tuple[Expert, float]], gates: Gates | None = None) -> None:
         """Attach these experts instead of the present ones; bindings and switched-off experts stay. No experts: detach.
+
+        What holds only inside a `with` block of the present mixture goes with it.
 
         Args:
             gates: None keeps gates that are not trained, and replaces trained ones by the sum.
@@ -308,9 +312,10 @@ class DropIn:
         elif mixture is None:
             attach(self, experts, gates)
         else:
-            off, by_block = set(mixture.experts) - mixture.active, _block_weights(mixture)
+            now = mixture.lasting()
+            off, by_block = set(mixture.experts) - now.active, _block_weights(now.plan)
             same = {name for name, (expert, _) in experts.items() if expert is mixture.experts.get(name)}
-            binding = None if mixture.binding is None else {n: b for n, b in mixture.binding.items() if n in same}
+            binding = None if now.binding is None else {n: b for n, b in now.binding.items() if n in same}
             attach(self, experts, gates, binding=binding)
             active = {name: strength for name, (_, strength) in experts.items() if name not in off}
             _choose(self, active, {name: weights for name, weights in by_block.items() if name in same})
@@ -479,19 +484,20 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
     """Write what `attach_kept` reads: mixture.json, experts/ and gates/. Everything else in `folder` is removed.
 
     An expert's file is copied unchanged. An expert that is only in memory, or changed since its file was read, is
-    written in fp32.
+    written in fp32. What holds only inside a `with` block of the mixture is not written.
     """
     with new_folder(folder) as part:
         (part / EXPERTS).mkdir()
-        kept, rows, by_block = {}, [], _block_weights(mixture)
-        for i, (name, (expert, strength)) in enumerate(mixture.weighed().items()):
+        kept, rows, now = {}, [], mixture.lasting()
+        by_block = _block_weights(now.plan)
+        for i, (name, (expert, strength)) in enumerate(now.experts.items()):
             file = f"{i}.safetensors"
             kept[name] = _keep_expert(expert, part / EXPERTS / file)
-            rows.append({"name": name, "file": file, "strength": strength, "active": name in mixture.active})
+            rows.append({"name": name, "file": file, "strength": strength, "active": name in now.active})
             if name in by_block:
                 rows[-1]["weights"] = by_block[name]
-            if mixture.binding is not None:
-                rows[-1]["binding"] = to_json(mixture.binding[name])
+            if now.binding is not None:
+                rows[-1]["binding"] = to_json(now.binding[name])
         mixture.save_pretrained(part / GATES_FOLDER, experts=kept)
         about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
         (part / INDEX).write_text(json.dumps(about, indent=1) + "\n")
@@ -527,9 +533,9 @@ def _choose(pipe: Any, strengths: Mapping[str, float], by_block: Mapping[str, Ma
         mixture.choose(strengths, AdapterWeights(names, by_block, unet) if by_block else None)
 
 
-def _block_weights(mixture: Mixture) -> dict[str, dict[str, Any]]:
+def _block_weights(plan: Plan | None) -> dict[str, dict[str, Any]]:
     """Expert -> its weights by model and block, if `set_adapters` was given some."""
-    return mixture.plan.weights if isinstance(mixture.plan, AdapterWeights) else {}
+    return plan.weights if isinstance(plan, AdapterWeights) else {}
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,15 @@ def test_who_is_off_stays_off_when_gates_or_experts_change(both):
     assert ours.get_active_adapters() == ["ink"]
 
 
+def test_what_is_off_in_a_block_is_on_after_it_beside_a_lora_that_came_inside(both):
+    ours, _, _, files = both
+    load(ours, files)
+    with ours.mixture.only("fox"), ours.mixture.strengths({"ink": 0.0}):
+        ours.load_lora_weights(files["fox"], adapter_name="third")
+    assert ours.get_active_adapters() == ["fox", "ink", "third"]
+    assert ours.mixture.strength("ink") == 1.0
+
+
 BY_BLOCK = {"unet": {"down": 0.2, "up": {"block_0": [0.1, 0.9]}}, "text_encoder": 0.5}
 
 
