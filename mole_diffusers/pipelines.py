@@ -14,13 +14,13 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -43,7 +43,7 @@ from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import copy_missing, new_folder, whole_folder
 from mole_diffusers.lora.writing import save_atomically, save_expert
-from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach, lock_of_pipeline
 from mole_diffusers.patching.adapter_weights import AdapterWeights
 from mole_diffusers.patching.denoiser_inputs import hosts
 from mole_diffusers.patching.gated_linear import ADAPTER
@@ -51,6 +51,7 @@ from mole_diffusers.patching.peft_injection import adapted
 from mole_diffusers.patching.pipeline_calls import share_calls
 from mole_diffusers.patching.runtime import Plan
 
+Call = TypeVar("Call", bound=Callable[..., Any])
 KEPT = "mole"  # folder of a saved pipeline that holds its mixture
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "proxies")
 IGNORED = ("low_cpu_mem_usage", "use_safetensors")  # how diffusers loads; no effect here
@@ -63,6 +64,17 @@ VERSION = 1
 MAX_INDEX = 256 << 20  # bytes; it contains mask pictures
 INDEX, EXPERTS, GATES_FOLDER = "mixture.json", "experts", "gates"
 FILE = re.compile(r"[0-9]{1,4}\.safetensors")  # as `keep` names them; expert names may hold characters that paths cannot
+
+
+def _one_at_a_time(call: Call) -> Call:
+    """Other threads wait while this method reads what is loaded and changes it."""
+
+    @functools.wraps(call)
+    def held(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with lock_of_pipeline(self).held():
+            return call(self, *args, **kwargs)
+
+    return held  # type: ignore[return-value]
 
 
 class DropIn:
@@ -92,20 +104,21 @@ class DropIn:
         """
         if unknown := sorted(set(kwargs) - {*HUB, *IGNORED, "weight_name", "subfolder"}):
             raise TypeError(f"load_lora_weights() has no argument {unknown[0]!r}")
-        experts, ordinary = self._experts(), self._ordinary()
-        loaded = [*experts, *ordinary]
-        name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in loaded)
-        if name in ordinary or (name in experts) != hotswap:
-            what = "is not loaded, so it cannot be swapped" if hotswap else "is in use"
-            raise ValueError(f"adapter name {name!r} {what}; loaded: {loaded}")
-        options = {key: value for key, value in kwargs.items() if key not in IGNORED}
-        expert = _read(source, name, **options)
-        if self.mixture is not None and self.mixture.parameters():
-            warnings.warn("the gates do not know the new expert; all experts are summed until load_gates", stacklevel=2)
-        self._attach({**experts, name: (expert, 1.0)})
-        if ordinary:  # as in diffusers, the LoRA loaded last is on, and earlier ones are off
-            self._ordinary_off()
+        expert = _read(source, adapter_name, **{key: value for key, value in kwargs.items() if key not in IGNORED})
+        with lock_of_pipeline(self).held():
+            experts, ordinary = self._experts(), self._ordinary()
+            loaded = [*experts, *ordinary]
+            name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in loaded)
+            if name in ordinary or (name in experts) != hotswap:
+                what = "is not loaded, so it cannot be swapped" if hotswap else "is in use"
+                raise ValueError(f"adapter name {name!r} {what}; loaded: {loaded}")
+            if self.mixture is not None and self.mixture.parameters():
+                warnings.warn("the gates do not know the new expert; all experts are summed until load_gates", stacklevel=2)
+            self._attach({**experts, name: (expert if expert is source else replace(expert, name=name), 1.0)})
+            if ordinary:  # as in diffusers, the LoRA loaded last is on, and earlier ones are off
+                self._ordinary_off()
 
+    @_one_at_a_time
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
         """Set which adapters are active, and their weights; all others are switched off.
 
@@ -139,6 +152,7 @@ class DropIn:
         else:
             self._ordinary_off()
 
+    @_one_at_a_time
     def load_gates(self, gates: Gates) -> None:
         """Weigh the loaded experts by `gates`: a folder, a hub id, a family name or a GateConfig."""
         self._require()
@@ -159,6 +173,7 @@ class DropIn:
                 parts.setdefault(part, []).append(name)
         return {part: names for part, names in parts.items() if names}
 
+    @_one_at_a_time
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Remove adapters. As in diffusers, unknown names are ignored.
 
@@ -177,6 +192,7 @@ class DropIn:
         detach(self)
         super().unload_lora_weights(**kwargs)
 
+    @_one_at_a_time
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """Fuse the adapters into the weights, as in diffusers. The experts become ordinary adapters first.
 
@@ -218,6 +234,7 @@ class DropIn:
             for layer in adapted(model):
                 layer.set_adapter([name for name in active if name in layer.lora_A])
 
+    @_one_at_a_time
     def load_mixture(self, folder: str | Path) -> None:
         """Load experts, gates and strengths from the folder `mole` of a saved drop-in pipeline."""
         attach_kept(self, folder)
@@ -420,7 +437,7 @@ def _kind(names: Sequence[str]) -> Any:
     raise ValueError(f"{names[0]} has no drop-in pipeline; those that have one: {list(KINDS)}")
 
 
-def _read(source: Any, name: str, **options: Any) -> Expert:
+def _read(source: Any, name: str | None, **options: Any) -> Expert:
     """The LoRA that these diffusers arguments name."""
     if isinstance(source, Expert):
         return source

@@ -162,6 +162,17 @@ def test_what_holds_in_a_block_is_not_saved(kind, tmp_path):
     assert others == [wanted, wanted]
 
 
+def test_loras_that_threads_load_and_delete_at_once_are_all_loaded_and_deleted(kind, tmp_path):
+    pipe, _ = kind
+    files = [read_expert(tiny_lora(pipe, tmp_path / f"{i}.safetensors", seed=i)) for i in range(3)]
+    names = [f"default_{i}" for i in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(pipe.load_lora_weights, files))
+        assert set(pipe.mixture.experts) == set(names)
+        list(threads.map(pipe.delete_adapters, names[:2]))
+    assert list(pipe.mixture.experts) == names[2:]
+
+
 def test_a_save_after_one_that_was_broken_off_keeps_what_else_was_there(saved, tmp_path):
     pipe, *_ = saved
     aside = tmp_path / ".pipe.old"  # as a save leaves it that was killed between its two renames
