@@ -408,7 +408,7 @@ class Mixture:
             warnings.warn(FOLDED, stacklevel=4)
         with self.listen(averages), self.tiled(0), nullcontext() if prompt is not None else self.bound(None):
             evaluate_gates(self._pipe, self._components, prompt, **call)
-        return one_lora(self._components, averages.weights)
+            return one_lora(self._components, averages.weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card. Returns the commit's address.

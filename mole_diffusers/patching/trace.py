@@ -20,7 +20,7 @@ class Trace:
         before: the runtime's number of calls when the block began; a trace counts its own.
         records: (place, step, applied weights [N] or [B, N] on the CPU). Step -1 is before the first denoiser call, when
             text encoders run. If some layers of a place have fewer of the experts, they are recorded separately, as
-            "PLACE (fox, ink)".
+            "PLACE (fox, ink)". Layers outside of blocks share one record, without a plan's strengths by block.
         layouts: where each expert acted, for each picture of the last call. Available when the block has ended.
         maps: with `maps=True`, number of the denoiser call, from 0 -> for each picture, name of an expert or noun -> [h,
             w] on the CPU. It is the attention to its words, 0..1 in each layer that is read, summed over these layers.
