@@ -38,7 +38,7 @@ from mole_diffusers.patching.drawn_over import drawn_over
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
-from mole_diffusers.patching.peft_injection import off_after, switch, switched_off, switches
+from mole_diffusers.patching.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
 from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_of
@@ -561,8 +561,13 @@ class Mixture:
     # ---- install on the models and uninstall
 
     def _replace(self, before: Mixture | None) -> None:
-        """Take the place of `before`. If that fails, put `before` back."""
+        """Take the place of `before`. If that fails, put `before` back.
+
+        Raises ValueError if `before` is switched off.
+        """
         with self._lock.held():
+            for part in () if before is None else before._components:
+                refuse_switched_off(part.model)
             try:
                 if before is not None:
                     before._take_off()
@@ -585,6 +590,9 @@ class Mixture:
         undo.close()  # what an interruption may have left
         try:
             with loaded(self._pipe):
+                for part in self._components:
+                    if vars(part.model).get(HANDLE, self) is not self:
+                        raise ValueError(f"another pipeline's mixture is on its {part.name}; detach that one first")
                 for model in (self._denoiser, *(part.model for part in self._components)):
                     undo.callback(model.__dict__.pop, HANDLE, None)
                     object.__setattr__(model, HANDLE, self)
@@ -692,7 +700,8 @@ def attach(
         The mixture: the handle for strengths, masks, traces, training and saving.
 
     Raises:
-        ValueError, FileNotFoundError: a bad file, layer, family or gate folder; the pipeline stays as it was.
+        ValueError, FileNotFoundError: a bad file, layer, family or gate folder, or LoRAs that `disable_lora` has switched
+            off, the mixture's or others; the pipeline stays as it was.
     """
     with _held(pipe) as before:
         mixture = _prepared(pipe, experts, gates, binding)

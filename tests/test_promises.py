@@ -263,6 +263,32 @@ def test_what_would_silently_not_act_is_refused(pipe, loras):
         mole.attach(pipe, loras)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_mixture_that_is_disabled_is_not_replaced(pipe, loras, draw, beside):
+    if beside:
+        pipe.load_lora_weights(loras["hat"], adapter_name="hat")
+    mixture = mole.attach(pipe, {"fox": loras["fox"]})
+    on = draw(pipe)
+    pipe.disable_lora()
+    with pytest.raises(ValueError, match=r"are disabled; call pipe.enable_lora\(\) first"):
+        mole.attach(pipe, {"ink": loras["ink"]})
+    assert mole.attached(pipe) is mixture
+    pipe.enable_lora()
+    assert torch.equal(draw(pipe), on)
+
+
+def test_a_text_encoder_with_another_pipelines_mixture_is_refused(pipe, loras, draw):
+    other = type(pipe)(**pipe.components | {"unet": tiny_pipeline(1).unet}, requires_safety_checker=False)
+    mole.attach(pipe, {"fox": loras["fox"]})
+    picture = draw(pipe)
+    with pytest.raises(ValueError, match="another pipeline's mixture is on its text_encoder; detach that one first"):
+        mole.attach(other, {"ink": loras["ink"]})
+    assert mole.attached(other) is None
+    assert torch.equal(draw(pipe), picture)
+    mole.detach(pipe)
+    mole.attach(other, {"ink": loras["ink"]})
+
+
 def test_a_pipeline_can_be_saved_while_lifted(pipe, loras, draw, tmp_path):
     base = draw(pipe)
     mixture = mole.attach(pipe, loras)
