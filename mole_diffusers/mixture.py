@@ -355,8 +355,8 @@ class Mixture:
         """Fold the gates' average weights into the pipeline's own weights: no cost per step, undone bit for bit.
 
         While the block runs, the pipeline carries nothing of the mixture. Each expert then acts on every word and in the
-        whole picture, or not at all if its words are not in `prompt`. In half precision, the folded weights are rounded
-        like the pipeline's own.
+        whole picture, or not at all if its words are not in `prompt`; without a prompt, each acts. In half precision, the
+        folded weights are rounded like the pipeline's own.
 
         Args:
             prompt: what to draw while the gates are averaged over steps, rows and tokens. Gates that depend on nothing

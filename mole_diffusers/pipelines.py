@@ -196,7 +196,11 @@ class DropIn:
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """Fuse the adapters into the weights, as in diffusers. The experts become ordinary adapters first.
 
-        Raises ValueError if gates or binding depend on the prompt or the picture, which fused weights cannot hold.
+        A single LoRA is fused as in diffusers: it then acts on every prompt. Warns if until now it acted only on prompts
+        with its words.
+
+        Raises ValueError if gates depend on the prompt or the picture, or if binding gives LoRAs words or places of their
+        own, which fused weights cannot hold.
         """
         mixture = self.mixture
         if mixture is None:
@@ -207,6 +211,10 @@ class DropIn:
                 "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
                 "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"
             )
+        for name, bound in (mixture.binding or {}).items():
+            if bound.needs_words:
+                words = " or ".join(map(repr, bound.words))
+                warnings.warn(f"fused, {name!r} acts on every prompt; before, only on those with {words}", stacklevel=3)
         before = mixture.lasting()
         try:
             self._hand_over(mixture)

@@ -268,6 +268,18 @@ def test_models_of_several_precisions_keep_them():
     assert (ours.text_encoder.dtype, ours.unet.dtype) == (torch.bfloat16, torch.float32)
 
 
+def test_a_lora_that_needs_its_words_is_fused_with_a_warning(both):
+    ours, _, options, files = both
+    ours.load_lora_weights(replace(mole.read_expert(files["fox"]), triggers=("cat",)), adapter_name="fox")
+    silent = hosts.draw(ours, options)
+    with ours.mixture.bound(None):
+        acts = hosts.draw(ours, options)
+    assert not torch.allclose(silent, acts, atol=1e-2)
+    with pytest.warns(UserWarning, match="fused, 'fox' acts on every prompt; before, only on those with 'cat'"):
+        ours.fuse_lora()
+    torch.testing.assert_close(hosts.draw(ours, options), acts, **CLOSE)
+
+
 def test_a_pipeline_without_a_denoiser_has_no_mixture():
     pipe, _ = hosts.HOSTS["sd15"]()
     parts = {**pipe.components, "unet": None}
