@@ -112,7 +112,10 @@ class Mixture:
     # ---- for users
 
     def strength(self, name: str, value: float | None = None) -> float:
-        """Return the strength of one expert. With `value`, set it first (any sign and size; 0 means absent)."""
+        """Return the strength of one expert. With `value`, set it first (any sign and size; 0 means absent).
+
+        Inside a `strengths` block that names the expert, the value holds until the block ends.
+        """
         index = self._index(name)
         with self._lock.held():
             if value is not None:
@@ -131,7 +134,11 @@ class Mixture:
         return self._runtime.plan
 
     def choose(self, strengths: Mapping[str, float], plan: Plan | None = None) -> None:
-        """Switch on exactly these experts, at these strengths. `plan` adds factors on top, by component and block."""
+        """Switch on exactly these experts, at these strengths. `plan` adds factors on top, by component and block.
+
+        Inside a block of `strengths`, `only` or `planned`, what that block sets is restored when it ends: all strengths,
+        who is on, or the plan.
+        """
         for name, value in strengths.items():
             self._index(name)
             self._finite(name, value)
@@ -141,13 +148,19 @@ class Mixture:
 
     @contextmanager
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
-        """Use these strengths inside the block. Experts that are not named keep theirs."""
+        """Use these strengths inside the block. Experts that are not named keep theirs, and what `strength` gives them."""
         changed = {self._index(name): self._finite(name, value) for name, value in values.items()}
-        with (
-            self._lock.held(),
-            self._with_settings(strength=[changed.get(i, s) for i, s in enumerate(self._runtime.strength)]),
-        ):
-            yield
+        with self._lock.held():
+            before = list(self._runtime.strength)
+            inside = [changed.get(i, s) for i, s in enumerate(before)]
+            try:
+                with self._with_settings(strength=inside):
+                    yield
+            finally:
+                for i, now in enumerate(inside):
+                    if i not in changed and now != before[i]:  # set by `strength` inside
+                        self._runtime.strength[i] = now
+                self._runtime.changed()
 
     def only(self, *names: str) -> AbstractContextManager[None]:
         """Mask all other experts and renormalise the gates inside the block (MoLE's second inference mode)."""
@@ -465,6 +478,8 @@ class Mixture:
                 file gives; or "everywhere": on every word and in the whole picture. A region is "auto" (found from
                 attention); "left", "right", "top", "bottom", "center", "top left", ...; a box (left, top, right, bottom)
                 in shares of the picture; or a mask picture, white where the expert acts. `bind(None)` binds no expert.
+
+        Inside a `bound` block, all of it holds until the block ends.
 
         Raises ValueError for an unknown name or region; nothing changes then.
         """

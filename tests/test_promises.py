@@ -144,6 +144,19 @@ def test_only_restores_and_one_survivor_is_that_lora(pipe, loras, draw, awake):
     torch.testing.assert_close(alone, draw(pipe), atol=1e-5, rtol=0)
 
 
+def test_strengths_set_in_a_block_stay_but_of_those_it_names(pipe, loras):
+    mixture = mole.attach(pipe, loras)
+    with mixture.strengths({"fox": 0.5}), mixture.strengths({"hat": 0.7}):
+        mixture.strength("fox", 3.0)
+        mixture.strength("ink", 2.0)
+        assert [mixture.strength(name) for name in loras] == [3.0, 2.0, 0.7]
+    assert [mixture.strength(name) for name in loras] == [1.0, 2.0, 1.0]
+    with mixture.strengths({"fox": 0.5}), mixture.only("fox"):
+        mixture.choose({"ink": 3.0})
+        assert (mixture.strength("ink"), mixture.active) == (3.0, {"ink"})
+    assert (mixture.strength("ink"), mixture.active) == (2.0, set(loras))
+
+
 def test_fixed_weights_stand_in_for_gates(pipe, loras, draw, awake):
     mixture = awake(mole.attach(pipe, loras, "mole"))
     with mixture.fixed({"fox": 0.5, "ink": 2.0}):
