@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -188,6 +189,8 @@ class Mixture:
 
         While the block runs, a batch whose size is not a multiple of prompts x images raises ValueError.
         """
+        if not sets or images < 1:
+            raise ValueError(f"rows take sets for 1 or more prompts and 1 or more pictures, got {len(sets)} and {images}")
         table = torch.zeros(len(sets), len(self.experts))  # [b, N]
         for row, chosen in enumerate(sets):
             if not isinstance(chosen, Mapping):
@@ -737,7 +740,9 @@ def _prepared(
         raise TypeError(f"experts are names with files, as {{'fox': 'fox.safetensors'}}, got {experts!r}")
     read, strengths = {}, {}
     for name, given in experts.items():
-        source, strengths[name] = given if isinstance(given, tuple) else (given, 1.0)
+        source, strengths[name] = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
+        if not isinstance(source, str | os.PathLike | Expert):
+            raise TypeError(f"expert {name!r} is a file or (file, strength), got {given!r}")
         read[name] = source if isinstance(source, Expert) else read_expert(source, name)
     if not read:
         raise ValueError("attach needs at least one expert")

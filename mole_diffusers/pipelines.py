@@ -464,7 +464,7 @@ def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any
     if path.is_file() or path.suffix == ".safetensors":
         return path
     if path.is_dir():
-        folder = path / hub.get("subfolder", "")
+        folder = path / (hub.get("subfolder") or "")
         if weight_name is None and not (folder / name).exists():
             others = sorted(file for file in folder.glob("*.safetensors"))
             if len(others) != 1:
@@ -482,10 +482,10 @@ def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any
         raise FileNotFoundError(f"{source} is no file, no folder and no hub repository that can be reached") from error
 
 
-def _only_file(repo: str, *, subfolder: str = "", revision: str | None = None, token: Any = None, **_: Any) -> str:
+def _only_file(repo: str, *, subfolder: str | None = None, revision: str | None = None, token: Any = None, **_: Any) -> str:
     """The name of the only LoRA file in a folder of a hub repository."""
     paths = map(PurePosixPath, list_repo_files(repo, revision=revision, token=token))
-    names = [path.name for path in paths if path.parent == PurePosixPath(subfolder) and path.suffix == ".safetensors"]
+    names = [path.name for path in paths if path.parent == PurePosixPath(subfolder or "") and path.suffix == ".safetensors"]
     if len(names) != 1:
         raise FileNotFoundError(f"{repo} has {len(names)} LoRA files; give a weight_name of {sorted(names)}")
     return names[0]

@@ -187,7 +187,7 @@ def test_sources_are_those_of_diffusers(both, how, tmp_path):
     (tmp_path / "one" / "some_name.safetensors").write_bytes(files["fox"].read_bytes())
     given, named = {
         "dict": (load_file(files["fox"]), {}),
-        "folder": (tmp_path / "one", {}),
+        "folder": (tmp_path / "one", {"subfolder": None}),  # diffusers' own default
         "weight_name": (tmp_path / "one", {"weight_name": "some_name.safetensors"}),
         "options": (files["fox"], {"low_cpu_mem_usage": True, "use_safetensors": True}),
     }[how]

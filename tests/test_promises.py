@@ -58,6 +58,9 @@ def test_a_failed_attach_leaves_what_was_attached(pipe, loras, draw, tmp_path):
         ValueError, match=r"'wide'.*does not fit layer text_encoder\..*\[16, 16\], the LoRA's down is \[4, 32\]"
     ):
         mole.attach(pipe, {"wide": wrong})
+    for given in ((loras["fox"], 1, 2), [loras["fox"], 0.5], (1.0, loras["fox"])):
+        with pytest.raises(TypeError, match=r"expert 'fox' is a file or \(file, strength\), got"):
+            mole.attach(pipe, {"fox": given})
     with pytest.raises(FileNotFoundError, match="no LoRA file"):
         mole.attach(pipe, {"gone": tmp_path / "gone.safetensors"})
     with pytest.raises(FileNotFoundError, match="no gate family"):

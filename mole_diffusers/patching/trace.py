@@ -72,10 +72,16 @@ class Trace:
 
     def mean(self) -> dict[str, float]:
         """Each expert's weight, averaged over steps, rows and the places in which it is not 0."""
+        self._refuse_empty()
         table = torch.stack([self.weights(place).mean(0) for place in self.places])  # [places, N]
         average = table.sum(0) / (table != 0).sum(0).clamp_min(1)
         return dict(zip(self.experts, average.tolist(), strict=True))
 
     def entropy(self) -> float:
         """Mean entropy of the gates in nats; ln N if all experts share equally."""
+        self._refuse_empty()
         return torch.cat([functional.entropy(w).reshape(-1) for _, _, w in self.records]).mean().item()
+
+    def _refuse_empty(self) -> None:
+        if not self.records:
+            raise ValueError("this trace has no records: no gate was evaluated; call the pipeline inside the block")
