@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,7 +39,7 @@ from mole_diffusers.patching.drawn_over import drawn_over
 from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
-from mole_diffusers.patching.peft_injection import off_after, switch, switched_off, switches
+from mole_diffusers.patching.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
 from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_of
@@ -54,6 +55,22 @@ MAX_STRENGTH = 1e6  # far more than any picture survives, and small enough that 
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
 _lifted: WeakKeyDictionary[Any, Mixture] = WeakKeyDictionary()  # denoiser -> the mixture that `lifted` took off it
+
+
+class Lasting(NamedTuple):
+    """What a mixture is set to outside of all `with` blocks.
+
+    Attributes:
+        experts: name -> (expert, strength), as `attach` takes them.
+        active: the experts that are switched on.
+        plan: the plan that `choose` has set, if any.
+        binding: each expert's words and region; None if nothing is bound.
+    """
+
+    experts: dict[str, tuple[Expert, float]]
+    active: set[str]
+    plan: Plan | None
+    binding: dict[str, Bound] | None
 
 
 class Mixture:
@@ -96,7 +113,10 @@ class Mixture:
     # ---- for users
 
     def strength(self, name: str, value: float | None = None) -> float:
-        """Return the strength of one expert. With `value`, set it first (any sign and size; 0 means absent)."""
+        """Return the strength of one expert. With `value`, set it first (any sign and size; 0 means absent).
+
+        Inside a `strengths` block that names the expert, the value holds until the block ends.
+        """
         index = self._index(name)
         with self._lock.held():
             if value is not None:
@@ -115,7 +135,11 @@ class Mixture:
         return self._runtime.plan
 
     def choose(self, strengths: Mapping[str, float], plan: Plan | None = None) -> None:
-        """Switch on exactly these experts, at these strengths. `plan` adds factors on top, by component and block."""
+        """Switch on exactly these experts, at these strengths. `plan` adds factors on top, by component and block.
+
+        Inside a block of `strengths`, `only` or `planned`, what that block sets is restored when it ends: all strengths,
+        who is on, or the plan.
+        """
         for name, value in strengths.items():
             self._index(name)
             self._finite(name, value)
@@ -125,13 +149,19 @@ class Mixture:
 
     @contextmanager
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
-        """Use these strengths inside the block. Experts that are not named keep theirs."""
+        """Use these strengths inside the block. Experts that are not named keep theirs, and what `strength` gives them."""
         changed = {self._index(name): self._finite(name, value) for name, value in values.items()}
-        with (
-            self._lock.held(),
-            self._with_settings(strength=[changed.get(i, s) for i, s in enumerate(self._runtime.strength)]),
-        ):
-            yield
+        with self._lock.held():
+            before = list(self._runtime.strength)
+            inside = [changed.get(i, s) for i, s in enumerate(before)]
+            try:
+                with self._with_settings(strength=inside):
+                    yield
+            finally:
+                for i, now in enumerate(inside):
+                    if i not in changed and now != before[i]:  # set by `strength` inside
+                        self._runtime.strength[i] = now
+                self._runtime.changed()
 
     def only(self, *names: str) -> AbstractContextManager[None]:
         """Mask all other experts and renormalise the gates inside the block (MoLE's second inference mode)."""
@@ -159,6 +189,8 @@ class Mixture:
 
         While the block runs, a batch whose size is not a multiple of prompts x images raises ValueError.
         """
+        if not sets or images < 1:
+            raise ValueError(f"rows take sets for 1 or more prompts and 1 or more pictures, got {len(sets)} and {images}")
         table = torch.zeros(len(sets), len(self.experts))  # [b, N]
         for row, chosen in enumerate(sets):
             if not isinstance(chosen, Mapping):
@@ -283,6 +315,17 @@ class Mixture:
         """name -> (expert, strength), as `attach` takes them."""
         return {name: (expert, self.strength(name)) for name, expert in self.experts.items()}
 
+    def lasting(self) -> Lasting:
+        """The settings outside of all `with` blocks, those of other threads included: what is copied and saved."""
+        with self._lock.held():
+            strength, active, plan, binding = map(self._runtime.outside, ("strength", "active", "plan", "binding"))
+            return Lasting(
+                {name: (expert, s) for (name, expert), s in zip(self.experts.items(), strength, strict=True)},
+                {name for name, on in zip(self.experts, active, strict=True) if on},
+                plan,
+                None if binding is None else dict(binding.bound),
+            )
+
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters: everything that training changes."""
         return [p for bank in self.banks.values() for p in bank.parameters()]
@@ -328,8 +371,8 @@ class Mixture:
         """Fold the gates' average weights into the pipeline's own weights: no cost per step, undone bit for bit.
 
         While the block runs, the pipeline carries nothing of the mixture. Each expert then acts on every word and in the
-        whole picture, or not at all if its words are not in `prompt`. In half precision, the folded weights are rounded
-        like the pipeline's own.
+        whole picture, or not at all if its words are not in `prompt`; without a prompt, each acts. In half precision, the
+        folded weights are rounded like the pipeline's own.
 
         Args:
             prompt: what to draw while the gates are averaged over steps, rows and tokens. Gates that depend on nothing
@@ -381,7 +424,7 @@ class Mixture:
             warnings.warn(FOLDED, stacklevel=4)
         with self.listen(averages), self.tiled(0), nullcontext() if prompt is not None else self.bound(None):
             evaluate_gates(self._pipe, self._components, prompt, **call)
-        return one_lora(self._components, averages.weights)
+            return one_lora(self._components, averages.weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card. Returns the commit's address.
@@ -438,6 +481,8 @@ class Mixture:
                 file gives; or "everywhere": on every word and in the whole picture. A region is "auto" (found from
                 attention); "left", "right", "top", "bottom", "center", "top left", ...; a box (left, top, right, bottom)
                 in shares of the picture; or a mask picture, white where the expert acts. `bind(None)` binds no expert.
+
+        Inside a `bound` block, all of it holds until the block ends.
 
         Raises ValueError for an unknown name or region; nothing changes then.
         """
@@ -534,8 +579,13 @@ class Mixture:
     # ---- install on the models and uninstall
 
     def _replace(self, before: Mixture | None) -> None:
-        """Take the place of `before`. If that fails, put `before` back."""
+        """Take the place of `before`. If that fails, put `before` back.
+
+        Raises ValueError if `before` is switched off.
+        """
         with self._lock.held():
+            for part in () if before is None else before._components:
+                refuse_switched_off(part.model)
             try:
                 if before is not None:
                     before._take_off()
@@ -558,6 +608,9 @@ class Mixture:
         undo.close()  # what an interruption may have left
         try:
             with loaded(self._pipe):
+                for part in self._components:
+                    if vars(part.model).get(HANDLE, self) is not self:
+                        raise ValueError(f"another pipeline's mixture is on its {part.name}; detach that one first")
                 for model in (self._denoiser, *(part.model for part in self._components)):
                     undo.callback(model.__dict__.pop, HANDLE, None)
                     object.__setattr__(model, HANDLE, self)
@@ -585,9 +638,13 @@ class Mixture:
             for name, bank in self.banks.items():  # inside `lifted` it is not offloaded
                 mixture.banks[name].load_state_dict(bank.state_dict())
         models = [getattr(twin, name) for name in off]
-        kept = {name: copy(self._runtime.outside(name)) for name in ("strength", "active", "plan")}
-        bound: TokenMasks | None = self._runtime.outside("binding")
-        mixture._runtime.set(**kept, binding=mixture._masks(None if bound is None else bound.bound))
+        kept = self.lasting()
+        mixture._runtime.set(
+            strength=[strength for _, strength in kept.experts.values()],
+            active=[name in kept.active for name in self.experts],
+            plan=copy(kept.plan),
+            binding=mixture._masks(kept.binding),
+        )
         switch(models, on=True)
         mixture._replace(None)
         switch(models, on=False)
@@ -661,7 +718,8 @@ def attach(
         The mixture: the handle for strengths, masks, traces, training and saving.
 
     Raises:
-        ValueError, FileNotFoundError: a bad file, layer, family or gate folder; the pipeline stays as it was.
+        ValueError, FileNotFoundError: a bad file, layer, family or gate folder, or LoRAs that `disable_lora` has switched
+            off, the mixture's or others; the pipeline stays as it was.
     """
     with _held(pipe) as before:
         mixture = _prepared(pipe, experts, gates, binding)
@@ -682,7 +740,9 @@ def _prepared(
         raise TypeError(f"experts are names with files, as {{'fox': 'fox.safetensors'}}, got {experts!r}")
     read, strengths = {}, {}
     for name, given in experts.items():
-        source, strengths[name] = given if isinstance(given, tuple) else (given, 1.0)
+        source, strengths[name] = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
+        if not isinstance(source, str | os.PathLike | Expert):
+            raise TypeError(f"expert {name!r} is a file or (file, strength), got {given!r}")
         read[name] = source if isinstance(source, Expert) else read_expert(source, name)
     if not read:
         raise ValueError("attach needs at least one expert")

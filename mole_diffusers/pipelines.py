@@ -14,13 +14,13 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -43,13 +43,15 @@ from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import copy_missing, new_folder, whole_folder
 from mole_diffusers.lora.writing import save_atomically, save_expert
-from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
+from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach, lock_of_pipeline
 from mole_diffusers.patching.adapter_weights import AdapterWeights
 from mole_diffusers.patching.denoiser_inputs import hosts
 from mole_diffusers.patching.gated_linear import ADAPTER
 from mole_diffusers.patching.peft_injection import adapted
 from mole_diffusers.patching.pipeline_calls import share_calls
+from mole_diffusers.patching.runtime import Plan
 
+Call = TypeVar("Call", bound=Callable[..., Any])
 KEPT = "mole"  # folder of a saved pipeline that holds its mixture
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "proxies")
 IGNORED = ("low_cpu_mem_usage", "use_safetensors")  # how diffusers loads; no effect here
@@ -62,6 +64,17 @@ VERSION = 1
 MAX_INDEX = 256 << 20  # bytes; it contains mask pictures
 INDEX, EXPERTS, GATES_FOLDER = "mixture.json", "experts", "gates"
 FILE = re.compile(r"[0-9]{1,4}\.safetensors")  # as `keep` names them; expert names may hold characters that paths cannot
+
+
+def _one_at_a_time(call: Call) -> Call:
+    """Other threads wait while this method reads what is loaded and changes it."""
+
+    @functools.wraps(call)
+    def held(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with lock_of_pipeline(self).held():
+            return call(self, *args, **kwargs)
+
+    return held  # type: ignore[return-value]
 
 
 class DropIn:
@@ -91,20 +104,21 @@ class DropIn:
         """
         if unknown := sorted(set(kwargs) - {*HUB, *IGNORED, "weight_name", "subfolder"}):
             raise TypeError(f"load_lora_weights() has no argument {unknown[0]!r}")
-        experts, ordinary = self._experts(), self._ordinary()
-        loaded = [*experts, *ordinary]
-        name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in loaded)
-        if name in ordinary or (name in experts) != hotswap:
-            what = "is not loaded, so it cannot be swapped" if hotswap else "is in use"
-            raise ValueError(f"adapter name {name!r} {what}; loaded: {loaded}")
-        options = {key: value for key, value in kwargs.items() if key not in IGNORED}
-        expert = _read(source, name, **options)
-        if self.mixture is not None and self.mixture.parameters():
-            warnings.warn("the gates do not know the new expert; all experts are summed until load_gates", stacklevel=2)
-        self._attach({**experts, name: (expert, 1.0)})
-        if ordinary:  # as in diffusers, the LoRA loaded last is on, and earlier ones are off
-            self._ordinary_off()
+        expert = _read(source, adapter_name, **{key: value for key, value in kwargs.items() if key not in IGNORED})
+        with lock_of_pipeline(self).held():
+            experts, ordinary = self._experts(), self._ordinary()
+            loaded = [*experts, *ordinary]
+            name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in loaded)
+            if name in ordinary or (name in experts) != hotswap:
+                what = "is not loaded, so it cannot be swapped" if hotswap else "is in use"
+                raise ValueError(f"adapter name {name!r} {what}; loaded: {loaded}")
+            if self.mixture is not None and self.mixture.parameters():
+                warnings.warn("the gates do not know the new expert; all experts are summed until load_gates", stacklevel=2)
+            self._attach({**experts, name: (expert if expert is source else replace(expert, name=name), 1.0)})
+            if ordinary:  # as in diffusers, the LoRA loaded last is on, and earlier ones are off
+                self._ordinary_off()
 
+    @_one_at_a_time
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
         """Set which adapters are active, and their weights; all others are switched off.
 
@@ -138,6 +152,7 @@ class DropIn:
         else:
             self._ordinary_off()
 
+    @_one_at_a_time
     def load_gates(self, gates: Gates) -> None:
         """Weigh the loaded experts by `gates`: a folder, a hub id, a family name or a GateConfig."""
         self._require()
@@ -158,6 +173,7 @@ class DropIn:
                 parts.setdefault(part, []).append(name)
         return {part: names for part, names in parts.items() if names}
 
+    @_one_at_a_time
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Remove adapters. As in diffusers, unknown names are ignored.
 
@@ -176,10 +192,15 @@ class DropIn:
         detach(self)
         super().unload_lora_weights(**kwargs)
 
+    @_one_at_a_time
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """Fuse the adapters into the weights, as in diffusers. The experts become ordinary adapters first.
 
-        Raises ValueError if gates or binding depend on the prompt or the picture, which fused weights cannot hold.
+        A single LoRA is fused as in diffusers: it then acts on every prompt. Warns if until now it acted only on prompts
+        with its words.
+
+        Raises ValueError if gates depend on the prompt or the picture, or if binding gives LoRAs words or places of their
+        own, which fused weights cannot hold.
         """
         mixture = self.mixture
         if mixture is None:
@@ -190,21 +211,24 @@ class DropIn:
                 "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
                 "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"
             )
-        experts, by_block, binding = mixture.weighed(), _block_weights(mixture), mixture.binding
-        on = {name: experts[name][1] for name in mixture.active}
+        for name, bound in (mixture.binding or {}).items():
+            if bound.needs_words:
+                words = " or ".join(map(repr, bound.words))
+                warnings.warn(f"fused, {name!r} acts on every prompt; before, only on those with {words}", stacklevel=3)
+        before = mixture.lasting()
         try:
             self._hand_over(mixture)
             super().fuse_lora(*args, **kwargs)
         except BaseException:
             if self.mixture is None:  # it was handed over
-                super().delete_adapters([name for name in experts if name in self._ordinary()])
-                attach(self, experts, binding=binding)
-                _choose(self, on, by_block)
+                super().delete_adapters([name for name in before.experts if name in self._ordinary()])
+                attach(self, before.experts, binding=before.binding)
+                _choose(self, {name: before.experts[name][1] for name in before.active}, _block_weights(before.plan))
             raise
 
     def _hand_over(self, mixture: Mixture) -> None:
         """Turn the experts into ordinary diffusers adapters with the same weights."""
-        experts, active, by_block = mixture.weighed(), self.get_active_adapters(), _block_weights(mixture)
+        experts, active, by_block = mixture.weighed(), self.get_active_adapters(), _block_weights(mixture.plan)
         with TemporaryDirectory() as folder:
             files = {name: Path(folder, f"{i}.safetensors") for i, name in enumerate(experts)}
             for name, (expert, _) in experts.items():
@@ -218,12 +242,15 @@ class DropIn:
             for layer in adapted(model):
                 layer.set_adapter([name for name in active if name in layer.lora_A])
 
+    @_one_at_a_time
     def load_mixture(self, folder: str | Path) -> None:
         """Load experts, gates and strengths from the folder `mole` of a saved drop-in pipeline."""
         attach_kept(self, folder)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline in diffusers' format, together with experts, gates and strengths.
+
+        What holds only inside a `with` block of the mixture is not saved.
 
         Any diffusers pipeline of this kind opens the folder without them. The folder's pipeline.py is for
         `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`; call `load_mixture` after that.
@@ -282,7 +309,7 @@ class DropIn:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card; `options` are those of `gates.hub.upload`."""
         mixture = self._require()
-        card = model_card(mixture.weighed(), mixture.config, repo_id, pipeline=True)
+        card = model_card(mixture.lasting().experts, mixture.config, repo_id, pipeline=True)
         return push(self.save_pretrained, card, repo_id, **options)
 
     def to_json_string(self) -> str:
@@ -292,10 +319,12 @@ class DropIn:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _experts(self) -> dict[str, tuple[Expert, float]]:
-        return {} if self.mixture is None else self.mixture.weighed()
+        return {} if self.mixture is None else self.mixture.lasting().experts
 
     def _attach(self, experts: Mapping[str, tuple[Expert, float]], gates: Gates | None = None) -> None:
         """Attach these experts instead of the present ones; bindings and switched-off experts stay. No experts: detach.
+
+        What holds only inside a `with` block of the present mixture goes with it.
 
         Args:
             gates: None keeps gates that are not trained, and replaces trained ones by the sum.
@@ -308,9 +337,10 @@ class DropIn:
         elif mixture is None:
             attach(self, experts, gates)
         else:
-            off, by_block = set(mixture.experts) - mixture.active, _block_weights(mixture)
+            now = mixture.lasting()
+            off, by_block = set(mixture.experts) - now.active, _block_weights(now.plan)
             same = {name for name, (expert, _) in experts.items() if expert is mixture.experts.get(name)}
-            binding = None if mixture.binding is None else {n: b for n, b in mixture.binding.items() if n in same}
+            binding = None if now.binding is None else {n: b for n, b in now.binding.items() if n in same}
             attach(self, experts, gates, binding=binding)
             active = {name: strength for name, (_, strength) in experts.items() if name not in off}
             _choose(self, active, {name: weights for name, weights in by_block.items() if name in same})
@@ -415,7 +445,7 @@ def _kind(names: Sequence[str]) -> Any:
     raise ValueError(f"{names[0]} has no drop-in pipeline; those that have one: {list(KINDS)}")
 
 
-def _read(source: Any, name: str, **options: Any) -> Expert:
+def _read(source: Any, name: str | None, **options: Any) -> Expert:
     """The LoRA that these diffusers arguments name."""
     if isinstance(source, Expert):
         return source
@@ -434,7 +464,7 @@ def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any
     if path.is_file() or path.suffix == ".safetensors":
         return path
     if path.is_dir():
-        folder = path / hub.get("subfolder", "")
+        folder = path / (hub.get("subfolder") or "")
         if weight_name is None and not (folder / name).exists():
             others = sorted(file for file in folder.glob("*.safetensors"))
             if len(others) != 1:
@@ -452,10 +482,10 @@ def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any
         raise FileNotFoundError(f"{source} is no file, no folder and no hub repository that can be reached") from error
 
 
-def _only_file(repo: str, *, subfolder: str = "", revision: str | None = None, token: Any = None, **_: Any) -> str:
+def _only_file(repo: str, *, subfolder: str | None = None, revision: str | None = None, token: Any = None, **_: Any) -> str:
     """The name of the only LoRA file in a folder of a hub repository."""
     paths = map(PurePosixPath, list_repo_files(repo, revision=revision, token=token))
-    names = [path.name for path in paths if path.parent == PurePosixPath(subfolder) and path.suffix == ".safetensors"]
+    names = [path.name for path in paths if path.parent == PurePosixPath(subfolder or "") and path.suffix == ".safetensors"]
     if len(names) != 1:
         raise FileNotFoundError(f"{repo} has {len(names)} LoRA files; give a weight_name of {sorted(names)}")
     return names[0]
@@ -479,19 +509,20 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
     """Write what `attach_kept` reads: mixture.json, experts/ and gates/. Everything else in `folder` is removed.
 
     An expert's file is copied unchanged. An expert that is only in memory, or changed since its file was read, is
-    written in fp32.
+    written in fp32. What holds only inside a `with` block of the mixture is not written.
     """
     with new_folder(folder) as part:
         (part / EXPERTS).mkdir()
-        kept, rows, by_block = {}, [], _block_weights(mixture)
-        for i, (name, (expert, strength)) in enumerate(mixture.weighed().items()):
+        kept, rows, now = {}, [], mixture.lasting()
+        by_block = _block_weights(now.plan)
+        for i, (name, (expert, strength)) in enumerate(now.experts.items()):
             file = f"{i}.safetensors"
             kept[name] = _keep_expert(expert, part / EXPERTS / file)
-            rows.append({"name": name, "file": file, "strength": strength, "active": name in mixture.active})
+            rows.append({"name": name, "file": file, "strength": strength, "active": name in now.active})
             if name in by_block:
                 rows[-1]["weights"] = by_block[name]
-            if mixture.binding is not None:
-                rows[-1]["binding"] = to_json(mixture.binding[name])
+            if now.binding is not None:
+                rows[-1]["binding"] = to_json(now.binding[name])
         mixture.save_pretrained(part / GATES_FOLDER, experts=kept)
         about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
         (part / INDEX).write_text(json.dumps(about, indent=1) + "\n")
@@ -527,9 +558,9 @@ def _choose(pipe: Any, strengths: Mapping[str, float], by_block: Mapping[str, Ma
         mixture.choose(strengths, AdapterWeights(names, by_block, unet) if by_block else None)
 
 
-def _block_weights(mixture: Mixture) -> dict[str, dict[str, Any]]:
+def _block_weights(plan: Plan | None) -> dict[str, dict[str, Any]]:
     """Expert -> its weights by model and block, if `set_adapters` was given some."""
-    return mixture.plan.weights if isinstance(mixture.plan, AdapterWeights) else {}
+    return plan.weights if isinstance(plan, AdapterWeights) else {}
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,15 @@ def test_who_is_off_stays_off_when_gates_or_experts_change(both):
     assert ours.get_active_adapters() == ["ink"]
 
 
+def test_what_is_off_in_a_block_is_on_after_it_beside_a_lora_that_came_inside(both):
+    ours, _, _, files = both
+    load(ours, files)
+    with ours.mixture.only("fox"), ours.mixture.strengths({"ink": 0.0}):
+        ours.load_lora_weights(files["fox"], adapter_name="third")
+    assert ours.get_active_adapters() == ["fox", "ink", "third"]
+    assert ours.mixture.strength("ink") == 1.0
+
+
 BY_BLOCK = {"unet": {"down": 0.2, "up": {"block_0": [0.1, 0.9]}}, "text_encoder": 0.5}
 
 
@@ -178,7 +187,7 @@ def test_sources_are_those_of_diffusers(both, how, tmp_path):
     (tmp_path / "one" / "some_name.safetensors").write_bytes(files["fox"].read_bytes())
     given, named = {
         "dict": (load_file(files["fox"]), {}),
-        "folder": (tmp_path / "one", {}),
+        "folder": (tmp_path / "one", {"subfolder": None}),  # diffusers' own default
         "weight_name": (tmp_path / "one", {"weight_name": "some_name.safetensors"}),
         "options": (files["fox"], {"low_cpu_mem_usage": True, "use_safetensors": True}),
     }[how]
@@ -257,6 +266,18 @@ def test_models_of_several_precisions_keep_them():
     pipe.text_encoder.to(torch.bfloat16)
     ours = mole.MoLEPipeline.from_pipe(pipe)
     assert (ours.text_encoder.dtype, ours.unet.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_lora_that_needs_its_words_is_fused_with_a_warning(both):
+    ours, _, options, files = both
+    ours.load_lora_weights(replace(mole.read_expert(files["fox"]), triggers=("cat",)), adapter_name="fox")
+    silent = hosts.draw(ours, options)
+    with ours.mixture.bound(None):
+        acts = hosts.draw(ours, options)
+    assert not torch.allclose(silent, acts, atol=1e-2)
+    with pytest.warns(UserWarning, match="fused, 'fox' acts on every prompt; before, only on those with 'cat'"):
+        ours.fuse_lora()
+    torch.testing.assert_close(hosts.draw(ours, options), acts, **CLOSE)
 
 
 def test_a_pipeline_without_a_denoiser_has_no_mixture():

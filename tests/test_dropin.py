@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import diffusers
@@ -125,12 +128,49 @@ def test_a_bad_folder_is_refused_and_changes_nothing(saved, tmp_path, change, me
 def test_a_large_mask_is_read_again(saved, tmp_path):
     pipe, _, _, _ = saved
     noise = torch.randint(0, 256, (1024, 1024), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    name = next(iter(pipe.mixture.experts))
-    with pipe.mixture.bound({name: (["fox"], Image.fromarray(noise.numpy()))}):
-        keep(pipe.mixture, tmp_path / "mole")
+    name, before = next(iter(pipe.mixture.experts)), pipe.mixture.binding
+    pipe.mixture.bind({name: (["fox"], Image.fromarray(noise.numpy()))})
+    keep(pipe.mixture, tmp_path / "mole")
+    pipe.mixture.bind(before)
     assert (tmp_path / "mole/mixture.json").stat().st_size > 1 << 20
     region = attach_kept(hosts.HOSTS["sd15"]()[0], tmp_path / "mole").binding[name].region
     assert torch.equal(torch.tensor(list(region.tobytes()), dtype=torch.uint8), noise.flatten())
+
+
+def test_what_holds_in_a_block_is_not_saved(kind, tmp_path):
+    """In a block of this thread, and of another that draws."""
+    pipe, _ = kind
+    load_two(pipe, tmp_path, lambda mixture: mixture)
+    pipe.mixture.bind({"fox": "fox"})
+    keep(pipe.mixture, tmp_path / "wanted")
+    begun = threading.Event()
+
+    def block():
+        with pipe.mixture.bound(None), pipe.mixture.only("fox"), pipe.mixture.strengths({"fox": 3}):
+            begun.set()
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(block)
+        begun.wait(60)
+        keep(pipe.mixture, tmp_path / "outside")
+    with pipe.mixture.bound(None), pipe.mixture.only("fox"), pipe.mixture.strengths({"fox": 3}):
+        keep(pipe.mixture, tmp_path / "inside")
+    names = ("wanted", "outside", "inside")
+    wanted, *others = (json.loads((tmp_path / name / "mixture.json").read_text()) for name in names)
+    assert [row["active"] for row in wanted["experts"]] == [True, True]
+    assert others == [wanted, wanted]
+
+
+def test_loras_that_threads_load_and_delete_at_once_are_all_loaded_and_deleted(kind, tmp_path):
+    pipe, _ = kind
+    files = [read_expert(tiny_lora(pipe, tmp_path / f"{i}.safetensors", seed=i)) for i in range(3)]
+    names = [f"default_{i}" for i in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(pipe.load_lora_weights, files))
+        assert set(pipe.mixture.experts) == set(names)
+        list(threads.map(pipe.delete_adapters, names[:2]))
+    assert list(pipe.mixture.experts) == names[2:]
 
 
 def test_a_save_after_one_that_was_broken_off_keeps_what_else_was_there(saved, tmp_path):

@@ -77,6 +77,9 @@ def test_rows_restore_and_refuse_what_does_not_fit(pipe, loras, draw):
     before = draw(pipe)
     with pytest.raises(ValueError, match="experts with their factors, .* got {'fox'}"), mixture.rows([{"fox"}]):
         pass
+    for sets, images, got in (([], 1, "got 0 and 1"), (SETS, 0, "got 3 and 0")):
+        with pytest.raises(ValueError, match=f"1 or more prompts and 1 or more pictures, {got}"):
+            mixture.rows(sets, images=images)
     with pytest.raises(ValueError, match="unknown expert 'cat'"), mixture.rows([{"cat": 1.0}]):
         pass
     with pytest.raises(ValueError, match="sets for 3 prompts x 1 pictures do not divide a batch of 1 rows"):  # noqa: SIM117

@@ -58,6 +58,9 @@ def test_a_failed_attach_leaves_what_was_attached(pipe, loras, draw, tmp_path):
         ValueError, match=r"'wide'.*does not fit layer text_encoder\..*\[16, 16\], the LoRA's down is \[4, 32\]"
     ):
         mole.attach(pipe, {"wide": wrong})
+    for given in ((loras["fox"], 1, 2), [loras["fox"], 0.5], (1.0, loras["fox"])):
+        with pytest.raises(TypeError, match=r"expert 'fox' is a file or \(file, strength\), got"):
+            mole.attach(pipe, {"fox": given})
     with pytest.raises(FileNotFoundError, match="no LoRA file"):
         mole.attach(pipe, {"gone": tmp_path / "gone.safetensors"})
     with pytest.raises(FileNotFoundError, match="no gate family"):
@@ -142,6 +145,19 @@ def test_only_restores_and_one_survivor_is_that_lora(pipe, loras, draw, awake):
     assert torch.equal(draw(pipe), before)
     mole.attach(pipe, {"hat": loras["hat"]})
     torch.testing.assert_close(alone, draw(pipe), atol=1e-5, rtol=0)
+
+
+def test_strengths_set_in_a_block_stay_but_of_those_it_names(pipe, loras):
+    mixture = mole.attach(pipe, loras)
+    with mixture.strengths({"fox": 0.5}), mixture.strengths({"hat": 0.7}):
+        mixture.strength("fox", 3.0)
+        mixture.strength("ink", 2.0)
+        assert [mixture.strength(name) for name in loras] == [3.0, 2.0, 0.7]
+    assert [mixture.strength(name) for name in loras] == [1.0, 2.0, 1.0]
+    with mixture.strengths({"fox": 0.5}), mixture.only("fox"):
+        mixture.choose({"ink": 3.0})
+        assert (mixture.strength("ink"), mixture.active) == (3.0, {"ink"})
+    assert (mixture.strength("ink"), mixture.active) == (2.0, set(loras))
 
 
 def test_fixed_weights_stand_in_for_gates(pipe, loras, draw, awake):
@@ -261,6 +277,32 @@ def test_what_would_silently_not_act_is_refused(pipe, loras):
     pipe.fuse_qkv_projections()
     with pytest.raises(ValueError, match="q, k and v are fused"):
         mole.attach(pipe, loras)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_mixture_that_is_disabled_is_not_replaced(pipe, loras, draw, beside):
+    if beside:
+        pipe.load_lora_weights(loras["hat"], adapter_name="hat")
+    mixture = mole.attach(pipe, {"fox": loras["fox"]})
+    on = draw(pipe)
+    pipe.disable_lora()
+    with pytest.raises(ValueError, match=r"are disabled; call pipe.enable_lora\(\) first"):
+        mole.attach(pipe, {"ink": loras["ink"]})
+    assert mole.attached(pipe) is mixture
+    pipe.enable_lora()
+    assert torch.equal(draw(pipe), on)
+
+
+def test_a_text_encoder_with_another_pipelines_mixture_is_refused(pipe, loras, draw):
+    other = type(pipe)(**pipe.components | {"unet": tiny_pipeline(1).unet}, requires_safety_checker=False)
+    mole.attach(pipe, {"fox": loras["fox"]})
+    picture = draw(pipe)
+    with pytest.raises(ValueError, match="another pipeline's mixture is on its text_encoder; detach that one first"):
+        mole.attach(other, {"ink": loras["ink"]})
+    assert mole.attached(other) is None
+    assert torch.equal(draw(pipe), picture)
+    mole.detach(pipe)
+    mole.attach(other, {"ink": loras["ink"]})
 
 
 def test_a_pipeline_can_be_saved_while_lifted(pipe, loras, draw, tmp_path):

@@ -30,14 +30,14 @@ def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[st
     alone = {f"{n} alone": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
     found: dict[str, Callable[[], AbstractContextManager]] = {"base": partial(mixture.fixed, {}), **alone}
     found["sum"] = partial(mixture.fixed, strengths)
-    family, is_bound, untiled = mixture.config.family, mixture.binding is not None, partial(mixture.tiled, 0)
-    if is_bound:
+    family, binds, untiled = mixture.config.family, mixture.binding is not None, partial(mixture.tiled, 0)
+    if binds:
         summed = partial(mixture.planned, PlainSum(len(mixture.experts)))
         found["bound"] = partial(_both, untiled, summed)
         if tiles:
             found["tiles"] = partial(_both, partial(mixture.tiled, **tiles), summed)
-    if not is_bound or mixture.parameters():
-        label = f"bound + {family}" if is_bound else f"gated ({family})"
+    if not binds or mixture.parameters():
+        label = f"bound + {family}" if binds else f"gated ({family})"
         found[label] = partial(_both, untiled, partial(mixture.only, *strengths))
     return found
 

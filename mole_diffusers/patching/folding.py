@@ -98,6 +98,8 @@ def one_lora(parts: Iterable[Component], weights: Weights) -> Folded:
         for name, stack in part.stacks.items():
             site = part.site_of(name)
             factor = weights[site.name, stack.present].cpu()
+            if site.spans_blocks and (plan := part.runtime.plan) is not None:
+                factor = factor * torch.tensor(plan.block(f"{part.name}.{name}"))  # [N]
             if (lora := _weighed(stack, factor if site.gate.ranked else factor[stack.segment])).rank:
                 layers.setdefault(part.name, {})[name] = lora
     return layers

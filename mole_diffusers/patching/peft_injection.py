@@ -71,9 +71,8 @@ def _record(model: Any, adapter: str, undo: Undo) -> tuple[dict[nn.Parameter, bo
     """
     if adapter in getattr(model, "peft_config", {}):
         raise ValueError(f"{type(model).__name__} already has an adapter named {adapter!r}; delete or rename it")
+    refuse_switched_off(model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    if any(layer.disable_adapters for layer in layers.values()):
-        raise ValueError(f"the adapters of {type(model).__name__} are disabled; call pipe.enable_lora() first")
     if any(layer.merged for layer in layers.values()):
         raise ValueError(
             f"adapters are fused into {type(model).__name__}; call pipe.unfuse_lora() first, or "
@@ -140,6 +139,12 @@ def _remove(model: Any, adapter: str, had_config: bool) -> None:
 def switched_off(model: nn.Module) -> bool:
     """Whether `disable_lora` has switched a model's adapters off."""
     return any(layer.disable_adapters for layer in adapted(model))
+
+
+def refuse_switched_off(model: nn.Module) -> None:
+    """Raise ValueError if a model's adapters are switched off: what is added to them would be off, too."""
+    if switched_off(model):
+        raise ValueError(f"the adapters of {type(model).__name__} are disabled; call pipe.enable_lora() first")
 
 
 def switches(models: Iterable[nn.Module]) -> dict[nn.Module, bool]:

@@ -29,7 +29,8 @@ class Decision(NamedTuple):
         of: the gate's site.
         present: which experts these layers have. A site's first decision is for the largest set.
         gates: [N], [B, N] or [B, T, N], the gate's output. For a gate per rank, the mean over each expert's ranks.
-        weights: the same times the user's strengths. The layers are multiplied by this, and by masks of tokens.
+        weights: the same times the user's strengths. The layers are multiplied by this, and by masks of tokens. Layers
+            outside of blocks, which share one gate, are also multiplied by a plan's strengths for where each is.
         per_rank: replaces `weights` if the gate weighs ranks, [R], [B, R] or [B, T, R].
     """
 

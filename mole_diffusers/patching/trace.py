@@ -20,7 +20,7 @@ class Trace:
         before: the runtime's number of calls when the block began; a trace counts its own.
         records: (place, step, applied weights [N] or [B, N] on the CPU). Step -1 is before the first denoiser call, when
             text encoders run. If some layers of a place have fewer of the experts, they are recorded separately, as
-            "PLACE (fox, ink)".
+            "PLACE (fox, ink)". Layers outside of blocks share one record, without a plan's strengths by block.
         layouts: where each expert acted, for each picture of the last call. Available when the block has ended.
         maps: with `maps=True`, number of the denoiser call, from 0 -> for each picture, name of an expert or noun -> [h,
             w] on the CPU. It is the attention to its words, 0..1 in each layer that is read, summed over these layers.
@@ -72,10 +72,16 @@ class Trace:
 
     def mean(self) -> dict[str, float]:
         """Each expert's weight, averaged over steps, rows and the places in which it is not 0."""
+        self._refuse_empty()
         table = torch.stack([self.weights(place).mean(0) for place in self.places])  # [places, N]
         average = table.sum(0) / (table != 0).sum(0).clamp_min(1)
         return dict(zip(self.experts, average.tolist(), strict=True))
 
     def entropy(self) -> float:
         """Mean entropy of the gates in nats; ln N if all experts share equally."""
+        self._refuse_empty()
         return torch.cat([functional.entropy(w).reshape(-1) for _, _, w in self.records]).mean().item()
+
+    def _refuse_empty(self) -> None:
+        if not self.records:
+            raise ValueError("this trace has no records: no gate was evaluated; call the pipeline inside the block")

@@ -248,6 +248,11 @@ def test_trace_by_hand(pipe, loras, draw):
     assert {step for place, step, _ in trace.records if place.startswith("unet")} == {0, 1}
     with pytest.raises(ValueError, match="no gate was evaluated at 'nowhere'"):
         trace.weights("nowhere")
+    with mixture.trace() as empty:
+        pass
+    for ask in (empty.mean, empty.entropy):
+        with pytest.raises(ValueError, match="no gate was evaluated; call the pipeline inside the block"):
+            ask()
 
 
 @pytest.mark.parametrize("value", [math.nan, 1e38, *thorough(math.inf, -math.inf)])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hosts import HOSTS
+from hosts import HOSTS, quiet
 from safetensors import safe_open
 from tiers import thorough
 
@@ -45,6 +45,17 @@ def test_collapsed_respects_strength_and_only(pipe, loras, draw):
         gated = draw(pipe)
         with mixture.collapsed():
             torch.testing.assert_close(draw(pipe), gated, **CLOSE)
+
+
+def test_collapsed_respects_weights_per_block_outside_of_blocks_too(pipe, loras, draw):
+    pipe = quiet(mole.MoLEPipeline.from_pipe(pipe))
+    pipe.load_lora_weights(loras["hat"], adapter_name="hat")  # with convolutions
+    whole = draw(pipe)
+    pipe.set_adapters("hat", {"unet": {"down": 0.1, "mid": 0.3, "up": 0.7}})
+    live = draw(pipe)
+    assert not torch.allclose(live, whole, atol=1e-2)
+    with pipe.mixture.collapsed():
+        torch.testing.assert_close(draw(pipe), live, **CLOSE)
 
 
 def test_gates_without_input_are_evaluated_where_their_model_is(pipe, loras, monkeypatch):
