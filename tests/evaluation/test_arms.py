@@ -80,6 +80,16 @@ def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gate
     assert same <= twins
 
 
+def test_other_words_in_a_file_are_another_row_for_the_arms_that_read_them(setup, gates):
+    named = ("sum", "gates", "svd", "switch", "bound", "words only", "tiles", "bound gates", "masked blend", "freefuse")
+    chosen = arms.chosen_arms(named, setup, gates)
+    before = {a.name: dict(a.settings(setup, CASE)) for a in chosen}
+    assert not any("words" in settings for settings in before.values())  # each LoRA's word is its name
+    setup.experts = {**setup.experts, "fox": replace(setup.experts["fox"], triggers=("vixen",))}
+    after = {a.name: dict(a.settings(setup, CASE)) for a in chosen}
+    assert [name for name in named if after[name] != before[name]] == list(named[4:])
+
+
 def test_merges_protect_the_style_and_take_strengths(setup):
     experts = {n: setup.experts[n] for n in CASE.concepts}
     kept = mole.merge(experts, "np", protect=["ink"])
