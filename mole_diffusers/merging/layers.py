@@ -54,12 +54,12 @@ def as_expert(merged: Merged, experts: Weighted, *, name: str, metadata: Mapping
         inputs = max((own[key].down.shape[1:] for own in found if key in own), key=len)
         up = (pair.up * pair.scale).float().reshape(-1, pair.rank, *(1,) * (len(inputs) - 1))
         parts.setdefault(part, {})[layer] = LoraWeights(pair.down.float().reshape(-1, *inputs), up, 1.0)
-    first = next(iter(experts.values()))[0]
+    families = [expert.base for expert, _ in experts.values() if expert.base != "unknown"]
     return Expert(
         name=name,
         layers=parts,
         format="diffusers",
-        base=first.base,
+        base=next(iter(families), "unknown"),
         triggers=tuple(dict.fromkeys(word for expert, _ in experts.values() for word in expert.triggers)),
         source=f"merge of {', '.join(experts)}",
         sha256=_hash(merged),

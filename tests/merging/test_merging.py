@@ -227,6 +227,11 @@ def test_bad_input(loras, options, message):
     assert message in str(error.value)
 
 
+def test_a_merge_is_for_the_family_that_one_of_its_experts_tells(loras):
+    fox, ink = (read_expert(loras[name], name) for name in ("fox", "ink"))
+    assert mole.merge({"fox": replace(fox, base="unknown"), "ink": ink}).base == ink.base != "unknown"
+
+
 def test_bad_experts(loras, pipe, activations, tmp_path):
     with pytest.raises(ValueError, match="at least one expert"):
         mole.merge({})
