@@ -64,8 +64,11 @@ def merge(
         raise ValueError(f"unknown merge method {method!r}; known: {list(METHODS)}")
     if not experts:
         raise ValueError("a merge needs at least one expert")
+    if rank is not None and rank < 1:
+        raise ValueError(f"the rank of a merge must be 1 or more, got {rank}")
+    run, asked, chosen = METHODS[method], _arguments(METHODS[method]), resolved(method, options)
     read = {n: _weighted(n, source) for n, source in experts.items()}
-    layers, asked = layers_of(read), _arguments(METHODS[method])
+    layers = layers_of(read)
     if unknown := sorted(set(protect) - set(read)):
         raise ValueError(f"unknown experts {unknown} to protect; given: {list(read)}")
     given: dict[str, Any] = {}  # the arguments of `GIVEN` that the method takes
@@ -74,9 +77,10 @@ def merge(
     if "inputs" in asked:
         if activations is None:
             raise ValueError("this method needs the experts' own activations: give activations=Activations(pipe, prompts)")
+        activations.check_prompts(read)
         runs = partial(_inputs, read, layers, activations)
         given = {"inputs": runs(), "rerun": runs} if "rerun" in asked else {"inputs": runs()}
-    merged, lost = truncated(METHODS[method](layers, **given, **resolved(method, options)), layers, method=method, rank=rank)
+    merged, lost = truncated(run(layers, **given, **chosen), layers, method=method, rank=rank)
     about = {"mole.method": method, "mole.experts": ", ".join(read), "mole.options": json.dumps(options)}
     about["mole.lost_energy"] = f"{lost:.4f}"
     if "inputs" in given:
@@ -106,12 +110,19 @@ def _arguments(method: Callable[..., Merged]) -> dict[str, Any]:
 def resolved(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a method: the given ones, and the defaults of the others.
 
-    Raises ValueError for an unknown option, or a value of the wrong kind.
+    Raises ValueError for an unknown option, or a value that the method does not take.
     """
-    defaults = {name: value for name, value in _arguments(METHODS[method]).items() if name not in GIVEN}
+    asked = _arguments(METHODS[method])
+    defaults = {name: value for name, value in asked.items() if name not in GIVEN}
     hints = get_type_hints(METHODS[method])
     check_options(options, {name: hints[name] for name in defaults}, f"merge method {method!r}")
-    return defaults | dict(options)
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value) and (name, value) != ("mu", math.inf):
+            raise ValueError(f"{name} of merge method {method!r} must be a finite number, got {value}")
+    chosen = defaults | dict(options)
+    nothing = {"inputs": {}, "rerun": dict}  # without layers, a method only checks its options
+    METHODS[method]({}, **{name: empty for name, empty in nothing.items() if name in asked}, **chosen)
+    return chosen
 
 
 def _inputs(experts: Weighted, layers: Layers, activations: Activations, merged: Merged | None = None) -> Inputs:
@@ -130,8 +141,6 @@ def _inputs(experts: Weighted, layers: Layers, activations: Activations, merged:
 
 def truncated(merged: Merged, layers: Layers, *, method: str, rank: int | None) -> tuple[Merged, float]:
     """The merge at `rank`, and the share of its energy that this loses."""
-    if rank is not None and rank < 1:
-        raise ValueError(f"the rank of a merge must be 1 or more, got {rank}")
     out, lost, whole = {}, 0.0, 0.0
     for key, pair in merged.items():
         ranks = [p.rank for p in layers[key] if p is not None]

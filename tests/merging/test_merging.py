@@ -1,5 +1,6 @@
 """Merges of real files: one ordinary LoRA that stock diffusers loads, and bad input."""
 
+import math
 from dataclasses import replace
 
 import hosts
@@ -218,12 +219,33 @@ def test_patches_of_a_convolution_are_what_its_matrix_multiplies():
         ({"method": "lego", "features": "cosine"}, "must be one of ['raw', 'normalized'], got 'cosine'"),
         ({"method": "lego", "starts": 0}, "starts of k-means must be 1 or more, got 0"),
         ({"method": "lego", "clusters": "many"}, "clusters of merge method 'lego' must be a whole number, got 'many'"),
+        ({"method": "ties", "scale": math.nan}, "scale of merge method 'ties' must be a finite number, got nan"),
+        ({"method": "dare", "drop": math.inf}, "drop of merge method 'dare' must be a finite number, got inf"),
+        ({"method": "np", "mu": math.nan}, "mu of merge method 'np' must be a finite number, got nan"),
         ({"rank": 0}, "the rank of a merge must be 1 or more"),
     ],
 )
 def test_bad_input(loras, options, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         mole.merge({"fox": loras["fox"], "ink": loras["ink"]}, **options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("regmean", {"size": 1}, "unknown options ['size'] of merge method 'regmean'"),
+        ("ssr", {"ridge": math.nan}, "ridge of merge method 'ssr' must be a finite number, got nan"),
+        ("iteris", {"rounds": 0}, "rounds of IterIS must be 1 or more, got 0"),
+        ("iteris", {"rank": 0}, "the rank of a merge must be 1 or more, got 0"),
+        ("scalars", {}, "no prompts for expert 'cat', 'owl'; there are some for ['fox', 'hat', 'ink']"),
+    ],
+)
+def test_bad_input_is_known_before_an_expert_runs(loras, activations, monkeypatch, method, options, message):
+    monkeypatch.setattr(mole.Activations, "run", lambda *_: pytest.fail("an expert ran"))
+    experts = {"fox": loras["fox"], **dict.fromkeys(() if options else ("cat", "owl"), loras["ink"])}
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        mole.merge(experts, method, activations=activations, **options)
     assert message in str(error.value)
 
 
