@@ -23,7 +23,8 @@ from mole_diffusers.evaluation.sampling_composers import ALPHA, BETA, composed_s
 from mole_diffusers.gates import GateConfig, checkpoint
 from mole_diffusers.gates.transforms import TimeAverage, frozen_random, hardened, uniform
 from mole_diffusers.inspection.compare import sample
-from mole_diffusers.merging.merge import METHODS, by_activations, merge, resolved
+from mole_diffusers.lora.safe_files import RefusedFileError
+from mole_diffusers.merging.merge import METHODS, by_activations, check_fits, merge, resolved
 from mole_diffusers.mixture import Gates, Mixture, attach, detach
 from mole_diffusers.patching.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.tiles import UNTIL
@@ -384,4 +385,10 @@ def obstacles(
         (weights is None, ("grid search",), "needs the weights of a search"),
         (gates is None, (*CONTROLS, BOUND_GATES), "needs a folder of trained gates"),
     ]
-    return {name: f"{name!r} {why}" for name in names for lacking, arms, why in needs if lacking and name in arms}
+    found = {name: f"{name!r} {why}" for name in names for lacking, arms, why in needs if lacking and name in arms}
+    for name in (name for name in names if name in MERGES):
+        try:
+            check_fits(list(setup.experts.values()), name)
+        except RefusedFileError as error:
+            found[name] = str(error)
+    return found

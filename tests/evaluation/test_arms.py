@@ -19,7 +19,7 @@ from mole_diffusers.evaluation.runner import Case, Setup, add_idle_experts
 from mole_diffusers.evaluation.sampling_composers import k_lora, switched
 from mole_diffusers.evaluation.strength_search import VALUES, best_weights, search_arms
 from mole_diffusers.inspection.compare import sample
-from mole_diffusers.lora import read_expert
+from mole_diffusers.lora import read_expert, safe_files
 from mole_diffusers.merging.merge import METHODS
 
 OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0}
@@ -231,6 +231,13 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
             arms.chosen_arms(["base", name], setup)
     with pytest.raises(ValueError, match="'gates' needs a folder of trained gates"):
         arms.chosen_arms(["sum", "gates"], setup, shares=[0.5])
+
+
+def test_a_merge_that_memory_cannot_hold_is_left_out(setup, monkeypatch):
+    monkeypatch.setattr(safe_files.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    found = arms.obstacles(["sum", "dare", "svd", "ties"], setup)
+    assert list(found) == ["dare", "ties"]
+    assert re.fullmatch(r"a merge by 'dare' without a rank takes \d+ bytes, more than the 1000 bytes .*", found["dare"])
 
 
 def settings_of(setup, arm):

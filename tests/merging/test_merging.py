@@ -9,7 +9,7 @@ import torch
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.lora import layer_key, read_expert
+from mole_diffusers.lora import layer_key, read_expert, safe_files
 from mole_diffusers.merging.activations import as_rows
 from mole_diffusers.merging.merge import METHODS
 from mole_diffusers.testing import ATTENTION, CONVOLUTION, tiny_lora, tiny_pipeline
@@ -247,6 +247,29 @@ def test_bad_input_is_known_before_an_expert_runs(loras, activations, monkeypatc
     with pytest.raises(ValueError) as error:  # noqa: PT011
         mole.merge(experts, method, activations=activations, **options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_a_merge_that_memory_cannot_hold_is_refused_before_it_begins(loras, monkeypatch, method):
+    """At full rank, 12 bytes for each number of its factors. One of rank 1 fits, but TIES sorts all entries of an expert."""
+    experts = {"fox": loras["fox"], "ink": loras["ink"]}
+    full = mole.merge(experts, method, rank=10**6)
+    factors = [w for layers in full.layers.values() for w in layers.values()]
+    size = 12 * sum(w.down.numel() + w.up.numel() for w in factors)
+    most = 8 * sum(w.delta().numel() for w in factors)
+    assert most < size
+    memory = type("Memory", (), {"available": size - 1})
+    monkeypatch.setattr(safe_files.psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(ValueError, match=f"by '{method}' without a rank takes {size} bytes, more than the {size - 1} bytes"):
+        mole.merge(experts, method)
+    memory.available = most
+    assert mole.merge(experts, method, rank=1).ranks == (1, 1)
+    memory.available = most - 1
+    if method == "dare":
+        mole.merge(experts, method, rank=1)
+    else:
+        with pytest.raises(ValueError, match=f"by 'ties' of rank 1 takes {most} bytes"):
+            mole.merge(experts, method, rank=1)
 
 
 def test_a_merge_is_for_the_family_that_one_of_its_experts_tells(loras):
