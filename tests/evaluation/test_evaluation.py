@@ -280,6 +280,19 @@ def test_evaluate_on_the_embedded_world(tmp_path, capsys):
     assert "unknown arms ['best']; known: ['base'," in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--device", "nowhere"], "this machine has no device 'nowhere': "),
+        (["--steps", "0"], "Invalid value for '--steps'"),
+    ],
+)
+def test_bad_settings_are_known_before_the_embedded_world_is_opened(tmp_path, capsys, monkeypatch, given, message):
+    monkeypatch.setattr("mole_diffusers.emoji.world.emoji_world", lambda **_: pytest.fail("opened"))
+    assert main(["evaluate", "--out", str(tmp_path), *given]) == 1
+    assert message in capsys.readouterr().err
+
+
 SEARCH_ARMS = strength_search.search_arms
 WORLD = ["evaluate", "--limit", "1", "--seeds", "1", "--steps", "1", "--device", "cpu"]
 
