@@ -170,10 +170,12 @@ def _world(wanted: Cases, own: Own, call: dict[str, Any], machine: options.Machi
 
 
 def _device(machine: options.Machine) -> str:
-    """The device of --device; by default the GPU, if there is one."""
+    """The device of --device; by default the GPU, if there is one. ValueError if this machine does not have it."""
     from mole_diffusers.studio.memory import Memory
 
-    return Memory(machine.device).completed("").device or "cpu"
+    memory = Memory(machine.device)
+    memory.check_device()
+    return memory.completed("").device or "cpu"
 
 
 def _checkpoint(

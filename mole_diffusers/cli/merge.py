@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Annotated, Literal
+
+from typer import Option
 
 from mole_diffusers.cli.commands import Result
 from mole_diffusers.cli.common import grouped_values, json_or_text, named_values, opened, parse_file, read_experts, target
@@ -19,7 +21,7 @@ Method = Literal[
 def merge(
     files: Sequence[str],
     method: Method = "svd",
-    rank: int | None = None,
+    rank: Annotated[int | None, Option(min=1)] = None,
     protect: Sequence[str] = (),
     option: Sequence[str] = (),
     format: Literal["diffusers", "kohya"] = "diffusers",
@@ -43,18 +45,28 @@ def merge(
     """
     from mole_diffusers.lora.writing import save_expert
     from mole_diffusers.merging.activations import Activations
-    from mole_diffusers.merging.merge import by_activations
+    from mole_diffusers.merging.merge import METHODS, by_activations, resolved
     from mole_diffusers.merging.merge import merge as merge_experts
 
+    runs = by_activations(method)
+    running = {"base": base, "own": own, "device": machine.device, "base-config": machine.base_config}
+    if unread := [f"--{name}" for name, value in running.items() if value and not runs]:
+        others = ", ".join(filter(by_activations, METHODS))
+        raise ValueError(f"--method {method} runs no LoRA and would not read {', '.join(unread)}, as {others} do")
+    if protect and method != "np":
+        raise ValueError(f"--protect is for --method np; {method} protects no LoRA")
     out = target(output, "merged.safetensors")
     experts = read_experts(by_name(files))
     settings = {key: json_or_text(value) for key, value in named_values(option, "--option").items()}
+    resolved(method, settings)
     prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
     prompts |= grouped_values(own, "--own", known=experts)
     activations = None
-    if by_activations(method):
+    if runs:
         if base is None:
             raise ValueError(f"--method {method} runs the LoRAs: give --base")
+        if silent := [name for name in experts if name not in prompts]:
+            raise ValueError(f"--method {method} runs the LoRAs, and {silent} have no trigger words: give --own NAME=PROMPT")
         activations = Activations(opened(base, machine).pipe, prompts)
     with nullcontext() if activations else busy(f"merging by {method}"):  # a pipeline shows its own bars
         merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **settings)

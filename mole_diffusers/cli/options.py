@@ -22,7 +22,7 @@ Base = Annotated[
     ),
 ]
 Experts = Annotated[Sequence[str], Option(metavar="NAME=FILE[:STRENGTH]", help="a LoRA file and the name you give it.")]
-Steps = Annotated[int, Option(help="steps of the sampler: more take longer.")]
+Steps = Annotated[int, Option(min=1, help="steps of the sampler: more take longer.")]
 Seed = Annotated[int, Option(min=-1)]
 AtLeastOne = Annotated[int, Option(min=1)]
 Share = Annotated[float, Option(min=0, max=1)]

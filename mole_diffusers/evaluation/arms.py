@@ -23,7 +23,8 @@ from mole_diffusers.evaluation.sampling_composers import ALPHA, BETA, composed_s
 from mole_diffusers.gates import GateConfig, checkpoint
 from mole_diffusers.gates.transforms import TimeAverage, frozen_random, hardened, uniform
 from mole_diffusers.inspection.compare import sample
-from mole_diffusers.merging.merge import METHODS, by_activations, merge, resolved
+from mole_diffusers.lora.safe_files import RefusedFileError
+from mole_diffusers.merging.merge import METHODS, by_activations, check_fits, merge, resolved
 from mole_diffusers.mixture import Gates, Mixture, attach, detach
 from mole_diffusers.patching.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.tiles import UNTIL
@@ -86,6 +87,7 @@ def weighted(
     binding: Binding | None = None,
     context: Context = as_they_are,
     covers: Callable[[Case], bool] = lambda case: True,
+    reads_words: bool = False,
     **settings: Any,
 ) -> Arm:
     """The LoRAs of a case attached with these weights: by default a weighted sum, like `set_adapters` with these strengths.
@@ -97,6 +99,7 @@ def weighted(
         binding: words and regions beyond the trigger words of the files; None binds nothing.
         context: the context in which the case is drawn.
         covers: which cases it can draw.
+        reads_words: whether its context reads the trigger words of the files, as every binding does.
         settings: what rows state besides experts, binding and trained gates. If it depends on the case, give functions.
     """
 
@@ -110,6 +113,8 @@ def weighted(
     def described(setup: Setup, case: Case) -> Mapping[str, Any]:
         found = setup.expert_settings(list(weights(setup, case)))
         found |= {key: value(setup, case) if callable(value) else value for key, value in settings.items()}
+        if binding or reads_words:
+            found |= setup.words_settings(list(weights(setup, case)))
         if binding:
             said = binding(setup, case).items()
             found["binding"] = {name: to_json(value) if isinstance(value, Bound) else value for name, value in said}
@@ -247,7 +252,7 @@ def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, Part]:
 
 def blended(name: str = "masked blend", parts: Parts = in_the_whole_prompt) -> Arm:
     """One prediction for each LoRA, blended by regions. It takes one UNet call per step and subject, plus one."""
-    return in_parts(name, masked_blend, parts, threshold=THRESHOLD)
+    return in_parts(name, masked_blend, parts, reads_words=True, threshold=THRESHOLD)
 
 
 def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], parts: Parts, **options: Any) -> Arm:
@@ -266,7 +271,7 @@ def freefused() -> Arm:
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return freefuse(setup.pipe, mixture, subjects_of(setup, case))
 
-    return weighted("freefuse", context=context, subjects=subjects_of, first_pass=FIRST_PASS, core=CORE)
+    return weighted("freefuse", context=context, reads_words=True, subjects=subjects_of, first_pass=FIRST_PASS, core=CORE)
 
 
 def gates_of(folder: Path) -> Callable[[Case], Path]:
@@ -380,4 +385,10 @@ def obstacles(
         (weights is None, ("grid search",), "needs the weights of a search"),
         (gates is None, (*CONTROLS, BOUND_GATES), "needs a folder of trained gates"),
     ]
-    return {name: f"{name!r} {why}" for name in names for lacking, arms, why in needs if lacking and name in arms}
+    found = {name: f"{name!r} {why}" for name in names for lacking, arms, why in needs if lacking and name in arms}
+    for name in (name for name in names if name in MERGES):
+        try:
+            check_fits(list(setup.experts.values()), name)
+        except RefusedFileError as error:
+            found[name] = str(error)
+    return found

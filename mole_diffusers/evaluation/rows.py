@@ -54,13 +54,18 @@ class Rows:
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> list[Row]:
-        """All rows, the first of each key. A last line that was cut short by a killed run is left out."""
+        """All rows, the first of each key. A last line that was cut short by a killed run is left out.
+
+        Raises ValueError naming a line that is not a row.
+        """
         found: dict[str, Row] = {}
         for path in sorted(self.folder.glob("rows-*.jsonl")):
-            for line in path.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
+            for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
+                try:
                     row = json.loads(line)
                     found.setdefault(key(row), row)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{path}, line {number}: not a row with {', '.join(KEY)}: {error}") from error
         return list(found.values())
 
     def append(self, rows: Sequence[Row]) -> None:

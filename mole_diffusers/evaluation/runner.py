@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from mole_diffusers.binding.config import Bound, from_file, to_json
 from mole_diffusers.evaluation.rows import Row, Rows, digest_texts, key, picture_path, save_picture
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora import Expert
@@ -104,6 +105,15 @@ class Setup:
         settings: dict[str, Any] = {"experts": digest_texts(*(self.experts[name].sha256 for name in names))}
         strengths = {name: self.strengths.get(name, 1.0) for name in names}
         return settings if set(strengths.values()) <= {1.0} else settings | {"strengths": strengths}
+
+    def words_settings(self, names: Sequence[str]) -> dict[str, Any]:
+        """A row's description of the words that these experts' files give, if one has others than its own name.
+
+        Unlike a change of weights, notes and headers can be edited between two runs.
+        """
+        words = {name: from_file(self.experts[name]) for name in names}
+        others = {name: to_json(own) for name, own in words.items() if own != Bound((name,))}
+        return {"words": others} if others else {}
 
 
 @dataclass(frozen=True)

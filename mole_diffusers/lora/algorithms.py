@@ -16,7 +16,7 @@ from mole_diffusers.lora.factors import Factors, cut, hadamard, kronecker
 from mole_diffusers.lora.safe_files import check_memory
 
 Tensors = Mapping[str, torch.Tensor]  # role -> tensor
-Scale = Callable[[int], float]  # rank of the file's own factors -> alpha / r
+Scale = Callable[[int | None], float]  # rank of the file's own factors, None if there are none -> alpha / r
 
 MAX_RANK = 4096
 MAX_SIDE = 1 << 17  # of a weight matrix; the largest layers of today's models have a sixth of it
@@ -152,9 +152,9 @@ def _lokr(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> L
     check_memory(12 * most * (rows + columns), "the factors of a LoKr layer take")
     (up, down), error = _finite(kronecker, first, (second[0], second[1].flatten(1)), tolerance)
     inner = (first[1].shape[1] * second[1].shape[1], *second[1].shape[2:])
-    # alpha is divided by the rank of the second matrix, else of the first; two full ones have neither rank nor alpha
+    # alpha is divided by the rank of the second matrix, else of the first; two full ones tell none
     ranks = [len(down) for i, (_, down) in ((2, second), (1, first)) if f"lokr_w{i}" not in tensors]
-    return _shaped(up, down, inner, scale=scale(ranks[0]) if ranks else 1.0, error=error)
+    return _shaped(up, down, inner, scale=scale(ranks[0] if ranks else None), error=error)
 
 
 def _lokr_factor(tensors: Tensors, i: int) -> Factors:

@@ -82,16 +82,29 @@ class Scaling:
         alpha: None: equal to the rank.
         patterns: end of a module's name, or the whole name after "^" -> alpha; the first match counts.
         root: divide by sqrt(r), as rsLoRA does.
+        rank: of layers whose matrices do not tell it, LoKr's with two whole ones; None: their scale is 1.
+        ranks: patterns like those of alphas -> rank.
     """
 
     alpha: float | None = None
     patterns: Mapping[str, float] = field(default_factory=dict)
     root: bool = False
+    rank: float | None = None
+    ranks: Mapping[str, float] = field(default_factory=dict)
 
-    def __call__(self, module: str, rank: int) -> float:
-        given = (alpha for name, alpha in self.patterns.items() if name == f"^{module}" or f".{module}".endswith(f".{name}"))
-        alpha = next(given, self.alpha)
+    def __call__(self, module: str, told: int | None) -> float:
+        """The scale of a layer whose matrices tell this rank."""
+        rank = _named(self.ranks, module, self.rank) if told is None else told
+        if rank is None:
+            return 1.0
+        alpha = _named(self.patterns, module, self.alpha)
         return (rank if alpha is None else alpha) / (rank**0.5 if self.root else rank)
+
+
+def _named(patterns: Mapping[str, float], module: str, default: float | None) -> float | None:
+    """The number of the first pattern that fits a module's name."""
+    given = (number for name, number in patterns.items() if name == f"^{module}" or f".{module}".endswith(f".{name}"))
+    return next(given, default)
 
 
 def scalings(metadata: Mapping[str, str], config: Mapping[str, Any] | None = None) -> dict[str, Scaling]:
@@ -123,13 +136,26 @@ def read_peft_config(path: Path) -> Mapping[str, Any] | None:
 def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
     if config.get("use_dora"):
         raise ValueError(f"its {where} says DoRA, whose change depends on the base's own weights")
-    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(map(_is_number, [*patterns.values(), 0 if alpha is None else alpha])):
-        raise ValueError(f"its {where} holds an alpha that is not a finite number")
+    # PEFT calls the alpha of LoRA lora_alpha, and that of LoHa and LoKr alpha
+    alpha, named = _numbers(config.get("lora_alpha", config.get("alpha")), config.get("alpha_pattern"), "an alpha", where)
+    root = bool(config.get("use_rslora"))
+    if config.get("peft_type") != "LOKR":
+        return Scaling(alpha, named, root)
+    rank, ranks = _numbers(config.get("r"), config.get("rank_pattern"), "a rank", where)
+    if min([*ranks.values(), 1 if rank is None else rank]) < 1:
+        raise ValueError(f"its {where} holds a rank below 1")
+    return Scaling(alpha, named, root, rank, ranks)
+
+
+def _numbers(general: Any, by_name: Any, what: str, where: str) -> tuple[float | None, dict[str, float]]:
+    """A number of PEFT's config for all layers, and those by the names of modules. ValueError if they are anything else."""
+    patterns = by_name or {}
+    if not isinstance(patterns, dict) or not all(map(_is_number, [*patterns.values(), 0 if general is None else general])):
+        raise ValueError(f"its {where} holds {what} that is not a finite number")
     named = {pattern.replace(r"\.", ".").removesuffix("$"): float(value) for pattern, value in patterns.items()}
     if unknown := [name for name in named if not MODULE.fullmatch(name)]:
-        raise ValueError(f"its {where} has an alpha for {unknown[0]!r}, which is not the name of a module, nor its end")
-    return Scaling(None if alpha is None else float(alpha), named, bool(config.get("use_rslora")))
+        raise ValueError(f"its {where} has {what} for {unknown[0]!r}, which is not the name of a module, nor its end")
+    return None if general is None else float(general), named
 
 
 def _is_number(value: Any) -> bool:

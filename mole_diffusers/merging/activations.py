@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
@@ -55,8 +55,7 @@ class Activations:
 
         Raises ValueError if the expert has no prompts.
         """
-        if not self.prompts.get(name):
-            raise ValueError(f"no prompts for expert {name!r}; there are some for {sorted(self.prompts)}")
+        self.check_prompts([name])
         before = attached(self.pipe)
         with nullcontext() if before is None else before.lifted(), self._recording(name, expert) as found:
             attach(self.pipe, {name: (running, strength)}, "sum", binding=None)
@@ -68,6 +67,13 @@ class Activations:
             finally:
                 detach(self.pipe)
         return {key: torch.cat(pieces) for key, pieces in found.items()}
+
+    def check_prompts(self, names: Iterable[str]) -> None:
+        """Raises ValueError if one of these experts has no prompts."""
+        if lacking := [name for name in names if not self.prompts.get(name)]:
+            raise ValueError(
+                f"no prompts for expert {', '.join(map(repr, lacking))}; there are some for {sorted(self.prompts)}"
+            )
 
     @contextmanager
     def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:

@@ -21,7 +21,7 @@ def layers_of(experts: Weighted) -> dict[str, list[Pair | None]]:
     families = {name: expert.base for name, (expert, _) in experts.items() if expert.base != "unknown"}
     if len(set(families.values())) > 1:
         raise ValueError(f"the experts do not fit one model: {', '.join(f'{n!r} is for {f}' for n, f in families.items())}")
-    found = [(_by_key(expert), strength) for expert, strength in experts.values()]
+    found = [(weights_by_key(expert), strength) for expert, strength in experts.values()]
     keys = dict.fromkeys(key for own, _ in found for key in own)
     layers = {key: [_pair(own[key], strength) if key in own else None for own, strength in found] for key in keys}
     for key, layer in layers.items():
@@ -37,7 +37,8 @@ def merge_key(layer: str) -> str:
     return f"{part}.{layer_key(name)}"
 
 
-def _by_key(expert: Expert) -> dict[str, LoraWeights]:
+def weights_by_key(expert: Expert) -> dict[str, LoraWeights]:
+    """Layer key "unet.LAYER" -> an expert's weights."""
     return {f"{part}.{layer}": weights for part, layers in expert.layers.items() for layer, weights in layers.items()}
 
 
@@ -48,18 +49,18 @@ def _pair(weights: LoraWeights, strength: float) -> Pair:
 def as_expert(merged: Merged, experts: Weighted, *, name: str, metadata: Mapping[str, str]) -> Expert:
     """A merge as one ordinary LoRA in fp32, in the shapes of the experts' layers, with all their trigger words."""
     parts: dict[str, dict[str, LoraWeights]] = {}
-    found = [_by_key(expert) for expert, _ in experts.values()]
+    found = [weights_by_key(expert) for expert, _ in experts.values()]
     for key, pair in merged.items():
         part, _, layer = key.partition(".")
         inputs = max((own[key].down.shape[1:] for own in found if key in own), key=len)
         up = (pair.up * pair.scale).float().reshape(-1, pair.rank, *(1,) * (len(inputs) - 1))
         parts.setdefault(part, {})[layer] = LoraWeights(pair.down.float().reshape(-1, *inputs), up, 1.0)
-    first = next(iter(experts.values()))[0]
+    families = [expert.base for expert, _ in experts.values() if expert.base != "unknown"]
     return Expert(
         name=name,
         layers=parts,
         format="diffusers",
-        base=first.base,
+        base=next(iter(families), "unknown"),
         triggers=tuple(dict.fromkeys(word for expert, _ in experts.values() for word in expert.triggers)),
         source=f"merge of {', '.join(experts)}",
         sha256=_hash(merged),

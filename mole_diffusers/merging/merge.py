@@ -11,9 +11,10 @@ from typing import Any, get_type_hints
 
 from mole_diffusers import functional
 from mole_diffusers.lora import Expert, read_expert
+from mole_diffusers.lora.safe_files import check_memory
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.factors import Layers, Merged, Pair
-from mole_diffusers.merging.layers import Weighted, as_expert, layers_of
+from mole_diffusers.merging.layers import Weighted, as_expert, layers_of, weights_by_key
 from mole_diffusers.merging.lego import lego
 from mole_diffusers.merging.linear import mean, null_space, total
 from mole_diffusers.merging.regression import Inputs, iteris, regmean, relative_loss, scalars, ssr
@@ -26,7 +27,7 @@ METHODS: dict[str, Callable[..., Merged]] = {
     "np": null_space, "ssr": ssr, "regmean": regmean, "iteris": iteris, "scalars": scalars,
 }  # fmt: skip
 ENERGY = 0.99  # share of a full-rank merge's energy to keep if no rank is given
-GIVEN = ("inputs", "rerun", "protect")  # arguments of methods that `merge` fills in; they are not options
+GIVEN = ("inputs", "rerun", "protect", "keep")  # arguments of methods that `merge` fills in; they are not options
 
 
 def merge(
@@ -58,14 +59,17 @@ def merge(
 
     Raises:
         ValueError: an unknown method, option or expert; a method without the activations that it needs; experts for
-            different models.
+            different models; a "ties" or "dare" that free memory cannot hold.
     """
     if method not in METHODS:
         raise ValueError(f"unknown merge method {method!r}; known: {list(METHODS)}")
     if not experts:
         raise ValueError("a merge needs at least one expert")
+    if rank is not None and rank < 1:
+        raise ValueError(f"the rank of a merge must be 1 or more, got {rank}")
+    run, asked, chosen = METHODS[method], _arguments(METHODS[method]), resolved(method, options)
     read = {n: _weighted(n, source) for n, source in experts.items()}
-    layers, asked = layers_of(read), _arguments(METHODS[method])
+    layers = layers_of(read)
     if unknown := sorted(set(protect) - set(read)):
         raise ValueError(f"unknown experts {unknown} to protect; given: {list(read)}")
     given: dict[str, Any] = {}  # the arguments of `GIVEN` that the method takes
@@ -74,11 +78,17 @@ def merge(
     if "inputs" in asked:
         if activations is None:
             raise ValueError("this method needs the experts' own activations: give activations=Activations(pipe, prompts)")
+        activations.check_prompts(read)
         runs = partial(_inputs, read, layers, activations)
         given = {"inputs": runs(), "rerun": runs} if "rerun" in asked else {"inputs": runs()}
-    merged, lost = truncated(METHODS[method](layers, **given, **resolved(method, options)), layers, method=method, rank=rank)
+    cut = Truncation(layers, method, rank)
+    if "keep" in asked:
+        check_fits([expert for expert, _ in read.values()], method, rank)
+        merged = run(layers, keep=cut, **chosen)
+    else:
+        merged = {key: cut(key, pair) for key, pair in run(layers, **given, **chosen).items()}
     about = {"mole.method": method, "mole.experts": ", ".join(read), "mole.options": json.dumps(options)}
-    about["mole.lost_energy"] = f"{lost:.4f}"
+    about["mole.lost_energy"] = f"{cut.lost_share():.4f}"
     if "inputs" in given:
         shared = [key for key, layer in layers.items() if sum(p is not None for p in layer) > 1]
         losses = [relative_loss(layers[key], given["inputs"][key], merged[key]) for key in shared]
@@ -89,6 +99,19 @@ def merge(
 def by_activations(method: str) -> bool:
     """Whether a method needs the experts' activations, and so a pipeline to run them on."""
     return "inputs" in _arguments(METHODS[method])
+
+
+def check_fits(experts: Sequence[Expert], method: str, rank: int | None = None) -> None:
+    """Raises RefusedFileError if free memory cannot hold a merge by a method whose results have full rank."""
+    if "keep" not in _arguments(METHODS[method]):
+        return
+    shapes = [{k: (len(w.up), w.down[0].numel()) for k, w in weights_by_key(expert).items()} for expert in experts]
+    layers = {key: shape for own in shapes for key, shape in own.items()}
+    # The result is there in float64, and then in float32, too. TIES sorts all entries of one expert.
+    size = sum(12 * min(rank or out, out, into) * (out + into) for out, into in layers.values())
+    if method == "ties":
+        size = max(size, *(sum(8 * out * into for out, into in own.values()) for own in shapes))
+    check_memory(size, f"a merge by {method!r} {'without a rank' if rank is None else f'of rank {rank}'} takes")
 
 
 def _weighted(name: str, given: Source | tuple[Source, float]) -> tuple[Expert, float]:
@@ -106,12 +129,19 @@ def _arguments(method: Callable[..., Merged]) -> dict[str, Any]:
 def resolved(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a method: the given ones, and the defaults of the others.
 
-    Raises ValueError for an unknown option, or a value of the wrong kind.
+    Raises ValueError for an unknown option, or a value that the method does not take.
     """
-    defaults = {name: value for name, value in _arguments(METHODS[method]).items() if name not in GIVEN}
+    asked = _arguments(METHODS[method])
+    defaults = {name: value for name, value in asked.items() if name not in GIVEN}
     hints = get_type_hints(METHODS[method])
     check_options(options, {name: hints[name] for name in defaults}, f"merge method {method!r}")
-    return defaults | dict(options)
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value) and (name, value) != ("mu", math.inf):
+            raise ValueError(f"{name} of merge method {method!r} must be a finite number, got {value}")
+    chosen = defaults | dict(options)
+    nothing = {"inputs": {}, "rerun": dict}  # without layers, a method only checks its options
+    METHODS[method]({}, **{name: empty for name, empty in nothing.items() if name in asked}, **chosen)
+    return chosen
 
 
 def _inputs(experts: Weighted, layers: Layers, activations: Activations, merged: Merged | None = None) -> Inputs:
@@ -128,19 +158,24 @@ def _inputs(experts: Weighted, layers: Layers, activations: Activations, merged:
     return {key: [own.get(key) for own in found] for key in layers}
 
 
-def truncated(merged: Merged, layers: Layers, *, method: str, rank: int | None) -> tuple[Merged, float]:
-    """The merge at `rank`, and the share of its energy that this loses."""
-    if rank is not None and rank < 1:
-        raise ValueError(f"the rank of a merge must be 1 or more, got {rank}")
-    out, lost, whole = {}, 0.0, 0.0
-    for key, pair in merged.items():
-        ranks = [p.rank for p in layers[key] if p is not None]
-        whole += pair.energy()
-        wanted = max(ranks) if rank is None and method == "svd" else rank
-        if pair.rank > (wanted or sum(ranks)):
-            down, up, values = functional.low_rank(pair.down, pair.folded().up, pair.rank)
-            energy = values.square().cumsum(0)
-            most = wanted or int((energy < ENERGY * energy[-1]).sum()) + 1
-            pair, lost = Pair(down[:most], up[:, :most]), lost + values[most:].square().sum().item()
-        out[key] = pair
-    return out, lost / whole if whole else 0.0
+class Truncation:
+    """Brings a merge to its rank, layer by layer, and counts the energy that this loses."""
+
+    def __init__(self, layers: Layers, method: str, rank: int | None) -> None:
+        self.layers, self.method, self.rank = layers, method, rank
+        self.lost = self.whole = 0.0
+
+    def __call__(self, key: str, pair: Pair) -> Pair:
+        ranks = [p.rank for p in self.layers[key] if p is not None]
+        self.whole += pair.energy()
+        wanted = max(ranks) if self.rank is None and self.method == "svd" else self.rank
+        if pair.rank <= (wanted or sum(ranks)):
+            return pair
+        down, up, values = functional.low_rank(pair.down, pair.folded().up, pair.rank)
+        energy = values.square().cumsum(0)
+        most = wanted or int((energy < ENERGY * energy[-1]).sum()) + 1
+        self.lost += values[most:].square().sum().item()
+        return Pair(down[:most].clone(), up[:, :most].clone())  # a view would keep all of them in memory
+
+    def lost_share(self) -> float:
+        return self.lost / self.whole if self.whole else 0.0

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from mole_diffusers.merging.factors import Layer, Layers, Merged, Pair, concatenated, dense, present
 
-Deltas = dict[str, list[torch.Tensor | None]]  # layer -> one matrix per expert
+Keep = Callable[[str, Pair], Pair]  # a layer's key and its result -> what stays in memory of that result
 
 
-def ties(layers: Layers, *, share: float = 0.2, scale: float = 1.0) -> Merged:
+def whole(key: str, pair: Pair) -> Pair:
+    """Keep a layer's result as it is."""
+    return pair
+
+
+def ties(layers: Layers, *, share: float = 0.2, scale: float = 1.0, keep: Keep = whole) -> Merged:
     """TIES (Yadav et al., 2023) on delta W: trim, elect a sign per entry, average the entries that agree with it.
 
     Args:
         share: share of each expert's entries to keep, the largest over the whole model as in the paper (peft trims layer
             by layer).
         scale: of the result; the paper's lambda.
+        keep: what to keep of each layer before the next one is multiplied out.
     """
-    deltas: Deltas = {key: [None if p is None else p.delta() for p in layer] for key, layer in layers.items()}
-    return {key: dense(scale * _elected(kept)) for key, kept in _trimmed(deltas, share).items()}
+    limits, out = _limits(layers, share), {}
+    for key, layer in layers.items():
+        out[key] = keep(key, dense(scale * _elected(_trimmed(layer, limits))))
+    return out
 
 
-def dare(layers: Layers, *, drop: float = 0.9, elect: bool = False, seed: int = 0) -> Merged:
+def dare(layers: Layers, *, drop: float = 0.9, elect: bool = False, seed: int = 0, keep: Keep = whole) -> Merged:
     """DARE (Yu et al., 2023) on delta W: drop entries at random, rescale the rest by 1 / (1 - drop), then add.
 
     Args:
         drop: share of entries that is dropped, below 1.
         elect: combine by TIES' signs and means instead of the sum.
         seed: of the masks.
+        keep: what to keep of each layer before the next one is multiplied out.
     """
     if not 0 <= drop < 1:
         raise ValueError(f"DARE's drop must be at least 0 and below 1, got {drop}")
@@ -36,7 +47,7 @@ def dare(layers: Layers, *, drop: float = 0.9, elect: bool = False, seed: int = 
     for key, layer in layers.items():
         deltas = [pair.delta() for pair in present(layer)]
         kept = torch.stack([d * (torch.rand(d.shape, generator=generator) >= drop) / (1 - drop) for d in deltas])
-        out[key] = dense(_elected(kept) if elect else kept.sum(0))
+        out[key] = keep(key, dense(_elected(kept) if elect else kept.sum(0)))
     return out
 
 
@@ -46,10 +57,12 @@ def knots(layers: Layers, *, share: float = 0.2, scale: float = 1.0) -> Merged:
     Exact at rank R: U comes from the R x R core of all experts side by side, without singular values below 1e-5.
     """
     bases = {key: _basis(layer) for key, layer in layers.items()}
-    aligned: Deltas = {
-        key: [None if p is None else (bases[key].T @ p.folded().up) @ p.down for p in layer] for key, layer in layers.items()
+    aligned = {
+        key: [None if p is None else Pair(p.down, bases[key].T @ p.folded().up) for p in layer]
+        for key, layer in layers.items()
     }
-    return {key: Pair(scale * _elected(kept), bases[key]) for key, kept in _trimmed(aligned, share).items()}
+    limits = _limits(aligned, share)
+    return {key: Pair(scale * _elected(_trimmed(layer, limits)), bases[key]) for key, layer in aligned.items()}
 
 
 def _basis(layer: Layer) -> torch.Tensor:
@@ -64,18 +77,27 @@ def _basis(layer: Layer) -> torch.Tensor:
     return q @ vectors[:, kept]
 
 
-def _trimmed(deltas: Deltas, share: float) -> dict[str, torch.Tensor]:
-    """Layer -> [n, ...], the experts that have it, without their small entries (one threshold over all layers)."""
+def _limits(layers: Layers, share: float) -> list[torch.Tensor]:
+    """The smallest size of the entries that each expert keeps, one threshold over all its layers."""
     if not 0 < share <= 1:
         raise ValueError(f"the share of entries that stays must be above 0 and at most 1, got {share}")
     limits = []
-    for own in zip(*deltas.values(), strict=True):  # of one expert
-        sizes = torch.cat([d.abs().flatten() for d in own if d is not None])
-        limits.append(sizes.kthvalue(len(sizes) - max(1, round(share * len(sizes))) + 1).values)
-    return {
-        key: torch.stack([d * (d.abs() >= limit) for d, limit in zip(row, limits, strict=True) if d is not None])
-        for key, row in deltas.items()
-    }
+    for own in zip(*layers.values(), strict=True):  # of one expert
+        pairs = [pair for pair in own if pair is not None]
+        sizes, end = torch.empty(sum(p.up.shape[0] * p.down.shape[1] for p in pairs), dtype=torch.float64), 0
+        for pair in pairs:
+            delta = pair.delta()
+            sizes[end : (end := end + delta.numel())] = delta.abs().flatten()
+        at = len(sizes) - max(1, round(share * len(sizes)))
+        sizes.numpy().partition(at)  # in place, unlike torch's kthvalue
+        limits.append(sizes[at].clone())
+    return limits
+
+
+def _trimmed(layer: Layer, limits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """delta W of the experts that have a layer, [n, Cout, Cin], without their small entries."""
+    deltas = [(p.delta(), limit) for p, limit in zip(layer, limits, strict=True) if p is not None]
+    return torch.stack([d * (d.abs() >= limit) for d, limit in deltas])
 
 
 def _elected(deltas: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from mole_diffusers.lora import Expert
 from mole_diffusers.lora.families import FAMILIES
 from mole_diffusers.retrieval import store
 from mole_diffusers.retrieval.encoders import Encoder
-from mole_diffusers.retrieval.entries import LibraryEntry, read_entry, stamps
+from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, read_entry, stamps
 from mole_diffusers.retrieval.phrases import Words, find_triggers, phrases, tokenize
 from mole_diffusers.retrieval.ranking import centroid, similarity, top
 
@@ -194,21 +194,24 @@ def _build_index(
     entries: list[LibraryEntry] = []
     rows: list[torch.Tensor] = []
     skipped: dict[str, str] = {}
+    skipped_stamps: dict[str, tuple[Stamp, ...]] = {}
     for file in tqdm(files, desc="LoRAs", delay=2, leave=False):
+        now: tuple[Stamp, ...] = ()
         try:
-            if file in known and known[file][0].stamps == stamps(folder, file):
+            now = stamps(folder, file)  # before reading, so that a change during it is noticed next time
+            if file in known and known[file][0].stamps == now:
                 entry, row = known[file]
             else:
                 entry, _ = read_entry(folder, file)
                 row = embedding(entry.samples, encoder)
         except (ValueError, OSError) as error:  # such as a broken link
-            skipped[file] = str(error)
+            skipped[file], skipped_stamps[file] = str(error), now
             continue
         entries.append(replace(entry, file=file))
         rows.append(row)
     if not entries:
         raise ValueError(f"{folder} holds no LoRA that can be read; {len(skipped)} files were skipped")
-    return store.Index(encoder.id, encoder(store.PROBE), tuple(entries), torch.stack(rows), skipped)
+    return store.Index(encoder.id, encoder(store.PROBE), tuple(entries), torch.stack(rows), skipped, skipped_stamps)
 
 
 def _indexed_before(folder: Path, encoder: Encoder) -> dict[str, tuple[LibraryEntry, torch.Tensor]]:

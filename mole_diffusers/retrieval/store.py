@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,17 @@ from mole_diffusers.lora.safe_files import Contents, RefusedFileError, path_insi
 from mole_diffusers.lora.whole_files import new_file
 from mole_diffusers.options import check_kinds
 from mole_diffusers.retrieval.encoders import Encoder
-from mole_diffusers.retrieval.entries import LibraryEntry, entry_from_json, read_entry, stamps
+from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, entry_from_json, read_entry, stamps
 
 FORMAT, VERSION = "mole_diffusers.retrieval", 2
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
-KINDS = {"encoder": str, "cards": Sequence[Mapping[str, Any]], "skipped": Mapping[str, str]}  # of the JSON's fields
+KINDS = {  # of the JSON's fields; an index of before lacks the last
+    "encoder": str,
+    "cards": Sequence[Mapping[str, Any]],
+    "skipped": Mapping[str, str],
+    "skipped_stamps": Mapping[str, Sequence[Sequence[int]]],
+}
 MAX_ABOUT = 256 << 20  # bytes of JSON; 10,000 entries of 20 captions take 15 MB
 PROBE = ("a photo of a person", "an animal in the snow", "drawing", "red and blue")
 PROBE_TOLERANCE = 0.02  # half precision and other devices stay far below it, other models far above
@@ -35,6 +40,7 @@ class Index:
         probe: its embeddings [P, D] of `PROBE`, which reveal another encoder with the same id.
         entries: every LoRA, in the order of the rows of `embeddings` [N, D].
         skipped: file -> why it is not an entry.
+        skipped_stamps: file -> its stamps when it was skipped; none if it was a link that leads out of the folder.
     """
 
     encoder: str
@@ -42,6 +48,7 @@ class Index:
     entries: tuple[LibraryEntry, ...]
     embeddings: torch.Tensor
     skipped: dict[str, str]
+    skipped_stamps: dict[str, tuple[Stamp, ...]] = field(default_factory=dict)
 
 
 def lora_files(folder: Path) -> list[str]:
@@ -64,6 +71,7 @@ def save(folder: Path, index: Index) -> None:
             "embeddings": read_safetensors(vectors).sha256,
             "cards": [asdict(entry) for entry in index.entries],
             "skipped": index.skipped,
+            "skipped_stamps": index.skipped_stamps,
         }
         about.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -91,6 +99,7 @@ def _checked(folder: Path, about: Any, vectors: Contents) -> Index:
         raise ValueError(f"it is not {FORMAT} version {VERSION}")
     if about.get("embeddings") != vectors.sha256:
         raise ValueError("its two files are not from the same run")
+    about = {"skipped_stamps": {}} | about
     about = {name: about.get(name) for name in KINDS}
     check_kinds(about, KINDS, "the index")
     entries = tuple(entry_from_json(value) for value in about["cards"])
@@ -103,7 +112,8 @@ def _checked(folder: Path, about: Any, vectors: Contents) -> Index:
     for tensor, count in zip((embeddings, probe), rows, strict=True):
         if tensor.shape != (count, *width) or tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise ValueError(f"its embeddings are not finite fp32 matrices with {rows[0]} and {rows[1]} rows of one width")
-    return Index(about["encoder"], probe, entries, embeddings, about["skipped"])
+    marks = {file: tuple(map(tuple, own)) for file, own in about["skipped_stamps"].items()}
+    return Index(about["encoder"], probe, entries, embeddings, about["skipped"], marks)
 
 
 def check_current(folder: Path, index: Index, encoder: Encoder) -> None:
@@ -118,6 +128,20 @@ def check_current(folder: Path, index: Index, encoder: Encoder) -> None:
         # A copied folder has other modification times; an index is stale only if the contents changed.
         if stamps(folder, entry.file) != entry.stamps and not read_entry(folder, entry.file)[0].same_content(entry):
             raise reindex_error(folder, f"is stale: {entry.file!r} has changed")
+    for file, before in index.skipped_stamps.items():
+        if _can_be_read_now(folder, file, before):
+            raise reindex_error(folder, f"is stale: {file!r}, which was left out, can be read now")
+
+
+def _can_be_read_now(folder: Path, file: str, before: Sequence[Stamp]) -> bool:
+    """Whether a file that had these stamps when it was skipped has become a LoRA."""
+    try:
+        if stamps(folder, file) == before:
+            return False
+        read_entry(folder, file)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def check_encoder(folder: Path, index: Index, encoder: Encoder) -> None:

@@ -139,6 +139,12 @@ def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, 
         (["compose", "a fox", "--sead", "1"], "No such option: --sead"),
         (["compose", "a <lora:fox:1>"], "a prompt with <lora:...> tags is for mole draw"),
         (["compos"], "No such command 'compos'"),
+        (["merge", "a.safetensors", "--protect", "a"], "--protect is for --method np; svd protects no LoRA"),
+        (
+            ["merge", "a.safetensors", "--base", "b", "--device", "cpu", "--own", "a=x"],
+            "svd runs no LoRA and would not read --base, --own, --device, as ssr, regmean, iteris, scalars do",
+        ),
+        (["merge", "a.safetensors", "--rank", "0"], "Invalid value for '--rank'"),
         (["merge", "a.safetensors", "--method", "np", "--option", "mu", "--out", "x.safetensors"], "no LoRA file at"),
         (["train", "--prompt", "a fox", "--out", "g", "--single", "fox"], "--single 'fox' is not NAME=VALUE"),
     ],
@@ -179,8 +185,13 @@ def test_a_folder_in_the_place_of_a_lora_names_its_files(loras, capsys):
 
 def test_prompts_of_loras_that_are_not_merged_are_refused(loras, tmp_path, capsys):
     files = [str(loras["fox"]), str(loras["ink"])]
-    assert main(["merge", *files, "--own", "foxx=a fox", "--out", str(tmp_path / "x.safetensors")]) == 1
+    ssr = ["merge", *files, "--method", "ssr", "--out", str(tmp_path / "x.safetensors"), "--base", "somewhere"]
+    assert main([*ssr, "--own", "foxx=a fox"]) == 1
     assert "--own 'foxx': no such LoRA; known: ['fox', 'ink']" in capsys.readouterr().err
+    assert main([*ssr, "--own", "fox=a fox"]) == 1
+    assert "and ['ink'] have no trigger words: give --own NAME=PROMPT" in capsys.readouterr().err
+    assert main([*ssr, "--option", "size=1"]) == 1
+    assert "unknown options ['size'] of merge method 'ssr'; known: ['ridge']" in capsys.readouterr().err
 
 
 def test_a_file_may_have_a_strength():

@@ -19,7 +19,7 @@ from mole_diffusers.evaluation.runner import Case, Setup, add_idle_experts
 from mole_diffusers.evaluation.sampling_composers import k_lora, switched
 from mole_diffusers.evaluation.strength_search import VALUES, best_weights, search_arms
 from mole_diffusers.inspection.compare import sample
-from mole_diffusers.lora import read_expert
+from mole_diffusers.lora import read_expert, safe_files
 from mole_diffusers.merging.merge import METHODS
 
 OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0}
@@ -78,6 +78,16 @@ def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gate
     names = list(pictures)
     same = {frozenset((a, b)) for i, a in enumerate(names) for b in names[i + 1 :] if pictures[a] == pictures[b]}
     assert same <= twins
+
+
+def test_other_words_in_a_file_are_another_row_for_the_arms_that_read_them(setup, gates):
+    named = ("sum", "gates", "svd", "switch", "bound", "words only", "tiles", "bound gates", "masked blend", "freefuse")
+    chosen = arms.chosen_arms(named, setup, gates)
+    before = {a.name: dict(a.settings(setup, CASE)) for a in chosen}
+    assert not any("words" in settings for settings in before.values())  # each LoRA's word is its name
+    setup.experts = {**setup.experts, "fox": replace(setup.experts["fox"], triggers=("vixen",))}
+    after = {a.name: dict(a.settings(setup, CASE)) for a in chosen}
+    assert [name for name in named if after[name] != before[name]] == list(named[4:])
 
 
 def test_merges_protect_the_style_and_take_strengths(setup):
@@ -221,6 +231,13 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
             arms.chosen_arms(["base", name], setup)
     with pytest.raises(ValueError, match="'gates' needs a folder of trained gates"):
         arms.chosen_arms(["sum", "gates"], setup, shares=[0.5])
+
+
+def test_a_merge_that_memory_cannot_hold_is_left_out(setup, monkeypatch):
+    monkeypatch.setattr(safe_files.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    found = arms.obstacles(["sum", "dare", "svd", "ties"], setup)
+    assert list(found) == ["dare", "ties"]
+    assert re.fullmatch(r"a merge by 'dare' without a rank takes \d+ bytes, more than the 1000 bytes .*", found["dare"])
 
 
 def settings_of(setup, arm):

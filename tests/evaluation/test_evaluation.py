@@ -154,6 +154,14 @@ def test_a_killed_run_goes_on_where_it_was(setup, tmp_path):
     assert len((tmp_path / "b" / "rows-0.jsonl").read_text().splitlines()) == 8  # none was made twice
 
 
+@pytest.mark.parametrize("line", ['{"case": "fox" "arm"}', '{"case": "fox"}', "[1]", "", "5"])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    row = dict.fromkeys(("case", "kind", "arm", "prompt", "seed", "settings"), "x")
+    (tmp_path / "rows-3.jsonl").write_text(f"{json.dumps(row)}\n{line}\n{json.dumps(row)}\n")
+    with pytest.raises(ValueError, match="rows-3.jsonl, line 2: not a row with case, kind, arm, prompt, seed, settings: "):
+        Rows(tmp_path).read()
+
+
 def test_processes_divide_the_work_and_leave_nothing_out(setup, tmp_path):
     some = [arms.base(), arms.summed(), arms.mean()]
     for process in (0, 1):
@@ -270,6 +278,19 @@ def test_evaluate_on_the_embedded_world(tmp_path, capsys):
     assert all(Image.open(picture_path(tmp_path, row)).size in ((64, 64), (128, 64), (64, 128), (128, 128)) for row in rows)
     assert main([*args, "--arm", "best"]) == 1
     assert "unknown arms ['best']; known: ['base'," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--device", "nowhere"], "this machine has no device 'nowhere': "),
+        (["--steps", "0"], "Invalid value for '--steps'"),
+    ],
+)
+def test_bad_settings_are_known_before_the_embedded_world_is_opened(tmp_path, capsys, monkeypatch, given, message):
+    monkeypatch.setattr("mole_diffusers.emoji.world.emoji_world", lambda **_: pytest.fail("opened"))
+    assert main(["evaluate", "--out", str(tmp_path), *given]) == 1
+    assert message in capsys.readouterr().err
 
 
 SEARCH_ARMS = strength_search.search_arms

@@ -162,29 +162,55 @@ def test_peft_with_its_config_beside_it(tmp_path, root):
         torch.testing.assert_close(layer_of(expert, name).delta(), whole)
 
 
-def test_what_peft_itself_saves(tmp_path):
-    """PEFT's own file, and the change of weight that PEFT reads from it."""
+def saved_by_peft(folder, config):
+    """PEFT's own file of a tiny UNet: {layer: our weights, PEFT's change of weight}."""
     from diffusers import UNet2DConditionModel
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     unet = UNet2DConditionModel(
         block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=2,
     )  # fmt: skip
-    # Of several names that fit the first counts, as they are sorted in the file; "q" is not the end of one.
-    whole = r"^mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
-    alphas = {whole: 2, r"a.attn2\.to_q$": 9, "transformer_blocks.0.attn1.to_q": 5, "q": 9, "attn1.to_q": 7, "to_q": 3}
+    get_peft_model(deepcopy(unet), config).save_pretrained(folder)
+    model = PeftModel.from_pretrained(unet, folder)
+    layers = read_expert(folder / PEFT_FILE, tolerance=0).layers["unet"]
+    modules = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert len(layers) == len(modules) > 4
+    return [(layers[n.replace(".", "_")], m.get_delta_weight("default").detach()) for n, m in modules.items()]
+
+
+# Of several names that fit the first counts, as they are sorted in the file; "q" is not the end of one.
+WHOLE = r"^mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+ALPHAS = {WHOLE: 2, r"a.attn2\.to_q$": 9, "transformer_blocks.0.attn1.to_q": 5, "q": 9, "attn1.to_q": 7, "to_q": 3}
+
+
+def test_what_peft_itself_saves(tmp_path):
+    """PEFT's own file, and the change of weight that PEFT reads from it."""
+    from peft import LoraConfig
+
     config = LoraConfig(
         r=4, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False, rank_pattern={"conv1": 3},
-        alpha_pattern=alphas,
+        alpha_pattern=ALPHAS,
     )  # fmt: skip
-    get_peft_model(deepcopy(unet), config).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(unet, tmp_path)
-    layers = read_expert(tmp_path / PEFT_FILE).layers["unet"]
-    modules = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
-    assert len(layers) == len(modules) > 4
-    for name, module in modules.items():
-        torch.testing.assert_close(layers[name.replace(".", "_")].delta(), module.get_delta_weight("default").detach())
+    for weights, delta in saved_by_peft(tmp_path, config):
+        torch.testing.assert_close(weights.delta(), delta)
+
+
+@pytest.mark.parametrize("algorithm", ["LoHa", "LoKr", "LoKr of whole matrices"])
+def test_what_peft_itself_saves_of_loha_and_lokr(tmp_path, algorithm):
+    """Their alpha has another name in the config, and whole matrices of LoKr are divided by the config's rank."""
+    from peft import LoHaConfig, LoKrConfig
+
+    given = {"alpha": 6, "target_modules": ["to_q", "conv1"], "init_weights": False, "alpha_pattern": ALPHAS}
+    if algorithm == "LoHa":
+        config = LoHaConfig(r=4, rank_pattern={"conv1": 3}, use_effective_conv2d=True, **given)
+    elif algorithm == "LoKr":  # 1 x 1 and 8 x 8, the second in factors
+        config = LoKrConfig(r=2, rank_pattern={"conv1": 3}, decompose_factor=1, use_effective_conv2d=True, **given)
+    else:
+        config = LoKrConfig(r=4, rank_pattern={r"attn1\.to_q$": 5, "conv1": 3}, **given)
+    for weights, delta in saved_by_peft(tmp_path, config):
+        torch.testing.assert_close(weights.delta().reshape(delta.shape), delta)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +221,9 @@ def test_what_peft_itself_saves(tmp_path):
         ('{"lora_alpha": "8"}', "its adapter_config.json holds an alpha that is not a finite number"),
         ('{"lora_alpha": 1e999}', "1e999 is larger than any number"),
         ('{"alpha_pattern": {".*to_q": 8}}', "its adapter_config.json has an alpha for '.*to_q', which is not the"),
+        ('{"alpha": "8"}', "its adapter_config.json holds an alpha that is not a finite number"),
+        ('{"peft_type": "LOKR", "r": 0}', "its adapter_config.json holds a rank below 1"),
+        ('{"peft_type": "LOKR", "rank_pattern": {"q|k": 8}}', "its adapter_config.json has a rank for 'q.k', which is not"),
         ('{"use_dora": true}', "its adapter_config.json says DoRA"),
     ],
 )

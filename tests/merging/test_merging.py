@@ -1,5 +1,6 @@
 """Merges of real files: one ordinary LoRA that stock diffusers loads, and bad input."""
 
+import math
 from dataclasses import replace
 
 import hosts
@@ -8,7 +9,7 @@ import torch
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.lora import layer_key, read_expert
+from mole_diffusers.lora import layer_key, read_expert, safe_files
 from mole_diffusers.merging.activations import as_rows
 from mole_diffusers.merging.merge import METHODS
 from mole_diffusers.testing import ATTENTION, CONVOLUTION, tiny_lora, tiny_pipeline
@@ -218,6 +219,9 @@ def test_patches_of_a_convolution_are_what_its_matrix_multiplies():
         ({"method": "lego", "features": "cosine"}, "must be one of ['raw', 'normalized'], got 'cosine'"),
         ({"method": "lego", "starts": 0}, "starts of k-means must be 1 or more, got 0"),
         ({"method": "lego", "clusters": "many"}, "clusters of merge method 'lego' must be a whole number, got 'many'"),
+        ({"method": "ties", "scale": math.nan}, "scale of merge method 'ties' must be a finite number, got nan"),
+        ({"method": "dare", "drop": math.inf}, "drop of merge method 'dare' must be a finite number, got inf"),
+        ({"method": "np", "mu": math.nan}, "mu of merge method 'np' must be a finite number, got nan"),
         ({"rank": 0}, "the rank of a merge must be 1 or more"),
     ],
 )
@@ -225,6 +229,52 @@ def test_bad_input(loras, options, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         mole.merge({"fox": loras["fox"], "ink": loras["ink"]}, **options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("regmean", {"size": 1}, "unknown options ['size'] of merge method 'regmean'"),
+        ("ssr", {"ridge": math.nan}, "ridge of merge method 'ssr' must be a finite number, got nan"),
+        ("iteris", {"rounds": 0}, "rounds of IterIS must be 1 or more, got 0"),
+        ("iteris", {"rank": 0}, "the rank of a merge must be 1 or more, got 0"),
+        ("scalars", {}, "no prompts for expert 'cat', 'owl'; there are some for ['fox', 'hat', 'ink']"),
+    ],
+)
+def test_bad_input_is_known_before_an_expert_runs(loras, activations, monkeypatch, method, options, message):
+    monkeypatch.setattr(mole.Activations, "run", lambda *_: pytest.fail("an expert ran"))
+    experts = {"fox": loras["fox"], **dict.fromkeys(() if options else ("cat", "owl"), loras["ink"])}
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        mole.merge(experts, method, activations=activations, **options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_a_merge_that_memory_cannot_hold_is_refused_before_it_begins(loras, monkeypatch, method):
+    """At full rank, 12 bytes for each number of its factors. One of rank 1 fits, but TIES sorts all entries of an expert."""
+    experts = {"fox": loras["fox"], "ink": loras["ink"]}
+    full = mole.merge(experts, method, rank=10**6)
+    factors = [w for layers in full.layers.values() for w in layers.values()]
+    size = 12 * sum(w.down.numel() + w.up.numel() for w in factors)
+    most = 8 * sum(w.delta().numel() for w in factors)
+    assert most < size
+    memory = type("Memory", (), {"available": size - 1})
+    monkeypatch.setattr(safe_files.psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(ValueError, match=f"by '{method}' without a rank takes {size} bytes, more than the {size - 1} bytes"):
+        mole.merge(experts, method)
+    memory.available = most
+    assert mole.merge(experts, method, rank=1).ranks == (1, 1)
+    memory.available = most - 1
+    if method == "dare":
+        mole.merge(experts, method, rank=1)
+    else:
+        with pytest.raises(ValueError, match=f"by 'ties' of rank 1 takes {most} bytes"):
+            mole.merge(experts, method, rank=1)
+
+
+def test_a_merge_is_for_the_family_that_one_of_its_experts_tells(loras):
+    fox, ink = (read_expert(loras[name], name) for name in ("fox", "ink"))
+    assert mole.merge({"fox": replace(fox, base="unknown"), "ink": ink}).base == ink.base != "unknown"
 
 
 def test_bad_experts(loras, pipe, activations, tmp_path):

@@ -111,6 +111,38 @@ def test_ties_trims_over_the_whole_model():
     assert merged["big"].delta().abs().max() > 0
 
 
+@pytest.mark.parametrize("share", [1e-9, 0.03, 0.5, 1.0])
+def test_ties_keeps_the_share_of_an_experts_entries_that_are_largest(share):
+    """Against sorting all of them, where one expert lacks a layer, and where entries are equal."""
+    layers = {"a": [pair(0), pair(1), None], "b": [pair(2), None, pair(3)], "c": [pair(4), pair(4), pair(4)]}
+    found = []
+    for key, merged in ties(layers, share=share).items():
+        kept = []
+        for k, own in enumerate(zip(*layers.values(), strict=True)):
+            sizes = torch.cat([p.delta().abs().flatten() for p in own if p is not None]).sort(descending=True).values
+            if layers[key][k] is not None:
+                delta = layers[key][k].delta()
+                kept.append(torch.where(delta.abs() >= sizes[max(1, round(share * len(sizes))) - 1], delta, 0))
+        agree = [d * (d * sum(kept) > 0) for d in kept]
+        counts = sum((d != 0).double() for d in agree)
+        assert same(merged.delta(), sum(agree) / counts.clamp_min(1), 1e-12)
+        found.append(counts.sum())
+    assert sum(found) > 0
+
+
+@pytest.mark.parametrize("method", [ties, dare])
+def test_full_matrices_are_given_up_layer_by_layer(method):
+    layers, seen = {"a": layer(), "b": layer(1.0, 2.0, 3.0)}, {}
+
+    def keep(key, merged):
+        seen[key] = merged.delta()
+        return Pair(merged.down[:1], merged.up[:, :1])
+
+    assert [p.rank for p in method(layers, keep=keep).values()] == [1, 1]
+    for key, merged in method(layers).items():
+        assert torch.equal(seen[key], merged.delta())
+
+
 @pytest.mark.parametrize("method", [ties, knots])
 def test_identical_experts_merge_to_one(method):
     pairs = [pair(0), gauge(pair(0)), pair(0)]

@@ -222,10 +222,40 @@ def test_what_is_no_lora_is_left_out_and_named(folder, tmp_path_factory):
     assert "is an HTML page" in made.skipped["page.safetensors"]
     assert "leads out of the folder" in made.skipped["ink.safetensors"]
     assert LoraLibrary.open(folder, WordEncoder()).skipped == made.skipped
+    (folder / "page.safetensors").write_text("<html><body>")  # other stamps, and no LoRA either
+    assert LoraLibrary.open(folder, WordEncoder()).skipped == made.skipped
     with pytest.raises(ValueError, match="holds no LoRA that can be read; 0 files were skipped"):
         LoraLibrary.index(tmp_path_factory.mktemp("empty"), WordEncoder())
     with pytest.raises(FileNotFoundError, match="no folder at"):
         LoraLibrary.index(folder / "nowhere", WordEncoder())
+
+
+def words_in_utf_8(folder):
+    (folder / "fox.txt").write_text("a fox")
+
+
+def a_lora_at_last(folder):
+    shutil.copy(folder / "ink.safetensors", folder / "page.safetensors")
+
+
+def a_link_inside(folder):
+    (folder / "link.safetensors").unlink()
+    (folder / "link.safetensors").symlink_to("ink.safetensors")
+
+
+@pytest.mark.parametrize(("repair", "file"), [(words_in_utf_8, "fox"), (a_lora_at_last, "page"), (a_link_inside, "link")])
+def test_a_file_that_was_left_out_and_can_be_read_now_makes_an_index_stale(folder, repair, file):
+    (folder / "fox.txt").write_bytes(b"\xff")
+    (folder / "page.safetensors").write_text("<html>")
+    (folder / "link.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
+    LoraLibrary.index(folder, WordEncoder())
+    LoraLibrary.open(folder, WordEncoder())
+    repair(folder)
+    with pytest.raises(ValueError, match=f"is stale: '{file}.safetensors', which was left out, can be read now; make it"):
+        LoraLibrary.open(folder, WordEncoder())
+    edit(folder, skipped_stamps={})  # an index of before knows nothing of this
+    assert file not in names(LoraLibrary.open(folder, WordEncoder()).entries)
+    assert file in names(LoraLibrary.index(folder, WordEncoder()).entries)
 
 
 class Other(WordEncoder):
