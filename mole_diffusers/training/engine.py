@@ -5,11 +5,12 @@ An update never waits for the device: its numbers stay there until `Engine.read_
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mole_diffusers.lora.whole_files import new_folder, write_text
+from mole_diffusers.patching.component import BANK
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import GateTraining, LoraTraining
 
@@ -243,6 +245,17 @@ class Engine:
                 part.load_state_dict(state[name] if part is self.optimizer else send_to_device(state[name], self.device))
             self.log = state["log"]
         self._mark_good()
+
+
+def weights_digest(parts: Iterable[Any]) -> str:
+    """Tells the models among `parts` from others, by the first numbers of each of their weights.
+
+    LoRAs and gates on them do not count, nor do weights that are offloaded layer by layer, which cannot be read.
+    """
+    models = [part for part in parts if isinstance(part, nn.Module)]
+    weights = [p for model in models for name, p in model.named_parameters() if ".lora_" not in name and BANK not in name]
+    heads = [p.detach().reshape(-1)[:8].cpu().double().numpy().tobytes() for p in weights if not p.is_meta]
+    return hashlib.sha256(b"".join(heads)).hexdigest()
 
 
 def _read_state(path: Path) -> dict[str, Any]:

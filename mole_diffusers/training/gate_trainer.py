@@ -30,7 +30,7 @@ from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
 from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import check_trainable, predict
-from mole_diffusers.training.engine import Engine, Report, adamw, join_processes, save_activation_memory
+from mole_diffusers.training.engine import Engine, Report, adamw, join_processes, save_activation_memory, weights_digest
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
 
@@ -270,7 +270,9 @@ class GateTrainer:
         """What must be the same for a run to resume."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE}
         experts = {name: [expert.sha256, strength] for name, (expert, strength) in self.mixture.weighed().items()}
-        return {**settings, **self.data.to_dict(), "gates": self.mixture.config.to_dict(), "experts": experts}
+        base, clip = weights_digest(self.pipe.components.values()), self.context.clip
+        models = {"base": base, "clip": weights_digest([clip.model]) if clip else None}
+        return {**settings, **self.data.to_dict(), **models, "gates": self.mixture.config.to_dict(), "experts": experts}
 
 
 def summary(config: GateTraining, log: Sequence[dict]) -> str:
