@@ -207,7 +207,9 @@ class Engine:
     # ---- checkpoints
 
     def save(self, step: int) -> None:
-        """Write checkpoint-`step` and the log, in one process while the others wait. All but the last `keep` are deleted.
+        """Write checkpoint-`step` and the log, in one process while the others wait.
+
+        All but the last `keep` up to here are deleted. Later ones stay: they are of a run that was resumed before them.
 
         Raises OSError if it cannot be written, for example because the disk is full; earlier checkpoints stay.
         """
@@ -221,7 +223,7 @@ class Engine:
             except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
                 whole = [p.name for p in checkpoints(folder)]
                 raise OSError(f"{path} cannot be written: {error}; whole checkpoints: {whole}") from error
-            for old in checkpoints(folder)[: -self.config.keep]:
+            for old in [p for p in checkpoints(folder) if _number(p) <= step][: -self.config.keep]:
                 shutil.rmtree(old)
             write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
         self.accelerator.wait_for_everyone()
@@ -289,7 +291,11 @@ def save_activation_memory(unet: Any, undo: Undo) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE).exists()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def find_checkpoint(folder: Path, asked: str | None) -> Path | None:

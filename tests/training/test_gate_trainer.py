@@ -345,6 +345,23 @@ def test_only_the_last_checkpoints_are_kept(loras, tmp_path):
     assert same(*(train(loras, tmp_path, config=more, resume_from=name)[0] for name in ("checkpoint-3", "latest")))
 
 
+def test_a_checkpoint_that_was_just_written_is_never_deleted(loras, tmp_path):
+    def names():
+        return [p.name for p in engine.checkpoints(tmp_path)]
+
+    def stop(row):
+        raise Cut
+
+    train(loras, tmp_path, config=replace(DENOISE, every=1, keep=3))
+    assert names() == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    last = replace(DENOISE, every=1, keep=1)
+    with pytest.raises(Cut):  # after checkpoint-3, with that of the earlier run beyond it
+        train(loras, tmp_path, config=last, resume_from="checkpoint-2", report=stop)
+    assert names() == ["checkpoint-3", "checkpoint-4"]
+    train(loras, tmp_path, config=last, resume_from="checkpoint-3")
+    assert names() == ["checkpoint-4"]
+
+
 def test_a_run_goes_on_with_its_own_base_pictures_and_clip_alone(pipe, mixture, clip, tmp_path):
     config = replace(DENOISE, steps=1)
 
