@@ -145,14 +145,17 @@ def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Result
         text = json.dumps(asked, indent=2) + "\n" if as_json else yaml.safe_dump(dict(asked), sort_keys=False)
         run.write_config.write_text(text)
         return None
+    from mole_diffusers.lora.whole_files import only_run
+    from mole_diffusers.training.engine import checkpoints, find_checkpoint
+
     if run.out is None:
         raise ValueError("--out is needed: the folder for the result, checkpoints and log")
+    with only_run(run.out if run.out.exists() and is_main_process() else None):  # before anything is loaded or drawn
+        find_checkpoint(run.out, run.resume)
     try:
         result = fit(run.out)
         return result if is_main_process() else None
     except KeyboardInterrupt:
-        from mole_diffusers.training.engine import checkpoints
-
         if is_main_process():
             whole = checkpoints(run.out)
             kept = f"{whole[-1]} is kept; --resume latest goes on from there" if whole else "there is no checkpoint yet"
@@ -436,6 +439,7 @@ def train_lora(
 
 def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: Path) -> Result:
     from mole_diffusers.training import train_lora as fit
+    from mole_diffusers.training.engine import check_batch, join_processes
 
     concept = asked["concept"]
     if not asked["data"] or not (trigger := concept.get("trigger")):
@@ -443,6 +447,7 @@ def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: P
     if asked["prior"] and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
         raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
     pipe, side = trained_pipeline(asked, run.device), concept.get("resolution")
+    check_batch(config.batch, join_processes(pipe.device), config.accumulation, "the batch")
     pictures: Any = samples(pipe, asked["data"], prompt=concept.get("prompt") or trigger, side=side)
     if mute := [caption for caption in pictures.captions if trigger not in caption]:
         warnings.warn(f"the caption {mute[0]!r} lacks the trigger {trigger!r}, {len(mute)} do", stacklevel=2)

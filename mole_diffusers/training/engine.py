@@ -91,11 +91,6 @@ class Engine:
         """For an update's random choices. They follow from the seed and the update's number, so resuming changes nothing."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
 
-    def check_batch(self, rows: int, what: str) -> None:
-        """Raises ValueError if a batch cannot be divided evenly."""
-        if rows % self.shares:
-            raise ValueError(f"{what}, {rows}, must be a multiple of processes x accumulation, {self.shares}")
-
     def autocast(self) -> AbstractContextManager:
         dtype = DTYPES.get(self.config.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
@@ -124,6 +119,7 @@ class Engine:
             name: next to the progress bar.
             validate: called every `every` updates, and after the last one, before its checkpoint.
         """
+        self._mark_good()
         last, reported = self.config.steps, len(self.log)
         hidden = not (progress and self.accelerator.is_main_process)
         bar = tqdm(initial=reported, total=last, desc=name, disable=hidden, mininterval=1)
@@ -228,8 +224,8 @@ class Engine:
             write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
         self.accelerator.wait_for_everyone()
 
-    def resume(self, asked: str | None) -> None:
-        """Restore everything from a checkpoint; a new run stays as it is.
+    def resume(self, asked: str | None) -> bool:
+        """Restore everything from a checkpoint, and say whether there is one; a new run stays as it is.
 
         Raises ValueError for a checkpoint of a run with another `identity`, without a folder, and like `find_checkpoint`.
         """
@@ -246,10 +242,10 @@ class Engine:
             for name, part in self.stateful.items():  # an optimizer keeps its counters where it reads them
                 part.load_state_dict(state[name] if part is self.optimizer else send_to_device(state[name], self.device))
             self.log = state["log"]
-        self._mark_good()
+        return path is not None
 
 
-def weights_digest(parts: Iterable[Any]) -> str:
+def digest(parts: Iterable[Any]) -> str:
     """Tells the models among `parts` from others, by the first numbers of each of their weights.
 
     LoRAs and gates on them do not count, nor do weights that are offloaded layer by layer, which cannot be read.
@@ -271,6 +267,12 @@ def _read_state(path: Path) -> dict[str, Any]:
 def join_processes(device: torch.device, **options: Any) -> Accelerator:
     """The link to the other processes of `accelerate launch`. Later runs in a process share that of the first."""
     return Accelerator(cpu=device.type == "cpu" and not is_initialized(), mixed_precision="no", **options)
+
+
+def check_batch(rows: int, accelerator: Accelerator, accumulation: int, what: str) -> None:
+    """Raises ValueError if a batch cannot be divided evenly."""
+    if rows % (shares := accelerator.num_processes * accumulation):
+        raise ValueError(f"{what}, {rows}, must be a multiple of processes x accumulation, {shares}")
 
 
 def adamw(groups: list[dict[str, Any]], device: torch.device, **options: Any) -> torch.optim.AdamW:

@@ -20,7 +20,7 @@ from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import check_trainable, denoising_loss, latent_shape, sample
-from mole_diffusers.training.engine import Engine, Report, adamw, join_processes, save_activation_memory, weights_digest
+from mole_diffusers.training.engine import Engine, Report, adamw, check_batch, digest, join_processes, save_activation_memory
 from mole_diffusers.training.lora_adapter import LoraLayers, add_lora, save_lora
 
 PRIOR_FILE = "prior.safetensors"
@@ -91,6 +91,7 @@ class LoraTrainer:
         check_trainable(pipe)
         self.pipe, self.pictures, self.config = pipe, pictures, config
         accelerator = join_processes(pipe.device)
+        check_batch(config.batch, accelerator, config.accumulation, "the batch")
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(config.seed)
             self.lora = add_lora(pipe, config, undo)
@@ -99,7 +100,6 @@ class LoraTrainer:
         advice = f"{name or 'the concept'}: a lower rate or no half precision may help"
         how = (self._identity(), self._save_weights, lambda: advice)
         self.engine = Engine(accelerator, optimizer, cosine, config, folder, *how)
-        self.engine.check_batch(config.batch, "the batch")
         self.engine.stateful["lora"] = self.lora
         self.beams: Beams | None = None
         if config.beam:
@@ -124,7 +124,7 @@ class LoraTrainer:
         """What must be the same for a run to resume."""
         settings = {n: str(v) for n, v in asdict(self.config).items() if n not in MAY_CHANGE}
         pictures = {f"{name} pictures": samples.identity for name, samples in self.pictures.items()}
-        return settings | {"base": weights_digest(self.pipe.components.values()), "prior pictures": None} | pictures
+        return settings | {"base": digest(self.pipe.components.values()), "prior pictures": None} | pictures
 
     def _save_weights(self, folder: Path) -> None:
         save_lora(self.lora.tensors(), folder / "lora.safetensors", alpha=self.config.alpha, dtype=torch.float32)
@@ -166,7 +166,7 @@ def class_samples(
     """
     if min(count, steps) < 1:
         raise ValueError(f"class pictures need a count and steps of 1 or more, got {count} and {steps}")
-    shape, base = latent_shape(pipe), weights_digest(pipe.components.values())
+    shape, base = latent_shape(pipe), digest(pipe.components.values())
     file, asked = folder / PRIOR_FILE if folder else None, json.dumps([prompt, count, steps, guidance, seed, *shape, base])
     if file is not None and file.exists():
         with safe_open(file, "pt") as saved:

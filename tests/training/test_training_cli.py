@@ -10,6 +10,7 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.cli import main
+from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.testing import tiny_pipeline
 
 
@@ -109,8 +110,22 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys
     for step in (4, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "training.pt").touch()
-    assert main(command) == 130
+    assert main([*command, "--resume", "latest"]) == 130
     assert f"{tmp_path / 'checkpoint-12'} is kept; --resume latest goes on from there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["train", "--prompt", "a fox"], ["train-lora", "--data", "x", "--trigger", "fox"]])
+def test_a_folder_that_a_run_may_not_write_to_is_said_before_the_base_is_opened(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "trained_pipeline", lambda *_: pytest.fail("opened"))
+    with only_run(tmp_path):
+        assert main([*command, "--out", str(tmp_path)]) == 1
+    assert "another run is writing to" in capsys.readouterr().err
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "training.pt").touch()
+    assert main([*command, "--out", str(tmp_path)]) == 1
+    assert "holds checkpoint-2 of an earlier run" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path), "--resume", "checkpoint-3"]) == 1
+    assert "no checkpoint 'checkpoint-3'" in capsys.readouterr().err
 
 
 def test_prompts_that_the_judge_cannot_judge_are_said_before_the_base_is_opened(tmp_path, monkeypatch, capsys):
