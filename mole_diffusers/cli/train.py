@@ -118,13 +118,20 @@ def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, sid
 
 
 def trained_pipeline(asked: Mapping[str, Any], device: str | None) -> Any:
-    """The base in full precision, by default on this process's GPU (`accelerate launch` numbers them)."""
+    """The base in full precision, by default on this process's GPU (`accelerate launch` numbers them).
+
+    Raises ValueError for a base that cannot be trained on.
+    """
     import torch
+
+    from mole_diffusers.training.denoising import check_trainable
 
     rank = os.environ.get("LOCAL_RANK")
     own = f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
     machine = options.Machine(device or own, asked.get("base_config"))
-    return opened(asked["base"], machine, dtype="float32", offload="none").pipe
+    pipe = opened(asked["base"], machine, dtype="float32", offload="none").pipe
+    check_trainable(pipe)
+    return pipe
 
 
 def is_main_process() -> bool:

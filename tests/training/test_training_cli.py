@@ -3,9 +3,11 @@
 import json
 from importlib import import_module
 
+import hosts
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from tiers import thorough
 
 import mole_diffusers as mole
@@ -112,6 +114,16 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys
         (tmp_path / f"checkpoint-{step}" / "training.pt").touch()
     assert main([*command, "--resume", "latest"]) == 130
     assert f"{tmp_path / 'checkpoint-12'} is kept; --resume latest goes on from there" in capsys.readouterr().err
+
+
+def test_a_base_that_cannot_be_trained_on_is_one_line(loras, tmp_path, capsys):
+    hosts.HOSTS["flux"]()[0].save_pretrained(tmp_path / "flux")
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    given = ["--base", str(tmp_path / "flux"), "--data", str(tmp_path), "--out", str(tmp_path / "x")]
+    gates = ["train", "--expert", f"fox={loras['fox']}", "--term", "denoise"]
+    for command in (gates, ["train-lora", "--trigger", "a fox"]):
+        assert main([*command, *given]) == 1
+        assert "FluxPipeline cannot be trained on: it needs a unet and a text encoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["train", "--prompt", "a fox"], ["train-lora", "--data", "x", "--trigger", "fox"]])
