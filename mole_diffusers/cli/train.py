@@ -459,8 +459,9 @@ def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: P
     if mute := [caption for caption in pictures.captions if trigger not in caption]:
         warnings.warn(f"the caption {mute[0]!r} lacks the trigger {trigger!r}, {len(mute)} do", stacklevel=2)
     prior = _prior(pipe, asked["prior"], out if is_main_process() else None, side=side, seed=config.seed)
-    tensors = fit(pipe, pictures, config, prior=prior, name=out.name, folder=out, resume_from=run.resume)
-    path = out / f"{out.name}.safetensors"
+    name = Path(os.path.abspath(out)).name  # "." has a name, and a link keeps its own
+    tensors = fit(pipe, pictures, config, prior=prior, name=name, folder=out, resume_from=run.resume)
+    path = out / f"{name}.safetensors"
     if is_main_process():
         _save(pipe, tensors, path, config, concept=concept, pictures=len(pictures.captions))
     facts = {"file": str(path), "trigger": trigger, "pictures": len(pictures.captions), "rank": config.rank}

@@ -303,6 +303,15 @@ def test_a_batch_that_cannot_be_divided_is_said_before_class_pictures_are_drawn(
     assert "the batch, 2, must be a multiple of processes x accumulation, 4" in capsys.readouterr().err
 
 
+def test_a_lora_is_named_after_its_folder_wherever_the_command_is_given(flags, tmp_path, monkeypatch):
+    (tmp_path / "fox" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "fox")
+    for here, out, name in (("fox", ".", "fox"), ("fox/below", "..", "fox"), ("fox", str(tmp_path / "link"), "link")):
+        monkeypatch.chdir(tmp_path / here)
+        assert main([*flags, "--rank", "1", "--steps", "1", "--batch", "1", "--out", out, "--resume", "latest"]) == 0
+        (tmp_path / "fox" / f"{name}.safetensors").unlink()
+
+
 def read_tensors(path):
     with safe_open(path, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- it has no other way
