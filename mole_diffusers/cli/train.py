@@ -272,19 +272,27 @@ def train(
     Args:
         push_to_hub (REPO): upload the gates, with a model card.
     """
+    from mole_diffusers.training.data import TrainingData
+
     learned = {
         "composed": lesson.prompt,
         "plain": lesson.plain,
         "styles": lesson.style,
         "singles": grouped_values(lesson.single, "--single"),
         "others": grouped_values(lesson.other, "--other"),
-        "parts": _parts(lesson.prompt, lesson.part),
     }
     updates = {**vars(training), "terms": dict(map(_term, training.term))}
     del updates["term"], updates["validate"]
     experts = named_values(expert, "--expert")
     sections = {"experts": experts, "gates": vars(gates), "lesson": learned, "training": updates}
     asked = settings(run, sections, lesson.data, clip=lesson.clip)
+    if lesson.prompt or lesson.part:  # then parts in the file are of another prompt, or others
+        asked["lesson"].pop("parts", None)
+    if lesson.part:
+        prompts = TrainingData.from_dict(asked["lesson"]).composed
+        if len(prompts) != 1:
+            raise ValueError(f"--part tells the subjects of one --prompt, got {len(prompts)} prompts")
+        asked["lesson"]["parts"] = {prompts[0]: list(lesson.part)}
     asked["gates"] = {"family": RECOMMENDED, **asked["gates"]}
     check_kinds(asked["experts"], dict.fromkeys(asked["experts"], str), "the experts")
     if training.validate is not None:
@@ -292,12 +300,6 @@ def train(
         check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
         asked["training"]["validation"] = {**looks, "every": training.validate}
     return carried_out(run, asked, partial(_train_gates, asked, run, push_to_hub))
-
-
-def _parts(prompts: Sequence[str], parts: Sequence[str]) -> dict[str, list[str]]:
-    if parts and len(prompts) != 1:
-        raise ValueError(f"--part tells the subjects of one --prompt, got {len(prompts)} prompts")
-    return {prompts[0]: list(parts)} if parts else {}
 
 
 def _term(text: str) -> tuple[str, Any]:

@@ -56,6 +56,25 @@ def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, 
     assert json.loads(capsys.readouterr().out)["step"] == 0  # a flag goes before the file
 
 
+def test_parts_are_those_of_the_prompt_that_is_asked_for(flags, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+
+    def lesson(*words):
+        at = tmp_path / "asked.json"
+        at.unlink(missing_ok=True)
+        assert main(["train", *words, "--config", str(file), "--write-config", str(at)]) == 0
+        return {name: value for name, value in json.loads(at.read_text())["lesson"].items() if name in ("composed", "parts")}
+
+    file.write_text("lesson: {composed: [a fox in ink], parts: {a fox in ink: [a fox, ink art]}}")
+    assert lesson() == {"composed": ["a fox in ink"], "parts": {"a fox in ink": ["a fox", "ink art"]}}
+    assert lesson("--prompt", "ink of a cat") == {"composed": ["ink of a cat"]}
+    assert lesson("--part", "a fox in ink") == {"composed": ["a fox in ink"], "parts": {"a fox in ink": ["a fox in ink"]}}
+    assert lesson("--prompt", "a cat", "--part", "cat") == {"composed": ["a cat"], "parts": {"a cat": ["cat"]}}
+    file.write_text("lesson: {composed: [a fox, ink art]}")
+    assert main(["train", "--part", "a fox", "--config", str(file), "--out", str(tmp_path / "x")]) == 1
+    assert "--part tells the subjects of one --prompt, got 2 prompts" in capsys.readouterr().err
+
+
 @pytest.mark.thorough
 def test_parts_of_a_prompt_are_learned_from_as_collages(loras, base, tmp_path, capsys):
     experts = [f"--expert={name}={loras[name]}" for name in ("fox", "hat")]
