@@ -30,6 +30,15 @@ from mole_diffusers.training.config import GateTraining, LoraTraining
 if TYPE_CHECKING:
     from mole_diffusers.training.data import Samples
 
+READ_BY = {  # an option of `mole train` -> the terms that learn from it
+    "part": ("collage",),
+    "single": ("single", "rollout"),
+    "style": ("composed", "separate"),
+    "plain": ("base",),
+    "other": ("rollout",),
+    "data": ("denoise", "clip"),
+    "clip": ("clip", "rollout"),
+}
 RECOMMENDED = "factors"  # the best on validation compositions, see docs/training.md
 Switch = Annotated[Any, Option(parser=json_or_text)]
 
@@ -322,14 +331,21 @@ def _train_gates(asked: Mapping[str, Any], run: Run, repo: str | None, out: Path
     terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(data), 1.0)
     config = GateTraining.from_dict({**_canvas(base, data), **asked["training"], "terms": terms})
     gates = GateConfig.from_dict(asked["gates"])
+    there = {"part": data.parts, "style": data.styles, "plain": data.plain, "other": data.others}
+    there |= {"data": asked["data"], "clip": asked["clip"]}
+    there |= {"single": data.singles} if config.initial == "uniform" else {}  # other first weights need them
+    unread = [name for name, value in there.items() if value and not set(READ_BY[name]) & set(config.parsed)]
+    if unread and is_main_process():
+        needed = ", ".join(f"--{name} (--term {' or '.join(READ_BY[name])})" for name in unread)
+        note(f"nothing is learned from {needed}; the terms are {', '.join(config.parsed)}")
     prompts = [*data.composed, *chain(*data.parts.values(), *data.singles.values())]
     experts = experts_for(base, asked["experts"], " ".join(prompts))
     drawn = config.validation.prompts or data.composed
     success = _judge(drawn) if base == WORLD and config.validation.every else None
     pipe = trained_pipeline(asked, run.device)
     mixture = attach(pipe, experts, gates)
-    data = replace(data, samples=samples(pipe, asked["data"]))
-    clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] else None
+    data = replace(data, samples=None if "data" in unread else samples(pipe, asked["data"]))
+    clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] and "clip" not in unread else None
     where: dict[str, Any] = {"folder": out, "resume_from": run.resume}
     log = train_gates(pipe, mixture, data, config=config, clip=clip, success=success, **where)
     if is_main_process():

@@ -5,6 +5,7 @@ from importlib import import_module
 
 import hosts
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -12,8 +13,14 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.cli import main
+from mole_diffusers.cli.train import READ_BY
 from mole_diffusers.lora.whole_files import only_run
-from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
+from mole_diffusers.training.clip import Clip
+from mole_diffusers.training.config import TERMS
+from mole_diffusers.training.context import TrainingContext
+from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.training.objectives import OBJECTIVES
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,53 @@ def test_parts_of_a_prompt_are_learned_from_as_collages(loras, base, tmp_path, c
     assert not {"single", "composed"} & set(json.loads((tmp_path / "all" / "log.jsonl").read_text()))
     assert main([*command, "--prompt", "a hat and a fox", "--out", str(out)]) == 1
     assert "--part tells the subjects of one --prompt, got 2 prompts" in capsys.readouterr().err
+
+
+def test_what_no_term_learns_from_is_said_and_not_read(flags, tmp_path, capsys):
+    nowhere = ["--data", str(tmp_path / "nowhere"), "--clip", str(tmp_path / "nowhere"), "--plain", "a cat"]
+    assert main(["train", *flags, *nowhere, "--style", "ink", "--steps", "1", "--out", str(tmp_path / "x")]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: nothing is learned from --style (--term composed or separate), --plain (--term base), --other "
+        "(--term rollout), --data (--term denoise or clip), --clip (--term clip or rollout); the terms are single, balance"
+    ]
+
+
+def test_single_prompts_beside_parts_are_of_use_to_first_weights_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "trained_pipeline", lambda *_: [][0])  # far enough
+    words = ["--prompt", "a fox", "--part", "a fox", "--single", "fox=a fox", "--out", str(tmp_path)]
+    for initial, said in (("uniform", True), ("scalars", False)):
+        with pytest.raises(IndexError):
+            main(["train", *words, "--initial", initial])
+        assert ("nothing is learned from --single (--term single or rollout)" in capsys.readouterr().err) == said
+
+
+def test_terms_learn_from_what_the_note_says(pipe, loras):
+    """From what each of them reads of the training data, and of its context."""
+    read = set()
+
+    class Watched:
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    class Data(Watched, TrainingData):
+        pass
+
+    class Context(Watched, TrainingContext):
+        pass
+
+    mixture = mole.attach(pipe, {name: loras[name] for name in ("fox", "ink")}, "static")
+    pictures = Samples(torch.randn(1, 4, 16, 16), ["a fox"])
+    words = {"fox": ["a fox"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"], [], {"a fox in ink": ["a fox", "ink"]}
+    context = Context(pipe, mixture, Data(*words, samples=pictures), Clip(tiny_clip(), tiny_tokenizer()))
+    fields = {"parts": "part", "singles": "single", "styles": "style", "plain": "plain", "others": "other"}
+    fields |= {"samples": "data", "clip": "clip"}
+    for name, objective in OBJECTIVES.items():
+        kinds = TERMS[name].__dataclass_fields__
+        read.clear()
+        objective(context, TERMS[name](**{option: 1 for option in ("seeds", "steps", "pictures") if option in kinds}))
+        assert {fields[each] for each in read & set(fields)} == {each for each in READ_BY if name in READ_BY[each]}, name
 
 
 def test_a_run_goes_on_where_asked(flags, tmp_path, capsys):
