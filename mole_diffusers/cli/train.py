@@ -53,7 +53,7 @@ class Run(options.Machine):
         base (MODEL): as in the other commands. Default: emoji.
         out (FOLDER): the result, checkpoints and the log go here.
         config (FILE): a YAML or JSON file with any settings; options override it.
-        write_config (FILE): write all settings as YAML or JSON, and stop.
+        write_config (FILE): write all settings as YAML or JSON to a new file, and stop.
         resume (latest|checkpoint-N): continue the run in --out; latest also starts a new one.
     """
 
@@ -156,12 +156,15 @@ def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Result
     """
     import yaml
 
+    from mole_diffusers.lora.whole_files import only_run, write_text
+
     if run.write_config:
         as_json = run.write_config.suffix == ".json"
         text = json.dumps(asked, indent=2) + "\n" if as_json else yaml.safe_dump(dict(asked), sort_keys=False)
-        run.write_config.write_text(text)
+        if run.write_config.exists():
+            raise ValueError(f"{run.write_config} is there already; give --write-config another name, or delete it")
+        write_text(run.write_config, text)
         return None
-    from mole_diffusers.lora.whole_files import only_run
     from mole_diffusers.training.engine import checkpoints, find_checkpoint
 
     if run.out is None:
@@ -281,6 +284,7 @@ def train(
     Args:
         push_to_hub (REPO): upload the gates, with a model card.
     """
+    from mole_diffusers.gates import GateConfig
     from mole_diffusers.training.data import TrainingData
 
     learned = {
@@ -308,7 +312,9 @@ def train(
         looks = asked["training"].get("validation", {})
         check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
         asked["training"]["validation"] = {**looks, "every": training.validate}
-    return carried_out(run, asked, partial(_train_gates, asked, run, push_to_hub))
+    GateTraining.from_dict(given(asked["training"]))  # without the terms that prompts decide, and the size
+    data, family = TrainingData.from_dict(asked["lesson"]), GateConfig.from_dict(asked["gates"])
+    return carried_out(run, asked, partial(_train_gates, asked, data, family, run, push_to_hub))
 
 
 def _term(text: str) -> tuple[str, Any]:
@@ -320,17 +326,16 @@ def _term(text: str) -> tuple[str, Any]:
     }
 
 
-def _train_gates(asked: Mapping[str, Any], run: Run, repo: str | None, out: Path) -> Result:
-    from mole_diffusers.gates import GateConfig, checkpoint, hub
+def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo: str | None, out: Path) -> Result:
+    from mole_diffusers.gates import checkpoint, hub
     from mole_diffusers.mixture import attach
     from mole_diffusers.studio.names import is_hub_id
-    from mole_diffusers.training import TrainingData, read_clip, train_gates
+    from mole_diffusers.training import read_clip, train_gates
     from mole_diffusers.training.gate_trainer import summary
 
-    base, data = asked["base"], TrainingData.from_dict(asked["lesson"])
+    base = asked["base"]
     terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(data), 1.0)
     config = GateTraining.from_dict({**_canvas(base, data), **asked["training"], "terms": terms})
-    gates = GateConfig.from_dict(asked["gates"])
     there = {"part": data.parts, "style": data.styles, "plain": data.plain, "other": data.others}
     there |= {"data": asked["data"], "clip": asked["clip"]}
     there |= {"single": data.singles} if config.initial == "uniform" else {}  # other first weights need them

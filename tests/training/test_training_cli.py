@@ -49,6 +49,26 @@ def test_options_of_a_term_may_be_lists(flags, tmp_path):
     assert training["drop"] == 0.5
 
 
+def test_settings_are_written_whole_over_nothing_and_only_if_they_can_run(tmp_path, capsys):
+    file = tmp_path / "new" / "run.yaml"
+    for argv, message in (
+        (["train", "--family", "nonsense"], "unknown gate family 'nonsense'; known: "),
+        (["train", "--term", "bogus"], "unknown term 'bogus'; known: "),
+        (["train", "--batch", "-3"], "batch of the training must be 1 or more, got -3"),
+        (["train-lora", "--rank", "0"], "rank of the training must be 1 or more, got 0"),
+    ):
+        assert main([*argv, "--write-config", str(file)]) == 1
+        assert message in capsys.readouterr().err
+        assert not file.exists()
+    assert main(["train", "--steps", "3", "--write-config", str(file)]) == 0
+    before = file.read_text()
+    for command in ("train", "train-lora"):
+        assert main([command, "--steps", "4", "--write-config", str(file)]) == 1
+        assert f"{file} is there already; give --write-config another name" in capsys.readouterr().err
+    assert file.read_text() == before
+    assert [each.name for each in file.parent.iterdir()] == ["run.yaml"]
+
+
 @pytest.mark.parametrize("suffix", ["yaml", *thorough("json")])
 def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, capsys):
     file, (one, two) = tmp_path / f"run.{suffix}", (tmp_path / n for n in ("one", "two"))
@@ -67,8 +87,7 @@ def test_parts_are_those_of_the_prompt_that_is_asked_for(flags, tmp_path, capsys
     file = tmp_path / "run.yaml"
 
     def lesson(*words):
-        at = tmp_path / "asked.json"
-        at.unlink(missing_ok=True)
+        at = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
         assert main(["train", *words, "--config", str(file), "--write-config", str(at)]) == 0
         return {name: value for name, value in json.loads(at.read_text())["lesson"].items() if name in ("composed", "parts")}
 
