@@ -39,7 +39,7 @@ class Search(Group):
     """
 
     library: Annotated[Path, Option()]
-    k: int = 3
+    k: options.AtLeastOne = 3
     threshold: float = THRESHOLD
     encoder: Encoder = None
 
@@ -90,13 +90,14 @@ def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, sear
     path = target(sheet, "grid.png")
     page = PromptSheet(prompt, sheet)
     library = open_library(search, page.pipe)
-    page.draw("base")
+    page.columns["base"] = ()  # the first column, drawn last: LoRAs that do not go together are said before
     asked: dict[str, Any] = {"mode": mode, "k": search.k, "threshold": search.threshold, "gates": gates}
     with composed(library, page.pipe, prompt, **asked) as composition:
         mixture = composition.mixture
         tiles = tiled_prompt(page.pipe, page.recipe.text, prompt_2=page.recipe.prompt_2)
         with nullcontext() if mixture is None else mixture.tiled(always=False, **tiles):
             page.draw(f"found ({mode})")
+    page.draw("base")
     found, weights = composition.found[0], composition.sets[0]
     facts = page.save(path, found=report(library, found), weights=weights, mode=mode, gates=gates)
     shares = ", ".join(f"{name} x {weight:.3g}" for name, weight in weights.items()) or "the base alone"

@@ -94,7 +94,8 @@ class Output(Group):
     """Where the result goes.
 
     Attributes:
-        out (FILE): where the result goes. Default: a new file, named by its kind: grid.png, grid-2.png, ...
+        out (FILE): where the result goes. Default: a new file here, named by its kind, as grid.png, merged.safetensors or,
+            if that is there already, grid-2.png.
         overwrite: replace a file that exists.
     """
 
@@ -112,7 +113,8 @@ class Drawing(Group):
         negative_2 (PROMPT): the negative prompt for the encoder of --prompt-2.
         guidance: how strictly to follow the prompt. Default: 7; Flux 3.5, Stable Diffusion 3 5, the emoji world 3.
         sampler (NAME): Euler a, DPM++ 2M Karras, UniPC, LCM, ...; a wrong name lists all. Default: the base's own.
-        width: pixels, rounded to what the base can draw. Default: the base's size for such a prompt, or that of --image.
+        width: pixels, rounded to what the base can draw. Default: the base's size for such a prompt, or
+            that of the picture to draw over.
         height: as --width.
     """
 

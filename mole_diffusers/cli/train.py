@@ -30,6 +30,15 @@ from mole_diffusers.training.config import GateTraining, LoraTraining
 if TYPE_CHECKING:
     from mole_diffusers.training.data import Samples
 
+READ_BY = {  # an option of `mole train` -> the terms that learn from it
+    "part": ("collage",),
+    "single": ("single", "rollout"),
+    "style": ("composed", "separate"),
+    "plain": ("base",),
+    "other": ("rollout",),
+    "data": ("denoise", "clip"),
+    "clip": ("clip", "rollout"),
+}
 RECOMMENDED = "factors"  # the best on validation compositions, see docs/training.md
 Switch = Annotated[Any, Option(parser=json_or_text)]
 
@@ -44,7 +53,7 @@ class Run(options.Machine):
         base (MODEL): as in the other commands. Default: emoji.
         out (FOLDER): the result, checkpoints and the log go here.
         config (FILE): a YAML or JSON file with any settings; options override it.
-        write_config (FILE): write all settings as YAML or JSON, and stop.
+        write_config (FILE): write all settings as YAML or JSON to a new file, and stop.
         resume (latest|checkpoint-N): continue the run in --out; latest also starts a new one.
     """
 
@@ -118,13 +127,20 @@ def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, sid
 
 
 def trained_pipeline(asked: Mapping[str, Any], device: str | None) -> Any:
-    """The base in full precision, by default on this process's GPU (`accelerate launch` numbers them)."""
+    """The base in full precision, by default on this process's GPU (`accelerate launch` numbers them).
+
+    Raises ValueError for a base that cannot be trained on.
+    """
     import torch
+
+    from mole_diffusers.training.denoising import check_trainable
 
     rank = os.environ.get("LOCAL_RANK")
     own = f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
     machine = options.Machine(device or own, asked.get("base_config"))
-    return opened(asked["base"], machine, dtype="float32", offload="none").pipe
+    pipe = opened(asked["base"], machine, dtype="float32", offload="none").pipe
+    check_trainable(pipe)
+    return pipe
 
 
 def is_main_process() -> bool:
@@ -140,19 +156,25 @@ def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Result
     """
     import yaml
 
+    from mole_diffusers.lora.whole_files import only_run, write_text
+
     if run.write_config:
         as_json = run.write_config.suffix == ".json"
         text = json.dumps(asked, indent=2) + "\n" if as_json else yaml.safe_dump(dict(asked), sort_keys=False)
-        run.write_config.write_text(text)
+        if run.write_config.exists():
+            raise ValueError(f"{run.write_config} is there already; give --write-config another name, or delete it")
+        write_text(run.write_config, text)
         return None
+    from mole_diffusers.training.engine import checkpoints, find_checkpoint
+
     if run.out is None:
         raise ValueError("--out is needed: the folder for the result, checkpoints and log")
+    with only_run(run.out if run.out.exists() and is_main_process() else None):  # before anything is loaded or drawn
+        find_checkpoint(run.out, run.resume)
     try:
         result = fit(run.out)
         return result if is_main_process() else None
     except KeyboardInterrupt:
-        from mole_diffusers.training.engine import checkpoints
-
         if is_main_process():
             whole = checkpoints(run.out)
             kept = f"{whole[-1]} is kept; --resume latest goes on from there" if whole else "there is no checkpoint yet"
@@ -262,32 +284,37 @@ def train(
     Args:
         push_to_hub (REPO): upload the gates, with a model card.
     """
+    from mole_diffusers.gates import GateConfig
+    from mole_diffusers.training.data import TrainingData
+
     learned = {
         "composed": lesson.prompt,
         "plain": lesson.plain,
         "styles": lesson.style,
         "singles": grouped_values(lesson.single, "--single"),
         "others": grouped_values(lesson.other, "--other"),
-        "parts": _parts(lesson.prompt, lesson.part),
     }
     updates = {**vars(training), "terms": dict(map(_term, training.term))}
     del updates["term"], updates["validate"]
     experts = named_values(expert, "--expert")
     sections = {"experts": experts, "gates": vars(gates), "lesson": learned, "training": updates}
     asked = settings(run, sections, lesson.data, clip=lesson.clip)
+    if lesson.prompt or lesson.part:  # then parts in the file are of another prompt, or others
+        asked["lesson"].pop("parts", None)
+    if lesson.part:
+        prompts = TrainingData.from_dict(asked["lesson"]).composed
+        if len(prompts) != 1:
+            raise ValueError(f"--part tells the subjects of one --prompt, got {len(prompts)} prompts")
+        asked["lesson"]["parts"] = {prompts[0]: list(lesson.part)}
     asked["gates"] = {"family": RECOMMENDED, **asked["gates"]}
     check_kinds(asked["experts"], dict.fromkeys(asked["experts"], str), "the experts")
     if training.validate is not None:
         looks = asked["training"].get("validation", {})
         check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
         asked["training"]["validation"] = {**looks, "every": training.validate}
-    return carried_out(run, asked, partial(_train_gates, asked, run, push_to_hub))
-
-
-def _parts(prompts: Sequence[str], parts: Sequence[str]) -> dict[str, list[str]]:
-    if parts and len(prompts) != 1:
-        raise ValueError(f"--part tells the subjects of one --prompt, got {len(prompts)} prompts")
-    return {prompts[0]: list(parts)} if parts else {}
+    GateTraining.from_dict(given(asked["training"]))  # without the terms that prompts decide, and the size
+    data, family = TrainingData.from_dict(asked["lesson"]), GateConfig.from_dict(asked["gates"])
+    return carried_out(run, asked, partial(_train_gates, asked, data, family, run, push_to_hub))
 
 
 def _term(text: str) -> tuple[str, Any]:
@@ -299,25 +326,31 @@ def _term(text: str) -> tuple[str, Any]:
     }
 
 
-def _train_gates(asked: Mapping[str, Any], run: Run, repo: str | None, out: Path) -> Result:
-    from mole_diffusers.gates import GateConfig, checkpoint, hub
+def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo: str | None, out: Path) -> Result:
+    from mole_diffusers.gates import checkpoint, hub
     from mole_diffusers.mixture import attach
     from mole_diffusers.studio.names import is_hub_id
-    from mole_diffusers.training import TrainingData, read_clip, train_gates
+    from mole_diffusers.training import read_clip, train_gates
     from mole_diffusers.training.gate_trainer import summary
 
-    base, data = asked["base"], TrainingData.from_dict(asked["lesson"])
+    base = asked["base"]
     terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(data), 1.0)
     config = GateTraining.from_dict({**_canvas(base, data), **asked["training"], "terms": terms})
-    gates = GateConfig.from_dict(asked["gates"])
+    there = {"part": data.parts, "style": data.styles, "plain": data.plain, "other": data.others}
+    there |= {"data": asked["data"], "clip": asked["clip"]}
+    there |= {"single": data.singles} if config.initial == "uniform" else {}  # other first weights need them
+    unread = [name for name, value in there.items() if value and not set(READ_BY[name]) & set(config.parsed)]
+    if unread and is_main_process():
+        needed = ", ".join(f"--{name} (--term {' or '.join(READ_BY[name])})" for name in unread)
+        note(f"nothing is learned from {needed}; the terms are {', '.join(config.parsed)}")
     prompts = [*data.composed, *chain(*data.parts.values(), *data.singles.values())]
     experts = experts_for(base, asked["experts"], " ".join(prompts))
     drawn = config.validation.prompts or data.composed
     success = _judge(drawn) if base == WORLD and config.validation.every else None
     pipe = trained_pipeline(asked, run.device)
     mixture = attach(pipe, experts, gates)
-    data = replace(data, samples=samples(pipe, asked["data"]))
-    clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] else None
+    data = replace(data, samples=None if "data" in unread else samples(pipe, asked["data"]))
+    clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] and "clip" not in unread else None
     where: dict[str, Any] = {"folder": out, "resume_from": run.resume}
     log = train_gates(pipe, mixture, data, config=config, clip=clip, success=success, **where)
     if is_main_process():
@@ -436,6 +469,7 @@ def train_lora(
 
 def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: Path) -> Result:
     from mole_diffusers.training import train_lora as fit
+    from mole_diffusers.training.engine import check_batch, join_processes
 
     concept = asked["concept"]
     if not asked["data"] or not (trigger := concept.get("trigger")):
@@ -443,12 +477,14 @@ def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: P
     if asked["prior"] and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
         raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
     pipe, side = trained_pipeline(asked, run.device), concept.get("resolution")
+    check_batch(config.batch, join_processes(pipe.device), config.accumulation, "the batch")
     pictures: Any = samples(pipe, asked["data"], prompt=concept.get("prompt") or trigger, side=side)
     if mute := [caption for caption in pictures.captions if trigger not in caption]:
         warnings.warn(f"the caption {mute[0]!r} lacks the trigger {trigger!r}, {len(mute)} do", stacklevel=2)
     prior = _prior(pipe, asked["prior"], out if is_main_process() else None, side=side, seed=config.seed)
-    tensors = fit(pipe, pictures, config, prior=prior, name=out.name, folder=out, resume_from=run.resume)
-    path = out / f"{out.name}.safetensors"
+    name = Path(os.path.abspath(out)).name  # "." has a name, and a link keeps its own
+    tensors = fit(pipe, pictures, config, prior=prior, name=name, folder=out, resume_from=run.resume)
+    path = out / f"{name}.safetensors"
     if is_main_process():
         _save(pipe, tensors, path, config, concept=concept, pictures=len(pictures.captions))
     facts = {"file": str(path), "trigger": trigger, "pictures": len(pictures.captions), "rank": config.rank}

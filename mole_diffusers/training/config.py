@@ -194,12 +194,12 @@ class GateTraining:
             "balance" is MoLE's balance loss (its weight is the paper's alpha, 0.5 there); for "prompt" gates it is
             MiLoRA's load-balance loss (0.01 there).
         initial: the gates' weights before the first update. "uniform": equal weights. "scalars": the best weights per
-            gate on the experts' own activations. "ssr": those nearest to SSR-Merge. See `initialization.initialize`.
+            gate on the experts' own activations. "ssr": those nearest to SSR-Merge.
         steps: number of updates.
         batch: rows per term and update, over all processes and accumulated parts together.
         accumulation: compute a batch in this many parts, for less memory.
         drop: chance that each expert sits out an update, though never all of them (RAMoLE: 0.5).
-        lr: AdamW's peak learning rate. Default: what suits each gate, see `gate_trainer.parameter_groups`.
+        lr: AdamW's peak learning rate. Default: for each gate, what moves its logits by at most 0.05 in an update.
         schedule: name of a diffusers schedule for the learning rate.
         warmup: number of first updates in which the rate grows.
         weight_decay: AdamW's weight decay.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -19,14 +20,28 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Samples:
-    """Training pictures with captions, encoded once."""
+    """Training pictures with captions, encoded once.
 
-    latents: torch.Tensor  # [S, C, H, W], scaled as the UNet expects them, on the CPU
-    captions: list[str]  # S
+    Attributes:
+        latents: [S, C, H, W], scaled as the UNet expects them, on the CPU.
+        captions: S.
+        source: tells what the latents were made from. By default the latents tell, to the last bit, which may differ if
+            they are made again on another machine.
+    """
+
+    latents: torch.Tensor
+    captions: list[str]
+    source: str = ""
 
     def __post_init__(self) -> None:
         if len(self.latents) != len(self.captions):
             raise ValueError(f"{len(self.latents)} latents but {len(self.captions)} captions")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Tells these pictures from others, ready for JSON."""
+        source = self.source or hashlib.sha256(self.latents.float().numpy().tobytes()).hexdigest()
+        return {"source": source, "captions": self.captions}
 
 
 @dataclass
@@ -63,9 +78,9 @@ class TrainingData:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Identifies the training data of a run, ready for JSON; pictures are represented by their captions."""
+        """Identifies the training data of a run, ready for JSON."""
         prompts = {name: value for name, value in vars(self).items() if name != "samples"}
-        return prompts | {"pictures": self.samples.captions if self.samples else None}
+        return prompts | {"pictures": self.samples.identity if self.samples else None}
 
 
 def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[Image.Image], list[str]]:
@@ -163,11 +178,13 @@ def encode_pixels(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 def encode(pipe: Any, images: Sequence[Image.Image], captions: Sequence[str], *, batch: int = 32) -> Samples:
     """Encode pictures with the pipeline's autoencoder, `batch` at a time, all resized to the first one's size."""
-    latents = []
+    latents, source = [], hashlib.sha256()
     for start in range(0, len(images), batch):
         chunk = [image.resize(images[0].size) for image in images[start : start + batch]]
+        for image in chunk:
+            source.update(f"{image.mode} {image.size}".encode() + image.tobytes())
         latents.append(encode_pixels(pipe, pipe.image_processor.preprocess(chunk)))
-    return Samples(torch.cat(latents), list(captions))
+    return Samples(torch.cat(latents), list(captions), source.hexdigest())
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:

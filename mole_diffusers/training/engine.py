@@ -5,11 +5,12 @@ An update never waits for the device: its numbers stay there until `Engine.read_
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mole_diffusers.lora.whole_files import new_folder, write_text
+from mole_diffusers.patching.component import BANK
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import GateTraining, LoraTraining
 
@@ -89,11 +91,6 @@ class Engine:
         """For an update's random choices. They follow from the seed and the update's number, so resuming changes nothing."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
 
-    def check_batch(self, rows: int, what: str) -> None:
-        """Raises ValueError if a batch cannot be divided evenly."""
-        if rows % self.shares:
-            raise ValueError(f"{what}, {rows}, must be a multiple of processes x accumulation, {self.shares}")
-
     def autocast(self) -> AbstractContextManager:
         dtype = DTYPES.get(self.config.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
@@ -122,6 +119,7 @@ class Engine:
             name: next to the progress bar.
             validate: called every `every` updates, and after the last one, before its checkpoint.
         """
+        self._mark_good()
         last, reported = self.config.steps, len(self.log)
         hidden = not (progress and self.accelerator.is_main_process)
         bar = tqdm(initial=reported, total=last, desc=name, disable=hidden, mininterval=1)
@@ -205,7 +203,9 @@ class Engine:
     # ---- checkpoints
 
     def save(self, step: int) -> None:
-        """Write checkpoint-`step` and the log, in one process while the others wait. All but the last `keep` are deleted.
+        """Write checkpoint-`step` and the log, in one process while the others wait.
+
+        All but the last `keep` up to here are deleted. Later ones stay: they are of a run that was resumed before them.
 
         Raises OSError if it cannot be written, for example because the disk is full; earlier checkpoints stay.
         """
@@ -219,13 +219,13 @@ class Engine:
             except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
                 whole = [p.name for p in checkpoints(folder)]
                 raise OSError(f"{path} cannot be written: {error}; whole checkpoints: {whole}") from error
-            for old in checkpoints(folder)[: -self.config.keep]:
+            for old in [p for p in checkpoints(folder) if _number(p) <= step][: -self.config.keep]:
                 shutil.rmtree(old)
             write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
         self.accelerator.wait_for_everyone()
 
-    def resume(self, asked: str | None) -> None:
-        """Restore everything from a checkpoint; a new run stays as it is.
+    def resume(self, asked: str | None) -> bool:
+        """Restore everything from a checkpoint, and say whether there is one; a new run stays as it is.
 
         Raises ValueError for a checkpoint of a run with another `identity`, without a folder, and like `find_checkpoint`.
         """
@@ -242,7 +242,18 @@ class Engine:
             for name, part in self.stateful.items():  # an optimizer keeps its counters where it reads them
                 part.load_state_dict(state[name] if part is self.optimizer else send_to_device(state[name], self.device))
             self.log = state["log"]
-        self._mark_good()
+        return path is not None
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """Tells the models among `parts` from others, by the first numbers of each of their weights.
+
+    LoRAs and gates on them do not count, nor do weights that are offloaded layer by layer, which cannot be read.
+    """
+    models = [part for part in parts if isinstance(part, nn.Module)]
+    weights = [p for model in models for name, p in model.named_parameters() if ".lora_" not in name and BANK not in name]
+    heads = [p.detach().reshape(-1)[:8].cpu().double().numpy().tobytes() for p in weights if not p.is_meta]
+    return hashlib.sha256(b"".join(heads)).hexdigest()
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -256,6 +267,12 @@ def _read_state(path: Path) -> dict[str, Any]:
 def join_processes(device: torch.device, **options: Any) -> Accelerator:
     """The link to the other processes of `accelerate launch`. Later runs in a process share that of the first."""
     return Accelerator(cpu=device.type == "cpu" and not is_initialized(), mixed_precision="no", **options)
+
+
+def check_batch(rows: int, accelerator: Accelerator, accumulation: int, what: str) -> None:
+    """Raises ValueError if a batch cannot be divided evenly."""
+    if rows % (shares := accelerator.num_processes * accumulation):
+        raise ValueError(f"{what}, {rows}, must be a multiple of processes x accumulation, {shares}")
 
 
 def adamw(groups: list[dict[str, Any]], device: torch.device, **options: Any) -> torch.optim.AdamW:
@@ -276,7 +293,11 @@ def save_activation_memory(unet: Any, undo: Undo) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE).exists()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def find_checkpoint(folder: Path, asked: str | None) -> Path | None:

@@ -30,7 +30,7 @@ from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
 from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import check_trainable, predict
-from mole_diffusers.training.engine import Engine, Report, adamw, join_processes, save_activation_memory
+from mole_diffusers.training.engine import Engine, Report, adamw, check_batch, digest, join_processes, save_activation_memory
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
 
@@ -75,10 +75,11 @@ def train_gates(
     """
     context = TrainingContext(pipe, mixture, data, clip, config, progress=progress)
     trainer = GateTrainer(context, folder=Path(folder) if folder else None, success=success)
-    with only_run(trainer.engine.writes_to), trainer.only_gates_learn():
-        trainer.engine.resume(resume_from)
-        trainer.prepare()
-        trainer.fit(report)
+    with only_run(trainer.engine.writes_to):
+        trainer.begin(resume_from)
+        with trainer.only_gates_learn():
+            trainer.prepare()
+            trainer.fit(report)
     return trainer.engine.log
 
 
@@ -107,20 +108,24 @@ class GateTrainer:
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
         self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
         self.context = replace(context, progress=context.progress and self.accelerator.is_main_process)
-        initialize(self.context, config.initial)
         groups = parameter_groups(self.mixture.banks.values(), config.lr)
         optimizer = adamw(groups, self.pipe.device, weight_decay=config.weight_decay)
         schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
         how = (self._identity(), self.mixture.save_pretrained, self._diagnose, config.max_norm)
         self.engine = Engine(self.accelerator, optimizer, schedule, config, folder, *how)
         for name, term in config.parsed.items():
-            self.engine.check_batch(term.batch or config.batch, f"the {name} term's batch")
+            check_batch(term.batch or config.batch, self.accelerator, config.accumulation, f"the {name} term's batch")
         self.engine.stateful |= {f"gates of {part}": bank for part, bank in self.mixture.banks.items()}
         self.engine.stateful["kept"] = self.context
         self.ema = EMAModel(self.mixture.parameters(), decay=config.ema) if config.ema else None
         if self.ema is not None:
             self.engine.stateful["ema"] = self.ema
         self.loss_fns: dict[str, LossFn] = {}
+
+    def begin(self, resume_from: str | None) -> None:
+        """Restore a checkpoint, or give the gates of a new run their first weights."""
+        if not self.engine.resume(resume_from):
+            initialize(self.context, self.config.initial)
 
     @contextmanager
     def only_gates_learn(self) -> Iterator[None]:
@@ -270,7 +275,9 @@ class GateTrainer:
         """What must be the same for a run to resume."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE}
         experts = {name: [expert.sha256, strength] for name, (expert, strength) in self.mixture.weighed().items()}
-        return {**settings, **self.data.to_dict(), "gates": self.mixture.config.to_dict(), "experts": experts}
+        base, clip = digest(self.pipe.components.values()), self.context.clip
+        models = {"base": base, "clip": digest([clip.model]) if clip else None}
+        return {**settings, **self.data.to_dict(), **models, "gates": self.mixture.config.to_dict(), "experts": experts}
 
 
 def summary(config: GateTraining, log: Sequence[dict]) -> str:

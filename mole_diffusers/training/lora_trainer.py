@@ -20,7 +20,7 @@ from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import check_trainable, denoising_loss, latent_shape, sample
-from mole_diffusers.training.engine import Engine, Report, adamw, join_processes, save_activation_memory
+from mole_diffusers.training.engine import Engine, Report, adamw, check_batch, digest, join_processes, save_activation_memory
 from mole_diffusers.training.lora_adapter import LoraLayers, add_lora, save_lora
 
 PRIOR_FILE = "prior.safetensors"
@@ -91,6 +91,7 @@ class LoraTrainer:
         check_trainable(pipe)
         self.pipe, self.pictures, self.config = pipe, pictures, config
         accelerator = join_processes(pipe.device)
+        check_batch(config.batch, accelerator, config.accumulation, "the batch")
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(config.seed)
             self.lora = add_lora(pipe, config, undo)
@@ -99,7 +100,6 @@ class LoraTrainer:
         advice = f"{name or 'the concept'}: a lower rate or no half precision may help"
         how = (self._identity(), self._save_weights, lambda: advice)
         self.engine = Engine(accelerator, optimizer, cosine, config, folder, *how)
-        self.engine.check_batch(config.batch, "the batch")
         self.engine.stateful["lora"] = self.lora
         self.beams: Beams | None = None
         if config.beam:
@@ -123,8 +123,8 @@ class LoraTrainer:
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to resume."""
         settings = {n: str(v) for n, v in asdict(self.config).items() if n not in MAY_CHANGE}
-        captions = {f"{name} pictures": samples.captions for name, samples in self.pictures.items()}
-        return settings | {"prior pictures": None} | captions
+        pictures = {f"{name} pictures": samples.identity for name, samples in self.pictures.items()}
+        return settings | {"base": digest(self.pipe.components.values()), "prior pictures": None} | pictures
 
     def _save_weights(self, folder: Path) -> None:
         save_lora(self.lora.tensors(), folder / "lora.safetensors", alpha=self.config.alpha, dtype=torch.float32)
@@ -159,25 +159,26 @@ def class_samples(
         count: number of pictures; they are latents and never decoded.
         steps, guidance: of the sampler.
         batch: pictures at a time.
-        folder: where they are saved, and found again when a run resumes.
+        folder: where they are saved, and found again when a run on the same base resumes.
         progress: show a progress bar.
 
     Raises ValueError for a count, or steps, below 1.
     """
     if min(count, steps) < 1:
         raise ValueError(f"class pictures need a count and steps of 1 or more, got {count} and {steps}")
-    file, asked = folder / PRIOR_FILE if folder else None, json.dumps([prompt, count, steps, guidance, seed])
+    shape, base = latent_shape(pipe), digest(pipe.components.values())
+    file, asked = folder / PRIOR_FILE if folder else None, json.dumps([prompt, count, steps, guidance, seed, *shape, base])
     if file is not None and file.exists():
         with safe_open(file, "pt") as saved:
             if (saved.metadata() or {}).get("asked") == asked:
-                return Samples(saved.get_tensor("latents"), [prompt] * count)
+                return Samples(saved.get_tensor("latents"), [prompt] * count, asked)
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, *latent_shape(pipe), generator=generator)  # [count, C, H, W]
+    noise = torch.randn(count, *shape, generator=generator)  # [count, C, H, W]
     drawn = [
         sample(pipe, rows.to(pipe.device), [prompt] * len(rows), steps=steps, guidance=guidance).cpu()
         for rows in tqdm(noise.split(batch), desc="class pictures", disable=not progress)
     ]
-    samples = Samples(torch.cat(drawn), [prompt] * count)
+    samples = Samples(torch.cat(drawn), [prompt] * count, asked)
     if file is not None:
         save_atomically({"latents": samples.latents}, file, {"asked": asked})
     return samples

@@ -224,6 +224,15 @@ def test_brackets_of_the_help_are_no_markup(capsys):
             assert all(word in shown for word in re.findall(r"\[[a-z]+\]", option.help or "")), option.name
 
 
+def test_help_names_options_that_the_command_has_and_no_code():
+    for name, command in parser().commands.items():
+        flags = {flag for option in command.params for flag in option.opts}
+        for option in command.params:
+            named = set(re.findall(r"(?<!mole )--[a-z][a-z0-9-]*", option.help or ""))
+            assert named <= flags, (name, option.name)
+            assert not re.search(r"`\w+\.", option.help or ""), (name, option.name)
+
+
 def test_a_flag_for_every_setting_of_a_training_run():
     """And of the type of the setting, or of one that it may be left out of."""
     from mole_diffusers.gates import GateConfig

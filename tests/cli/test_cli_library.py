@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -100,11 +101,25 @@ def test_several_subjects_are_drawn_in_tiles_where_there_is_room(folder, tmp_pat
         (["compose-library", "a <lora:fox:1>", "--library", "x"], "the library chooses the LoRAs"),
         (["compose-library", "a fox", "--library", "x", "--mode", "both"], "'both' is not one of 'selection', 'mixture'"),
         (["retrieve", "a fox"], "Missing option '--library'"),
+        (["compose-library", "a fox", "--library", "x", "--k", "0"], "Invalid value for '--k'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(argv, message, capsys):
     assert main(argv) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_loras_that_cannot_be_fused_are_said_before_anything_is_drawn(loras, tmp_path, monkeypatch, capsys):
+    base, library = str(tmp_path / "base"), tmp_path / "library"
+    tiny_pipeline().save_pretrained(base)
+    library.mkdir()
+    for name in ("fox", "ink"):  # of rank 4 and 2
+        shutil.copy(loras[name], library)
+    assert main(["index", str(library), "--base", base]) == 0
+    monkeypatch.setattr(import_module("mole_diffusers.cli.compose").PromptSheet, "draw", lambda *_: pytest.fail("drawn"))
+    command = ["compose-library", "a fox in ink", "--library", str(library), "--base", base, "--mode", "fusion"]
+    assert main([*command, "--out", str(tmp_path / "x.png")]) == 1
+    assert "cannot be fused: the ranks of layer " in capsys.readouterr().err
 
 
 def test_a_library_of_another_base_is_refused(folder, tmp_path, capsys):

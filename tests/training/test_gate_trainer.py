@@ -345,6 +345,56 @@ def test_only_the_last_checkpoints_are_kept(loras, tmp_path):
     assert same(*(train(loras, tmp_path, config=more, resume_from=name)[0] for name in ("checkpoint-3", "latest")))
 
 
+def test_a_checkpoint_that_was_just_written_is_never_deleted(loras, tmp_path):
+    def names():
+        return [p.name for p in engine.checkpoints(tmp_path)]
+
+    def stop(row):
+        raise Cut
+
+    train(loras, tmp_path, config=replace(DENOISE, every=1, keep=3))
+    assert names() == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    last = replace(DENOISE, every=1, keep=1)
+    with pytest.raises(Cut):  # after checkpoint-3, with that of the earlier run beyond it
+        train(loras, tmp_path, config=last, resume_from="checkpoint-2", report=stop)
+    assert names() == ["checkpoint-3", "checkpoint-4"]
+    train(loras, tmp_path, config=last, resume_from="checkpoint-3")
+    assert names() == ["checkpoint-4"]
+
+
+def test_a_run_goes_on_with_its_own_base_pictures_and_clip_alone(pipe, mixture, clip, tmp_path):
+    config = replace(DENOISE, steps=1)
+
+    def train(data=DRAWN, clip=clip):
+        train_gates(pipe, mixture, data, config=config, clip=clip, folder=tmp_path, resume_from="latest")
+
+    train()
+    with torch.no_grad():
+        for p in mixture.parameters():  # which the digest of the base leaves out
+            p.add_(1)
+    train()
+    others = replace(PICTURES, latents=PICTURES.latents.flip(1))
+    for arguments, what in (({"data": replace(DATA, samples=others)}, "pictures"), ({"clip": None}, "clip")):
+        with pytest.raises(ValueError, match=rf"other settings \({what}\)"):
+            train(**arguments)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.add_(1)
+    with pytest.raises(ValueError, match=r"other settings \(base\)"):
+        train()
+
+
+def test_a_run_of_before_bases_were_told_apart_is_refused(loras, tmp_path):
+    config = replace(DENOISE, steps=1)
+    train(loras, tmp_path, config=config)
+    file = tmp_path / "checkpoint-1" / engine.STATE
+    state = torch.load(file)
+    run = json.loads(state["run"])
+    run = {name: value for name, value in run.items() if name not in ("base", "clip")} | {"pictures": PICTURES.captions}
+    torch.save(state | {"run": json.dumps(run)}, file)
+    with pytest.raises(ValueError, match=r"other settings \(pictures, base\); use another folder"):
+        train(loras, tmp_path, config=config, resume_from="latest")
+
+
 def test_a_full_disk_keeps_what_is_whole(loras, tmp_path, monkeypatch):
     real, calls = torch.save, []
 

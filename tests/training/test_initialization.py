@@ -130,6 +130,18 @@ def test_training_starts_there_and_a_resumed_run_does_not_start_again(pipe, lora
     assert all(torch.equal(a, b) for a, b in zip(mixture.parameters(), whole, strict=True))
 
 
+def test_first_weights_are_not_computed_for_a_run_that_is_refused_or_resumed(pipe, loras, tmp_path, monkeypatch):
+    mixture, computed = context_of(pipe, loras, GateConfig("flow")).mixture, []
+    data = TrainingData(samples=Samples(torch.randn(1, 4, 16, 16), ["a fox in ink"]))
+    config = GateTraining({"denoise": 1.0}, initial="scalars", steps=1, batch=1)
+    monkeypatch.setattr("mole_diffusers.training.gate_trainer.initialize", lambda *asked: computed.append(asked[1]))
+    train_gates(pipe, mixture, data, config=config, folder=tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoint-1 of an earlier run"):
+        train_gates(pipe, mixture, data, config=config, folder=tmp_path)
+    train_gates(pipe, mixture, data, config=config, folder=tmp_path, resume_from="latest")
+    assert computed == ["scalars"]
+
+
 def test_what_cannot_start_elsewhere_is_said(pipe, loras):
     for gates, message in (
         (GateConfig("mole"), "needs a bias to start at other weights"),

@@ -115,6 +115,29 @@ def test_a_run_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, beam):
         train_lora(tiny_pipeline(), PICTURES, config, prior=prior, resume_from="latest")
 
 
+def test_a_run_goes_on_with_its_own_base_and_pictures_alone(pipe, tmp_path):
+    config, photo = replace(SHORT, rank=1, batch=1, steps=1, text_lr=0.0), Image.linear_gradient("L").convert("RGB")
+    first, again, turned, large = (
+        encode(pipe, [picture], ["a fox"])
+        for picture in (photo.resize((32, 32)), photo.resize((32, 32)), photo.resize((32, 32)).rotate(90), photo)
+    )
+    train_lora(pipe, first, config, folder=tmp_path)
+    near = replace(again, latents=again.latents + 1e-6)  # as another machine may encode them
+    train_lora(pipe, near, config, folder=tmp_path, resume_from="latest")
+    for other in (turned, large):
+        with pytest.raises(ValueError, match=r"other settings \(concept pictures\)"):
+            train_lora(pipe, other, config, folder=tmp_path, resume_from="latest")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1e-3)
+    with pytest.raises(ValueError, match=r"other settings \(base\)"):
+        train_lora(pipe, first, config, folder=tmp_path, resume_from="latest")
+
+
+def test_pictures_without_a_source_are_told_apart_by_their_latents():
+    other = replace(PICTURES, latents=PICTURES.latents + 1e-6)
+    assert PICTURES.identity == replace(PICTURES, latents=PICTURES.latents.clone()).identity != other.identity
+
+
 def test_a_checkpoint_holds_a_lora_that_works(pipe, tmp_path):
     tensors = train_lora(pipe, PICTURES, SHORT, folder=tmp_path)
     expert = read_expert(tmp_path / "checkpoint-4" / "lora.safetensors")
@@ -180,12 +203,20 @@ def test_class_pictures_are_the_pipelines_own_and_are_kept(pipe, tmp_path):
     noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(5))
     host = pipe(["a cat"] * 3, latents=noise, num_inference_steps=3, guidance_scale=2.0, output_type="latent").images
     torch.testing.assert_close(ours.latents, host, atol=1e-5, rtol=1e-5)
-    pipe.unet = None  # what is kept needs no model
-    assert torch.equal(
-        class_samples(pipe, "a cat", count=3, steps=3, guidance=2.0, seed=5, folder=tmp_path).latents, ours.latents
-    )
-    with pytest.raises(AttributeError):
-        class_samples(pipe, "a dog", count=3, steps=3, guidance=2.0, seed=5, folder=tmp_path)
+    drawn = []
+    pipe.unet.register_forward_pre_hook(lambda *_: drawn.append(1))
+    kept = class_samples(pipe, "a cat", count=3, steps=3, guidance=2.0, seed=5, folder=tmp_path)
+    assert torch.equal(kept.latents, ours.latents)
+    assert kept.identity == ours.identity
+    assert not drawn
+    with torch.no_grad():
+        pipe.text_encoder.get_input_embeddings().weight.mul_(1.1)
+    other = class_samples(pipe, "a cat", count=3, steps=3, guidance=2.0, seed=5, folder=tmp_path)  # another base
+    assert len(drawn) == 3
+    assert other.identity != ours.identity
+    pipe.unet.register_to_config(sample_size=8)
+    smaller = class_samples(pipe, "a cat", count=3, steps=3, guidance=2.0, seed=5, folder=tmp_path)
+    assert smaller.latents.shape == (3, 4, 8, 8)
     with pytest.raises(ValueError, match="a count and steps of 1 or more, got 0 and 3"):
         class_samples(pipe, "a cat", count=0, steps=3)
 
@@ -264,6 +295,21 @@ def test_settings_in_a_file_and_runs_that_go_on(flags, tmp_path, capsys):
     before = read_tensors(one / "one.safetensors")
     assert main(["train-lora", "--config", str(file), "--out", str(one), "--resume", "checkpoint-1"]) == 0
     assert same(read_tensors(one / "one.safetensors"), before)
+
+
+def test_a_batch_that_cannot_be_divided_is_said_before_class_pictures_are_drawn(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mole_diffusers.training.lora_trainer.sample", lambda *_, **__: pytest.fail("drawn"))
+    assert main([*flags, *PRIOR, "--accumulation", "4", "--out", str(tmp_path / "x")]) == 1
+    assert "the batch, 2, must be a multiple of processes x accumulation, 4" in capsys.readouterr().err
+
+
+def test_a_lora_is_named_after_its_folder_wherever_the_command_is_given(flags, tmp_path, monkeypatch):
+    (tmp_path / "fox" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "fox")
+    for here, out, name in (("fox", ".", "fox"), ("fox/below", "..", "fox"), ("fox", str(tmp_path / "link"), "link")):
+        monkeypatch.chdir(tmp_path / here)
+        assert main([*flags, "--rank", "1", "--steps", "1", "--batch", "1", "--out", out, "--resume", "latest"]) == 0
+        (tmp_path / "fox" / f"{name}.safetensors").unlink()
 
 
 def read_tensors(path):

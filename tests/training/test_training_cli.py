@@ -3,14 +3,24 @@
 import json
 from importlib import import_module
 
+import hosts
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.cli import main
-from mole_diffusers.testing import tiny_pipeline
+from mole_diffusers.cli.train import READ_BY
+from mole_diffusers.lora.whole_files import only_run
+from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
+from mole_diffusers.training.clip import Clip
+from mole_diffusers.training.config import TERMS
+from mole_diffusers.training.context import TrainingContext
+from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.training.objectives import OBJECTIVES
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +49,26 @@ def test_options_of_a_term_may_be_lists(flags, tmp_path):
     assert training["drop"] == 0.5
 
 
+def test_settings_are_written_whole_over_nothing_and_only_if_they_can_run(tmp_path, capsys):
+    file = tmp_path / "new" / "run.yaml"
+    for argv, message in (
+        (["train", "--family", "nonsense"], "unknown gate family 'nonsense'; known: "),
+        (["train", "--term", "bogus"], "unknown term 'bogus'; known: "),
+        (["train", "--batch", "-3"], "batch of the training must be 1 or more, got -3"),
+        (["train-lora", "--rank", "0"], "rank of the training must be 1 or more, got 0"),
+    ):
+        assert main([*argv, "--write-config", str(file)]) == 1
+        assert message in capsys.readouterr().err
+        assert not file.exists()
+    assert main(["train", "--steps", "3", "--write-config", str(file)]) == 0
+    before = file.read_text()
+    for command in ("train", "train-lora"):
+        assert main([command, "--steps", "4", "--write-config", str(file)]) == 1
+        assert f"{file} is there already; give --write-config another name" in capsys.readouterr().err
+    assert file.read_text() == before
+    assert [each.name for each in file.parent.iterdir()] == ["run.yaml"]
+
+
 @pytest.mark.parametrize("suffix", ["yaml", *thorough("json")])
 def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, capsys):
     file, (one, two) = tmp_path / f"run.{suffix}", (tmp_path / n for n in ("one", "two"))
@@ -51,6 +81,24 @@ def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, 
     capsys.readouterr()
     assert main(["train", "--config", str(file), "--out", str(tmp_path / "three"), "--steps", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 0  # a flag goes before the file
+
+
+def test_parts_are_those_of_the_prompt_that_is_asked_for(flags, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+
+    def lesson(*words):
+        at = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        assert main(["train", *words, "--config", str(file), "--write-config", str(at)]) == 0
+        return {name: value for name, value in json.loads(at.read_text())["lesson"].items() if name in ("composed", "parts")}
+
+    file.write_text("lesson: {composed: [a fox in ink], parts: {a fox in ink: [a fox, ink art]}}")
+    assert lesson() == {"composed": ["a fox in ink"], "parts": {"a fox in ink": ["a fox", "ink art"]}}
+    assert lesson("--prompt", "ink of a cat") == {"composed": ["ink of a cat"]}
+    assert lesson("--part", "a fox in ink") == {"composed": ["a fox in ink"], "parts": {"a fox in ink": ["a fox in ink"]}}
+    assert lesson("--prompt", "a cat", "--part", "cat") == {"composed": ["a cat"], "parts": {"a cat": ["cat"]}}
+    file.write_text("lesson: {composed: [a fox, ink art]}")
+    assert main(["train", "--part", "a fox", "--config", str(file), "--out", str(tmp_path / "x")]) == 1
+    assert "--part tells the subjects of one --prompt, got 2 prompts" in capsys.readouterr().err
 
 
 @pytest.mark.thorough
@@ -69,6 +117,53 @@ def test_parts_of_a_prompt_are_learned_from_as_collages(loras, base, tmp_path, c
     assert not {"single", "composed"} & set(json.loads((tmp_path / "all" / "log.jsonl").read_text()))
     assert main([*command, "--prompt", "a hat and a fox", "--out", str(out)]) == 1
     assert "--part tells the subjects of one --prompt, got 2 prompts" in capsys.readouterr().err
+
+
+def test_what_no_term_learns_from_is_said_and_not_read(flags, tmp_path, capsys):
+    nowhere = ["--data", str(tmp_path / "nowhere"), "--clip", str(tmp_path / "nowhere"), "--plain", "a cat"]
+    assert main(["train", *flags, *nowhere, "--style", "ink", "--steps", "1", "--out", str(tmp_path / "x")]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: nothing is learned from --style (--term composed or separate), --plain (--term base), --other "
+        "(--term rollout), --data (--term denoise or clip), --clip (--term clip or rollout); the terms are single, balance"
+    ]
+
+
+def test_single_prompts_beside_parts_are_of_use_to_first_weights_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "trained_pipeline", lambda *_: [][0])  # far enough
+    words = ["--prompt", "a fox", "--part", "a fox", "--single", "fox=a fox", "--out", str(tmp_path)]
+    for initial, said in (("uniform", True), ("scalars", False)):
+        with pytest.raises(IndexError):
+            main(["train", *words, "--initial", initial])
+        assert ("nothing is learned from --single (--term single or rollout)" in capsys.readouterr().err) == said
+
+
+def test_terms_learn_from_what_the_note_says(pipe, loras):
+    """From what each of them reads of the training data, and of its context."""
+    read = set()
+
+    class Watched:
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    class Data(Watched, TrainingData):
+        pass
+
+    class Context(Watched, TrainingContext):
+        pass
+
+    mixture = mole.attach(pipe, {name: loras[name] for name in ("fox", "ink")}, "static")
+    pictures = Samples(torch.randn(1, 4, 16, 16), ["a fox"])
+    words = {"fox": ["a fox"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"], [], {"a fox in ink": ["a fox", "ink"]}
+    context = Context(pipe, mixture, Data(*words, samples=pictures), Clip(tiny_clip(), tiny_tokenizer()))
+    fields = {"parts": "part", "singles": "single", "styles": "style", "plain": "plain", "others": "other"}
+    fields |= {"samples": "data", "clip": "clip"}
+    for name, objective in OBJECTIVES.items():
+        kinds = TERMS[name].__dataclass_fields__
+        read.clear()
+        objective(context, TERMS[name](**{option: 1 for option in ("seeds", "steps", "pictures") if option in kinds}))
+        assert {fields[each] for each in read & set(fields)} == {each for each in READ_BY if name in READ_BY[each]}, name
 
 
 def test_a_run_goes_on_where_asked(flags, tmp_path, capsys):
@@ -109,8 +204,32 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys
     for step in (4, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "training.pt").touch()
-    assert main(command) == 130
+    assert main([*command, "--resume", "latest"]) == 130
     assert f"{tmp_path / 'checkpoint-12'} is kept; --resume latest goes on from there" in capsys.readouterr().err
+
+
+def test_a_base_that_cannot_be_trained_on_is_one_line(loras, tmp_path, capsys):
+    hosts.HOSTS["flux"]()[0].save_pretrained(tmp_path / "flux")
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    given = ["--base", str(tmp_path / "flux"), "--data", str(tmp_path), "--out", str(tmp_path / "x")]
+    gates = ["train", "--expert", f"fox={loras['fox']}", "--term", "denoise"]
+    for command in (gates, ["train-lora", "--trigger", "a fox"]):
+        assert main([*command, *given]) == 1
+        assert "FluxPipeline cannot be trained on: it needs a unet and a text encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["train", "--prompt", "a fox"], ["train-lora", "--data", "x", "--trigger", "fox"]])
+def test_a_folder_that_a_run_may_not_write_to_is_said_before_the_base_is_opened(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "trained_pipeline", lambda *_: pytest.fail("opened"))
+    with only_run(tmp_path):
+        assert main([*command, "--out", str(tmp_path)]) == 1
+    assert "another run is writing to" in capsys.readouterr().err
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "training.pt").touch()
+    assert main([*command, "--out", str(tmp_path)]) == 1
+    assert "holds checkpoint-2 of an earlier run" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path), "--resume", "checkpoint-3"]) == 1
+    assert "no checkpoint 'checkpoint-3'" in capsys.readouterr().err
 
 
 def test_prompts_that_the_judge_cannot_judge_are_said_before_the_base_is_opened(tmp_path, monkeypatch, capsys):
