@@ -25,7 +25,7 @@ from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import FOLDED, Mixture
-from mole_diffusers.patching.denoiser_inputs import models_of
+from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.retrieval.composing import retrieve_for
 from mole_diffusers.retrieval.encoders import PipelineText, text_beside
@@ -35,10 +35,11 @@ from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, u
 from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.names import known_names, matching, shared_name
 from mole_diffusers.studio.picture_passes import read_picture
-from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Inside, Studio, check_pictures, with_pictures
+from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
 
 MAX_PICTURES = 400  # kept in the app's own folder; the browser has copies
@@ -417,7 +418,8 @@ class Actions:
         return self._draw(wanted, over, sheet=sheet)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> Work:
-        """Write one ordinary LoRA with the gates' average weights for this prompt. The work returns an Exported.
+        """Write one ordinary LoRA with the gates' average weights for this prompt, or the weights set by hand. The work
+        returns an Exported.
 
         The recipe's arm is ignored. Raises ValueError if strengths vary over steps or blocks: one LoRA cannot do that.
         """
@@ -437,7 +439,10 @@ class Actions:
                     call["prompt_2"] = plain_text(recipe.prompt_2) if recipe.weights else recipe.prompt_2
                 mixture = self.studio.attach_for(recipe)
                 assert mixture is not None  # there are tags
-                with mixture.strengths(strengths):
+                names = list(mixture.experts)
+                tags = [LoraTag(name) for name in names]
+                by_hand = StrengthSchedule(names, tags, unet=denoiser(self.studio.pipe), steps=1, locks=recipe.locks)
+                with mixture.strengths(strengths), mixture.planned(by_hand):
                     error = mixture.export_lora(path, recipe.plain_text, rank=rank, **call)
                 return Exported(path, error, FOLDED if mixture.is_bound else "")
 

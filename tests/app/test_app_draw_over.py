@@ -4,8 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from app_client import PROMPT, plain
 from PIL import Image
+from safetensors.torch import load_file
 from tiers import thorough
 
 from mole_diffusers.app.actions import Actions
@@ -286,6 +288,22 @@ def test_an_exported_lora_stays_as_it_was_written(actions):
     content = path.read_bytes()
     assert actions.export(second)(ignore).path.name == path.name == "fox.safetensors"
     assert path.read_bytes() == content
+
+
+def test_an_exported_lora_has_the_weights_that_are_set_by_hand(actions):
+    place = "unet.mid_block.attentions.0.transformer_blocks.0"
+    plain = dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1> <lora:ink:1>", binding="none")
+
+    def exported(recipe):
+        return load_file(actions.export(recipe)(ignore).path)
+
+    both, by_hand = exported(plain), exported(dataclasses.replace(plain, locks={place: {"fox": 3.0}}))
+    three = exported(dataclasses.replace(plain, prompt="a fox <lora:fox:3>"))
+    wanted = {key: value for key, value in three.items() if key.startswith(place)}
+    assert wanted
+    wanted |= {key: value for key, value in both.items() if not key.startswith(place)}
+    assert by_hand.keys() == wanted.keys()
+    assert all(torch.equal(by_hand[key], wanted[key]) for key in wanted)
 
 
 def test_painted_masks_keep_soft_edges():
