@@ -227,6 +227,17 @@ def test_what_others_say_in_a_picture_breaks_no_list(gallery, said):
     assert all(len(entry.label) < 200 for entry in gallery.entries())
 
 
+@pytest.mark.parametrize("prompt", ["a cat <hypernet:x:1>", "a cat <lora:x:1> <lora:x:0.5>"])
+def test_a_prompt_of_another_program_breaks_no_list(gallery, prompt):
+    gallery.add(PICTURE, Recipe("ours <lora:fox:1>"))
+    about = PngInfo()
+    about.add_text(infotext.PARAMETERS, f"{prompt}\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64")
+    PICTURE.save(gallery.folder / "theirs.png", pnginfo=about)
+    assert found(gallery, lora="fox") == ["ours <lora:fox:1>"]
+    assert found(gallery, text="cat") == [prompt]
+    assert f"{prompt} · seed 1" in [entry.label for entry in gallery.entries()]
+
+
 def test_a_thumbnail_is_the_picture_that_other_tools_put_there(loras, tmp_path):
     file = tmp_path / "fox.safetensors"
     file.write_bytes(loras["fox"].read_bytes())
