@@ -320,7 +320,10 @@ class Studio:
             merged = merge({name: (expert, strengths[name]) for name, expert in experts.items()}, method)
             attach(pipe, {MERGED: merged}, "sum", binding=None)
         else:
-            attach(pipe, experts, self.catalog.gates_source(recipe.gates), binding=binding)
+            source = self.catalog.gates_source(recipe.gates)
+            if recipe.gates not in UNTRAINED and gates_hash(Path(source)) != recipe.gates_sha256:
+                raise ValueError(f"the gates {recipe.gates!r} have been replaced since this was asked for: start it again")
+            attach(pipe, experts, source, binding=binding)
         self._attached_key = key
         return attached(pipe)
 

@@ -116,6 +116,20 @@ def test_trained_gates_by_name_and_by_the_files_they_weigh(studio, loras, awake,
         mine.complete(dataclasses.replace(asked, gates="other"))
 
 
+def test_gates_that_are_replaced_before_a_picture_is_drawn_are_not_taken_for_the_old_ones(loras, awake, tmp_path):
+    pipe, folder = tiny_pipeline(), tmp_path / "mine"
+    files = {name: loras[name] for name in ("fox", "ink")}
+    awake(attach(pipe, files, "mole")).save_pretrained(folder)
+    studio = Studio(pipe, Catalog(loras, folder_gates(tmp_path)), "tiny")
+    old = studio.complete(Recipe(PROMPT, steps=1, width=32, height=32, gates="mine"))
+    picture = studio.draw(old)
+    attach(tiny_pipeline(), files, "mole").save_pretrained(folder)
+    assert same(studio.draw(old), picture)  # the old ones are still attached
+    studio.draw(studio.complete(dataclasses.replace(old, gates_sha256="")))
+    with pytest.raises(ValueError, match="'mine' have been replaced since this was asked for: start it again"):
+        studio.draw(old)
+
+
 def test_gates_that_cannot_be_read_stop_no_picture_that_does_not_name_them(loras, awake, tmp_path):
     awake(attach(tiny_pipeline(), {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "mine")
     for name, text in (("broken", "{"), ("newer", '{"format": "mole_diffusers.gates", "version": 99}')):
