@@ -293,8 +293,9 @@ class Actions:
         recipe, whole = self._with_a_seed(replace(recipe, arm="gates"), over)
         if not whole.experts:
             raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
-        arms = ["base", *(f"alone {name}" for name in whole.experts), "sum", *(f"merge {m}" for m in merges)]
-        wanted = [(arm, replace(recipe, arm=arm)) for arm in arms]
+        wanted = [("base", replace(recipe, arm="base"))]
+        wanted += [(arm, replace(whole, arm=arm)) for arm in (f"alone {name}" for name in whole.experts)]  # names of here
+        wanted += [(arm, replace(recipe, arm=arm)) for arm in ("sum", *(f"merge {method}" for method in merges))]
         summed = replace(whole, gates="sum", gates_sha256="", locks={})
         wanted.append((BOUND, replace(summed, binding=BOUND)))
         if not over and self.studio.draws_in_tiles(whole):

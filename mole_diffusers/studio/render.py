@@ -139,7 +139,7 @@ class Studio:
             raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(names)}")
         self.check_fit(names.values())
         tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in given.tags]
-        here = names | {name: name for name in names.values()}
+        here = {name: name for name in names.values()} | names  # a name in the recipe may be another LoRA's name here
         rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
         gates = self.catalog.gates_for(names.values()) if recipe.gates == "auto" else recipe.gates
         source = self.catalog.gates_source(gates)

@@ -147,6 +147,20 @@ def test_names_of_loras_may_have_a_colon(loras):
     assert np.array_equal(pixels(drawn.pictures[-1].path), np.asarray(wanted))
 
 
+def test_a_comparison_of_a_recipe_from_where_names_are_swapped_has_the_names_of_here(loras, tmp_path):
+    recipe = Recipe("a <lora:fox:1> <lora:ink:1>", steps=1, width=32, height=32)
+    there, here = (
+        Actions(Studio(tiny_pipeline(), Catalog(files, {}), "tiny"), gallery=tmp_path / "pictures")
+        for files in ({n: loras[n] for n in ("fox", "ink")}, {"fox": loras["ink"], "ink": loras["fox"]})
+    )
+    swapped = here.compare(there.studio.complete(recipe))(ignore).pictures
+    for first, second in (("fox", "ink"), ("ink", "fox")):
+        (alone,) = [each for each in swapped if each.label == f"alone {first}"]
+        assert alone.recipe.arm == alone.label
+        (own,) = there.compose(dataclasses.replace(recipe, arm=f"alone {second}"), 1)(ignore).pictures
+        assert np.array_equal(np.asarray(Image.open(alone.path)), np.asarray(Image.open(own.path)))
+
+
 def test_a_sheet_that_was_stopped_has_what_was_drawn(actions):
     def stop(after):
         def report(state):

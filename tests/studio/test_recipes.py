@@ -182,6 +182,17 @@ def test_locks_of_loras_that_the_prompt_no_longer_has_are_left_out(studio, recip
     assert studio.notes(found, found) == []
 
 
+def test_what_a_recipe_says_of_a_lora_holds_for_its_file_where_two_names_are_swapped(studio, loras):
+    place = "unet.mid_block.attentions.0.transformer_blocks.0"
+    asked = Recipe("a <lora:fox:1> <lora:ink:1>", steps=2, width=32, height=32, locks={place: {"fox": 3.0, "ink": 0.5}})
+    recipe = studio.complete(asked)
+    other = Studio(tiny_pipeline(), Catalog({"fox": loras["ink"], "ink": loras["fox"]}, {}), "tiny")
+    found = other.complete(recipe)
+    assert found.locks == {place: {"ink": 3.0, "fox": 0.5}}
+    assert same(other.draw(found), studio.draw(recipe))
+    assert other.complete(dataclasses.replace(recipe, arm="alone fox")).arm == "alone ink"
+
+
 def test_steps_are_told_and_can_end_a_picture(studio, recipe):
     class StopError(Exception):
         pass
