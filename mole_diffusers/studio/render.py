@@ -169,7 +169,7 @@ class Studio:
             clip_skip=min(recipe.clip_skip, most),
             arm=f"alone {here[about]}" if kind == "alone" else recipe.arm,
             locks={place: row for place, row in rows.items() if row},
-            masks={names[name]: mask for name, mask in recipe.masks.items() if name in names},
+            masks={here[name]: mask for name, mask in recipe.masks.items() if name in here},
             gates=gates,
             gates_sha256=digest,
             experts={name: self.catalog.expert(name).sha256 for name in names.values()},

@@ -58,6 +58,13 @@ def test_the_cards_are_those_of_the_prompt_after_a_page_was_filled(functions):
     assert cards_for("a <lora:gone:1>")[0] == []  # composing says that it is not here
 
 
+def test_a_block_is_set_for_loras_that_are_typed_in_another_case(functions):
+    """The page proposes their names here, in which a picture has them."""
+    set_lock, _ = functions["set_lock"]
+    locks, _ = set_lock("mid", "fox=0.5, ink=1", 2, {"mid": "unet.mid"}, "a <lora:FOX:1> <lora:Ink:1>", {})
+    assert locks == {"unet.mid": {"fox": 1.0, "ink": 2.0}}
+
+
 def test_fields_come_back_and_each_that_does_not_fit_is_as_on_a_fresh_page(functions):
     enter, _ = functions["enter"]
     saved = values(functions)

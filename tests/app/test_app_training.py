@@ -278,6 +278,8 @@ def test_a_suggestion_fills_the_fields_and_says_what_it_took_for_a_style(loras, 
     assert (singles, said) == ("fox=a red beast\nhat=a hat", "")
     _, singles, *_ = plain(event)("ink drawing of a fox <lora:fox:1> <lora:ink:1>", [], "blend")
     assert singles == "fox=drawing of a fox\nink=ink drawing"
+    name, singles, *_ = plain(event)("a fox and a hat <lora:FOX:1> <lora:hat:1>", [], "collage")  # as typed in another case
+    assert (name, singles) == ("fox+hat", "fox=a fox\nhat=a hat")
 
 
 def test_the_page_asks_each_time_what_becomes_of_gates_with_other_settings(loras, tmp_path):

@@ -404,6 +404,8 @@ def test_a_painted_region_is_a_mask_beside_the_prompt(loras, tmp_path):
     digest = studio.catalog.expert("renamed").sha256
     moved = studio.complete(dataclasses.replace(recipe, experts={"fox": digest}))
     assert moved.masks == {"renamed": painted.masks["fox"]}
+    typed = dataclasses.replace(painted, prompt="a fox <lora:Renamed:1:region=painted>", masks=moved.masks)
+    assert studio.complete(typed).masks == moved.masks  # the page has the names of here, however they are typed
     for masks in ({}, {"fox": "png:AAAA"}, {"fox": "x"}, {"ink": painted.masks["fox"]}):
         with pytest.raises(ValueError, match="mask"):
             dataclasses.replace(recipe, masks=masks).tag_bindings()
