@@ -200,6 +200,8 @@ class Studio:
             notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
         if recipe.binding == TILES and recipe.prompt_2:
             notes.append("tiles read the first prompt alone, not the second")
+        if "<lora:" in recipe.negative:  # as in A1111, whose pictures can be drawn
+            notes.append("the tags of LoRAs in the negative prompt are read as words")
         if asked.clip_skip != recipe.clip_skip:
             notes.append(f"{type(self.pipe).__name__} is drawn without clip skip")
         if recipe.weights:

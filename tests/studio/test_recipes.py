@@ -193,6 +193,13 @@ def test_what_a_recipe_says_of_a_lora_holds_for_its_file_where_two_names_are_swa
     assert other.complete(dataclasses.replace(recipe, arm="alone fox")).arm == "alone ink"
 
 
+def test_a_tag_in_the_negative_prompt_is_words_and_that_is_said(studio, recipe):
+    tagged = dataclasses.replace(recipe, negative="blur <lora:ink:1>")
+    assert studio.complete(tagged).experts == recipe.experts
+    assert studio.notes(tagged, studio.complete(tagged)) == ["the tags of LoRAs in the negative prompt are read as words"]
+    assert studio.notes(recipe, recipe) == []
+
+
 def test_steps_are_told_and_can_end_a_picture(studio, recipe):
     class StopError(Exception):
         pass
