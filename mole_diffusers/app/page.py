@@ -168,12 +168,13 @@ class Page:
     @property
     def filled_fields(self) -> list[Any]:
         """The components that `filled` has values for."""
-        return [*self.inputs, self.cards, self.shown, self.rewrites, *self.axes]
+        return [*self.inputs, self.cards, self.shown, self.rewrites, *self.axes, self.over]
 
     def filled(self, found: Contents) -> tuple[Recipe, Values, list[str]]:
         """Put a recipe into a page. Returns the completed recipe, the values of the page, and notes for the visitor.
 
-        If it is not the recipe of a grid, the page's axes stay as they are.
+        If it is not the recipe of a grid, the page's axes stay as they are. If it was drawn over no picture, the editor for
+        that is emptied.
         """
         asked = found.recipe
         try:
@@ -194,7 +195,7 @@ class Page:
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
-        values = self.values(recipe) | self.cards_for(recipe.prompt)
+        values = self.values(recipe) | self.cards_for(recipe.prompt) | ({} if asked.image else {self.over: None})
         return recipe, values | dict(zip(self.axes, found.axes, strict=False)), notes
 
     def put_over(self, path: Path) -> Values:

@@ -178,6 +178,15 @@ def test_a_dropped_recipe_fills_what_it_can_and_the_rest_is_said(functions, tmp_
     assert slider.minimum <= values[at["guidance"]] <= slider.maximum
 
 
+@pytest.mark.parametrize("image", ["", "0" * 64])
+def test_a_dropped_recipe_is_drawn_over_its_own_picture_or_none(functions, tmp_path, image):
+    Recipe("a hat", image=image, gates="sum").save(tmp_path / "recipe.json")
+    load, event = functions["load"]
+    at = [getattr(each, "elem_id", None) for each in event.outputs].index("over-picture")
+    found = load(str(tmp_path / "recipe.json"))[at]
+    assert is_left(found) if image else found is None
+
+
 @pytest.mark.parametrize(
     ("shows", "axes", "tab"),
     [
@@ -194,7 +203,7 @@ def test_a_grid_that_is_used_again_fills_its_axes_too(loras, shows, axes, tab):
     functions = named(build(actions, Recipe("a fox", steps=2)))
     recipe = Recipe("a hat <lora:hat:1>", steps=2, width=32, height=32, base="tiny")
     path = actions.gallery.add(Image.new("RGB", (8, 8)), recipe, shows)
-    for name, given, after in (("reuse", path.name, 2), ("load", str(path), 1)):
+    for name, given, after in (("reuse", path.name, 3), ("load", str(path), 2)):
         fill, event = functions[name]
         values, fields = fill(given), [getattr(each, "elem_id", None) for each in event.outputs]
         assert len(values) == len(fields)
