@@ -81,6 +81,8 @@ def read_parameters(text: str, where: str = "the text") -> Contents:
     strength, hires = take("Denoising strength", ""), take("Hires upscale", "") or times
     if strength and not hires:
         lacking.append("the picture that it was drawn over")
+    if re.search(r"\bAND\b", "\n".join(lines[:at])):
+        lacking.append("AND between prompts (a word here)")
     try:
         changed: dict[str, Any] = {"hires_strength" if hires else "strength": float(strength)} if strength else {}
         recipe = Recipe(

@@ -65,6 +65,7 @@ def picture(tmp_path):
             (OLD.replace("Negative prompt: ", begin), {"prompt": OLD.split("\n")[0], "negative": "blurry, ugly"}, "")
             for begin in ("Negative prompt: ", "Negative prompt:", "  Negative prompt: ")
         ),
+        (OLD.replace(" on a", " AND a"), {"steps": 20}, "AND between prompts (a word here)"),
         (FLUX, {"sampler": "Euler", "guidance": 3.5, "steps": 20}, "Module 1 ae"),
     ],
 )
