@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.files import GATES, export_gates
+from mole_diffusers.app.files import GATES, default_gates_name, export_gates
 from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import parse_named
@@ -105,7 +105,7 @@ def _fields(page: Page) -> None:
         words = [f"added to Styles, which act on the whole picture: {names}"] if names else []
         words += [f"the prompt has none of the words of **{markdown(name)}**: write them in" for name in silent]
         return {
-            fields["name"]: "+".join(sorted(experts)),
+            fields["name"]: default_gates_name(experts),
             fields["singles"]: "\n".join(f"{name}={own}" for name, prompts in singles.items() for own in prompts),
             fields["composed"]: text,
             fields["styles"]: found,
