@@ -199,17 +199,26 @@ class Actions:
 
     # ---- LoRAs and gates
 
-    def report(self, name: str) -> dict[str, Any]:
-        """What a LoRA's file says about itself, and how many of its layers this pipeline has."""
-        expert = self.studio.catalog.expert(name)
-        total = sum(len(layers) for layers in expert.layers.values())
-        low, high = expert.ranks
-        facts: dict[str, Any] = {"name": name, "base": expert.base, "format": expert.format, "sha256": expert.sha256}
-        facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(expert.triggers), "layers": total}
+    def report(self, name: str, *, keep: bool = True) -> dict[str, Any]:
+        """What a LoRA's file says about itself, how many of its layers this pipeline has, and what is wrong with it, or "".
+
+        Args:
+            keep: whether the LoRA stays in memory, ready to be drawn with.
+        """
+        catalog = self.studio.catalog
+        file = catalog.loras[catalog.name(name)]
+        facts: dict[str, Any] = {"name": name, "base": "", "format": "", "sha256": "", "ranks": "", "triggers": []}
+        facts |= {"layers": 0, "matched": 0, "problem": ""}
         try:
-            return facts | {"matched": total - len(match(expert, models_of(self.studio.pipe)).unmatched), "problem": ""}
-        except ValueError as error:
-            return facts | {"matched": 0, "problem": str(error).replace(f"{Path(expert.source).parent}/", "")}
+            expert = catalog.expert(name, keep=keep)
+            low, high = expert.ranks
+            total = sum(len(layers) for layers in expert.layers.values())
+            facts |= {"base": expert.base, "format": expert.format, "sha256": expert.sha256}
+            facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(expert.triggers)}
+            facts["layers"] = total
+            return facts | {"matched": total - len(match(expert, models_of(self.studio.pipe)).unmatched)}
+        except (ValueError, OSError) as error:
+            return facts | {"problem": str(error).replace(f"{file.parent}/", "")}
 
     def choices(self) -> list[tuple[str, str]]:
         """(label in a list, name) of every LoRA. Those made for another model are marked."""
