@@ -48,7 +48,7 @@ def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any
         for known, file in list(catalog.loras.items()):
             if file.is_file() and file.stat().st_size == size and filecmp.cmp(file, path, shallow=False):
                 return known
-        name = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors")).strip(" .")[:80] or "lora"
+        name = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors"))[:80].strip(" .") or "lora"
         copy = folder / f"{name}.safetensors"
         if matching(name, catalog.loras) is not None or copy.exists():
             raise ValueError(f"there is already another LoRA {name!r}; rename the file")

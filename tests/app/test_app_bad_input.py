@@ -49,6 +49,8 @@ def test_uploads(client, pipe, tmp_path):
     again = shutil.copy(file, tmp_path / "another name.safetensors")
     assert client.predict(gradio_client.handle_file(again), api_name="/upload") == report  # the same file
     assert "another name" not in [one["name"] for one in client.predict(api_name="/loras")]
+    long = tiny_lora(pipe, tmp_path / f"{'x' * 79} y.safetensors", seed=8)
+    assert client.predict(gradio_client.handle_file(long), api_name="/upload")["name"] == "x" * 79
 
 
 def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_path):
