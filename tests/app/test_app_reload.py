@@ -13,6 +13,7 @@ from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
 
 gr = pytest.importorskip("gradio")
+OTHERWISE = "brackets and BREAK were plain words, and long prompts were cut; here they are read"
 REQUEST = type("Request", (), {"session_hash": "page"})()
 
 
@@ -157,7 +158,12 @@ def test_one_page_shows_one_job_of_a_kind(functions):
         ({"gates": "gone"}, "known: sum, mean; without its gates 'gone'", {"gates": "auto"}),
         ({"sampler": "Best"}, "without its sampler 'Best'", {"sampler": "default"}),
         ({"arm": "base"}, "it was drawn as 'base', which has no field here: a grid draws it with arm=base", {}),
-        ({"prompt": "a (hat)", "weights": False}, "its brackets were plain text, and are weights here", {}),
+        ({"prompt": "a (hat)", "weights": False}, f"loaded: seed 5, 0 LoRAs, gates sum; {OTHERWISE}", {}),
+        ({"prompt": "a (hat", "weights": False}, OTHERWISE, {}),
+        ({"prompt": "a \\(hat\\)", "weights": False}, OTHERWISE, {}),
+        ({"prompt": "a hat BREAK red", "weights": False}, OTHERWISE, {}),
+        ({"prompt": ", ".join(["a hat"] * 99), "weights": False}, OTHERWISE, {}),
+        ({"prompt": ", ".join(["a hat"] * 99)}, "loaded: seed 5, 0 LoRAs, gates sum; now press Compose", {}),
         ({"prompt": "a hat", "weights": False}, "loaded: seed 5, 0 LoRAs, gates sum; now press Compose", {}),
         ({"guidance": 50.0}, "now press Compose", {}),
     ],
