@@ -27,6 +27,7 @@ from mole_diffusers.studio.recipe import OPEN, Recipe
 # For events that change the prompt or the cards, and for drawing the cards: one at a time, in the order they were sent.
 ORDERED: dict[str, Any] = {"concurrency_id": "prompt", "concurrency_limit": 1}
 STORED: dict[str, Any] = {"secret": "mole"}  # fixed, since what the browser keeps outlives the app
+MOST_SEED = 2**53  # browsers keep numbers as doubles
 OF_BASE = ("width", "height", "guidance")  # fields that change with the base model
 Values = dict[Any, Any]  # component -> its value, or a `gr.update`
 
@@ -185,6 +186,8 @@ class Page:
             notes = [f"mend this first: {error}", *(f"without its {name} {getattr(asked, name)!r}" for name in unknown)]
         if asked.base and (other := self.actions.other_base(asked.base)) is not None:
             notes.append(f"it was drawn with the base {other!r}, and here is {self.actions.base!r}")
+        if recipe.seed > MOST_SEED:
+            notes.append(f"browsers round seeds above {MOST_SEED}: draw it with the API or `mole redraw`")
         if recipe.arm != "gates":
             notes.append(f"it was drawn as {recipe.arm!r}, which has no field here: a grid draws it with arm={recipe.arm}")
         if not recipe.weights and self._reads_otherwise(recipe):

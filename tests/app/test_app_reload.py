@@ -166,6 +166,8 @@ def test_one_page_shows_one_job_of_a_kind(functions):
         ({"prompt": ", ".join(["a hat"] * 99)}, "loaded: seed 5, 0 LoRAs, gates sum; now press Compose", {}),
         ({"prompt": "a hat", "weights": False}, "loaded: seed 5, 0 LoRAs, gates sum; now press Compose", {}),
         ({"guidance": 50.0}, "now press Compose", {}),
+        ({"seed": 2**53}, "loaded: seed 9007199254740992, 0 LoRAs, gates sum; now press Compose", {}),
+        ({"seed": 2**53 + 1}, "gates sum; browsers round seeds above 9007199254740992: draw it with the API or ", {}),
     ],
 )
 def test_a_dropped_recipe_fills_what_it_can_and_the_rest_is_said(functions, tmp_path, about, said, shown):
