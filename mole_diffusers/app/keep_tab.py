@@ -42,7 +42,7 @@ def _loading(page: Page) -> None:
             recipe, values, notes = page.filled(found)
         button = "Make the grid" if found.axes else "Compose"
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}"
-        return values | {status: markdown("; ".join(filter(None, [words, *notes, found.left_out, f"now press {button}"])))}
+        return values | {status: markdown("; ".join([words, *notes, f"now press {button}"]))}
 
     dropped.upload(load, dropped, [*page.filled_fields, status], **ORDERED)
 

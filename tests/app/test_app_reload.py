@@ -5,8 +5,10 @@ import time
 import pytest
 from app_client import PROMPT, built, kept_fields, plain
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.app.actions import Actions
+from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
@@ -184,6 +186,19 @@ def test_a_dropped_recipe_fills_what_it_can_and_the_rest_is_said(functions, tmp_
             assert values[at[name]] == value, name
     slider = event.outputs[at["guidance"]]
     assert slider.minimum <= values[at["guidance"]] <= slider.maximum
+
+
+def test_what_a_text_of_another_program_lacks_is_said_once_wherever_it_is_used(loras):
+    from mole_diffusers.app.build import build
+
+    actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"))
+    functions = named(build(actions, Recipe("a fox", steps=2)))
+    path, about = actions.gallery.add(Image.new("RGB", (8, 8)), Recipe("a cat")), PngInfo()
+    about.add_text(infotext.PARAMETERS, "a cat\nSteps: 1, Sampler: Euler, Seed: 1, Size: 64x64, Eta: 2")
+    Image.new("RGB", (8, 8)).save(path, pnginfo=about)
+    for name, given in (("reuse", path.name), ("load", str(path))):
+        *_, status = functions[name][0](given)
+        assert status.replace("\\", "").count("not carried over from the picture's text: Eta 2") == 1, name
 
 
 @pytest.mark.parametrize("image", ["", "0" * 64])
