@@ -13,7 +13,7 @@ from typing import Any
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.gate_figures import COLOURS
 from mole_diffusers.studio.names import known_names, matching_lora
-from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, Parsed, parse
+from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, Parsed, number, parse
 
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
 FIELDS = ("unet", "word", "region", "te", "lbw", "start", "stop")  # a tag's fields on a card
@@ -147,10 +147,9 @@ def parse_lock(text: str, experts: Collection[str]) -> dict[str, float]:
     weights = {}
     for pair in text.split(","):
         name, equals, value = (word.strip() for word in pair.partition("="))
-        try:
-            weights[name] = float(value)
-        except ValueError:
-            raise ValueError(f"{pair.strip()!r} is not NAME=WEIGHT; the LoRAs are {', '.join(experts)}") from None
+        if not equals:
+            raise ValueError(f"{pair.strip()!r} is not NAME=WEIGHT; the LoRAs are {', '.join(experts)}")
         if name not in experts:
             raise ValueError(f"there is no LoRA {name!r} in this picture; the LoRAs are {', '.join(experts)}")
+        weights[name] = number(value, f"the weight of {name!r}")
     return weights

@@ -125,3 +125,18 @@ def test_words_and_a_region_are_fields_of_a_card():
     assert cards.edit("", [fox], "fox", KNOWN, region="0,0,0.5,1")[0].endswith(":region=0,0,0.5,1>")
     with pytest.raises(ValueError, match="a region is 'auto'"):
         cards.edit("", [fox], "fox", KNOWN, region="somewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fox", "'fox' is not NAME=WEIGHT; the LoRAs are fox, ink"),
+        ("fox=big", "the weight of 'fox': 'big' is not a number"),
+        ("fox=1, ink=nan", "the weight of 'ink': 'nan' is not a finite number"),
+        ("hat=1", "there is no LoRA 'hat' in this picture; the LoRAs are fox, ink"),
+    ],
+)
+def test_weights_set_by_hand_are_numbers_of_loras(text, message):
+    assert cards.parse_lock("fox=1, ink = -0.5", ["fox", "ink"]) == {"fox": 1.0, "ink": -0.5}
+    with pytest.raises(ValueError, match=message):
+        cards.parse_lock(text, ["fox", "ink"])
