@@ -358,7 +358,7 @@ class Endpoints:
         for name, file in (("image", image), ("mask", mask)):
             if file is not None:
                 with uploaded(_uploaded(file)) as path:
-                    over[name] = read_picture(path, path.name)
+                    over[name] = read_picture(path, path.name, most=infotext.MAX_PIXELS)
         return await self._job(request, kind, plan, self._recipe(recipe), *more, over)
 
     async def _job(self, request: gr.Request, kind: str, plan: Callable[..., Work], *given: Any) -> Any:

@@ -167,7 +167,7 @@ def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes)
     assert infotext.read(sheet).image == whole.recipe.image
 
 
-def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path):
+def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path, monkeypatch):
     from gradio_client import handle_file
 
     PICTURE.save(tmp_path / "image.png")
@@ -184,6 +184,9 @@ def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path):
             client.predict(told, *rest, image=text, api_name=f"/{name}")
     with pytest.raises(Exception, match="a mask needs a picture"):
         client.predict(PROMPT, mask=right, api_name="/compose")
+    monkeypatch.setattr(infotext, "MAX_PIXELS", 2047)
+    with pytest.raises(Exception, match=r"^image.png has 2048 pixels, more than 2047"):
+        client.predict(PROMPT, image=right, api_name="/compose")
 
 
 def test_open_sizes_are_those_of_the_picture_on_the_page_and_in_the_api(actions, client, tmp_path):
