@@ -1,6 +1,7 @@
 """What a page finds when it is opened again, without a browser: its fields, its cards, and its jobs."""
 
 import time
+from pathlib import Path
 
 import pytest
 from app_client import PROMPT, built, kept_fields, plain
@@ -10,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import Recipe, load
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
 
@@ -199,6 +200,16 @@ def test_what_a_text_of_another_program_lacks_is_said_once_wherever_it_is_used(l
     for name, given in (("reuse", path.name), ("load", str(path))):
         *_, status = functions[name][0](given)
         assert status.replace("\\", "").count("not carried over from the picture's text: Eta 2") == 1, name
+
+
+def test_a_saved_recipe_stays_as_it_was_written(functions):
+    """Others may save one of the same seed meanwhile."""
+    save, event = functions["recipe_file"]
+    values = [component.value for component in event.inputs]
+    first, _ = save(*values)
+    second, _ = save("another", *values[1:])
+    assert Path(first).name == Path(second).name
+    assert [load(path).text for path in (first, second)] == ["a fox in ink", "another"]
 
 
 @pytest.mark.parametrize("image", ["", "0" * 64])
