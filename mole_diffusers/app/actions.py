@@ -221,9 +221,15 @@ class Actions:
             return facts | {"problem": str(error).replace(f"{file.parent}/", "")}
 
     def choices(self) -> list[tuple[str, str]]:
-        """(label in a list, name) of every LoRA. Those made for another model are marked."""
-        loras = self.studio.catalog.loras
-        return [(f"{name} (for another model)" if self.studio.misfit(name) else name, name) for name in loras]
+        """(label in a list, name) of every LoRA. Those that cannot be read, and those made for another model, are marked."""
+        return [(f"{name}{self._mark(name)}", name) for name in self.studio.catalog.loras]
+
+    def _mark(self, name: str) -> str:
+        try:
+            self.studio.catalog.family(name)
+        except (ValueError, OSError):
+            return " (cannot be read)"
+        return " (for another model)" if self.studio.misfit(name) else ""
 
     def find(self, prompt: str) -> list[RetrievedLora]:
         """The LoRAs of the catalog that a prompt asks for, not counting its tags. It contains their name or a trigger, or

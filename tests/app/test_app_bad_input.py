@@ -179,6 +179,8 @@ def test_a_lora_that_cannot_be_read_hides_no_other(loras, tmp_path):
     fox, cut, gone = asyncio.run(listed())
     assert (fox["layers"], fox["problem"], gone["problem"]) == (40, "", "no LoRA file at gone.safetensors")
     assert cut["problem"].startswith("cut.safetensors is truncated")
+    (add,) = [one for one in blocks.blocks.values() if getattr(one, "elem_id", None) == "add"]
+    assert [label for label, _ in add.choices] == ["fox", "cut (cannot be read)", "gone (cannot be read)"]
     text = "a fox <lora:fox:1> <lora:cut:1> <lora:gone:1>"
     (cards,) = blocks.default_config.renderables
     with blocks:
