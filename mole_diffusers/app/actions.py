@@ -25,7 +25,7 @@ from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import FOLDED, Mixture
-from mole_diffusers.patching.denoiser_inputs import models_of
+from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.retrieval.composing import retrieve_for
 from mole_diffusers.retrieval.encoders import PipelineText, text_beside
@@ -35,10 +35,11 @@ from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, u
 from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.names import known_names, matching, shared_name
 from mole_diffusers.studio.picture_passes import read_picture
-from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Inside, Studio, check_pictures, with_pictures
+from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
 
 MAX_PICTURES = 400  # kept in the app's own folder; the browser has copies
@@ -198,22 +199,37 @@ class Actions:
 
     # ---- LoRAs and gates
 
-    def report(self, name: str) -> dict[str, Any]:
-        """What a LoRA's file says about itself, and how many of its layers this pipeline has."""
-        expert = self.studio.catalog.expert(name)
-        total = sum(len(layers) for layers in expert.layers.values())
-        low, high = expert.ranks
-        facts: dict[str, Any] = {"name": name, "base": expert.base, "format": expert.format, "sha256": expert.sha256}
-        facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(expert.triggers), "layers": total}
+    def report(self, name: str, *, keep: bool = True) -> dict[str, Any]:
+        """What a LoRA's file says about itself, how many of its layers this pipeline has, and what is wrong with it, or "".
+
+        Args:
+            keep: whether the LoRA stays in memory, ready to be drawn with.
+        """
+        catalog = self.studio.catalog
+        file = catalog.loras[catalog.name(name)]
+        facts: dict[str, Any] = {"name": name, "base": "", "format": "", "sha256": "", "ranks": "", "triggers": []}
+        facts |= {"layers": 0, "matched": 0, "problem": ""}
         try:
-            return facts | {"matched": total - len(match(expert, models_of(self.studio.pipe)).unmatched), "problem": ""}
-        except ValueError as error:
-            return facts | {"matched": 0, "problem": str(error).replace(f"{Path(expert.source).parent}/", "")}
+            expert = catalog.expert(name, keep=keep)
+            low, high = expert.ranks
+            total = sum(len(layers) for layers in expert.layers.values())
+            facts |= {"base": expert.base, "format": expert.format, "sha256": expert.sha256}
+            facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(expert.triggers)}
+            facts["layers"] = total
+            return facts | {"matched": total - len(match(expert, models_of(self.studio.pipe)).unmatched)}
+        except (ValueError, OSError) as error:
+            return facts | {"problem": str(error).replace(f"{file.parent}/", "")}
 
     def choices(self) -> list[tuple[str, str]]:
-        """(label in a list, name) of every LoRA. Those made for another model are marked."""
-        loras = self.studio.catalog.loras
-        return [(f"{name} (for another model)" if self.studio.misfit(name) else name, name) for name in loras]
+        """(label in a list, name) of every LoRA. Those that cannot be read, and those made for another model, are marked."""
+        return [(f"{name}{self._mark(name)}", name) for name in self.studio.catalog.loras]
+
+    def _mark(self, name: str) -> str:
+        try:
+            self.studio.catalog.family(name)
+        except (ValueError, OSError):
+            return " (cannot be read)"
+        return " (for another model)" if self.studio.misfit(name) else ""
 
     def find(self, prompt: str) -> list[RetrievedLora]:
         """The LoRAs of the catalog that a prompt asks for, not counting its tags. It contains their name or a trigger, or
@@ -292,8 +308,9 @@ class Actions:
         recipe, whole = self._with_a_seed(replace(recipe, arm="gates"), over)
         if not whole.experts:
             raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
-        arms = ["base", *(f"alone {name}" for name in whole.experts), "sum", *(f"merge {m}" for m in merges)]
-        wanted = [(arm, replace(recipe, arm=arm)) for arm in arms]
+        wanted = [("base", replace(recipe, arm="base"))]
+        wanted += [(arm, replace(whole, arm=arm)) for arm in (f"alone {name}" for name in whole.experts)]  # names of here
+        wanted += [(arm, replace(recipe, arm=arm)) for arm in ("sum", *(f"merge {method}" for method in merges))]
         summed = replace(whole, gates="sum", gates_sha256="", locks={})
         wanted.append((BOUND, replace(summed, binding=BOUND)))
         if not over and self.studio.draws_in_tiles(whole):
@@ -417,7 +434,8 @@ class Actions:
         return self._draw(wanted, over, sheet=sheet)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> Work:
-        """Write one ordinary LoRA with the gates' average weights for this prompt. The work returns an Exported.
+        """Write one ordinary LoRA with the gates' average weights for this prompt, or the weights set by hand. The work
+        returns an Exported.
 
         The recipe's arm is ignored. Raises ValueError if strengths vary over steps or blocks: one LoRA cannot do that.
         """
@@ -437,7 +455,10 @@ class Actions:
                     call["prompt_2"] = plain_text(recipe.prompt_2) if recipe.weights else recipe.prompt_2
                 mixture = self.studio.attach_for(recipe)
                 assert mixture is not None  # there are tags
-                with mixture.strengths(strengths):
+                names = list(mixture.experts)
+                tags = [LoraTag(name) for name in names]
+                by_hand = StrengthSchedule(names, tags, unet=denoiser(self.studio.pipe), steps=1, locks=recipe.locks)
+                with mixture.strengths(strengths), mixture.planned(by_hand):
                     error = mixture.export_lora(path, recipe.plain_text, rank=rank, **call)
                 return Exported(path, error, FOLDED if mixture.is_bound else "")
 

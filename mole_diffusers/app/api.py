@@ -92,8 +92,8 @@ class Endpoints:
         return self.actions.base or ""
 
     def loras(self) -> list[dict]:
-        """What the file of each LoRA says about it, and how many of its layers match the pipeline."""
-        return [self.actions.report(name) for name in self.actions.studio.catalog.loras]
+        """What the file of each LoRA says about it, how many of its layers match the pipeline, and what is wrong with it."""
+        return [self.actions.report(name, keep=False) for name in self.actions.studio.catalog.loras]
 
     async def find(self, prompt: str) -> list[dict]:
         """Find LoRAs that a prompt asks for, best first, as {"name", "why", "score", "passed_over"}. The score is a
@@ -358,7 +358,7 @@ class Endpoints:
         for name, file in (("image", image), ("mask", mask)):
             if file is not None:
                 with uploaded(_uploaded(file)) as path:
-                    over[name] = read_picture(path, path.name)
+                    over[name] = read_picture(path, path.name, most=infotext.MAX_PIXELS)
         return await self._job(request, kind, plan, self._recipe(recipe), *more, over)
 
     async def _job(self, request: gr.Request, kind: str, plan: Callable[..., Work], *given: Any) -> Any:

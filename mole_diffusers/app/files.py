@@ -8,12 +8,13 @@ from __future__ import annotations
 import filecmp
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.gates import FAMILIES, checkpoint
 from mole_diffusers.lora import read_expert
 from mole_diffusers.lora.families import check_family
@@ -47,7 +48,7 @@ def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any
         for known, file in list(catalog.loras.items()):
             if file.is_file() and file.stat().st_size == size and filecmp.cmp(file, path, shallow=False):
                 return known
-        name = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors")).strip(" .")[:80] or "lora"
+        name = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors"))[:80].strip(" .") or "lora"
         copy = folder / f"{name}.safetensors"
         if matching(name, catalog.loras) is not None or copy.exists():
             raise ValueError(f"there is already another LoRA {name!r}; rename the file")
@@ -66,9 +67,14 @@ def check_gates_name(name: str) -> str:
     """Returns the name if gates (and their folder) can have it. Raises ValueError if not."""
     if not GATES_NAME.fullmatch(name) or name != name.strip():
         raise ValueError(f"a name has letters, digits, spaces, + - and _, at most 60, got {name!r}")
-    if name in FAMILIES:
-        raise ValueError(f"{name!r} is the name of a family; choose another")
+    if name in (*FAMILIES, AUTO):
+        raise ValueError(f"{name!r} is {'a choice among gates' if name == AUTO else 'the name of a family'}; choose another")
     return name
+
+
+def default_gates_name(loras: Iterable[str]) -> str:
+    """A name that gates for these LoRAs can have, for example "fox+ink"."""
+    return re.sub(r"[^\w+ -]", "_", "+".join(sorted(loras)))[:60].strip()
 
 
 def describe_gates(catalog: Catalog, name: str) -> dict[str, Any]:
@@ -125,7 +131,7 @@ def import_gates(catalog: Catalog, files: Sequence[Path], name: str, *, home: Pa
                 saved = checkpoint.load(new)
             except ValueError as error:
                 raise ValueError(str(error).replace(f"{new}/", "").replace(str(new), "these files")) from error
-            name = check_gates_name(name.strip() or "+".join(sorted(saved.experts)))
+            name = check_gates_name(name.strip() or default_gates_name(saved.experts))
             if matching(name, catalog.gates) is not None or (home / name).exists():
                 raise ValueError(f"there are already gates {name!r}; give another name")
             catalog.add_gates(name, new.rename(home / name))

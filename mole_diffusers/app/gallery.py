@@ -21,6 +21,7 @@ from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.infotext import Contents
+from mole_diffusers.studio.prompt_syntax import Parsed, parse
 from mole_diffusers.studio.recipe import Recipe
 
 FAVOURITES, TRASH = "favourites.json", "trash"  # in the folder: a list of file names, and a folder for deleted pictures
@@ -39,6 +40,14 @@ class Entry:
         return self.contents.recipe
 
     @property
+    def parsed(self) -> Parsed:
+        """The prompt's words and tags. A prompt that cannot be read has no tags: other programs have more kinds of them."""
+        try:
+            return parse(self.recipe.prompt, self.recipe.experts)
+        except ValueError:
+            return Parsed(self.recipe.prompt, ())
+
+    @property
     def sheet(self) -> str:
         """What a sheet shows, such as "seed=1,2 by steps=4,8" or "base, sum, bound"; "" for a single picture."""
         shows = self.contents.sheet
@@ -50,7 +59,7 @@ class Entry:
     def label(self) -> str:
         """The text below the picture."""
         what = f"{self.sheet[:80]}: " if self.sheet else ""
-        return f"{'★ ' if self.favourite else ''}{what}{self.recipe.text[:80]} · seed {self.recipe.seed}"
+        return f"{'★ ' if self.favourite else ''}{what}{self.parsed.text[:80]} · seed {self.recipe.seed}"
 
 
 class Gallery:
@@ -95,7 +104,7 @@ class Gallery:
 
         def fits(entry: Entry) -> bool:
             said = f"{entry.recipe.prompt} {entry.recipe.prompt_2} {entry.path.name} {entry.sheet}".lower()
-            names = ["", *(tag.name.lower() for tag in entry.recipe.tags)]
+            names = ["", *(tag.name.lower() for tag in entry.parsed.tags)]
             return entry.favourite >= favourites and lora.lower() in names and all(word in said for word in wanted)
 
         return [entry for entry in self._entries() if fits(entry)]

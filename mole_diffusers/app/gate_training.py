@@ -144,7 +144,8 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     Args:
         again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
 
-    Raises ValueError for bad settings and for a base that cannot be trained on, and GatesExistError if `again` is needed.
+    Raises ValueError for bad settings, for strengths that vary over components, blocks or steps, and for a base that cannot
+    be trained on, and GatesExistError if `again` is needed.
     """
     check_trainable(studio.pipe)
     width, height = _canvas(studio, recipe, request.composed)
@@ -155,6 +156,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, "base": recipe.base}
     settings |= {"width": width, "height": height} | ({"masks": recipe.masks} if recipe.masks else {})
     settings |= {"clip_skip": recipe.clip_skip} if recipe.clip_skip > 1 else {}  # earlier runs have none, and continue
+    recipe.constant_strengths()  # raises ValueError if one varies over components, blocks or steps
     recipe.tag_bindings()  # raises ValueError if a painted region has no mask
     run = Run(studio.catalog, home, request.name, request.family, settings)
     run.check(again)
@@ -207,7 +209,8 @@ def _train(
             show(f"after {row['step'] + 1} updates", recipe.seed)
         report(progress)
 
-    experts = {tag.name: (studio.catalog.expert(tag.name), tag.unet(0, 1)) for tag in recipe.tags}
+    strengths = recipe.constant_strengths()
+    experts = {name: (studio.catalog.expert(name), strength) for name, strength in strengths.items()}
     mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates, binding=recipe.tag_bindings())
     with Undo() as undo, clip_skip(pipe, recipe.clip_skip):
         undo.before_forward(pipe.unet, on_call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import gradio as gr
@@ -42,7 +43,7 @@ def _loading(page: Page) -> None:
             recipe, values, notes = page.filled(found)
         button = "Make the grid" if found.axes else "Compose"
         words = f"loaded: seed {recipe.seed}, {len(recipe.experts)} LoRAs, gates {recipe.gates}"
-        return values | {status: markdown("; ".join(filter(None, [words, *notes, found.left_out, f"now press {button}"])))}
+        return values | {status: markdown("; ".join([words, *notes, f"now press {button}"]))}
 
     dropped.upload(load, dropped, [*page.filled_fields, status], **ORDERED)
 
@@ -64,7 +65,8 @@ def _saving(page: Page) -> None:
     @errors_to(status)
     def recipe_file(*values: Any) -> Values:
         recipe = completed(*values)
-        path = page.actions.folder / f"recipe-{recipe.seed}.json"
+        folder = Path(mkdtemp(prefix="recipe-", dir=page.actions.folder))  # others may save one of this seed
+        path = folder / f"recipe-{recipe.seed}.json"
         recipe.save(path)
         return {file: str(path)}
 

@@ -7,21 +7,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.gate_figures import COLOURS
 from mole_diffusers.studio.names import known_names, matching_lora
-from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, parse
+from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, Parsed, number, parse
 
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
 FIELDS = ("unet", "word", "region", "te", "lbw", "start", "stop")  # a tag's fields on a card
 
 
+def parse_named(prompt: str, known: Collection[str]) -> Parsed:
+    """The parsed prompt. Its tags have the known names of their LoRAs, however these were typed.
+
+    Raises ValueError for two tags of one LoRA, and what `parse` raises.
+    """
+    parsed = parse(prompt, known)
+    tags = {name: replace(tag, name=name) for tag in parsed.tags for name in [matching_lora(tag.name, known) or tag.name]}
+    if len(tags) < len(parsed.tags):
+        raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(tag.name for tag in parsed.tags)}")
+    return replace(parsed, tags=tuple(tags.values()))
+
+
 def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) -> list[MixerCard]:
     """The cards after the prompt has changed. Each takes its tag from the prompt; a card without a tag there is off."""
-    tags = {tag.name: str(tag) for tag in parse(prompt, known).tags}
-    if unknown := [name for name in tags if matching_lora(name, known) is None]:
+    tags = {tag.name: str(tag) for tag in parse_named(prompt, known).tags}
+    if unknown := [name for name in tags if name not in known]:
         raise ValueError(f"there is no LoRA {unknown[0]!r}; {known_names(unknown[0], known)}")
     found = [{**card, "on": card["name"] in tags, "tag": tags.get(card["name"], card["tag"])} for card in cards]
     for name in tags:
@@ -93,11 +106,11 @@ def _changed(tag: LoraTag, before: Mapping[str, Any], fields: Mapping[str, Any],
 
 def with_tag(prompt: str, name: str, tag: LoraTag | None, known: Collection[str]) -> str:
     """The prompt with this tag in place of the LoRA's old one, or at the end; None removes it. The rest stays as typed."""
-    if name not in [old.name for old in parse(prompt, known).tags]:
+    if name not in [old.name for old in parse_named(prompt, known).tags]:
         return prompt if tag is None else f"{prompt.rstrip()} {tag}".strip()
 
     def put(found: re.Match[str]) -> str:
-        (old,) = parse(found["tag"], known).tags
+        (old,) = parse_named(found["tag"], known).tags
         return found[0] if old.name != name else "" if tag is None else f"{found['space']}{tag}"
 
     return re.sub(rf"(?P<space>[^\S\n]*)(?P<tag>{TAG.pattern})", put, prompt).strip()
@@ -134,10 +147,9 @@ def parse_lock(text: str, experts: Collection[str]) -> dict[str, float]:
     weights = {}
     for pair in text.split(","):
         name, equals, value = (word.strip() for word in pair.partition("="))
-        try:
-            weights[name] = float(value)
-        except ValueError:
-            raise ValueError(f"{pair.strip()!r} is not NAME=WEIGHT; the LoRAs are {', '.join(experts)}") from None
+        if not equals:
+            raise ValueError(f"{pair.strip()!r} is not NAME=WEIGHT; the LoRAs are {', '.join(experts)}")
         if name not in experts:
             raise ValueError(f"there is no LoRA {name!r} in this picture; the LoRAs are {', '.join(experts)}")
+        weights[name] = number(value, f"the weight of {name!r}")
     return weights

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -22,12 +21,13 @@ from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
 from mole_diffusers.app.style import gallery, status_line
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.infotext import Contents
-from mole_diffusers.studio.prompt_weights import prompts_read
+from mole_diffusers.studio.prompt_weights import plain_texts, prompts_read
 from mole_diffusers.studio.recipe import OPEN, Recipe
 
 # For events that change the prompt or the cards, and for drawing the cards: one at a time, in the order they were sent.
 ORDERED: dict[str, Any] = {"concurrency_id": "prompt", "concurrency_limit": 1}
 STORED: dict[str, Any] = {"secret": "mole"}  # fixed, since what the browser keeps outlives the app
+MOST_SEED = 2**53  # browsers keep numbers as doubles
 OF_BASE = ("width", "height", "guidance")  # fields that change with the base model
 Values = dict[Any, Any]  # component -> its value, or a `gr.update`
 
@@ -168,12 +168,13 @@ class Page:
     @property
     def filled_fields(self) -> list[Any]:
         """The components that `filled` has values for."""
-        return [*self.inputs, self.cards, self.shown, self.rewrites, *self.axes]
+        return [*self.inputs, self.cards, self.shown, self.rewrites, *self.axes, self.over]
 
     def filled(self, found: Contents) -> tuple[Recipe, Values, list[str]]:
         """Put a recipe into a page. Returns the completed recipe, the values of the page, and notes for the visitor.
 
-        If it is not the recipe of a grid, the page's axes stay as they are.
+        If it is not the recipe of a grid, the page's axes stay as they are. If it was drawn over no picture, the editor for
+        that is emptied.
         """
         asked = found.recipe
         try:
@@ -185,17 +186,29 @@ class Page:
             notes = [f"mend this first: {error}", *(f"without its {name} {getattr(asked, name)!r}" for name in unknown)]
         if asked.base and (other := self.actions.other_base(asked.base)) is not None:
             notes.append(f"it was drawn with the base {other!r}, and here is {self.actions.base!r}")
+        if recipe.seed > MOST_SEED:
+            notes.append(f"browsers round seeds above {MOST_SEED}: draw it with the API or `mole redraw`")
         if recipe.arm != "gates":
             notes.append(f"it was drawn as {recipe.arm!r}, which has no field here: a grid draws it with arm={recipe.arm}")
-        if not recipe.weights and re.search(r"[()\[\]]", recipe.prompt + recipe.negative):
-            notes.append("its brackets were plain text, and are weights here")
+        if not recipe.weights and self._reads_otherwise(recipe):
+            notes.append("brackets and BREAK were plain words, and long prompts were cut; here they are read")
         if recipe.prompt_2 or recipe.negative_2:
             notes.append("it has another prompt for the second text encoder")
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
-        values = self.values(recipe) | self.cards_for(recipe.prompt)
+        if found.left_out:
+            notes.append(found.left_out)
+        values = self.values(recipe) | self.cards_for(recipe.prompt) | ({} if asked.image else {self.over: None})
         return recipe, values | dict(zip(self.axes, found.axes, strict=False)), notes
+
+    def _reads_otherwise(self, recipe: Recipe) -> bool:
+        """Whether prompts in which brackets are plain text are drawn differently here, where they are weights."""
+        try:
+            plain, weighted = (plain_texts(self.actions.studio.pipe, **recipe.call | {"weights": w}) for w in (False, True))
+        except ValueError:  # brackets that are not closed
+            return True
+        return plain != weighted
 
     def put_over(self, path: Path) -> Values:
         """Updates that put a picture into the editor for drawing over, and open its panel."""

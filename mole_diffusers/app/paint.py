@@ -10,14 +10,14 @@ from PIL import Image, ImageFilter
 from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.draw_over import COLOUR, OPACITY
-from mole_diffusers.app.mixer_cards import MixerCard, shades
+from mole_diffusers.app.mixer_cards import MixerCard, parse_named, shades
 from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure, status_line
 from mole_diffusers.binding.config import mask_text, parse_region, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
 from mole_diffusers.inspection.layout_figure import as_grey, overlay
-from mole_diffusers.studio.prompt_syntax import PAINTED, parse
+from mole_diffusers.studio.prompt_syntax import PAINTED
 
 CANVAS, MASK_SIDE = 512, 128  # longer side in pixels
 
@@ -57,7 +57,7 @@ def build(page: Page) -> None:
     ) -> Values:
         picture = last(request)
         own = (picture.recipe.width, picture.recipe.height) if picture else page.actions.usual_size(text)
-        region = current_region(parse(text, page.actions.studio.catalog.loras).tags, name, masks, picture)
+        region = current_region(parse_named(text, page.actions.studio.catalog.loras).tags, name, masks, picture)
         return {editor: canvas(picture, width or own[0], height or own[1], region)}
 
     @errors_to(status)

@@ -9,12 +9,11 @@ import gradio as gr
 from mole_diffusers.app.actions import Over
 from mole_diffusers.app.gate_report import GateReport
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, shades
+from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, parse_named, shades
 from mole_diffusers.app.page import Page, Values
 from mole_diffusers.app.page_jobs import connect_cancel, connect_job
 from mole_diffusers.app.sentences import errors_to
 from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items, status_line
-from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import MERGES
 
@@ -118,7 +117,7 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
     def set_lock(block: str | None, weights: str, factor: float | None, sites: dict, text: str, locks: dict) -> Values:
         if block not in sites:
             raise ValueError("watch the gates first, then choose a block")
-        names = [tag.name for tag in parse(text, catalog.loras).tags]
+        names = [tag.name for tag in parse_named(text, catalog.loras).tags]
         row = {name: weight * (1.0 if factor is None else factor) for name, weight in parse_lock(weights, names).items()}
         return {page.locks: {**locks, sites[block]: row}}
 

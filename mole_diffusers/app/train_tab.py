@@ -9,9 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.files import GATES, export_gates
+from mole_diffusers.app.files import GATES, default_gates_name, export_gates
 from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest
 from mole_diffusers.app.jobs import Job, Work
+from mole_diffusers.app.mixer_cards import parse_named
 from mole_diffusers.app.page import Page, Values
 from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
 from mole_diffusers.app.sentences import errors_to, markdown
@@ -21,7 +22,6 @@ from mole_diffusers.binding.config import Bound, bindings, parse_phrases
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.patching.tiles import Things
-from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.weight_syntax import plain_text
 
@@ -96,7 +96,7 @@ def _fields(page: Page) -> None:
 
     @errors_to(why)
     def suggestion(text: str, styles: Sequence[str], way: str) -> Values:
-        parsed = parse(text, catalog.loras)
+        parsed = parse_named(text, catalog.loras)
         experts = {tag.name: catalog.expert(tag.name) for tag in parsed.tags}
         text, everywhere = plain_text(parsed.text), [tag.name for tag in parsed.tags if tag.region == EVERYWHERE]
         own = bindings({tag.name: (parse_phrases(tag.word), AUTO) for tag in parsed.tags}, experts, {})
@@ -105,7 +105,7 @@ def _fields(page: Page) -> None:
         words = [f"added to Styles, which act on the whole picture: {names}"] if names else []
         words += [f"the prompt has none of the words of **{markdown(name)}**: write them in" for name in silent]
         return {
-            fields["name"]: "+".join(sorted(experts)),
+            fields["name"]: default_gates_name(experts),
             fields["singles"]: "\n".join(f"{name}={own}" for name, prompts in singles.items() for own in prompts),
             fields["composed"]: text,
             fields["styles"]: found,

@@ -40,12 +40,18 @@ class Catalog:
 
     # ---- LoRAs
 
-    def expert(self, name: str) -> Expert:
-        """A LoRA by name, in any case. Raises ValueError for an unknown name, and what `read_expert` raises."""
+    def expert(self, name: str, *, keep: bool = True) -> Expert:
+        """A LoRA by name, in any case. Raises ValueError for an unknown name, and what `read_expert` raises.
+
+        Args:
+            keep: whether a file that is read now is cached.
+        """
         name = self.name(name)
-        if name not in self._experts:
-            self._experts[name] = read_expert(self.loras[name], name)
-        return self._experts[name]
+        if (expert := self._experts.get(name)) is None:
+            expert = read_expert(self.loras[name], name)
+            if keep:
+                self._experts[name] = expert
+        return expert
 
     def name(self, name: str) -> str:
         """The catalog's name of a LoRA, given in any case and with _ for spaces. Raises ValueError if it is unknown."""

@@ -20,7 +20,7 @@ from mole_diffusers.studio.recipe import Recipe, load
 from mole_diffusers.studio.samplers import SAMPLERS
 
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
-NEGATIVE = "Negative prompt: "
+NEGATIVE = "Negative prompt:"
 QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
 NOT_NEEDED = ("Model", "Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
 SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # a setting's name; rejects what commas inside values leave over
@@ -54,7 +54,7 @@ def parameters(recipe: Recipe) -> str:
         settings["Lora hashes"] = ", ".join(f"{name}: {digest[:12]}" for name, digest in recipe.experts.items())
     settings["Version"] = "mole_diffusers"
     last = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items())
-    return "\n".join([recipe.prompt, *([NEGATIVE + recipe.negative] if recipe.negative else []), last])
+    return "\n".join([recipe.prompt, *([f"{NEGATIVE} {recipe.negative}"] if recipe.negative else []), last])
 
 
 def _quoted(value: str) -> str:
@@ -73,7 +73,7 @@ def read_parameters(text: str, where: str = "the text") -> Contents:
     if len(found) < 3 or not {"Steps", "Seed"} <= set(found):
         raise ValueError(f"{where} has no generation settings: its last line is not 'Steps: .., Sampler: .., Seed: ..'")
     take = found.pop
-    at = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+    at = next((i for i, line in enumerate(lines) if line.strip().startswith(NEGATIVE)), len(lines))
     steps, seed, size, guidance = take("Steps"), take("Seed"), take("Size", "0x0"), take("CFG scale", "7")
     pairs = [pair.partition(":") for pair in take("Lora hashes", "").split(",") if ":" in pair]
     sampler, lacking = _sampler(take("Sampler", "Default"), take("Schedule type", ""))
@@ -81,11 +81,13 @@ def read_parameters(text: str, where: str = "the text") -> Contents:
     strength, hires = take("Denoising strength", ""), take("Hires upscale", "") or times
     if strength and not hires:
         lacking.append("the picture that it was drawn over")
+    if re.search(r"\bAND\b", "\n".join(lines[:at])):
+        lacking.append("AND between prompts (a word here)")
     try:
         changed: dict[str, Any] = {"hires_strength" if hires else "strength": float(strength)} if strength else {}
         recipe = Recipe(
             prompt="\n".join(lines[:at]).strip(),
-            negative="\n".join(lines[at:]).removeprefix(NEGATIVE).strip(),
+            negative="\n".join(lines[at:]).strip().removeprefix(NEGATIVE).strip(),
             seed=int(seed),
             steps=int(steps),
             guidance=float(take("Distilled CFG Scale", guidance)),

@@ -109,13 +109,13 @@ def read_picture(path: Path, what: str, *, most: float = math.inf) -> Image.Imag
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > most:
-                raise Image.DecompressionBombError
-            return ImageOps.exif_transpose(image)
+            if (pixels := image.width * image.height) <= most:
+                return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{what} is not a picture that can be read") from error
+    raise ValueError(f"{what} has {pixels} pixels, more than {most:.0f}")
 
 
 def pixels_hash(image: Image.Image) -> str:

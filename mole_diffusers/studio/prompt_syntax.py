@@ -109,7 +109,7 @@ def parse(prompt: str, known: Iterable[str] = ()) -> Parsed:
     default, UNET the same as TE.
 
     Args:
-        known: names of LoRAs; needed for names that contain ":".
+        known: names of LoRAs; needed for names that contain ":" or end in a space.
 
     Raises:
         ValueError: for more than `MAX_PROMPT` characters, another kind of tag, an unknown argument, a value that is not a
@@ -133,7 +133,8 @@ def parse(prompt: str, known: Iterable[str] = ()) -> Parsed:
 
 def _tag(body: str, known: Iterable[str]) -> LoraTag:
     where = f"<lora:{body}>"
-    name = max((k for k in known if body == k or body.startswith(f"{k}:")), key=len, default=body.partition(":")[0])
+    found = max((k for k in known if body == k or body.startswith(f"{k}:")), key=len, default=None)
+    name = body.partition(":")[0] if found is None else found
     words = [word.strip() for word in body.removeprefix(name).removeprefix(":").split(":") if word.strip()]
     bare, named = [w for w in words if "=" not in w], [w.partition("=")[::2] for w in words if "=" in w]
     if len(bare) > 2:
@@ -145,7 +146,8 @@ def _tag(body: str, known: Iterable[str]) -> LoraTag:
         raise ValueError(f"{where}: step= already says where it starts and stops")
     te = _curve(given.get("te", bare[0] if bare else "1"), where)
     unet = _curve(given["unet"], where) if "unet" in given else _curve(bare[1], where) if len(bare) == 2 else te
-    name = name.strip().removesuffix(".safetensors")
+    if found is None:
+        name = name.strip().removesuffix(".safetensors")
     if not name:
         raise ValueError(f"{where} names no LoRA")
     start, stop = _steps(given, where)

@@ -139,7 +139,7 @@ class Studio:
             raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(names)}")
         self.check_fit(names.values())
         tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in given.tags]
-        here = names | {name: name for name in names.values()}
+        here = {name: name for name in names.values()} | names  # a name in the recipe may be another LoRA's name here
         rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
         gates = self.catalog.gates_for(names.values()) if recipe.gates == "auto" else recipe.gates
         source = self.catalog.gates_source(gates)
@@ -169,7 +169,7 @@ class Studio:
             clip_skip=min(recipe.clip_skip, most),
             arm=f"alone {here[about]}" if kind == "alone" else recipe.arm,
             locks={place: row for place, row in rows.items() if row},
-            masks={names[name]: mask for name, mask in recipe.masks.items() if name in names},
+            masks={here[name]: mask for name, mask in recipe.masks.items() if name in here},
             gates=gates,
             gates_sha256=digest,
             experts={name: self.catalog.expert(name).sha256 for name in names.values()},
@@ -200,6 +200,8 @@ class Studio:
             notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
         if recipe.binding == TILES and recipe.prompt_2:
             notes.append("tiles read the first prompt alone, not the second")
+        if "<lora:" in recipe.negative:  # as in A1111, whose pictures can be drawn
+            notes.append("the tags of LoRAs in the negative prompt are read as words")
         if asked.clip_skip != recipe.clip_skip:
             notes.append(f"{type(self.pipe).__name__} is drawn without clip skip")
         if recipe.weights:
@@ -320,7 +322,10 @@ class Studio:
             merged = merge({name: (expert, strengths[name]) for name, expert in experts.items()}, method)
             attach(pipe, {MERGED: merged}, "sum", binding=None)
         else:
-            attach(pipe, experts, self.catalog.gates_source(recipe.gates), binding=binding)
+            source = self.catalog.gates_source(recipe.gates)
+            if recipe.gates not in UNTRAINED and gates_hash(Path(source)) != recipe.gates_sha256:
+                raise ValueError(f"the gates {recipe.gates!r} have been replaced since this was asked for: start it again")
+            attach(pipe, experts, source, binding=binding)
         self._attached_key = key
         return attached(pipe)
 

@@ -53,6 +53,7 @@ def parse_axis(text: str) -> Axis:
 def _changed(recipe: Recipe, *, kind: str, about: str, value: Any) -> Recipe:
     if kind == "weight":
         return dataclasses.replace(recipe, prompt=with_strength(recipe.prompt, about, value, recipe.experts))
+    value = "" if (kind, value) == ("sampler", "default") else value  # as the app calls the model's own
     changed = {kind: value} | ({"gates_sha256": ""} if kind == "gates" else {})
     return dataclasses.replace(recipe, **changed)
 

@@ -1,5 +1,6 @@
 """What must not be done, for every endpoint of the app: one clear sentence, and the app goes on."""
 
+import asyncio
 import json
 import shutil
 import struct
@@ -10,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from app_client import PROMPT, RECIPE
+from app_client import PROMPT, RECIPE, built
 from PIL import Image
 
 from mole_diffusers.lora.families import check_family
@@ -48,6 +49,8 @@ def test_uploads(client, pipe, tmp_path):
     again = shutil.copy(file, tmp_path / "another name.safetensors")
     assert client.predict(gradio_client.handle_file(again), api_name="/upload") == report  # the same file
     assert "another name" not in [one["name"] for one in client.predict(api_name="/loras")]
+    long = tiny_lora(pipe, tmp_path / f"{'x' * 79} y.safetensors", seed=8)
+    assert client.predict(gradio_client.handle_file(long), api_name="/upload")["name"] == "x" * 79
 
 
 def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_path):
@@ -163,6 +166,36 @@ def test_two_uploads_of_one_name_at_once_overwrite_nothing(loras, pipe, tmp_path
     assert said == ["there is already another LoRA 'owl'; rename the file"]
     (first,) = (i for i, end in enumerate(ends) if not end.exception())
     assert actions.studio.catalog.loras["owl"].read_bytes() == content[first]
+
+
+def test_a_lora_that_cannot_be_read_hides_no_other(loras, tmp_path):
+    """In the list, which keeps no weights in memory, and among the cards."""
+    from mole_diffusers.app.mixer_cards import cards_of
+
+    (tmp_path / "cut.safetensors").write_bytes(loras["fox"].read_bytes()[:-10])
+    files = {"fox": loras["fox"], "cut": tmp_path / "cut.safetensors", "gone": tmp_path / "gone.safetensors"}
+    blocks = built(files, tmp_path / "app")
+    (listed,) = [event.fn for event in blocks.fns.values() if event.fn and event.fn.__name__ == "loras"]
+    fox, cut, gone = asyncio.run(listed())
+    assert (fox["layers"], fox["problem"], gone["problem"]) == (40, "", "no LoRA file at gone.safetensors")
+    assert cut["problem"].startswith("cut.safetensors is truncated")
+    (add,) = [one for one in blocks.blocks.values() if getattr(one, "elem_id", None) == "add"]
+    assert [label for label, _ in add.choices] == ["fox", "cut (cannot be read)", "gone (cannot be read)"]
+    text = "a fox <lora:fox:1> <lora:cut:1> <lora:gone:1>"
+    (cards,) = blocks.default_config.renderables
+    with blocks:
+        cards.fn({"cards": cards_of(text, [], files)}, text)
+    facts = [one.value for one in blocks.blocks.values() if getattr(one, "elem_classes", None) == ["facts"]]
+    assert [fact.startswith("**refused:**") for fact in facts] == [False, True, True]
+
+
+def test_what_is_only_listed_stays_in_no_memory(loras):
+    from mole_diffusers.studio.catalog import Catalog
+
+    catalog = Catalog(loras, {})
+    first = catalog.expert("fox", keep=False)
+    assert catalog.expert("fox") is not first
+    assert catalog.expert("fox", keep=False) is catalog.expert("fox")
 
 
 def test_loras_and_gates_that_come_while_a_list_is_read_break_nothing(loras, pipe, tmp_path, monkeypatch):

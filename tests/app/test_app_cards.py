@@ -53,8 +53,17 @@ def test_a_lora_keeps_its_colour_whatever_comes_and_goes():
     assert drawn["new"] not in cards.shades(found).values()
 
 
-def test_a_card_is_named_as_typed_in_any_case_and_with_underlines_for_spaces():
-    assert [card["name"] for card in cards.cards_of("<lora:My_Fox:1>", [], ["my fox"])] == ["My_Fox"]
+def test_a_lora_is_the_same_one_however_its_name_is_typed():
+    """In any case, and with _ for spaces."""
+    known, typed = ["my fox", "ink"], "a fox <lora:My_Fox:1> <lora:ink:1>"
+    found = cards.cards_of(typed, [], known)
+    assert found == cards.cards_of("a fox <lora:my fox:1> <lora:ink:1>", [], known)
+    text, edited = cards.edit(typed, found, "my fox", known, unet="2")
+    assert text == "a fox <lora:my fox:2> <lora:ink:1>"
+    assert cards.cards_of(text, found, known) == edited
+    assert cards.with_tag(typed, "my fox", None, known) == "a fox <lora:ink:1>"
+    with pytest.raises(ValueError, match="two tags of the prompt mean the same LoRA: My_Fox, my fox"):
+        cards.cards_of("<lora:My_Fox:1> <lora:my fox:1>", [], known)
 
 
 def test_a_prompt_keeps_its_lines_and_a_tag_its_place():
@@ -116,3 +125,18 @@ def test_words_and_a_region_are_fields_of_a_card():
     assert cards.edit("", [fox], "fox", KNOWN, region="0,0,0.5,1")[0].endswith(":region=0,0,0.5,1>")
     with pytest.raises(ValueError, match="a region is 'auto'"):
         cards.edit("", [fox], "fox", KNOWN, region="somewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fox", "'fox' is not NAME=WEIGHT; the LoRAs are fox, ink"),
+        ("fox=big", "the weight of 'fox': 'big' is not a number"),
+        ("fox=1, ink=nan", "the weight of 'ink': 'nan' is not a finite number"),
+        ("hat=1", "there is no LoRA 'hat' in this picture; the LoRAs are fox, ink"),
+    ],
+)
+def test_weights_set_by_hand_are_numbers_of_loras(text, message):
+    assert cards.parse_lock("fox=1, ink = -0.5", ["fox", "ink"]) == {"fox": 1.0, "ink": -0.5}
+    with pytest.raises(ValueError, match=message):
+        cards.parse_lock(text, ["fox", "ink"])

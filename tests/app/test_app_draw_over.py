@@ -4,8 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from app_client import PROMPT, plain
 from PIL import Image
+from safetensors.torch import load_file
 from tiers import thorough
 
 from mole_diffusers.app.actions import Actions
@@ -165,7 +167,7 @@ def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes)
     assert infotext.read(sheet).image == whole.recipe.image
 
 
-def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path):
+def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path, monkeypatch):
     from gradio_client import handle_file
 
     PICTURE.save(tmp_path / "image.png")
@@ -182,6 +184,9 @@ def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path):
             client.predict(told, *rest, image=text, api_name=f"/{name}")
     with pytest.raises(Exception, match="a mask needs a picture"):
         client.predict(PROMPT, mask=right, api_name="/compose")
+    monkeypatch.setattr(infotext, "MAX_PIXELS", 2047)
+    with pytest.raises(Exception, match=r"^image.png has 2048 pixels, more than 2047"):
+        client.predict(PROMPT, image=right, api_name="/compose")
 
 
 def test_open_sizes_are_those_of_the_picture_on_the_page_and_in_the_api(actions, client, tmp_path):
@@ -286,6 +291,22 @@ def test_an_exported_lora_stays_as_it_was_written(actions):
     content = path.read_bytes()
     assert actions.export(second)(ignore).path.name == path.name == "fox.safetensors"
     assert path.read_bytes() == content
+
+
+def test_an_exported_lora_has_the_weights_that_are_set_by_hand(actions):
+    place = "unet.mid_block.attentions.0.transformer_blocks.0"
+    plain = dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1> <lora:ink:1>", binding="none")
+
+    def exported(recipe):
+        return load_file(actions.export(recipe)(ignore).path)
+
+    both, by_hand = exported(plain), exported(dataclasses.replace(plain, locks={place: {"fox": 3.0}}))
+    three = exported(dataclasses.replace(plain, prompt="a fox <lora:fox:3>"))
+    wanted = {key: value for key, value in three.items() if key.startswith(place)}
+    assert wanted
+    wanted |= {key: value for key, value in both.items() if not key.startswith(place)}
+    assert by_hand.keys() == wanted.keys()
+    assert all(torch.equal(by_hand[key], wanted[key]) for key in wanted)
 
 
 def test_painted_masks_keep_soft_edges():

@@ -532,6 +532,8 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
     page.click("#gallery-over")
     page.until(lambda: page.all("#over-picture canvas"), WAIT)
     assert infotext.read(composed(page, tmp_path, "over.png")).image == pixels_hash(Image.open(over))
+    dropped(page, first)  # which was drawn over no picture
+    assert np.array_equal(pixels(composed(page, tmp_path, "again.png")), pixels(first))
     assert not page.errors()
 
 

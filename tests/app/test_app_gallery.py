@@ -147,6 +147,20 @@ def test_names_of_loras_may_have_a_colon(loras):
     assert np.array_equal(pixels(drawn.pictures[-1].path), np.asarray(wanted))
 
 
+def test_a_comparison_of_a_recipe_from_where_names_are_swapped_has_the_names_of_here(loras, tmp_path):
+    recipe = Recipe("a <lora:fox:1> <lora:ink:1>", steps=1, width=32, height=32)
+    there, here = (
+        Actions(Studio(tiny_pipeline(), Catalog(files, {}), "tiny"), gallery=tmp_path / "pictures")
+        for files in ({n: loras[n] for n in ("fox", "ink")}, {"fox": loras["ink"], "ink": loras["fox"]})
+    )
+    swapped = here.compare(there.studio.complete(recipe))(ignore).pictures
+    for first, second in (("fox", "ink"), ("ink", "fox")):
+        (alone,) = [each for each in swapped if each.label == f"alone {first}"]
+        assert alone.recipe.arm == alone.label
+        (own,) = there.compose(dataclasses.replace(recipe, arm=f"alone {second}"), 1)(ignore).pictures
+        assert np.array_equal(np.asarray(Image.open(alone.path)), np.asarray(Image.open(own.path)))
+
+
 def test_a_sheet_that_was_stopped_has_what_was_drawn(actions):
     def stop(after):
         def report(state):
@@ -225,6 +239,17 @@ def test_what_others_say_in_a_picture_breaks_no_list(gallery, said):
     PICTURE.save(gallery.folder / "theirs.png", pnginfo=about)
     assert "ours" in found(gallery)
     assert all(len(entry.label) < 200 for entry in gallery.entries())
+
+
+@pytest.mark.parametrize("prompt", ["a cat <hypernet:x:1>", "a cat <lora:x:1> <lora:x:0.5>"])
+def test_a_prompt_of_another_program_breaks_no_list(gallery, prompt):
+    gallery.add(PICTURE, Recipe("ours <lora:fox:1>"))
+    about = PngInfo()
+    about.add_text(infotext.PARAMETERS, f"{prompt}\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64")
+    PICTURE.save(gallery.folder / "theirs.png", pnginfo=about)
+    assert found(gallery, lora="fox") == ["ours <lora:fox:1>"]
+    assert found(gallery, text="cat") == [prompt]
+    assert f"{prompt} · seed 1" in [entry.label for entry in gallery.entries()]
 
 
 def test_a_thumbnail_is_the_picture_that_other_tools_put_there(loras, tmp_path):

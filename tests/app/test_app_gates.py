@@ -80,8 +80,20 @@ def changed(folder, source, **about):
     return files(folder)
 
 
+@pytest.mark.parametrize(
+    ("loras", "name"),
+    [
+        (["ink", "fox"], "fox+ink"),
+        (["people/fox", "ink v1.2"], "ink v1_2+people_fox"),
+        (["x" * 50, "y" * 50], f"{'x' * 50}+{'y' * 9}"),
+        (["../../up"], "______up"),
+    ],
+)
+def test_gates_without_a_name_are_named_after_their_loras(loras, name):
+    assert app_files.check_gates_name(app_files.default_gates_name(loras)) == name
+
+
 def test_gates_that_are_not_good_are_refused_and_leave_nothing(client, trained, tmp_path):
-    experts = {name: {"sha256": "0", "base": "x"} for name in ("fox", "../../up")}
     (tmp_path / "cut").mkdir()
     shutil.copy(trained / checkpoint.CONFIG, tmp_path / "cut")
     (tmp_path / "cut" / checkpoint.WEIGHTS).write_bytes((trained / checkpoint.WEIGHTS).read_bytes()[:-10])
@@ -92,7 +104,7 @@ def test_gates_that_are_not_good_are_refused_and_leave_nothing(client, trained, 
         ([weights, about], "../up", "a name has letters"),
         ([weights, weights], "x", "one .safetensors and one .json"),
         (changed(tmp_path / "a", trained, format="other"), "x", "this release reads mole_diffusers.gates"),
-        (changed(tmp_path / "b", trained, experts=experts), "", "a name has letters"),
+        ([weights, about], "auto", "'auto' is a choice among gates; choose another"),
         (changed(tmp_path / "c", trained, experts={}, gates={"family": "best"}), "x", "unknown gate family 'best'"),
         (files(tmp_path / "cut"), "x", "truncated"),
     ):

@@ -1,18 +1,22 @@
 """What a page finds when it is opened again, without a browser: its fields, its cards, and its jobs."""
 
 import time
+from pathlib import Path
 
 import pytest
 from app_client import PROMPT, built, kept_fields, plain
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.app.actions import Actions
+from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import Recipe, load
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
 
 gr = pytest.importorskip("gradio")
+OTHERWISE = "brackets and BREAK were plain words, and long prompts were cut; here they are read"
 REQUEST = type("Request", (), {"session_hash": "page"})()
 
 
@@ -56,6 +60,13 @@ def test_the_cards_are_those_of_the_prompt_after_a_page_was_filled(functions):
     cards_for, _ = functions["cards_for"]
     assert [card["tag"] for card in cards_for("a hat <lora:hat:0.5>")[0]] == ["<lora:hat:0.5>"]
     assert cards_for("a <lora:gone:1>")[0] == []  # composing says that it is not here
+
+
+def test_a_block_is_set_for_loras_that_are_typed_in_another_case(functions):
+    """The page proposes their names here, in which a picture has them."""
+    set_lock, _ = functions["set_lock"]
+    locks, _ = set_lock("mid", "fox=0.5, ink=1", 2, {"mid": "unet.mid"}, "a <lora:FOX:1> <lora:Ink:1>", {})
+    assert locks == {"unet.mid": {"fox": 1.0, "ink": 2.0}}
 
 
 def test_fields_come_back_and_each_that_does_not_fit_is_as_on_a_fresh_page(functions):
@@ -150,9 +161,16 @@ def test_one_page_shows_one_job_of_a_kind(functions):
         ({"gates": "gone"}, "known: sum, mean; without its gates 'gone'", {"gates": "auto"}),
         ({"sampler": "Best"}, "without its sampler 'Best'", {"sampler": "default"}),
         ({"arm": "base"}, "it was drawn as 'base', which has no field here: a grid draws it with arm=base", {}),
-        ({"prompt": "a (hat)", "weights": False}, "its brackets were plain text, and are weights here", {}),
+        ({"prompt": "a (hat)", "weights": False}, f"loaded: seed 5, 0 LoRAs, gates sum; {OTHERWISE}", {}),
+        ({"prompt": "a (hat", "weights": False}, OTHERWISE, {}),
+        ({"prompt": "a \\(hat\\)", "weights": False}, OTHERWISE, {}),
+        ({"prompt": "a hat BREAK red", "weights": False}, OTHERWISE, {}),
+        ({"prompt": ", ".join(["a hat"] * 99), "weights": False}, OTHERWISE, {}),
+        ({"prompt": ", ".join(["a hat"] * 99)}, "loaded: seed 5, 0 LoRAs, gates sum; now press Compose", {}),
         ({"prompt": "a hat", "weights": False}, "loaded: seed 5, 0 LoRAs, gates sum; now press Compose", {}),
         ({"guidance": 50.0}, "now press Compose", {}),
+        ({"seed": 2**53}, "loaded: seed 9007199254740992, 0 LoRAs, gates sum; now press Compose", {}),
+        ({"seed": 2**53 + 1}, "gates sum; browsers round seeds above 9007199254740992: draw it with the API or ", {}),
     ],
 )
 def test_a_dropped_recipe_fills_what_it_can_and_the_rest_is_said(functions, tmp_path, about, said, shown):
@@ -171,6 +189,38 @@ def test_a_dropped_recipe_fills_what_it_can_and_the_rest_is_said(functions, tmp_
     assert slider.minimum <= values[at["guidance"]] <= slider.maximum
 
 
+def test_what_a_text_of_another_program_lacks_is_said_once_wherever_it_is_used(loras):
+    from mole_diffusers.app.build import build
+
+    actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"))
+    functions = named(build(actions, Recipe("a fox", steps=2)))
+    path, about = actions.gallery.add(Image.new("RGB", (8, 8)), Recipe("a cat")), PngInfo()
+    about.add_text(infotext.PARAMETERS, "a cat\nSteps: 1, Sampler: Euler, Seed: 1, Size: 64x64, Eta: 2")
+    Image.new("RGB", (8, 8)).save(path, pnginfo=about)
+    for name, given in (("reuse", path.name), ("load", str(path))):
+        *_, status = functions[name][0](given)
+        assert status.replace("\\", "").count("not carried over from the picture's text: Eta 2") == 1, name
+
+
+def test_a_saved_recipe_stays_as_it_was_written(functions):
+    """Others may save one of the same seed meanwhile."""
+    save, event = functions["recipe_file"]
+    values = [component.value for component in event.inputs]
+    first, _ = save(*values)
+    second, _ = save("another", *values[1:])
+    assert Path(first).name == Path(second).name
+    assert [load(path).text for path in (first, second)] == ["a fox in ink", "another"]
+
+
+@pytest.mark.parametrize("image", ["", "0" * 64])
+def test_a_dropped_recipe_is_drawn_over_its_own_picture_or_none(functions, tmp_path, image):
+    Recipe("a hat", image=image, gates="sum").save(tmp_path / "recipe.json")
+    load, event = functions["load"]
+    at = [getattr(each, "elem_id", None) for each in event.outputs].index("over-picture")
+    found = load(str(tmp_path / "recipe.json"))[at]
+    assert is_left(found) if image else found is None
+
+
 @pytest.mark.parametrize(
     ("shows", "axes", "tab"),
     [
@@ -187,7 +237,7 @@ def test_a_grid_that_is_used_again_fills_its_axes_too(loras, shows, axes, tab):
     functions = named(build(actions, Recipe("a fox", steps=2)))
     recipe = Recipe("a hat <lora:hat:1>", steps=2, width=32, height=32, base="tiny")
     path = actions.gallery.add(Image.new("RGB", (8, 8)), recipe, shows)
-    for name, given, after in (("reuse", path.name, 2), ("load", str(path), 1)):
+    for name, given, after in (("reuse", path.name, 3), ("load", str(path), 2)):
         fill, event = functions[name]
         values, fields = fill(given), [getattr(each, "elem_id", None) for each in event.outputs]
         assert len(values) == len(fields)

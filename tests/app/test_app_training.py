@@ -82,6 +82,12 @@ def test_loras_are_bound_as_their_tags_say(studio, tmp_path, recwarn, way):
     assert not [w for w in recwarn if "no trigger" in str(w.message)]
 
 
+@pytest.mark.parametrize("argument", ["te=0.5:unet=1", "lbw=OUTALL", "start=1", "stop=1", "unet=0@0,1@1"])
+def test_strengths_that_gates_are_not_taught_with_are_refused(studio, tmp_path, argument):
+    with pytest.raises(ValueError, match="one LoRA has one strength: take te="):
+        train(studio, Recipe(f"a fox in ink <lora:fox:1:{argument}> <lora:ink:1>"), request(), home=tmp_path)
+
+
 def test_a_painted_region_needs_its_mask(studio, tmp_path):
     painted = Recipe("a beast in ink <lora:fox:1:word=beast:region=painted> <lora:ink:1>")
     with pytest.raises(ValueError, match="the region of 'fox' is painted, but the recipe has no mask"):
@@ -278,6 +284,8 @@ def test_a_suggestion_fills_the_fields_and_says_what_it_took_for_a_style(loras, 
     assert (singles, said) == ("fox=a red beast\nhat=a hat", "")
     _, singles, *_ = plain(event)("ink drawing of a fox <lora:fox:1> <lora:ink:1>", [], "blend")
     assert singles == "fox=drawing of a fox\nink=ink drawing"
+    name, singles, *_ = plain(event)("a fox and a hat <lora:FOX:1> <lora:hat:1>", [], "collage")  # as typed in another case
+    assert (name, singles) == ("fox+hat", "fox=a fox\nhat=a hat")
 
 
 def test_the_page_asks_each_time_what_becomes_of_gates_with_other_settings(loras, tmp_path):

@@ -126,6 +126,8 @@ def test_cells_change_along_both_axes():
     ]
     gates = cells(rows[0][0], parse_axis("gates=sum,other"), parse_axis("seed=1"))[0]
     assert [(c.gates, c.gates_sha256) for c in gates] == [("sum", ""), ("other", "")]
+    samplers = cells(rows[0][0], parse_axis("sampler=default,Euler"), parse_axis("seed=1"))[0]
+    assert [c.sampler for c in samplers] == ["", "Euler"]
     assert (x.labels, y.labels) == (["fox 0", "fox 0.5"], ["base", "gates"])
 
 

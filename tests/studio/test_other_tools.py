@@ -61,6 +61,11 @@ def picture(tmp_path):
             )
             for size in ("1536x2048", "1536x0", "0x2048")  # one side may be left to the other
         ),
+        *(
+            (OLD.replace("Negative prompt: ", begin), {"prompt": OLD.split("\n")[0], "negative": "blurry, ugly"}, "")
+            for begin in ("Negative prompt: ", "Negative prompt:", "  Negative prompt: ")
+        ),
+        (OLD.replace(" on a", " AND a"), {"steps": 20}, "AND between prompts (a word here)"),
         (FLUX, {"sampler": "Euler", "guidance": 3.5, "steps": 20}, "Module 1 ae"),
     ],
 )

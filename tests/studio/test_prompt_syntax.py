@@ -72,6 +72,9 @@ def test_a_tag_says_words_and_a_region():
 def test_names():
     assert parse("<lora:style.v1.5.safetensors:1>").tags[0].name == "style.v1.5"
     assert parse("<lora:a:b:0.5>", known=["a", "a:b"]).tags[0] == LoraTag("a:b", constant(0.5), constant(0.5))
+    spaced = LoraTag("my fox ", constant(0.5), constant(0.5))
+    assert parse(str(spaced), known=["my fox "]).tags == (spaced,)
+    assert parse("<lora: my fox :0.5>", known=["my fox"]).tags[0].name == "my fox"
     assert parse("I <3 foxes > cats").text == "I <3 foxes > cats"
 
 

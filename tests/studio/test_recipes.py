@@ -116,6 +116,20 @@ def test_trained_gates_by_name_and_by_the_files_they_weigh(studio, loras, awake,
         mine.complete(dataclasses.replace(asked, gates="other"))
 
 
+def test_gates_that_are_replaced_before_a_picture_is_drawn_are_not_taken_for_the_old_ones(loras, awake, tmp_path):
+    pipe, folder = tiny_pipeline(), tmp_path / "mine"
+    files = {name: loras[name] for name in ("fox", "ink")}
+    awake(attach(pipe, files, "mole")).save_pretrained(folder)
+    studio = Studio(pipe, Catalog(loras, folder_gates(tmp_path)), "tiny")
+    old = studio.complete(Recipe(PROMPT, steps=1, width=32, height=32, gates="mine"))
+    picture = studio.draw(old)
+    attach(tiny_pipeline(), files, "mole").save_pretrained(folder)
+    assert same(studio.draw(old), picture)  # the old ones are still attached
+    studio.draw(studio.complete(dataclasses.replace(old, gates_sha256="")))
+    with pytest.raises(ValueError, match="'mine' have been replaced since this was asked for: start it again"):
+        studio.draw(old)
+
+
 def test_gates_that_cannot_be_read_stop_no_picture_that_does_not_name_them(loras, awake, tmp_path):
     awake(attach(tiny_pipeline(), {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "mine")
     for name, text in (("broken", "{"), ("newer", '{"format": "mole_diffusers.gates", "version": 99}')):
@@ -166,6 +180,24 @@ def test_locks_of_loras_that_the_prompt_no_longer_has_are_left_out(studio, recip
     assert found.locks == {"a": {"fox": 1.0}, "b": {"fox": 1.0}}
     assert studio.notes(asked, found) == ["weights set by hand for 'hat' are left out: the prompt has no such LoRA"]
     assert studio.notes(found, found) == []
+
+
+def test_what_a_recipe_says_of_a_lora_holds_for_its_file_where_two_names_are_swapped(studio, loras):
+    place = "unet.mid_block.attentions.0.transformer_blocks.0"
+    asked = Recipe("a <lora:fox:1> <lora:ink:1>", steps=2, width=32, height=32, locks={place: {"fox": 3.0, "ink": 0.5}})
+    recipe = studio.complete(asked)
+    other = Studio(tiny_pipeline(), Catalog({"fox": loras["ink"], "ink": loras["fox"]}, {}), "tiny")
+    found = other.complete(recipe)
+    assert found.locks == {place: {"ink": 3.0, "fox": 0.5}}
+    assert same(other.draw(found), studio.draw(recipe))
+    assert other.complete(dataclasses.replace(recipe, arm="alone fox")).arm == "alone ink"
+
+
+def test_a_tag_in_the_negative_prompt_is_words_and_that_is_said(studio, recipe):
+    tagged = dataclasses.replace(recipe, negative="blur <lora:ink:1>")
+    assert studio.complete(tagged).experts == recipe.experts
+    assert studio.notes(tagged, studio.complete(tagged)) == ["the tags of LoRAs in the negative prompt are read as words"]
+    assert studio.notes(recipe, recipe) == []
 
 
 def test_steps_are_told_and_can_end_a_picture(studio, recipe):
@@ -379,6 +411,8 @@ def test_a_painted_region_is_a_mask_beside_the_prompt(loras, tmp_path):
     digest = studio.catalog.expert("renamed").sha256
     moved = studio.complete(dataclasses.replace(recipe, experts={"fox": digest}))
     assert moved.masks == {"renamed": painted.masks["fox"]}
+    typed = dataclasses.replace(painted, prompt="a fox <lora:Renamed:1:region=painted>", masks=moved.masks)
+    assert studio.complete(typed).masks == moved.masks  # the page has the names of here, however they are typed
     for masks in ({}, {"fox": "png:AAAA"}, {"fox": "x"}, {"ink": painted.masks["fox"]}):
         with pytest.raises(ValueError, match="mask"):
             dataclasses.replace(recipe, masks=masks).tag_bindings()
