@@ -376,8 +376,8 @@ class Mixture:
 
         Args:
             prompt: what to draw while the gates are averaged over steps, rows and tokens. Gates that depend on nothing
-                ("sum", "mean", "static") need no prompt. "prompt" gates need one, but they only read it, and nothing is
-                drawn.
+                ("sum", "mean", "factors", and "static" with 1 bin) need no prompt. "prompt" gates need one, but they only
+                read it, and nothing is drawn.
             **call: how to draw it, as arguments of the pipeline; 10 steps from seed 0 by default.
 
         Raises:

@@ -31,7 +31,7 @@ def hardened(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
 
 
 class Strongest:
-    """Keep the `count` gates of each row (or token) that are largest in size. The others get weight 0.
+    """Keep the `count` weights of each row (or token) that are largest in size. The others become 0.
 
     Those that stay are scaled, so that their sizes sum to what the sizes of all did.
     """

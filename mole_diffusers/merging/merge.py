@@ -47,8 +47,9 @@ def merge(
         method: "sum", "mean", "svd" (the sum, at the rank of the largest expert), "ties", "dare" (both on delta W),
             "knots" (KnOTS-TIES), "lego" (LoRA-LEGO), "np" (NP-LoRA). The following use the experts' own activations:
             "ssr" (SSR-Merge), "regmean", "iteris" and "scalars" (the best weight per expert and layer).
-        rank: highest rank of the result's layers. By default, ranks add up and nothing is lost, except for "svd", and
-            for "ties" and "dare", whose results have full rank: these keep 99 % of each layer's energy.
+        rank: highest rank of the result's layers. By default, ranks add up and nothing is lost, except for "svd", for
+            "lego", which keeps as many clusters as the largest rank, and for "ties" and "dare", whose results have full
+            rank: these keep 99 % of each layer's energy.
         protect: experts that NP-LoRA leaves unchanged, such as a style; by default the last.
         activations: runs the experts for the last four methods.
         name: of the result.
