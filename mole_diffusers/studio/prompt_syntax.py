@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from mole_diffusers.binding.config import parse_phrases, parse_region
@@ -28,7 +29,8 @@ class Curve:
 
     def __call__(self, step: int, steps: int) -> float:
         """The value at `step` of a run of `steps`."""
-        knots = [(p * (steps - 1) if p <= 1 else p, value) for p, value in self.points]
+        # Fractions and steps, mixed, may be in order in one run and not in another.
+        knots = sorted(((p * (steps - 1) if p <= 1 else p, value) for p, value in self.points), key=itemgetter(0))
         for (before, low), (after, high) in zip(knots, knots[1:], strict=False):
             if before <= step < after:
                 return low + (high - low) * (step - before) / (after - before)

@@ -38,6 +38,7 @@ def test_a_tag_leaves_the_text_and_says_a_strength():
         ("<lora:x:0@0,1@1>", [0] * 5, [0, 0.25, 0.5, 0.75, 1]),
         ("<lora:x:1:unet=0~0.5;1~1>", [1] * 5, [0, 0, 0, 0.5, 1]),
         ("<lora:x:1:unet=1@0,0@2>", [1] * 5, [1, 0.5, 0, 0, 0]),  # a point over 1 is a step
+        ("<lora:x:1:unet=1@1,0@2>", [1] * 5, [0, 0, 0, 0.5, 1]),  # the last step comes after step 2
         ("<lora:x:1@1>", [1] * 5, [1] * 5),  # one point holds everywhere
     ],
 )
