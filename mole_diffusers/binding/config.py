@@ -13,7 +13,7 @@ from PIL import Image
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region, region_picture
 from mole_diffusers.binding.words import Thing
 from mole_diffusers.lora import Expert
-from mole_diffusers.lora.metadata import training_tags
+from mole_diffusers.lora.metadata import as_read, training_tags
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # file endings of masks
 MASK, MOST_PIXELS = "png:", 16 << 20
@@ -57,9 +57,12 @@ def with_region(bound: Sequence[Bound]) -> list[int]:
 
 
 def from_file(expert: Expert) -> Bound:
-    """The words that an expert's file gives: its trigger words, otherwise its most frequent training tags."""
+    """The words that an expert's file gives: its trigger words, otherwise its most frequent training tags.
+
+    They count as the file writes them, and without A1111's weights and backslashes.
+    """
     guessed = bool(expert.triggers) and expert.triggers == training_tags(expert.metadata)[:3]
-    return Bound(expert.triggers, required=not guessed)
+    return Bound(as_read(expert.triggers), required=not guessed)
 
 
 def files_bindings(experts: Mapping[str, Expert]) -> dict[str, Bound]:

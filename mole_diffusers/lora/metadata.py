@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from mole_diffusers.lora.safe_files import RefusedFileError, parse_json, read_js
 
 PEFT_METADATA = "lora_adapter_metadata"  # header key under which diffusers writes the LoraConfig of each component
 MOST_TRIGGERS = 64  # in a trigger phrase, each at most 200 characters: every prompt is searched for all of them
+TAG = re.compile(r"<\w+:[^<>]*>")  # such as <lora:fox:0.8>, which is no word of the prompt
+# What A1111 does not read as words: brackets and the weights in them, and a backslash before a bracket that is a word's.
+MARK = re.compile(r"\\([()\[\]\\])|:\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*(?=\))|[()\[\]]")
 MODULE = re.compile(r"\^?[\w.-]+")  # patterns for names may only be this; regular expressions from a file are never run
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SUMMARY = {  # field of a summary -> the header keys it is taken from; the first one present counts
@@ -43,11 +46,17 @@ def summarize(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def triggers(metadata: Mapping[str, str], note: Mapping[str, Any]) -> tuple[str, ...]:
     """Trigger words: the note's, else ModelSpec's trigger phrase, else kohya's three most frequent training tags."""
-    for phrase in (note.get("activation text"), metadata.get("modelspec.trigger_phrase")):
-        if isinstance(phrase, str) and phrase.strip():
+    for text in (note.get("activation text"), metadata.get("modelspec.trigger_phrase")):
+        if isinstance(text, str) and (phrase := TAG.sub("", text)).strip():
             words = (word.strip()[:200] for word in phrase.split(",", MOST_TRIGGERS)[:MOST_TRIGGERS])
             return tuple(word for word in words if word)
     return training_tags(metadata)[:3]
+
+
+def as_read(phrases: Sequence[str]) -> tuple[str, ...]:
+    """Phrases as they are written, and then as a prompt with weights is read: "(miku:1.2)" is "miku" there."""
+    plain = (MARK.sub(lambda mark: mark[1] or "", phrase).strip() for phrase in phrases)
+    return tuple(dict.fromkeys((*phrases, *(phrase for phrase in plain if re.search(r"\w", phrase)))))
 
 
 def training_tags(metadata: Mapping[str, str]) -> tuple[str, ...]:

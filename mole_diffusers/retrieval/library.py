@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.families import FAMILIES
+from mole_diffusers.lora.metadata import as_read
 from mole_diffusers.retrieval import store
 from mole_diffusers.retrieval.encoders import Encoder
 from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, read_entry, stamps
@@ -68,7 +69,7 @@ class LoraLibrary:
         self.entries, self.embeddings, self.skipped = index.entries, index.embeddings, index.skipped
         self._rows = {entry.name: row for row, entry in enumerate(self.entries)}
         self._trigger_rows: dict[Words, list[int]] = {}  # a trigger's words -> rows of the LoRAs that have it
-        called = [(trigger, row) for row, entry in enumerate(self.entries) for trigger in entry.triggers]
+        called = [(trigger, row) for row, entry in enumerate(self.entries) for trigger in as_read(entry.triggers)]
         called += [(name, row) for row, entry in enumerate(self.entries) for name in (names or {}).get(entry.file, ())]
         for trigger, row in called:
             if (words := tokenize(trigger)) and row not in (rows := self._trigger_rows.setdefault(words, [])):
@@ -174,7 +175,7 @@ class LoraLibrary:
 
     def file_triggers(self, name: str) -> set[str]:
         """The trigger words in a LoRA's file, in the form that `RetrievedLora` uses."""
-        return {" ".join(tokenize(trigger)) for trigger in self.entries[self._rows[name]].triggers}
+        return {" ".join(tokenize(trigger)) for trigger in as_read(self.entries[self._rows[name]].triggers)}
 
     def expert(self, name: str) -> Expert:
         """Read a LoRA of the library; ValueError if the name is unknown or the file has changed since it was indexed."""

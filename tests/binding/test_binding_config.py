@@ -9,6 +9,7 @@ from PIL import Image
 from mole_diffusers.binding.config import Bound, bindings, bound, files_bindings, from_json, parse_binding, to_json
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.lora import Expert
+from mole_diffusers.studio.weight_syntax import plain_text
 
 
 def expert(name, triggers=(), **metadata):
@@ -25,6 +26,16 @@ def test_words_are_those_of_the_file_unless_others_are_given():
     assert bound((None, "left"), "fox", fox) == Bound(("sks fox",), "left")
     assert bound(("the fox", (0, 0, 0.5, 1)), "fox", fox) == Bound(("fox",), (0.0, 0.0, 0.5, 1.0))
     assert bound("everywhere", "fox", fox) == Bound((), "everywhere")
+
+
+@pytest.mark.parametrize("phrase", [r"miku \(vocaloid\)", "(miku:1.2)", "( a (red : .5) fox:+1. )", r"\\o/"])
+def test_words_count_as_the_file_writes_them_and_as_prompts_are_read(phrase):
+    assert files_bindings({"miku": expert("miku", (phrase,))})["miku"].words == (phrase, plain_text(phrase))
+
+
+def test_what_a_comma_cuts_apart_and_a_face_keep_their_words():
+    words = files_bindings({"miku": expert("miku", ("(miku", "vocaloid:1.2)", ":)", "3:1"))})["miku"].words
+    assert words == ("(miku", "vocaloid:1.2)", ":)", "3:1", "miku", "vocaloid")
 
 
 def test_words_guessed_from_training_tags_do_not_silence():

@@ -440,5 +440,9 @@ def test_what_the_header_and_the_note_beside_say(read, tmp_path):
     assert expert.metadata == header
     (tmp_path / "x.json").write_text(json.dumps({"activation text": "fox, red", "notes": ""}))
     assert read(tensors, header).triggers == ("fox", "red")
+    (tmp_path / "x.json").write_text(json.dumps({"activation text": r"<lora:x:0@0,1@1> miku \(vocaloid\), <sks>"}))
+    assert read(tensors, header).triggers == (r"miku \(vocaloid\)", "<sks>")
+    (tmp_path / "x.json").write_text(json.dumps({"activation text": "<lora:x:1>"}))
+    assert read(tensors, header).triggers == ("zwx fox",)
     (tmp_path / "x.json").write_text("[broken")
     assert read(tensors, header).triggers == ("zwx fox",)

@@ -147,6 +147,13 @@ def test_only_loras_of_the_pipelines_family():
     assert names(indexed.retrieve("a fox, ink drawing, owl", base="SD 1.x")) == ["ink", "owl"]
 
 
+def test_a_trigger_calls_as_its_file_writes_it_and_without_weights():
+    indexed = library(SAMPLES, {"owl": [r"miku \(vocaloid\)", "(rin:1.2)"]})
+    for prompt in (r"a miku \(vocaloid\)", "a miku (vocaloid)", "a (rin:1.2)", "a rin"):
+        (found,) = indexed.retrieve(prompt, k=1)
+        assert found.trigger in indexed.file_triggers("owl")
+
+
 def test_recall_at_one_on_held_out_prompts():
     indexed = library(SAMPLES)
     prompts = {"fox": "photo of a fox in the desert", "ink": "ink drawing of a teapot", "owl": "statue of an owl"}
