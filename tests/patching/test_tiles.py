@@ -357,6 +357,20 @@ def test_the_last_step_joins_the_tiles_however_few_there_are(pipe, experts, step
     assert widths == [8] * 2 * early + [16] * (steps - early)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("HeunDiscrete", 2), *thorough(("HeunDiscrete", 3), ("PNDM", 2), ("KDPM2Discrete", 2))]
+)
+def test_the_last_step_joins_the_tiles_of_samplers_that_repeat_a_timestep(pipe, experts, sampler, steps):
+    pipe.scheduler = getattr(diffusers, f"{sampler}Scheduler").from_config(pipe.scheduler.config, skip_prk_steps=True)
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    widths = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[-1]))
+    with tiled(pipe):
+        latent(pipe, steps=steps)
+    assert widths[:2] == [8, 8]
+    assert widths[-1] == 16
+
+
 def test_where_there_is_no_room_a_step_is_one_call(pipe, experts):
     """What is recorded by steps is as without tiles, and gates are evaluated as often."""
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")}, "mole")
