@@ -146,7 +146,8 @@ def encoder(pipe: Any, tiling: Tiling, call: Mapping[str, Any]) -> Encode:
     """The function that encodes parts of a call's prompt."""
     if tiling.encode is not None and _gives_states(tiling, call):
         return tiling.encode
-    options = {} if (skip := call.get("clip_skip")) is None else {"clip_skip": skip}
+    given = {"clip_skip": call.get("clip_skip"), "lora_scale": (call.get("cross_attention_kwargs") or {}).get("scale")}
+    options = {name: value for name, value in given.items() if value is not None}
 
     def encode(prompt: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
         device: Any = pipe._execution_device

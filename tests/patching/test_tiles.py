@@ -371,6 +371,19 @@ def test_the_last_step_joins_the_tiles_of_samplers_that_repeat_a_timestep(pipe, 
     assert widths[-1] == 16
 
 
+@pytest.mark.parametrize("family", ["sd", *thorough("sdxl")])
+def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_path, family):
+    pipe = sdxl() if family == "sdxl" else pipe
+    files = {name: tiny_lora(pipe, tmp_path / name, seed=seed) for seed, name in enumerate(("fox", "hat"))}
+    mixture = mole.attach(pipe, {name: replace(read_expert(path), triggers=(name,)) for name, path in files.items()})
+    assert "text_encoder" in mixture.banks
+    with mixture.tiled(1.0):
+        scaled = latent(pipe, cross_attention_kwargs={"scale": 0.5})
+        with mixture.strengths({"fox": 0.5, "hat": 0.5}):
+            wanted = latent(pipe)
+    torch.testing.assert_close(scaled, wanted, rtol=0, atol=1e-5)
+
+
 def test_where_there_is_no_room_a_step_is_one_call(pipe, experts):
     """What is recorded by steps is as without tiles, and gates are evaluated as often."""
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")}, "mole")
