@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from mole_diffusers.binding.sentence import Sentence, Span, parse
 
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()} | {" ": ord(" ")}
 ThingKey = tuple[tuple[int, ...], str, int]  # experts, or the noun, and how many of the same come before
 
 
@@ -181,11 +184,17 @@ def keys(things: Sequence[Thing]) -> list[ThingKey]:
 def _as_text(token: str, added: Collection[str]) -> str:
     """The text of a token. CLIP marks the end of a word, T5 and byte-level tokenizers its beginning.
 
-    Added tokens, such as those of a textual inversion, are words without a mark.
+    Added tokens, such as those of a textual inversion, are words without a mark. CLIP and others write "ñ" as its
+    bytes, "Ã±".
     """
     if token in added:
         return f" {token} "
-    return token.replace("</w>", " ").replace("▁", " ").replace("Ġ", " ")
+    text = token.replace("</w>", " ").replace("▁", " ").replace("Ġ", " ")
+    try:
+        decoded = bytes(BYTES[letter] for letter in text).decode()
+    except (KeyError, UnicodeDecodeError):  # T5's "ñ", or a part of a letter
+        return text
+    return decoded if decoded.strip().isalpha() else text
 
 
 def _surface(phrase: str, tokenizer: Any, added: Collection[str]) -> str:

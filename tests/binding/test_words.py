@@ -3,6 +3,7 @@
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mole_diffusers.binding.parts import prompts_apart
 from mole_diffusers.binding.words import joined, keys, overlaid, read
@@ -41,6 +42,25 @@ def test_words_are_found_whole_in_any_case_and_in_the_plural(clip):
     assert things == [(0, "foxes"), (1, "octopus")]
     assert found(clip, "a firefox and a boxfox", ["fox"])[0] == [[]]
     assert found(clip, "two cherries", ["cherry"])[0] != [[]]
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """CLIP's own alphabet: every byte of UTF-8 is a letter, and letters of two bytes are tokens."""
+    letters = list(bytes_to_unicode().values())
+    merges = [("Ã", "±"), ("Ã", "©</w>"), ("Å", "Ĥ"), ("Ð", "»")]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges)
+
+
+@pytest.mark.parametrize("noun", ["piñata", "Café", "łoś", "狐"])
+def test_a_noun_is_the_same_in_bytes(byte_level, noun):
+    prompt = f"a fox and a {noun}"
+    ids = byte_level(prompt).input_ids
+    things = read(ids, byte_level, [["fox"]]).things
+    assert byte_level.decode([i for i, mine in zip(ids, things[1].tokens, strict=True) if mine]).strip() == noun.lower()
+    if noun in ("piñata", "Café"):  # no token is a part of a letter
+        assert keys(things) == keys(prompts_apart(prompt, [["fox"]]).reading.things)
 
 
 @pytest.mark.parametrize(
