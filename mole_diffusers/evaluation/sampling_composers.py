@@ -94,11 +94,14 @@ def texts_apart(pipe: Any, readers: Sequence[Callable[..., Any]], run: Run) -> I
     """Call `run(unet, texts, args, kwargs)` instead of the UNet, with a text for each of `readers`.
 
     A reader is called like the text encoder. The states of all go through the pipeline concatenated along the channels,
-    [B, T, N * C]. Raises ValueError for a pipeline with several text encoders or without a UNet.
+    [B, T, N * C]. Raises ValueError for a pipeline with several text encoders or without a UNet. So does a call with
+    `clip_skip`, whose states go through a norm of C channels.
     """
     check_encodes_by_expert(pipe)
 
     def encode(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("output_hidden_states"):
+            raise ValueError("this composer takes no clip_skip: draw inside studio.clip_skip.clip_skip(pipe, clip_skip + 1)")
         found = [read(*args, **kwargs) for read in readers]
         found[0].last_hidden_state = torch.cat([out.last_hidden_state for out in found], -1)
         return found[0]

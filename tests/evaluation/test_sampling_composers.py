@@ -10,14 +10,15 @@ import mole_diffusers as mole
 from mole_diffusers.evaluation import sampling_composers
 from mole_diffusers.merging.factors import Pair
 from mole_diffusers.merging.layers import layers_of
+from mole_diffusers.studio.clip_skip import clip_skip
 from mole_diffusers.testing import tiny_lora
 
 LATENT = {"output_type": "latent", "guidance_scale": 3.0}
 
 
-def latent(pipe, steps=1):
+def latent(pipe, steps=1, **options):
     generator = torch.Generator().manual_seed(0)
-    return pipe("a fox", generator=generator, num_inference_steps=steps, **LATENT).images
+    return pipe("a fox", generator=generator, num_inference_steps=steps, **LATENT | options).images
 
 
 def alone(pipe, path, steps=1):
@@ -41,6 +42,17 @@ def test_switch_of_one_expert_is_that_lora(pipe, loras, period):
     fox = alone(pipe, loras["fox"], steps=3)
     with sampling_composers.switched(pipe, mole.attach(pipe, {"fox": loras["fox"]}), period=period):
         assert torch.equal(latent(pipe, steps=3), fox)
+
+
+def test_layers_of_the_text_encoder_are_skipped_around_a_composer(pipe, loras):
+    mixture = mole.attach(pipe, {"fox": loras["fox"]})
+    wanted = latent(pipe, clip_skip=1, guidance_scale=1.0)
+    with clip_skip(pipe, 1 + 1), sampling_composers.switched(pipe, mixture):
+        assert torch.equal(latent(pipe, guidance_scale=1.0), wanted)
+    assert not torch.equal(latent(pipe, guidance_scale=1.0), wanted)
+    mixture = mole.attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]})
+    with sampling_composers.switched(pipe, mixture), pytest.raises(ValueError, match="takes no clip_skip: draw inside"):
+        latent(pipe, clip_skip=1)
 
 
 def test_composite_is_the_mean_of_the_predictions(pipe, loras):
