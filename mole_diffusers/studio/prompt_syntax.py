@@ -10,6 +10,7 @@ from typing import Any
 
 from mole_diffusers.binding.config import parse_phrases, parse_region
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, checked_region
+from mole_diffusers.mixture import MAX_STRENGTH
 
 TAG = re.compile(r"<(\w+):([^<>]*)>")
 MAX_PROMPT = 5000  # characters
@@ -184,11 +185,13 @@ def _curve(text: str, where: str) -> Curve:
 
 
 def number(text: str, where: str) -> float:
-    """Parse a number. Raises ValueError if it is not a finite one."""
+    """Parse a number. Raises ValueError if it is not one, or larger than a strength may be."""
     try:
         value = float(text)
     except ValueError:
         raise ValueError(f"{where}: {text!r} is not a number") from None
     if not abs(value) < float("inf"):
         raise ValueError(f"{where}: {text!r} is not a finite number")
+    if abs(value) > MAX_STRENGTH:
+        raise ValueError(f"{where}: {text!r} is not in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}")
     return value

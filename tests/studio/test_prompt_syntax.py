@@ -85,6 +85,8 @@ def test_names():
         ("<hypernet:x:1>", "the only tag is <lora:NAME:STRENGTH>"),
         ("<lora:x:big>", "'big' is not a number"),
         ("<lora:x:nan>", "'nan' is not a finite number"),
+        ("<lora:x:-1e7>", "<lora:x:-1e7>: '-1e7' is not in -1e+06..1e+06"),
+        ("<lora:x:1:unet=0@0,1e39@1>", "'1e39' is not in -1e+06..1e+06"),
         ("<lora:x:1:1:IN02>", "'IN02' is one number too many; other arguments are named: te, unet, lbw"),
         ("<lora:x:1:hr=1>", "unknown argument 'hr'; known: te"),
         ("<lora:x:1:step=3>", "is not FIRST-LAST"),
