@@ -48,7 +48,7 @@ def region_mask(region: Region, height: int, width: int) -> torch.Tensor:
 
 
 def region_picture(mask: Image.Image) -> Image.Image:
-    """A mask picture in plain grey."""
+    """A mask picture in plain grey of 8 bits. Transparent pixels are black."""
     return Image.fromarray((_white(mask) * 255).round().astype(np.uint8))
 
 

@@ -22,6 +22,7 @@ def as_code(recipe: Recipe) -> str:
     if recipe.image or recipe.hires > 1:
         lines += [
             *(["from PIL import Image"] if recipe.image else []),
+            *(["from mole_diffusers.binding.regions import region_picture"] if recipe.mask else []),
             "from mole_diffusers.studio.picture_passes import "
             "drawable, drawing_over, fitted, on_white, size_arguments, steps_drawn",
             "",
@@ -29,7 +30,7 @@ def as_code(recipe: Recipe) -> str:
     if recipe.image:
         over = ["image=start", *(["mask_image=mask"] if recipe.mask else [])]
         lines.append(f'start = fitted(on_white(Image.open("image.png")), {size})')
-        lines += [f'mask = fitted(Image.open("mask.png").convert("L"), {size})'] if recipe.mask else []
+        lines += [f'mask = fitted(region_picture(Image.open("mask.png")), {size})'] if recipe.mask else []
         lines += _drawing_over(recipe, size, over, recipe.strength, masked=bool(recipe.mask))
         lines += ["image = Image.composite(image, start, mask)"] if recipe.mask else []
     else:

@@ -13,6 +13,8 @@ from typing import Any
 import diffusers
 from PIL import Image, ImageOps
 
+from mole_diffusers.binding.regions import region_picture
+
 LONGEST = 2048  # pixels; larger pictures are made smaller before they are drawn over, see `own_size`
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]  # of pictures to draw over
 
@@ -87,6 +89,8 @@ def size_arguments(pipe: Any, width: int, height: int) -> dict[str, int]:
 
 def on_white(image: Image.Image) -> Image.Image:
     """The picture in RGB, with white where it is transparent."""
+    if image.mode.startswith("I;16"):  # Pillow's `convert` takes all from 255 on for white
+        image = region_picture(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mole_diffusers.binding.config import bindings, files_bindings
+from mole_diffusers.binding.regions import checked_region, region_picture
 from mole_diffusers.lora import check_family
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
@@ -238,7 +239,7 @@ class Studio:
             if image is not None:
                 over = {"strength": recipe.strength, "image": picture_passes.fitted(picture_passes.on_white(image), *size)}
             if mask is not None:
-                over["mask_image"] = picture_passes.fitted(mask.convert("L"), *size)
+                over["mask_image"] = picture_passes.fitted(region_picture(mask), *size)
             drawn = self._pass(recipe, size, over, on_step, inside)
             if mask is not None:  # the VAE changes the rest a little
                 drawn = Image.composite(drawn, over["image"], over["mask_image"])
@@ -355,7 +356,7 @@ def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.
     An open size becomes the picture's. Without pictures the recipe is unchanged. A recipe that already names its pictures
     keeps their hashes, and `Studio.draw` refuses others.
 
-    Raises ValueError for a mask without a picture or of another size.
+    Raises ValueError for a mask without a picture, of another size, or of a mode in which no number is white.
     """
     if image is not None and mask is not None and image.size != mask.size:
         sizes = [f"{width} x {height}" for width, height in (mask.size, image.size)]
@@ -372,7 +373,10 @@ def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.
 def _hashes(image: Image.Image | None, mask: Image.Image | None) -> tuple[str, str]:
     """The hashes of a recipe's pictures, "" for none. They are of the pixels that are drawn over, not of the files."""
     first = "" if image is None else picture_passes.pixels_hash(picture_passes.on_white(image))
-    return first, "" if mask is None else picture_passes.pixels_hash(mask.convert("L"))
+    if mask is None:
+        return first, ""
+    checked_region(mask, "mask")
+    return first, picture_passes.pixels_hash(region_picture(mask))
 
 
 def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> None:

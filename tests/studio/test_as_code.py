@@ -52,7 +52,8 @@ def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch)
         pytest.importorskip("torchsde")
     monkeypatch.chdir(folder)
     Image.effect_noise((40, 32), 90).convert("RGB").save("image.png")
-    Image.linear_gradient("L").resize((40, 32)).save("mask.png")
+    mask = np.asarray(Image.linear_gradient("L").resize((40, 32))).astype(np.uint16)
+    Image.fromarray(257 * mask).save("mask.png")  # of 16 bits
     pictures = {name: Image.open(changes[name]) for name in ("image", "mask") if name in changes}
     studio = Studio(DiffusionPipeline.from_pretrained("base"), Catalog(loras, {}), "base")
     recipe = dataclasses.replace(RECIPE, **{name: value for name, value in changes.items() if name not in pictures})

@@ -18,7 +18,7 @@ from mole_diffusers import attach, attached, detach, read_expert
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import Catalog, family_of_file, folder_loras, preview, tensors_hash
 from mole_diffusers.studio.memory import Memory, place
-from mole_diffusers.studio.picture_passes import drawing_over, steps_drawn
+from mole_diffusers.studio.picture_passes import drawing_over, on_white, pixels_hash, steps_drawn
 from mole_diffusers.studio.prompt_weights import call_arguments
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
@@ -42,6 +42,10 @@ def photo():
 
 def array(image):
     return np.asarray(image, int)
+
+
+def of_16_bits(grey):
+    return Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
 
 
 def far(a, b):
@@ -319,6 +323,28 @@ def test_binding_knows_which_text_is_the_negative_one_where_a_picture_is_drawn_o
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(7)}
     assert far(drawn, pipe("a fox in ink", negative_prompt="ink", image=photo, strength=0.5, **given).images[0]) == 0
     detach(pipe)
+
+
+def test_a_mask_is_read_as_a_region_whatever_its_mode(studio, photo):
+    grey = Image.linear_gradient("L").resize(photo.size)
+    deep = of_16_bits(grey)
+    clear = Image.new("LA", photo.size, 255)
+    clear.putalpha(grey)
+    wanted = with_pictures(RECIPE, photo, grey)
+    assert wanted.mask == pixels_hash(grey)
+    for mask in (deep, clear, clear.convert("RGBA")):
+        assert with_pictures(RECIPE, photo, mask) == wanted
+    with pytest.raises(ValueError, match="'mask' is a picture of mode 'F'; make it one of mode 'L'"):
+        with_pictures(RECIPE, photo, grey.convert("F"))
+    recipe = studio.complete(dataclasses.replace(wanted, width=48, strength=0.5))
+    assert far(*(studio.draw(recipe, image=photo, mask=mask) for mask in (deep, grey))) == 0
+
+
+def test_a_picture_of_16_bits_is_drawn_over_as_one_of_8(photo):
+    grey = photo.convert("L")
+    deep = of_16_bits(grey)
+    assert deep.mode == "I;16"
+    assert np.array_equal(array(on_white(deep)), array(grey.convert("RGB")))
 
 
 def test_the_part_outside_a_mask_stays(studio, photo):
