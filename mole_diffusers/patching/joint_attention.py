@@ -31,13 +31,13 @@ def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     found = [getattr(model.get_submodule(block), joint, None) for block in blocks(model)]
     layers = [layer for layer in found if isinstance(layer, nn.Module)]
     if layers:
-        run_uncompiled(model, list(model.modules()), runtime, lambda m: m.wants_maps or _has_regions(m), undo)
+        run_uncompiled(model, list(model.modules()), runtime, lambda m: m.wants_maps or _closes(m), undo)
     for i, layer in enumerate(layers):
         _Hooks(runtime, layer, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4)).install(undo)
 
 
-def _has_regions(masks: TokenMasks) -> bool:
-    return masks.text is not None and masks.text.image is not None
+def _closes(masks: TokenMasks) -> bool:
+    return masks.closes and masks.text is not None and masks.text.image is not None
 
 
 class _Hooks:
@@ -57,11 +57,7 @@ class _Hooks:
     def _before(self, *_: object) -> None:
         masks, stack = self.runtime.masks, ExitStack()
         self._running.append(stack)
-        if (
-            masks is None
-            or torch.compiler.is_compiling()
-            or not (_has_regions(masks) or (self.reads_maps and masks.wants_maps))
-        ):
+        if masks is None or torch.compiler.is_compiling() or not (_closes(masks) or (self.reads_maps and masks.wants_maps)):
             return
         processor = self.layer.processor
         if (backend := getattr(processor, "_attention_backend", None)) is not None:
@@ -93,7 +89,7 @@ class _Watched(TorchFunctionMode):
         if bound is not None and words and query.shape[2] == key.shape[2] > words:
             if self.reads_maps and self.masks.wants_maps:
                 self._read(bound, query[:, :, picture], key[:, :, text])
-            bias = bound.joint_bias(query.shape[2], len(query), picture, text)
+            bias = bound.joint_bias(query.shape[2], len(query), picture, text) if self.masks.closes else None
             if bias is not None:
                 before = given.get("attn_mask")
                 given["attn_mask"] = bias.to(query.dtype) if before is None else bias.to(query.dtype) + before

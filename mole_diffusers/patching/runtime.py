@@ -187,6 +187,8 @@ class Runtime:
         """Update what gates read."""
         self.changes += 1
         self.masks = self.binding if self.fixed is None else None
+        if self.binding is not None:
+            self.binding.closes = any(self.acting)
         for present, device in self._active:
             self._active[present, device] = self.compute_active(present, self.strength, device)
 

@@ -55,6 +55,7 @@ class TokenMasks:
     ):
         self.bound, self.tokenizers, self.tokens, self._changed = dict(bound), dict(tokenizers), tokens, changed
         self._watchers = watchers
+        self.closes = True  # whether words are closed outside their regions: while no expert acts, the model draws as itself
         self.has_words = any(b.words for b in bound.values())  # if not, no text need be read
         self.silent: Silent = (False,) * len(bound)  # experts whose words are not in the current text
         self.row_silent: torch.Tensor | None = None  # [B, N], if rows differ

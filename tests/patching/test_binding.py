@@ -116,6 +116,20 @@ def test_tags_are_told_of_until_those_that_are_things_are_joined(attach, pipe):
 # ---- words
 
 
+def test_without_an_expert_the_base_is_drawn_and_its_attention_read(attach, pipe, draw):
+    base = draw(pipe, PROMPT, num_inference_steps=4)
+    mixture = attach(WORDS)
+    bound = draw(pipe, PROMPT, num_inference_steps=4)
+    for off in (mixture.only(), mixture.strengths(dict.fromkeys(mixture.experts, 0))):
+        with off, mixture.trace(maps=True) as trace:
+            assert torch.equal(draw(pipe, PROMPT, num_inference_steps=4), base)
+        assert [*trace.maps] == [0, 1, 2, 3]
+    assert torch.equal(draw(pipe, PROMPT, num_inference_steps=4), bound)
+    with mixture.only("hat"):  # the others' words stay closed
+        beside = draw(pipe, PROMPT)
+    assert not torch.equal(beside, draw(attach({"hat": "everywhere"}, names=["hat"])._pipe, PROMPT))
+
+
 @pytest.mark.parametrize("gates", ["mole", *thorough("sum", "flow", "prompt", "rank", "retrieval", "static", "factors")])
 def test_an_absent_word_is_strength_0(attach, pipe, draw, awake, gates):
     mixture = awake(attach({"fox": "fox", "ink": "cat", "hat": "everywhere"}, gates))
@@ -858,6 +872,9 @@ def test_a_layout_is_planned_on_any_host(other):
     mole.attach(other.pipe, other.files, binding={"fox": "cat", "ink": "dog"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        torch.testing.assert_close(draw_other(other, steps=3), base, atol=1e-5, rtol=0)
+    mixture, _ = bound_pictures(other, {"fox": "fox", "ink": "owl"}, steps=1)
+    with mixture.only():
         torch.testing.assert_close(draw_other(other, steps=3), base, atol=1e-5, rtol=0)
 
 
