@@ -44,7 +44,8 @@ from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
 from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_of
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
-from mole_diffusers.patching.tiles import UNTIL, Encode, Tiling, tiles_for
+from mole_diffusers.patching.things import UNTIL, Encode, Tiling
+from mole_diffusers.patching.tiles import tiles_for
 from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.trace import Trace
 from mole_diffusers.patching.undo import Undo

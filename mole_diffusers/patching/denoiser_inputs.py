@@ -20,6 +20,8 @@ UP_TO_1 = {  # transformers whose pipelines pass a timestep in 0..1
         "QwenImage21",
     )
 }  # fmt: skip
+# What ControlNets and T2I-Adapters give a UNet, in the size of the whole picture.
+OF_WHOLE_SIZE = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
 Groups = tuple[bool, ...]  # for each group of a text's rows, all of one size: whether its rows are the prompts
 
 

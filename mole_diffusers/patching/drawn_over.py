@@ -15,9 +15,9 @@ import torch
 
 from mole_diffusers.binding.config import Bound, given_region
 from mole_diffusers.functional import onto
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
+from mole_diffusers.patching.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs
 from mole_diffusers.patching.picture_layout import UNDECIDED, planned_regions
-from mole_diffusers.patching.tiles import OF_WHOLE_SIZE, By, Encode, Settle, Things, Tiling, encoder, obstacle, things_of
+from mole_diffusers.patching.things import By, Encode, Settle, Things, Tiling, encoder, obstacle, things_of
 from mole_diffusers.patching.undo import Undo
 
 LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places

@@ -13,7 +13,7 @@ import torch
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.patching.prompt_tokens import PromptTokens
-from mole_diffusers.patching.tiles import Tiling
+from mole_diffusers.patching.things import Tiling
 from mole_diffusers.patching.token_masks import TokenMasks, Watcher
 
 if TYPE_CHECKING:
