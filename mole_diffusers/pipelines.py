@@ -15,7 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -40,9 +40,11 @@ from huggingface_hub.errors import (
 from mole_diffusers.binding.config import Bound, from_json, to_json
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.lora import Expert, read_expert
+from mole_diffusers.lora.metadata import PEFT_CONFIG, PEFT_FILE
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import copy_missing, new_folder, whole_folder
 from mole_diffusers.lora.writing import save_atomically, save_expert
+from mole_diffusers.merging.layers import weights_by_key
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach, lock_of_pipeline
 from mole_diffusers.patching.adapter_weights import AdapterWeights
 from mole_diffusers.patching.denoiser_inputs import hosts
@@ -473,11 +475,15 @@ def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any
         return folder / name
     try:
         try:
-            return Path(hf_hub_download(str(source), name, **hub))
+            file = Path(hf_hub_download(str(source), name, **hub))
         except RemoteEntryNotFoundError:
             if weight_name is not None:
                 raise
-            return Path(hf_hub_download(str(source), _only_file(str(source), **hub), **hub))
+            file = Path(hf_hub_download(str(source), _only_file(str(source), **hub), **hub))
+        if file.name == PEFT_FILE:
+            with suppress(RemoteEntryNotFoundError):
+                hf_hub_download(str(source), PEFT_CONFIG, **hub)  # next to it, where `read_expert` finds it
+        return file
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"{source} is no file, no folder and no hub repository that can be reached") from error
 
@@ -508,8 +514,9 @@ def _kept(source: str, **hub: Any) -> Path | None:
 def keep(mixture: Mixture, folder: str | Path) -> None:
     """Write what `attach_kept` reads: mixture.json, experts/ and gates/. Everything else in `folder` is removed.
 
-    An expert's file is copied unchanged. An expert that is only in memory, or changed since its file was read, is
-    written in fp32. What holds only inside a `with` block of the mixture is not written.
+    An expert's file is copied unchanged if the copy alone is that expert. If not, it is written in fp32: if it is only
+    in memory or was changed there, if its file has changed since, or if files next to that gave its scales or trigger
+    words. What holds only inside a `with` block of the mixture is not written.
     """
     with new_folder(folder) as part:
         (part / EXPERTS).mkdir()
@@ -531,10 +538,20 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
 def _keep_expert(expert: Expert, path: Path) -> Expert:
     if Path(expert.source).is_file():
         shutil.copyfile(expert.source, path)
-        if (copy := read_expert(path, expert.name)).sha256 == expert.sha256:
-            return copy
+        with suppress(RefusedFileError):
+            copy = read_expert(path, expert.name)
+            if copy.triggers == expert.triggers and _same_weights(copy, expert):
+                return copy
     save_expert(expert, path, dtype=torch.float32)
     return read_expert(path, expert.name)
+
+
+def _same_weights(copy: Expert, expert: Expert) -> bool:
+    mine, theirs = weights_by_key(copy), weights_by_key(expert)
+    return mine.keys() == theirs.keys() and all(
+        w.scale == theirs[key].scale and torch.equal(w.down, theirs[key].down) and torch.equal(w.up, theirs[key].up)
+        for key, w in mine.items()
+    )
 
 
 def attach_kept(pipe: Any, folder: str | Path) -> Mixture:

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -12,6 +13,7 @@ import hosts
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiers import thorough
 
 import mole_diffusers as mole
@@ -86,6 +88,42 @@ def test_an_expert_in_memory_is_written_out(kind, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     again = hosts.quiet(type(pipe).from_pretrained(tmp_path / "saved"))
     same(hosts.draw(again, options), hosts.draw(pipe, options))
+
+
+def peft_folder(pipe, folder):
+    """What PEFT itself writes: the layers' scale, here 4, is only in the file next to them."""
+    folder.mkdir()
+    tensors = load_file(tiny_lora(pipe, folder / "plain"))
+    halves = {f"base_model.model.{key.removeprefix('unet.')}": t for key, t in tensors.items() if key.startswith("unet.")}
+    save_file(halves, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}))
+    return folder / "adapter_model.safetensors"
+
+
+def test_a_folder_keeps_what_no_copy_of_a_file_has(kind, tmp_path):
+    pipe, options = kind
+    peft, noted, broken, file = (
+        peft_folder(pipe, tmp_path / "peft"),
+        *(tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("noted", "broken", "whole"))),
+    )
+    noted.with_suffix(".json").write_text(json.dumps({"activation text": "fox"}))
+    tensors = load_file(broken)
+    next(iter(tensors.values()))[0] = torch.nan
+    save_file(tensors, broken)
+    whole = read_expert(file)
+    part = replace(whole, layers={"text_encoder": whole.layers["text_encoder"]})
+    experts = {"peft": peft, "noted": noted, "broken": read_expert(broken, drop_nonfinite=True), "part": part, "whole": file}
+    for name, source in experts.items():
+        pipe.load_lora_weights(source, adapter_name=name)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = hosts.quiet(type(pipe).from_pretrained(tmp_path / "saved"))
+    same(hosts.draw(again, options), hosts.draw(pipe, options))
+    assert next(iter(pipe.mixture.experts["peft"].layers["unet"].values())).scale == 4
+    assert again.mixture.experts["noted"].triggers == ("fox",)
+    assert [(n, e.layers.keys()) for n, e in again.mixture.experts.items()] == [
+        (n, e.layers.keys()) for n, e in pipe.mixture.experts.items()
+    ]
+    assert (tmp_path / "saved/mole/experts/4.safetensors").read_bytes() == file.read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Code written for diffusers' LoRA calls, run on the drop-in pipeline."""
 
+import json
+
 import httpx
 import pytest
 import torch
@@ -123,6 +125,28 @@ def test_the_one_file_of_a_hub_repository_is_found_whatever_its_name(dropin, lor
         dropin.load_lora_weights("me/fox", subfolder="old")
     with pytest.raises(FileNotFoundError, match="no hub repository that can be reached"):
         dropin.load_lora_weights("me/fox", weight_name="cat.safetensors")
+
+
+def test_the_scales_of_a_peft_repository_come_with_its_file(dropin, loras, monkeypatch, tmp_path):
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    from mole_diffusers import pipelines as files
+
+    missing = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+    repository = {"adapter_model.safetensors": loras["fox"].read_bytes()}
+
+    def download(repo, name, **options):
+        if name not in repository:
+            raise RemoteEntryNotFoundError("404", response=missing)
+        (tmp_path / name).write_bytes(repository[name])
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(files, "hf_hub_download", download)
+    dropin.load_lora_weights("me/fox", "plain", weight_name="adapter_model.safetensors")
+    repository["adapter_config.json"] = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}).encode()
+    dropin.load_lora_weights("me/fox", "scaled", weight_name="adapter_model.safetensors")
+    scales = [{w.scale for w in expert.layers["unet"].values()} for expert in dropin.mixture.experts.values()]
+    assert scales == [{1.0}, {4.0}]
 
 
 def test_gates_that_are_not_trained_stay_when_experts_come_and_go(dropin, loras):
