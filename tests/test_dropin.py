@@ -221,6 +221,20 @@ def test_a_save_after_one_that_was_broken_off_keeps_what_else_was_there(saved, t
     assert not aside.exists()
 
 
+def test_a_save_in_other_shards_leaves_nothing_of_the_old_weights(kind, tmp_path):
+    pipe, _ = kind
+    folder = tmp_path / "pipe"
+    pipe.save_pretrained(folder, variant="fp16")
+    for size in ("20KB", "1GB", "20KB"):
+        for model in (pipe.unet, pipe.text_encoder):
+            next(model.parameters()).data += 1
+        pipe.save_pretrained(folder, max_shard_size=size)
+        again = type(pipe).from_pretrained(folder)
+        for model, other in ((pipe.unet, again.unet), (pipe.text_encoder, again.text_encoder)):
+            assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    assert (folder / "unet/diffusion_pytorch_model.fp16.safetensors").is_file()
+
+
 def test_from_pipe_shares_models_mixture_and_precision(kind, tmp_path):
     pipe, options = kind
     pipe.to(torch.bfloat16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"
+WEIGHTS = re.compile(r"(?P<name>.+?)(-\d+-of-\d+)?\.(safetensors|bin)(\.index(?P<variant>\.[^.]+)?\.json)?")
 LONGEST = 200  # characters of a name that others are derived from; file systems allow 255 bytes
 
 
@@ -77,11 +79,15 @@ def whole_folder(path: Path) -> Path:
 
 
 def copy_missing(old: Path, new: Path, *, without: str) -> None:
-    """Copy the files and links of folder `old` that `new` lacks, except `without` at the top level."""
+    """Copy the files and links of folder `old` that `new` lacks, except `without` at the top level.
+
+    Weights that `new` has are not copied in other shards or another format: these could be read instead.
+    """
+    written = {weights for file in new.rglob("*") if (weights := _weights(file.relative_to(new))) is not None}
     for file in old.rglob("*"):
         inside = file.relative_to(old)
         target = new / inside
-        if inside.parts[0] == without or target.exists() or target.is_symlink():
+        if inside.parts[0] == without or target.exists() or target.is_symlink() or _weights(inside) in written:
             continue
         if file.is_symlink() or not file.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +97,14 @@ def copy_missing(old: Path, new: Path, *, without: str) -> None:
                 shutil.copy2(file, target, follow_symlinks=False)
         else:
             target.mkdir(parents=True)
+
+
+def _weights(file: Path) -> Path | None:
+    """The weights that a file holds whole or in part, or is the index of: "unet/diffusion_pytorch_model.fp16" for
+    unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors.
+    """
+    found = WEIGHTS.fullmatch(file.name)
+    return found and file.with_name(found["name"] + (found["variant"] or ""))
 
 
 @contextmanager
