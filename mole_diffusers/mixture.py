@@ -711,7 +711,8 @@ def attach(
         pipe: any pipeline with a `unet` or a `transformer`.
         experts: name -> file, or (file, strength). Strength is your own factor: any sign and size, 1 by default, 0 means
             absent.
-        gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote, or a hub id.
+        gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote (a Path, or
+            "./flow" if it has a family's name), or a hub id.
         binding: each expert's words and place, as `Mixture.bind` takes them. "auto" takes the trigger words from the
             files and finds places from attention. None binds nothing, so that `gates="sum"` is the plain sum.
 
@@ -747,7 +748,13 @@ def _prepared(
         read[name] = source if isinstance(source, Expert) else read_expert(source, name)
     if not read:
         raise ValueError("attach needs at least one expert")
-    if isinstance(gates, GateConfig) or str(gates) in FAMILIES:
+    # "sum" is the default, so the current folder must not change what it means.
+    if gates in FAMILIES and gates != "sum" and (Path(str(gates)) / checkpoint.WEIGHTS).is_file():
+        raise ValueError(
+            f"{gates!r} is a family of gates, and also a folder with gates here; write './{gates}' for the folder, or "
+            f"GateConfig({gates!r}) for the family"
+        )
+    if isinstance(gates, GateConfig) or gates in FAMILIES:
         config = gates if isinstance(gates, GateConfig) else GateConfig(family=str(gates))
         mixture = Mixture(pipe, read, config)
     else:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -349,6 +350,18 @@ def test_damaged_or_foreign_gates_are_refused(saved, loras, draw, tmp_path, dama
     with pytest.raises(error, match=message):
         mole.attach(pipe, loras, tmp_path)
     assert torch.equal(draw(pipe), before)
+
+
+def test_a_folder_with_the_name_of_a_family_is_a_folder(pipe, loras, awake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = awake(mole.attach(pipe, loras, "flow"))
+    saved.save_pretrained("flow")
+    for folder in (Path("flow"), "./flow"):
+        assert all(map(torch.equal, mole.attach(pipe, loras, folder).parameters(), saved.parameters()))
+    with pytest.raises(ValueError, match=r"'flow' is a family of gates.*; write '\./flow' for the folder"):
+        mole.attach(pipe, loras, "flow")
+    fresh = mole.attach(pipe, loras, mole.GateConfig("flow"))
+    assert not all(map(torch.equal, fresh.parameters(), saved.parameters()))
 
 
 def test_gates_of_another_lora_file_warn(pipe, loras, tmp_path):
