@@ -742,6 +742,8 @@ def _prepared(
         raise TypeError(f"experts are names with files, as {{'fox': 'fox.safetensors'}}, got {experts!r}")
     read, strengths = {}, {}
     for name, given in experts.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the name of an expert is text, as 'fox', got {name!r}")
         source, strengths[name] = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
         if not isinstance(source, str | os.PathLike | Expert):
             raise TypeError(f"expert {name!r} is a file or (file, strength), got {given!r}")

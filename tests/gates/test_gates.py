@@ -281,6 +281,8 @@ def test_what_is_no_number_mapping_or_folder_is_said(pipe, loras, tmp_path):
         mixture.strength("fox", "1")
     with pytest.raises(TypeError, match="experts are names with files"):
         mole.attach(pipe, [loras["fox"]])
+    with pytest.raises(TypeError, match="the name of an expert is text, as 'fox', got 1"):
+        mole.attach(pipe, {1: loras["fox"]})
     (file := tmp_path / "gates").touch()
     with pytest.raises(FileExistsError, match="gates is a file, where a folder is to be written"):
         mixture.save_pretrained(file)
