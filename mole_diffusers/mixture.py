@@ -382,11 +382,14 @@ class Mixture:
             **call: how to draw it, as arguments of the pipeline; 10 steps from seed 0 by default.
 
         Raises:
-            ValueError: gates that depend on the picture, without a prompt; a quantised or offloaded host.
+            ValueError: gates that depend on the picture, without a prompt; a quantised or offloaded host; a mixture that is
+                folded already, or not attached any more.
         """
         with self._lock.held():
+            if self._runtime.collapsed:
+                raise ValueError("this mixture is already folded into the pipeline's weights, by an outer `collapsed` block")
             layers = self._one_lora(prompt, call)
-            with self.lifted(), folded(self._components, layers):
+            with self._with_settings(collapsed=True), self.lifted(), folded(self._components, layers):
                 yield
 
     def export_lora(

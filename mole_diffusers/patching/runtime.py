@@ -130,6 +130,7 @@ class Runtime:
     plan: Plan | None = None
     tokens: PromptTokens = field(default_factory=PromptTokens)
     tiling: Tiling = Tiling()
+    collapsed: bool = False  # whether the experts are folded into the model's weights
     binding: TokenMasks | None = None
     masks: TokenMasks | None = None  # the binding if it applies: weights by hand hold on every token
     changes: int = 0

@@ -132,6 +132,18 @@ def test_gates_that_move_need_a_prompt(pipe, loras):
     assert mole.attached(pipe) is mixture
 
 
+def test_a_mixture_is_folded_only_once(pipe, loras, draw):
+    mixture = mole.attach(pipe, loras)
+    gated = draw(pipe)
+    with mixture.lifted(), mixture.collapsed():  # taking it off first is fine
+        torch.testing.assert_close(draw(pipe), gated, **CLOSE)
+        with pytest.raises(ValueError, match="already folded into the pipeline's weights"), mixture.collapsed():
+            pass
+    with mixture.collapsed():
+        torch.testing.assert_close(draw(pipe), gated, **CLOSE)
+    assert torch.equal(draw(pipe), gated)
+
+
 def test_an_exception_inside_collapsed_restores(pipe, loras, draw):
     mixture = mole.attach(pipe, loras)
     gated = draw(pipe)
