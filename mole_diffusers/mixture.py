@@ -36,7 +36,7 @@ from mole_diffusers.patching.denoiser_inputs import (
     models_of,
 )
 from mole_diffusers.patching.drawn_over import drawn_over
-from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, truncated
+from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, reads_nothing, truncated
 from mole_diffusers.patching.host_calls import guard
 from mole_diffusers.patching.offloading import loaded
 from mole_diffusers.patching.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches
@@ -302,7 +302,8 @@ class Mixture:
     @contextmanager
     def _alone(self, names: Sequence[str], **settings: Any) -> Iterator[None]:
         """Only these experts, on every word, for calls of the denoiser that are parts of a step."""
-        with self.bound(None), self.only(*names), self._with_settings(within_step=True, **settings):
+        active = [name in names for name in self.experts]
+        with self._changed_while(binding=None, active=active, within_step=True, **settings):
             yield
 
     def announce_text(self, ids: torch.Tensor) -> None:
@@ -350,8 +351,7 @@ class Mixture:
             if _lifted.get(self._denoiser) is self:
                 yield
                 return
-            if attached(self._pipe) is not self:
-                raise ValueError("this mixture is not attached any more")
+            self._check_attached()
             off, before = [model for model in models if switched_off(model)], {}  # by `disable_lora`, and they stay off
             _lifted[self._denoiser] = self
             try:
@@ -389,7 +389,7 @@ class Mixture:
             if self._runtime.collapsed:
                 raise ValueError("this mixture is already folded into the pipeline's weights, by an outer `collapsed` block")
             layers = self._one_lora(prompt, call)
-            with self._with_settings(collapsed=True), self.lifted(), folded(self._components, layers):
+            with self._changed_while(collapsed=True), self.lifted(), folded(self._components, layers):
                 yield
 
     def export_lora(
@@ -404,6 +404,8 @@ class Mixture:
     ) -> float:
         """Write the mixture, at its gates' average weights, as one ordinary LoRA for any tool.
 
+        Layers that did not run while the prompt was drawn, such as those that clip skip leaves out, are not in it.
+
         Args:
             prompt: what the averages are taken over, as for `collapsed`.
             rank: cut every layer to this rank by singular values. By default ranks add up and nothing is lost.
@@ -414,6 +416,8 @@ class Mixture:
         Returns:
             The relative error |dW - dW'| / |dW| of the cut over all layers, 0 without a cut. The file's header holds it,
             too.
+
+        Raises ValueError for gates that depend on the picture, without a prompt or on a mixture that is not attached.
         """
         layers, error = self._one_lora(prompt, call), 0.0
         if rank is not None:
@@ -426,7 +430,10 @@ class Mixture:
         averages = Averages()
         if self.is_bound:
             warnings.warn(FOLDED, stacklevel=4)
-        with self.listen(averages), self.tiled(0), nullcontext() if prompt is not None else self.bound(None):
+        settings: dict[str, Any] = {"tiling": Tiling(0)} | ({"binding": None} if prompt is None else {})
+        with self._lock.held(), self._changed_while(listeners=[*self._runtime.listeners, averages], **settings):
+            if prompt is not None and not reads_nothing(self._components):
+                self._check_attached()
             evaluate_gates(self._pipe, self._components, prompt, **call)
             return one_lora(self._components, averages.weights)
 
@@ -450,9 +457,22 @@ class Mixture:
 
     @contextmanager
     def _with_settings(self, **values: Any) -> Iterator[None]:
+        """`_changed_while`, for a user. Raises ValueError for a mixture that is not attached: it would change nothing."""
+        with self._lock.held(around=True):
+            if _lifted.get(self._denoiser) is not self:
+                self._check_attached()
+            with self._runtime.changed_while(**values):
+                yield
+
+    @contextmanager
+    def _changed_while(self, **values: Any) -> Iterator[None]:
         """Keep other threads out and change the runtime's settings while the block runs."""
         with self._lock.held(around=True), self._runtime.changed_while(**values):
             yield
+
+    def _check_attached(self) -> None:
+        if attached(self._pipe) is not self:
+            raise ValueError("this mixture is not attached any more")
 
     @staticmethod
     def _finite(name: str, value: float) -> float:

@@ -44,15 +44,20 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
 
     Raises ValueError if a gate needs an input and there is no prompt.
     """
-    runtime = parts[0].runtime
-    reads_text = runtime.rows is not None or (runtime.masks is not None and runtime.masks.has_words)
-    if prompt is None or (all(part.input_free for part in parts) and not reads_text):
+    if prompt is None or reads_nothing(parts):
         for part in parts:
             part.evaluate_input_free()
     elif all(part.step_invariant for part in parts) and not is_one_graph(pipe):
         _encode(pipe, parts, prompt, **call)
     else:
         sample(pipe, prompt, **call)
+
+
+def reads_nothing(parts: Sequence[Component]) -> bool:
+    """Whether all weights are known without a prompt."""
+    runtime = parts[0].runtime
+    reads_text = runtime.rows is not None or (runtime.masks is not None and runtime.masks.has_words)
+    return all(part.input_free for part in parts) and not reads_text
 
 
 class _EvaluatedError(Exception):
@@ -92,15 +97,21 @@ def sample(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
 
 
 def one_lora(parts: Iterable[Component], weights: Weights) -> Folded:
-    """All experts, each at its place's weight, as one LoRA of summed rank. Weights of 0 are left out."""
+    """All experts, each at its place's weight, as one LoRA of summed rank.
+
+    Weights of 0 are left out, and layers without a weight: they did not run.
+    """
     layers: Folded = {}
     for part in parts:
         for name, stack in part.stacks.items():
             site = part.site_of(name)
+            if (site.name, stack.present) not in weights:
+                continue
             factor = weights[site.name, stack.present].cpu()
             if site.spans_blocks and (plan := part.runtime.plan) is not None:
                 factor = factor * torch.tensor(plan.block(f"{part.name}.{name}"))  # [N]
-            if (lora := _weighed(stack, factor if site.gate.ranked else factor[stack.segment])).rank:
+            factor = factor if site.gate.ranked else factor[stack.segment]  # [R]
+            if (lora := _weighed(stack, factor)).rank:
                 layers.setdefault(part.name, {})[name] = lora
     return layers
 

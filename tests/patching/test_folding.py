@@ -12,6 +12,7 @@ import mole_diffusers as mole
 from mole_diffusers import functional
 from mole_diffusers.patching.folding import Averages, evaluate_gates
 from mole_diffusers.patching.gate_site import GateSite
+from mole_diffusers.studio.clip_skip import clip_skip
 from mole_diffusers.testing import CONVOLUTION, tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
@@ -142,6 +143,29 @@ def test_a_mixture_is_folded_only_once(pipe, loras, draw):
     with mixture.collapsed():
         torch.testing.assert_close(draw(pipe), gated, **CLOSE)
     assert torch.equal(draw(pipe), gated)
+
+
+def test_gates_that_move_are_averaged_on_the_pipeline_alone(pipe, loras, tmp_path):
+    call, gone = {"path": tmp_path / "one.safetensors", "prompt": "a fox"}, "not attached any more"
+    mixture = mole.attach(pipe, loras, "mole")
+    with mixture.lifted(), pytest.raises(ValueError, match=gone):
+        mixture.export_lora(**call)
+    mole.attach(pipe, loras, "mole")
+    with pytest.raises(ValueError, match=gone):
+        mixture.export_lora(**call)
+    still = mole.attach(pipe, loras, binding=None)
+    mole.detach(pipe)
+    still.export_lora(**call)  # nothing has to be drawn
+
+
+def test_a_layer_that_clip_skip_leaves_out_is_not_exported(pipe, loras, draw, awake, tmp_path):
+    mixture = awake(mole.attach(pipe, loras, "mole"))
+    mixture.export_lora(tmp_path / "whole.safetensors", "a fox", num_inference_steps=1)
+    with clip_skip(pipe, 2):
+        mixture.export_lora(tmp_path / "cut.safetensors", "a fox", num_inference_steps=1)
+    whole, cut = (mole.read_expert(tmp_path / f"{name}.safetensors").layers for name in ("whole", "cut"))
+    assert cut["unet"].keys() == whole["unet"].keys()
+    assert set(cut["text_encoder"]) == {layer for layer in whole["text_encoder"] if layer.startswith("encoder_layers_0_")}
 
 
 def test_an_exception_inside_collapsed_restores(pipe, loras, draw):

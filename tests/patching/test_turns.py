@@ -211,6 +211,9 @@ def test_a_lifted_mixture_stays_off_where_it_was_detached_or_replaced(pipe, lora
     with old.lifted():
         new = mole.attach(pipe, {"ink": loras["ink"]})
         ink = draw(pipe)
+    for block in (old.only(), old.strengths({"fox": 0}), old.trace(), old.bound(None)):  # they would change nothing
+        with pytest.raises(ValueError, match="is not attached any more"), block:
+            pass
     assert mole.attached(pipe) is new
     assert torch.equal(draw(pipe), ink)
     with new.lifted():  # another comes and goes
