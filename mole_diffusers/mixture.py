@@ -23,7 +23,7 @@ from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.stacking import match, stack_all
-from mole_diffusers.lora.writing import write_lora
+from mole_diffusers.lora.writing import trigger_phrase, write_lora
 from mole_diffusers.patching import cross_attention, joint_attention
 from mole_diffusers.patching.component import Component
 from mole_diffusers.patching.denoiser_inputs import (
@@ -388,7 +388,7 @@ class Mixture:
         with self._lock.held():
             if self._runtime.collapsed:
                 raise ValueError("this mixture is already folded into the pipeline's weights, by an outer `collapsed` block")
-            layers = self._one_lora(prompt, call)
+            layers, _ = self._one_lora(prompt, call)
             with self._changed_while(collapsed=True), self.lifted(), folded(self._components, layers):
                 yield
 
@@ -404,7 +404,8 @@ class Mixture:
     ) -> float:
         """Write the mixture, at its gates' average weights, as one ordinary LoRA for any tool.
 
-        Layers that did not run while the prompt was drawn, such as those that clip skip leaves out, are not in it.
+        Its trigger words are those of all experts that weigh anything. Layers that did not run while the prompt was drawn,
+        such as those that clip skip leaves out, are not in it.
 
         Args:
             prompt: what the averages are taken over, as for `collapsed`.
@@ -419,14 +420,15 @@ class Mixture:
 
         Raises ValueError for gates that depend on the picture, without a prompt or on a mixture that is not attached.
         """
-        layers, error = self._one_lora(prompt, call), 0.0
+        (layers, acting), error = self._one_lora(prompt, call), 0.0
         if rank is not None:
             layers, error = truncated(layers, rank)
         about = {"mole.experts": ", ".join(self.experts), "mole.relative_error": f"{error:.3g}"}
+        about |= trigger_phrase(expert for i, expert in enumerate(self.experts.values()) if i in acting)
         write_lora(layers, path, format=format, dtype=dtype, metadata=about)
         return error
 
-    def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> Folded:
+    def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> tuple[Folded, set[int]]:
         averages = Averages()
         if self.is_bound:
             warnings.warn(FOLDED, stacklevel=4)

@@ -6,7 +6,7 @@ diffusers, tools for kohya's format and `read_expert` load the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -107,9 +107,13 @@ def save_expert(expert: Expert, path: str | Path, *, format: str = "diffusers", 
     """
     layers = {component: {module_name(key): w for key, w in found.items()} for component, found in expert.layers.items()}
     metadata = {key: value for key, value in expert.metadata.items() if key not in OUTDATED}
-    if expert.triggers:
-        metadata[TRIGGERS] = ", ".join(expert.triggers)
-    write_lora(layers, path, format=format, dtype=dtype, metadata=metadata)
+    write_lora(layers, path, format=format, dtype=dtype, metadata=metadata | trigger_phrase([expert]))
+
+
+def trigger_phrase(experts: Iterable[Expert]) -> dict[str, str]:
+    """The trigger words of all these experts as metadata for a header; empty if they have none."""
+    words = dict.fromkeys(word for expert in experts for word in expert.triggers)
+    return {TRIGGERS: ", ".join(words)} if words else {}
 
 
 def module_name(key: str) -> str:

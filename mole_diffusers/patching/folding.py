@@ -96,12 +96,13 @@ def sample(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
     pipe(prompt, **{"num_inference_steps": 10, "generator": generator, "output_type": "latent", **call})
 
 
-def one_lora(parts: Iterable[Component], weights: Weights) -> Folded:
-    """All experts, each at its place's weight, as one LoRA of summed rank.
+def one_lora(parts: Iterable[Component], weights: Weights) -> tuple[Folded, set[int]]:
+    """All experts, each at its place's weight, as one LoRA of summed rank, and the columns of the experts that are in it.
 
     Weights of 0 are left out, and layers without a weight: they did not run.
     """
     layers: Folded = {}
+    acting: set[int] = set()
     for part in parts:
         for name, stack in part.stacks.items():
             site = part.site_of(name)
@@ -113,7 +114,8 @@ def one_lora(parts: Iterable[Component], weights: Weights) -> Folded:
             factor = factor if site.gate.ranked else factor[stack.segment]  # [R]
             if (lora := _weighed(stack, factor)).rank:
                 layers.setdefault(part.name, {})[name] = lora
-    return layers
+                acting.update(stack.segment[factor != 0].tolist())
+    return layers, acting
 
 
 def _weighed(stack: Stack, factor: torch.Tensor) -> LoraWeights:

@@ -1,6 +1,7 @@
 """Folding gates away: the same pictures by another route, and the host's very bits afterwards."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -247,6 +248,16 @@ def test_an_expert_that_weighs_nothing_is_not_exported(pipe, loras, tmp_path):
     assert {k for part, ls in layers.items() for k in ls} == {
         k for ls in mole.read_expert(loras["fox"]).layers.values() for k in ls
     }
+
+
+def test_an_exported_lora_has_the_trigger_words_of_the_loras_in_it(pipe, loras, tmp_path):
+    experts = {name: replace(mole.read_expert(file), triggers=(name, "drawing")) for name, file in loras.items()}
+    mixture = mole.attach(pipe, experts, binding=None)
+    with mixture.only("fox", "hat"):
+        mixture.export_lora(tmp_path / "one.safetensors")
+    mole.save_expert(mole.merge({name: experts[name] for name in ("fox", "hat")}, "sum"), tmp_path / "merged.safetensors")
+    one, merged = (mole.read_expert(tmp_path / f"{name}.safetensors").triggers for name in ("one", "merged"))
+    assert one == merged == ("fox", "drawing", "hat")
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 9), (9, 3)])
