@@ -1,6 +1,7 @@
 """Tiny real pipelines and LoRA files, offline."""
 
 import gc
+import io
 import os
 import shutil
 from types import SimpleNamespace
@@ -71,6 +72,12 @@ def hub(tmp_path, monkeypatch):
     api.return_value.upload_folder.side_effect = upload_folder
     monkeypatch.setattr(huggingface_hub, "HfApi", api)
     return api.return_value, folder
+
+
+@pytest.fixture
+def ascii_locale(monkeypatch):
+    """Text files are in ASCII unless the code says otherwise."""
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
 
 
 @pytest.fixture

@@ -106,6 +106,7 @@ def evaluate(
     from mole_diffusers.evaluation.arms import check_names
     from mole_diffusers.evaluation.rows import Rows
     from mole_diffusers.evaluation.strength_search import best_weights, search_arms
+    from mole_diffusers.lora.whole_files import write_text
 
     if judged:
         return Result(judging_sheet.votes(out), judging_sheet.count_answers(out))
@@ -130,7 +131,7 @@ def evaluate(
     rows = runner.requested_rows(setup, arms, cases, **asked)
     report = emoji_protocol.REPORT if base == WORLD else checkpoint_protocol.report(setup.styles)
     text = report.text(rows)
-    (out / "table.md").write_text(text + "\n")
+    write_text(out / "table.md", text + "\n")
     if wanted.search:
         (out / "weights.json").write_text(json.dumps(best_weights(rows), indent=1) + "\n")
     if sheet:

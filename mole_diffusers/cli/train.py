@@ -94,7 +94,7 @@ def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
     try:
-        found = yaml.load(path.read_text(), Loader)
+        found = yaml.load(path.read_text("utf-8"), Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
@@ -328,6 +328,7 @@ def _term(text: str) -> tuple[str, Any]:
 
 def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo: str | None, out: Path) -> Result:
     from mole_diffusers.gates import checkpoint, hub
+    from mole_diffusers.lora.whole_files import write_text
     from mole_diffusers.mixture import attach
     from mole_diffusers.studio.names import is_hub_id
     from mole_diffusers.training import read_clip, train_gates
@@ -357,7 +358,7 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo
         known = base if is_hub_id(base) else None  # a local folder means nothing to others
         prompt, about = next(iter(data.composed), None), summary(config, log)
         card = hub.model_card(mixture.weighed(), mixture.config, prompt=prompt, base=known, training=about)
-        (out / hub.CARD).write_text(card)
+        write_text(out / hub.CARD, card)
         if repo:
             hub.upload(out, repo, allow_patterns=[checkpoint.WEIGHTS, checkpoint.CONFIG, hub.CARD])
     return Result({"out": str(out), **log[-1]}, f"{out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")

@@ -35,7 +35,7 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
     Raises ValueError naming a line that is not a case, or a concept without an expert.
     """
     cases = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -43,7 +43,7 @@ def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
         pictures = [Image.open(picture_path(folder, row)).convert("RGB") for row in (left, right)]
         save_picture(image_grid([pictures], ["left", "right"], [""], cell=256), folder / "sheet" / f"{number:04}.png")
         questions.append({name: left[name] for name in SAME_NOISE} | {"left": left["arm"], "right": right["arm"]})
-    with (folder / "sheet" / "answers.csv").open("w", newline="") as file:
+    with (folder / "sheet" / "answers.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["question", "prompt", "better: left, right or same"])
         writer.writerows([f"{n:04}", question["prompt"], ""] for n, question in enumerate(questions))
@@ -88,7 +88,7 @@ def votes(folder: Path) -> list[dict[str, Any]]:
 
 def _answers(folder: Path) -> list[tuple[int, str]]:
     """The numbers of a sheet's questions, each with its answer or ""; the table may have them in any order."""
-    with (folder / "sheet" / "answers.csv").open(newline="") as file:
+    with (folder / "sheet" / "answers.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.reader(file) if row]
     if wrong := next((row for row in rows[1:] if len(row) < 3 or not row[0].strip().isdecimal()), None):
         raise ValueError(f"answers.csv: {wrong} is not question, prompt and answer, with commas between them")

@@ -63,7 +63,7 @@ def read_weights(path: Path) -> dict[str, dict[str, float]]:
     """
     form = f'{path}: not {{"KIND": {{"subject": STRENGTH, "style": STRENGTH}}, ..}}'
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{form}: {error}") from error
     if not isinstance(found, dict) or not found:

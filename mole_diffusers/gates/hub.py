@@ -9,6 +9,7 @@ from typing import Any
 
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.lora import Expert
+from mole_diffusers.lora.whole_files import write_text
 
 CARD = "README.md"
 PIPELINE_USE = """\
@@ -90,7 +91,7 @@ def push(save: Callable[[str], object], card: str, repo_id: str, **options: Any)
     """
     with TemporaryDirectory() as folder:
         save(folder)
-        Path(folder, CARD).write_text(card)
+        write_text(Path(folder, CARD), card)
         return upload(folder, repo_id, **options)
 
 

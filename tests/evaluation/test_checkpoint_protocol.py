@@ -100,12 +100,14 @@ def test_a_concept_is_found_where_it_is(models, own):
     assert windows(canvas)[-1].tobytes() == noise(0).tobytes()
 
 
-def test_cases_are_read_and_checked(tmp_path):
+def test_cases_are_read_and_checked(tmp_path, ascii_locale):
     path = tmp_path / "cases.jsonl"
     path.write_text('{"concepts": ["fox", "ink"], "prompt": "p"}\n\n{"concepts": ["fox"], "prompt": "q", "kind": "one"}\n')
     assert read_cases(path, ["fox", "ink"]) == [Case(("fox", "ink"), "2 concepts", "p"), Case(("fox",), "one", "q")]
     path.write_text('{"concepts": ["fox"], "prompt": "p", "size": [768, 512]}')
     assert read_cases(path, ["fox"])[0].size == (768, 512)
+    path.write_text('{"concepts": ["fox"], "prompt": "füchse"}', "utf-8")
+    assert read_cases(path, ["fox"])[0].prompt == "füchse"
     for text, message in (
         ("{", "line 1: not"), ('{"concepts": ["cat"], "prompt": "p"}', "no expert for ['cat']; known: ['fox', 'ink']"),
         ("[1]", "line 1: not"), ('"fox"', "line 1: not"), ('{"concepts": "fox", "prompt": "p"}', "line 1: not"),
@@ -146,6 +148,16 @@ def test_the_sheet_asks_each_pair_in_both_orders_and_blind(sheet):
         assert (left, right) == (colours[question["left"]], colours[question["right"]])
     text = (sheet / "sheet" / "answers.csv").read_text()
     assert not any(arm in text for arm in colours)
+
+
+def test_a_sheet_is_in_utf_8_whatever_the_locale(tmp_path, ascii_locale):
+    row = {"case": "fox", "kind": "one", "seed": 1, "prompt": "füchse", "settings": {}}
+    rows = [{"arm": arm, **row} for arm in ("sum", "mean")]
+    for each in rows:
+        save_picture(Image.new("RGB", (8, 8)), picture_path(tmp_path, each))
+    write_sheet(tmp_path, rows)
+    assert "füchse" in (tmp_path / "sheet" / "answers.csv").read_text("utf-8")
+    assert count_answers(tmp_path)
 
 
 def answer(sheet, choose):

@@ -38,3 +38,8 @@ def test_a_card_of_a_pipeline_loads_it_with_all_that_it_holds(experts):
     assert 'MoLEPipeline.from_pretrained("me/mix")' in card.text
     assert "not included" not in card.text
     assert "base_model" not in card.data.to_dict()
+
+
+def test_a_card_is_in_utf_8_whatever_the_locale(pipe, loras, hub, ascii_locale):
+    mole.attach(pipe, {"füchse": loras["fox"]}).push_to_hub("me/gates")
+    assert "# Gates for füchse" in (hub[1] / "README.md").read_text("utf-8")

@@ -83,7 +83,7 @@ def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, 
     assert json.loads(capsys.readouterr().out)["step"] == 0  # a flag goes before the file
 
 
-def test_parts_are_those_of_the_prompt_that_is_asked_for(flags, tmp_path, capsys):
+def test_parts_are_those_of_the_prompt_that_is_asked_for(flags, tmp_path, capsys, ascii_locale):
     file = tmp_path / "run.yaml"
 
     def lesson(*words):
@@ -96,6 +96,8 @@ def test_parts_are_those_of_the_prompt_that_is_asked_for(flags, tmp_path, capsys
     assert lesson("--prompt", "ink of a cat") == {"composed": ["ink of a cat"]}
     assert lesson("--part", "a fox in ink") == {"composed": ["a fox in ink"], "parts": {"a fox in ink": ["a fox in ink"]}}
     assert lesson("--prompt", "a cat", "--part", "cat") == {"composed": ["a cat"], "parts": {"a cat": ["cat"]}}
+    file.write_text("lesson: {composed: [füchse]}", "utf-8")
+    assert lesson() == {"composed": ["füchse"]}
     file.write_text("lesson: {composed: [a fox, ink art]}")
     assert main(["train", "--part", "a fox", "--config", str(file), "--out", str(tmp_path / "x")]) == 1
     assert "--part tells the subjects of one --prompt, got 2 prompts" in capsys.readouterr().err
