@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> scheduler class, and
     "DDPM": ("DDPMScheduler", {}),
     "LCM": ("LCMScheduler", {}),
 }
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # by default they clip predictions to -1..1, which fits pixels, not latents
 PLAIN = ("DDIM", "Euler a", "PLMS", "DDPM", "LCM")  # those without a Karras schedule
 SAMPLERS = {
     f"{name} Karras" if karras else name: (kind, options if name in PLAIN else {"use_karras_sigmas": karras, **options})
@@ -65,6 +66,8 @@ def sampler(name: str, scheduler: Any, seed: int | Sequence[int] = 0) -> Any:
     if not name:
         return scheduler
     kind, options = _fitting(scheduler)[sampler_name(name, scheduler)]
+    if kind in CLIPPING:
+        options = {**options, "clip_sample": scheduler.config.get("clip_sample", False)}
     if kind in NEEDED:
         options = {**options, "noise_sampler_seed": seed}
     return getattr(diffusers, kind).from_config(scheduler.config, **options)

@@ -28,8 +28,12 @@ def check_trainable(pipe: Any) -> None:
 
 
 def training_scheduler(pipe: Any) -> DDIMScheduler:
-    """The pipeline's noise schedule as DDIM, whatever its sampler. The pipeline's own scheduler keeps its state."""
-    return DDIMScheduler.from_config(pipe.scheduler.config)
+    """The pipeline's noise schedule as DDIM, whatever its sampler. The pipeline's own scheduler keeps its state.
+
+    Latents are clipped to -1..1, which DDIM does by default, only if the pipeline's config says so.
+    """
+    config = pipe.scheduler.config
+    return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
 
 
 @dataclass(frozen=True)

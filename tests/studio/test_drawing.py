@@ -84,6 +84,13 @@ def test_each_sampler_draws_what_its_scheduler_draws(studio, name):
     assert evaluations(studio, stopping) == [1.0] * on + [0.0] * ((7 if two else 5 if plms else 4) - on)
 
 
+@pytest.mark.parametrize("name", ["DDIM", "DDPM"])
+def test_samplers_clip_latents_only_if_the_models_scheduler_does(name):
+    said = {clip: sampler(name, hosts.noise(clip_sample=clip)).config.clip_sample for clip in (False, True)}
+    assert said == {False: False, True: True}
+    assert not sampler(name, hosts.noise(diffusers.EulerDiscreteScheduler)).config.clip_sample
+
+
 def test_a_sampler_that_needs_a_package_is_listed_where_that_is(studio, monkeypatch):
     monkeypatch.setattr("mole_diffusers.studio.samplers.find_spec", lambda name: None)
     assert not [name for name in studio.samplers if name.startswith("DPM++ SDE")]

@@ -3,7 +3,7 @@
 import hosts
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from tiers import thorough
 
 import mole_diffusers as mole
@@ -24,6 +24,21 @@ def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
             with torch.no_grad():
                 ours = sample(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance, checkpointing=checkpointing)
             torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
+
+
+def test_a_schedule_that_says_nothing_of_clipping_clips_nothing(pipe):
+    """Euler's config has no such option, DDIM's default is to clip, and latents are larger than 1."""
+    noise = torch.randn(1, 4, 16, 16)
+    found = []
+    for scheduler in (pipe.scheduler, hosts.noise(EulerDiscreteScheduler, timestep_spacing="leading")):
+        pipe.scheduler = scheduler
+        with torch.no_grad():
+            found.append(sample(pipe, noise, ["a fox"], steps=3, guidance=3.0))
+    assert found[0].abs().max() > 1.5
+    assert torch.equal(*found)
+    pipe.scheduler = hosts.noise(clip_sample=True)
+    with torch.no_grad():
+        assert sample(pipe, noise, ["a fox"], steps=3, guidance=3.0).abs().max() <= 1
 
 
 @pytest.mark.parametrize("zeros", [True, *thorough(False)])
