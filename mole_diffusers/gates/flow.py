@@ -17,7 +17,8 @@ class FlowGate(nn.Module):
     start with without it.
 
     Args:
-        start: the weights before training: "sum" 1 each, "mean" 1/n each, "faithful" (the paper) the last expert alone.
+        start: the weights before training: "sum" 1 each, "mean" 1/n each, "faithful" (the paper) the last expert
+            in the mask alone.
     """
 
     step_invariant, input_free, ranked = False, False, False
@@ -34,7 +35,7 @@ class FlowGate(nn.Module):
 
     def _start(self, mask: torch.Tensor) -> torch.Tensor:
         if self.start == "faithful":
-            return (torch.arange(mask.shape[-1], device=mask.device) == mask.shape[-1] - 1).float()
+            return (mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)).float()  # in the mask, with none after it
         return _equal_share(mask) if self.start == "mean" else torch.ones_like(_equal_share(mask))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:

@@ -71,6 +71,13 @@ def test_each_start_is_set_adapters_with_its_weights(pipe, loras, draw, tmp_path
     torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
 
 
+def test_the_last_expert_that_is_there_begins_alone():
+    gate, mask = FlowGate(3, 4, "faithful"), torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
+    weights = gate(torch.randn(3, 2, 4), Context(mask, torch.zeros(3)))
+    assert weights[:, 0].tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 0]]
+    assert torch.equal(weights[:, 0], weights[:, 1])
+
+
 def test_layers_of_a_block_share_one_tensor_and_text_has_its_own(pipe, loras, draw, monkeypatch):
     seen, read = [], GateSite.factor
 
