@@ -231,6 +231,6 @@ def embedding(samples: Sequence[str], encoder: Encoder) -> torch.Tensor:
     Each phrase is weighted by the square of the number of samples that contain it; the paper takes a plain mean. What
     the samples share is what the LoRA is about. What few contain just happened to be in the picture.
     """
-    parts = [phrase for sample in samples for phrase in phrases(tokenize(sample))] or list(samples)
+    parts = [phrase for sample in samples for phrase in dict.fromkeys(phrases(tokenize(sample)))] or list(samples)
     texts = list(dict.fromkeys(parts))
     return centroid(encoder(texts), torch.tensor([float(parts.count(text) ** 2) for text in texts]))

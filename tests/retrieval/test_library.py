@@ -73,6 +73,7 @@ def test_what_samples_share_counts_more_than_what_one_says():
     shared, once, other = encoder(["fox", "snow", "grass"])
     by_hand = 4 * shared + once + other
     torch.testing.assert_close(embedding(["a fox in snow", "fox on grass"], encoder), by_hand / by_hand.norm())
+    torch.testing.assert_close(embedding(["snow, a fox, snow", "fox on grass"], encoder), by_hand / by_hand.norm())
 
 
 def test_top_k_equals_brute_force():
