@@ -150,13 +150,16 @@ def k_lora(pipe: Any, mixture: Mixture, *, content: str, style: str) -> Iterator
     pair = {name: (mixture.experts[name], mixture.strength(name)) for name in (content, style)}
     until = last_content({k: v for k, v in layers_of(pair).items() if k.startswith("unet.") and k.endswith(ATTENTION)})
 
+    share = 0.0  # of sampling so far
+
     def count(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        steps.at(args, kwargs)
+        nonlocal share
+        share = steps.at(args, kwargs) / len(set(pipe.scheduler.timesteps.tolist()))  # some samplers repeat them
 
     def chosen(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if (key := merge_key(place)) not in until:
             return gates
-        name = content if steps.step / len(pipe.scheduler.timesteps) <= until[key] else style
+        name = content if share <= until[key] else style
         return gates.new_tensor([float(each == name) for each in names])
 
     with Undo() as undo, mixture.adjusted(chosen):

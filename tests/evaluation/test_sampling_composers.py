@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from tiers import thorough
 
 import mole_diffusers as mole
@@ -113,17 +114,20 @@ def test_k_lora_turns_each_layer_once_at_the_same_share_of_any_run(pipe, loras):
     experts = {"fox": (loras["fox"], 0.8), "ink": loras["ink"]}
     mixture = mole.attach(pipe, experts, mole.GateConfig("static", granularity="matrix"))
     turned = {}
-    for steps in (4, 8):
+    for steps in (4, 8, "heun"):
+        if steps == "heun":  # it calls the model twice at most timesteps
+            pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
         with sampling_composers.k_lora(pipe, mixture, content="fox", style="ink"), mixture.trace() as trace:
-            latent(pipe, steps=steps)
+            latent(pipe, steps=8 if steps == "heun" else steps)
         weights = {place: trace.weights(place) for place in trace.places if "attn" in place and place.startswith("unet")}
         assert all(w.count_nonzero(1).eq(1).all() for w in weights.values())
         chose = {place: (w[:, 0] != 0).tolist() for place, w in weights.items()}
         assert all(sorted(row, reverse=True) == row for row in chose.values())  # content, then style
-        turned[steps] = {place: sum(row) / steps for place, row in chose.items()}
+        turned[steps] = {place: sum(row) / len(row) for place, row in chose.items()}
     assert len(set(turned[8].values())) > 1
     for place, share in turned[8].items():
         assert abs(turned[4][place] - share) <= 1 / 4
+        assert abs(turned["heun"][place] - share) <= 1 / 8
     forward = trace.weights("unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2")
     assert forward[0, 1] == 1  # no attention, and only ink has it
     mixture = mole.attach(pipe, experts)
