@@ -24,8 +24,9 @@ def ssr(layers: Layers, *, inputs: Inputs, ridge: float = 0.01) -> Merged:
     shrinks to 0, and depends on how a LoRA divides its size between down and up.
 
     Args:
-        ridge: eta as a share of G's mean diagonal: 0.01 with many more rows than ranks, 0.1 to 1 with fewer.
+        ridge: eta as a share of G's mean diagonal: 0.01 with many more rows than ranks, 0.1 to 1 with fewer. 0 or more.
     """
+    _check_ridge(ridge)
 
     def merged(pairs: list[Pair], inputs: list[torch.Tensor]) -> Pair:
         whole = concatenated(pairs)
@@ -49,9 +50,13 @@ def regmean(layers: Layers, *, inputs: Inputs, diagonal: float = 0.9, ridge: flo
     """RegMean (Jin et al., 2022): (sum delta_k C_k) (sum C_k)^-1 with C_k = X_k^T X_k; exact at rank R, up unchanged.
 
     Args:
-        diagonal: factor for the entries of C_k off its diagonal; below 1 the inverse exists even with few rows.
-        ridge: added to each C_k's diagonal, as a share of its Frobenius norm: shrinks to the mean of the experts.
+        diagonal: factor for the entries of C_k off its diagonal, 0 to 1; below 1 the inverse exists even with few rows.
+        ridge: added to each C_k's diagonal, as a share of its Frobenius norm: shrinks to the mean of the experts. 0 or
+            more.
     """
+    _check_ridge(ridge)
+    if not 0 <= diagonal <= 1:
+        raise ValueError(f"RegMean's diagonal must be at least 0 and at most 1, got {diagonal}")
 
     def merged(pairs: list[Pair], inputs: list[torch.Tensor]) -> Pair:
         squares = [_squares(x) for x in inputs]  # [Cin, Cin]
@@ -72,13 +77,14 @@ def iteris(
     Args:
         rerun: a merge -> the inputs on each expert's prompts when the merge runs them, row by row as in `inputs`.
         rounds: 1 is RegMean with these weights and this ridge.
-        ridge: of both factors, as a share of their Frobenius norms: shrinks to the weighted mean of the experts. The
-            authors take 1e-7 to 1e-4 with many samples. But layers that read text get fewer different tokens from some
-            prompts than they have channels. With such a small ridge they answer other prompts worse than the mean does.
-            0.01 was chosen on the embedded world's validation split.
+        ridge: of both factors, as a share of their Frobenius norms: shrinks to the weighted mean of the experts. 0 or
+            more. The authors take 1e-7 to 1e-4 with many samples. But layers that read text get fewer different tokens
+            from some prompts than they have channels. With such a small ridge they answer other prompts worse than the
+            mean does. 0.01 was chosen on the embedded world's validation split.
     """
     if rounds < 1:
         raise ValueError(f"rounds of IterIS must be 1 or more, got {rounds}")
+    _check_ridge(ridge)
 
     def merged(pairs: list[Pair], own: list[torch.Tensor], now: list[torch.Tensor]) -> Pair:
         changes = [_energy(x @ p.down.T @ p.up.T).clamp_min(1e-30) for p, x in zip(pairs, own, strict=True)]
@@ -97,8 +103,9 @@ def scalars(layers: Layers, *, inputs: Inputs, ridge: float = 0.0) -> Merged:
     """The best weight per expert and layer: LoRA Soups' CAT (arXiv 2410.13025) solved exactly and without its data.
 
     Args:
-        ridge: as a share of the mean diagonal of the normal equations: shrinks to weights 1, the sum.
+        ridge: as a share of the mean diagonal of the normal equations: shrinks to weights 1, the sum. 0 or more.
     """
+    _check_ridge(ridge)
 
     def merged(pairs: list[Pair], inputs: list[torch.Tensor]) -> Pair:
         weights = best_scalars(pairs, inputs, ridge)
@@ -172,6 +179,11 @@ def relative_loss(layer: Layer, inputs: Sequence[torch.Tensor | None], merged: P
         lost += _energy(x @ merged.down.T @ (merged.scale * merged.up.T) - want).item()
         whole += _energy(want).item()
     return lost / whole if whole else 0.0
+
+
+def _check_ridge(ridge: float) -> None:
+    if ridge < 0:
+        raise ValueError(f"the ridge must be 0 or more, got {ridge}")
 
 
 def _each(layers: Layers, solve: Callable[..., Pair], *inputs: Inputs) -> Merged:

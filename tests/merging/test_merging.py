@@ -236,6 +236,12 @@ def test_bad_input(loras, options, message):
     [
         ("regmean", {"size": 1}, "unknown options ['size'] of merge method 'regmean'"),
         ("ssr", {"ridge": math.nan}, "ridge of merge method 'ssr' must be a finite number, got nan"),
+        ("ssr", {"ridge": -0.1}, "the ridge must be 0 or more, got -0.1"),
+        ("regmean", {"ridge": -1}, "the ridge must be 0 or more, got -1"),
+        ("iteris", {"ridge": -1}, "the ridge must be 0 or more, got -1"),
+        ("scalars", {"ridge": -1}, "the ridge must be 0 or more, got -1"),
+        ("regmean", {"diagonal": 1.1}, "RegMean's diagonal must be at least 0 and at most 1, got 1.1"),
+        ("regmean", {"diagonal": -0.1}, "RegMean's diagonal must be at least 0 and at most 1, got -0.1"),
         ("iteris", {"rounds": 0}, "rounds of IterIS must be 1 or more, got 0"),
         ("iteris", {"rank": 0}, "the rank of a merge must be 1 or more, got 0"),
         ("scalars", {}, "no prompts for expert 'cat', 'owl'; there are some for ['fox', 'hat', 'ink']"),
