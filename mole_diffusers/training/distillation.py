@@ -74,6 +74,8 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
     subjects = [name for name in context.mixture.experts if name not in context.data.styles]
     if len(subjects) < 2:
         raise ValueError(f"the separate term needs two experts that are no styles, got {subjects}")
+    if (layers := len(cross_attentions(pipe.unet))) < 2:
+        raise ValueError(f"the separate term compares 2 layers with cross-attention or more, and the UNet has {layers}")
 
     scheduler = training_scheduler(pipe)
     scheduler.set_timesteps(term.steps)

@@ -87,7 +87,7 @@ def separation_loss(maps: torch.Tensor) -> torch.Tensor:
     The maps of one concept in different layers are each other's positives; those of other concepts are the negatives.
 
     Args:
-        maps: [K, L, B, H, W], K concepts of 2 or more, L layers.
+        maps: [K, L, B, H, W], K concepts of 2 or more, L layers of 2 or more.
     """
     concepts, layers = maps.shape[:2]
     rows = F.normalize(maps.flatten(3).permute(2, 0, 1, 3).flatten(1, 2), dim=-1)  # [B, K * L, H * W]

@@ -13,6 +13,7 @@ from PIL import Image
 from tiers import thorough
 
 import mole_diffusers as mole
+from mole_diffusers.patching.cross_attention import cross_attentions
 from mole_diffusers.testing import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training import engine
 from mole_diffusers.training.clip import Clip
@@ -462,6 +463,13 @@ def test_bad_training_data_are_named(pipe, loras):
             train_gates(pipe, mixture, data, config=GateTraining(terms, **SHORT))
     with pytest.raises(ValueError, match="'sum' have nothing to train"):
         train_gates(pipe, mole.attach(pipe, {"fox": loras["fox"]}), fox, config=GateTraining(**SHORT))
+
+
+def test_attention_of_one_layer_has_nothing_to_be_kept_together_with(pipe, mixture):
+    for attention in list(cross_attentions(pipe.unet).values())[1:]:
+        attention.is_cross_attention = False
+    with pytest.raises(ValueError, match="compares 2 layers with cross-attention or more, and the UNet has 1"):
+        train_gates(pipe, mixture, DATA, config=GateTraining({"separate": {"steps": 2}}, **SHORT))
 
 
 @pytest.mark.parametrize("progress", [True, *thorough(False)])
