@@ -205,6 +205,7 @@ class GateTraining:
         weight_decay: AdamW's weight decay.
         max_norm: clip gradients to this length; 0 does not clip.
         ema: decay of an exponential moving average of the gates, which then draws pictures and is saved; 0 means none.
+            As in diffusers, update n decays by at most n / (n + 9), so 0.99 is reached at update 891.
         precision: "no", "bf16" or "fp16" (with loss scaling) for the forward pass; gates stay fp32.
         checkpointing: compute activations again in the backward pass, for less memory and more time.
         seed: seed of all random choices.
