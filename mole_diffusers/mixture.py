@@ -52,7 +52,7 @@ from mole_diffusers.patching.undo import Undo
 
 Source = str | Path | Expert
 Gates = str | Path | GateConfig
-MAX_STRENGTH = 1e6  # far more than any picture survives, and small enough that products stay finite
+MAX_STRENGTH = 1e6  # far more than any picture survives; in fp32, products stay finite (fp16 ends at 65504)
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
 _lifted: WeakKeyDictionary[Any, Mixture] = WeakKeyDictionary()  # denoiser -> the mixture that `lifted` took off it
