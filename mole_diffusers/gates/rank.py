@@ -53,8 +53,9 @@ class RankGate(nn.Module):
     """z = sigmoid(W x) + c per token and rank; the k largest z are scaled to mean 1, the others are 0 (SMoRA, eq. 6-9).
 
     W begins at zero, which gives all ranks weight 1 if k takes them all. c evens out the load without a loss. Whenever a
-    backward pass reaches W, c rises by `rate` for a rank that was chosen less often than the mean since the last update,
-    and falls for one that was chosen more often. As in the authors' code, c also enters the gate's value.
+    backward pass reaches W (in `train_gates`, once per update), c rises by `rate` for a rank that was chosen less often
+    than the mean since the last update, and falls for one that was chosen more often. As in the authors' code, c also
+    enters the gate's value.
 
     The LoRAs keep their own alpha / r. (The paper trains its ranks from scratch, with alpha / k.) With k below R, less
     is added in total, which strengths can make up for.
