@@ -212,10 +212,11 @@ def sum_teacher(pipe: Any, mixture: Mixture, experts: Sequence[str], *, unit: Se
 
 
 def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teacher:
-    """Predicts e_0 + sum_k s_k M_k (e_k - e_0); error 1 is the base, e_0.
+    """Predicts e_0 + sum_k s_k M_k (e_k - e_0) for rows of `with_and_without`; error 1 is the base, e_0.
 
     Experts in `styles` act everywhere. If there are two or more others, they share the picture according to their
-    cross-attention to their trigger words. A single other one gets the whole picture.
+    cross-attention to their trigger words. A row without its prompt, which has no such words, is shared like the row
+    with it. A single other one gets the whole picture.
     """
     names = list(mixture.experts)
     subjects = [i for i, name in enumerate(names) if name not in styles]
@@ -234,7 +235,8 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
                 predictions.append(predict(pipe, x, timesteps, prompts))
             maps += [torch.stack(layers).mean(0)[0]] if layers else []
         if divided:
-            masks[divided] = territory(torch.stack(maps))
+            prompted = torch.stack(maps).chunk(2, 1)[1]
+            masks[divided] = territory(prompted).repeat(1, 2, 1, 1, 1)
         strengths = onto(torch.tensor([mixture.strength(name) for name in names]), x.device)
         return composed_target(base, torch.stack(predictions), masks, strengths), base
 

@@ -10,6 +10,7 @@ from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.distillation import (
+    alone,
     attention_maps,
     base,
     composed_teacher,
@@ -19,7 +20,7 @@ from mole_diffusers.training.distillation import (
     trigger_tokens,
     with_and_without,
 )
-from mole_diffusers.training.losses import recovery_error
+from mole_diffusers.training.losses import composed_target, recovery_error, territory
 
 
 def test_attention_maps_equal_the_hosts_own_attention(pipe):
@@ -60,7 +61,7 @@ def test_trigger_tokens_are_found_or_missed_by_name(pipe, loras):
 
 def test_teachers_are_the_single_loras_and_their_sum(pipe, loras):
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
-    x, t, prompts = torch.randn(2, 4, 16, 16), torch.tensor([5, 800]), ["a fox in ink", ""]
+    x, t, prompts = torch.randn(2, 4, 16, 16), torch.tensor([5, 800]), ["", "a fox in ink"]
     with torch.no_grad():
         fox, base = sum_teacher(pipe, mixture, ["fox"], unit=[])(x, t, prompts)
         ink, _ = sum_teacher(pipe, mixture, ["ink"], unit=[])(x, t, prompts)
@@ -72,6 +73,25 @@ def test_teachers_are_the_single_loras_and_their_sum(pipe, loras):
         torch.testing.assert_close(predict(pipe, x, t, prompts), base)
         mole.attach(pipe, {"fox": loras["fox"]})
         torch.testing.assert_close(predict(pipe, x, t, prompts), fox, atol=1e-6, rtol=0)
+
+
+def test_without_its_prompt_a_row_is_shared_as_with_it(pipe, loras):
+    """Two routes: the teacher, and the blend put together from what each expert attends to with the prompt."""
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "mole")
+    inputs = with_and_without(torch.randn(1, 4, 16, 16), torch.tensor([800]), ["a fox in ink"])
+    predictions, maps = [], []
+    with torch.no_grad():
+        found, base = composed_teacher(pipe, mixture, [])(*inputs)
+        for name in ("fox", "ink"):
+            with alone(mixture, {name: 1.0}):
+                predictions.append(predict(pipe, *inputs))
+                words = trigger_tokens(pipe, mixture, name, ["a fox in ink"])[None]
+                with attention_maps(pipe.unet, (16, 16), words) as layers:
+                    predict(pipe, *(each[1:] for each in inputs))
+            maps.append(torch.stack(layers).mean(0)[0])
+    mine = torch.cat([territory(torch.stack(maps))] * 2, 1)
+    expected = composed_target(base, torch.stack(predictions), mine, torch.ones(2))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def joined(rows):
