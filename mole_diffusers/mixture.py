@@ -379,7 +379,8 @@ class Mixture:
             prompt: what to draw while the gates are averaged over steps, rows and tokens. Gates that depend on nothing
                 ("sum", "mean", "factors", and "static" with 1 bin) need no prompt. "prompt" gates need one, but they only
                 read it, and nothing is drawn.
-            **call: how to draw it, as arguments of the pipeline; 10 steps from seed 0 by default.
+            **call: how to draw it, as arguments of the pipeline; 10 steps from seed 0 by default. "prompt" gates read the
+                prompt alone; with a `guidance_scale`, their weights are averaged over the rows of guidance.
 
         Raises:
             ValueError: gates that depend on the picture, without a prompt; a quantised or offloaded host; a mixture that is

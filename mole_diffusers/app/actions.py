@@ -445,7 +445,7 @@ class Actions:
             raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
         folder = Path(mkdtemp(prefix="export-", dir=self.folder))  # others may export the same LoRAs with other weights
         path = folder / f"{'+'.join(sorted(strengths)).replace('/', '_')[:100]}.safetensors"
-        call: dict[str, Any] = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
+        call: dict[str, Any] = {"width": recipe.width, "height": recipe.height}
 
         def work(report: Report) -> Exported:
             report("writing")
@@ -455,6 +455,8 @@ class Actions:
                     call["prompt_2"] = plain_text(recipe.prompt_2) if recipe.weights else recipe.prompt_2
                 mixture = self.studio.attach_for(recipe)
                 assert mixture is not None  # there are tags
+                if not mixture.config.reads_prompt:  # gates that do read the prompt alone, without guidance's empty one
+                    call["guidance_scale"] = recipe.guidance
                 names = list(mixture.experts)
                 tags = [LoraTag(name) for name in names]
                 by_hand = StrengthSchedule(names, tags, unet=denoiser(self.studio.pipe), steps=1, locks=recipe.locks)

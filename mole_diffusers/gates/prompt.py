@@ -52,9 +52,8 @@ class PromptGate(nn.Module):
     prompt: it reuses its logits for the very same states, while masks and strengths may change.
 
     The paper does not say whether the kept probabilities are renormalised. `total` is "none" (as they are), "1" or "N"
-    (they sum to the number of experts in the mask). With guidance, every row has the weights of its own prompt. If the
-    conditional prompt should decide for all rows, as in folded weights, use `mixture.collapsed(prompt,
-    guidance_scale=1)`.
+    (they sum to the number of experts in the mask). With guidance, every row has the weights of its own prompt. In
+    folded weights (`mixture.collapsed(prompt)`), the prompt decides for all rows.
 
     Args:
         presents: which experts each layer of the place has, [M][N]; one row for the whole place on axis "concept".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,10 +41,13 @@ class Averages:
 
 def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str] | None, **call: Any) -> None:
     """Evaluate every gate as cheaply as possible: without a prompt if it reads nothing, by encoding if it reads the
-    text, else by drawing.
+    text, else by drawing. Gates that read the prompt read it alone, without the empty prompt of guidance, unless `call`
+    says otherwise.
 
     Raises ValueError if a gate needs an input and there is no prompt.
     """
+    if parts[0].config.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
+        call = {"guidance_scale": 1.0, **call}
     if prompt is None or reads_nothing(parts):
         for part in parts:
             part.evaluate_input_free()

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiers import thorough
 
+from mole_diffusers import attach, detach
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import ignore
 from mole_diffusers.binding.config import read_mask
@@ -307,6 +308,18 @@ def test_an_exported_lora_has_the_weights_that_are_set_by_hand(actions):
     wanted |= {key: value for key, value in both.items() if not key.startswith(place)}
     assert by_hand.keys() == wanted.keys()
     assert all(torch.equal(by_hand[key], wanted[key]) for key in wanted)
+
+
+def test_an_exported_lora_has_what_the_prompt_says_whatever_the_guidance(loras, pipe, awake, tmp_path):
+    awake(attach(pipe, {name: loras[name] for name in ("fox", "ink")}, "prompt")).save_pretrained(tmp_path / "gates")
+    detach(pipe)
+    actions = Actions(Studio(pipe, Catalog(dict(loras), {"read": tmp_path / "gates"}), "tiny"))
+    recipe = dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1> <lora:ink:1>", gates="read", binding="none", steps=1)
+    one, five = (
+        load_file(actions.export(dataclasses.replace(recipe, guidance=guidance))(ignore).path) for guidance in (1.0, 5.0)
+    )
+    assert one.keys() == five.keys()
+    assert all(torch.equal(one[key], five[key]) for key in one)
 
 
 def test_painted_masks_keep_soft_edges():
