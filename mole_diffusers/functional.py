@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -204,29 +203,37 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
     return -(share * share.clamp_min(1e-12).log()).sum(-1)
 
 
-def mean_shares(gates: Sequence[torch.Tensor], present: Sequence[torch.Tensor]) -> torch.Tensor:
-    """q of MoLE's eq. 15, [N]: each expert's mean share over blocks and batch.
+def relative_shares(gates: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What each expert gets relative to an equal share, summed over blocks, and the number of these blocks: [2, N].
+
+    Blocks are means over their rows. A row counts only for the experts in its mask, and only if these are two or more.
 
     Args:
         gates: per gated block [..., N], before the user's strengths. Negative weights count as 0.
-        present: per block [N] bool. A block counts only for the experts that it has, and shares are relative to the
-            equal share among these.
+        masks: per block [N] or [B, N] bool, the experts that are present and active.
     """
-    q, blocks = torch.zeros(()), torch.zeros(())
-    for weights, there in zip(gates, present, strict=True):
+    totals = torch.zeros(())
+    for weights, mask in zip(gates, masks, strict=True):
+        there = over_tokens(mask & (mask.sum(-1, keepdim=True) > 1), weights).expand_as(weights)
         share = weights.clamp_min(0) / weights.clamp_min(0).sum(-1, keepdim=True).clamp_min(1e-8)
-        share = share.reshape(-1, share.shape[-1]).mean(0)  # [N]
-        q, blocks = q + share * there.sum() / len(there), blocks + there
-    return q / blocks.clamp_min(1)
+        relative = share * there * there.sum(-1, keepdim=True)  # 1 for each expert if they share equally
+        totals = totals + torch.stack([relative, there.float()]).reshape(2, -1, there.shape[-1]).mean(1)
+    return totals
 
 
-def balance_loss(q: torch.Tensor) -> torch.Tensor:
+def balance_loss(shares: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Eq. 14 of MoLE with a live gradient, minus its minimum N ln N: 0 if the experts share equally on average.
 
-    The mean `q` [N] is taken before the log, so single blocks may specialise. (The authors' code detaches it, which
-    leaves no gradient.)
+    The mean over blocks is taken before the log (q of eq. 15, here times N), so single blocks may specialise. (The
+    authors' code detaches it, which leaves no gradient.) The fewer blocks an expert has, the more each of them moves its
+    mean, and so the less weight its log has, down from 1. Thus equal shares are the minimum whichever blocks an expert
+    has.
+
+    Args:
+        shares, blocks: [N] each, of `relative_shares`.
     """
-    return -(q.clamp_min(1e-8).log().sum()) - len(q) * math.log(len(q))
+    q = shares / blocks.clamp_min(1e-8)
+    return -(blocks / blocks.max().clamp_min(1e-8) * q.clamp_min(1e-8).log()).sum()
 
 
 def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -83,8 +83,8 @@ def test_entropy_and_balance_by_hand():
     assert functional.entropy(torch.tensor([2.0, 0.0])).item() == pytest.approx(0)
     both = torch.tensor([True, True])
 
-    def balance(gates, present):
-        return functional.balance_loss(functional.mean_shares(gates, present))
+    def balance(gates, masks):
+        return functional.balance_loss(*functional.relative_shares(gates, masks))
 
     assert balance([even, 2 * even], [both, both]).item() == pytest.approx(0, abs=1e-6)
     # Two blocks that specialise in opposite experts are balanced; q is averaged before the log.
@@ -95,12 +95,34 @@ def test_entropy_and_balance_by_hand():
     assert balance(alone, [both, torch.tensor([True, False])]).item() == pytest.approx(0, abs=1e-6)
     skewed = balance([torch.tensor([0.8, 0.2])], [both])
     assert skewed.item() == pytest.approx(-math.log(0.8) - math.log(0.2) - 2 * math.log(2), rel=1e-5)
+    # Experts that do not act, in all rows or in some, count for nothing.
+    three, off = torch.tensor([0.8, 0.2, 0.0]), torch.tensor([True, True, False])
+    assert balance([three], [off]).item() == pytest.approx(skewed.item())
+    rows = torch.stack([three, torch.tensor([1.0, 0.0, 0.0])])
+    assert balance([rows], [torch.stack([off, torch.tensor([True, False, False])])]).item() == pytest.approx(skewed.item())
 
 
 def test_balance_has_a_live_gradient_that_evens_out():
     logits = torch.tensor([1.0, 0.0], requires_grad=True)
-    functional.balance_loss(functional.mean_shares([torch.softmax(logits, -1)], [torch.tensor([True, True])])).backward()
+    shares = functional.relative_shares([torch.softmax(logits, -1)], [torch.tensor([True, True])])
+    functional.balance_loss(*shares).backward()
     assert logits.grad[0] > 0 > logits.grad[1]
+
+
+def test_equal_shares_are_the_minimum_of_balance_whichever_layers_experts_have():
+    masks = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 0], [0, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+
+    def balance(logits):
+        gates = [functional.gate_weights(row, mask, "N") for row, mask in zip(logits, masks, strict=True)]
+        return functional.balance_loss(*functional.relative_shares(gates, list(masks)))
+
+    even = torch.zeros(5, 3, requires_grad=True)
+    loss = balance(even)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert torch.autograd.grad(loss, even)[0].abs().max() < 1e-6
+    for size in (0.1, 1.0, 5.0):
+        assert balance(size * torch.randn(5, 3, generator=generator)) > 0
 
 
 def test_rows_stand_for_as_many_neighbours_each():

@@ -15,6 +15,7 @@ from mole_diffusers.gates.contract import Context
 from mole_diffusers.gates.seen import Seen, version
 
 Mean = Callable[[torch.Tensor], torch.Tensor]
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # softmax [B, E], what top-k kept of it, mask [E] or [B, E]
 AXES = ("concept", "module", "both")
 PROMPT_TOTALS = ("1", "N", "none")
 GELU = (  # coefficients of `rational` fitted to GELU on -3..3; the error is below 0.01 there
@@ -32,17 +33,21 @@ def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor
     return (powers @ numerator) / (1 + (powers[..., 1 : len(denominator) + 1] @ denominator).abs())
 
 
-def load_balance(probabilities: torch.Tensor, chosen: torch.Tensor, over: Mean = lambda own: own) -> torch.Tensor:
-    """MiLoRA's L_lb = E sum_i f_i p_i: 1 if E experts share evenly, E if one takes everything.
+def load_balance(routed: Sequence[Routed], over: Mean = lambda own: own) -> torch.Tensor:
+    """MiLoRA's L_lb = E sum_i f_i p_i over the calls of one gate: 1 if E experts share evenly, E if one takes everything.
+
+    p_i is expert i's mean probability, and f_i its mean share of what top-k keeps. With k = 1 that is how often it is
+    chosen, as in the paper, and if all are kept it is p_i. Rows may have different experts, see
+    `functional.relative_shares`.
 
     Args:
-        probabilities: [..., E], the softmax over all experts, which carries the gradient.
-        chosen: [..., E] bool, the experts that top-k kept.
-        over: turns the mean over these rows into the mean over all rows, if other processes have the rest.
+        over: turns the mean over these calls into the mean over all, if other processes have the rest.
     """
-    count = probabilities.shape[-1]
-    kept, likely = (over(rows.reshape(-1, count).float().mean(0)) for rows in (chosen, probabilities))  # [E] each
-    return count * (kept / kept.sum() * likely).sum()
+    probabilities, kept, masks = zip(*routed, strict=True)
+    load, rows = functional.relative_shares(kept, masks)  # [E] each
+    likely, _ = functional.relative_shares(probabilities, masks)
+    load, likely, rows = over(torch.stack([load, likely, rows]))
+    return 1 + (load * likely / rows.clamp_min(1e-8) - rows).sum() / rows.sum().clamp_min(1e-8)
 
 
 class PromptGate(nn.Module):
@@ -74,7 +79,7 @@ class PromptGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(count, width))  # W
         self.numerator, self.denominator = (nn.Parameter(torch.tensor(c)) for c in GELU)
         self._text, self._last = Seen(), (0, torch.zeros(0))  # the last text, with the versions and logits for it
-        self._routed: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.routed: list[Routed] | None = None  # if a list, calls with gradients are added, for `load_balance`
 
     def pooled(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
         """[B, T, C] -> [B, C] over the tokens that count."""
@@ -98,17 +103,11 @@ class PromptGate(nn.Module):
             return self._shared(logits, there.any(-1))[..., None] * there
         return self._shared(logits, there.flatten(-2)).unflatten(-1, there.shape[-2:])
 
-    def balance_loss(self, over: Mean = lambda own: own) -> torch.Tensor:
-        """`load_balance` of the last call with gradients."""
-        if self._routed is None:
-            raise ValueError("a prompt gate has no load before it was called with gradients")
-        return load_balance(*self._routed, over)
-
     def _shared(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         probabilities = functional.gate_weights(logits, mask, "1")  # [B, E]
         kept = probabilities * functional.among_largest(probabilities, self.top)
-        if torch.is_grad_enabled():
-            self._routed = probabilities, kept > 0
+        if self.routed is not None and torch.is_grad_enabled():
+            self.routed.append((probabilities, kept, mask))
         if self.total == "none":
             return kept
         share = kept / kept.sum(-1, keepdim=True).clamp_min(1e-12)

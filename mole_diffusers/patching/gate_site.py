@@ -135,11 +135,11 @@ class GateSite(ABC):
         """Gates times the users' strengths; with `segment` [R] the gates are per rank."""
         if segment is None:
             if not torch.compiler.is_compiling() and active.unit_strengths:
-                return Decision(self, present, gates, gates)
-            return Decision(self, present, gates, gates * functional.over_tokens(active.strengths, gates))
+                return Decision(self, present, gates, gates, active.mask)
+            return Decision(self, present, gates, gates * functional.over_tokens(active.strengths, gates), active.mask)
         mean = functional.by_expert(gates, segment, len(present))
         ranks = gates * functional.over_tokens(active.strengths[..., segment], gates)
-        return Decision(self, present, mean, mean * functional.over_tokens(active.strengths, mean), ranks)
+        return Decision(self, present, mean, mean * functional.over_tokens(active.strengths, mean), active.mask, ranks)
 
     def _by_hand(
         self, present: Present, fixed: Sequence[float], hidden: torch.Tensor, segment: torch.Tensor | None

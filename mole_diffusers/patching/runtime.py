@@ -31,6 +31,7 @@ class Decision(NamedTuple):
         gates: [N], [B, N] or [B, T, N], the gate's output. For a gate per rank, the mean over each expert's ranks.
         weights: the same times the user's strengths. The layers are multiplied by this, and by masks of tokens. Layers
             outside of blocks, which share one gate, are also multiplied by a plan's strengths for where each is.
+        mask: [N] or [B, N] bool: experts that are present, active and not at strength 0.
         per_rank: replaces `weights` if the gate weighs ranks, [R], [B, R] or [B, T, R].
     """
 
@@ -38,6 +39,7 @@ class Decision(NamedTuple):
     present: Present
     gates: torch.Tensor
     weights: torch.Tensor
+    mask: torch.Tensor
     per_rank: torch.Tensor | None = None
 
     @property

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.functional import onto
 from mole_diffusers.gates import PromptGate, RankGate
+from mole_diffusers.gates.prompt import load_balance
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.runtime import Decision
@@ -179,28 +179,37 @@ class GateTrainer:
         there = drop_experts(names, self.config.drop, generator) if self.config.drop else names
         dropout = mixture.only(*there) if self.config.drop else nullcontext()
         found = {}
-        with self.engine.autocast(), dropout, mixture.listen(decisions.append):
-            for name, loss in self.loss_fns.items():
-                found[name] = loss(RandomBatch(generator, terms[name].batch or self.config.batch, index, shares))
-        if BALANCE in terms:
-            live = [d for d in decisions if d.gates.requires_grad]  # without those of teachers
-            found[BALANCE] = self._balance(live, [names.index(name) for name in there])
+        with self._routes_noted():
+            with self.engine.autocast(), dropout, mixture.listen(decisions.append):
+                for name, loss in self.loss_fns.items():
+                    found[name] = loss(RandomBatch(generator, terms[name].batch or self.config.batch, index, shares))
+            if BALANCE in terms:
+                live = [d for d in decisions if d.gates.requires_grad]  # without those of teachers
+                found[BALANCE] = self._balance(live)
         return {"loss": torch.stack([terms[name].weight * value for name, value in found.items()]).sum(), **found}
 
-    def _balance(self, decisions: Sequence[Decision], experts: Sequence[int]) -> torch.Tensor:
+    def _balance(self, decisions: Sequence[Decision]) -> torch.Tensor:
         """The family's own balance loss if it has one, otherwise MoLE's, among the experts that take part."""
-        if own := [g.balance_loss(self._over_processes) for g in self._gates() if isinstance(g, PromptGate)]:
-            return torch.stack(own).mean()
-        present = [[d.present[i] for i in experts] for d in decisions]  # [blocks, N]
-        there, index = (onto(torch.tensor(found), decisions[0].gates.device) for found in (present, experts))
-        shares = functional.mean_shares([d.gates.index_select(-1, index) for d in decisions], list(there))
-        return functional.balance_loss(self._over_processes(shares))
+        if own := [gate.routed for gate in self._gates() if isinstance(gate, PromptGate) and gate.routed]:
+            return torch.stack([load_balance(routed, self._over_processes) for routed in own]).mean()
+        shares = functional.relative_shares([d.gates for d in decisions], [d.mask for d in decisions])
+        return functional.balance_loss(*self._over_processes(shares))
 
     def _over_processes(self, own: torch.Tensor) -> torch.Tensor:
         """The mean of `own` over processes, with the gradient of `own`; averaged gradients are then those of the mean."""
         if self.accelerator.num_processes == 1:
             return own
         return own + (self.accelerator.reduce(own.detach().clone(), "mean") - own.detach())
+
+    @contextmanager
+    def _routes_noted(self) -> Iterator[None]:
+        """Prompt gates note what they route for the balance term while the block runs."""
+        with ExitStack() as undo:
+            for gate in self._gates():
+                if isinstance(gate, PromptGate) and BALANCE in self.config.parsed:
+                    gate.routed = []
+                    undo.callback(setattr, gate, "routed", None)
+            yield
 
     @contextmanager
     def _loads_counted(self) -> Iterator[None]:

@@ -70,26 +70,50 @@ def test_axes_by_hand(monkeypatch):
     torch.testing.assert_close(one, torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]))
 
 
-def test_load_balance_over_processes_is_that_of_all_rows():
+ALL = torch.tensor([True] * 3)
+
+
+def routed(probabilities, top, mask=ALL):
+    return probabilities, probabilities * among_largest(probabilities, top), mask
+
+
+def test_load_balance_over_processes_and_calls_is_that_of_all_rows():
     rows = torch.softmax(torch.randn(4, 3), -1)
     own, others = rows.chunk(2)
-    theirs = iter([(among_largest(others, 1)).float().mean(0), others.mean(0)])
-    found = load_balance(own, among_largest(own, 1), lambda mean: (mean + next(theirs)) / 2)
-    torch.testing.assert_close(found, load_balance(rows, among_largest(rows, 1)))
+    whole = load_balance([routed(rows, 1)])
+    torch.testing.assert_close(load_balance([routed(own, 1), routed(others, 1)]), whole)
+    sums = []
+    load_balance([routed(others, 1)], lambda mean: sums.append(mean) or mean)
+    torch.testing.assert_close(load_balance([routed(own, 1)], lambda mean: (mean + sums[0]) / 2), whole)
+    chosen = among_largest(rows, 1).float().mean(0)  # the paper's formula
+    torch.testing.assert_close(whole, 3 * (chosen * rows.mean(0)).sum())
 
 
 def test_load_balance_is_1_when_even_and_their_number_when_one_takes_all():
     even, one = torch.full((6, 3), 1 / 3), torch.tensor([[1.0, 0.0, 0.0]]).expand(6, 3)
-    by_turns = torch.eye(3, dtype=torch.bool).repeat(2, 1)
-    assert load_balance(even, by_turns).item() == pytest.approx(1)
-    assert load_balance(one, one > 0).item() == pytest.approx(3)
+    by_turns = torch.eye(3).repeat(2, 1)
+    assert load_balance([(even, even * by_turns, ALL)]).item() == pytest.approx(1)
+    assert load_balance([routed(even, 0)]).item() == pytest.approx(1)
+    assert load_balance([routed(one, 1)]).item() == pytest.approx(3)
+    assert load_balance([routed(one, 0)]).item() == pytest.approx(3)
     assert among_largest(LOGITS.softmax(-1), 1).count_nonzero() == 1
 
 
-def test_the_balance_loss_lowers_what_is_chosen_too_often():
+def test_load_balance_is_among_the_experts_that_are_there():
+    two = torch.tensor([[0.9, 0.1]])
+    three, mask = F.pad(two, (0, 1)), torch.tensor([True, True, False])
+    wanted = load_balance([(two, two, torch.tensor([True, True]))])
+    assert wanted.item() == pytest.approx(2 * (0.9**2 + 0.1**2))
+    alone = torch.tensor([[0.0, 0.0, 1.0]])
+    for calls in ([routed(three, 0, mask)], [routed(three, 0, mask), routed(alone, 0, torch.tensor([False, False, True]))]):
+        torch.testing.assert_close(load_balance(calls), wanted)
+    assert load_balance([routed(alone, 0, torch.tensor([False, False, True]))]).item() == 1
+
+
+@pytest.mark.parametrize("top", [0, 1, 2])
+def test_the_balance_loss_lowers_what_is_chosen_too_often(top):
     logits = torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.0, 1.0]], requires_grad=True)
-    probabilities = logits.softmax(-1)
-    load_balance(probabilities, among_largest(probabilities, 1)).backward()
+    load_balance([routed(logits.softmax(-1), top)]).backward()
     assert (logits.grad[:, 0] > 0).all()
     assert (logits.grad[:, 1:] < 0).all()
 
@@ -218,12 +242,21 @@ def test_modules_as_experts(pipe, loras, draw, awake, tmp_path, axis):
     assert torch.equal(draw(pipe), gated)
 
 
-def test_training_uses_its_own_balance_loss(pipe, loras):
+@pytest.mark.parametrize("axis", [*thorough("module", "both"), "concept"])
+@pytest.mark.parametrize("top", [0, *thorough(1)])
+def test_training_evens_out_what_all_terms_route(pipe, loras, axis, top):
+    """LoRAs of different layers, and two terms: beside the balance, nothing pulls at the gates."""
     from mole_diffusers.training.config import GateTraining
     from mole_diffusers.training.data import TrainingData
     from mole_diffusers.training.gate_trainer import train_gates
 
-    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("prompt", top=1))
-    config = GateTraining({"base": {"seeds": 1, "steps": 1}, "balance": 0.01}, steps=2, batch=2)
-    log = train_gates(pipe, mixture, TrainingData(plain=["a b", "c"]), config=config)
-    assert 1 <= log[0]["balance"] <= 2
+    mixture = mole.attach(pipe, loras, mole.GateConfig("prompt", axis=axis, top=top))
+    with torch.no_grad():
+        for bank in mixture.banks.values():
+            for gate in bank.gates.values():
+                gate.weight[0] += 0.5
+    nothing = {"weight": 1e-9, "seeds": 1, "steps": 1}
+    config = GateTraining({"single": nothing, "base": nothing, "balance": 1.0}, steps=4, batch=2)
+    log = train_gates(pipe, mixture, TrainingData({"fox": ["a fox"]}, plain=["c d e"]), config=config)
+    assert log[0]["balance"] > log[-1]["balance"] >= 1 - 1e-5
+    assert all(gate.routed is None for bank in mixture.banks.values() for gate in bank.gates.values())

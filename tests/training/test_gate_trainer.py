@@ -496,6 +496,18 @@ def test_the_balance_is_that_of_the_experts_that_take_part(pipe, mixture):
     assert [row["balance"] for row in log] == pytest.approx([0, 0], abs=1e-5)
 
 
+@pytest.mark.parametrize("strength", [0.0, *thorough(None)])
+def test_the_balance_leaves_out_what_is_at_0_or_off(pipe, loras, strength):
+    mixture, config = mole.attach(pipe, loras, "mole"), replace(DENOISE, terms={"denoise": 1.0, "balance": 0.1}, steps=1)
+    if strength is None:
+        with mixture.only("fox", "ink"):
+            (row,) = train_gates(pipe, mixture, DRAWN, config=config)
+    else:
+        mixture.strength("hat", strength)
+        (row,) = train_gates(pipe, mixture, DRAWN, config=config)
+    assert row["balance"] == pytest.approx(0, abs=1e-5)
+
+
 def test_a_batch_that_cannot_be_divided(pipe, mixture):
     with pytest.raises(ValueError, match="denoise term's batch, 4, must be a multiple of processes x accumulation, 3"):
         train_gates(pipe, mixture, DRAWN, config=replace(DENOISE, accumulation=3))
