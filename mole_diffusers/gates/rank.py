@@ -13,15 +13,18 @@ from mole_diffusers.gates.contract import Context
 from mole_diffusers.lora import LoraWeights
 from mole_diffusers.lora.stacking import Stack
 
+LEAST = 1e-12  # the smallest score
+
 
 def shared_out(scores: torch.Tensor, mask: torch.Tensor, top: int) -> torch.Tensor:
-    """SMoRA's gates: the `top` largest positive scores [..., R] in `mask`, scaled to mean 1 among themselves.
+    """SMoRA's gates: the `top` largest scores [..., R] in `mask`, scaled to mean 1 among themselves.
 
-    If `top` is 0 or above their number, all are kept. `mask` broadcasts over `scores`.
+    If `top` is 0 or above their number, all are kept. `mask` broadcasts over `scores`. Scores below 0, where the load's
+    bias outweighs the sigmoid, count as next to 0, so no gate is negative or larger than the number of those kept.
     """
     chosen = functional.among_largest(scores.masked_fill(~mask, -torch.inf), top) & mask
-    kept = scores * chosen
-    return kept * chosen.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1e-12)
+    kept = scores.clamp_min(LEAST) * chosen
+    return kept * chosen.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(LEAST)
 
 
 def singular(stack: Stack) -> Stack:
@@ -55,7 +58,7 @@ class RankGate(nn.Module):
     W begins at zero, which gives all ranks weight 1 if k takes them all. c evens out the load without a loss. Whenever a
     backward pass reaches W (in `train_gates`, once per update), c rises by `rate` for a rank that was chosen less often
     than the mean since the last update, and falls for one that was chosen more often. As in the authors' code, c also
-    enters the gate's value.
+    enters the gate's value, but here its mean stays 0.
 
     The LoRAs keep their own alpha / r. (The paper trains its ranks from scratch, with alpha / k.) With k below R, less
     is added in total, which strengths can make up for.
@@ -99,9 +102,14 @@ class RankGate(nn.Module):
 
     @torch.no_grad()
     def rebalance(self) -> None:
-        """c += rate * sign(mean load - load) over the ranks that could have been chosen. The count then starts again."""
+        """c += rate * sign(mean load - load) over the ranks that could have been chosen. The count then starts again.
+
+        The mean of these steps is taken off. It changes no choice, but would add up over updates, as c enters the value.
+        """
         if self.load is None:
             return
         (chosen, able), self.load = self.load, None
-        mean = chosen.sum() / (able > 0).sum().clamp_min(1)
-        self.balance += self.rate * torch.sign(mean - chosen) * (able > 0)
+        there = able > 0
+        count = there.sum().clamp_min(1)
+        step = torch.sign(chosen.sum() / count - chosen) * there
+        self.balance += self.rate * (step - step.sum() / count) * there

@@ -120,7 +120,7 @@ def test_the_bias_falls_where_ranks_are_overused_and_has_no_gradient():
     with torch.no_grad():
         router.weight[:2] = 1.0  # the first expert's two ranks win every token
     router(x, context).square().sum().backward()
-    torch.testing.assert_close(router.balance, 0.1 * torch.tensor([-1.0, -1, 1, 1, 1, 1]))
+    torch.testing.assert_close(router.balance, 0.1 * (torch.tensor([-1.0, -1, 1, 1, 1, 1]) - 1 / 3))
     assert router.balance.grad is None
     before = router.balance.clone()
     with torch.no_grad():
@@ -128,7 +128,23 @@ def test_the_bias_falls_where_ranks_are_overused_and_has_no_gradient():
     assert torch.equal(router.balance, before)
     masked = Context(torch.tensor([True, False, False, True]), NOW, context.layer)
     router(x, masked).square().sum().backward()  # the second expert could not have been chosen
-    torch.testing.assert_close(router.balance - before, 0.1 * torch.tensor([-1.0, -1, 0, 0, 0, 1]))
+    torch.testing.assert_close(router.balance - before, 0.1 * (torch.tensor([-2.0, -2, 0, 0, 0, 4]) / 3))
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_gates_stay_between_0_and_k_however_fast_the_bias_moves(rate):
+    torch.manual_seed(0)
+    x, router = torch.randn(100, 2, 8, CIN), gate(top=5, rate=rate)
+    known = Layer(torch.zeros(2, 8, 6), torch.zeros(COUT, 6), SEGMENT)
+    for batch in x:
+        gates = router(batch, Context(torch.tensor([True] * 4), NOW, known))
+        assert gates.min() >= 0
+        torch.testing.assert_close(gates.sum(-1), torch.full((2, 8), 5.0))
+        router.rebalance()
+    assert router.balance.mean().item() == pytest.approx(0, abs=1e-5)
+    alone = Context(torch.tensor([True, False, False, False]), NOW, known)
+    router.balance[:2] = -2.0  # of the one that is left
+    torch.testing.assert_close(router(x[0], alone)[..., :2], torch.ones(2, 8, 2))
 
 
 @pytest.mark.parametrize("shape", [(), (3, 3)])
