@@ -65,6 +65,7 @@ def gate_report(
         places = gate_figures.places(image, acted, shades=shades)  # raises ValueError if no LoRA acted on the denoiser
     network: Any = denoiser(studio.pipe)
     labels = gate_figures.block_places(trace, block_names(network) if hasattr(network, "down_blocks") else None)
+    table = trace.all_weights()
     schedule = StrengthSchedule(trace.experts, recipe.tags, unet=network, steps=recipe.steps)
     return GateReport(
         picture=picture,
@@ -73,8 +74,8 @@ def gate_report(
         shares=gate_figures.shares(trace, labels, shades=shades),
         places=places,
         labels={label: place for place, label in labels.items()},
-        weights={label: trace.weights(place).mean(0).tolist() for place, label in labels.items()},
-        gates={label: before_tags(trace.weights(place), schedule, place).tolist() for place, label in labels.items()},
+        weights={label: table[place].mean(0).tolist() for place, label in labels.items()},
+        gates={label: before_tags(table[place], schedule, place).tolist() for place, label in labels.items()},
         warning="; ".join(notes),
     )
 

@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, safe for colour blindness. Each expert has the same
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from mole_diffusers.patching.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.trace import Trace
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-DPI, OPACITY = 110, 0.65
+DPI, OPACITY, MOST_ROWS = 110, 0.65, 40
 
 
 def colours(names: Collection[str], shades: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -34,53 +35,79 @@ def block_places(trace: Trace, names: Mapping[str, str] | None = None) -> dict[s
         names: module name of a block -> its short name, see `block_weights.block_names`. By default module names are the
             labels.
     """
-    places = [place for place in trace.places if place.partition(".")[0] in DENOISERS]
-    steps = max((len(trace.weights(place)) for place in places), default=0)
-    found = {}
-    for place in places:
+    table = {place: rows for place, rows in trace.all_weights().items() if place.partition(".")[0] in DENOISERS}
+    several = {place.partition("transformer_blocks.1")[0] for place in table}  # with a second transformer block
+    steps, found = max(map(len, table.values()), default=0), {}
+    for place, rows in table.items():
         fewer_experts = place.endswith(")")  # layers of a gate that lack an expert
-        if fewer_experts or len(trace.weights(place)) != steps:
+        if fewer_experts or len(rows) != steps:
             continue
         module = place.partition(".")[2]
-        short = next((short for block, short in (names or {}).items() if f"{module}.".startswith(f"{block}.")), None)
-        inner = module.rpartition("transformer_blocks.")[2].partition(".")[2]
-        found[place] = (module or "outside blocks") if short is None else f"{short} {inner}".strip()
+        block = next((block for block in names or {} if f"{module}.".startswith(f"{block}.")), None)
+        if names is None or block is None:
+            found[place] = module or "outside blocks"
+            continue
+        inner = module[len(block) + 1 :].rpartition("transformer_blocks.")[2]
+        if "transformer_blocks." in module and place.rpartition("transformer_blocks.")[0] not in several:
+            inner = inner.partition(".")[2]  # the number of the only one says nothing
+        found[place] = f"{names[block]} {inner}".strip()
     return found
 
 
 def heat_map(
     trace: Trace, labels: Mapping[str, str], *, locked: Collection[str] = (), shades: Mapping[str, str] | None = None
 ) -> Image.Image:
-    """Applied weights, block by step, one panel per expert on a common scale. Blocks that were set by hand are marked.
+    """Applied weights, block by step, one panel per expert on a common scale around 1. Blocks that were set by hand are
+    marked. Where an expert does not act, it is grey.
+
+    With more than MOST_ROWS labels, there is one row for all gates of a block, with their mean.
 
     Args:
         labels: see `block_places`.
         locked: places set by hand.
         shades: expert -> its colour; see `colours`.
     """
-    cells = np.stack([trace.weights(place).numpy() for place in labels])  # [places, steps, N]
-    low, high = min(cells.min(), 0), max(cells.max(), 0)
-    texts = [f"{label}{' (set)' if place in locked else ''}" for place, label in labels.items()]
+    table, rows = trace.all_weights(), dict[str, list[str]]()
+    for place, label in labels.items():
+        rows.setdefault(label if len(labels) <= MOST_ROWS else _block(label), []).append(place)
+    stacks = [torch.stack([table[place] for place in places]) for places in rows.values()]  # [places, steps, N] each
+    cells = np.stack([(stack.sum(0) / (stack != 0).sum(0).clamp_min(1)).numpy() for stack in stacks])
+    seen = np.append(cells[cells != 0], (0.95, 1.05))  # less than this is not worth a colour
+    texts = [f"{row}{' (set)' if any(place in locked for place in places) else ''}" for row, places in rows.items()]
+    from matplotlib.colors import CenteredNorm
+
     figure, panels = _figure(1.3 + 2.6 * len(trace.experts), 1.1 + 0.24 * len(texts), len(trace.experts))
     shades = colours(trace.experts, shades)
+    norm = CenteredNorm(1, np.abs(seen - 1).max())
     for n, (name, axes) in enumerate(zip(trace.experts, panels, strict=True)):
-        shown = axes.imshow(cells[..., n], aspect="auto", cmap="cividis", vmin=low, vmax=max(high, low + 1e-6))
+        axes.set_facecolor("#cccccc")
+        shown = axes.imshow(np.ma.masked_equal(cells[..., n], 0), aspect="auto", cmap="RdBu_r", norm=norm)
         axes.set_title(name, color=_readable(shades[name]), fontsize=11, fontweight="bold")
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_yticks(range(len(texts)), texts if n == 0 else [""] * len(texts), fontsize=8)
-    figure.colorbar(shown, ax=list(panels), label="weight")
+    figure.colorbar(shown, ax=list(panels), label="weight").ax.set_ylim(seen.min(), seen.max())
     return _picture(figure)
+
+
+def _block(label: str) -> str:
+    """The block in a label of `block_places`: its short name, or its module's name."""
+    found = re.match(r".*transformer_blocks\.\d+|(IN|M|OUT)\d\d", label)
+    return found[0] if found else label
 
 
 def shares(trace: Trace, labels: Mapping[str, str], *, shades: Mapping[str, str] | None = None) -> Image.Image:
     """Each expert's share of all weights, step by step."""
-    table = torch.stack([trace.weights(place).abs() for place in labels]).sum(0)  # [steps, N]
+    weights = trace.all_weights()
+    table = torch.stack([weights[place].abs() for place in labels]).sum(0)  # [steps, N]
     share = (table / table.sum(-1, keepdim=True).clamp_min(1e-12)).numpy()
     styles = {
         name: {"color": shade, "marker": "o", "markersize": 3} for name, shade in colours(trace.experts, shades).items()
     }
     curves = dict(zip(trace.experts, share.T, strict=True))
-    return _curves(range(len(share)), curves, styles, xlabel="step", ylabel="share of the weights", ylim=(0, 1.02))
+    margin = max(0.02, 0.1 * np.ptp(share))
+    shown = {"ylim": (share.min() - margin, share.max() + margin), "ylabel": "share of the weights"}
+    return _curves(range(len(share)), curves, styles, xlabel="step", **shown)
 
 
 def places(image: Image.Image, found: Contributions, *, shades: Mapping[str, str] | None = None) -> dict[str, Image.Image]:

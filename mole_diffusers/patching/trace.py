@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,20 +61,22 @@ class Trace:
 
         In a step that is drawn in tiles, each expert's weight is the mean over the tiles in which it is not 0.
         """
-        steps: dict[tuple[int, int], list[torch.Tensor]] = {}
-        for i, (name, step, weights) in enumerate(self.records):
-            if name == place:
-                call = (step, i if step < 0 else 0)
-                steps.setdefault(call, []).append(weights.reshape(-1, weights.shape[-1]).mean(0))
-        if not steps:
+        records = [(i, step, weights) for i, (name, step, weights) in enumerate(self.records) if name == place]
+        if not records:
             raise ValueError(f"no gate was evaluated at {place!r}; known: {self.places}")
-        calls = [torch.stack(each) for each in steps.values()]  # [calls, N] of each step
-        return torch.stack([each.sum(0) / (each != 0).sum(0).clamp_min(1) for each in calls])
+        return _by_step(records)
+
+    def all_weights(self) -> dict[str, torch.Tensor]:
+        """`weights` of every place, read in one pass: SDXL has gates at 700 places."""
+        records = dict[str, list[tuple[int, int, torch.Tensor]]]()
+        for i, (name, step, weights) in enumerate(self.records):
+            records.setdefault(name, []).append((i, step, weights))
+        return {place: _by_step(found) for place, found in records.items()}
 
     def mean(self) -> dict[str, float]:
         """Each expert's weight, averaged over steps, rows and the places in which it is not 0."""
         self._refuse_empty()
-        table = torch.stack([self.weights(place).mean(0) for place in self.places])  # [places, N]
+        table = torch.stack([weights.mean(0) for weights in self.all_weights().values()])  # [places, N]
         average = table.sum(0) / (table != 0).sum(0).clamp_min(1)
         return dict(zip(self.experts, average.tolist(), strict=True))
 
@@ -85,3 +88,12 @@ class Trace:
     def _refuse_empty(self) -> None:
         if not self.records:
             raise ValueError("this trace has no records: no gate was evaluated; call the pipeline inside the block")
+
+
+def _by_step(records: Sequence[tuple[int, int, torch.Tensor]]) -> torch.Tensor:
+    """(number, step, weights) of one place -> mean weights by step [steps, N]; by number before the first step."""
+    steps: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for i, step, weights in records:
+        steps.setdefault((step, i if step < 0 else 0), []).append(weights.reshape(-1, weights.shape[-1]).mean(0))
+    calls = [torch.stack(each) for each in steps.values()]  # [calls, N] of each step
+    return torch.stack([each.sum(0) / (each != 0).sum(0).clamp_min(1) for each in calls])

@@ -24,9 +24,46 @@ def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(monkeypatch):
     trace = Trace(["a", "b"], SimpleNamespace(), 0, records)
     monkeypatch.setattr(gate_figures, "_picture", lambda figure: figure)
     panels = gate_figures.heat_map(trace, gate_figures.block_places(trace)).axes
-    assert panels[0].images[0].get_array().tolist() == [[0, 1, 2], [1, 2, 3]]
+    assert panels[0].images[0].get_array().tolist() == [[None, 1, 2], [1, 2, 3]]  # at 0 it does not act
     assert panels[1].images[0].get_array().tolist() == [[3, 3, 3], [4, 4, 4]]
     assert [t.get_text() for t in panels[0].get_yticklabels()] == ["one", "two"]
+    assert all(torch.equal(rows, trace.weights(place)) for place, rows in trace.all_weights().items())
+
+
+def test_many_gates_have_a_row_per_block_with_the_mean_of_those_that_act(monkeypatch):
+    """Each gate has a label of its own, also where an attention has several transformer blocks."""
+    host, weights = "unet.down_blocks.1.attentions.0.transformer_blocks", torch.rand(2, 48, 1) / 5 + 0.7
+    weights[0, :24:2] = 0
+    modules = [
+        *(f"{host}.{i}.l{n}" for i in range(12) for n in range(2)),
+        *(f"{host.replace('1', '2')}.0.l{n}" for n in range(24)),
+    ]
+    trace = Trace(["a"], SimpleNamespace(), 0, [(m, s, weights[s, i]) for s in (0, 1) for i, m in enumerate(modules)])
+    labels = gate_figures.block_places(trace, {"down_blocks.1.attentions.0": "IN04", "down_blocks.2.attentions.0": "IN07"})
+    assert list(labels.values()) == [
+        *(f"IN04 {i}.l{n}" for i in range(12) for n in range(2)),
+        *(f"IN07 l{n}" for n in range(24)),
+    ]
+    monkeypatch.setattr(gate_figures, "_picture", lambda figure: figure)
+    panel, bar = gate_figures.heat_map(trace, labels, locked=[modules[3]]).axes
+    assert [t.get_text() for t in panel.get_yticklabels()] == ["IN04 (set)", "IN07"]
+    wanted = [[weights[0, 1:24:2].mean(), weights[1, :24].mean()], weights[:, 24:].mean((1, 2)).tolist()]
+    assert np.allclose(panel.images[0].get_array(), wanted)
+    rgb = panel.images[0].to_rgba(np.array([0.8, 1.0, 1.2]))
+    assert rgb[0, 2] > rgb[0, 0]  # less than 1 is blue, more is red, and 1 is neither
+    assert rgb[2, 0] > rgb[2, 2]
+    assert np.ptp(rgb[1, :3]) < 0.01
+    assert bar.get_ylim() == pytest.approx((np.min(wanted), 1.05))
+
+
+def test_shares_are_as_high_as_their_curves(monkeypatch):
+    records = [("unet.one", step, torch.tensor([0.98 + step / 50, 1.0])) for step in range(3)]
+    trace = Trace(["a", "b"], SimpleNamespace(), 0, records)
+    monkeypatch.setattr(gate_figures, "_picture", lambda figure: figure)
+    (axes,) = gate_figures.shares(trace, gate_figures.block_places(trace)).axes
+    curves = np.stack([line.get_ydata() for line in axes.lines])
+    assert curves.sum(0) == pytest.approx(1)
+    assert axes.get_ylim() == pytest.approx((curves.min() - 0.02, curves.max() + 0.02))
 
 
 @pytest.mark.parametrize(
