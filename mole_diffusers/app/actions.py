@@ -61,6 +61,7 @@ class Picture:
 
 
 Sheet = Callable[[Sequence[Picture]], Path]
+Arrange = Callable[[Sequence[Image.Image | None]], Image.Image]
 
 
 @dataclass
@@ -319,7 +320,7 @@ class Actions:
         if not notes:
             wanted.append(("gates", whole))
         labels = [label for label, _ in wanted]
-        sheet = partial(self._sheet, whole, {"columns": labels}, labels, [f"seed {whole.seed}"])
+        sheet = partial(self._sheet, whole, {"columns": labels}, len(labels), partial(xy_grid.labelled, labels=labels))
         return self._draw(wanted, over, notes=notes, sheet=sheet)
 
     def _draw(
@@ -380,22 +381,21 @@ class Actions:
         return work
 
     def _sheet(
-        self, recipe: Recipe, shows: Mapping[str, Any], columns: list[str], labels: list[str], pictures: list[Picture]
+        self, recipe: Recipe, shows: Mapping[str, Any], count: int, arrange: Arrange, pictures: Sequence[Picture]
     ) -> Path:
-        """Put pictures, row by row, on a sheet in the gallery, with grey cells for missing ones. Used as `sheet` of `_draw`.
+        """Put pictures on a sheet in the gallery, with grey cells for missing ones. Used as `sheet` of `_draw`.
 
         Args:
             recipe: what the cells have in common, as a completed recipe.
             shows: see `infotext.save`.
-            columns, labels: text above each column, and next to each row.
+            count: number of cells.
+            arrange: makes the sheet of the cells, of which missing ones are None.
         """
         cells: list[Image.Image | None] = []
         for picture in pictures:
             with Image.open(picture.path) as image:
                 cells.append(image.convert("RGB"))
-        cells += [None] * (len(columns) * len(labels) - len(cells))
-        rows = [cells[i : i + len(columns)] for i in range(0, len(cells), len(columns))]
-        return self.gallery.add(xy_grid.sheet(rows, columns, labels), recipe, shows)
+        return self.gallery.add(arrange([*cells, *[None] * (count - len(cells))]), recipe, shows)
 
     def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None, over: Over = NOTHING) -> Work:
         """Draw again and trace the gates. The work returns a GateReport.
@@ -430,7 +430,12 @@ class Actions:
         recipe, whole = self._with_a_seed(recipe, over)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         wanted = [("", cell) for row in xy_grid.cells(recipe, across, down) for cell in row]
-        sheet = partial(self._sheet, whole, {"x": x, "y": y}, list(across.labels), list(down.labels))
+
+        def arrange(cells: Sequence[Image.Image | None]) -> Image.Image:
+            rows = [cells[i : i + len(across.labels)] for i in range(0, len(cells), len(across.labels))]
+            return xy_grid.sheet(rows, across.labels, down.labels)
+
+        sheet = partial(self._sheet, whole, {"x": x, "y": y}, len(wanted), arrange)
         return self._draw(wanted, over, sheet=sheet)
 
     def export(self, recipe: Recipe, rank: int | None = None) -> Work:

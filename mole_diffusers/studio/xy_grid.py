@@ -81,9 +81,26 @@ def sheet(pictures: Sequence[Sequence[Image.Image | None]], columns: Sequence[st
 
     Cells are made small enough that `infotext.read` can read the file.
     """
+    rows, cell = _cells(pictures, len(columns) * len(labels))
+    return image_grid(rows, columns, labels, cell=cell)
+
+
+def labelled(pictures: Sequence[Image.Image | None], labels: Sequence[str]) -> Image.Image:
+    """One picture of pictures that are compared, in about as many rows as columns, with a label above each; see `sheet`."""
+    across = math.ceil(math.sqrt(len(labels)))
+    (cells,), cell = _cells([pictures], across**2)
+    at = [slice(i, i + across) for i in range(0, len(cells), across)]
+    rows = [image_grid([cells[each]], labels[each], [""], cell=cell) for each in at]
+    whole = Image.new("RGB", (rows[0].width, len(rows) * rows[0].height), "white")
+    for i, row in enumerate(rows):
+        whole.paste(row, (0, i * row.height))
+    return whole
+
+
+def _cells(pictures: Sequence[Sequence[Image.Image | None]], number: int) -> tuple[list[list[Image.Image]], int]:
+    """The pictures with grey ones for those that were not drawn, and the shorter side of a cell for `image_grid`."""
     sizes = [image.size for row in pictures for image in row if image] or [(64, 64)]
     size = max(width for width, _ in sizes), max(height for _, height in sizes)
     blank = Image.new("RGB", size, "#dddddd")
-    rows = [[image or blank for image in row] for row in pictures]
-    longer = min(max(*size, 128), 512, math.isqrt(MOST_PIXELS * max(size) // min(size) // (len(columns) * len(labels))))
-    return image_grid(rows, columns, labels, cell=max(1, longer * min(size) // max(size)))
+    longer = min(max(*size, 128), 512, math.isqrt(MOST_PIXELS * max(size) // min(size) // number))
+    return [[image or blank for image in row] for row in pictures], max(1, longer * min(size) // max(size))
