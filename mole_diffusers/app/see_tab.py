@@ -74,7 +74,7 @@ def _gate_report(page: Page, look: Any, status: Any) -> None:
     with gr.Column():
         places = gallery(label="Where each LoRA acts", columns=3, elem_id="places", elem_classes=None)
         shares = figure(label="Share over the steps", elem_id="shares")
-        heat = figure(label="Weights by block and step (1: as by itself, grey: off)", elem_id="heat")
+        heat = figure(label="Weights by block and step", elem_id="heat")
         sites, gates = gr.State({}), gr.State({})  # short name of a block -> gate site, -> the gate's weights as text
         block = _by_hand(page, sites, gates)
 

@@ -86,7 +86,7 @@ def heat_map(
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_yticks(range(len(texts)), texts if n == 0 else [""] * len(texts), fontsize=8)
-    figure.colorbar(shown, ax=list(panels), label="weight").ax.set_ylim(seen.min(), seen.max())
+    figure.colorbar(shown, ax=list(panels), label="weight (1: as by itself, grey: off)").ax.set_ylim(seen.min(), seen.max())
     return _picture(figure)
 
 
@@ -101,8 +101,10 @@ def shares(trace: Trace, labels: Mapping[str, str], *, shades: Mapping[str, str]
     weights = trace.all_weights()
     table = torch.stack([weights[place].abs() for place in labels]).sum(0)  # [steps, N]
     share = (table / table.sum(-1, keepdim=True).clamp_min(1e-12)).numpy()
-    styles = {
-        name: {"color": shade, "marker": "o", "markersize": 3} for name, shade in colours(trace.experts, shades).items()
+    shades = colours(trace.experts, shades)
+    styles = {  # later ones are thinner, so that one line on another is seen
+        name: {"color": shades[name], "marker": "o", "markersize": 3, "linewidth": 1.2 * (len(trace.experts) - n)}
+        for n, name in enumerate(trace.experts)
     }
     curves = dict(zip(trace.experts, share.T, strict=True))
     margin = max(0.02, 0.1 * np.ptp(share))
