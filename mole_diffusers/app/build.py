@@ -16,6 +16,7 @@ from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.own_pages import OwnPagesOnly
 from mole_diffusers.app.page import OF_BASE, ORDERED, Page, Values
 from mole_diffusers.app.page_jobs import follow
+from mole_diffusers.app.sentences import markdown
 from mole_diffusers.app.style import CARDS, status_line, theme
 from mole_diffusers.studio.recipe import Recipe
 
@@ -28,7 +29,9 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
     with gr.Blocks(title="mole", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
         page = Page(actions, defaults, blocks)
         add(page)  # first, so that its endpoints get their names
-        gr.Markdown("# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.", elem_id="title")
+        base = f" Base model: **{markdown(actions.base or '')}**." if len(actions.bases) == 1 else ""
+        words = f"# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.{base}"
+        gr.Markdown(words, elem_id="title")
         _base(page)
         with page.tabs.render():
             for name, tab in TABS.items():

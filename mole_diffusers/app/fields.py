@@ -33,7 +33,7 @@ CONTROLS: dict[str, Callable[..., Any]] = {  # field of a Recipe -> its componen
     "negative_2": partial(text, label="Second negative prompt", info=SAME),
     "seed": partial(number, label="Seed", info="-1: another one each time", minimum=-1),
     "steps": partial(slider, *RANGES["steps"], step=1, label="Steps"),
-    "guidance": partial(slider, *RANGES["guidance"], step=0.1, label="Guidance"),
+    "guidance": partial(slider, *RANGES["guidance"], step=0.1, label="Guidance (CFG scale)"),
     "width": partial(number, label="Width", info=SIDE),
     "height": partial(number, label="Height", info=SIDE),
     "sampler": partial(choice, label="Sampler"),
@@ -49,10 +49,16 @@ CONTROLS: dict[str, Callable[..., Any]] = {  # field of a Recipe -> its componen
         slider, *RANGES["clip_skip"], step=1, label="Clip skip", info="1: all layers; many checkpoints for drawings want 2"
     ),
     "strength": partial(
-        slider, *RANGES["strength"], step=0.05, label="Change", info="how much of the picture is drawn anew"
+        slider,
+        *RANGES["strength"],
+        step=0.05,
+        label="Change (denoising strength)",
+        info="how much of the picture is drawn anew",
     ),
-    "hires": partial(slider, *RANGES["hires"], step=0.25, label="Larger", info="times; drawn over at this size"),
-    "hires_strength": partial(slider, *RANGES["hires_strength"], step=0.05, label="Change when larger"),
+    "hires": partial(slider, *RANGES["hires"], step=0.25, label="Larger (hires fix)", info="times; drawn over at this size"),
+    "hires_strength": partial(
+        slider, *RANGES["hires_strength"], step=0.05, label="Change when larger", info="denoising strength of that pass"
+    ),
 }
 TRAINING: dict[str, Callable[..., Any]] = {  # field of a TrainingRequest -> its component
     "name": partial(gr.Textbox, label="Name of the gates", max_length=60),
@@ -66,7 +72,7 @@ TRAINING: dict[str, Callable[..., Any]] = {  # field of a TrainingRequest -> its
     "styles": partial(choice, value=[], multiselect=True, label="Styles", info="they act everywhere"),
     "steps": partial(slider, 1, 500, 60, step=1, label="Updates"),
     "family": partial(
-        choice, TRAINED, value="factors", label="Gates", info="factors weigh each rank of a LoRA, flow each token"
+        choice, TRAINED, value="factors", label="Kind of gates", info="factors weigh each rank of a LoRA, flow each token"
     ),
     "way": partial(
         choice,
@@ -77,13 +83,13 @@ TRAINING: dict[str, Callable[..., Any]] = {  # field of a TrainingRequest -> its
     ),
 }
 CARD: dict[str, Callable[..., Any]] = {  # field of a LoRA's tag -> its component
-    "unet": partial(gr.Textbox, label="Any number, or 0@0,1@0.4", max_length=500, elem_classes="any"),
-    "te": partial(gr.Textbox, label="Text encoder (te)", max_length=500),
-    "lbw": partial(typed, ["", *PRESETS, "ALL0.5"], label="Blocks (lbw)"),
-    "start": partial(gr.Textbox, label="From step (start)", max_length=10),
-    "stop": partial(gr.Textbox, label="To step (stop)", max_length=10),
+    "unet": partial(gr.Textbox, label="Any number", max_length=500, elem_classes="any"),
     "word": partial(typed, multiselect=True, label="Its words in the prompt", elem_classes="word"),
     "region": partial(
         typed, REGIONS, label="Where it acts", info="or a box, 0,0,0.5,1: left, top, right, bottom", elem_classes="region"
     ),
+    "te": partial(gr.Textbox, label="Text encoder (te)", max_length=500),
+    "lbw": partial(typed, ["", *PRESETS, "ALL0.5"], label="Blocks (lbw)"),
+    "start": partial(gr.Textbox, label="From step (start)", max_length=10),
+    "stop": partial(gr.Textbox, label="To step (stop)", max_length=10),
 }

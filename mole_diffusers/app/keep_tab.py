@@ -14,7 +14,7 @@ from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.page_jobs import connect_cancel, connect_job
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure, row, status_line
-from mole_diffusers.studio import infotext
+from mole_diffusers.studio import infotext, xy_grid
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import with_pictures
@@ -86,8 +86,10 @@ def _saving(page: Page) -> None:
 
 
 def _grid(page: Page) -> None:
+    others = ", ".join(kind for kind in xy_grid.KINDS if kind not in ("seed", "weight", "arm"))
     gr.Markdown(
-        "**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1`, `arm=base,sum,gates`; also steps, binding, strength."
+        "**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1` or `arm=base,sum,gates`. An arm is a way to combine the "
+        f"LoRAs: base (none of them), alone NAME, sum, merge METHOD or gates. The others are {markdown(others)}."
     )
     row(*page.axes)
     with gr.Row():

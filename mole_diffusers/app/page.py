@@ -101,14 +101,12 @@ class Page:
         panel = partial(gr.Accordion, open=False, render=False)
         self.over_panel = panel("Draw over a picture, or larger", elem_id="over")
         self.second = panel("Another prompt for the second text encoder", elem_id="second", visible="hidden")
-        self.count = gr.Slider(
-            1, MAX_COUNT, 1, step=1, label="Pictures", info="with consecutive seeds", elem_id="count", render=False
-        )
+        self.count = gr.Slider(1, MAX_COUNT, 1, step=1, label="Pictures", elem_id="count", render=False)
         text = partial(gr.Textbox, max_length=500, render=False)
         across = text("arm=base,sum,gates", label="Across", elem_id="axis-x")
         self.axes = [across, text("seed=0,1", label="Down", elem_id="axis-y")]
         self.add = field("add", gr.Dropdown, value=None, label="Add a LoRA", elem_id="add", min_width=120)
-        self.trained = field("trained", gr.Dropdown, value=None, label="Gates", elem_id="which-gates")
+        self.trained = field("trained", gr.Dropdown, value=None, label="Gates to download", elem_id="which-gates")
         named = {**self.training, **self.controls, "add": self.add, "trained": self.trained}
         self.choices = {named[name]: choices for name, choices in known.items()}
         self.problem = status_line(elem_id="problem", render=False)

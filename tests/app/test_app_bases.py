@@ -169,6 +169,21 @@ def test_pictures_know_their_base_among_those_of_one_name_and_tell_no_folder(lor
     assert app({"toon": "/elsewhere/toon.safetensors"}).other_base(read.base) == "dream.safetensors"
 
 
+@pytest.mark.parametrize("names", [["dream_v1"], ["dream_v1", "toon"]])
+def test_the_page_names_its_base(loras, names):
+    """As text where there is nothing to choose."""
+    from mole_diffusers.app.build import build
+
+    bases = {name: f"{name}.safetensors" for name in names}
+    actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "dream_v1.safetensors"), bases=bases)
+    by_id = {getattr(one, "elem_id", None): one for one in build(actions, Recipe(PROMPT)).blocks.values()}
+    choice = by_id["base"]
+    assert choice.value == "dream_v1"
+    assert [choice.visible, "Base model" in by_id["title"].value] == [len(names) > 1, len(names) == 1]
+    if len(names) == 1:
+        assert by_id["title"].value.replace("\\", "").endswith("Base model: **dream_v1**.")
+
+
 def test_a_page_follows_the_change_and_others_are_told(blocks, actions):
     change = event_of(blocks, "begin", ["Base model"])
     labels = [component.label for component in change.outputs[1:]]
@@ -176,7 +191,7 @@ def test_a_page_follows_the_change_and_others_are_told(blocks, actions):
     said, *shown = last
     now = dict(zip(labels, shown, strict=True))
     assert said.replace("\\", "") == "flux is open: FluxPipeline"
-    assert (now["Base model"], now["Width"], now["Height"], now["Guidance"]) == ("flux", 0, 0, 3.5)
+    assert (now["Base model"], now["Width"], now["Height"], now["Guidance (CFG scale)"]) == ("flux", 0, 0, 3.5)
     assert (now["Sampler"]["choices"], now["Sampler"]["value"]) == (["default", "Euler"], "default")
     compose = event_of(blocks, "begin", ["Prompt", "Negative prompt"])
     values = [component.value for component in compose.inputs[1:]]
@@ -224,9 +239,9 @@ def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions
     old[labels.index("Sampler")] = "Euler"
     actions.change_base("flux")(ignore)
     fresh = dict(zip(labels, plain(enter)("", None)[1], strict=True))
-    assert (fresh["Base model"], fresh["Width"], fresh["Guidance"]) == ("flux", 0, 3.5)
+    assert (fresh["Base model"], fresh["Width"], fresh["Guidance (CFG scale)"]) == ("flux", 0, 3.5)
     back = dict(zip(labels, plain(enter)("me", old)[1], strict=True))
-    sizes = [back[name] for name in ("Width", "Height", "Guidance")]
+    sizes = [back[name] for name in ("Width", "Height", "Guidance (CFG scale)")]
     assert (back["Base model"], back["Prompt"], back["Sampler"], sizes) == ("flux", "a hat", "Euler", [0, 0, 3.5])
     old[labels.index("Sampler")], old[labels.index("Gates")] = "DDIM", "gone"  # which Flux has not
     again = plain(enter)("me", old)[1]

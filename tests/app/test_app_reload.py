@@ -75,7 +75,15 @@ def test_fields_come_back_and_each_that_does_not_fit_is_as_on_a_fresh_page(funct
     assert saved[0] == PROMPT
     saved[0] = "a hat <lora:hat:1>"
     assert enter("me", saved) == ("me", saved)
-    bad = {"Gates": "gone", "Sampler": "Best", "Seed": None, "Steps": 0, "Binding": "x", "Guidance": "y", "Width": [1]}
+    bad = {
+        "Gates": "gone",
+        "Sampler": "Best",
+        "Seed": None,
+        "Steps": 0,
+        "Binding": "x",
+        "Guidance (CFG scale)": "y",
+        "Width": [1],
+    }
     for chosen in (*([label] for label in bad), list(bad)):
         at = [labels(functions).index(label) for label in chosen]
         given = [bad[labels(functions)[i]] if i in at else value for i, value in enumerate(saved)]
@@ -84,6 +92,12 @@ def test_fields_come_back_and_each_that_does_not_fit_is_as_on_a_fresh_page(funct
     for garbage in ([], saved[:-1], "x", 5, {"a": 1}):
         assert set(enter("me", garbage)[1]) == {None}
     assert enter("me", ["a <lora:gone:1>", *saved[1:]])[1][0] == "a <lora:gone:1>"
+
+
+def test_no_two_fields_have_one_name(functions):
+    named = [label for label in labels(functions) if label]
+    assert len(named) > 20
+    assert len({*named, "Gates to download"}) == len(named) + 1
 
 
 def test_sizes_stay_open_and_those_of_an_older_page_are_left_out(functions):
@@ -179,9 +193,9 @@ def test_a_dropped_recipe_fills_what_it_can_and_the_rest_is_said(functions, tmp_
     load, event = functions["load"]
     *values, status = load(str(tmp_path / "recipe.json"))
     assert said in status.replace("\\", "")
-    labels = ["Prompt", "Seed", "Steps", "Width", "Height", "Guidance", "Sampler", "Gates"]
-    at = {label.lower(): i for i, each in enumerate(event.outputs) if (label := getattr(each, "label", None)) in labels}
-    assert len(at) == len(labels)
+    fields = ["prompt", "seed", "steps", "width", "height", "guidance", "sampler", "gates"]
+    at = {each.elem_id: i for i, each in enumerate(event.outputs) if getattr(each, "elem_id", None) in fields}
+    assert len(at) == len(fields)
     for name, value in (wanted | shown).items():
         if name in at:
             assert values[at[name]] == value, name
