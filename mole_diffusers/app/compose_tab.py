@@ -34,6 +34,7 @@ def build(page: Page) -> None:
     offer = Offer(page, "compose", "Draw again", _described)
     with gr.Row(elem_classes="phone-column"):
         with gr.Column(scale=5):
+            _often_changed(page)
             _adding(page)
             mixer.build(page)
             _settings(page)
@@ -142,17 +143,23 @@ def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **option
     return known.then(add, [names, *page.written], [names, *page.written, page.shown], **ORDERED)
 
 
-def _settings(page: Page) -> None:
-    """The other fields of a recipe, and the number of pictures."""
+def _often_changed(page: Page) -> None:
+    """The settings that often change from one picture to the next."""
     fields = page.controls
-    with gr.Accordion("Settings", open=True):
-        with gr.Row():
-            with gr.Column(min_width=120):
-                fields["seed"].render()
-                new = gr.Button("New seed", size="sm", elem_id="new-seed")
-                new.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False)
-            fields["steps"].render()
-        row(fields["guidance"], page.count)
+    with gr.Row():
+        with gr.Column(min_width=140):
+            fields["seed"].render()
+            new = gr.Button("New seed", size="sm", elem_id="new-seed")
+            new.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False)
+        with gr.Column(scale=2, min_width=320):
+            row(page.count, fields["steps"])
+            fields["guidance"].render()
+
+
+def _settings(page: Page) -> None:
+    """The other fields of a recipe."""
+    fields = page.controls
+    with gr.Accordion("More settings", open=True):
         row(fields["width"], fields["height"])
         row(fields["sampler"], fields["clip_skip"])
         row(fields["gates"], fields["binding"])

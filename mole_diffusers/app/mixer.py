@@ -11,11 +11,13 @@ from mole_diffusers.app.mixer_cards import MixerCard, edit, fields_of, newest, t
 from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure
+from mole_diffusers.binding.regions import AUTO
 
 LAST: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
 EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables redrawn components by default
 SMALL: dict[str, Any] = {"height": 56, "min_width": 56, "scale": 0, "show_label": False, "container": False, "buttons": [],
                          "elem_classes": "thumb"}  # fmt: skip
+CHIPS: dict[str, Any] = {"container": False, "min_width": 80, "elem_classes": "chips"}
 LOW, HIGH = -1.0, 2.0  # range of the slider; you can type any number
 
 
@@ -31,7 +33,7 @@ def build(page: Page) -> None:
 
 
 def _card(page: Page, card: MixerCard, prompt: str) -> None:
-    """The card of one LoRA: switch, strength, trigger words, facts from its file, and the rest of its tag."""
+    """The card of one LoRA: switch, strength, trigger words; folded if unused, the rest of its tag and its file's facts."""
     name, report = card["name"], page.actions.report(card["name"])
     typed = fields_of(card, page.actions.studio.catalog.loras)
 
@@ -43,24 +45,28 @@ def _card(page: Page, card: MixerCard, prompt: str) -> None:
             if (thumbnail := page.actions.thumbnail(name)) is not None:
                 figure(thumbnail, label=f"what {name} looks like", **SMALL)
             parts: dict[str, Any] = {"on": gr.Checkbox(card["on"], label=name, container=False, min_width=80, **EDITABLE)}
+            triggers = report["triggers"]
+            present = triggers_in(prompt, triggers)
+            ticked = gr.State(present)
+            chips = gr.CheckboxGroup(
+                triggers, value=present, visible=bool(triggers), label="Trigger words", **CHIPS, **EDITABLE
+            )
             remove = gr.Button(f"Remove {name}", size="sm", min_width=90, scale=0)
         with gr.Row(elem_classes="strength"):
             label = f"Strength of {name}"
             shown = slider_update(typed["unet"])
             parts["slider"] = gr.Slider(LOW, HIGH, step=0.05, label=label, buttons=[], scale=3, min_width=160, **shown)
             parts["unet"] = field("unet")
-        triggers = report["triggers"]
-        present = triggers_in(prompt, triggers)
-        ticked = gr.State(present)
-        chips = gr.CheckboxGroup(triggers, value=present, label="Trigger words", visible=bool(triggers), **EDITABLE)
-        gr.Markdown(_facts(report), elem_classes="facts")
-        with gr.Row(elem_classes="binding"):
-            of_file = f", {', '.join(triggers[:4])}" if triggers else ""
-            parts["word"] = field("word", choices=triggers, info=f"none: those of its file{of_file}")
-            parts["region"] = field("region")
-        used = typed["te"] != typed["unet"] or any(typed[key] for key in ("lbw", "start", "stop"))
-        with gr.Accordion("Text encoder, blocks, steps", open=used, elem_classes="rest"), gr.Row():
-            parts |= {key: field(key) for key in ("te", "lbw", "start", "stop")}
+        own = [key for key in ("word", "lbw", "start", "stop") if typed[key]]
+        is_set = own or typed["region"] != AUTO or typed["te"] != typed["unet"] or report["problem"]
+        with gr.Accordion("Words, place, blocks, steps", open=bool(is_set), elem_classes="rest"):
+            with gr.Row(elem_classes="binding"):
+                of_file = f", {', '.join(triggers[:4])}" if triggers else ""
+                parts["word"] = field("word", choices=triggers, info=f"none: those of its file{of_file}")
+                parts["region"] = field("region")
+            with gr.Row():
+                parts |= {key: field(key) for key in ("te", "lbw", "start", "stop")}
+            gr.Markdown(_facts(report, page.actions.studio.misfit(name)), elem_classes="facts")
     _connect_fields(page, card, parts)
     _connect_prompt(page, name, remove=remove, chips=chips, ticked=ticked)
 
@@ -71,13 +77,14 @@ def slider_update(strength: str) -> dict[str, Any]:
     return {"value": min(max(float(strength), LOW), HIGH) if constant else HIGH, "interactive": constant}
 
 
-def _facts(report: dict[str, Any]) -> str:
-    """The file's report as Markdown."""
+def _facts(report: dict[str, Any], misfit: str) -> str:
+    """The file's report as Markdown; `misfit` says why it is not for this base."""
     if report["problem"]:
         return f"**refused:** {markdown(report['problem'])}"
+    fits = "for this base" if report["matched"] else "not for this base"
     return (
-        f"for **{markdown(report['base'])}**, matched **{report['matched']} of {report['layers']}** layers, "
-        f"rank {report['ranks']}, {markdown(report['format'])} keys, hash {report['sha256'][:12]}"
+        f"{markdown(misfit) or fits}, matched **{report['matched']} of {report['layers']}** layers, "
+        f"rank {report['ranks']}, hash {report['sha256'][:12]}"
     )
 
 

@@ -186,7 +186,10 @@ def test_a_lora_that_cannot_be_read_hides_no_other(loras, tmp_path):
     with blocks:
         cards.fn({"cards": cards_of(text, [], files)}, text)
     facts = [one.value for one in blocks.blocks.values() if getattr(one, "elem_classes", None) == ["facts"]]
+    assert facts[0].startswith("for this base, matched **40 of 40** layers, rank 4, hash ")
     assert [fact.startswith("**refused:**") for fact in facts] == [False, True, True]
+    folded = [one.open for one in blocks.blocks.values() if getattr(one, "elem_classes", None) == ["rest"]]
+    assert folded == [False, True, True]  # what is wrong with them is in view
 
 
 def test_what_is_only_listed_stays_in_no_memory(loras):

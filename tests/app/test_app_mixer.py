@@ -80,6 +80,8 @@ def test_a_card_has_a_field_for_all_that_its_tag_says(drawn, loras):
         assert slider.interactive == ("@" not in fields_of(card, loras)["unet"])  # a slider cannot move a list
     values = [one.value for one in components if getattr(one, "elem_classes", None) == ["any"]]
     assert values == ["0@0,1@0.4", "0.5"]
+    folded = [one.open for one in components if getattr(one, "elem_classes", None) == ["rest"]]
+    assert folded == [True, False]  # the first one stops at a step
 
 
 def test_what_is_typed_and_moved_stays_in_step(drawn, loras):
