@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import CLIPTextModel
 
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.studio.prompt_weights import text_encoders
 
 
@@ -26,7 +27,7 @@ def most_clip_skip(pipe: Any) -> int:
 def clip_skip(pipe: Any, count: int) -> Iterator[None]:
     """While the block runs, the text encoder stops after its `count`-th layer from the end; its final norm comes next.
 
-    Attach LoRAs outside the block, since they need all layers.
+    The layers after it stay in the model and pass on what they get, so a mixture may come and go meanwhile.
 
     Args:
         count: in 1..`most_clip_skip(pipe)`; 1 is all layers.
@@ -34,13 +35,10 @@ def clip_skip(pipe: Any, count: int) -> Iterator[None]:
     if count == 1:
         yield
         return
-    stack = _stack(pipe)
-    layers = stack.layers
-    try:
-        stack.layers = layers[: len(layers) + 1 - count]
+    with Undo() as undo:
+        for layer in _stack(pipe).layers[1 - count :]:
+            undo.override(layer, "forward", lambda hidden, *_, **__: hidden)
         yield
-    finally:
-        stack.layers = layers
 
 
 def _stack(pipe: Any) -> Any:

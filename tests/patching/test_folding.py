@@ -169,6 +169,22 @@ def test_a_layer_that_clip_skip_leaves_out_is_not_exported(pipe, loras, draw, aw
     assert set(cut["text_encoder"]) == {layer for layer in whole["text_encoder"] if layer.startswith("encoder_layers_0_")}
 
 
+def test_a_mixture_comes_and_goes_while_layers_are_skipped(pipe, loras, draw):
+    base, mixture = draw(pipe), mole.attach(pipe, loras)
+    gated = draw(pipe)
+    with clip_skip(pipe, 2):
+        skipping = draw(pipe)
+        with mixture.collapsed():
+            torch.testing.assert_close(draw(pipe), skipping, **CLOSE)
+        assert torch.equal(draw(pipe), skipping)
+        mole.detach(pipe)
+    assert torch.equal(draw(pipe), base)
+    with clip_skip(pipe, 2):
+        mole.attach(pipe, loras)
+        assert torch.equal(draw(pipe), skipping)
+    assert torch.equal(draw(pipe), gated)
+
+
 def test_an_exception_inside_collapsed_restores(pipe, loras, draw):
     mixture = mole.attach(pipe, loras)
     gated = draw(pipe)
