@@ -32,7 +32,7 @@ def parse_axis(text: str) -> Axis:
     """Parse an axis such as `seed=1,2,3`, `weight fox=0,0.5,1` or `arm=base,sum,gates`.
 
     The other kinds are steps, guidance, gates, binding, sampler, strength, hires, hires_strength and clip_skip. Raises
-    ValueError that names the kinds.
+    ValueError that names the kinds, and for random seeds.
     """
     left, equals, right = text.partition("=")
     kind, _, about = left.strip().partition(" ")
@@ -45,6 +45,8 @@ def parse_axis(text: str) -> Axis:
     except ValueError:
         takes = "whole numbers" if KINDS[kind] is int else "numbers"
         raise ValueError(f"the axis {text!r}: {kind} takes {takes}, separated by commas") from None
+    if kind == "seed" and min(parsed) < 0:  # a random seed would be another one in each cell
+        raise ValueError(f"the axis {text!r}: name the seeds, such as seed=1,2,3")
     about = about.strip()
     labels = values if KINDS[kind] is str else [f"{about or kind} {word}" for word in values]
     return Axis(f"{kind} {about}".strip(), labels, [partial(_changed, kind=kind, about=about, value=v) for v in parsed])

@@ -156,6 +156,12 @@ def test_strengths_that_change_nothing_are_refused():
     assert cells(Recipe("a", hires=2.0), parse_axis("hires_strength=0.5,0.9"), seed)[0][1].hires_strength == 0.9
 
 
+def test_random_seeds_are_no_axis():
+    with pytest.raises(ValueError, match="'seed=-1,5': name the seeds, such as seed=1,2,3"):
+        parse_axis("seed=-1,5")
+    assert parse_axis("weight fox=-1,5").labels == ["fox -1", "fox 5"]
+
+
 def test_a_grid_varies_the_binding():
     axis = parse_axis("binding=bound,tiles")
     assert [cell.binding for cell in cells(Recipe("a"), axis, parse_axis("seed=1"))[0]] == ["bound", "tiles"]
