@@ -20,6 +20,7 @@ from mole_diffusers.studio.recipe import Recipe, load
 from mole_diffusers.studio.samplers import SAMPLERS
 
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
+COMFY = {"workflow", "prompt"}  # ComfyUI's
 NEGATIVE = "Negative prompt:"
 QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
 NOT_NEEDED = ("Model", "Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
@@ -206,6 +207,8 @@ def contents(path: str | Path) -> Contents:
         recipe = Recipe.from_dict(parse_json(texts[OWN], path.name), path.name)
         return Contents(recipe, sheet=_sheet(texts.get(SHEET, "{}"), path.name))
     if PARAMETERS not in texts:
+        if COMFY & texts.keys():
+            raise ValueError(f"{path.name} has no recipe, but a ComfyUI workflow, which is not read")
         raise ValueError(f"{path.name} has no recipe: neither the text {OWN!r} nor {PARAMETERS!r}")
     return read_parameters(texts[PARAMETERS], path.name)
 
