@@ -170,7 +170,10 @@ class Recipe:
         for tag in self.tags:
             if tag.region == PAINTED:
                 if tag.name not in self.masks:
-                    raise ValueError(f"the region of {tag.name!r} is painted, but the recipe has no mask for it")
+                    raise ValueError(
+                        f"the region of {tag.name!r} is painted, but the recipe has no mask for it: paint it in the app, "
+                        "give the recipe's masks, or write another region into the tag"
+                    )
                 bound[tag.name] = parse_phrases(tag.word), read_mask(self.masks[tag.name])
         return bound
 

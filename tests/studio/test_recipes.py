@@ -415,7 +415,9 @@ def test_a_painted_region_is_a_mask_beside_the_prompt(loras, tmp_path):
     assert moved.masks == {"renamed": painted.masks["fox"]}
     typed = dataclasses.replace(painted, prompt="a fox <lora:Renamed:1:region=painted>", masks=moved.masks)
     assert studio.complete(typed).masks == moved.masks  # the page has the names of here, however they are typed
-    for masks in ({}, {"fox": "png:AAAA"}, {"fox": "x"}, {"ink": painted.masks["fox"]}):
+    with pytest.raises(ValueError, match="no mask for it: paint it in the app, give .* masks, or write another region"):
+        dataclasses.replace(recipe, masks={}).tag_bindings()
+    for masks in ({"fox": "png:AAAA"}, {"fox": "x"}, {"ink": painted.masks["fox"]}):
         with pytest.raises(ValueError, match="mask"):
             dataclasses.replace(recipe, masks=masks).tag_bindings()
     assert Recipe.from_dict({key: v for key, v in painted.to_dict().items() if key != "masks"} | {"version": 2}).masks == {}
