@@ -195,8 +195,7 @@ class Page:
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
-        if found.left_out:
-            notes.append(found.left_out)
+        notes += found.notes(self.actions.studio.base)
         values = self.values(recipe) | self.cards_for(recipe.prompt) | ({} if asked.image else {self.over: None})
         return recipe, values | dict(zip(self.axes, found.axes, strict=False)), notes
 

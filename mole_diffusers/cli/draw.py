@@ -82,9 +82,9 @@ def redraw(picture: Path, *, files: options.Studio, over: options.Pictures, outp
     path = target(output, "redrawn.png")
     found = infotext.contents(picture)
     recipe = found.recipe
-    if found.left_out:
-        note(printable(found.left_out))
     here = files.base if files.base == options.WORLD else str(find_base(files.base))
+    for each in found.notes(here):
+        note(printable(each))
     if recipe.base and Path(recipe.base).name != Path(here).name:
         raise ValueError(f"{picture.name} was drawn with the base {model_name(recipe.base)!r}; give it as --base")
     pictures = open_pictures(over)

@@ -23,7 +23,7 @@ PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  
 COMFY = {"workflow", "prompt"}  # ComfyUI's
 NEGATIVE = "Negative prompt:"
 QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
-NOT_NEEDED = ("Model", "Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
+NOT_NEEDED = ("Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
 SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # a setting's name; rejects what commas inside values leave over
 PLAIN = ("Uniform", "Normal", "Simple")  # schedules that mean the sampler's own here
 BY_ITSELF = ("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a")  # "Automatic" in A1111 means Karras for these samplers
@@ -102,8 +102,10 @@ def read_parameters(text: str, where: str = "the text") -> Contents:
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    model = take("Model", "")
     lacking += [f"{key} {value[:40]}" for key, value in found.items() if key not in NOT_NEEDED and SETTING.fullmatch(key)]
-    return Contents(recipe, f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else "")
+    left_out = f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else ""
+    return Contents(recipe, left_out, model)
 
 
 def _times_larger(resized: str, size: str) -> str:
@@ -169,11 +171,13 @@ class Contents:
 
     Attributes:
         left_out: one sentence about the settings in A1111's text that the recipe lacks; "" if there are none.
+        model: the name of the checkpoint in A1111's text; "" if there is none. Our own recipes have their `base`.
         sheet: the argument `sheet` of `save`; {} if the file is not a sheet of pictures.
     """
 
     recipe: Recipe
     left_out: str = ""
+    model: str = ""
     sheet: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -181,6 +185,13 @@ class Contents:
         """The axes of a grid, across and down; [] if this is not a grid."""
         x, y = self.sheet.get("x"), self.sheet.get("y")
         return [x, y] if isinstance(x, str) and isinstance(y, str) else []
+
+    def notes(self, base: str) -> list[str]:
+        """What a user should know who draws this with a base model: another checkpoint, and settings that are left out."""
+        here = model_name(base)
+        is_other = self.model and self.model.casefold() != here.casefold()
+        other = f"it was drawn with the model {self.model[:80]!r}, and here is {here!r}" if is_other else ""
+        return [note for note in (other, self.left_out) if note]
 
 
 def read(path: str | Path) -> Recipe:

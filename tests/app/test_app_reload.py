@@ -209,11 +209,12 @@ def test_what_a_text_of_another_program_lacks_is_said_once_wherever_it_is_used(l
     actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"))
     functions = named(build(actions, Recipe("a fox", steps=2)))
     path, about = actions.gallery.add(Image.new("RGB", (8, 8)), Recipe("a cat")), PngInfo()
-    about.add_text(infotext.PARAMETERS, "a cat\nSteps: 1, Sampler: Euler, Seed: 1, Size: 64x64, Eta: 2")
+    about.add_text(infotext.PARAMETERS, "a cat\nSteps: 1, Sampler: Euler, Seed: 1, Size: 64x64, Model: dream, Eta: 2")
     Image.new("RGB", (8, 8)).save(path, pnginfo=about)
     for name, given in (("reuse", path.name), ("load", str(path))):
         *_, status = functions[name][0](given)
-        assert status.replace("\\", "").count("not carried over from the picture's text: Eta 2") == 1, name
+        for said in ("drawn with the model 'dream', and here is 'tiny'", "not carried over from the picture's text: Eta 2"):
+            assert status.replace("\\", "").count(said) == 1, name
 
 
 def test_a_saved_recipe_stays_as_it_was_written(functions):

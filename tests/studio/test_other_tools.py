@@ -98,12 +98,22 @@ def test_sampler_and_schedule_are_one_name(picture, sampler, schedule, name, lac
     assert infotext.contents(path).left_out.rpartition("text: ")[2] == lacking
 
 
+def test_another_model_is_said_and_kept_out_of_the_recipe(picture):
+    found = infotext.contents(picture(OLD))
+    assert (found.model, found.recipe.base) == ("dream", "")
+    assert found.notes("models/Dream.safetensors") == []
+    assert found.notes("emoji") == ["it was drawn with the model 'dream', and here is 'emoji'"]
+
+
 def test_what_is_left_out_is_said_where_a_picture_is_read(picture, tmp_path, capsys):
-    text = "a tiger\nSteps: 1, Sampler: Euler, Schedule type: Karras, Seed: 1, Size: 64x64, Eta: 2\x1b[2J"
+    text = "a tiger\nSteps: 1, Sampler: Euler, Schedule type: Karras, Seed: 1, Size: 64x64, Model: a\x1b[0m, Eta: 2\x1b[2J"
     args = ["redraw", str(picture(text)), "--out", str(tmp_path / "ours.png"), "--device", "cpu"]
     assert main(args) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
-    assert notes == ["note: not carried over from the picture's text: Eta 2 [2J"]  # what moves the cursor is gone
+    assert notes == [
+        "note: it was drawn with the model 'a\\x1b[0m', and here is 'emoji'",
+        "note: not carried over from the picture's text: Eta 2 [2J",  # what moves the cursor is gone
+    ]
     assert infotext.read(tmp_path / "ours.png").sampler == "Euler Karras"
     assert infotext.contents(tmp_path / "ours.png").left_out == ""  # which holds all
     infotext.read(tmp_path / "ours.png").save(tmp_path / "ours.json")
