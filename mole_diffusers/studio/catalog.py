@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ class Catalog:
         self.loras, self.gates, self.examples = dict(loras), dict(gates), set(examples)
         self._experts: dict[str, Expert] = {}
         self._families: dict[str, str] = {}
-        self._hashes: dict[str, str] = {}
+        self._hashes: dict[tuple[str, bool], str] = {}  # by name, and whether it is of the whole file
         self._trained: dict[str, dict[str, str]] = {}
 
     # ---- LoRAs
@@ -97,20 +98,23 @@ class Catalog:
     def local_name(self, name: str, sha256: str) -> str:
         """The name of a recipe's LoRA in this catalog, found by its hash, or by its name if the recipe has no hash.
 
-        A hash may be cut to its first digits, as other tools write it. Raises ValueError if the LoRA is not here.
+        A hash may be cut to its first digits, as other tools write it, and be of the whole file, as in Forge. Raises
+        ValueError if the LoRA is not here.
         """
         if not sha256:
             return self.name(name)
-        likely = sorted(self.loras, key=lambda n: n.casefold() != name.casefold())
-        hits = (n for n in likely if self._hash(n).startswith(sha256.lower()))
+        tries = sorted(product((False, True), self.loras), key=lambda each: each[1].casefold() != name.casefold())
+        hits = (n for whole, n in tries if self._hash(n, whole=whole).startswith(sha256.lower()))
         if (found := next(hits, None)) is None:
             raise ValueError(f"the LoRA {name!r} with hash {sha256[:12]} is not here; {known_names(name, self.loras)}")
         return found
 
-    def _hash(self, name: str) -> str:
-        if name not in self._hashes:
-            self._hashes[name] = self._experts[name].sha256 if name in self._experts else tensors_hash(self.loras[name])
-        return self._hashes[name]
+    def _hash(self, name: str, *, whole: bool) -> str:
+        """The hash of a LoRA's tensors or of its whole file."""
+        if (key := (name, whole)) not in self._hashes:
+            known = None if whole else self._experts.get(name)
+            self._hashes[key] = file_hash(self.loras[name], whole=whole) if known is None else known.sha256
+        return self._hashes[key]
 
     # ---- gates
 
@@ -197,8 +201,12 @@ def family_of_file(path: Path) -> str:
     return base_of(layers, metadata)
 
 
-def tensors_hash(path: Path) -> str:
-    """sha256 of the bytes after a safetensors file's header, the same as `Expert.sha256`; "" if there is no such file."""
+def file_hash(path: Path, *, whole: bool = False) -> str:
+    """sha256 of the bytes after a safetensors file's header, the same as `Expert.sha256`; "" if there is no such file.
+
+    Args:
+        whole: of all bytes.
+    """
     if not path.is_file():  # a broken link
         return ""
     digest, size = hashlib.sha256(), path.stat().st_size
@@ -206,7 +214,7 @@ def tensors_hash(path: Path) -> str:
         start = 8 + int.from_bytes(file.read(8), "little")
         if start > size:
             return ""
-        file.seek(start)
+        file.seek(0 if whole else start)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

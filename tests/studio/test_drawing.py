@@ -1,6 +1,7 @@
 """What a studio draws with: samplers, sizes, seeds, pictures that are drawn over, other hosts; and LoRAs by name."""
 
 import dataclasses
+import hashlib
 import shutil
 import warnings
 from contextlib import ExitStack, nullcontext
@@ -16,7 +17,7 @@ from tiers import thorough
 
 from mole_diffusers import attach, attached, detach, read_expert
 from mole_diffusers.studio.base_models import usual_size
-from mole_diffusers.studio.catalog import Catalog, family_of_file, folder_loras, preview, tensors_hash
+from mole_diffusers.studio.catalog import Catalog, family_of_file, file_hash, folder_loras, preview
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.picture_passes import drawing_over, on_white, pixels_hash, steps_drawn
 from mole_diffusers.studio.prompt_weights import call_arguments
@@ -535,7 +536,7 @@ def test_a_lora_for_another_base_is_known_before_it_is_drawn(studio, loras, tmp_
     for path in (*files.values(), *loras.values(), kohya):
         expert = read_expert(path)
         assert family_of_file(path) == expert.base
-        assert tensors_hash(path) == expert.sha256
+        assert file_hash(path) == expert.sha256
     catalog = Catalog(files, {})
     assert catalog.family("FLUX") == "Flux"
     here = Studio(hosts.HOSTS["flux"]()[0], catalog, "flux")
@@ -556,7 +557,18 @@ def test_a_lora_is_found_by_its_hash_among_files_that_cannot_be_read(studio, lor
     assert [bool(there.misfit(name)) for name in catalog.loras] == [True, True, False]
     with pytest.raises(ValueError, match="the LoRA 'gone' cannot be used here: no file at"):
         there.complete(Recipe("a <lora:gone:1>"))
-    assert catalog.local_name("fox", read_expert(loras["fox"]).sha256[:12]) == "renamed"
+    whole = hashlib.sha256(loras["fox"].read_bytes()).hexdigest()
+    for digest in (read_expert(loras["fox"]).sha256, whole):  # A1111's, and Forge's
+        assert catalog.local_name("fox", digest[:12]) == "renamed"
+    assert catalog.local_name("renamed", whole[:12].upper()) == "renamed"
+    with pytest.raises(ValueError, match="the LoRA 'fox' with hash 000000000000 is not here"):
+        catalog.local_name("fox", "0" * 12)
+
+
+def test_a_file_with_the_recipes_name_is_tried_before_the_others_are_read(loras):
+    catalog = Catalog(dict(loras), {})
+    assert catalog.local_name("HAT", hashlib.sha256(loras["hat"].read_bytes()).hexdigest()[:12]) == "hat"
+    assert {name for name, _ in catalog._hashes} == {"hat"}
 
 
 @pytest.mark.parametrize("host", ["flux", *thorough("sdxl", "sd3")])
