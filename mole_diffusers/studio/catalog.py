@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import product
@@ -19,10 +20,11 @@ from mole_diffusers.studio.names import by_name, files_below, known_names, match
 
 UNTRAINED = ("sum", "mean")  # families that need no training
 PREVIEWS = (".png", ".jpg", ".jpeg", ".webp")  # suffixes of preview pictures next to LoRA files
+FEWEST, MOST_BYTES = 8, 2 << 30  # LoRAs that are always cached, such as those of one picture; bytes of all that are
 
 
 class Catalog:
-    """The LoRAs and gates that can be used by name. LoRA files are read on first use, then cached.
+    """The LoRAs and gates that can be used by name. LoRA files are read on first use, then cached within limits.
 
     Threads may share it: `loras` and `gates` are replaced, never changed in place, so you can iterate over them meanwhile.
 
@@ -34,7 +36,7 @@ class Catalog:
 
     def __init__(self, loras: Mapping[str, Path], gates: Mapping[str, Path], *, examples: Iterable[str] = ()):
         self.loras, self.gates, self.examples = dict(loras), dict(gates), set(examples)
-        self._experts: dict[str, Expert] = {}
+        self._keeping, self._experts = threading.Lock(), dict[str, Expert]()  # the one that was used last is the last
         self._families: dict[str, str] = {}
         self._hashes: dict[tuple[str, bool], str] = {}  # by name, and whether it is of the whole file
         self._trained: dict[str, dict[str, str]] = {}
@@ -48,11 +50,18 @@ class Catalog:
             keep: whether a file that is read now is cached.
         """
         name = self.name(name)
-        if (expert := self._experts.get(name)) is None:
-            expert = read_expert(self.loras[name], name)
-            if keep:
-                self._experts[name] = expert
+        expert = self._experts.get(name) or read_expert(self.loras[name], name)
+        if keep:
+            self._keep(name, expert)
         return expert
+
+    def _keep(self, name: str, expert: Expert) -> None:
+        """Cache a LoRA. If they become too many, those that were used longest ago go."""
+        with self._keeping:
+            is_new = self._experts.pop(name, None) is None
+            self._experts[name] = expert  # the last
+            while is_new and len(self._experts) > FEWEST and sum(map(_bytes, self._experts.values())) > MOST_BYTES:
+                del self._experts[next(iter(self._experts))]
 
     def name(self, name: str) -> str:
         """The catalog's name of a LoRA, given in any case and with _ for spaces. Raises ValueError if it is unknown."""
@@ -70,7 +79,8 @@ class Catalog:
         """
         name = self.name(name)
         if name not in self._families:
-            self._families[name] = self._experts[name].base if name in self._experts else family_of_file(self.loras[name])
+            known = self._experts.get(name)
+            self._families[name] = family_of_file(self.loras[name]) if known is None else known.base
         return self._families[name]
 
     def add_lora(self, name: str, path: Path) -> None:
@@ -78,7 +88,7 @@ class Catalog:
         expert = read_expert(path, name)
         if name in self.loras:
             raise ValueError(f"there is already a LoRA {name!r}")
-        self._experts[name] = expert
+        self._keep(name, expert)
         self.loras = self.loras | {name: path}
 
     def find_loras(self, folders: Iterable[Path]) -> list[str]:
@@ -164,6 +174,10 @@ class Catalog:
                 experts = {}
             self._trained[name] = {expert: about["sha256"] for expert, about in experts.items()}
         return self._trained[name]
+
+
+def _bytes(expert: Expert) -> int:
+    return sum(w.down.nbytes + w.up.nbytes for layers in expert.layers.values() for w in layers.values())
 
 
 def folder_loras(folder: str | Path) -> dict[str, Path]:

@@ -565,6 +565,21 @@ def test_a_lora_is_found_by_its_hash_among_files_that_cannot_be_read(studio, lor
         catalog.local_name("fox", "0" * 12)
 
 
+def test_loras_that_were_used_longest_ago_leave_the_memory(loras, monkeypatch):
+    made = Catalog(dict(loras), {})
+    fox, ink = made.expert("fox"), made.expert("ink")
+    assert made.expert("fox") is fox  # used again, so ink is the older one
+    monkeypatch.setattr("mole_diffusers.studio.catalog.MOST_BYTES", 0)
+    monkeypatch.setattr("mole_diffusers.studio.catalog.FEWEST", 2)
+    hat = made.expert("hat")
+    assert (made.expert("fox"), made.expert("hat")) == (fox, hat)
+    assert list(made._experts) == ["fox", "hat"]
+    assert made.expert("ink") is not ink
+    monkeypatch.setattr("mole_diffusers.studio.catalog.MOST_BYTES", sum(loras[name].stat().st_size for name in loras))
+    assert made.expert("fox") is made.expert("fox")
+    assert list(made._experts) == ["hat", "ink", "fox"]  # there is room for all
+
+
 def test_a_file_with_the_recipes_name_is_tried_before_the_others_are_read(loras):
     catalog = Catalog(dict(loras), {})
     assert catalog.local_name("HAT", hashlib.sha256(loras["hat"].read_bytes()).hexdigest()[:12]) == "hat"
