@@ -44,14 +44,12 @@ def as_code(recipe: Recipe) -> str:
 
 
 def _pipeline(recipe: Recipe) -> list[str]:
-    lines = ["import torch", "from diffusers import DiffusionPipeline", "import mole_diffusers as mole", ""]
+    lines = ["import torch", "import mole_diffusers as mole", ""]
     if recipe.base == WORLD:
         lines += ["from mole_diffusers.emoji.world import concept_files, gate_folders", "", "pipe = mole.emoji_world().pipe"]
-    elif recipe.base.endswith(".safetensors"):
+    else:  # on the device and in the precision that the app draws with by default
         lines.append("from mole_diffusers.studio.base_models import open_base")
         lines.append(f"pipe = open_base({recipe.base!r}).pipe")
-    else:
-        lines.append(f"pipe = DiffusionPipeline.from_pretrained({recipe.base!r})")
     if recipe.sampler:
         lines.append("from mole_diffusers.studio.samplers import sampler")
         lines.append(f"pipe.scheduler = sampler({recipe.sampler!r}, pipe.scheduler, {recipe.seed})")

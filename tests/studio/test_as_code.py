@@ -11,7 +11,9 @@ from tiers import thorough
 
 from mole_diffusers.binding.config import mask_text
 from mole_diffusers.studio.as_code import as_code
+from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.memory import Memory
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio, with_pictures
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
@@ -61,6 +63,17 @@ def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch)
     exec(compile(as_code(recipe), "script", "exec"), {})
     with Image.open("picture.png") as image:
         assert np.abs(np.asarray(image, int) - np.asarray(studio.draw(recipe, **pictures), int)).max() <= 1
+
+
+def test_a_script_draws_in_the_precision_of_the_app(folder, monkeypatch):
+    """Which is that of a GPU where there is one; here that of one is chosen for the CPU."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(Memory, "completed", lambda self, kind: dataclasses.replace(self, device="cpu", dtype="bfloat16"))
+    studio = Studio(open_base("base").pipe, Catalog({}, {}), "base")
+    recipe = studio.complete(Recipe("a hat", seed=5, steps=2, width=32, height=32))
+    exec(compile(as_code(recipe), "script", "exec"), {})
+    with Image.open("picture.png") as image:
+        assert np.array_equal(np.asarray(image), np.asarray(studio.draw(recipe)))
 
 
 @pytest.mark.parametrize("weights", [True, *thorough(False)])
