@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,7 +24,7 @@ from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.clip_skip import clip_skip
 from mole_diffusers.studio.picture_passes import drawable
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
@@ -137,9 +139,9 @@ class TrainingProgress:
 def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Path, again: str = "") -> Work:
     """Train gates for the LoRAs of a recipe. Afterwards they are in `home / name` and in the catalog.
 
-    Training uses the strengths, words and regions of the recipe's tags, its clip skip, and its size. If the size is open, it
-    is the usual one for the prompts with all LoRAs. The work reports a TrainingProgress. A run that was stopped continues if
-    you start it again with the same name and settings.
+    Training uses the strengths, words and regions of the recipe's tags, its binding, its clip skip, and its size. If that is
+    open, it is the usual one for the prompts with all LoRAs. The work reports a TrainingProgress. A run that was stopped
+    continues if you start it again with the same name and settings.
 
     Args:
         again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
@@ -156,6 +158,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, "base": recipe.base}
     settings |= {"width": width, "height": height} | ({"masks": recipe.masks} if recipe.masks else {})
     settings |= {"clip_skip": recipe.clip_skip} if recipe.clip_skip > 1 else {}  # earlier runs have none, and continue
+    settings |= {"binding": "none"} if recipe.binding == "none" else {}  # the others teach the same
     recipe.constant_strengths()  # raises ValueError if one varies over components, blocks or steps
     recipe.tag_bindings()  # raises ValueError if a painted region has no mask
     run = Run(studio.catalog, home, request.name, request.family, settings)
@@ -200,7 +203,8 @@ def _train(
 
     def show(when: str, *seeds: int) -> None:
         for seed in seeds:
-            (picture,) = sample(pipe, recipe.plain_text, [seed], num_inference_steps=min(recipe.steps, 10), **options)
+            with tiled.get(recipe.binding, nullcontext)():
+                (picture,) = sample(pipe, recipe.plain_text, [seed], num_inference_steps=min(recipe.steps, 10), **options)
             progress.pictures = [*progress.pictures, (picture, when.format(seed))]
 
     def on_update(row: dict) -> None:
@@ -211,7 +215,9 @@ def _train(
 
     strengths = recipe.constant_strengths()
     experts = {name: (studio.catalog.expert(name), strength) for name, strength in strengths.items()}
-    mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates, binding=recipe.tag_bindings())
+    binding = None if recipe.binding == "none" else recipe.tag_bindings()
+    mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates, binding=binding)
+    tiled: dict[str, Any] = {BOUND: partial(mixture.tiled, 0), TILES: mixture.tiled}
     with Undo() as undo, clip_skip(pipe, recipe.clip_skip):
         undo.before_forward(pipe.unet, on_call)
         progress.doing = "drawing on seeds that the training will not see, before it"

@@ -16,6 +16,7 @@ from mole_diffusers.binding.config import Bound, files_bindings
 from mole_diffusers.gates import checkpoint
 from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.mixture import attach, attached
+from mole_diffusers.patching.tiles import Tiles
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
@@ -80,6 +81,24 @@ def test_loras_are_bound_as_their_tags_say(studio, tmp_path, recwarn, way):
     run(studio, tmp_path, request(singles=singles, composed=["beast in ink"], steps=1, way=way), prompt=prompt)
     assert attached(studio.pipe).binding["fox"] == Bound(("beast",), "left")
     assert not [w for w in recwarn if "no trigger" in str(w.message)]
+
+
+@pytest.mark.parametrize(("binding", "bound"), [("none", (False, False)), ("bound", (True, False)), ("auto", (True, True))])
+def test_it_binds_and_draws_in_tiles_as_the_recipe_says(studio, tmp_path, monkeypatch, binding, bound):
+    """At a size that has room for tiles. Only what is not bound is taught otherwise, so the other runs go on."""
+    in_tiles, denoise = [], Tiles._denoise
+
+    def stop(state):
+        if state.pictures:
+            raise StoppedError
+
+    monkeypatch.setattr(Tiles, "_denoise", lambda self, *args, **named: in_tiles.append(1) or denoise(self, *args, **named))
+    prompt = "a fox and an ink <lora:fox:1:word=fox> <lora:ink:1:word=ink>"
+    recipe, wanted = Recipe(prompt, steps=1, width=64, height=32, binding=binding), request(composed=["a fox and an ink"])
+    with pytest.raises(StoppedError):
+        train(studio, recipe, wanted, home=tmp_path)(stop)
+    assert (attached(studio.pipe).binding is not None, bool(in_tiles)) == bound
+    assert ("binding" in read_json(tmp_path / ".runs" / "g" / "run.json")) == (binding == "none")
 
 
 @pytest.mark.parametrize("argument", ["te=0.5:unet=1", "lbw=OUTALL", "start=1", "stop=1", "unet=0@0,1@1"])
