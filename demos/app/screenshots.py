@@ -73,6 +73,8 @@ def regions(page: Browser) -> None:
 
 def see(page: Browser) -> None:
     """Draw the comparison, then watch the trained gates."""
+    page.tab("Compose")
+    page.choose("#binding", "automatic")
     page.tab("See")
     page.click("#compare")
     page.until(lambda: page.text("#see-status").startswith("done"), WAIT)
@@ -82,11 +84,11 @@ def see(page: Browser) -> None:
 
 
 def train(page: Browser) -> None:
-    """Train for ten updates."""
+    """Train gates for bound LoRAs, which have more to learn than tiles."""
+    page.choose("#binding", "bound")
     page.tab("Train")
     page.click("#suggest")
     page.until(lambda: page.driver.find_element("css selector", "#train-singles textarea").get_property("value"), WAIT)
-    page.type("#train-steps input[type=number]", "10")
     page.click("#train")
     page.until(lambda: page.text("#train-status").startswith("done"), WAIT)
     page.until(lambda: "after, seed 1001" in page.text("#validation"), WAIT)

@@ -210,7 +210,7 @@ def _train(
     def on_update(row: dict) -> None:
         progress.rows = [*progress.rows, row]
         if (row["step"] + 1) % max(request.steps // VALIDATION_PICTURES, 1) == 0:
-            show(f"after {row['step'] + 1} updates", recipe.seed)
+            show(f"after {row['step'] + 1} updates, seed {{}}", recipe.seed)
         report(progress)
 
     strengths = recipe.constant_strengths()
@@ -221,7 +221,7 @@ def _train(
     with Undo() as undo, clip_skip(pipe, recipe.clip_skip):
         undo.before_forward(pipe.unet, on_call)
         progress.doing = "drawing on seeds that the training will not see, before it"
-        show("before, seed {}", *seeds)
+        show("before, seed {}", *seeds, recipe.seed)  # the last begins the series of the updates
         losses = held_out.losses(pipe, mixture, request.data(), config)
         before = [loss() for loss in losses]
         progress.doing, progress.called = "", 0

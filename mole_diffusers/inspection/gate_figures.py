@@ -137,10 +137,15 @@ def _laid_over(image: Image.Image, colour: np.ndarray, strength: np.ndarray) -> 
 
 
 def losses(rows: Sequence[Mapping[str, float]]) -> Image.Image:
-    """The loss of a training run and each of its terms, by update."""
-    curves = {name: [row[name] for row in rows] for name in rows[0] if name != "step"}
-    styles = {name: {"color": COLOURS[i % 7], "linewidth": 1.0} for i, name in enumerate(curves)}
-    styles |= {"loss": {"color": "#000000", "linewidth": 1.8}}
+    """The loss of a training run by update, its moving mean, and its terms if there are several."""
+    terms = [name for name in rows[0] if name not in ("step", "loss")]
+    shown = ["loss", *(terms if len(terms) > 1 else [])]
+    curves = {name: [row[name] for row in rows] for name in shown}
+    styles = {name: {"color": COLOURS[i % 7], "linewidth": 1.0} for i, name in enumerate(shown)}
+    count = max(2, len(rows) // 6)
+    mean = f"mean of {count} updates"
+    curves[mean] = [float(np.mean(curves["loss"][max(0, end - count) : end])) for end in range(1, len(rows) + 1)]
+    styles |= {"loss": {"color": "#000000", "linewidth": 0.6}, mean: {"color": "#000000", "linewidth": 2.4}}
     return _curves([row["step"] for row in rows], curves, styles, xlabel="update", ylabel="loss")
 
 

@@ -68,8 +68,9 @@ def test_it_says_what_it_does_from_the_first_second_to_the_verdict(studio, tmp_p
     assert str(last).startswith("done: on 4 seeds that the training did not see, the error to the teachers' pictures is ")
     labels = [label for _, label in last.pictures]
     assert [label for label in labels if "updates" not in label] == [
-        "before, seed 1000", "before, seed 1001", "after, seed 1000", "after, seed 1001"
+        "before, seed 1000", "before, seed 1001", "before, seed 0", "after, seed 1000", "after, seed 1001"
     ]  # fmt: skip
+    assert [label for label in labels if "updates" in label] == [f"after {n} updates, seed 0" for n in (2, 4, 6, 8)]
     assert studio.catalog.gates["g"] == tmp_path / "g"
 
 

@@ -66,6 +66,19 @@ def test_shares_are_as_high_as_their_curves(monkeypatch):
     assert axes.get_ylim() == pytest.approx((curves.min() - 0.02, curves.max() + 0.02))
 
 
+def test_a_loss_is_shown_with_its_mean_and_with_terms_if_there_are_several(monkeypatch):
+    monkeypatch.setattr(gate_figures, "_picture", lambda figure: figure)
+    rows = [{"step": i, "loss": float(i**2), "a": float(i**2), "b": 0.0} for i in range(18)]
+    for terms, labels in (("ab", ["loss", "a", "b", "mean of 3 updates"]), ("a", ["loss", "mean of 3 updates"])):
+        (axes,) = gate_figures.losses([{name: row[name] for name in ("step", "loss", *terms)} for row in rows]).axes
+        lines = {line.get_label(): line for line in axes.lines}
+        assert list(lines) == labels
+        mean = lines["mean of 3 updates"]
+        assert mean.get_ydata()[[0, 1, 2, 17]] == pytest.approx([0, 1 / 2, 5 / 3, (15**2 + 16**2 + 17**2) / 3])
+        assert mean.get_linewidth() > lines["loss"].get_linewidth()
+    assert len(gate_figures.losses(rows[:1]).axes[0].lines) == 4
+
+
 @pytest.mark.parametrize(
     ("size", "wanted"),
     [((1024, 256), (1024, 256)), ((128, 64), (256, 128)), ((64, 192), (256, 768)), ((300, 1200), (300, 1200))],
