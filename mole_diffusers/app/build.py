@@ -88,6 +88,6 @@ def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[
         css_paths=Path(__file__).with_name("page.css"),
         head_paths=Path(__file__).with_name("page.html"),
         allowed_paths=[str(gallery.resolve())] if gallery else None,
-        app_kwargs={"middleware": [Middleware(OwnPagesOnly, sites=sites)]},
+        app_kwargs={"middleware": [Middleware(OwnPagesOnly, sites=sites, gallery=gallery)]},
         **{"mcp_server": False, **options},
     )
