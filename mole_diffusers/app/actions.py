@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -364,10 +364,11 @@ class Actions:
 
             try:
                 for (label, _), recipe in zip(wanted, recipes, strict=True):
-                    layouts, said = list[Layout](), list[str]()
-                    noting = partial(_noting, recipe, layouts, said, inside)
+                    layouts, said, sites = list[Layout](), list[str](), list[str]()
+                    noting = partial(_noting, recipe, layouts, said, sites, inside)
                     image = self.studio.draw(recipe, **over, on_step=on_step, inside=noting)
-                    state.warnings = list(dict.fromkeys([*state.warnings, *said]))
+                    recipe, by_hand = _with_locks_of(recipe, sites)
+                    state.warnings = list(dict.fromkeys([*state.warnings, *said, *by_hand]))
                     path = (gallery or self.unkept).add(image, recipe)
                     state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
                     report(replace(state))
@@ -501,13 +502,32 @@ class Actions:
 
 
 @contextmanager
-def _noting(recipe: Recipe, layouts: list[Layout], said: list[str], inside: Inside, mixture: Mixture) -> Iterator[None]:
-    """Surround a picture, as `inside` of `Studio.draw`. Adds its layout to `layouts`, if its LoRAs have places, and the
-    warnings of binding to `said`."""
+def _noting(
+    recipe: Recipe, layouts: list[Layout], said: list[str], sites: list[str], inside: Inside, mixture: Mixture
+) -> Iterator[None]:
+    """Surround a picture, as `inside` of `Studio.draw`. Adds its layout to `layouts`, if its LoRAs have places, the
+    warnings of binding to `said`, and the gates' sites to `sites`."""
     with inside(mixture):
         yield
+    sites.extend(mixture.sites)
     bound = (mixture.binding or {}).items()
     side = recipe.height // 8, recipe.width // 8
     given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
     said.extend(mixture.binding_warnings)
     layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words, only the given regions
+
+
+def _with_locks_of(recipe: Recipe, sites: Collection[str]) -> tuple[Recipe, list[str]]:
+    """A recipe with only those weights set by hand whose gates were there when it was drawn, and what to say about them."""
+
+    def blocks(count: int) -> str:
+        return f"{count} block{'' if count == 1 else 's'}"
+
+    if recipe.arm != "gates":
+        return recipe, []
+    here, said = {site: row for site, row in recipe.locks.items() if site in sites}, []
+    if gone := len(recipe.locks) - len(here):
+        said.append(f"weights set by hand for {blocks(gone)} that these gates do not have are left out")
+    if here:
+        said.append(f"the weights of {blocks(len(here))} are set by hand, see the tab See")
+    return replace(recipe, locks=here), said

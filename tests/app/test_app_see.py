@@ -11,6 +11,7 @@ from tiers import thorough
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import ignore
 from mole_diffusers.app.preview import PreviewDecoder
+from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
@@ -56,6 +57,28 @@ def test_a_block_that_is_set_by_hand_is_followed(actions):
     assert report.weights[label] == [1.0, 0.0]  # times the strengths
     assert report.gates[label] == [2.0, 0.0]
     assert sum(row == [0.5, 1.0] for row in report.weights.values()) == len(report.weights) - 1
+
+
+def test_weights_by_hand_are_said_and_those_of_other_gates_left_out(actions):
+    site, other = next(iter(actions.look(RECIPE)(ignore).labels.values())), "unet.gone"
+    row, (plain,) = {"fox": 2.0, "ink": 0.0}, actions.compose(RECIPE, 1)(ignore).pictures
+    for locks, kept, said in (
+        ({site: row}, {site: row}, ["the weights of 1 block are set by hand, see the tab See"]),
+        (
+            {other: row, f"{other}.too": row},
+            {},
+            ["weights set by hand for 2 blocks that these gates do not have are left out"],
+        ),
+    ):
+        done = actions.compose(dataclasses.replace(RECIPE, locks=locks), 2)(ignore)
+        assert (done.warnings, done.pictures[0].recipe.locks, infotext.read(done.pictures[0].path).locks) == (
+            said,
+            kept,
+            kept,
+        )
+        assert np.array_equal(pixels(done.pictures[0].path), pixels(plain.path)) == (not kept)
+    summed = dataclasses.replace(RECIPE, locks={site: row}, arm="sum")  # which asks no gate
+    assert actions.compose(summed, 1)(ignore).warnings == []
 
 
 def test_loras_that_did_not_act_on_the_picture_are_said(tmp_path):
