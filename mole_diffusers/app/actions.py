@@ -38,12 +38,12 @@ from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
-from mole_diffusers.studio.render import Inside, Studio, check_pictures, with_pictures
+from mole_diffusers.studio.render import MAX_SIDE, Inside, Studio, check_pictures, with_pictures
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
 
 MAX_PICTURES = 400  # kept in the app's own folder; the browser has copies
-MAX_COUNT, MAX_SIDE, MAX_THUMBNAIL = 16, 2048, 4 << 20
+MAX_COUNT, MAX_THUMBNAIL = 16, 4 << 20
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 
 Over = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`

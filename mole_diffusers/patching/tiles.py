@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -84,6 +85,21 @@ def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound
         return False
     height, width = (call[side] // pipe.vae_scale_factor for side in ("height", "width"))
     return _has_room(pipe.unet, things.masks(height, width))
+
+
+def size_for_tiles(
+    pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str], most: int
+) -> tuple[int, int] | None:
+    """The smallest width and height in pixels at which `draws_in_tiles`, in whole pictures of the size that the UNet was
+    trained at; None if there is none with sides of at most `most` pixels."""
+    things = _things_for_tiles(pipe, Tiling(), call, bound, acting)
+    if things is None or not isinstance(side := pipe.unet.config.sample_size, int):
+        return None
+    times = range(1, min(len(things.prompts), most // (side * pipe.vae_scale_factor)) + 1)
+    for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
+        if _has_room(pipe.unet, things.masks(height * side, width * side)):
+            return width * side * pipe.vae_scale_factor, height * side * pipe.vae_scale_factor
+    return None
 
 
 def _things_for_tiles(

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mole_diffusers.binding.config import bindings, files_bindings
-from mole_diffusers.binding.regions import checked_region, region_picture
-from mole_diffusers.lora import check_family
+from mole_diffusers.binding.config import Bound, bindings, files_bindings
+from mole_diffusers.binding.regions import AUTO, checked_region, region_picture
+from mole_diffusers.lora import Expert, check_family
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.pipeline_lock import PipelineLock
-from mole_diffusers.patching.tiles import draws_in_tiles
+from mole_diffusers.patching.tiles import draws_in_tiles, size_for_tiles
 from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
@@ -36,6 +36,7 @@ from mole_diffusers.studio.weight_syntax import parse_weights
 
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MERGED = "merged"  # name of a merge on the pipeline
+MAX_SIDE = 2048  # pixels of a picture in the app, and of one that a note suggests
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, latents [1, C, h, w])
 Inside = Callable[[Mixture], AbstractContextManager]
 
@@ -197,10 +198,7 @@ class Studio:
         known = {*recipe.experts, *(tag.name for tag in parse(asked.prompt, {*asked.experts, *recipe.experts}).tags)}
         if gone := dict.fromkeys(name for row in asked.locks.values() for name in row if name not in known):
             notes.append(f"weights set by hand for {', '.join(map(repr, gone))} are left out: the prompt has no such LoRA")
-        if recipe.binding == TILES and image is not None:
-            notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
-        if recipe.binding == TILES and recipe.prompt_2:
-            notes.append("tiles read the first prompt alone, not the second")
+        notes += self._notes_on_tiles(recipe, is_over=image is not None)
         if "<lora:" in recipe.negative:  # as in A1111, whose pictures can be drawn
             notes.append("the tags of LoRAs in the negative prompt are read as words")
         if asked.clip_skip != recipe.clip_skip:
@@ -209,6 +207,22 @@ class Studio:
             cut = [count for count in token_counts(self.pipe, recipe.text, recipe.prompt_2) if count.cut]
             notes += [f"the {c.encoder} reads {c.limit} tokens of the prompt, not {c.cut!r}" for c in cut]
         return notes + unread(self.pipe, negative=recipe.negative, prompt_2=recipe.prompt_2, negative_2=recipe.negative_2)
+
+    def _notes_on_tiles(self, recipe: Recipe, *, is_over: bool) -> list[str]:
+        notes = []
+        if recipe.binding == TILES and is_over:
+            notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
+        if recipe.binding == TILES and recipe.prompt_2:
+            notes.append("tiles read the first prompt alone, not the second")
+        if recipe.binding != AUTO or recipe.arm != "gates" or recipe.image:
+            return notes
+        try:
+            asked = self._bound_call(recipe)
+        except ValueError as error:  # a painted region without a mask, which cannot be drawn
+            return [*notes, str(error)]
+        if asked and not draws_in_tiles(self.pipe, *asked) and (size := size_for_tiles(self.pipe, *asked, MAX_SIDE)):
+            notes.append(f"from {size[0]} x {size[1]} pixels on, each subject is first drawn by itself")
+        return notes
 
     # ---- drawing
 
@@ -332,11 +346,16 @@ class Studio:
 
     def draws_in_tiles(self, recipe: Recipe) -> bool:
         """Whether a completed recipe would be drawn in tiles with binding "auto"."""
+        asked = self._bound_call(recipe)
+        return asked is not None and draws_in_tiles(self.pipe, *asked)
+
+    def _bound_call(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Bound], dict[str, Expert]] | None:
+        """The first arguments of `draws_in_tiles` after the pipeline; None if a prompt is too long."""
         experts = {name: self.catalog.expert(name) for name in recipe.experts}
         bound = bindings(recipe.tag_bindings(), experts, files_bindings(experts))
         texts = plain_texts(self.pipe, **recipe.call)
         size = {"width": recipe.width, "height": recipe.height}
-        return texts is not None and draws_in_tiles(self.pipe, texts | size, bound, experts)
+        return None if texts is None else (texts | size, bound, experts)
 
     def forget_attached(self) -> None:
         """Call this after you attach something else to the pipeline. The next picture then attaches its own LoRAs again."""

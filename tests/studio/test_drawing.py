@@ -252,6 +252,7 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo, roo
     assert far(studio.draw(automatic), studio.draw(plain)) == 0
     room_for_tiles(8)
     assert studio.draws_in_tiles(automatic)
+    assert studio.notes(automatic, automatic) == []
     assert far(studio.draw(automatic), wanted) <= 1
     assert far(studio.draw(plain), studio.draw(bound)) <= 1
     assert not studio.notes(recipe, recipe)
@@ -261,6 +262,47 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo, roo
             studio.draw(with_pictures(dataclasses.replace(r, **changes), **pictures), **pictures) for r in (recipe, bound)
         ]
         assert far(*each) == 0
+
+
+THREE = "a fox, a hat, a ink <lora:fox:1:word=fox> <lora:hat:1:word=hat> <lora:ink:1:word=ink>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "room"),
+    [
+        ({}, (64, 32)),
+        ({"prompt": THREE}, (96, 32)),
+        ({"prompt": THREE, "width": 64}, (96, 32)),
+        ({"prompt": "a fox, a hat <lora:fox:1:word=fox:region=top> <lora:ink:1:word=hat:region=bottom>"}, (32, 64)),
+        ({"prompt": "a fox, a hat <lora:fox:1:word=fox:region=0,0,0.1,1> <lora:ink:1:word=hat>"}, None),  # at no size
+        ({"prompt": "a fox riding a hat <lora:fox:1:word=fox> <lora:ink:1:word=hat>"}, None),
+        ({"prompt": "a fox <lora:fox:1:word=fox>"}, None),
+        ({"binding": "bound"}, None),
+        ({"arm": "sum"}, None),
+        ({"image": "0" * 64}, None),
+    ],
+)
+def test_the_size_from_which_there_is_room_for_tiles_is_said(studio, changes, room):
+    asked = {"prompt": "a fox, a hat <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "gates": "sum", **changes}
+    recipe = studio.complete(Recipe(**{"width": 32, "height": 32, **asked}))
+    said = [] if room is None else [f"from {room[0]} x {room[1]} pixels on, each subject is first drawn by itself"]
+    assert studio.notes(recipe, recipe) == said
+    if room is not None:
+        assert studio.draws_in_tiles(dataclasses.replace(recipe, width=room[0], height=room[1]))
+        assert not studio.draws_in_tiles(dataclasses.replace(recipe, width=room[0] - 16, height=room[1]))
+
+
+def test_no_size_is_said_that_the_app_does_not_draw(studio, monkeypatch):
+    recipe = studio.complete(Recipe(THREE, width=32, height=32))
+    monkeypatch.setattr("mole_diffusers.studio.render.MAX_SIDE", 95)
+    assert studio.notes(recipe, recipe) == ["from 64 x 64 pixels on, each subject is first drawn by itself"]
+    monkeypatch.setattr("mole_diffusers.studio.render.MAX_SIDE", 63)
+    assert studio.notes(recipe, recipe) == []
+
+
+def test_a_painted_region_without_its_mask_is_said(studio):
+    recipe = studio.complete(Recipe("a fox <lora:fox:1:word=fox:region=painted>", width=32, height=32))
+    assert "the region of 'fox' is painted, but the recipe has no mask for it" in " ".join(studio.notes(recipe, recipe))
 
 
 def _without_weights(recipe):
