@@ -33,6 +33,7 @@ from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, preview
+from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.names import known_names, matching, shared_name
 from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
@@ -181,6 +182,18 @@ class Actions:
         known = next((name for name, source in self.bases.items() if shared_name(source) == wanted), None)
         is_open = wanted == here or (known is None and Path(wanted).name == Path(here).name)
         return None if is_open else known or Path(wanted).name
+
+    def notes(self, found: Contents, recipe: Recipe | None) -> list[str]:
+        """What a user should know about a recipe that was read from a file.
+
+        Args:
+            recipe: the completed recipe; None if it cannot be completed.
+        """
+        asked = found.recipe
+        notes = [] if recipe is None else self.studio.notes(asked, recipe)
+        if asked.base and (other := self.other_base(asked.base)) is not None:
+            notes.append(f"it was drawn with the base {other!r}, and here is {self.base!r}")
+        return notes + found.notes(self.studio.base)
 
     def check_base(self, asked: str | None, mend: str) -> None:
         """Raises ValueError if settings are for another base model than the open one; `mend` says what to do about it."""

@@ -1,6 +1,7 @@
 """The API: named endpoints for gradio_client and MCP, which call the same functions as the page.
 
 A recipe is a dict with the fields of `mole_diffusers.studio.recipe.Recipe`. "prompt" is required, the rest has defaults.
+Notes are sentences that the page shows in its status lines.
 
 Gradio shows the endpoints' docstrings. Of an argument, it shows only the first line.
 """
@@ -135,8 +136,8 @@ class Endpoints:
         negative_2: str = "",
         binding: str | None = None,
         clip_skip: int | None = None,
-    ) -> tuple[list[gr.FileData], list[dict]]:
-        """Draw pictures. Every PNG has its recipe inside. Returns the files and their recipes.
+    ) -> tuple[list[gr.FileData], list[dict], list[str]]:
+        """Draw pictures. Every PNG has its recipe inside. Returns the files, their recipes, and notes.
 
         Args:
             prompt: with a <lora:name:strength> tag for every LoRA. Tags may have te=, unet=, lbw=, start=, stop=, step=.
@@ -165,10 +166,13 @@ class Endpoints:
         fields |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
         recipe = {name: value for name, value in fields.items() if value is not None}
         done = await self._drawing(request, "compose", self.actions.compose, recipe, count, image=image, mask=mask)
-        return [_file(each.path) for each in done.pictures], [each.recipe.to_dict() for each in done.pictures]
+        recipes = [each.recipe.to_dict() for each in done.pictures]
+        return [_file(each.path) for each in done.pictures], recipes, done.warnings
 
-    async def redraw(self, request: gr.Request, recipe: dict, image: File = None, mask: File = None) -> gr.FileData:
-        """Draw one recipe: a complete one from a picture, or one with some fields left out.
+    async def redraw(
+        self, request: gr.Request, recipe: dict, image: File = None, mask: File = None
+    ) -> tuple[gr.FileData, list[str]]:
+        """Draw one recipe: a complete one from a picture, or one with some fields left out. Returns the file, and notes.
 
         Args:
             recipe: RECIPE
@@ -176,13 +180,13 @@ class Endpoints:
             mask: MASK
         """
         done = await self._drawing(request, "compose", self.actions.compose, recipe, 1, image=image, mask=mask)
-        return _file(done.pictures[0].path)
+        return _file(done.pictures[0].path), done.warnings
 
     async def compare(
         self, request: gr.Request, recipe: dict, merges: list[str] | None = None, image: File = None, mask: File = None
-    ) -> tuple[list[str], list[gr.FileData]]:
+    ) -> tuple[list[str], list[gr.FileData], list[str]]:
         """Draw the same seed in several ways: the base, each LoRA alone, the plain sum, merges, bound, in tiles if there is
-        room, and with trained gates if there are any. The gallery keeps a sheet of them. Returns labels and files.
+        room, and with trained gates if there are any. The gallery keeps a sheet of them. Returns labels, files, and notes.
 
         Args:
             recipe: RECIPE
@@ -191,12 +195,13 @@ class Endpoints:
             mask: MASK
         """
         done = await self._drawing(request, "compare", self.actions.compare, recipe, merges or (), image=image, mask=mask)
-        return [each.label for each in done.pictures], [_file(each.path) for each in done.pictures]
+        return [each.label for each in done.pictures], [_file(each.path) for each in done.pictures], done.warnings
 
     async def look(
         self, request: gr.Request, recipe: dict, image: File = None, mask: File = None
-    ) -> tuple[dict, list[gr.FileData]]:
-        """Show what the gates did. Returns {"experts", "weights": block -> mean weight of each, "pictures"} and the figures.
+    ) -> tuple[dict, list[gr.FileData], list[str]]:
+        """Show what the gates did. Returns {"experts", "weights": block -> mean weight of each, "pictures"}, the figures,
+        and notes.
 
         Args:
             recipe: RECIPE
@@ -209,12 +214,12 @@ class Endpoints:
         for file, figure in zip(files, figures.values(), strict=True):
             figure.save(file)
         about = {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}
-        return about, [_file(file) for file in files]
+        return about, [_file(file) for file in files], report.notes
 
     async def grid(
         self, request: gr.Request, recipe: dict, x: str, y: str, image: File = None, mask: File = None
-    ) -> gr.FileData:
-        """Draw an XY grid of one recipe. The gallery keeps it.
+    ) -> tuple[gr.FileData, list[str]]:
+        """Draw an XY grid of one recipe. The gallery keeps it. Returns the file, and notes.
 
         Args:
             recipe: RECIPE
@@ -224,19 +229,19 @@ class Endpoints:
             mask: MASK
         """
         done = await self._drawing(request, "grid", self.actions.grid, recipe, x, y, image=image, mask=mask)
-        return _file(done.sheet)
+        return _file(done.sheet), done.warnings
 
-    def read(self, file: gr.FileData) -> dict:
+    def read(self, file: gr.FileData) -> tuple[dict, list[str]]:
         """Read the recipe in a picture (ours or A1111's) or in a recipe file. The LoRAs have their names in this app, and
-        the base model is the one that the picture was drawn with.
+        the base model is the one that the picture was drawn with. Returns it, and notes.
 
         Args:
             file: a PNG, or a JSON file.
         """
         with uploaded(_uploaded(file)) as path:
-            asked = infotext.read(path)
-        recipe = self.actions.studio.complete(asked)
-        return replace(recipe, base=asked.base or recipe.base).to_dict()
+            found = infotext.contents(path)
+        recipe = self.actions.studio.complete(found.recipe)
+        return replace(recipe, base=found.recipe.base or recipe.base).to_dict(), self.actions.notes(found, recipe)
 
     def code(self, recipe: dict) -> str:
         """Write Python code that draws a recipe with diffusers.
@@ -246,15 +251,18 @@ class Endpoints:
         """
         return as_code(self.actions.studio.complete(self._recipe(recipe)))
 
-    async def export(self, request: gr.Request, recipe: dict, rank: int | None = None) -> tuple[gr.FileData, float]:
-        """Export one ordinary LoRA with the gates' average weights. Returns it, and the relative error of cutting its rank.
+    async def export(
+        self, request: gr.Request, recipe: dict, rank: int | None = None
+    ) -> tuple[gr.FileData, float, list[str]]:
+        """Export one ordinary LoRA with the gates' average weights. Returns it, the relative error of cutting its rank, and
+        notes.
 
         Args:
             recipe: RECIPE
             rank: the rank to cut to. None keeps everything: the ranks add up.
         """
         done = await self._job(request, "export", self.actions.export, self._recipe(recipe), rank)
-        return _file(done.path), done.error
+        return _file(done.path), done.error, [done.lost] if done.lost else []
 
     def gallery(self, text: str = "", lora: str = "", favourites: bool = False) -> tuple[list[gr.FileData], list[dict]]:
         """The newest 100 pictures and sheets in the gallery. Returns files, and for each of them {"name", "favourite",
@@ -301,8 +309,9 @@ class Endpoints:
         family: str = "factors",
         way: str = "collage",
         again: str = "",
-    ) -> list[dict]:
-        """Train gates for the LoRAs of a recipe, from prompts alone. Returns a row of losses per update.
+    ) -> tuple[list[dict], list[str]]:
+        """Train gates for the LoRAs of a recipe, from prompts alone. Returns a row of losses per update, and as a note what
+        the gates are worth on seeds that the training did not use.
 
         Args:
             recipe: RECIPE Its tags name the LoRAs.
@@ -316,7 +325,8 @@ class Endpoints:
             again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
         """
         wanted = TrainingRequest(name, singles, composed, styles or [], steps=steps, family=family, way=way)
-        return (await self._job(request, "train", self.actions.train, self._recipe(recipe), wanted, again)).rows
+        done = await self._job(request, "train", self.actions.train, self._recipe(recipe), wanted, again)
+        return done.rows, [done.verdict]
 
     def gates(self) -> list[dict]:
         """All trained gates: their name, family and LoRAs, and which of these are missing here or are another file. For

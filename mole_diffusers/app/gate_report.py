@@ -33,7 +33,7 @@ class GateReport:
         labels: short name of a block (in a transformer, its module's name) -> gate site.
         weights: short name of a block -> mean weight of each expert, as applied.
         gates: the same before the tags' strengths, block weights and steps are applied. These values can be set by hand.
-        warning: further notes for the user, as for any picture.
+        notes: for the user, as for any picture.
     """
 
     picture: Path
@@ -44,14 +44,14 @@ class GateReport:
     labels: dict[str, str]
     weights: dict[str, list[float]]
     gates: dict[str, list[float]]
-    warning: str
+    notes: list[str]
 
     def __str__(self) -> str:
         """Each LoRA's mean weight in words, for people who cannot see the figures."""
         rows = list(self.weights.values())
         means = [sum(row[n] for row in rows) / len(rows) for n in range(len(self.experts))]
         words = "mean weight: " + ", ".join(f"{name} {mean:.2f}" for name, mean in zip(self.experts, means, strict=True))
-        return f"{words}; {self.warning}" if self.warning else words
+        return "; ".join([words, *self.notes])
 
 
 def gate_report(
@@ -76,7 +76,7 @@ def gate_report(
         labels={label: place for place, label in labels.items()},
         weights={label: table[place].mean(0).tolist() for place, label in labels.items()},
         gates={label: before_tags(table[place], schedule, place).tolist() for place, label in labels.items()},
-        warning="; ".join(notes),
+        notes=list(notes),
     )
 
 

@@ -177,13 +177,12 @@ class Page:
         asked = found.recipe
         try:
             recipe = self.actions.studio.complete(asked)
-            notes = self.actions.studio.notes(asked, recipe)
+            notes = self.actions.notes(found, recipe)
         except ValueError as error:
             unknown = self.unknown_choices(asked)
             recipe = replace(asked, **unknown)
             notes = [f"mend this first: {error}", *(f"without its {name} {getattr(asked, name)!r}" for name in unknown)]
-        if asked.base and (other := self.actions.other_base(asked.base)) is not None:
-            notes.append(f"it was drawn with the base {other!r}, and here is {self.actions.base!r}")
+            notes += self.actions.notes(found, None)
         if recipe.seed > MOST_SEED:
             notes.append(f"browsers round seeds above {MOST_SEED}: draw it with the API or `mole redraw`")
         if recipe.arm != "gates":
@@ -195,7 +194,6 @@ class Page:
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
-        notes += found.notes(self.actions.studio.base)
         values = self.values(recipe) | self.cards_for(recipe.prompt) | ({} if asked.image else {self.over: None})
         return recipe, values | dict(zip(self.axes, found.axes, strict=False)), notes
 

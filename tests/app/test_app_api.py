@@ -8,8 +8,10 @@ import pytest
 import torch
 from app_client import PROMPT, RECIPE, built
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
+from mole_diffusers.mixture import FOLDED
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.recipe import FORMAT
 
@@ -37,6 +39,12 @@ def pixels(path):
         return np.asarray(image.convert("RGB"))
 
 
+def drawn(client, recipe):
+    """The pixels of `redraw`."""
+    file, _ = client.predict(recipe, api_name="/redraw")
+    return pixels(file)
+
+
 def test_every_endpoint_is_named_and_described(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     names = {"loras", "find", "upload", "compose", "redraw", "compare", "look", "grid", "read", "code", "export", "train"}
@@ -46,15 +54,30 @@ def test_every_endpoint_is_named_and_described(client):
 
 
 def test_a_picture_goes_out_and_comes_back_the_same(client):
-    (first, second), (recipe, _) = client.predict(PROMPT, seed=3, count=2, api_name="/compose")
+    (first, second), (recipe, _), notes = client.predict(PROMPT, seed=3, count=2, api_name="/compose")
+    assert notes == []
     assert (recipe["seed"], recipe["gates"], set(recipe["experts"])) == (3, "sum", {"fox", "ink"})
-    assert infotext.read(first).to_dict() == recipe == client.predict(gradio_client.handle_file(first), api_name="/read")
-    assert np.array_equal(pixels(client.predict(recipe, api_name="/redraw")), pixels(first))
+    read = client.predict(gradio_client.handle_file(first), api_name="/read")
+    assert [infotext.read(first).to_dict(), []] == [recipe, []] == read
+    assert np.array_equal(drawn(client, recipe), pixels(first))
     assert not np.array_equal(pixels(second), pixels(first))
 
 
+def test_what_a_picture_of_another_program_lacks_is_noted(client, tmp_path):
+    about = PngInfo()
+    about.add_text(infotext.PARAMETERS, "a cat\nSteps: 2, Seed: 1, Size: 41x32, Model: dream, Eta: 2")
+    Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=about)
+    recipe, notes = client.predict(gradio_client.handle_file(tmp_path / "theirs.png"), api_name="/read")
+    assert (recipe["prompt"], recipe["width"]) == ("a cat", 40)
+    assert notes == [
+        "41 x 32 is rounded to 40 x 32 pixels",
+        "it was drawn with the model 'dream', and here is 'tiny'",
+        "not carried over from the picture's text: Eta 2",
+    ]
+
+
 def test_size_and_sampler_are_taken_and_seeds_are_random(client):
-    files, (first, second) = client.predict(
+    files, (first, second), _ = client.predict(
         PROMPT, seed=-1, count=2, width=48, height=32, sampler="euler A", api_name="/compose"
     )
     assert (first["width"], first["height"], first["sampler"], first["seed"] + 1) == (48, 32, "Euler a", second["seed"])
@@ -64,7 +87,7 @@ def test_size_and_sampler_are_taken_and_seeds_are_random(client):
 def test_binding_is_taken_and_its_values_are_said(client):
     pictures = {}
     for binding in ("bound", "none"):
-        (file,), (recipe,) = client.predict("a <lora:fox:1:region=left>", binding=binding, api_name="/compose")
+        (file,), (recipe,), _ = client.predict("a <lora:fox:1:region=left>", binding=binding, api_name="/compose")
         assert recipe["binding"] == binding
         pictures[binding] = pixels(file)
     assert not np.array_equal(pictures["bound"], pictures["none"])
@@ -96,21 +119,22 @@ def test_loras_are_reported_and_found(client):
 
 def test_comparison(client):
     recipe = {**RECIPE, "prompt": "a fox in ink <lora:fox:0.8:region=left> <lora:ink:1>"}
-    labels, files = client.predict(recipe, api_name="/compare")
+    labels, files, notes = client.predict(recipe, api_name="/compare")
+    assert notes == ["no gates are trained for these LoRAs, see the tab Train"]
     assert labels == ["base", "alone fox", "alone ink", "sum", "bound"]  # no gates are trained for these
     base, _, _, summed, bound = map(pixels, files)
-    assert np.array_equal(summed, pixels(client.predict({**recipe, "binding": "none"}, api_name="/redraw")))
-    assert np.array_equal(bound, pixels(client.predict(recipe, api_name="/redraw")))
+    assert np.array_equal(summed, drawn(client, {**recipe, "binding": "none"}))
+    assert np.array_equal(bound, drawn(client, recipe))
     assert len({picture.tobytes() for picture in (base, summed, bound)}) == 3
 
 
 @pytest.mark.thorough
 def test_merges_are_compared_too(client):
-    labels, files = client.predict(RECIPE, ["mean", "svd"], api_name="/compare")
+    labels, files, _ = client.predict(RECIPE, ["mean", "svd"], api_name="/compare")
     assert labels[-3:] == ["merge mean", "merge svd", "bound"]
     assert not np.array_equal(*map(pixels, files[-3:-1]))
     one = {"prompt": "a fox in ink <lora:fox:0.8>", "seed": 3, "gates": "sum"}
-    alone, merged = (pixels(client.predict({**one, "arm": arm}, api_name="/redraw")) for arm in ("sum", "merge mean"))
+    alone, merged = (drawn(client, {**one, "arm": arm}) for arm in ("sum", "merge mean"))
     assert np.abs(merged.astype(int) - alone).max() <= 1  # the mean of one is that one, by another route
     code = client.predict({**RECIPE, "arm": "merge svd"}, api_name="/code")
     assert "mole.merge({'fox': ('fox.safetensors', 0.8), 'ink': ('ink.safetensors', 1.0)}, 'svd')" in code
@@ -119,7 +143,8 @@ def test_merges_are_compared_too(client):
 
 def test_what_the_gates_did(client):
     locked = {"unet.mid_block.attentions.0.transformer_blocks.0": {"fox": 0.25, "ink": 0.5}}
-    found, files = client.predict({**RECIPE, "locks": locked}, api_name="/look")
+    found, files, notes = client.predict({**RECIPE, "locks": locked}, api_name="/look")
+    assert notes == ["the weights of 1 block are set by hand, see the tab See"]
     assert found["experts"] == ["fox", "ink"]
     assert found["weights"]["M00"] == pytest.approx([0.2, 0.5])  # what was set by hand, times the tag's strength
     assert all(row == pytest.approx([0.8, 1.0]) for block, row in found["weights"].items() if block != "M00")
@@ -129,7 +154,8 @@ def test_what_the_gates_did(client):
 
 
 def test_grid(client):
-    file = client.predict(RECIPE, "weight fox=0,2", "seed=1,2", api_name="/grid")
+    file, notes = client.predict(RECIPE | {"width": 41}, "weight fox=0,2", "seed=1,2", api_name="/grid")
+    assert notes == ["41 x 32 is rounded to 40 x 32 pixels"]
     assert (infotext.read(file).prompt, infotext.contents(file).sheet["x"]) == (PROMPT, "weight fox=0,2")
     sheet = pixels(file)
     cells = [sheet[row : row + 120, column : column + 120] for row in (36, 170) for column in (90, 224)]
@@ -166,21 +192,24 @@ def test_recipes_of_earlier_releases_mean_what_they_meant(loras, tmp_path):
 
 
 def test_export_is_the_sum_as_one_file(client, loras):
-    path, error = client.predict(RECIPE, api_name="/export")
-    assert error == 0
+    path, error, notes = client.predict(RECIPE, api_name="/export")
+    assert (error, notes) == (0, [])
     assert len(load_file(path)) == len(load_file(loras["ink"]))  # ink has every layer that fox has
-    cut, error = client.predict(RECIPE, 1, api_name="/export")
+    bound = {**RECIPE, "prompt": "a fox in ink <lora:fox:0.8:word=fox> <lora:ink:1>"}
+    cut, error, notes = client.predict(bound, 1, api_name="/export")
     assert 0 < error < 1
-    compared, _ = client.predict(RECIPE | {"arm": "merge svd"}, api_name="/export")  # a picture's recipe, of a comparison
+    assert notes == [FOLDED]
+    compared, *_ = client.predict(RECIPE | {"arm": "merge svd"}, api_name="/export")  # a picture's recipe, of a comparison
     assert all(torch.equal(tensor, load_file(path)[key]) for key, tensor in load_file(compared).items())
 
 
 @pytest.mark.thorough
 def test_training_gives_gates_that_can_be_chosen(client):
     singles, composed = {"fox": ["a fox"], "ink": ["ink"]}, ["a fox in ink"]
-    rows = client.predict(RECIPE, "mine", singles, composed, 2, api_name="/train")
+    rows, (verdict,) = client.predict(RECIPE, "mine", singles, composed, 2, api_name="/train")
     assert [row["step"] for row in rows] == [0, 1]
-    labels, _ = client.predict(RECIPE | {"gates": "auto"}, api_name="/compare")
+    assert verdict.startswith("on 4 seeds that the training did not see, the error to the teachers' pictures is ")
+    labels, *_ = client.predict(RECIPE | {"gates": "auto"}, api_name="/compare")
     assert labels[-3:] == ["sum", "bound", "gates"]
-    _, (recipe,) = client.predict(PROMPT, gates="mine", api_name="/compose")
+    _, (recipe,), _ = client.predict(PROMPT, gates="mine", api_name="/compose")
     assert len(recipe["gates_sha256"]) == 64

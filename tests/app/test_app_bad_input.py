@@ -386,4 +386,4 @@ def test_bad_files_get_one_sentence(client, tmp_path):
 
 def test_a_recipe_file_is_read(client, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({**Recipe(PROMPT, steps=2, width=32, height=32).to_dict()}))
-    assert client.predict(gradio_client.handle_file(tmp_path / "r.json"), api_name="/read")["prompt"] == PROMPT
+    assert client.predict(gradio_client.handle_file(tmp_path / "r.json"), api_name="/read")[0]["prompt"] == PROMPT

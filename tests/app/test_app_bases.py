@@ -55,9 +55,9 @@ def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
 
     with launched(blocks, tmp_path) as client:
         assert tuple(client.predict(api_name="/bases")) == ("dream", ["dream", "flux", "broken"])
-        (first,), _ = client.predict(PROMPT, api_name="/compose")
+        (first,), *_ = client.predict(PROMPT, api_name="/compose")
         assert client.predict("FLUX", api_name="/base") == "flux"
-        (other,), (recipe,) = client.predict("a fox", prompt_2="a hat", api_name="/compose")
+        (other,), (recipe,), _ = client.predict("a fox", prompt_2="a hat", api_name="/compose")
         own = {"base": BASES["flux"], "width": 256, "height": 256, "guidance": 3.5, "prompt_2": "a hat"}
         assert {name: recipe[name] for name in own} == own
         assert not np.array_equal(pixels(other), pixels(first))
@@ -66,10 +66,11 @@ def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
         with pytest.raises(Exception, match="there is no base model 'gone'; known: dream, flux, broken"):
             client.predict("gone", api_name="/base")
         assert client.predict(api_name="/bases")[0] == "flux"
-        assert np.array_equal(pixels(client.predict(recipe, api_name="/redraw")), pixels(other))
+        assert np.array_equal(pixels(client.predict(recipe, api_name="/redraw")[0]), pixels(other))
         assert client.predict("dream", api_name="/base") == "dream"
-        read = client.predict(handle_file(other), api_name="/read")
+        read, notes = client.predict(handle_file(other), api_name="/read")
         assert read == recipe
+        assert "it was drawn with the base 'flux', and here is 'dream'" in notes
         train = ("mine", {"fox": ["a fox"], "ink": ["ink"]}, ["a fox in ink"], 1)
         calls = {
             "redraw": (),
@@ -83,7 +84,7 @@ def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
         for name, rest in calls.items():
             with pytest.raises(Exception, match="this is for the base model 'flux', and here is 'dream': change it first"):
                 client.predict(read, *rest, api_name=f"/{name}")
-        (again,), _ = client.predict(PROMPT, api_name="/compose")
+        (again,), *_ = client.predict(PROMPT, api_name="/compose")
         assert np.array_equal(pixels(again), pixels(first))
         kept, about = client.predict(api_name="/gallery")
         used = [shared_name(BASES[name]) for name in ("dream", "flux", "flux", "dream")]

@@ -101,7 +101,7 @@ def test_a_picture_is_the_same_one_however_its_file_has_its_pixels(actions, clie
     for name, picture in files.items():
         picture.save(tmp_path / f"{name}.png")
     sent = {name: handle_file(tmp_path / f"{name}.png") for name in files}
-    assert np.array_equal(pixels(client.predict(whole.recipe.to_dict(), **sent, api_name="/redraw")), pixels(whole.path))
+    assert np.array_equal(pixels(client.predict(whole.recipe.to_dict(), **sent, api_name="/redraw")[0]), pixels(whole.path))
     before = dataclasses.replace(whole.recipe, image=pixels_hash(clear))  # as `mole draw --image` wrote it
     assert np.array_equal(actions.studio.draw(before, **files), pixels(whole.path))
 
@@ -152,18 +152,18 @@ def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes)
     whole = drawn(actions, RECIPE, over)
     wanted, recipe = pixels(whole.path), dataclasses.replace(RECIPE, base="tiny").to_dict()
     own = {name: recipe[name] for name in ("seed", "steps", "width", "height", "gates", "strength")}
-    (file,), (told,) = client.predict(recipe["prompt"], **own, **sent, api_name="/compose")
+    (file,), (told,), _ = client.predict(recipe["prompt"], **own, **sent, api_name="/compose")
     assert (told["image"], told["mask"]) == (whole.recipe.image, whole.recipe.mask)
     assert np.array_equal(pixels(file), wanted)
-    assert np.array_equal(pixels(client.predict(told, **sent, api_name="/redraw")), wanted)
-    labels, files = client.predict(recipe, **sent, api_name="/compare")
+    assert np.array_equal(pixels(client.predict(told, **sent, api_name="/redraw")[0]), wanted)
+    labels, files, _ = client.predict(recipe, **sent, api_name="/compare")
     compared = {picture.label: picture for picture in actions.compare(RECIPE, (), over)(ignore).pictures}
     assert labels == list(compared)
     assert all(np.array_equal(pixels(f), pixels(compared[label].path)) for label, f in zip(labels, files, strict=True))
-    _, (heat, *_) = client.predict(recipe, **sent, api_name="/look")
+    _, (heat, *_), _ = client.predict(recipe, **sent, api_name="/look")
     report = actions.look(RECIPE, None, over)(ignore)  # of half the steps
     assert np.array_equal(pixels(heat), np.asarray(report.heat.convert("RGB")))
-    sheet = client.predict(recipe, "arm=base,gates", "seed=3", **sent, api_name="/grid")
+    sheet, _ = client.predict(recipe, "arm=base,gates", "seed=3", **sent, api_name="/grid")
     assert np.array_equal(pixels(sheet), pixels(actions.grid(RECIPE, "arm=base,gates", "seed=3", over)(ignore).sheet))
     assert infotext.read(sheet).image == whole.recipe.image
 
@@ -175,7 +175,7 @@ def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path, 
     PICTURE.rotate(90).save(tmp_path / "other.png")
     (tmp_path / "text.png").write_text("no picture")
     right, wrong, text = (handle_file(tmp_path / f"{name}.png") for name in ("image", "other", "text"))
-    _, (told,) = client.predict(PROMPT, steps=4, image=right, api_name="/compose")
+    _, (told,), _ = client.predict(PROMPT, steps=4, image=right, api_name="/compose")
     axes = ("seed=1", "steps=4")
     for name, rest in (("redraw", ()), ("compare", ()), ("look", ()), ("grid", axes)):
         for given, said in (({}, "needs the picture"), ({"image": wrong}, "made with another picture")):
@@ -212,7 +212,7 @@ def test_open_sizes_are_those_of_the_picture_on_the_page_and_in_the_api(actions,
     odd.save(tmp_path / "odd.png")
     sent = {"width": 0, "height": 0, "image": handle_file(tmp_path / "odd.png")}
     own = {name: newest.recipe.to_dict()[name] for name in ("seed", "steps", "guidance", "gates", "strength")}
-    (file,), (told,) = client.predict(newest.recipe.prompt, **own, **sent, api_name="/compose")
+    (file,), (told,), _ = client.predict(newest.recipe.prompt, **own, **sent, api_name="/compose")
     assert (told["width"], told["height"]) == (72, 40)
     assert np.array_equal(pixels(file), pixels(newest.path))
 

@@ -43,7 +43,7 @@ def pixels(path):
 
 
 def drawn(client, gates):
-    (file,), (recipe,) = client.predict(PROMPT, gates=gates, api_name="/compose")
+    (file,), (recipe,), _ = client.predict(PROMPT, gates=gates, api_name="/compose")
     return pixels(file), recipe
 
 
