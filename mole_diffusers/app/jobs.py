@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,12 @@ class Jobs:
             else:
                 return False
         return True
+
+    def stop_all(self, owner: str, kinds: Collection[str]) -> bool:
+        """Stop all jobs of a visitor of these kinds. Returns False if there are none that are not over."""
+        with self._changed:  # so that none begins meanwhile
+            stopped = [self.stop(job) for job in self._known() if job.owner == owner and job.kind in kinds]
+        return any(stopped)
 
     def follow(self, job: Job) -> Iterator[Job]:
         """Yield the job again and again while it makes progress, until it is over."""

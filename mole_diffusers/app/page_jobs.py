@@ -164,20 +164,18 @@ def follow(
         yield from [gr.skip()] if job is None else watch(request, job)
 
     page.entered.then(resume, page.visitor, outputs, concurrency_limit=None)
-    return [
-        event(beginning(submit), [page.visitor, *inputs], outputs, concurrency_limit=None) for event, submit, inputs in ways
-    ]
+    each: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": None}  # every press is a job of its own
+    return [event(beginning(submit), [page.visitor, *inputs], outputs, **each) for event, submit, inputs in ways]
 
 
 def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -> None:
-    """Let a button stop the page's jobs of these kinds: a running job at its next step, a waiting one at once."""
+    """Let a button stop all jobs of the visitor of these kinds: a running job at its next step, waiting ones at once."""
 
-    def cancel(request: gr.Request) -> Any:
-        jobs = [page.watched(request, kind) for kind in kinds]
-        stopped = [page.jobs.stop(job) for job in jobs if job is not None]
-        return gr.skip() if any(stopped) else "nothing of yours is running"  # else the job itself reports that it stops
+    def cancel(request: gr.Request, visitor: str) -> Any:
+        is_any = page.jobs.stop_all(visitor or session(request), kinds)
+        return gr.skip() if is_any else "nothing of yours is running"  # else the job itself reports that it stops
 
-    button.click(cancel, None, status, concurrency_limit=None)
+    button.click(cancel, page.visitor, status, concurrency_limit=None)
 
 
 def _kept(recipe: Recipe, given: list[Any], over: Over) -> dict[str, Any]:

@@ -191,6 +191,18 @@ def test_a_job_and_the_fields_survive_a_reload(any_width):
 
 
 @pytest.mark.thorough
+def test_every_press_is_a_job_and_one_cancel_stops_them_all(tiny):
+    long_job(tiny)
+    for ahead in ("1 job", "2 jobs"):
+        tiny.click("#compose")
+        tiny.until(lambda ahead=ahead: tiny.text("#status") == f"waiting: {ahead} before this one", WAIT)
+    tiny.click("#cancel")
+    tiny.until(lambda: tiny.text("#status") == "cancelled before it began", WAIT)
+    tiny.until(lambda: tiny.click("#cancel") or "nothing of yours is running" in tiny.text("#status"), WAIT)
+    assert not tiny.errors()
+
+
+@pytest.mark.thorough
 def test_what_is_typed_while_a_page_opens_stays(tiny, monkeypatch):
     """The other fields come back, and the cards are those of what was typed."""
     from mole_diffusers.app.page import Page

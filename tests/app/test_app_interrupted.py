@@ -135,7 +135,7 @@ def test_what_is_over_or_cancelled_is_not_offered(apps):
     assert last[0] == "done"
     held = killed(app, lambda: app.begin("status"), lambda: app.begin("status", Prompt="a hat"))
     assert apps().offered("compose") != ""
-    app.event("cancel", "status").fn(REQUEST)
+    app.event("cancel", "status").fn(REQUEST, "me")
     assert apps().offered("compose").startswith(f"“{PROMPT}”")
     assert "One of" not in apps().offered("compose")
     held.set()
@@ -206,7 +206,7 @@ def test_a_training_goes_on_from_its_last_checkpoint(apps, tmp_path):
         said = next(events)[0]
     (file,) = (tmp_path / "gates" / ".jobs").rglob("*-train.json")
     kept = file.read_text()
-    first.event("cancel", "train-status").fn(REQUEST)  # which lets go of the folder, as the end of the app does
+    first.event("cancel", "train-status").fn(REQUEST, "me")  # which lets go of the folder, as the end of the app does
     *_, last = events
     assert last[0].startswith("stopped")
     assert not file.exists()

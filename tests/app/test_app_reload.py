@@ -131,20 +131,27 @@ def test_a_reloaded_page_finds_its_job(functions):
     assert all(map(is_left, nobody[0]))
 
 
-def test_cancel_stops_what_the_page_shows(functions):
+def test_cancel_stops_all_of_the_visitor(functions):
+    """Also what another page of theirs shows, but nothing of others."""
     begin, event = functions["begin"]
     cancel, _ = functions["cancel"]
     values = [component.value for component in event.inputs[1:]]
     labels = [getattr(component, "label", None) for component in event.inputs[1:]]
     values[labels.index("Steps")], values[labels.index("Pictures")] = 150, 16
-    events = begin(REQUEST, "me", *values)
+    other = type("Request", (), {"session_hash": "reloaded"})()
+    events = begin(other, "me", *values)
     said = ""
     while "left" not in said:
         said = next(events)[0]
-    assert is_left(cancel(REQUEST))
+    waiting = begin(REQUEST, "me", *values)
+    assert next(waiting)[0] == "waiting: 1 job before this one"
+    assert cancel(REQUEST, "you") == "nothing of yours is running"
+    assert is_left(cancel(REQUEST, "me"))
+    *_, last = waiting
+    assert last[0] == "cancelled before it began"
     *_, last = events
     assert last[0].startswith("stopped after ")
-    assert cancel(REQUEST) == "nothing of yours is running"
+    assert cancel(REQUEST, "me") == "nothing of yours is running"
 
 
 def test_bad_fields_are_said_and_nothing_is_started(functions):
