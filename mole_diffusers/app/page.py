@@ -124,6 +124,10 @@ class Page:
         seen = gr.update(visible=True if has_second else "hidden")  # not False: its fields would lose their values
         return {field: gr.update(choices=choices()) for field, choices in self.choices.items()} | {self.second: seen}
 
+    def chosen(self, field: Any, value: Any) -> Any:
+        """An update that chooses in a field of `choices`, also what was not there when this page was opened."""
+        return gr.update(choices=self.choices[field](), value=value)
+
     # ---- a recipe in the components
 
     def recipe(self, *values: Any) -> Recipe:
@@ -195,6 +199,7 @@ class Page:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
         values = self.values(recipe) | self.cards_for(recipe.prompt) | ({} if asked.image else {self.over: None})
+        values |= {field: self.chosen(field, values[field]) for field in self.choices if field in values}
         return recipe, values | dict(zip(self.axes, found.axes, strict=False)), notes
 
     def _reads_otherwise(self, recipe: Recipe) -> bool:
@@ -287,13 +292,16 @@ class Page:
         return filled
 
     def _kept(self, values: Any) -> Values:
-        """The fields as a browser kept them, with the defaults for values that do not fit, and for sizes of another base; {}
-        if another release of the app stored them."""
+        """The fields as a browser kept them, with the defaults for values that do not fit, and for sizes of another base.
+        Styles that are gone are left out. {} if another release of the app stored them."""
         if not isinstance(values, list) or len(values) != len(self._fields):
             return {}
         entered, fresh = dict(zip(self._fields, values, strict=True)), self.values(self.fresh())
         if entered[self.base] != self.actions.base:  # the base was changed meanwhile
             entered |= {field: fresh[field] for field in (self.base, *(self.controls[name] for name in OF_BASE))}
+        styles = self.training["styles"]
+        chosen = entered[styles] if isinstance(entered[styles], list) else []
+        entered[styles] = [name for name in chosen if name in self.choices[styles]()]
         return entered | {field: value for field, value in fresh.items() if not self._fits(fresh | {field: entered[field]})}
 
     def _fits(self, inputs: Values) -> bool:

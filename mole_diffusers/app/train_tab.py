@@ -108,7 +108,7 @@ def _fields(page: Page) -> None:
             fields["name"]: default_gates_name(experts),
             fields["singles"]: "\n".join(f"{name}={own}" for name, prompts in singles.items() for own in prompts),
             fields["composed"]: text,
-            fields["styles"]: found,
+            fields["styles"]: page.chosen(fields["styles"], found),
             why: "; ".join(words),
         }
 
@@ -212,4 +212,4 @@ def _gate_files(page: Page) -> None:
 
 def _chosen(page: Page, name: str) -> Values:
     """Updates for both choices of gates after `name` was added."""
-    return {field: gr.update(choices=page.choices[field](), value=name) for field in (page.controls["gates"], page.trained)}
+    return {field: page.chosen(field, name) for field in (page.controls["gates"], page.trained)}

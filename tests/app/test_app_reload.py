@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.app.actions import Actions
+from mole_diffusers.mixture import attach, detach
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe, load
@@ -98,6 +99,15 @@ def test_no_two_fields_have_one_name(functions):
     named = [label for label in labels(functions) if label]
     assert len(named) > 20
     assert len({*named, "Gates to download"}) == len(named) + 1
+
+
+def test_styles_of_a_training_that_are_gone_are_left_out(functions):
+    enter, _ = functions["enter"]
+    saved = values(functions)
+    at = labels(functions).index("Styles")
+    for kept, shown in ((["gone", "ink"], ["ink"]), (["fox"], ["fox"]), (None, []), ("fox", [])):
+        saved[at] = kept
+        assert enter("me", saved)[1][at] == shown
 
 
 def test_sizes_stay_open_and_those_of_an_older_page_are_left_out(functions):
@@ -201,6 +211,7 @@ def test_a_dropped_recipe_fills_what_it_can_and_the_rest_is_said(functions, tmp_
     *values, status = load(str(tmp_path / "recipe.json"))
     assert said in status.replace("\\", "")
     fields = ["prompt", "seed", "steps", "width", "height", "guidance", "sampler", "gates"]
+    values = [value["value"] if isinstance(value, dict) and "choices" in value else value for value in values]
     at = {each.elem_id: i for i, each in enumerate(event.outputs) if getattr(each, "elem_id", None) in fields}
     assert len(at) == len(fields)
     for name, value in (wanted | shown).items():
@@ -232,6 +243,25 @@ def test_a_saved_recipe_stays_as_it_was_written(functions):
     second, _ = save("another", *values[1:])
     assert Path(first).name == Path(second).name
     assert [load(path).text for path in (first, second)] == ["a fox in ink", "another"]
+
+
+def test_gates_that_came_after_the_page_was_opened_can_be_filled_in(loras, tmp_path):
+    """Of another visitor; the page had not got them as a choice, and none of its buttons answered any more."""
+    from mole_diffusers.app.build import build
+
+    actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"))
+    functions = named(build(actions, Recipe("a fox", steps=2)))
+    mixture = attach(actions.studio.pipe, {name: loras[name] for name in ("fox", "ink")}, "mole")
+    mixture.save_pretrained(tmp_path / "new")
+    detach(actions.studio.pipe)
+    actions.studio.catalog.add_gates("new", tmp_path / "new")
+    Recipe(PROMPT, gates="new", base="tiny").save(tmp_path / "recipe.json")
+    load, event = functions["load"]
+    at = [getattr(each, "label", None) for each in event.outputs].index("Gates")
+    filled, before = load(str(tmp_path / "recipe.json"))[at], event.outputs[at]
+    assert type(before)(choices=filled["choices"]).preprocess(filled["value"]) == "new"
+    with pytest.raises(gr.Error, match="new"):
+        before.preprocess("new")
 
 
 @pytest.mark.parametrize("image", ["", "0" * 64])

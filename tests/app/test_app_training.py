@@ -296,9 +296,9 @@ def test_a_suggestion_fills_the_fields_and_says_what_it_took_for_a_style(loras, 
     prompt = "(ink:1.2) drawing of a fox <lora:fox:1> <lora:ink:1> <lora:hat:1>"
     name, singles, composed, styles, said = plain(event)(prompt, [], "collage")
     assert (name, singles, composed) == ("fox+hat+ink", "fox=ink drawing of a fox", "ink drawing of a fox")
-    assert (styles, said) == (["ink", "hat"], "added to Styles, which act on the whole picture: **ink**, **hat**")
+    assert (styles["value"], said) == (["ink", "hat"], "added to Styles, which act on the whole picture: **ink**, **hat**")
     _, singles, _, styles, said = plain(event)("a fox and a hat <lora:fox:1> <lora:hat:1:region=everywhere>", [], "collage")
-    assert (singles, styles) == ("fox=a fox and a hat", ["hat"])
+    assert (singles, styles["value"]) == ("fox=a fox and a hat", ["hat"])
     tags = "<lora:fox:1:word=red beast:region=painted> <lora:hat:1:region=left>"
     _, singles, *_, said = plain(event)(f"a red beast and a hat {tags}", [], "collage")
     assert (singles, said) == ("fox=a red beast\nhat=a hat", "")
