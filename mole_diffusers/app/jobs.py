@@ -17,9 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mole_diffusers.lora.whole_files import write_text
+from mole_diffusers.studio.memory import clear_frames
 
 MAX_WAITING, KEPT = 32, 64  # jobs in the queue; finished jobs that can still be looked up
+FULL = 'the GPU\'s memory is full: take a smaller picture or less "Larger", or start the app with --offload model'
 Report = Callable[[Any], None]
 Work = Callable[[Report], Any]
 
@@ -157,9 +161,10 @@ class Jobs:
             except StoppedError:
                 state = "stopped"
             except Exception as error:
-                job.error = error
+                job.error = ValueError(FULL) if isinstance(error, torch.OutOfMemoryError) else error
                 if not isinstance(error, ValueError | FileNotFoundError):  # those tell the visitor what to fix
                     logging.getLogger(__name__).exception("the job %r failed", job.kind)
+                clear_frames(error)
             with self._changed:
                 self._running = None
                 self._end(job, state)

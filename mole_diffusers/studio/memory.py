@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,5 +119,17 @@ def release(pipe: Any) -> None:
     for model in pipe.components.values():
         if isinstance(model, torch.nn.Module):
             model.to("meta")
+    _give_back()
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Free what the frames of an error and of its causes hold, such as the weights of a half-opened model."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    _give_back()
+
+
+def _give_back() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

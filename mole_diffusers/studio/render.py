@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -25,7 +24,7 @@ from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.clip_skip import clip_skip, most_clip_skip
-from mole_diffusers.studio.memory import release
+from mole_diffusers.studio.memory import clear_frames, release
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import call_arguments, plain_texts, tiled_prompt, token_counts, unread
@@ -87,7 +86,7 @@ class Studio:
                 release(self.pipe)
             found = opening(base)
         except Exception as error:
-            _clear_frames(error)
+            clear_frames(error)
             return error
         self._use(found.pipe, found.name)
         return None
@@ -360,13 +359,6 @@ class Studio:
     def forget_attached(self) -> None:
         """Call this after you attach something else to the pipeline. The next picture then attaches its own LoRAs again."""
         self._attached_key = None
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Free what the frames of an error and of its causes hold, such as the weights of a half-opened model."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> Recipe:

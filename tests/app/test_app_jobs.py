@@ -2,8 +2,10 @@
 
 import threading
 import time
+import weakref
 
 import pytest
+import torch
 
 from mole_diffusers.app.jobs import MAX_WAITING, Jobs
 
@@ -54,6 +56,21 @@ def test_an_error_is_kept_and_the_next_job_runs(jobs):
     failed = over(jobs, jobs.submit("me", "a", work))
     assert (failed.state, failed.event, str(failed.error)) == ("failed", 1, "bad")
     assert over(jobs, jobs.submit("me", "a", counting([], 1))).state == "done"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to allocate 2 GiB"), RuntimeError("bug")])
+def test_a_job_that_failed_holds_nothing_and_a_full_gpu_is_said(jobs, error):
+    held = []
+
+    def work(report):
+        picture = torch.zeros(9)
+        held.append(weakref.ref(picture))
+        raise error
+
+    failed = over(jobs, jobs.submit("me", "a", work))
+    assert (failed.state, held[0]()) == ("failed", None)
+    is_full = isinstance(error, torch.OutOfMemoryError)
+    assert str(failed.error).startswith("the GPU's memory is full: take a smaller picture" if is_full else "bug")
 
 
 def test_a_running_job_stops_at_its_next_report_and_a_waiting_one_at_once(jobs):
