@@ -270,7 +270,7 @@ class Endpoints:
 
         Args:
             text: words that must all be in the prompt, in the file name or in what a sheet shows.
-            lora: a LoRA that they were drawn with.
+            lora: part of the name of a LoRA that they were drawn with.
             favourites: whether to return only favourites.
         """
         found = self.actions.gallery.entries(text=text, lora=lora, favourites=favourites)[:100]

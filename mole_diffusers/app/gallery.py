@@ -97,7 +97,7 @@ class Gallery:
 
         Args:
             text: words that must all be in the prompt, in the file name or in what a sheet shows, in any case.
-            lora: a LoRA that the picture was drawn with, in any case.
+            lora: part of the name of a LoRA that the picture was drawn with, in any case.
             favourites: whether to return only favourites.
         """
         wanted = text.lower().split()
@@ -105,7 +105,8 @@ class Gallery:
         def fits(entry: Entry) -> bool:
             said = f"{entry.recipe.prompt} {entry.recipe.prompt_2} {entry.path.name} {entry.sheet}".lower()
             names = ["", *(tag.name.lower() for tag in entry.parsed.tags)]
-            return entry.favourite >= favourites and lora.lower() in names and all(word in said for word in wanted)
+            has_lora = any(lora.lower() in name for name in names)
+            return entry.favourite >= favourites and has_lora and all(word in said for word in wanted)
 
         return [entry for entry in self._entries() if fits(entry)]
 

@@ -39,7 +39,8 @@ def test_pictures_outlive_the_app_and_are_found(gallery):
     assert found(other) == ["a lemon", "a Red fox in ink <lora:fox:1> <lora:Ink:0.5>", "a fox <lora:fox:1>"]
     assert found(other, text="red FOX") == found(other, lora="ink") == ["a Red fox in ink <lora:fox:1> <lora:Ink:0.5>"]
     assert found(other, text="a", lora="fox") == found(other)[1:]
-    assert found(other, lora="fo") == []
+    assert found(other, lora="FO") == found(other, lora="fox")
+    assert found(other, lora="lemon") == []
     assert infotext.read(other.entries()[0].path) == Recipe("a lemon")
 
 
