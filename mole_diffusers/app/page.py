@@ -136,6 +136,7 @@ class Page:
         self.actions.check_base(base, "wait until it is changed, or reload the page")
         named = dict(zip(self.controls, given, strict=True))
         named |= {name: named[name] or 0 for name in OPEN}
+        named["seed"] = -1 if named["seed"] is None else named["seed"]
         named["sampler"] = "" if named["sampler"] == "default" else named["sampler"]
         return Recipe(**named, locks=locks, masks=masks, base=self.actions.studio.base)
 

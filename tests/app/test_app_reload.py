@@ -79,7 +79,7 @@ def test_fields_come_back_and_each_that_does_not_fit_is_as_on_a_fresh_page(funct
     bad = {
         "Gates": "gone",
         "Sampler": "Best",
-        "Seed": None,
+        "Seed": "x",
         "Steps": 0,
         "Binding": "x",
         "Guidance (CFG scale)": "y",
@@ -162,6 +162,18 @@ def test_cancel_stops_all_of_the_visitor(functions):
     *_, last = events
     assert last[0].startswith("stopped after ")
     assert cancel(REQUEST, "me") == "nothing of yours is running"
+
+
+def test_an_emptied_seed_is_a_random_one(functions):
+    begin, event = functions["begin"]
+    values = [component.value for component in event.inputs[1:]]
+    values[[getattr(component, "label", None) for component in event.inputs[1:]].index("Seed")] = None
+    seeds = set()
+    for _ in range(2):
+        *_, (said, _, pictures) = begin(REQUEST, "me", *values)
+        assert said == "done"
+        seeds.add(infotext.read(pictures[0][0]).seed)
+    assert len(seeds) == 2
 
 
 def test_bad_fields_are_said_and_nothing_is_started(functions):
