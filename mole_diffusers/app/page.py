@@ -28,6 +28,7 @@ from mole_diffusers.studio.recipe import OPEN, Recipe
 ORDERED: dict[str, Any] = {"concurrency_id": "prompt", "concurrency_limit": 1}
 STORED: dict[str, Any] = {"secret": "mole"}  # fixed, since what the browser keeps outlives the app
 MOST_SEED = 2**53  # browsers keep numbers as doubles
+MAX_WATCHED = 256  # jobs that pages show; of pages that were closed, some are among them
 OF_BASE = ("width", "height", "guidance")  # fields that change with the base model
 Values = dict[Any, Any]  # component -> its value, or a `gr.update`
 
@@ -252,7 +253,11 @@ class Page:
     def watch(self, request: gr.Request, kind: str, job: Job) -> Iterator[Job]:
         """Yield the job while it makes progress, until the page starts another one of this kind."""
         key = session(request), kind
-        self._watched[key] = job
+        self._watched.pop(key, None)
+        self._watched[key] = job  # the newest is last
+        over = [shown for shown, watched in [*self._watched.items()] if watched.is_over]
+        for shown in over[: max(len(self._watched) - MAX_WATCHED, 0)]:
+            self._watched.pop(shown, None)
         for _ in self.jobs.follow(job):
             if self._watched.get(key) is not job:
                 return

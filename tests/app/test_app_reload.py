@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.app.actions import Actions
+from mole_diffusers.app.jobs import Job, ignore
 from mole_diffusers.mixture import attach, detach
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
@@ -193,6 +194,20 @@ def test_one_page_shows_one_job_of_a_kind(functions):
     assert last[0] == "done"
     time.sleep(0.3)
     assert list(first) == []
+
+
+def test_pages_that_were_closed_are_forgotten_but_none_whose_job_goes_on(loras, tmp_path):
+    from mole_diffusers.app.page import MAX_WATCHED, Page
+
+    with gr.Blocks() as blocks:
+        page = Page(Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), home=tmp_path), Recipe("a"), blocks)
+    requests = [type("Request", (), {"session_hash": str(i)})() for i in range(MAX_WATCHED + 3)]
+    jobs = [Job("me", "compose", ignore) for _ in requests]
+    for i, (request, job) in enumerate(zip(requests, jobs, strict=True)):
+        job.state = "running" if i == 1 else "done"
+        next(page.watch(request, "compose", job))
+    kept = [page.watched(request, "compose") for request in requests]
+    assert kept == [None, jobs[1], None, None, *jobs[4:]]
 
 
 @pytest.mark.parametrize(
