@@ -213,7 +213,10 @@ class Page:
         return plain != weighted
 
     def put_over(self, path: Path) -> Values:
-        """Updates that put a picture into the editor for drawing over, and open its panel."""
+        """Updates that put a picture into the editor for drawing over, and open its panel. Raises ValueError if its file was
+        moved, for example to the trash."""
+        if not path.exists():
+            raise ValueError("this picture is not in the gallery any more")
         return {self.over: draw_over.put(path), self.over_panel: gr.update(open=True)}
 
     def cards_for(self, prompt: str) -> Values:

@@ -37,8 +37,8 @@ def build(page: Page) -> None:
         status = status_line(elem_id="paint-status")
 
     def last(request: gr.Request) -> Picture | None:
-        """The last picture of this page."""
-        return next(reversed(page.drawn(request)), None)
+        """The last picture of this page whose file is still there."""
+        return next((picture for picture in reversed(page.drawn(request)) if picture.path.exists()), None)
 
     def names(cards: list[MixerCard], chosen: str | None) -> Any:
         known = [card["name"] for card in cards]

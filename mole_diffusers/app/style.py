@@ -44,8 +44,8 @@ def row(*fields: Any) -> None:
 
 
 def gallery_items(pictures: Sequence[Picture | Entry]) -> list[tuple[str, str]]:
-    """Pictures for a gallery: the files unchanged, so that the recipes stay inside."""
-    return [(str(picture.path), picture.label) for picture in pictures]
+    """Pictures for a gallery: the files that are still there, unchanged, so that the recipes stay inside."""
+    return [(str(picture.path), picture.label) for picture in pictures if picture.path.exists()]
 
 
 def clicked(event: gr.SelectData) -> str:

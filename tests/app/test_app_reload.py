@@ -142,6 +142,19 @@ def test_a_reloaded_page_finds_its_job(functions):
     assert all(map(is_left, nobody[0]))
 
 
+def test_a_picture_that_was_thrown_away_meanwhile_is_said(functions):
+    begin, event = functions["begin"]
+    *_, (_, _, pictures) = begin(REQUEST, "me", *[component.value for component in event.inputs[1:]])
+    Path(pictures[0][0]).unlink()
+    *_, said = functions["draw_over_it"][0](REQUEST, "")
+    assert said == "**this picture is not in the gallery any more**"
+    *_, (_, _, again) = functions["resume"][0](REQUEST, "me")
+    assert again == []
+    start, event = functions["start"]
+    assert start(REQUEST, "fox", {}, "a fox", 0, 0)[1] == ""  # paints on grey
+    assert functions["overlaid"][0](REQUEST, [])["visible"] is False
+
+
 def test_cancel_stops_all_of_the_visitor(functions):
     """Also what another page of theirs shows, but nothing of others."""
     begin, event = functions["begin"]
