@@ -360,7 +360,9 @@ class Actions:
             check_pictures(recipe, **over)
         self._check_budget(recipes)
         part = "the painted part of " if "mask" in over else ""
-        warnings = [f"drawn over {part}your picture"] if over else []  # the panel that shows this may be closed
+        # The panel that shows these may be closed.
+        warnings = [f"drawn over {part}your picture"] if over else []
+        warnings += [f"{hires:g} times larger" for hires in dict.fromkeys(r.hires for r in recipes) if hires > 1]
         warnings += notes
         for (_, asked), recipe in zip(wanted, recipes, strict=True):
             warnings += self.studio.notes(asked, recipe, over.get("image"))

@@ -166,5 +166,6 @@ def _settings(page: Page) -> None:
     with page.over_panel.render():
         gr.Markdown("Paint what is to change in a picture, or nothing for all of it.")
         page.over.render()
+        page.over_status.render()
         fields["strength"].render()
         row(fields["hires"], fields["hires_strength"])

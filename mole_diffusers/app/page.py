@@ -56,7 +56,8 @@ class Page:
         locks, masks: gates set by hand, and painted regions, as in a Recipe. They are hidden components in the browser.
         base: the choice of the base model.
         inputs: the components whose values `recipe` takes.
-        over, over_panel: the editor of a picture to draw over, and its panel.
+        over, over_panel, over_status: the editor of a picture to draw over, its panel, and a status line in it.
+        has_over: whether a picture is in the editor (hidden). The browser keeps this, but not the picture.
         count: the number of pictures to compose.
         training: field of a TrainingRequest -> its component.
         axes: the two axes of a grid, across and down.
@@ -99,6 +100,10 @@ class Page:
         self.inputs = [*self.controls.values(), self.locks, self.masks, self.base]
         sources = ("upload", "clipboard")
         self.over = draw_over.editor(label="To draw over", sources=sources, elem_id="over-picture", render=False)
+        self.over_status = status_line(elem_id="over-status", render=False)
+        self.has_over = gr.Checkbox(False, visible="hidden", elem_id="has-over")
+        self.over.upload(None, None, [self.has_over, self.over_status], js="() => [true, '']")
+        self.over.clear(None, None, self.has_over, js="() => false")
         panel = partial(gr.Accordion, open=False, render=False)
         self.over_panel = panel("Draw over a picture, or larger", elem_id="over")
         self.second = panel("Another prompt for the second text encoder", elem_id="second", visible="hidden")
@@ -116,7 +121,7 @@ class Page:
         self.tabs = gr.Tabs(elem_id="tabs", overflow_behavior="wrap", render=False)
         self.lists = [self.second, *self.choices]
         self.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
-        self._fields = [*self.inputs, self.count, *self.training.values(), *self.axes]  # browsers store them in this order
+        self._fields = [*self.inputs, self.count, *self.training.values(), *self.axes, self.has_over]  # stored in this order
         self.entered = self._remember()
 
     def now(self) -> Values:
@@ -172,13 +177,14 @@ class Page:
     @property
     def filled_fields(self) -> list[Any]:
         """The components that `filled` has values for."""
-        return [*self.inputs, self.cards, self.shown, self.rewrites, *self.axes, self.over]
+        panel = [self.over, self.has_over, self.over_panel]
+        return [*self.inputs, self.cards, self.shown, self.rewrites, *panel, *self.axes]
 
     def filled(self, found: Contents) -> tuple[Recipe, Values, list[str]]:
         """Put a recipe into a page. Returns the completed recipe, the values of the page, and notes for the visitor.
 
         If it is not the recipe of a grid, the page's axes stay as they are. If it was drawn over no picture, the editor for
-        that is emptied.
+        that is emptied. Its panel opens if the recipe uses it.
         """
         asked = found.recipe
         try:
@@ -200,7 +206,9 @@ class Page:
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
-        values = self.values(recipe) | self.cards_for(recipe.prompt) | ({} if asked.image else {self.over: None})
+        values = self.values(recipe) | self.cards_for(recipe.prompt)
+        values |= {} if asked.image else {self.over: None, self.has_over: False}
+        values |= {self.over_panel: gr.update(open=True)} if asked.image or recipe.hires > 1 else {}
         values |= {field: self.chosen(field, values[field]) for field in self.choices if field in values}
         return recipe, values | dict(zip(self.axes, found.axes, strict=False)), notes
 
@@ -298,6 +306,13 @@ class Page:
         filled = known.then(None, [filling, *fields], [kept, *fields], js=FILL % first)
         cards = [self.cards, self.shown, self.rewrites]
         filled.then(self.cards_for, self.controls["prompt"], cards, **ORDERED)
+
+        def reopened(had_over: Any, hires: float) -> Values:
+            lost = "the picture to draw over is gone: put it there again" if had_over else ""
+            opened = {self.over_panel: gr.update(open=True)} if had_over or hires > 1 else {}
+            return opened | {self.over_status: lost, self.has_over: False}
+
+        filled.then(reopened, [self.has_over, self.controls["hires"]], [self.over_panel, self.over_status, self.has_over])
         return filled
 
     def _kept(self, values: Any) -> Values:

@@ -242,7 +242,9 @@ def test_photos_are_upright(tmp_path):
 def test_larger_pictures_are_counted_and_bounded(actions):
     larger = dataclasses.replace(RECIPE, hires=2.0)
     done = []
-    (picture,) = actions.compose(larger, 1)(lambda state: done.append((state.done, state.total))).pictures
+    state = actions.compose(larger, 1)(lambda state: done.append((state.done, state.total)))
+    (picture,) = state.pictures
+    assert str(state) == "done; 2 times larger"
     assert pixels(picture.path).shape == (64, 64, 3)
     assert done[-1] == (6, 6)  # 4 steps, and 2 of the half that is drawn over
     with pytest.raises(ValueError, match="at most 2048"):

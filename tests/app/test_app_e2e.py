@@ -546,6 +546,13 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
     assert infotext.read(composed(page, tmp_path, "over.png")).image == pixels_hash(Image.open(over))
     dropped(page, first)  # which was drawn over no picture
     assert np.array_equal(pixels(composed(page, tmp_path, "again.png")), pixels(first))
+    page.open(page.url)
+    page.until(lambda: page.text("#status") == "done", WAIT)
+    assert page.text("#over-status") == ""
+    page.click("#draw-over-this")
+    page.until(lambda: page.driver.find_element("css selector", "#has-over input").is_selected(), WAIT)
+    page.open(page.url)
+    page.until(lambda: page.text("#over-status") == "the picture to draw over is gone: put it there again", WAIT)
     assert not page.errors()
 
 

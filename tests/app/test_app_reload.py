@@ -127,6 +127,14 @@ def test_sizes_stay_open_and_those_of_an_older_page_are_left_out(functions):
     assert set(enter("me", older)[1]) == {None}
 
 
+@pytest.mark.parametrize(("had_over", "hires"), [(False, 1), (True, 1), (False, 2)])
+def test_a_reloaded_page_says_that_the_picture_to_draw_over_is_gone(functions, had_over, hires):
+    """The browser does not keep it. What is larger than asked for is seen, too."""
+    panel, said, has_over = functions["reopened"][0](had_over, hires)
+    assert is_left(panel) if (had_over, hires) == (False, 1) else panel["open"]
+    assert ("put it there again" in said, has_over) == (had_over, False)
+
+
 def test_a_reloaded_page_finds_its_job(functions):
     begin, event = functions["begin"]
     resume, _ = functions["resume"]
@@ -309,8 +317,9 @@ def test_a_dropped_recipe_is_drawn_over_its_own_picture_or_none(functions, tmp_p
     Recipe("a hat", image=image, gates="sum").save(tmp_path / "recipe.json")
     load, event = functions["load"]
     at = [getattr(each, "elem_id", None) for each in event.outputs].index("over-picture")
-    found = load(str(tmp_path / "recipe.json"))[at]
-    assert is_left(found) if image else found is None
+    over, has_over, panel = load(str(tmp_path / "recipe.json"))[at : at + 3]
+    assert all(map(is_left, (over, has_over))) if image else (over, has_over) == (None, False)
+    assert panel["open"] if image else is_left(panel)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +338,7 @@ def test_a_grid_that_is_used_again_fills_its_axes_too(loras, shows, axes, tab):
     functions = named(build(actions, Recipe("a fox", steps=2)))
     recipe = Recipe("a hat <lora:hat:1>", steps=2, width=32, height=32, base="tiny")
     path = actions.gallery.add(Image.new("RGB", (8, 8)), recipe, shows)
-    for name, given, after in (("reuse", path.name, 3), ("load", str(path), 2)):
+    for name, given, after in (("reuse", path.name, 2), ("load", str(path), 1)):
         fill, event = functions[name]
         values, fields = fill(given), [getattr(each, "elem_id", None) for each in event.outputs]
         assert len(values) == len(fields)
