@@ -60,6 +60,10 @@ def build(page: Page) -> None:
         region = current_region(parse_named(text, page.actions.studio.catalog.loras).tags, name, masks, picture)
         return {editor: canvas(picture, width or own[0], height or own[1], region)}
 
+    def opened(request: gr.Request, painted: dict[str, Any] | None, *given: Any) -> Any:
+        """Start when the panel is opened, but keep what is in the editor already: it may be paint that is not used yet."""
+        return start(request, *given) if painted is None or painted["background"] is None else gr.skip()
+
     @errors_to(status)
     def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], *now: Any) -> Values:
         if not name:
@@ -70,9 +74,9 @@ def build(page: Page) -> None:
 
     page.shown.change(names, [page.cards, which], which, show_progress="hidden")
     page.pictures.change(overlaid, page.cards, found, show_progress="hidden")
-    begins = [panel.expand, over.click, which.input]
     given = [which, page.masks, *(page.controls[name] for name in ("prompt", "width", "height"))]
-    gr.on(begins, start, given, [editor, status], trigger_mode="always_last")
+    panel.expand(opened, [editor, *given], [editor, status])
+    gr.on([over.click, which.input], start, given, [editor, status], trigger_mode="always_last")
     empty.click(start, [gr.State(), *given[1:]], [editor, status])
     given = [which, editor, edge, page.masks, *page.written]
     use.click(used, given, [page.masks, *page.written, page.shown, status], **ORDERED)

@@ -360,6 +360,17 @@ def test_the_canvas_shows_what_a_lora_has_and_gives_it_back(actions):
     assert np.array_equal(np.asarray(paint.current_region(painted, "fox", {"fox": text}, None)), np.asarray(read_mask(text)))
 
 
+def test_paint_that_is_not_used_yet_stays_when_its_panel_is_opened_again(actions):
+    from mole_diffusers.app.build import build
+
+    (event,) = [event for event in build(actions, RECIPE).fns.values() if event.fn and event.fn.__name__ == "opened"]
+    request = type("Request", (), {"session_hash": "page"})()
+    for empty in (None, {"background": None, "layers": []}):
+        begun, said = plain(event)(request, empty, "fox", {}, PROMPT, 64, 32)
+        assert (begun["background"].size, said) == ((512, 256), "")
+    assert "value" not in plain(event)(request, begun, "fox", {}, PROMPT, 64, 32)[0]
+
+
 def test_regions_that_were_found_can_be_taken_over(actions):
     picture = drawn(
         actions, dataclasses.replace(RECIPE, prompt="a fox and a hat <lora:fox:1:word=fox> <lora:hat:1:word=hat>")

@@ -342,6 +342,9 @@ def test_a_region_is_painted_and_comes_back(any_width, tmp_path):
     page.click("#paint-use")
     page.until(lambda: "nothing is painted" in page.text("#paint-status"), WAIT)
     painted(page)
+    for closed in (True, False):
+        page.click("#regions button")  # which keeps the paint
+        page.until(lambda closed=closed: bool(page.all("#paint-use")) != closed, WAIT)
     page.click("#paint-use")
     page.until(lambda: "acts there" in page.text("#paint-status"), WAIT)  # what was wrong is mended
     page.until(lambda: value(page, "#prompt") == "a fox <lora:fox:1:region=painted>", WAIT)
