@@ -77,9 +77,9 @@ def see(page: Browser) -> None:
     page.choose("#binding", "automatic")
     page.tab("See")
     page.click("#compare")
-    page.until(lambda: page.text("#see-status").startswith("done"), WAIT)
+    page.until(lambda: page.text("#compare-status").startswith("done"), WAIT)
     page.click("#look")
-    page.until(lambda: page.text("#see-status").startswith("mean weight"), WAIT)
+    page.until(lambda: page.text("#look-status").startswith("mean weight"), WAIT)
     page.until(lambda: page.all("#places img"), WAIT)
 
 

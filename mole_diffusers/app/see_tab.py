@@ -23,19 +23,24 @@ NO_LOCKS = "nothing: every gate decides"
 
 def build(page: Page) -> None:
     """Lay out the tab and connect it."""
-    with gr.Row():
-        compare = gr.Button("Compare at this seed", variant="primary", elem_id="compare")
-        look = gr.Button("Watch the gates", variant="primary", elem_id="look")
-        cancel = gr.Button("Cancel", elem_id="see-cancel")
-    status = status_line(elem_id="see-status")
     with gr.Row(elem_classes="phone-column"):
-        _comparison(page, compare, status)
-        _gate_report(page, look, status)
-    connect_cancel(page, cancel, status, ["compare", "look"])
+        _comparison(page)
+        _gate_report(page)
 
 
-def _comparison(page: Page, compare: Any, status: Any) -> None:
+def _buttons(page: Page, kind: str, label: str) -> tuple[Any, Any]:
+    """Lay out the buttons that start and stop jobs of a kind, and their status line. Returns the first and the last."""
+    with gr.Row():
+        start = gr.Button(label, variant="primary", elem_id=kind)
+        cancel = gr.Button("Cancel", elem_id=f"{kind}-cancel")
+    status = status_line(elem_id=f"{kind}-status")
+    connect_cancel(page, cancel, status, [kind])
+    return start, status
+
+
+def _comparison(page: Page) -> None:
     with gr.Column():
+        compare, status = _buttons(page, "compare", "Compare at this seed")
         merges = gr.Dropdown(
             MERGES,
             value=[],
@@ -70,8 +75,9 @@ def _comparison(page: Page, compare: Any, status: Any) -> None:
     connect_job(page, "compare", [compare.click], page.actions.compare, show, outputs, more=[merges])
 
 
-def _gate_report(page: Page, look: Any, status: Any) -> None:
+def _gate_report(page: Page) -> None:
     with gr.Column():
+        look, status = _buttons(page, "look", "Watch the gates")
         places = gallery(label="Where each LoRA acts", columns=3, elem_id="places", elem_classes=None)
         shares = figure(label="Share over the steps", elem_id="shares")
         heat = figure(label="Weights by block and step", elem_id="heat")

@@ -294,11 +294,14 @@ def test_every_tab_cancels_its_work(any_width):
     long_job(page)
     cancelled(page)
     page.tab("See")
+    page.click("#compare")
+    page.click("#look")
+    page.until(lambda: drawn(page, "#compare-status") > 0, WAIT)
+    assert page.text("#look-status") == "waiting: 1 job before this one"
     for start in ("#compare", "#look"):
-        page.click(start)
-        page.until(lambda: "left" in page.text("#see-status") or "of 150 steps" in page.text("#see-status"), WAIT)
-        page.click("#see-cancel")
-        page.until(lambda: page.text("#see-status").startswith("stopped"), WAIT)
+        page.until(lambda start=start: drawn(page, f"{start}-status") > 0, WAIT)
+        page.click(f"{start}-cancel")
+        page.until(lambda start=start: page.text(f"{start}-status").startswith("stopped"), WAIT)
     page.tab("Keep")
     page.click("#grid")
     page.until(lambda: drawn(page, "#grid-status") > 150, WAIT)  # one of its pictures is there
@@ -431,7 +434,7 @@ def test_a_picture_is_drawn_over_and_compared(any_width, tmp_path):
     assert same[:, -32:].all()
     page.tab("See")
     page.click("#compare")
-    page.until(lambda: page.text("#see-status").startswith("done"), WAIT)
+    page.until(lambda: page.text("#compare-status").startswith("done"), WAIT)
     page.until(lambda: len(page.all("#arms .thumbnail-item img")) == 4, WAIT)
     for i, image in enumerate(page.all("#arms .thumbnail-item img")):
         urlretrieve(image.get_attribute("src"), tmp_path / f"arm{i}.png")
@@ -638,8 +641,8 @@ def test_a_visit_to_the_embedded_world(tmp_path):
 def _compares(page):
     page.tab("See")
     page.click("#compare")
-    page.until(lambda: page.text("#see-status").startswith("done"), WAIT)
-    assert "no gates are trained for these LoRAs" in page.text("#see-status")
+    page.until(lambda: page.text("#compare-status").startswith("done"), WAIT)
+    assert "no gates are trained for these LoRAs" in page.text("#compare-status")
     arms = ["base", "alone fox", "alone duotone", "sum", "bound"]  # drawn a moment after the status
     page.until(lambda: [label.text for label in page.all("#arms .caption-label")] == arms, WAIT)
     assert len(page.all("#slider img")) == 2
@@ -650,7 +653,7 @@ def _compares(page):
 
 def _watches(page):
     page.click("#look")
-    page.until(lambda: "mean weight: fox" in page.text("#see-status"), WAIT)
+    page.until(lambda: "mean weight: fox" in page.text("#look-status"), WAIT)
     assert page.all("#heat img")
     assert page.all("#shares img")
     page.type("#weights textarea, #weights input", "fox=0.5, duotone=1")
