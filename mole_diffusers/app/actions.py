@@ -309,7 +309,7 @@ class Actions:
         recipes = [replace(recipe, seed=recipe.seed + i) for i in range(count)]
         return self._draw([(f"seed {r.seed}", r) for r in recipes], over, gallery=self.gallery)
 
-    def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = NOTHING) -> Work:
+    def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = NOTHING, notes: Sequence[str] = ()) -> Work:
         """Draw the same seed in several ways, and put a sheet of them into the gallery.
 
         The ways are: the base, each LoRA alone, the plain sum, the given `merges`, bound, in tiles if there is room, and
@@ -318,6 +318,7 @@ class Actions:
         Args:
             merges: any of `render.MERGES`.
             over: as in `compose`.
+            notes: further sentences for the progress.
         """
         recipe, whole = self._with_a_seed(replace(recipe, arm="gates"), over)
         if not whole.experts:
@@ -329,8 +330,9 @@ class Actions:
         wanted.append((BOUND, replace(summed, binding=BOUND)))
         if not over and self.studio.draws_in_tiles(whole):
             wanted.append((TILES, replace(summed, binding=TILES)))
-        notes = ["no gates are trained for these LoRAs, see the tab Train"] if whole.gates in UNTRAINED else []
-        if not notes:
+        if whole.gates in UNTRAINED:
+            notes = [*notes, "no gates are trained for these LoRAs, see the tab Train"]
+        else:
             wanted.append(("gates", whole))
         labels = [label for label, _ in wanted]
         sheet = partial(self._sheet, whole, {"columns": labels}, len(labels), partial(xy_grid.labelled, labels=labels))
@@ -413,7 +415,13 @@ class Actions:
                 cells.append(image.convert("RGB"))
         return self.gallery.add(arrange([*cells, *[None] * (count - len(cells))]), recipe, shows)
 
-    def look(self, recipe: Recipe, shades: Mapping[str, str] | None = None, over: Over = NOTHING) -> Work:
+    def look(
+        self,
+        recipe: Recipe,
+        shades: Mapping[str, str] | None = None,
+        over: Over = NOTHING,
+        notes: Sequence[str] = (),
+    ) -> Work:
         """Draw again and trace the gates. The work returns a GateReport.
 
         If the picture is made larger, the first pass is traced.
@@ -421,6 +429,7 @@ class Actions:
         Args:
             shades: LoRA -> its colour in the figures.
             over: as in `compose`.
+            notes: further sentences for the report.
         """
         recipe = self._completed(with_pictures(replace(recipe, arm="gates"), **over))
         if not recipe.experts:
@@ -433,7 +442,7 @@ class Actions:
             with mixture.trace() as seen["trace"], acted as seen["acted"]:
                 yield
 
-        drawing = self._draw([("", recipe)], over, inside=tracing)
+        drawing = self._draw([("", recipe)], over, notes=notes, inside=tracing)
 
         def work(report: Report) -> GateReport:
             state = drawing(report)

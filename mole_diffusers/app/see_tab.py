@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -28,19 +29,34 @@ def build(page: Page) -> None:
         _gate_report(page)
 
 
-def _buttons(page: Page, kind: str, label: str) -> tuple[Any, Any]:
-    """Lay out the buttons that start and stop jobs of a kind, and their status line. Returns the first and the last."""
+def _buttons(page: Page, kind: str, label: str) -> tuple[Any, Any, Any]:
+    """Lay out the buttons that start and stop jobs of a kind, and their status line.
+
+    Returns the event that starts a job, the status line, and the seed of the page's last picture (state) at that event.
+    """
     with gr.Row():
         start = gr.Button(label, variant="primary", elem_id=kind)
         cancel = gr.Button("Cancel", elem_id=f"{kind}-cancel")
     status = status_line(elem_id=f"{kind}-status")
     connect_cancel(page, cancel, status, [kind])
-    return start, status
+    last = gr.State(None)
+
+    def last_seed(request: gr.Request) -> int | None:
+        return next((picture.recipe.seed for picture in reversed(page.drawn(request))), None)
+
+    return start.click(last_seed, None, last, trigger_mode="multiple", concurrency_limit=None).then, status, last
+
+
+def at_seed(recipe: Recipe, last: int | None) -> tuple[Recipe, list[str]]:
+    """A recipe with the seed of the last picture in place of a random one, and a note if that changed it."""
+    if recipe.seed != -1 or last is None:
+        return recipe, []
+    return replace(recipe, seed=last), [f"with the seed of your last picture, {last}"]
 
 
 def _comparison(page: Page) -> None:
     with gr.Column():
-        compare, status = _buttons(page, "compare", "Compare at this seed")
+        compare, status, last = _buttons(page, "compare", "Compare at this seed")
         merges = gr.Dropdown(
             MERGES,
             value=[],
@@ -58,6 +74,10 @@ def _comparison(page: Page) -> None:
             right = gr.Dropdown(list(COMPARED), value=COMPARED[1], label="Right", elem_id="right")
         drawn = gr.State({})  # label -> picture file
 
+    def plan(recipe: Recipe, merges: list[str], last: int | None, over: Over) -> Work:
+        recipe, notes = at_seed(recipe, last)
+        return page.actions.compare(recipe, merges, over, notes=notes)
+
     def sides(drawn: dict[str, str], left: str, right: str) -> Any:
         return (drawn[left], drawn[right]) if left in drawn and right in drawn else gr.skip()
 
@@ -72,20 +92,21 @@ def _comparison(page: Page) -> None:
 
     gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last")
     outputs = [status, arms, slider, left, right, drawn]
-    connect_job(page, "compare", [compare.click], page.actions.compare, show, outputs, more=[merges])
+    connect_job(page, "compare", [compare], plan, show, outputs, more=[merges, last])
 
 
 def _gate_report(page: Page) -> None:
     with gr.Column():
-        look, status = _buttons(page, "look", "Watch the gates")
+        look, status, last = _buttons(page, "look", "Watch the gates")
         places = gallery(label="Where each LoRA acts", columns=3, elem_id="places", elem_classes=None)
         shares = figure(label="Share over the steps", elem_id="shares")
         heat = figure(label="Weights by block and step", elem_id="heat")
         sites, gates = gr.State({}), gr.State({})  # short name of a block -> gate site, -> the gate's weights as text
         block = _by_hand(page, sites, gates)
 
-    def plan(recipe: Recipe, cards: list[MixerCard], over: Over) -> Work:
-        return page.actions.look(recipe, shades(cards), over)
+    def plan(recipe: Recipe, cards: list[MixerCard], last: int | None, over: Over) -> Work:
+        recipe, notes = at_seed(recipe, last)
+        return page.actions.look(recipe, shades(cards), over, notes=notes)
 
     def show(job: Job) -> Values:
         report = job.event
@@ -101,7 +122,7 @@ def _gate_report(page: Page) -> None:
         }
 
     outputs = [status, heat, shares, places, sites, gates, block]
-    connect_job(page, "look", [look.click], plan, show, outputs, more=[page.cards])
+    connect_job(page, "look", [look], plan, show, outputs, more=[page.cards, last])
 
 
 def _by_hand(page: Page, sites: Any, gates: Any) -> Any:

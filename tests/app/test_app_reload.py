@@ -198,6 +198,25 @@ def test_an_emptied_seed_is_a_random_one(functions):
     assert len(seeds) == 2
 
 
+@pytest.mark.parametrize("kind", ["compare", "look"])
+def test_what_has_a_random_seed_is_seen_at_the_seed_of_the_last_picture(loras, tmp_path, kind):
+    """The picture was made with a seed that the page does not show."""
+    blocks = built(loras, tmp_path, seed=-1)
+    begin, event = named(blocks)["begin"]
+    *_, (_, _, pictures) = begin(REQUEST, "me", *[component.value for component in event.inputs[1:]])
+    seed = infotext.read(pictures[0][0]).seed
+    last_seed = named(blocks)["last_seed"][0]
+    assert last_seed(type("Request", (), {"session_hash": "new"})()) is None
+    begins = [each for each in blocks.fns.values() if each.fn and each.fn.__name__ == "begin"]
+    (see,) = [each for each in begins if each.outputs[0].elem_id == f"{kind}-status"]
+    for last, said in ((last_seed(REQUEST), True), (None, False)):
+        values = [last if component is see.inputs[-2] else component.value for component in see.inputs[1:]]
+        *_, (status, *shown) = plain(see)(REQUEST, "me", *values)
+        assert (f"with the seed of your last picture, {seed}" in status) == said
+        if kind == "compare":
+            assert (infotext.read(shown[0][0][0]).seed == seed) == said
+
+
 def test_bad_fields_are_said_and_nothing_is_started(functions):
     begin, event = functions["begin"]
     values = ["a <lora:gone:1>", *[component.value for component in event.inputs[2:]]]
