@@ -39,15 +39,16 @@ def build(page: Page) -> None:
             mixer.build(page)
             _settings(page)
         with gr.Column(scale=4, elem_classes="results"):
-            preview = figure(label="Now", height=260, buttons=[], elem_classes="pixel", elem_id="now")
+            preview = figure(label="Now", height=260, visible=False, buttons=[], elem_classes="pixel", elem_id="now")
             page.pictures.render()
             _use_picture(page, status)
             paint.build(page)
 
     def show(job: Job) -> Values:
-        pictures = job.event.pictures
-        now = str(pictures[-1].path) if job.is_over and pictures else job.event.preview
-        return {page.pictures: gallery_items(pictures)} | ({} if now is None else {preview: now})
+        shown: Values = {page.pictures: gallery_items(job.event.pictures)}
+        if job.is_over or job.event.preview is not None:
+            shown[preview] = gr.update(value=job.event.preview, visible=not job.is_over)
+        return shown
 
     @errors_to(page.problem)
     def changed(prompt: str, cards: list[MixerCard]) -> Values:

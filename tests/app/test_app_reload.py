@@ -174,7 +174,8 @@ def test_cancel_stops_all_of_the_visitor(functions):
     events = begin(other, "me", *values)
     said = ""
     while "left" not in said:
-        said = next(events)[0]
+        said, now, _ = next(events)
+    assert now["visible"]
     waiting = begin(REQUEST, "me", *values)
     assert next(waiting)[0] == "waiting: 1 job before this one"
     assert cancel(REQUEST, "you") == "nothing of yours is running"
@@ -183,6 +184,7 @@ def test_cancel_stops_all_of_the_visitor(functions):
     assert last[0] == "cancelled before it began"
     *_, last = events
     assert last[0].startswith("stopped after ")
+    assert not last[1]["visible"]  # its pictures are below
     assert cancel(REQUEST, "me") == "nothing of yours is running"
 
 
