@@ -1,7 +1,8 @@
 """The API: named endpoints for gradio_client and MCP, which call the same functions as the page.
 
 A recipe is a dict with the fields of `mole_diffusers.studio.recipe.Recipe`. "prompt" is required, the rest has defaults.
-Notes are sentences that the page shows in its status lines.
+Notes are sentences that the page shows in its status lines. `redraw` and `grid` return only a file, which MCP then shows as
+a picture; beside notes it would be text.
 
 Gradio shows the endpoints' docstrings. Of an argument, it shows only the first line.
 """
@@ -169,10 +170,8 @@ class Endpoints:
         recipes = [each.recipe.to_dict() for each in done.pictures]
         return [_file(each.path) for each in done.pictures], recipes, done.warnings
 
-    async def redraw(
-        self, request: gr.Request, recipe: dict, image: File = None, mask: File = None
-    ) -> tuple[gr.FileData, list[str]]:
-        """Draw one recipe: a complete one from a picture, or one with some fields left out. Returns the file, and notes.
+    async def redraw(self, request: gr.Request, recipe: dict, image: File = None, mask: File = None) -> gr.FileData:
+        """Draw one recipe: a complete one from a picture, or one with some fields left out.
 
         Args:
             recipe: RECIPE
@@ -180,7 +179,7 @@ class Endpoints:
             mask: MASK
         """
         done = await self._drawing(request, "compose", self.actions.compose, recipe, 1, image=image, mask=mask)
-        return _file(done.pictures[0].path), done.warnings
+        return _file(done.pictures[0].path)
 
     async def compare(
         self, request: gr.Request, recipe: dict, merges: list[str] | None = None, image: File = None, mask: File = None
@@ -218,8 +217,8 @@ class Endpoints:
 
     async def grid(
         self, request: gr.Request, recipe: dict, x: str, y: str, image: File = None, mask: File = None
-    ) -> tuple[gr.FileData, list[str]]:
-        """Draw an XY grid of one recipe. The gallery keeps it. Returns the file, and notes.
+    ) -> gr.FileData:
+        """Draw an XY grid of one recipe. The gallery keeps it.
 
         Args:
             recipe: RECIPE
@@ -229,7 +228,7 @@ class Endpoints:
             mask: MASK
         """
         done = await self._drawing(request, "grid", self.actions.grid, recipe, x, y, image=image, mask=mask)
-        return _file(done.sheet), done.warnings
+        return _file(done.sheet)
 
     def read(self, file: gr.FileData) -> tuple[dict, list[str]]:
         """Read the recipe in a picture (ours or A1111's) or in a recipe file. The LoRAs have their names in this app, and

@@ -41,8 +41,7 @@ def pixels(path):
 
 def drawn(client, recipe):
     """The pixels of `redraw`."""
-    file, _ = client.predict(recipe, api_name="/redraw")
-    return pixels(file)
+    return pixels(client.predict(recipe, api_name="/redraw"))
 
 
 def test_every_endpoint_is_named_and_described(client):
@@ -77,9 +76,10 @@ def test_what_a_picture_of_another_program_lacks_is_noted(client, tmp_path):
 
 
 def test_size_and_sampler_are_taken_and_seeds_are_random(client):
-    files, (first, second), _ = client.predict(
-        PROMPT, seed=-1, count=2, width=48, height=32, sampler="euler A", api_name="/compose"
+    files, (first, second), notes = client.predict(
+        PROMPT, seed=-1, count=2, width=49, height=32, sampler="euler A", api_name="/compose"
     )
+    assert notes == ["49 x 32 is rounded to 48 x 32 pixels"]
     assert (first["width"], first["height"], first["sampler"], first["seed"] + 1) == (48, 32, "Euler a", second["seed"])
     assert pixels(files[0]).shape == (32, 48, 3)
 
@@ -154,8 +154,7 @@ def test_what_the_gates_did(client):
 
 
 def test_grid(client):
-    file, notes = client.predict(RECIPE | {"width": 41}, "weight fox=0,2", "seed=1,2", api_name="/grid")
-    assert notes == ["41 x 32 is rounded to 40 x 32 pixels"]
+    file = client.predict(RECIPE, "weight fox=0,2", "seed=1,2", api_name="/grid")
     assert (infotext.read(file).prompt, infotext.contents(file).sheet["x"]) == (PROMPT, "weight fox=0,2")
     sheet = pixels(file)
     cells = [sheet[row : row + 120, column : column + 120] for row in (36, 170) for column in (90, 224)]

@@ -66,7 +66,7 @@ def test_the_api_changes_the_base_and_the_gallery_stays(blocks, tmp_path):
         with pytest.raises(Exception, match="there is no base model 'gone'; known: dream, flux, broken"):
             client.predict("gone", api_name="/base")
         assert client.predict(api_name="/bases")[0] == "flux"
-        assert np.array_equal(pixels(client.predict(recipe, api_name="/redraw")[0]), pixels(other))
+        assert np.array_equal(pixels(client.predict(recipe, api_name="/redraw")), pixels(other))
         assert client.predict("dream", api_name="/base") == "dream"
         read, notes = client.predict(handle_file(other), api_name="/read")
         assert read == recipe

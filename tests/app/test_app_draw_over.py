@@ -101,7 +101,7 @@ def test_a_picture_is_the_same_one_however_its_file_has_its_pixels(actions, clie
     for name, picture in files.items():
         picture.save(tmp_path / f"{name}.png")
     sent = {name: handle_file(tmp_path / f"{name}.png") for name in files}
-    assert np.array_equal(pixels(client.predict(whole.recipe.to_dict(), **sent, api_name="/redraw")[0]), pixels(whole.path))
+    assert np.array_equal(pixels(client.predict(whole.recipe.to_dict(), **sent, api_name="/redraw")), pixels(whole.path))
     before = dataclasses.replace(whole.recipe, image=pixels_hash(clear))  # as `mole draw --image` wrote it
     assert np.array_equal(actions.studio.draw(before, **files), pixels(whole.path))
 
@@ -155,7 +155,7 @@ def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes)
     (file,), (told,), _ = client.predict(recipe["prompt"], **own, **sent, api_name="/compose")
     assert (told["image"], told["mask"]) == (whole.recipe.image, whole.recipe.mask)
     assert np.array_equal(pixels(file), wanted)
-    assert np.array_equal(pixels(client.predict(told, **sent, api_name="/redraw")[0]), wanted)
+    assert np.array_equal(pixels(client.predict(told, **sent, api_name="/redraw")), wanted)
     labels, files, _ = client.predict(recipe, **sent, api_name="/compare")
     compared = {picture.label: picture for picture in actions.compare(RECIPE, (), over)(ignore).pictures}
     assert labels == list(compared)
@@ -163,7 +163,7 @@ def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes)
     _, (heat, *_), _ = client.predict(recipe, **sent, api_name="/look")
     report = actions.look(RECIPE, None, over)(ignore)  # of half the steps
     assert np.array_equal(pixels(heat), np.asarray(report.heat.convert("RGB")))
-    sheet, _ = client.predict(recipe, "arm=base,gates", "seed=3", **sent, api_name="/grid")
+    sheet = client.predict(recipe, "arm=base,gates", "seed=3", **sent, api_name="/grid")
     assert np.array_equal(pixels(sheet), pixels(actions.grid(RECIPE, "arm=base,gates", "seed=3", over)(ignore).sheet))
     assert infotext.read(sheet).image == whole.recipe.image
 
