@@ -563,6 +563,27 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
 
 
 @pytest.mark.thorough
+def test_keys_change_strengths_and_weights(tiny):
+    from selenium.webdriver import ActionChains, Keys
+
+    def pressed(key, first, last):
+        """The prompt after Ctrl and a key, with these characters selected."""
+        box = tiny.one("#prompt textarea")
+        select = "const [box, ...ends] = arguments; box.focus(); box.setSelectionRange(...ends)"
+        tiny.driver.execute_script(select, box, first, last)
+        ActionChains(tiny.driver).key_down(Keys.CONTROL).send_keys(key).key_up(Keys.CONTROL).perform()
+        return value(tiny, "#prompt")
+
+    tiny.type("#prompt textarea", "a red fox <lora:fox:1> <lora:ink>")
+    assert pressed(Keys.UP, 12, 12) == "a red fox <lora:fox:1.05> <lora:ink>"
+    assert pressed(Keys.UP, 30, 30) == "a red fox <lora:fox:1.05> <lora:ink>"
+    assert pressed(Keys.UP, 2, 10) == "a (red fox:1.1) <lora:fox:1.05> <lora:ink>"  # the space after it was selected, too
+    assert pressed(Keys.UP, 5, 5) == "a (red fox:1.2) <lora:fox:1.05> <lora:ink>"
+    assert pressed(Keys.DOWN, 1, 1) == "(a:0.9) (red fox:1.2) <lora:fox:1.05> <lora:ink>"
+    assert not tiny.errors()
+
+
+@pytest.mark.thorough
 def test_what_is_set_by_hand_is_seen_wherever_it_comes_from(tiny, tmp_path):
     site = "unet.mid_block.attentions.0.transformer_blocks.0"
     replace(RECIPE, locks={site: {"fox": 0.5}}).save(tmp_path / "recipe.json")
