@@ -20,7 +20,7 @@ from mole_diffusers.evaluation.sampling_composers import read_by, texts_apart
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import cross_attentions
 from mole_diffusers.patching.denoiser_inputs import prompted_rows
-from mole_diffusers.patching.picture_layout import Side, sides
+from mole_diffusers.patching.picture_layout import Side, side_of
 from mole_diffusers.patching.undo import replaced_forward
 from mole_diffusers.training.data import token_ids
 
@@ -70,7 +70,7 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
             with mixture.only(*names):
                 return module(hidden, **{**kwargs, "encoder_hidden_states": text})
 
-        side = next(side for side in sides(now["shares"].shape[-2:]) if side[0] * side[1] == hidden.shape[1])
+        side = side_of(hidden.shape[1], now["shares"].shape[-2:])
         shares = F.adaptive_avg_pool2d(now["shares"], side).flatten(1)[:, None, :, None].to(hidden.dtype)  # [K + 1, 1, T, 1]
         found = torch.stack([read(*each) for each in zip(names, now["texts"], strict=True)])
         return torch.where(now["prompted"], (shares * found).sum(0), read((), now["texts"][-1]))

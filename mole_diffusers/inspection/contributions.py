@@ -13,6 +13,7 @@ from mole_diffusers.functional import as_tokens
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching import peft_injection
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of
+from mole_diffusers.patching.picture_layout import Side, side_of
 from mole_diffusers.patching.placement import stream_of
 from mole_diffusers.patching.undo import Undo
 
@@ -52,17 +53,18 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
     """Measure while the block runs. Calls for only a part of the picture, such as tiles, do not count.
 
     Args:
-        size: (height, width) of the picture, which gives the shape of the tokens.
+        size: (height, width) of the picture, for a denoiser that does not say the shape of its tokens.
     """
     model = denoiser(pipe)
     found, inputs = Contributions(list(mixture.experts)), DenoiserInputs(model)
-    tokens = whole = 0  # of the picture, in this call and in the largest
+    here: Side | None = None  # of the picture's tokens, in this call
+    tokens = whole = 0  # their number, and that of the largest call
     groups: Groups = (True,)  # of this call's rows
 
     def count(_: Any, args: tuple, kwargs: dict) -> None:
-        nonlocal tokens, whole, groups
-        height, width = inputs.side(args, kwargs) or (0, 0)
-        tokens = height * width
+        nonlocal here, tokens, whole, groups
+        here = inputs.side(args, kwargs)
+        tokens = 0 if here is None else here[0] * here[1]
         whole = max(whole, tokens)
         latents = inputs.latents(args, kwargs)
         known = groups_of(pipe, inputs.text(args, kwargs), latents)
@@ -75,8 +77,8 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
                 return
             z = as_tokens(args[0].detach())  # [B, T, R]
             z = z[:, -tokens:] if has_text else z  # the text comes first
-            height = round((z.shape[1] * size[0] / size[1]) ** 0.5)
-            shape = (height, z.shape[1] // height)
+            if (shape := side_of(z.shape[1], here or size)) is None:
+                return
             # PAG gives some layers only the first groups, and others the perturbed ones, which are not the picture.
             if prompted := [rows for rows, asks in zip(z.chunk(len(groups)), groups, strict=False) if asks]:
                 found.add(shape, norms(torch.cat(prompted), up.weight, segment, len(found.experts)))

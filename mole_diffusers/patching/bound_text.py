@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
-from mole_diffusers.patching.picture_layout import PictureLayout, Side, sides
+from mole_diffusers.patching.picture_layout import PictureLayout, Side, side_of, sides
 
 CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
@@ -127,7 +127,7 @@ class BoundText:
 
     def side_of(self, tokens: int) -> Side | None:
         """Height and width of a layer with this many tokens of the picture; None if its tokens are others."""
-        return next((side for side in sides(self.picture.side) if side[0] * side[1] == tokens), None)
+        return side_of(tokens, self.picture.side)
 
     def bias(self, tokens: int, rows: int) -> torch.Tensor | None:
         """[B, T, S], added to cross-attention's logits: words of a thing are closed outside its region. None: no word is

@@ -296,3 +296,8 @@ def sides(side: Side | None) -> Iterator[Side]:
     while side is not None:
         yield side
         side = (-(-side[0] // 2), -(-side[1] // 2)) if max(side) > 1 else None
+
+
+def side_of(tokens: int, side: Side | None) -> Side | None:
+    """Height and width of a layer with this many tokens, in a picture whose latents have this side. None: it has others."""
+    return next(((height, width) for height, width in sides(side) if height * width == tokens), None)

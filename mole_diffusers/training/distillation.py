@@ -22,6 +22,7 @@ from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import cross_attentions
+from mole_diffusers.patching.picture_layout import side_of
 from mole_diffusers.patching.runtime import PlainSum
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import DistillationTerm, SeparateTerm
@@ -273,8 +274,8 @@ def attention_maps(unet: Any, size: Sequence[int], tokens: torch.Tensor) -> Iter
         q, k = (x.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (queries.pop(), key))
         shares = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1).mean(1)  # [B, T, S], over heads
         flat = torch.einsum("bts,kbs->kbt", shares, tokens)
-        height = round((flat.shape[2] * size[0] / size[1]) ** 0.5)
-        maps.append(F.interpolate(flat.unflatten(2, (height, -1)), size=tuple(size), mode="bilinear"))
+        side = side_of(flat.shape[2], (size[0], size[1]))
+        maps.append(F.interpolate(flat.unflatten(2, side), size=tuple(size), mode="bilinear"))
 
     with Undo() as undo:
         for attention in cross_attentions(unet).values():

@@ -62,3 +62,10 @@ def test_layers_of_the_text_act_on_no_place(host, tmp_path):
     assert all(entered.values())
     with pytest.raises(ValueError, match="no expert has acted on the picture"):
         found.finest()
+
+
+def test_a_side_may_be_odd_where_the_unet_halves_it(tmp_path):
+    """Half of 20 x 9 latents is 10 x 5, and not of their shape."""
+    names, _ = ACTING["sd15"]
+    _, _, found = watched("sd15", tmp_path, names, latents=torch.randn(1, 4, 20, 9))
+    assert list(found.sums) == [(10, 5)]

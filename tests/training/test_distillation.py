@@ -48,6 +48,13 @@ def test_attention_maps_equal_the_hosts_own_attention(pipe):
     assert not any(m._forward_hooks for m in pipe.unet.modules())
 
 
+def test_attention_maps_of_odd_sides_keep_rows_and_columns(pipe):
+    """Half of 20 x 9 latents is 10 x 5, and not of their shape."""
+    with attention_maps(pipe.unet, (20, 9), torch.ones(1, 2, 16)) as seen:
+        predict(pipe, torch.randn(2, 4, 20, 9), torch.tensor([5, 800]), ["a fox", "an ink"])
+    assert [each.shape for each in seen] == [(1, 2, 20, 9)] * 4
+
+
 def test_trigger_tokens_are_found_or_missed_by_name(pipe, loras):
     mixture = mole.attach(pipe, {"fox": loras["fox"]})
     found = trigger_tokens(pipe, mixture, "fox", ["a fox", ""])
