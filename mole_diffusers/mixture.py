@@ -131,6 +131,11 @@ class Mixture:
         return {name for name, on in zip(self.experts, self._runtime.active, strict=True) if on}
 
     @property
+    def acting(self) -> set[str]:
+        """The experts that are switched on, and not at strength 0."""
+        return {name for name, acts in zip(self.experts, self._runtime.acting, strict=True) if acts}
+
+    @property
     def plan(self) -> Plan | None:
         """The plan that `choose` or `planned` has set, if any."""
         return self._runtime.plan
@@ -291,8 +296,7 @@ class Mixture:
         # Weights by hand hold everywhere, and rows of sets belong to other prompts.
         if call is None or binding is None or runtime.fixed is not None or runtime.rows is not None:
             return nullcontext()
-        acting = [name for name, acts in zip(self.experts, runtime.acting, strict=True) if acts]
-        about: dict[str, Any] = {"bound": binding.bound, "acting": acting, "settle": binding.plan}
+        about: dict[str, Any] = {"bound": binding.bound, "acting": self.acting, "settle": binding.plan}
         if tiling.until and (tiles := tiles_for(pipe, tiling, call, by=self._alone, **about)) is not None:
             return tiles.drawn()
         if (over := drawn_over(pipe, tiling, call, by=partial(self._alone, listeners=[]), **about)) is not None:

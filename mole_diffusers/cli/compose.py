@@ -75,7 +75,8 @@ def compose(
     page = PromptSheet(prompt, sheet)
     mixture = attach(page.pipe, experts, gates, binding=binding)
     texts = plain_texts(page.pipe, **page.recipe.call)
-    has_tiles = mixture.binding and texts and draws_in_tiles(page.pipe, texts | page.call, mixture.binding, experts)
+    bound, acting = mixture.binding, mixture.acting
+    has_tiles = bound and texts and draws_in_tiles(page.pipe, texts | page.call, bound, acting)
     tiles = tiled_prompt(page.pipe, page.recipe.text) if has_tiles else None
     for label, context in tqdm(columns(mixture, tiles).items(), desc="columns", delay=2, leave=False):
         with context():

@@ -65,7 +65,7 @@ def compare(
     """
     call, pictures = {"prompt": prompt, **options}, {}
     has_size, bound = {"width", "height"} <= options.keys(), mixture.binding
-    in_tiles = has_size and bound is not None and draws_in_tiles(pipe, call, bound, mixture.active)
+    in_tiles = has_size and bound is not None and draws_in_tiles(pipe, call, bound, mixture.acting)
     for label, context in columns(mixture, {"prompt": prompt} if in_tiles else None).items():
         with context():
             pictures[label] = sample(pipe, prompt, seeds, **options)

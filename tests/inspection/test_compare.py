@@ -20,6 +20,8 @@ def test_a_comparison_shows_what_a_call_gives_by_default(pipe, loras):
     assert found["tiles"] == sample(pipe, "a fox, a hat", [1], **call)
     assert found["tiles"] != found["bound"]
     assert "tiles" not in compare(pipe, mixture, "a fox, a hat", seeds=[1], **call | {"width": 32})
+    mixture.strength("hat", 0)
+    assert "tiles" not in compare(pipe, mixture, "a fox, a hat", seeds=[1], **call)
 
 
 def test_a_label_of_several_lines_is_as_wide_as_its_longest():
