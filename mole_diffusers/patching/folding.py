@@ -16,6 +16,7 @@ from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.component import Component
 from mole_diffusers.patching.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.runtime import Decision, Present
+from mole_diffusers.patching.undo import Undo
 
 Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N], or [R] of gates per rank
 Folded = dict[str, dict[str, LoraWeights]]  # part -> {module name in the model: one LoRA's weights}
@@ -80,17 +81,16 @@ def _encode(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str], 
         raise _EvaluatedError
 
     model = denoiser(pipe)
-    processors = {module: module.processor for module in model.modules() if isinstance(module, Attention)}
-    hooks = [child.register_forward_pre_hook(evaluate) for child in model.children()]
-    try:
-        sample(pipe, prompt, **call)
-    except _EvaluatedError:
-        pipe.maybe_free_model_hooks()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, found in processors.items():  # PAG could not restore them, as the call was stopped
-            module.processor = found
+    with Undo() as undo:
+        for module in model.modules():
+            if isinstance(module, Attention):  # PAG could not restore its processors, as the call is stopped
+                undo.callback(setattr, module, "processor", module.processor)
+        for child in model.children():
+            undo.before_forward(child, evaluate)
+        try:
+            sample(pipe, prompt, **call)
+        except _EvaluatedError:
+            pipe.maybe_free_model_hooks()
 
 
 @torch.no_grad()
@@ -149,21 +149,14 @@ def folded(parts: Iterable[Component], layers: Folded) -> Iterator[None]:
 
     Raises ValueError for a layer whose weight cannot be changed: quantised, or not loaded.
     """
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
+    with Undo() as undo:
         for part in parts:
-            for name, weights in layers.get(part.name, {}).items():
+            for name, lora in layers.get(part.name, {}).items():
                 weight = _writable(part.model.get_submodule(name), f"{part.name}.{name}")
-                before.append((weight, weight.clone()))
-                weight.copy_(weight.float() + _delta(weights, weight.device))
+                undo.callback(weight.copy_, weight.clone())
+                change = LoraWeights(lora.down.to(weight.device), lora.up.to(weight.device), lora.scale).delta()
+                weight.copy_(weight.float() + change)
         yield
-    finally:
-        for weight, kept in before:
-            weight.copy_(kept)
-
-
-def _delta(weights: LoraWeights, device: torch.device) -> torch.Tensor:
-    return LoraWeights(weights.down.to(device), weights.up.to(device), weights.scale).delta()
 
 
 def _writable(module: Any, name: str) -> torch.Tensor:

@@ -124,7 +124,7 @@ def _refused(why: str, *_: Any, **__: Any) -> None:
 def _watch_parts(model: Any, undo: Undo) -> None:
     for name, child in model.named_children():
         if any(ADAPTER in key for key, _ in child.named_parameters()):
-            undo.callback(child.register_state_dict_pre_hook(partial(_whole_only, name)).remove)
+            undo.hook(child.register_state_dict_pre_hook, partial(_whole_only, name))
 
 
 def _whole_only(name: str, _: Any, prefix: str, *__: Any) -> None:

@@ -15,6 +15,7 @@ from mole_diffusers.gates.transforms import Control
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 from mole_diffusers.patching.things import Tiling
 from mole_diffusers.patching.token_masks import TokenMasks, Watcher
+from mole_diffusers.patching.undo import Undo
 
 if TYPE_CHECKING:
     from mole_diffusers.patching.gate_site import GateSite
@@ -153,16 +154,11 @@ class Runtime:
         for name in values:
             self._blocks[0].setdefault(name, getattr(self, name))
         block = dict(values)
-        try:
+        with Undo() as undo:  # a leftover setting would change all later pictures
+            undo.callback(self._end, block)
             self._blocks.append(block)
             self._show(block)
             yield
-        finally:
-            try:
-                self._end(block)
-            except KeyboardInterrupt:  # a leftover setting would change all later pictures
-                self._end(block)
-                raise
 
     def _end(self, block: dict[str, Any]) -> None:
         self._blocks = [each for each in self._blocks if each is not block]

@@ -36,13 +36,17 @@ class Undo:
 
     def before_forward(self, module: nn.Module, hook: Callable[..., Any], **how: bool) -> None:
         """Call `hook` before each forward of `module` until `close`; `with_kwargs` and `prepend` are PyTorch's."""
-        handles = self._handles()
-        handles.append(module.register_forward_pre_hook(hook, **how))
+        self.hook(module.register_forward_pre_hook, hook, **how)
 
     def after_forward(self, module: nn.Module, hook: Callable[..., Any], *, always_call: bool = False) -> None:
         """Call `hook` after each forward of `module` until `close`; `always_call`: also after one that raised."""
-        handles = self._handles()
-        handles.append(module.register_forward_hook(hook, always_call=always_call))
+        self.hook(module.register_forward_hook, hook, always_call=always_call)
+
+    def hook(self, register: Callable[..., RemovableHandle], hook: Callable[..., Any], **how: bool) -> None:
+        """Register a hook by one of PyTorch's methods until `close`."""
+        handles: list[RemovableHandle] = []  # the hook is removed even if an interruption comes right after it is there
+        self.callback(lambda: list(map(RemovableHandle.remove, handles)))
+        handles.append(register(hook, **how))
 
     def close(self) -> None:
         """Run the steps. If one is interrupted, for example by Ctrl-C, it and the rest run again before that is raised."""
@@ -62,17 +66,6 @@ class Undo:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _handles(self) -> list[RemovableHandle]:
-        """Handles that `close` removes, even if they are added later."""
-        handles: list[RemovableHandle] = []
-
-        def remove() -> None:
-            for handle in handles:
-                handle.remove()
-
-        self.callback(remove)
-        return handles
 
 
 @contextmanager

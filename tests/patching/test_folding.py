@@ -41,6 +41,23 @@ def test_collapsed_gates_draw_the_same_and_leave_no_trace(pipe, loras, draw, awa
     assert torch.equal(draw(pipe), base)
 
 
+def test_an_interruption_leaves_no_weight_folded(pipe, loras, monkeypatch):
+    bits, copy, left = {k: v.clone() for k, v in pipe.unet.state_dict().items()}, torch.Tensor.copy_, [math.inf]
+
+    def interrupted(weight, kept):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return copy(weight, kept)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt), mole.attach(pipe, loras).collapsed():
+        left[0] = 3  # when two weights are restored
+    monkeypatch.undo()
+    mole.detach(pipe)
+    assert all(torch.equal(v, bits[k]) for k, v in pipe.unet.state_dict().items())
+
+
 def test_collapsed_respects_strength_and_only(pipe, loras, draw):
     mixture = mole.attach(pipe, {"fox": (loras["fox"], -0.7), "ink": loras["ink"], "hat": loras["hat"]})
     with mixture.only("fox", "hat"):

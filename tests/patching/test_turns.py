@@ -25,6 +25,7 @@ from tiers import thorough
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
 from mole_diffusers.patching import pipeline_calls
+from mole_diffusers.patching.undo import Undo
 from mole_diffusers.testing import tiny_pipeline
 
 SETTINGS = {  # one per thread
@@ -377,6 +378,24 @@ def interrupted(run, at):
     finally:
         sys.setprofile(None)
     return calls
+
+
+def test_no_hook_is_left_where_recording_it_is_interrupted(loras, monkeypatch):
+    pipe, callback = tiny_pipeline(), Undo.callback
+
+    def hooked():
+        return [module for module in pipe.unet.modules() if module._state_dict_pre_hooks]
+
+    def interrupted(self, *step):
+        if hooked():
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        callback(self, *step)
+
+    monkeypatch.setattr(Undo, "callback", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mole.attach(pipe, loras)
+    assert not hooked()
 
 
 @pytest.mark.thorough
