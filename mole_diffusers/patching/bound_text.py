@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +31,7 @@ class BoundText:
             separate call names no expert, and takes over those of the prompt.
         image: [B, N, H, W] in 0..1, the places that each expert acts on; None if all act everywhere.
         biases: tokens of the picture -> [B, T, S], subtracted from cross-attention's logits.
+        made: what layers have asked for, until places change.
     """
 
     text: torch.Tensor
@@ -44,7 +44,7 @@ class BoundText:
     prompt: BoundText | None = None
     image: torch.Tensor | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
-    _made: Made = field(default_factory=dict)
+    made: Made = field(default_factory=dict)
 
     def is_of(self, text: torch.Tensor, latents: torch.Tensor) -> bool:
         """Whether this is that text, for a picture of that size. A copy counts: offloading makes one at every step."""
@@ -59,7 +59,7 @@ class BoundText:
     def place(self) -> None:
         """Make the picture's masks from the known regions."""
         image, device = self.picture.expert_masks(), self.text.device
-        self.image, self.biases, self._made = None if image is None else onto(image, device), {}, {}
+        self.image, self.biases, self.made = None if image is None else onto(image, device), {}, {}
         if image is not None and self.picture.readings:
             for side in sides(self.picture.side):
                 bias = -CLOSING * self.picture.closed_words(side)
@@ -68,11 +68,11 @@ class BoundText:
     def follow_prompt(self) -> None:
         """Take over the places that were planned for the prompt since then, if there were any."""
         if self.prompt is not None and self.image is not self.prompt.image:
-            self.image, self._made = self.prompt.image, {}
+            self.image, self.made = self.prompt.image, {}
 
     def forget(self) -> None:
         """Drop what was computed for layers. It is computed again when they ask."""
-        self._made = {}
+        self.made = {}
 
     # ---- what layers ask
 
@@ -91,16 +91,8 @@ class BoundText:
         """S; 0 if its words are not known."""
         return 0 if self.acts is None else self.acts.shape[1]
 
-    def over_ranks(
-        self, stream: str, low: torch.Tensor, segment: torch.Tensor, ranks: tuple[int, ...]
-    ) -> torch.Tensor | None:
-        """Like `TokenMasks.over_ranks`, for the denoiser's layers."""
-        if stream == "image" and self.image is None:
-            return None
-        return kept_over_ranks(self._made, stream, low, segment, ranks, lambda: self._mask(stream, low))
-
-    def _mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
-        """[B, T, N] for a layer whose tokens are those of `low`."""
+    def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
+        """[B, T, N] for a layer whose tokens are those of `low`; None if its tokens are others."""
         tokens = low.shape[1]
         if stream == "joint":
             return self._joint(tokens)
@@ -149,12 +141,12 @@ class BoundText:
         large, it is returned without the repetition.
         """
         key = "bias of heads", tokens, rows, heads, dtype
-        if key not in self._made:
+        if key not in self.made:
             bias = self.bias(tokens, rows)
             if bias is not None and heads * bias.numel() * dtype.itemsize <= MOST_KEPT:
                 bias = bias.to(dtype).repeat_interleave(heads, 0)
-            self._made[key] = bias
-        return self._made[key]
+            self.made[key] = bias
+        return self.made[key]
 
     def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
         """The same for attention over text and picture together: [B, 1, tokens, tokens]."""
@@ -162,31 +154,8 @@ class BoundText:
         if bias is None:
             return None
         key = "joint bias", tokens, rows, picture.start
-        if key not in self._made:
+        if key not in self.made:
             whole = bias.new_zeros(rows, 1, tokens, tokens)
             whole[:, 0, picture, text] = bias
-            self._made[key] = whole
-        return self._made[key]
-
-
-def kept_over_ranks(
-    made: Made,
-    stream: str,
-    low: torch.Tensor,
-    segment: torch.Tensor,
-    ranks: tuple[int, ...],
-    mask: Callable[[], torch.Tensor | None],
-) -> torch.Tensor | None:
-    """A mask [B, T, N] over the ranks of a layer, in the shape of `low`; kept in `made`. None if the layer's tokens are
-    others.
-    """
-    key = stream, ranks, low.shape[0], low.shape[2:] if low.dim() == 4 else low.shape[1], low.dtype, low.device
-    if key not in made:
-        made[key] = _over_ranks(mask(), low, segment)
-    return made[key]
-
-
-def _over_ranks(mask: torch.Tensor | None, low: torch.Tensor, segment: torch.Tensor) -> torch.Tensor | None:
-    if mask is None or (low.dim() == 3 and mask.shape[1] != low.shape[1]):
-        return None
-    return functional.over_ranks(functional.rows_for_layer(mask, low.shape[0]).to(low.device), segment, low)
+            self.made[key] = whole
+        return self.made[key]

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
+from mole_diffusers import functional
 from mole_diffusers.binding.config import Bound, with_region
 from mole_diffusers.binding.regions import EVERYWHERE
 from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
-from mole_diffusers.patching.bound_text import BoundText, Made, Silent, kept_over_ranks
+from mole_diffusers.patching.bound_text import BoundText, Made, Silent
 from mole_diffusers.patching.denoiser_inputs import Groups, repeats
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side
 from mole_diffusers.patching.prompt_tokens import PromptTokens
@@ -89,8 +90,18 @@ class TokenMasks:
         if stream is None or low.dim() == 2:
             return None
         if stream == "encoding":
-            return kept_over_ranks(self._encoded, stream, low, segment, ranks, lambda: self._encoding)
-        return None if self.text is None else self.text.over_ranks(stream, low, segment, ranks)
+            made, mask = self._encoded, lambda: self._encoding
+        elif self.text is None or (stream == "image" and self.text.image is None):
+            return None
+        else:
+            made, mask = self.text.made, partial(self.text.mask, stream, low)
+        key = stream, ranks, low.shape[0], low.shape[2:] if low.dim() == 4 else low.shape[1], low.dtype, low.device
+        if key not in made:
+            factor = None
+            if (found := mask()) is not None and (low.dim() == 4 or found.shape[1] == low.shape[1]):
+                factor = functional.over_ranks(functional.rows_for_layer(found, len(low)).to(low.device), segment, low)
+            made[key] = factor
+        return made[key]
 
     @property
     def wants_maps(self) -> bool:
