@@ -33,41 +33,32 @@ def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     if layers:
         run_uncompiled(model, list(model.modules()), runtime, lambda m: m.wants_maps or _closes(m), undo)
     for i, layer in enumerate(layers):
-        _Hooks(runtime, layer, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4)).install(undo)
+        _watch(layer, runtime, undo, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))
 
 
 def _closes(masks: TokenMasks) -> bool:
     return masks.closes and masks.text is not None and masks.text.image is not None
 
 
-class _Hooks:
-    """Hooks around one attention. They watch PyTorch's function while it runs, with the one implementation that takes
-    any mask.
-    """
+def _watch(layer: Any, runtime: Runtime, undo: Undo, *, reads_maps: bool) -> None:
+    """Watch PyTorch's attention while one layer runs, with the one implementation that takes any mask."""
+    picture_first = isinstance(layer, Attention)  # in SD 3; Flux and similar models have the text first
+    running: list[ExitStack] = []
 
-    def __init__(self, runtime: Runtime, layer: Any, *, reads_maps: bool):
-        self.runtime, self.layer, self.reads_maps = runtime, layer, reads_maps
-        self.picture_first = isinstance(layer, Attention)  # in SD 3; Flux and similar models have the text first
-        self._running: list[ExitStack] = []
-
-    def install(self, undo: Undo) -> None:
-        undo.before_forward(self.layer, self._before)
-        undo.after_forward(self.layer, self._after, always_call=True)
-
-    def _before(self, *_: object) -> None:
-        masks, stack = self.runtime.masks, ExitStack()
-        self._running.append(stack)
-        if masks is None or torch.compiler.is_compiling() or not (_closes(masks) or (self.reads_maps and masks.wants_maps)):
+    def before(*_: object) -> None:
+        masks, stack = runtime.masks, ExitStack()
+        running.append(stack)
+        if masks is None or torch.compiler.is_compiling() or not (_closes(masks) or (reads_maps and masks.wants_maps)):
             return
-        processor = self.layer.processor
+        processor = layer.processor
         if (backend := getattr(processor, "_attention_backend", None)) is not None:
             stack.callback(setattr, processor, "_attention_backend", backend)
             processor._attention_backend = None
         stack.enter_context(attention_backend("native"))
-        stack.enter_context(_Watched(masks, self.picture_first, self.reads_maps))
+        stack.enter_context(_Watched(masks, picture_first, reads_maps))
 
-    def _after(self, *_: object) -> None:
-        self._running.pop().close()
+    undo.before_forward(layer, before)
+    undo.after_forward(layer, lambda *_: running.pop().close(), always_call=True)
 
 
 class _Watched(TorchFunctionMode):
