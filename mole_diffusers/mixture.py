@@ -100,7 +100,6 @@ class Mixture:
         names = {name: name.replace("text_encoder", "tokenizer") for name in models if name not in DENOISERS}
         self._tokenizers = {name: getattr(pipe, tokenizer, None) for name, tokenizer in names.items()}
         self._calling: Any = None  # the pipeline, while a call of it runs
-        self._traces: list[Trace] = []
         self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
         self._denoiser = denoiser(pipe)
         self._lock = lock_of(self._denoiser)
@@ -242,17 +241,11 @@ class Mixture:
                 1024.
         """
         with self._lock.held():
-            trace = Trace(list(self.experts), self._runtime, self._runtime.step + 1)
-            with self.listen(trace.record):
-                self._traces.append(trace)
-                if maps:
-                    self._runtime.map_watchers.append(trace.record_maps)
-                try:
-                    yield trace
-                finally:
-                    self._traces.remove(trace)
-                    if maps:
-                        self._runtime.map_watchers.remove(trace.record_maps)
+            runtime = self._runtime
+            trace = Trace(list(self.experts), runtime, runtime.step + 1)
+            watchers = [*runtime.map_watchers, *([trace.record_maps] if maps else [])]
+            with self.listen(trace.record), self._with_settings(traces=[*runtime.traces, trace], map_watchers=watchers):
+                yield trace
 
     @contextmanager
     def drawing(self, call: Mapping[str, Any] | None = None, *, pipe: Any = None) -> Iterator[None]:
@@ -282,7 +275,7 @@ class Mixture:
                 done = True
             finally:
                 self._calling = before
-                for trace in self._traces:
+                for trace in self._runtime.traces:
                     trace.layouts = self.layouts
                 if binding is not None:
                     binding.end(warns=done and self._runtime.masks is binding)
@@ -727,10 +720,7 @@ class Mixture:
             )
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
-        if binding is None:
-            return None
-        runtime = self._runtime
-        return TokenMasks(binding, self._tokenizers, runtime.tokens, runtime.changed, runtime.map_watchers)
+        return None if binding is None else TokenMasks(binding, self._tokenizers, self._runtime)
 
 
 def attach(

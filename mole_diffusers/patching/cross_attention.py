@@ -62,7 +62,7 @@ def _attend(runtime: Runtime, reads_maps: bool) -> Any:
                 drawn = [row * frames + frame for row in bound.picture.picture_rows for frame in range(frames)]
                 shares = _probabilities(attention, hidden[drawn], text[drawn])
                 masks.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a video has one layout
-        if not masks.closes:
+        if not runtime.closes:
             return None
         given = kwargs.get("attention_mask")
         if given is None and not torch.compiler.is_compiling():

@@ -31,13 +31,13 @@ def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     found = [getattr(model.get_submodule(block), joint, None) for block in blocks(model)]
     layers = [layer for layer in found if isinstance(layer, nn.Module)]
     if layers:
-        run_uncompiled(model, list(model.modules()), runtime, lambda m: m.wants_maps or _closes(m), undo)
+        run_uncompiled(model, list(model.modules()), runtime, lambda m: m.wants_maps or _closes(m, runtime), undo)
     for i, layer in enumerate(layers):
         _watch(layer, runtime, undo, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))
 
 
-def _closes(masks: TokenMasks) -> bool:
-    return masks.closes and masks.text is not None and masks.text.image is not None
+def _closes(masks: TokenMasks, runtime: Runtime) -> bool:
+    return runtime.closes and masks.text is not None and masks.text.image is not None
 
 
 def _watch(layer: Any, runtime: Runtime, undo: Undo, *, reads_maps: bool) -> None:
@@ -48,14 +48,17 @@ def _watch(layer: Any, runtime: Runtime, undo: Undo, *, reads_maps: bool) -> Non
     def before(*_: object) -> None:
         masks, stack = runtime.masks, ExitStack()
         running.append(stack)
-        if masks is None or torch.compiler.is_compiling() or not (_closes(masks) or (reads_maps and masks.wants_maps)):
+        if masks is None or torch.compiler.is_compiling():
+            return
+        closes, reads = _closes(masks, runtime), reads_maps and masks.wants_maps
+        if not (closes or reads):
             return
         processor = layer.processor
         if (backend := getattr(processor, "_attention_backend", None)) is not None:
             stack.callback(setattr, processor, "_attention_backend", backend)
             processor._attention_backend = None
         stack.enter_context(attention_backend("native"))
-        stack.enter_context(_Watched(masks, picture_first, reads_maps))
+        stack.enter_context(_Watched(masks, picture_first, closes=closes, reads_maps=reads))
 
     undo.before_forward(layer, before)
     undo.after_forward(layer, lambda *_: running.pop().close(), always_call=True)
@@ -64,9 +67,9 @@ def _watch(layer: Any, runtime: Runtime, undo: Undo, *, reads_maps: bool) -> Non
 class _Watched(TorchFunctionMode):
     """`scaled_dot_product_attention` with maps read from its queries and keys, and a bias added to its logits."""
 
-    def __init__(self, masks: TokenMasks, picture_first: bool, reads_maps: bool):
+    def __init__(self, masks: TokenMasks, picture_first: bool, *, closes: bool, reads_maps: bool):
         super().__init__()
-        self.masks, self.picture_first, self.reads_maps = masks, picture_first, reads_maps
+        self.masks, self.picture_first, self.closes, self.reads_maps = masks, picture_first, closes, reads_maps
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -78,9 +81,9 @@ class _Watched(TorchFunctionMode):
         picture = slice(0, -words) if self.picture_first else slice(words, None)
         text = slice(-words, None) if self.picture_first else slice(0, words)
         if bound is not None and words and query.shape[2] == key.shape[2] > words:
-            if self.reads_maps and self.masks.wants_maps:
+            if self.reads_maps:
                 self._read(bound, query[:, :, picture], key[:, :, text])
-            bias = bound.joint_bias(query.shape[2], len(query), picture, text) if self.masks.closes else None
+            bias = bound.joint_bias(query.shape[2], len(query), picture, text) if self.closes else None
             if bias is not None:
                 before = given.get("attn_mask")
                 given["attn_mask"] = bias.to(query.dtype) if before is None else bias.to(query.dtype) + before

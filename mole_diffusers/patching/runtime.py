@@ -19,6 +19,7 @@ from mole_diffusers.patching.undo import Undo
 
 if TYPE_CHECKING:
     from mole_diffusers.patching.gate_site import GateSite
+    from mole_diffusers.patching.trace import Trace
 
 Present = tuple[bool, ...]  # which of the N experts a layer has
 
@@ -130,12 +131,14 @@ class Runtime:
     texts: int = 0  # counts texts
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
     map_watchers: list[Watcher] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
     plan: Plan | None = None
     tokens: PromptTokens = field(default_factory=PromptTokens)
     tiling: Tiling = Tiling()
     collapsed: bool = False  # whether the experts are folded into the model's weights
     binding: TokenMasks | None = None
     masks: TokenMasks | None = None  # the binding if it applies: weights by hand hold on every token
+    closes: bool = True  # whether words are closed outside their regions: while no expert acts, the model draws as itself
     changes: int = 0
     _active: dict[tuple[Present, torch.device], ActiveExperts] = field(default_factory=dict)
     _text: Callable[[], torch.Tensor | None] = lambda: None
@@ -186,8 +189,7 @@ class Runtime:
         """Update what gates read."""
         self.changes += 1
         self.masks = self.binding if self.fixed is None else None
-        if self.binding is not None:
-            self.binding.closes = any(self.acting)
+        self.closes = any(self.acting)
         for present, device in self._active:
             self._active[present, device] = self.compute_active(present, self.strength, device)
 

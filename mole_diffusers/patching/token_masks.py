@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,7 +30,9 @@ from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.bound_text import BoundText, Made, Silent
 from mole_diffusers.patching.denoiser_inputs import Groups, repeats
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side
-from mole_diffusers.patching.prompt_tokens import PromptTokens
+
+if TYPE_CHECKING:
+    from mole_diffusers.patching.runtime import Runtime
 
 Watcher = Callable[[list[dict[str, torch.Tensor]]], None]  # called with name -> map [h, w], for each picture
 MOST_TEXTS = 5  # texts that are kept: pictures of one call may be drawn with several, in turn
@@ -42,21 +44,11 @@ class TokenMasks:
     Args:
         bound: each expert's binding, in the order of the gates' columns.
         tokenizers: text encoder -> its tokenizer. If it is None, the words are not known.
-        changed: called when masks change, or which experts are present.
-        watchers: listeners that get the maps of each layer that is read. With any of them, every step is read.
+        runtime: is told when masks change, or which experts are present. With any `map_watchers`, every step is read.
     """
 
-    def __init__(
-        self,
-        bound: Mapping[str, Bound],
-        tokenizers: Mapping[str, Any],
-        tokens: PromptTokens,
-        changed: Callable[[], None],
-        watchers: Sequence[Watcher],
-    ):
-        self.bound, self.tokenizers, self.tokens, self._changed = dict(bound), dict(tokenizers), tokens, changed
-        self._watchers = watchers
-        self.closes = True  # whether words are closed outside their regions: while no expert acts, the model draws as itself
+    def __init__(self, bound: Mapping[str, Bound], tokenizers: Mapping[str, Any], runtime: Runtime):
+        self.bound, self.tokenizers, self._runtime = dict(bound), dict(tokenizers), runtime
         self.has_words = any(b.words for b in bound.values())  # if not, no text need be read
         self.silent: Silent = (False,) * len(bound)  # experts whose words are not in the current text
         self.row_silent: torch.Tensor | None = None  # [B, N], if rows differ
@@ -108,7 +100,7 @@ class TokenMasks:
         """Whether attention must be read at this step."""
         if self.text is None or torch.is_grad_enabled():
             return False
-        return self.text.picture.wants_maps or (bool(self._watchers) and self.text.picture.has_things)
+        return self.text.picture.wants_maps or (bool(self._runtime.map_watchers) and self.text.picture.has_things)
 
     def add_maps(self, shares: torch.Tensor) -> None:
         """Add what a layer attends to in each picture: shares [P, T, S] of its text's tokens, mean over heads."""
@@ -117,7 +109,7 @@ class TokenMasks:
         picture = self.text.picture
         if picture.wants_maps:
             picture.add_maps(shares, side)
-        for watcher in self._watchers:
+        for watcher in self._runtime.map_watchers:
             watcher(picture.named_maps(shares, side))
 
     @property
@@ -140,7 +132,7 @@ class TokenMasks:
             acts, mentioned = onto(self._acting_tokens(readings), device), [reading.mentioned for reading in readings]
         self._encoding, self._encoded = acts, {}
         self.silent, self.row_silent = self._silent(mentioned, device)
-        self._changed()
+        self._runtime.changed()
 
     def _readings(self, rows: Sequence[Sequence[Sequence[tuple[str, list[int]]]]], tokens: int = 0) -> list[Reading]:
         """Read texts by their tokens.
@@ -196,7 +188,7 @@ class TokenMasks:
         """A call of the pipeline begins: its texts are read again, and its layout is planned again."""
         self._called, self._texts, self.text, self.warned, self._planned = True, [], None, [], {}
         self.silent, self.row_silent = (False,) * len(self.bound), None
-        self._changed()
+        self._runtime.changed()
 
     def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
         """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read.
@@ -209,7 +201,7 @@ class TokenMasks:
         for state in self._texts:
             if state.picture.put(regions):
                 state.place()
-        self._changed()
+        self._runtime.changed()
         return True
 
     def end(self, *, warns: bool) -> None:
@@ -262,7 +254,7 @@ class TokenMasks:
         others_are_silent = self.silent != state.silent or self.row_silent is not state.row_silent
         if self.text is not state or state.image is not places or others_are_silent:
             self.text, self.silent, self.row_silent = state, state.silent, state.row_silent
-            self._changed()
+            self._runtime.changed()
 
     def _begin_if_noisier(self, level: Callable[[], float]) -> None:
         """Outside of a call, a rise of the noise level is all that says that another picture begins."""
@@ -299,7 +291,7 @@ class TokenMasks:
         """Read each row of the denoiser's text. [] if no expert has words, or the text's words are not known."""
         if not self.has_words:
             return []
-        found = self.tokens.rows(text)
+        found = self._runtime.tokens.rows(text)
         encoders = {run.encoder for row in found or () for part in row for run, _ in part}
         if found is None or any(self.tokenizers[encoder] is None for encoder in encoders):
             self._warn(
