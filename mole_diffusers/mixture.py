@@ -31,7 +31,6 @@ from mole_diffusers.patching.denoiser_inputs import (
     DenoiserInputs,
     denoiser,
     denoisers,
-    groups_of,
     hosts,
     models_of,
 )
@@ -99,7 +98,6 @@ class Mixture:
         self._runtime = Runtime([True] * len(experts), [1.0] * len(experts))
         names = {name: name.replace("text_encoder", "tokenizer") for name in models if name not in DENOISERS}
         self._tokenizers = {name: getattr(pipe, tokenizer, None) for name, tokenizer in names.items()}
-        self._calling: Any = None  # the pipeline, while a call of it runs
         self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
         self._denoiser = denoiser(pipe)
         self._lock = lock_of(self._denoiser)
@@ -265,8 +263,9 @@ class Mixture:
                 with nullcontext() if now is None else now.drawing(call, pipe=pipe):
                     yield
                 return
-            before, self._calling = self._calling, pipe
-            binding, done = self._runtime.binding, False
+            runtime = self._runtime
+            before, runtime.calling = runtime.calling, pipe
+            binding, done = runtime.binding, False
             if binding is not None:
                 binding.begin()
             try:
@@ -274,11 +273,11 @@ class Mixture:
                     yield
                 done = True
             finally:
-                self._calling = before
-                for trace in self._runtime.traces:
+                runtime.calling = before
+                for trace in runtime.traces:
                     trace.layouts = self.layouts
                 if binding is not None:
-                    binding.end(warns=done and self._runtime.masks is binding)
+                    binding.end(warns=done and runtime.masks is binding)
 
     def _by_things(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
         """How to call the denoiser for single things: to draw them in tiles at first, or to find them in a given picture."""
@@ -705,19 +704,11 @@ class Mixture:
             self._runtime.masks.on_text(encoder, ids, device)
 
     def _on_denoiser(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs, runtime, called = self._inputs, self._runtime, self._calling is not None
+        inputs, runtime = self._inputs, self._runtime
         text = inputs.text(args, kwargs)
         runtime.on_denoiser_call(inputs.time(args, kwargs), text)
-        if (masks := runtime.masks) is not None and not torch.compiler.is_compiling():
-            latents = inputs.latents(args, kwargs)
-            masks.on_denoiser(
-                text,
-                latents,
-                side=lambda: inputs.side(args, kwargs),
-                level=lambda: float(runtime.time.max()),
-                groups=lambda: groups_of(self._calling, text, latents) if called else None,
-                wanted=runtime.acting if called else [False] * len(self.experts),  # training prompts name single experts
-            )
+        if runtime.masks is not None and not torch.compiler.is_compiling():
+            runtime.masks.on_denoiser(text, inputs.latents(args, kwargs), lambda: inputs.side(args, kwargs))
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
         return None if binding is None else TokenMasks(binding, self._tokenizers, self._runtime)

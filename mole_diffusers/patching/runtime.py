@@ -136,6 +136,7 @@ class Runtime:
     tokens: PromptTokens = field(default_factory=PromptTokens)
     tiling: Tiling = Tiling()
     collapsed: bool = False  # whether the experts are folded into the model's weights
+    calling: Any = None  # the pipeline, while a call of it runs
     binding: TokenMasks | None = None
     masks: TokenMasks | None = None  # the binding if it applies: weights by hand hold on every token
     closes: bool = True  # whether words are closed outside their regions: while no expert acts, the model draws as itself

@@ -28,7 +28,7 @@ from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, re
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.bound_text import BoundText, Made, Silent
-from mole_diffusers.patching.denoiser_inputs import Groups, repeats
+from mole_diffusers.patching.denoiser_inputs import Groups, groups_of, repeats
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ class TokenMasks:
         self._texts: list[BoundText] = []  # of the current pictures
         self._planned: Mapping[ThingKey, torch.Tensor] = {}  # places of their things, if planned without maps
         self.text: BoundText | None = None  # the denoiser's current text
-        self._called = False  # whether a call of the pipeline runs
         self._level = 0.0  # of noise at the last step, outside of calls
         self._ever_warned: set[str] = set()
         self.warned: list[str] = []  # warnings since the call of the pipeline began
@@ -122,7 +121,7 @@ class TokenMasks:
 
     def on_text(self, encoder: str, ids: torch.Tensor, device: torch.device) -> None:
         """A text encoder on `device` is about to read `ids` [B, T]. Outside of a call, this begins another picture."""
-        if not self._called:
+        if self._runtime.calling is None:
             self._texts = []
         if not self.has_words:
             return
@@ -186,7 +185,7 @@ class TokenMasks:
 
     def begin(self) -> None:
         """A call of the pipeline begins: its texts are read again, and its layout is planned again."""
-        self._called, self._texts, self.text, self.warned, self._planned = True, [], None, [], {}
+        self._texts, self.text, self.warned, self._planned = [], None, [], {}
         self.silent, self.row_silent = (False,) * len(self.bound), None
         self._runtime.changed()
 
@@ -206,40 +205,31 @@ class TokenMasks:
 
     def end(self, *, warns: bool) -> None:
         """The call has ended. With `warns`, warn of what got no place."""
-        self._called, self._level = False, 0.0
+        self._level = 0.0
         for text in self._texts:
             text.forget()
         if warns and (unplaced := [name for text in self._texts for name in text.picture.unplaced]):
             named = " and ".join(map(repr, dict.fromkeys(unplaced)))
             self._warn(f"{named} got no places of their own: there was a single step, or no attention to read; give regions")
 
-    def on_denoiser(
-        self,
-        text: torch.Tensor,
-        latents: torch.Tensor,
-        *,
-        side: Callable[[], Side | None],
-        level: Callable[[], float],
-        groups: Callable[[], Groups | None],
-        wanted: Sequence[bool],
-    ) -> None:
+    def on_denoiser(self, text: torch.Tensor, latents: torch.Tensor, side: Callable[[], Side | None]) -> None:
         """The denoiser is about to run.
-
-        `side`, `level` and `groups` may wait for the device, so each is called only if its answer is needed.
 
         Args:
             text: its states, [B, S, C].
             latents: the denoiser's input.
-            side: of the latents; None if it is not known, and nothing has a place.
-            level: of noise, 1 is the highest.
-            groups: for the groups of rows of the text, whether they are prompts. None if that is not known.
-            wanted: [N], the experts for which to warn if they are silent, or several are in one place.
+            side: of the latents; None if it is not known, and nothing has a place. It may wait for the device, so it is
+                called only if needed.
         """
-        self._begin_if_noisier(level)
+        runtime = self._runtime
+        self._begin_if_noisier()
         state = next((known for known in self._texts if known.is_of(text, latents)), None)
         if state is None:
-            state = self._new(text, latents, side(), groups())
+            groups = None if runtime.calling is None else groups_of(runtime.calling, text, latents)
+            state = self._new(text, latents, side(), groups)
             self._texts = [*self._texts, state][-MOST_TEXTS:]
+            # Training prompts name single experts.
+            wanted = [False] * len(self.bound) if runtime.calling is None else runtime.acting
             for (name, bound), silent, wants in zip(self.bound.items(), state.silent, wanted, strict=True):
                 if silent and wants:
                     self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
@@ -256,10 +246,11 @@ class TokenMasks:
             self.text, self.silent, self.row_silent = state, state.silent, state.row_silent
             self._runtime.changed()
 
-    def _begin_if_noisier(self, level: Callable[[], float]) -> None:
+    def _begin_if_noisier(self) -> None:
         """Outside of a call, a rise of the noise level is all that says that another picture begins."""
-        if not self._called and self.has_words and not torch.is_grad_enabled():
-            before, self._level = self._level, level()
+        runtime = self._runtime
+        if runtime.calling is None and self.has_words and not torch.is_grad_enabled():
+            before, self._level = self._level, float(runtime.time.max())
             if self._level > before:
                 self._texts = []
 
@@ -282,7 +273,7 @@ class TokenMasks:
         state = BoundText(*words, *self._silent(mentioned, text.device))
         if self._planned:
             picture.put(self._planned)
-        elif prompt is not None and self._called:
+        elif prompt is not None and self._runtime.calling is not None:
             picture.keep(prompt.picture)
         state.place()
         return state
