@@ -43,8 +43,8 @@ from mole_diffusers.patching.picture_layout import Layout
 from mole_diffusers.patching.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
 from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_of
 from mole_diffusers.patching.runtime import Decision, Plan, Runtime
-from mole_diffusers.patching.things import UNTIL, Encode, Tiling
-from mole_diffusers.patching.tiles import tiles_for
+from mole_diffusers.patching.things import UNTIL, Asked, Encode, Tiling
+from mole_diffusers.patching.tiles import Tiles, things_for_tiles
 from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.trace import Trace
 from mole_diffusers.patching.undo import Undo
@@ -288,10 +288,10 @@ class Mixture:
         # Weights by hand hold everywhere, and rows of sets belong to other prompts.
         if call is None or binding is None or runtime.fixed is not None or runtime.rows is not None:
             return nullcontext()
-        about: dict[str, Any] = {"bound": binding.bound, "acting": self.acting, "settle": binding.plan}
-        if tiling.until and (tiles := tiles_for(pipe, tiling, call, by=self._alone, **about)) is not None:
-            return tiles.drawn()
-        if (over := drawn_over(pipe, tiling, call, by=partial(self._alone, listeners=[]), **about)) is not None:
+        asked = Asked(pipe, tiling, call, binding.bound, self.acting)
+        if tiling.until and (things := things_for_tiles(asked)) is not None:
+            return Tiles(asked, things, by=self._alone, settle=binding.plan).drawn()
+        if (over := drawn_over(asked, by=partial(self._alone, listeners=[]), settle=binding.plan)) is not None:
             return over.placed()
         return nullcontext()
 

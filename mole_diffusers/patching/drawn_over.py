@@ -6,18 +6,17 @@ does for the others. This is a diffusion classifier (Li et al. 2023, arXiv 2303.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mole_diffusers.binding.config import Bound, given_region
+from mole_diffusers.binding.config import given_region
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs
 from mole_diffusers.patching.picture_layout import UNDECIDED, planned_regions
-from mole_diffusers.patching.things import By, Encode, Settle, Things, Tiling, encoder, obstacle, things_of
+from mole_diffusers.patching.things import Asked, By, Settle, Things
 from mole_diffusers.patching.undo import Undo
 
 LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places
@@ -29,49 +28,36 @@ WANTED: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
 }
 
 
-def drawn_over(
-    pipe: Any,
-    tiling: Tiling,
-    call: Mapping[str, Any],
-    *,
-    bound: Mapping[str, Bound],
-    acting: Collection[str],
-    by: By,
-    settle: Settle,
-) -> DrawnOver | None:
-    """An object that finds the things of a call in the picture that it draws over. The arguments are those of `tiles_for`.
+def drawn_over(asked: Asked, *, by: By, settle: Settle) -> DrawnOver | None:
+    """An object that finds the things of a call in the picture that it draws over.
 
     None if there is no such picture, its prompt names fewer than two things, or the model's noise is not that of DDPM.
     """
-    things = things_of(tiling, call, bound, acting)
-    if call.get("image") is None or things is None or len(things.prompts) < 2 or obstacle(pipe, things):
+    things = asked.things
+    if asked.call.get("image") is None or things is None or len(things.prompts) < 2 or asked.obstacle:
         return None
-    scheduler = pipe.scheduler
+    scheduler = asked.pipe.scheduler
     if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("prediction_type") not in WANTED:
         return None
-    return DrawnOver(pipe, things, encoder(pipe, tiling, call), by, settle)
+    return DrawnOver(asked, things, by, settle)
 
 
-@dataclass(eq=False)
 class DrawnOver:
     """Finds the places of things in the picture that a call draws over, before it first calls the UNet.
 
     If the pipeline adds noise to no picture, to several, or to one that is not everything its UNet denoises, it finds
     nothing. Places then come from attention, as in any other call.
 
-    Attributes:
+    Args:
         by: a context in which only some experts act, on every word, and without listeners.
         settle: receives the places [H, W], by the things' keys.
     """
 
-    pipe: Any
-    things: Things
-    encode: Encode
-    by: By
-    settle: Settle
-    _picture: torch.Tensor | None = None  # [B, C, H, W], the latents that noise was added to
-    _encoded: list[torch.Tensor] = field(default_factory=list)  # the pictures [b, 3, 8H, 8W] that these were made of
-    _has_begun: bool = False  # whether the UNet was called
+    def __init__(self, asked: Asked, things: Things, by: By, settle: Settle):
+        self.asked, self.things, self.by, self.settle, self.pipe = asked, things, by, settle, asked.pipe
+        self._picture: torch.Tensor | None = None  # [B, C, H, W], the latents that noise was added to
+        self._encoded: list[torch.Tensor] = []  # the pictures [b, 3, 8H, 8W] that these were made of
+        self._has_begun = False  # whether the UNet was called
 
     @contextmanager
     def placed(self) -> Iterator[None]:
@@ -126,7 +112,7 @@ class DrawnOver:
         alpha, generator = alphas[timestep].to(latents), torch.Generator().manual_seed(0)
         noise = onto(torch.randn(latents.shape, generator=generator), latents.device).to(latents.dtype)
         with self.by(self.things.drawing(thing)):
-            text, pooled = self.encode(self.things.prompts[thing])
+            text, pooled = self.asked.encode(self.things.prompts[thing])
             changed = {
                 "sample": alpha.sqrt() * picture + (1 - alpha).sqrt() * noise,
                 "timestep": torch.tensor(timestep, device=latents.device),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,47 +94,61 @@ class Things:
         return torch.stack([masks[i] for i in self.prompts])
 
 
-def gives_states(tiling: Tiling, call: Mapping[str, Any]) -> bool:
-    """Whether a call gives the states of a prompt that the tiling knows."""
-    return call.get("prompt") is None and tiling.prompt is not None
+@dataclass(frozen=True)
+class Asked:
+    """A call of a pipeline, as it is read for tiles and for things in a given picture.
 
+    Attributes:
+        call: its arguments.
+        bound: each expert's words and region.
+        acting: the experts that are on.
+    """
 
-def things_of(tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> Things | None:
-    """The things that a call's prompt names; None if it does not have exactly one prompt."""
-    prompt = tiling.prompt if gives_states(tiling, call) else _one_prompt(call.get("prompt"))
-    return None if prompt is None else Things(prompt, bound, acting)
+    pipe: Any
+    tiling: Tiling
+    call: Mapping[str, Any]
+    bound: Mapping[str, Bound]
+    acting: Collection[str]
 
+    @property
+    def gives_states(self) -> bool:
+        """Whether it gives the states of a prompt that the tiling knows."""
+        return self.call.get("prompt") is None and self.tiling.prompt is not None
 
-def encoder(pipe: Any, tiling: Tiling, call: Mapping[str, Any]) -> Encode:
-    """The function that encodes parts of a call's prompt."""
-    if tiling.encode is not None and gives_states(tiling, call):
-        return tiling.encode
-    given = {"clip_skip": call.get("clip_skip"), "lora_scale": (call.get("cross_attention_kwargs") or {}).get("scale")}
-    options = {name: value for name, value in given.items() if value is not None}
+    @cached_property
+    def things(self) -> Things | None:
+        """The things that its prompt names; None if it does not have exactly one prompt."""
+        prompt = self.tiling.prompt if self.gives_states else _one_prompt(self.call.get("prompt"))
+        return None if prompt is None else Things(prompt, self.bound, self.acting)
 
-    def encode(prompt: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
-        device: Any = pipe._execution_device
-        made = pipe.encode_prompt(
-            prompt=prompt.text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
+    @property
+    def obstacle(self) -> str:
+        """Why the pipeline cannot draw these in tiles; "" if it can."""
+        pipe, things = self.pipe, self.things
+        if getattr(pipe, "unet", None) is None or not all(hasattr(type(pipe), name) for name in OF_PIPELINES):
+            return f"tiles need a unet, and {' and '.join(OF_PIPELINES)} of the pipeline, unlike {type(pipe).__name__}"
+        if is_one_graph(pipe):
+            return "tiles have other sizes than the picture, and the unet is compiled as one graph"
+        if things is None:
+            return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
+        if (count := len(things.prompts)) > MOST_THINGS:
+            return f"{MOST_THINGS} things can have tiles of their own, and the prompt names {count}"
+        if count > 1 and things.outside:
+            return f"{things.outside[0]!r} has a region, but is no thing that could be drawn in a tile there"
+        return ""
+
+    def encode(self, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The text states of a part of its prompt, see `Encode`."""
+        if self.tiling.encode is not None and self.gives_states:
+            return self.tiling.encode(part)
+        scale = (self.call.get("cross_attention_kwargs") or {}).get("scale")
+        given = {"clip_skip": self.call.get("clip_skip"), "lora_scale": scale}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        device = self.pipe._execution_device
+        made = self.pipe.encode_prompt(
+            prompt=part.text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
         )
         return made[0], made[2] if len(made) == 4 else None
-
-    return encode
-
-
-def obstacle(pipe: Any, things: Things | None) -> str:
-    """Why a pipeline cannot draw these in tiles; "" if it can."""
-    if getattr(pipe, "unet", None) is None or not all(hasattr(type(pipe), name) for name in OF_PIPELINES):
-        return f"tiles need a unet, and {' and '.join(OF_PIPELINES)} of the pipeline, unlike {type(pipe).__name__}"
-    if is_one_graph(pipe):
-        return "tiles have other sizes than the picture, and the unet is compiled as one graph"
-    if things is None:
-        return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
-    if (count := len(things.prompts)) > MOST_THINGS:
-        return f"{MOST_THINGS} things can have tiles of their own, and the prompt names {count}"
-    if count > 1 and things.outside:
-        return f"{things.outside[0]!r} has a region, but is no thing that could be drawn in a tile there"
-    return ""
 
 
 def _one_prompt(given: Any) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -17,7 +17,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.patching.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, prompted_rows
-from mole_diffusers.patching.things import By, Encode, Settle, Things, Tiling, encoder, gives_states, obstacle, things_of
+from mole_diffusers.patching.things import Asked, By, Settle, Things, Tiling
 from mole_diffusers.patching.undo import replaced_forward
 
 # Arguments of calls that only ask for pictures of a prompt. Tiles do not support anything else, such as an input image.
@@ -53,34 +53,9 @@ class Tile:
     box: tuple[int, int, int, int]
 
 
-def tiles_for(
-    pipe: Any,
-    tiling: Tiling,
-    call: Mapping[str, Any],
-    *,
-    bound: Mapping[str, Bound],
-    acting: Collection[str],
-    by: By,
-    settle: Settle,
-) -> Tiles | None:
-    """An object that draws the pictures of a call in tiles; None if they are drawn as one.
-
-    Args:
-        call: its arguments.
-        bound: each expert's words and region.
-        acting: the experts that are on.
-        by: a context in which only some of them act, on every word.
-        settle: receives the places before the first tile is drawn.
-
-    Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
-    """
-    things = _things_for_tiles(pipe, tiling, call, bound, acting)
-    return None if things is None else Tiles(pipe, tiling, things, encoder(pipe, tiling, call), by, settle)
-
-
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
     """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
-    things = _things_for_tiles(pipe, Tiling(), call, bound, acting)
+    things = things_for_tiles(Asked(pipe, Tiling(), call, bound, acting))
     if things is None:
         return False
     height, width = (call[side] // pipe.vae_scale_factor for side in ("height", "width"))
@@ -92,7 +67,7 @@ def size_for_tiles(
 ) -> tuple[int, int] | None:
     """The smallest width and height in pixels at which `draws_in_tiles`, in whole pictures of the size that the UNet was
     trained at; None if there is none with sides of at most `most` pixels."""
-    things = _things_for_tiles(pipe, Tiling(), call, bound, acting)
+    things = things_for_tiles(Asked(pipe, Tiling(), call, bound, acting))
     if things is None or not isinstance(side := pipe.unet.config.sample_size, int):
         return None
     times = range(1, min(len(things.prompts), most // (side * pipe.vae_scale_factor)) + 1)
@@ -102,21 +77,21 @@ def size_for_tiles(
     return None
 
 
-def _things_for_tiles(
-    pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
-) -> Things | None:
-    """The things to draw in tiles if there is room; None if a picture is drawn as one."""
-    things = things_of(tiling, call, bound, acting)
-    reason = obstacle(pipe, things)
-    if reason and tiling.always:
+def things_for_tiles(asked: Asked) -> Things | None:
+    """The things that a call is drawn of, in tiles if there is room; None if its picture is drawn as one.
+
+    Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
+    """
+    things, always, reason = asked.things, asked.tiling.always, asked.obstacle
+    if reason and always:
         raise ValueError(reason)
     if reason or things is None or len(things.prompts) < 2:
         return None
-    asked = {name for name, value in call.items() if value is not None}
-    if tiling.always and (lost := sorted(asked & OF_WHOLE_PICTURE)):
+    given = {name for name, value in asked.call.items() if value is not None}
+    if always and (lost := sorted(given & OF_WHOLE_PICTURE)):
         raise ValueError(f"each tile has a prompt and a size of its own: draw without {' and '.join(lost)}")
-    allowed = OF_A_PROMPT | OF_STATES if gives_states(tiling, call) else OF_A_PROMPT
-    return things if tiling.always or (things.are_listed and asked <= allowed) else None
+    allowed = OF_A_PROMPT | OF_STATES if asked.gives_states else OF_A_PROMPT
+    return things if always or (things.are_listed and given <= allowed) else None
 
 
 def _has_room(unet: Any, masks: torch.Tensor) -> bool:
@@ -143,21 +118,20 @@ def _box(mask: torch.Tensor, unet: Any) -> tuple[int, int, int, int]:
     return top // step * step, min(bottom, mask.shape[0]), left // step * step, min(right, mask.shape[1])
 
 
-@dataclass(eq=False)
 class Tiles:
-    """The denoiser's calls for each thing of a prompt, see `Mixture.tiled` and `tiles_for`."""
+    """The denoiser's calls for each thing of a prompt, see `Mixture.tiled`.
 
-    pipe: Any
-    tiling: Tiling
-    things: Things
-    encode: Encode
-    by: By
-    settle: Settle
-    # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
-    _found: dict[tuple[int, int, int], list[Tile]] = field(default_factory=dict)
+    Args:
+        things: of the call, see `things_for_tiles`.
+        by: a context in which only some experts act, on every word.
+        settle: receives the places before the first tile is drawn.
+    """
 
-    def __post_init__(self) -> None:
-        self.reader = DenoiserInputs(self.pipe.unet)
+    def __init__(self, asked: Asked, things: Things, by: By, settle: Settle):
+        self.asked, self.things, self.by, self.settle = asked, things, by, settle
+        self.pipe, self.tiling, self.reader = asked.pipe, asked.tiling, DenoiserInputs(asked.pipe.unet)
+        # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
+        self._found: dict[tuple[int, int, int], list[Tile]] = {}
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
@@ -207,7 +181,7 @@ class Tiles:
         for (i, prompt), mask in zip(things.prompts.items(), masks, strict=True):
             names = things.drawing(i)
             with torch.no_grad(), self.by(names):
-                text, pooled = self.encode(prompt)
+                text, pooled = self.asked.encode(prompt)
             if (short := text.shape[1]) != tokens:
                 if self.tiling.always:
                     raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
