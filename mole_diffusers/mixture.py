@@ -118,7 +118,7 @@ class Mixture:
         index = self._index(name)
         with self._lock.held():
             if value is not None:
-                self._runtime.strength[index] = self._finite(name, value)
+                self._runtime.strength[index] = finite(name, value)
                 self._runtime.changed()
             return self._runtime.strength[index]
 
@@ -145,7 +145,7 @@ class Mixture:
         """
         for name, value in strengths.items():
             self._index(name)
-            self._finite(name, value)
+            finite(name, value)
         with self._lock.held():
             now = [strengths.get(name, old) for name, old in zip(self.experts, self._runtime.strength, strict=True)]
             self._runtime.set(strength=now, active=[name in strengths for name in self.experts], plan=plan)
@@ -153,7 +153,7 @@ class Mixture:
     @contextmanager
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
         """Use these strengths inside the block. Experts that are not named keep theirs, and what `strength` gives them."""
-        changed = {self._index(name): self._finite(name, value) for name, value in values.items()}
+        changed = {self._index(name): finite(name, value) for name, value in values.items()}
         with self._lock.held():
             before = list(self._runtime.strength)
             inside = [changed.get(i, s) for i, s in enumerate(before)]
@@ -178,7 +178,7 @@ class Mixture:
         """
         values = [0.0] * len(self.experts)
         for name, weight in weights.items():
-            values[self._index(name)] = self._finite(name, weight)
+            values[self._index(name)] = finite(name, weight)
         return self._with_settings(fixed=values)
 
     def rows(self, sets: Sequence[Mapping[str, float]], *, images: int = 1) -> AbstractContextManager[None]:
@@ -199,7 +199,7 @@ class Mixture:
             if not isinstance(chosen, Mapping):
                 raise ValueError(f'each prompt has experts with their factors, as {{"fox": 1.0}}, got {chosen!r}')
             for name, factor in chosen.items():
-                table[row, self._index(name)] = self._finite(name, factor)
+                table[row, self._index(name)] = finite(name, factor)
         return self._with_settings(rows=table, images=images)
 
     def planned(self, plan: Plan) -> AbstractContextManager[None]:
@@ -478,17 +478,6 @@ class Mixture:
         if attached(self._pipe) is not self:
             raise ValueError("this mixture is not attached any more")
 
-    @staticmethod
-    def _finite(name: str, value: float) -> float:
-        try:
-            if abs(value) <= MAX_STRENGTH:
-                return float(value)
-        except TypeError:
-            raise TypeError(f"the strength of {name!r} must be a number, got {value!r}") from None
-        if math.isfinite(value):
-            raise ValueError(f"the strength of {name!r} must be in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}, got {value}")
-        raise ValueError(f"the strength of {name!r} must be a finite number, got {value}")
-
     def _index(self, name: str) -> int:
         if name not in self.experts:
             raise ValueError(f"unknown expert {name!r}; attached: {list(self.experts)}")
@@ -754,18 +743,10 @@ def _prepared(
     pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates, binding: Mapping[str, Any] | str | None
 ) -> Mixture:
     """Read and check everything, without changing the pipeline."""
-    if not isinstance(experts, Mapping):
-        raise TypeError(f"experts are names with files, as {{'fox': 'fox.safetensors'}}, got {experts!r}")
-    read, strengths = {}, {}
-    for name, given in experts.items():
-        if not isinstance(name, str):
-            raise TypeError(f"the name of an expert is text, as 'fox', got {name!r}")
-        source, strengths[name] = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
-        if not isinstance(source, str | os.PathLike | Expert):
-            raise TypeError(f"expert {name!r} is a file or (file, strength), got {given!r}")
-        read[name] = source if isinstance(source, Expert) else read_expert(source, name)
+    read = read_weighed(experts)
     if not read:
         raise ValueError("attach needs at least one expert")
+    files = {name: expert for name, (expert, _) in read.items()}
     # "sum" is the default, so the current folder must not change what it means.
     if gates in FAMILIES and gates != "sum" and (Path(str(gates)) / checkpoint.WEIGHTS).is_file():
         raise ValueError(
@@ -774,17 +755,43 @@ def _prepared(
         )
     if isinstance(gates, GateConfig) or gates in FAMILIES:
         config = gates if isinstance(gates, GateConfig) else GateConfig(family=str(gates))
-        mixture = Mixture(pipe, read, config)
+        mixture = Mixture(pipe, files, config)
     else:
         saved = checkpoint.load(gates)
-        mixture = Mixture(pipe, {name: read[name] for name in saved.order(read)}, saved.config)
+        mixture = Mixture(pipe, {name: files[name] for name in saved.order(files)}, saved.config)
         saved.fill(mixture.banks)
-    for name, strength in strengths.items():
+    for name, (_, strength) in read.items():
         mixture.strength(name, strength)
     if isinstance(binding, str) and binding != AUTO:
         raise ValueError(f"binding is {AUTO!r}, a mapping from experts to words, or None, got {binding!r}")
     mixture.bind({} if isinstance(binding, str) else binding)
     return mixture
+
+
+def read_weighed(experts: Mapping[str, Source | tuple[Source, float]]) -> dict[str, tuple[Expert, float]]:
+    """The experts that `attach` and `merge` take, name -> (expert, strength). Raises TypeError or ValueError for others."""
+    if not isinstance(experts, Mapping):
+        raise TypeError(f"experts are names with files, as {{'fox': 'fox.safetensors'}}, got {experts!r}")
+    read = {}
+    for name, given in experts.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the name of an expert is text, as 'fox', got {name!r}")
+        source, strength = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
+        if not isinstance(source, str | os.PathLike | Expert):
+            raise TypeError(f"expert {name!r} is a file or (file, strength), got {given!r}")
+        read[name] = source if isinstance(source, Expert) else read_expert(source, name), finite(name, strength)
+    return read
+
+
+def finite(name: str, value: float) -> float:
+    """The strength of an expert. Raises TypeError if it is no number, and ValueError if it is out of range."""
+    try:
+        if abs(value) <= MAX_STRENGTH:
+            return float(value)
+    except TypeError:
+        raise TypeError(f"the strength of {name!r} must be a number, got {value!r}") from None
+    wanted = f"in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}" if math.isfinite(value) else "a finite number"
+    raise ValueError(f"the strength of {name!r} must be {wanted}, got {value}")
 
 
 def detach(pipe: Any) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, get_type_hints
 
 from mole_diffusers import functional
-from mole_diffusers.lora import Expert, read_expert
+from mole_diffusers.lora import Expert
 from mole_diffusers.lora.safe_files import check_memory
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.factors import Layers, Merged, Pair
@@ -19,7 +19,7 @@ from mole_diffusers.merging.lego import lego
 from mole_diffusers.merging.linear import mean, null_space, total
 from mole_diffusers.merging.regression import Inputs, iteris, regmean, relative_loss, scalars, ssr
 from mole_diffusers.merging.sparse import dare, knots, ties
-from mole_diffusers.mixture import Source
+from mole_diffusers.mixture import Source, read_weighed
 from mole_diffusers.options import check_options
 
 METHODS: dict[str, Callable[..., Merged]] = {
@@ -64,12 +64,12 @@ def merge(
     """
     if method not in METHODS:
         raise ValueError(f"unknown merge method {method!r}; known: {list(METHODS)}")
-    if not experts:
-        raise ValueError("a merge needs at least one expert")
     if rank is not None and rank < 1:
         raise ValueError(f"the rank of a merge must be 1 or more, got {rank}")
     run, asked, chosen = METHODS[method], _arguments(METHODS[method]), resolved(method, options)
-    read = {n: _weighted(n, source) for n, source in experts.items()}
+    read = read_weighed(experts)
+    if not read:
+        raise ValueError("a merge needs at least one expert")
     layers = layers_of(read)
     if unknown := sorted(set(protect) - set(read)):
         raise ValueError(f"unknown experts {unknown} to protect; given: {list(read)}")
@@ -113,13 +113,6 @@ def check_fits(experts: Sequence[Expert], method: str, rank: int | None = None) 
     if method == "ties":
         size = max(size, *(sum(8 * out * into for out, into in own.values()) for own in shapes))
     check_memory(size, f"a merge by {method!r} {'without a rank' if rank is None else f'of rank {rank}'} takes")
-
-
-def _weighted(name: str, given: Source | tuple[Source, float]) -> tuple[Expert, float]:
-    source, strength = given if isinstance(given, tuple) else (given, 1.0)
-    if not math.isfinite(strength):
-        raise ValueError(f"the strength of {name!r} must be a finite number, got {strength}")
-    return (source if isinstance(source, Expert) else read_expert(source, name)), float(strength)
 
 
 def _arguments(method: Callable[..., Merged]) -> dict[str, Any]:

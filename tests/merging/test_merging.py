@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import hosts
 import pytest
@@ -16,6 +18,7 @@ from mole_diffusers.testing import ATTENTION, CONVOLUTION, tiny_lora, tiny_pipel
 
 PROMPTS = {"fox": ["a fox", "the fox"], "ink": ["in ink"], "hat": ["a hat"]}
 TWO_STEPS = {"num_inference_steps": 2, "output_type": "np"}
+FILE = "fox.safetensors"
 BY_ACTIVATIONS = ("ssr", "regmean", "iteris", "scalars")
 
 
@@ -229,6 +232,27 @@ def test_bad_input(loras, options, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         mole.merge({"fox": loras["fox"], "ink": loras["ink"]}, **options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (["fox"], "experts are names with files, as {'fox': 'fox.safetensors'}, got ['fox']"),
+        ({1: FILE}, "the name of an expert is text, as 'fox', got 1"),
+        ({"fox": (FILE, 1, 2)}, "expert 'fox' is a file or (file, strength), got ('fox.safetensors', 1, 2)"),
+        ({"fox": 3}, "expert 'fox' is a file or (file, strength), got 3"),
+        ({"fox": (FILE, "x")}, "the strength of 'fox' must be a number, got 'x'"),
+        ({"fox": (FILE, math.inf)}, "the strength of 'fox' must be a finite number, got inf"),
+        ({"fox": (FILE, -1e7)}, "the strength of 'fox' must be in -1e+06..1e+06, got -10000000.0"),
+        ({}, "at least one expert"),
+    ],
+)
+def test_merge_and_attach_refuse_the_same_experts(pipe, loras, monkeypatch, experts, message):
+    monkeypatch.chdir(Path(loras["fox"]).parent)
+    for run in (partial(mole.attach, pipe), mole.merge):
+        with pytest.raises((TypeError, ValueError)) as error:
+            run(experts)
+        assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
