@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from mole_diffusers import functional
-from mole_diffusers.gates.prompt import AXES, PROMPT_TOTALS
-from mole_diffusers.gates.retrieval import RETRIEVAL_TOTALS, SCORES
+from mole_diffusers.options import KINDS
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,16 @@ FAMILIES = {
     "rank": Family(("top", "partition", "refactor", "rate"), one_gate_per="matrix"),
     "factors": Family(one_gate_per="matrix"),
 }
-GRANULARITIES = ("model", "block", "layer", "matrix")
+Granularity = Literal["model", "block", "layer", "matrix"]
+Inputs = Literal["hidden", "experts"]
+GRANULARITIES, INPUTS = get_args(Granularity), get_args(Inputs)
 FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "pooled": functional.pooled,
     "flattened": functional.flattened,
 }
-INPUTS = ("hidden", "experts")
-STARTS = ("sum", "mean", "faithful")
-INTEGER_RANGES = {
-    "bins": (1, 1000),
-    "top": (0, 1 << 16),
-    "rank": (1, 128),
-    "partition": (0, 1 << 16),
-}  # a config from elsewhere may ask for anything
+TOTALS = {"prompt": ("1", "N", "none"), "retrieval": ("1", "N")}  # of other families: `functional.TOTALS`
+# A config from elsewhere may ask for anything.
+RANGES = {"bins": (1, 1000), "top": (0, 1 << 16), "rank": (1, 128), "partition": (0, 1 << 16), "rate": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -83,48 +80,40 @@ class GateConfig:
     """
 
     family: str = "mole"
-    granularity: str = "block"
+    granularity: Granularity = "block"
     total: str = "N"
-    inputs: str = "hidden"
+    inputs: Inputs = "hidden"
     features: str = "pooled"
     bias: bool = False
     bins: int = 1
-    start: str = "sum"
-    axis: str = "concept"
+    start: Literal["sum", "mean", "faithful"] = "sum"
+    axis: Literal["concept", "module", "both"] = "concept"
     top: int = 0
     rank: int = 4
-    scores: str = "token"
+    scores: Literal["token", "image"] = "token"
     partition: int = 1
     refactor: bool = True
     rate: float = 1e-5
 
     def __post_init__(self) -> None:
-        self._check_names()
-        self._check_numbers()
+        kinds = get_type_hints(GateConfig)
+        self._check_names(kinds)
+        self._check_numbers(kinds)
         if self.granularity == "model" and (self.inputs, self.features) != ("hidden", "pooled"):
             raise ValueError("a gate for the whole model reads text and time: inputs 'hidden' and features 'pooled' only")
 
-    def _check_numbers(self) -> None:
-        for name, (low, high) in INTEGER_RANGES.items():
-            if type(value := getattr(self, name)) is not int or not low <= value <= high:
-                raise ValueError(f"the gate option {name!r} must be a whole number in {low}..{high}, got {value!r}")
-        if type(self.rate) not in (int, float) or not 0 <= self.rate <= 1:
-            raise ValueError(f"the gate option 'rate' must be a number in 0..1, got {self.rate!r}")
+    def _check_numbers(self, kinds: Mapping[str, Any]) -> None:
+        for name, (low, high) in RANGES.items():
+            if type(value := getattr(self, name)) not in (int, kinds[name]) or not low <= value <= high:
+                raise ValueError(f"the gate option {name!r} must be {KINDS[kinds[name]]} in {low}..{high}, got {value!r}")
         for name in ("refactor", "bias"):
             if type(value := getattr(self, name)) is not bool:
                 raise ValueError(f"the gate option {name!r} must be true or false, got {value!r}")
 
-    def _check_names(self) -> None:
-        known = {
-            "family": tuple(FAMILIES),
-            "granularity": GRANULARITIES,
-            "total": {"prompt": PROMPT_TOTALS, "retrieval": RETRIEVAL_TOTALS}.get(str(self.family), functional.TOTALS),
-            "inputs": INPUTS,
-            "features": tuple(FEATURES),
-            "start": STARTS,
-            "axis": AXES,
-            "scores": SCORES,
-        }
+    def _check_names(self, kinds: Mapping[str, Any]) -> None:
+        totals = TOTALS.get(str(self.family), functional.TOTALS)
+        known = {"family": tuple(FAMILIES), "total": totals, "features": tuple(FEATURES)}
+        known |= {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) is Literal}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown gate {name} {getattr(self, name)!r}; known: {list(values)}")

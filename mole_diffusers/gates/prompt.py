@@ -16,8 +16,6 @@ from mole_diffusers.gates.seen import Seen, version
 
 Mean = Callable[[torch.Tensor], torch.Tensor]
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # softmax [B, E], what top-k kept of it, mask [E] or [B, E]
-AXES = ("concept", "module", "both")
-PROMPT_TOTALS = ("1", "N", "none")
 GELU = (  # coefficients of `rational` fitted to GELU on -3..3; the error is below 0.01 there
     (0.004525, 1.512375, 3.159837, 0.949968, -2.522988, -0.995814, 0.886464),
     (-0.064023, 0.727497, -3.681504, 4.77009, -1.75203),

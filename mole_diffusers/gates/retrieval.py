@@ -8,9 +8,6 @@ from torch import nn
 from mole_diffusers import functional
 from mole_diffusers.gates.contract import Context, Layer
 
-RETRIEVAL_TOTALS = ("1", "N")
-SCORES = ("token", "image")
-
 
 def answers(query: torch.Tensor, layer: Layer, router_up: torch.Tensor, experts: int) -> torch.Tensor:
     """<v_i, B' A' x> for every expert's output v_i = B_i A_i x, [B, T, N], without computing any v_i.
