@@ -26,16 +26,13 @@ def gate_weights(logits: torch.Tensor, mask: torch.Tensor | None, total: str) ->
     """
     if total not in TOTALS:
         raise ValueError(f"unknown total {total!r}; known: {list(TOTALS)}")
+    mask = over_tokens(mask, logits) if mask is not None else None
+    if total in ("sigmoid", "linear"):
+        weights = 2 * torch.sigmoid(logits) if total == "sigmoid" else 1 + logits
+        return weights if mask is None else weights * mask
     if mask is None:
-        if total in ("1", "N"):
-            weights = torch.softmax(logits, -1)
-            return weights if total == "1" else weights * logits.shape[-1]
-        return 2 * torch.sigmoid(logits) if total == "sigmoid" else 1 + logits
-    mask = over_tokens(mask, logits)
-    if total == "sigmoid":
-        return 2 * torch.sigmoid(logits) * mask
-    if total == "linear":
-        return (1 + logits) * mask
+        weights = torch.softmax(logits, -1)
+        return weights if total == "1" else weights * logits.shape[-1]
     # The lowest finite number, not -inf: an empty mask gives zeros instead of NaN, without a branch on device data.
     weights = torch.softmax(torch.where(mask, logits, torch.finfo(logits.dtype).min), -1)
     return weights * (mask.sum(-1, keepdim=True) if total == "N" else mask)

@@ -88,7 +88,8 @@ def _block_of(module: str, block_names: Iterable[str]) -> str | None:
 def describe_place(name: str, one_gate_per: str, model: nn.Module, entries: Mapping[str, str], *, denoises: bool) -> Place:
     """Describe the place with a name from `place_name`, in a denoiser or a text encoder. `entries` are its `blocks`."""
     if name == NETWORK:
-        return Place(name, NETWORK if denoises else next(iter(entries)), None, _network_width(model), 1)
+        width = text_width(model) + (TIME_WIDTH if denoises else 0)
+        return Place(name, NETWORK if denoises else next(iter(entries)), None, width, 1)
     width = _in_width(model.get_submodule(name))
     if one_gate_per == "matrix":
         return Place(name, None, None, width, 0)
@@ -142,11 +143,6 @@ def text_width(model: Any) -> int:
         if width := getattr(model.config, name, None):
             return width
     raise ValueError(f"a gate outside the blocks of {type(model).__name__} has no text states of known width to read")
-
-
-def _network_width(model: Any) -> int:
-    denoiser = any(getattr(model.config, name, None) for name in TEXT_WIDTH)
-    return text_width(model) + (TIME_WIDTH if denoiser else 0)
 
 
 def tokens_of(name: str, model: Any) -> int:
