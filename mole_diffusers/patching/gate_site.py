@@ -85,7 +85,7 @@ class GateSite(ABC):
         if self.gate.input_free:
             return runtime.changes, len(hidden), hidden.device, self._gate_version()
         if self.timed and runtime.every > 1:
-            return runtime.changes, runtime.texts, runtime.run // runtime.every, hidden.shape[:2], hidden.device
+            return runtime.changes, runtime.texts, runtime.calls_of_text // runtime.every, hidden.shape[:2], hidden.device
         return None
 
     def _may_keep(self) -> bool:

@@ -37,7 +37,7 @@ class GatedExperts:
         self._hooks = tuple(hooks for m in matrices for hooks in (m._forward_pre_hooks, m._forward_hooks))
         self._own = tuple(matrix.__dict__ for matrix in matrices)
 
-    def are_all(self, layer: Any, x: torch.Tensor) -> bool:
+    def are_alone(self, layer: Any, x: torch.Tensor) -> bool:
         """Whether only these experts are added to W, and the three matrices have no hooks. Then `linear` may read them.
 
         Offloading and quantisation use hooks to bring weights to where they are used.

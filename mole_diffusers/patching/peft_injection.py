@@ -29,7 +29,7 @@ class GatedLinear(lora.Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         experts = self.lora_variant[ADAPTER]
-        if experts.are_all(self, x):
+        if experts.are_alone(self, x):
             return experts.linear(self, x)
         return super().forward(x, *args, **kwargs)
 

@@ -127,7 +127,7 @@ class Runtime:
     every: int = 1  # the denoiser's gates are evaluated once in this many of its calls
     step: int = -1  # counts denoiser calls, except those `within_step`; -1 before the first
     within_step: bool = False  # whether the denoiser is called for a part of a counted step
-    run: int = 0  # counts denoiser calls with the same text
+    calls_of_text: int = 0  # counts denoiser calls with the same text
     texts: int = 0  # counts texts
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
     map_watchers: list[Watcher] = field(default_factory=list)
@@ -195,14 +195,14 @@ class Runtime:
             self._active[present, device] = self.compute_active(present, self.strength, device)
 
     def on_denoiser_call(self, time: torch.Tensor, text: torch.Tensor) -> None:
-        """Count a step. Another text starts another run."""
+        """Count a step, and the calls with its text."""
         self.time = time
         if torch.compiler.is_compiling():  # a counter would compile the model again at every step
             self.step += bool(self.listeners)
             return
-        self.step, self.run = self.step + (not self.within_step), self.run + 1
+        self.step, self.calls_of_text = self.step + (not self.within_step), self.calls_of_text + 1
         if self._text() is not text:
-            self.run, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
+            self.calls_of_text, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
 
     def active_experts(self, present: Present, device: torch.device) -> ActiveExperts:
         """Which of the experts in `present` are active, with the user's strengths. Kept until a setting changes."""
