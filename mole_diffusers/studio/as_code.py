@@ -7,6 +7,7 @@ from PIL import Image
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.emoji.world import concept_files, gate_folders
 from mole_diffusers.studio.base_models import WORLD
+from mole_diffusers.studio.catalog import file_hash, gates_hash
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.weight_syntax import plain_text
 
@@ -15,7 +16,8 @@ def as_code(recipe: Recipe) -> str:
     """A script for a completed recipe.
 
     It reads LoRA files and trained gates from the current folder, by their names in the catalog. Those of the embedded
-    world come with the package. A picture to draw over is read from "image.png", its mask from "mask.png".
+    world, which its hashes tell from others of the same name, come with the package. A picture to draw over is read from
+    "image.png", its mask from "mask.png".
     """
     size = f"{recipe.width}, {recipe.height}"
     lines = [*_pipeline(recipe), ""]
@@ -98,7 +100,8 @@ def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
 
 def _lora(recipe: Recipe, name: str) -> str:
     """A LoRA's file, as code."""
-    is_embedded = recipe.base == WORLD and name in concept_files()
+    embedded = concept_files().get(name) if recipe.base == WORLD else None
+    is_embedded = embedded is not None and file_hash(embedded) == recipe.experts[name]
     return f"concept_files()[{name!r}]" if is_embedded else repr(f"{name}.safetensors")
 
 
@@ -107,7 +110,8 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
     files = ", ".join(f"{name!r}: {_lora(recipe, name)}" for name in names)
     tags = " ".join(str(tag) for tag in recipe.tags if tag.name in names)
     gates = repr(recipe.gates if recipe.arm == "gates" else "sum")
-    if recipe.base == WORLD and recipe.arm == "gates" and recipe.gates in gate_folders():
+    embedded = gate_folders().get(recipe.gates) if recipe.base == WORLD and recipe.arm == "gates" else None
+    if embedded is not None and gates_hash(embedded) == recipe.gates_sha256:
         gates = f"gate_folders()[{gates}]"
     locks = {place: dict(row) for place, row in recipe.locks.items()}
     given = f", locks={locks}" if locks else ""

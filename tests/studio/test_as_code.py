@@ -133,3 +133,12 @@ def test_scripts_of_the_embedded_world_need_no_files(changes, world, tmp_path, m
         start = np.asarray(over["image"], int)
         assert (drawn[:, 34:] == start[:, 34:]).all()
         assert np.abs(drawn[:, :30] - start[:, :30]).max() > 20
+
+
+def test_a_file_or_gates_with_the_name_of_embedded_ones_are_not_taken_for_them(world):
+    recipe = world.complete(Recipe("a fox <lora:fox:1> <lora:relief:1>", gates="auto", base="emoji"))
+    assert "gates=gate_folders()['fox+relief']" in as_code(recipe)
+    assert "'fox': concept_files()['fox']" in as_code(recipe)
+    own = dataclasses.replace(recipe, gates_sha256="0" * 64, experts=recipe.experts | {"fox": "0" * 64})
+    assert "gates='fox+relief'" in as_code(own)
+    assert "'fox': 'fox.safetensors', 'relief': concept_files()['relief']" in as_code(own)
