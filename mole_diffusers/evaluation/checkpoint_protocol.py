@@ -5,7 +5,6 @@ CLIP scores do not follow human judgement of composition (ComposLoRA reports r =
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from mole_diffusers.evaluation.report import Report
 from mole_diffusers.evaluation.rows import Row, digest
 from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.evaluation.tables import Resample, as_frame, by_kind, concept_mean, differences, score_table
+from mole_diffusers.lora.safe_files import json_lines
 from mole_diffusers.options import check_options
 from mole_diffusers.training.clip import read_clip
 from mole_diffusers.training.data import read_folder
@@ -35,15 +35,13 @@ def read_cases(path: Path, known: Sequence[str]) -> list[Case]:
     Raises ValueError naming a line that is not a case, or a concept without an expert.
     """
     cases = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for where, found in json_lines(path):
         try:
-            case = _case(json.loads(line))
+            case = _case(found)
         except (ValueError, KeyError) as error:
-            raise ValueError(f'{path}, line {number}: not {{"concepts": [..], "prompt": ".."}}: {error}') from error
+            raise ValueError(f'{where}: not {{"concepts": [..], "prompt": ".."}}: {error}') from error
         if unknown := set(case.concepts) - set(known):
-            raise ValueError(f"{path}, line {number}: no expert for {sorted(unknown)}; known: {sorted(known)}")
+            raise ValueError(f"{where}: no expert for {sorted(unknown)}; known: {sorted(known)}")
         cases.append(case)
     if not cases:
         raise ValueError(f"{path} holds no cases")

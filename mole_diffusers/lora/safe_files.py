@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
@@ -128,6 +129,17 @@ def parse_json(raw: bytes | str, where: str) -> Any:
     except ValueError as error:
         raise RefusedFileError(f"{where} is not JSON: {error}") from None
     return value
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each value of a file of JSON lines, and where it is ("cases.jsonl, line 1"). Empty lines are left out.
+
+    Raises RefusedFileError for a line that is not JSON.
+    """
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # a text in JSON may hold other ends of lines
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, f"{where},")
 
 
 def path_inside(folder: str | Path, name: Any) -> Path:

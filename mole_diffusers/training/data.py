@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mole_diffusers.lora.safe_files import parse_json
+from mole_diffusers.lora.safe_files import json_lines
 from mole_diffusers.options import check_kinds, check_names
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -102,12 +102,9 @@ def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[
 def _captions(table: Path) -> dict[str, str]:
     """File name -> caption, from lines of {"file_name", "text"}."""
     texts: dict[str, str] = {}
-    for number, line in enumerate(table.read_bytes().splitlines() if table.exists() else [], 1):
-        if not line.strip():
-            continue
-        row = parse_json(line, f"{table}, line {number},")
+    for where, row in json_lines(table) if table.exists() else ():
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
-            raise ValueError(f"{table}, line {number}, is not {{'file_name': ..., 'text': ...}} with two texts")
+            raise ValueError(f"{where}, is not {{'file_name': ..., 'text': ...}} with two texts")
         texts[row["file_name"]] = row["text"]
     return texts
 

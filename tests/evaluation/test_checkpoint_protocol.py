@@ -106,10 +106,11 @@ def test_cases_are_read_and_checked(tmp_path, ascii_locale):
     assert read_cases(path, ["fox", "ink"]) == [Case(("fox", "ink"), "2 concepts", "p"), Case(("fox",), "one", "q")]
     path.write_text('{"concepts": ["fox"], "prompt": "p", "size": [768, 512]}')
     assert read_cases(path, ["fox"])[0].size == (768, 512)
-    path.write_text('{"concepts": ["fox"], "prompt": "füchse"}', "utf-8")
-    assert read_cases(path, ["fox"])[0].prompt == "füchse"
+    path.write_text('{"concepts": ["fox"], "prompt": "füchse\u2028in a row"}', "utf-8")
+    assert read_cases(path, ["fox"])[0].prompt == "füchse\u2028in a row"
     for text, message in (
-        ("{", "line 1: not"), ('{"concepts": ["cat"], "prompt": "p"}', "no expert for ['cat']; known: ['fox', 'ink']"),
+        ("{", "line 1, is not JSON"),
+        ('{"concepts": ["cat"], "prompt": "p"}', "no expert for ['cat']; known: ['fox', 'ink']"),
         ("[1]", "line 1: not"), ('"fox"', "line 1: not"), ('{"concepts": "fox", "prompt": "p"}', "line 1: not"),
         ("", "holds no cases"), ('{"prompt": "p"}', "line 1: not"),
         ('{"concepts": [], "prompt": "p"}', "line 1: not"), ('{"concepts": [["fox"]], "prompt": "p"}', "line 1: not"),
