@@ -123,6 +123,8 @@ def evaluate(
     if wanted.attached:
         cases = runner.add_idle_experts(cases, sorted(setup.experts), wanted.attached)
     arms = search_arms(setup) if wanted.search else _arms(wanted, setup, cases)
+    if sheet and all(sum(arm.covers(case) for arm in arms) < 2 for case in cases):
+        raise ValueError("a sheet needs two arms or more that draw the same case")
     asked: Any = {"seeds": range(seed, seed + seeds), "rows": Rows(out, state.process_index)}
     runner.evaluate(setup, arms, cases, metrics, **asked, processes=state.num_processes)
     state.wait_for_everyone()
