@@ -29,7 +29,7 @@ def _check(config: Any, what: str, **least: int) -> None:
     check_kinds(vars(config), get_type_hints(type(config)), what)
     for name, low in (LEAST | least).items():
         value = vars(config).get(name)
-        if value is not None and value < low:
+        if value is not None and not value >= low:  # which NaN is not, either
             raise ValueError(f"{name} of {what} must be {low} or more, got {value!r}")
 
 

@@ -37,6 +37,8 @@ def test_settings_are_checked_and_survive_json():
         ({"steps": True}, "steps of the training must be a whole number, got True"),
         ({"batch": 0}, "batch of the training must be 1 or more, got 0"),
         ({"max_norm": -1.0}, "max_norm of the training must be 0 or more, got -1.0"),  # would turn every gradient round
+        ({"lr": float("nan")}, "lr of the training must be 0 or more, got nan"),
+        ({"terms": {"single": float("nan")}}, "weight of the single term must be 0 or more, got nan"),
         ({"warmup": -1}, "warmup of the training must be 0 or more, got -1"),
         ({"precision": "int8"}, r"precision of the training must be one of \['no', 'bf16', 'fp16'\], got 'int8'"),
         ({"schedule": "steep"}, "schedule of the training must be one of "),
