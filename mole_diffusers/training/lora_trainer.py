@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
+from mole_diffusers.lora.safe_files import read_safetensors
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.patching.undo import Undo
@@ -162,16 +162,16 @@ def class_samples(
         folder: where they are saved, and found again when a run on the same base resumes.
         progress: show a progress bar.
 
-    Raises ValueError for a count, or steps, below 1.
+    Raises ValueError for a count, or steps, below 1, and for a file of saved pictures that is damaged.
     """
     if min(count, steps) < 1:
         raise ValueError(f"class pictures need a count and steps of 1 or more, got {count} and {steps}")
     shape, base = latent_shape(pipe), digest(pipe.components.values())
     file, asked = folder / PRIOR_FILE if folder else None, json.dumps([prompt, count, steps, guidance, seed, *shape, base])
     if file is not None and file.exists():
-        with safe_open(file, "pt") as saved:
-            if (saved.metadata() or {}).get("asked") == asked:
-                return Samples(saved.get_tensor("latents"), [prompt] * count, asked)
+        saved = read_safetensors(file)
+        if saved.metadata.get("asked") == asked:
+            return Samples(saved.tensors["latents"], [prompt] * count, asked)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, *shape, generator=generator)  # [count, C, H, W]
     drawn = [

@@ -217,6 +217,9 @@ def test_class_pictures_are_the_pipelines_own_and_are_kept(pipe, tmp_path):
     pipe.unet.register_to_config(sample_size=8)
     smaller = class_samples(pipe, "a cat", count=3, steps=3, guidance=2.0, seed=5, folder=tmp_path)
     assert smaller.latents.shape == (3, 4, 8, 8)
+    (tmp_path / "prior.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"prior\.safetensors is truncated"):
+        class_samples(pipe, "a cat", folder=tmp_path)
     with pytest.raises(ValueError, match="a count and steps of 1 or more, got 0 and 3"):
         class_samples(pipe, "a cat", count=0, steps=3)
 
