@@ -371,11 +371,11 @@ def _own_terms(data: Any) -> list[str]:
 
 
 def _canvas(base: str, data: Any) -> dict[str, int]:
-    """The size at which the emoji world draws the composed prompts; {} for other bases, which have their own."""
+    """The largest size at which the emoji world draws a composed prompt; {} for other bases, which have their own."""
     from mole_diffusers import emoji
 
-    sizes = [emoji.canvas(prompt) for prompt in data.composed[:1]] if base == WORLD else []
-    return dict(zip(("width", "height"), sizes[0], strict=True)) if sizes else {}
+    sizes = [emoji.canvas(prompt) for prompt in data.composed] if base == WORLD else []
+    return {"width": max(w for w, _ in sizes), "height": max(h for _, h in sizes)} if sizes else {}
 
 
 def _judge(prompts: Sequence[str]) -> Callable[[Any, str], float]:

@@ -13,7 +13,7 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.cli import main
-from mole_diffusers.cli.train import READ_BY
+from mole_diffusers.cli.train import READ_BY, _canvas
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.clip import Clip
@@ -47,6 +47,13 @@ def test_options_of_a_term_may_be_lists(flags, tmp_path):
     training = json.loads(file.read_text())["training"]
     assert training["terms"]["clip"] == {"weight": 0.5, "lengths": [20, 50], "steps": 3}
     assert training["drop"] == 0.5
+
+
+def test_the_emoji_world_trains_at_a_size_with_room_for_each_composed_prompt():
+    prompts = ["a fox", "a fox, an owl, a hat and a doughnut", "a fox and an owl"]
+    assert [mole.emoji.canvas(prompt) for prompt in prompts] == [(64, 64), (128, 128), (128, 64)]
+    assert _canvas("emoji", TrainingData(composed=prompts)) == {"width": 128, "height": 128}
+    assert _canvas("emoji", TrainingData()) == _canvas("other", TrainingData(composed=prompts)) == {}
 
 
 def test_settings_are_written_whole_over_nothing_and_only_if_they_can_run(tmp_path, capsys):
