@@ -1,4 +1,4 @@
-"""Measure how much trained gates help, on seeds that their training did not use."""
+"""Measure how much trained gates help, on pictures from seeds that their training did not use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ COUNT, ROWS = 4, 8  # seeds, and rows that are measured for each
 
 
 def seeds(seed: int) -> list[int]:
-    """Seeds that a run with this seed does not use."""
+    """Seeds from which a run with this seed draws no pictures. Its updates choose by seeds of their own, which may be the
+    same numbers."""
     return [seed + 1000 + i for i in range(COUNT)]
 
 
