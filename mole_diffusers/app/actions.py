@@ -501,10 +501,11 @@ class Actions:
         return train(self.studio, recipe, request, home=self.home, again=again)
 
     def _with_a_seed(self, recipe: Recipe, over: Over) -> tuple[Recipe, Recipe]:
-        """The recipe with only a random seed filled in, so that several pictures share it; and the completed recipe."""
+        """The recipe with only a random seed filled in, so that several pictures share it, and the hashes, which say what is
+        a name in its tags; and the completed recipe."""
         recipe = with_pictures(recipe, **over)
         whole = self._completed(recipe)
-        return replace(recipe, seed=whole.seed), whole
+        return replace(recipe, seed=whole.seed, experts={**whole.experts, **recipe.experts}), whole
 
     def _completed(self, recipe: Recipe) -> Recipe:
         recipe = self.studio.complete(recipe)

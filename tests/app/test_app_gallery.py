@@ -190,6 +190,12 @@ def test_cells_of_a_grid_with_a_random_seed_share_it(actions):
     assert len({picture.recipe.seed for picture in done.pictures} | {infotext.read(done.sheet).seed}) == 1
 
 
+def test_a_grid_finds_a_lora_with_a_colon_in_its_name(actions, loras, monkeypatch):
+    monkeypatch.setattr(actions.studio.catalog, "loras", {"fo:x": loras["fox"]})
+    done = actions.grid(dataclasses.replace(RECIPE, prompt="a fox <lora:fo:x:1>"), "weight fo:x=0,2", "seed=1")(ignore)
+    assert [picture.recipe.prompt for picture in done.pictures] == ["a fox <lora:fo:x:0>", "a fox <lora:fo:x:2>"]
+
+
 def test_the_page_shows_more_pictures_when_asked(actions, monkeypatch):
     gallery_tab = pytest.importorskip("mole_diffusers.app.gallery_tab")
     from mole_diffusers.app.build import build
