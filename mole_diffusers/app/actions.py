@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ from mole_diffusers.studio.render import MAX_SIDE, Inside, Studio, check_picture
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
 
-MAX_PICTURES = 400  # kept in the app's own folder; the browser has copies
+MAX_PICTURES, MAX_FOLDERS = 400, 16  # kept in the app's own folder; the browser has copies
 MAX_COUNT, MAX_THUMBNAIL = 16, 4 << 20
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 
@@ -463,6 +464,14 @@ class Actions:
         sheet = partial(self._sheet, whole, {"x": x, "y": y}, len(wanted), arrange)
         return self._draw(wanted, over, sheet=sheet)
 
+    def new_folder(self) -> Path:
+        """A folder for files that a visitor downloads. Only the newest `MAX_FOLDERS` of these stay."""
+        made = self.folder / "made"
+        made.mkdir(exist_ok=True)
+        for old in sorted(made.iterdir())[: 1 - MAX_FOLDERS]:
+            shutil.rmtree(old, ignore_errors=True)  # another thread may delete it, too
+        return Path(mkdtemp(prefix=f"{time.time_ns()}-", dir=made))
+
     def export(self, recipe: Recipe, rank: int | None = None) -> Work:
         """Write one ordinary LoRA with the gates' average weights for this prompt, or the weights set by hand. The work
         returns an Exported.
@@ -473,12 +482,12 @@ class Actions:
         strengths = recipe.constant_strengths()
         if not strengths:
             raise ValueError("there is nothing to export: the prompt has no <lora:...> tag")
-        folder = Path(mkdtemp(prefix="export-", dir=self.folder))  # others may export the same LoRAs with other weights
-        path = folder / f"{'+'.join(sorted(strengths)).replace('/', '_')[:100]}.safetensors"
+        name = "+".join(sorted(strengths)).replace("/", "_").encode()[:100].decode(errors="ignore")
         call: dict[str, Any] = {"width": recipe.width, "height": recipe.height}
 
         def work(report: Report) -> Exported:
             report("writing")
+            path = self.new_folder() / f"{name}.safetensors"  # others may export the same LoRAs with other weights
             with self.studio.lock.held():
                 self.studio.check_base(recipe)
                 if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.pipe):

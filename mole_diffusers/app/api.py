@@ -209,7 +209,8 @@ class Endpoints:
         """
         report = await self._drawing(request, "look", self.actions.look, recipe, None, image=image, mask=mask)
         figures = {"heat": report.heat, "shares": report.shares, **report.places}
-        files = [self.actions.folder / f"{report.picture.stem}-{i}.png" for i in range(len(figures))]
+        folder = self.actions.new_folder()
+        files = [folder / f"{report.picture.stem}-{i}.png" for i in range(len(figures))]
         for file, figure in zip(files, figures.values(), strict=True):
             figure.save(file)
         about = {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import gradio as gr
@@ -65,8 +64,7 @@ def _saving(page: Page) -> None:
     @errors_to(status)
     def recipe_file(*values: Any) -> Values:
         recipe = completed(*values)
-        folder = Path(mkdtemp(prefix="recipe-", dir=page.actions.folder))  # others may save one of this seed
-        path = folder / f"recipe-{recipe.seed}.json"
+        path = page.actions.new_folder() / f"recipe-{recipe.seed}.json"  # others may save one of this seed
         recipe.save(path)
         return {file: str(path)}
 
@@ -78,7 +76,7 @@ def _saving(page: Page) -> None:
         return page.actions.export(recipe, rank or None)
 
     def show(job: Job) -> Values:
-        return {file: str(job.event.path)} if job.state == "done" else {}
+        return {file: str(job.event.path)} if job.state == "done" and job.event.path.exists() else {}
 
     save.click(recipe_file, [*page.inputs, page.over], [file, status])
     code.click(script, [*page.inputs, page.over], [text, status])

@@ -296,6 +296,16 @@ def test_an_exported_lora_stays_as_it_was_written(actions):
     assert path.read_bytes() == content
 
 
+def test_exports_are_few_and_their_names_short_enough_for_a_file(actions, loras, monkeypatch):
+    monkeypatch.setattr("mole_diffusers.app.actions.MAX_FOLDERS", 2)
+    names = [40 * character for character in "狐墨帽"]
+    monkeypatch.setattr(actions.studio.catalog, "loras", dict.fromkeys(names, loras["fox"]))
+    recipe = dataclasses.replace(RECIPE, prompt=" ".join(["a fox", *(f"<lora:{name}:1>" for name in names)]), steps=1)
+    first, second, third = (actions.export(recipe)(ignore).path for _ in range(3))
+    assert second.name == third.name == f"{min(names)[:33]}.safetensors"
+    assert [path.exists() for path in (first, second, third)] == [False, True, True]
+
+
 def test_an_exported_lora_has_the_weights_that_are_set_by_hand(actions):
     place = "unet.mid_block.attentions.0.transformer_blocks.0"
     plain = dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1> <lora:ink:1>", binding="none")
