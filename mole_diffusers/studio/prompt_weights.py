@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -239,25 +240,23 @@ def _replacing(weighted: Iterator[Weighted | None]) -> Callable[[Any, Any, Any],
 
 class _Runs:
     """A text encoder wrapped for compel. Its device is the one that it runs on, not the one where offloading keeps its
-    weights. It encodes the same tokens only once.
+    weights.
 
     Args:
-        deep: whether the layer before the last is needed, too.
+        deep: whether the states of the layer before the last are needed, too. They follow those of the last, along the
+            channels: compel weighs each channel by itself.
     """
 
     def __init__(self, encoder: Any, device: torch.device, *, deep: bool):
         self.encoder, self.device, self.dtype, self.deep = encoder, device, encoder.dtype, deep
-        self._made: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None = None, **_: Any) -> Any:
-        read = (*ids[0].tolist(), *(() if mask is None or mask.all() else mask[0].tolist()))
-        if read not in self._made:
-            self._made[read] = self.encoder(ids, mask, output_hidden_states=self.deep, return_dict=True)
-        return self._made[read]
+        output = self.encoder(ids, mask, output_hidden_states=self.deep, return_dict=True)
+        layers = [output.last_hidden_state, *([output.hidden_states[-2]] if self.deep else [])]
+        return SimpleNamespace(last_hidden_state=torch.cat(layers, -1))
 
 
 def _weigh(pipe: Any, name: str, chunk: Chunk) -> Weighted:
-    from compel import ReturnedEmbeddingsType
     from compel.embeddings_provider import EmbeddingsProvider
 
     tokenizer, encoder, device = getattr(pipe, name), _encoder(pipe, name), pipe._execution_device
@@ -267,21 +266,10 @@ def _weigh(pipe: Any, name: str, chunk: Chunk) -> Weighted:
     fragments = [fragment for fragment in chunk.fragments if tokenizer(fragment.text, add_special_tokens=False).input_ids]
     texts, weights = [read(fragment.text) for fragment in fragments], [fragment.weight for fragment in fragments]
     has_layers = isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection)  # only the last layer of T5 is read
-    runs = _Runs(encoder, device, deep=has_layers)
-
-    def states(layer: ReturnedEmbeddingsType) -> torch.Tensor:
-        compel = EmbeddingsProvider(
-            tokenizer,
-            runs,
-            returned_embeddings_type=layer,
-            device=device,
-            model_max_length=_limit(pipe, tokenizer) + tokenizer.num_special_tokens_to_add(),
-        )
-        return compel.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=device)
-
-    last = states(ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED)
-    before = states(ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED) if has_layers else None
-    return Weighted(last, before)
+    length = _limit(pipe, tokenizer) + tokenizer.num_special_tokens_to_add()
+    compel = EmbeddingsProvider(tokenizer, _Runs(encoder, device, deep=has_layers), device=device, model_max_length=length)
+    found = compel.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=device)
+    return Weighted(*found.chunk(2, -1)) if has_layers else Weighted(found, None)
 
 
 def _main_tokenizer(pipe: Any) -> Any:
