@@ -36,20 +36,6 @@ class Weighted(NamedTuple):
     before_last: torch.Tensor | None
 
 
-class TokenCount(NamedTuple):
-    """What one text encoder reads of a prompt.
-
-    Attributes:
-        encoder: "tokenizer", "tokenizer_2", ..., as the pipeline names them.
-        limit: the number of tokens that it reads, without the marks for begin and end.
-        cut: the end of the prompt that it does not read.
-    """
-
-    encoder: str
-    limit: int
-    cut: str
-
-
 def chunks_of(pipe: Any, prompt: str) -> list[Chunk]:
     """The chunks of a prompt. Each is short enough for the main text encoder, see `_main_tokenizer`."""
     tokenizer = _main_tokenizer(pipe)
@@ -68,27 +54,26 @@ def prompts_read(pipe: Any) -> set[str]:
 
 def unread(pipe: Any, *, negative: str, prompt_2: str, negative_2: str) -> list[str]:
     """A sentence for each of these prompts that the pipeline does not read."""
-    prompts = {"negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
-    words = {"negative_prompt": "the negative prompt", "prompt_2": "a second prompt",
-             "negative_prompt_2": "a second negative prompt"}  # fmt: skip
+    given = [("negative_prompt", negative, "the negative prompt"), ("prompt_2", prompt_2, "a second prompt")]
+    given.append(("negative_prompt_2", negative_2, "a second negative prompt"))
     kind, known = type(pipe).__name__, prompts_read(pipe)
-    return [f"{kind} is drawn without {words[name]}" for name, text in prompts.items() if text and name not in known]
+    return [f"{kind} is drawn without {words}" for name, text, words in given if text and name not in known]
 
 
-def token_counts(pipe: Any, prompt: str, prompt_2: str = "") -> list[TokenCount]:
-    """What each text encoder reads of a prompt, and what is cut. The second encoder reads `prompt_2` if that is given.
+def cut_off(pipe: Any, prompt: str, prompt_2: str = "") -> list[str]:
+    """A sentence for each text encoder that does not read all of a prompt. The second reads `prompt_2` if that is given.
 
     Raises what `parse_weights` raises.
     """
-    counts = []
+    sentences = []
     for name, tokenizer in _tokenizers(pipe).items():
         is_second = name == "tokenizer_2" and "prompt_2" in prompts_read(pipe)
         chunks = chunks_of(pipe, prompt_2 or prompt if is_second else prompt)
         limit = _limit(pipe, tokenizer)
         parts = [(chunk.text, chunk.spans(tokenizer)) for chunk in chunks]
-        cut = [text[spans[limit][0] :] for text, spans in parts if len(spans) > limit]
-        counts.append(TokenCount(name, limit * len(chunks), " ".join(cut)))
-    return counts
+        if cut := " ".join(text[spans[limit][0] :] for text, spans in parts if len(spans) > limit):
+            sentences.append(f"the {name} reads {limit * len(chunks)} tokens of the prompt, not {cut!r}")
+    return sentences
 
 
 @torch.no_grad()

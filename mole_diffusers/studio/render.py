@@ -27,7 +27,7 @@ from mole_diffusers.studio.clip_skip import clip_skip, most_clip_skip
 from mole_diffusers.studio.memory import clear_frames, release
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
-from mole_diffusers.studio.prompt_weights import call_arguments, plain_texts, tiled_prompt, token_counts, unread
+from mole_diffusers.studio.prompt_weights import call_arguments, cut_off, plain_texts, tiled_prompt, unread
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
@@ -203,8 +203,7 @@ class Studio:
         if asked.clip_skip != recipe.clip_skip:
             notes.append(f"{type(self.pipe).__name__} is drawn without clip skip")
         if recipe.weights:
-            cut = [count for count in token_counts(self.pipe, recipe.text, recipe.prompt_2) if count.cut]
-            notes += [f"the {c.encoder} reads {c.limit} tokens of the prompt, not {c.cut!r}" for c in cut]
+            notes += cut_off(self.pipe, recipe.text, recipe.prompt_2)
         return notes + unread(self.pipe, negative=recipe.negative, prompt_2=recipe.prompt_2, negative_2=recipe.negative_2)
 
     def _notes_on_tiles(self, recipe: Recipe, *, is_over: bool) -> list[str]:
