@@ -21,8 +21,7 @@ LATENT = 8  # pixels per latent; only one mask pixel is read for each, so stroke
 
 def put(path: Path) -> dict[str, Any]:
     """A value for the editor: the picture in a file, without paint."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    picture = Image.open(path).convert("RGB")
     return {"background": picture, "layers": [], "composite": picture}
 
 

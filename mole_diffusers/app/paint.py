@@ -48,8 +48,7 @@ def build(page: Page) -> None:
         picture = last(request)
         if picture is None or picture.layout is None or not picture.layout.regions:
             return gr.update(visible=False)
-        with Image.open(picture.path) as image:
-            return gr.update(value=overlay(image, picture.layout, shades=shades(cards)), visible=True)
+        return gr.update(value=overlay(Image.open(picture.path), picture.layout, shades=shades(cards)), visible=True)
 
     @errors_to(status)
     def start(
@@ -87,8 +86,7 @@ def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image |
     side = _fitted(width, height, CANVAS)
     background = Image.new("RGB", side, "#dddddd")
     if picture is not None:
-        with Image.open(picture.path) as image:
-            background = image.convert("RGB").resize(side)
+        background = Image.open(picture.path).convert("RGB").resize(side)
     paint = Image.new("RGBA", side, (*COLOUR, 0))
     if mask is not None:
         paint.putalpha(mask.resize(side, Image.Resampling.NEAREST).point([value * OPACITY // 255 for value in range(256)]))
