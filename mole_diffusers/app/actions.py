@@ -63,7 +63,7 @@ class Picture:
 
 
 Sheet = Callable[[Sequence[Picture]], Path]
-Arrange = Callable[[Sequence[Image.Image | None]], Image.Image]
+Arrange = Callable[[Sequence[Image.Image]], Image.Image]
 
 
 @dataclass
@@ -336,7 +336,7 @@ class Actions:
         else:
             wanted.append(("gates", whole))
         labels = [label for label, _ in wanted]
-        sheet = partial(self._sheet, whole, {"columns": labels}, len(labels), partial(xy_grid.labelled, labels=labels))
+        sheet = partial(self._sheet, whole, {"columns": labels}, partial(xy_grid.labelled, labels=labels))
         return self._draw(wanted, over, notes=notes, sheet=sheet)
 
     def _draw(
@@ -399,22 +399,16 @@ class Actions:
 
         return work
 
-    def _sheet(
-        self, recipe: Recipe, shows: Mapping[str, Any], count: int, arrange: Arrange, pictures: Sequence[Picture]
-    ) -> Path:
-        """Put pictures on a sheet in the gallery, with grey cells for missing ones. Used as `sheet` of `_draw`.
+    def _sheet(self, recipe: Recipe, shows: Mapping[str, Any], arrange: Arrange, pictures: Sequence[Picture]) -> Path:
+        """Put pictures on a sheet in the gallery. Used as `sheet` of `_draw`.
 
         Args:
             recipe: what the cells have in common, as a completed recipe.
             shows: see `infotext.save`.
-            count: number of cells.
-            arrange: makes the sheet of the cells, of which missing ones are None.
+            arrange: makes the sheet.
         """
-        cells: list[Image.Image | None] = []
-        for picture in pictures:
-            with Image.open(picture.path) as image:
-                cells.append(image.convert("RGB"))
-        return self.gallery.add(arrange([*cells, *[None] * (count - len(cells))]), recipe, shows)
+        drawn = [Image.open(picture.path).convert("RGB") for picture in pictures]
+        return self.gallery.add(arrange(drawn), recipe, shows)
 
     def look(
         self,
@@ -455,13 +449,9 @@ class Actions:
         """Draw an XY grid and put its sheet into the gallery; `over` as in `compose`."""
         recipe, whole = self._with_a_seed(recipe, over)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
-        wanted = [("", cell) for row in xy_grid.cells(recipe, across, down) for cell in row]
-
-        def arrange(cells: Sequence[Image.Image | None]) -> Image.Image:
-            rows = [cells[i : i + len(across.labels)] for i in range(0, len(cells), len(across.labels))]
-            return xy_grid.sheet(rows, across.labels, down.labels)
-
-        sheet = partial(self._sheet, whole, {"x": x, "y": y}, len(wanted), arrange)
+        wanted = [("", cell) for cell in xy_grid.cells(recipe, across, down)]
+        arrange = partial(xy_grid.sheet, columns=across.labels, labels=down.labels)
+        sheet = partial(self._sheet, whole, {"x": x, "y": y}, arrange)
         return self._draw(wanted, over, sheet=sheet)
 
     def new_folder(self) -> Path:

@@ -119,19 +119,14 @@ def grid(
     path = target(output, "grid.png")
     studio, asked, pictures = open_recipe(prompt, files, settings)
     first = completed(studio, asked, pictures.get("image"))
-    rows = [[studio.complete(cell) for cell in row] for row in cells(first, across, down)]
-    for cell in (cell for row in rows for cell in row):
+    wanted = [studio.complete(cell) for cell in cells(first, across, down)]
+    for cell in wanted:
         studio.total_steps(cell)  # raise errors before anything is drawn
-    with tqdm(total=len(rows) * len(rows[0]), desc="pictures", delay=2, leave=False) as bar:
-        drawn: list[list[Any]] = []
-        for row in rows:
-            drawn.append([])
-            for cell in row:
-                drawn[-1].append(studio.draw(cell, **pictures))
-                bar.update()
+    drawn = [studio.draw(cell, **pictures) for cell in tqdm(wanted, desc="pictures", delay=2, leave=False)]
     axes = {"x": x, "y": y}
     infotext.save(sheet(drawn, across.labels, down.labels), path, first, axes)
-    return Result({"out": str(path), **axes, **first.to_dict()}, f"{len(rows)} x {len(rows[0])} pictures: {path}")
+    words = f"{len(down.labels)} x {len(across.labels)} pictures: {path}"
+    return Result({"out": str(path), **axes, **first.to_dict()}, words)
 
 
 def open_recipe(prompt: str, files: options.Studio, settings: Settings) -> tuple[Studio, Recipe, dict[str, Any]]:

@@ -60,7 +60,7 @@ def _changed(recipe: Recipe, *, kind: str, about: str, value: Any) -> Recipe:
     return dataclasses.replace(recipe, **changed)
 
 
-def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:
+def cells(recipe: Recipe, x: Axis, y: Axis) -> list[Recipe]:
     """The recipes of all cells, row by row.
 
     Raises ValueError for two axes of the same kind, more than MAX_CELLS cells, and strengths that would change nothing.
@@ -69,40 +69,41 @@ def cells(recipe: Recipe, x: Axis, y: Axis) -> list[list[Recipe]]:
         raise ValueError(f"both axes vary {x.varies!r}, and a cell has only one; vary something else along one of them")
     if len(x.labels) * len(y.labels) > MAX_CELLS:
         raise ValueError(f"a grid of {len(x.labels)} x {len(y.labels)} is too large: at most {MAX_CELLS} cells")
-    rows = [[across(down(recipe)) for across in x.changes] for down in y.changes]
-    drawn = [cell for row in rows for cell in row]
+    drawn = [across(down(recipe)) for down in y.changes for across in x.changes]
     if any(cell.strength != recipe.strength and not cell.image for cell in drawn):
         raise ValueError("an axis of strength needs a picture that is drawn over")
     if any(cell.hires_strength != recipe.hires_strength and cell.hires == 1 for cell in drawn):
         raise ValueError("an axis of hires_strength needs pictures that are made larger, hires above 1")
-    return rows
+    return drawn
 
 
-def sheet(pictures: Sequence[Sequence[Image.Image | None]], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:
-    """One picture of all cells, with a label above each column and next to each row. Cells that were not drawn are grey.
+def sheet(pictures: Sequence[Image.Image], columns: Sequence[str], labels: Sequence[str]) -> Image.Image:
+    """One picture of all cells, row by row, with a label above each column and next to each row. The cells after the last
+    picture are grey.
 
     Cells are made small enough that `infotext.read` can read the file.
     """
-    rows, cell = _cells(pictures, len(columns) * len(labels))
+    rows, cell = _rows(pictures, len(columns), len(columns) * len(labels))
     return image_grid(rows, columns, labels, cell=cell)
 
 
-def labelled(pictures: Sequence[Image.Image | None], labels: Sequence[str]) -> Image.Image:
+def labelled(pictures: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
     """One picture of pictures that are compared, in about as many rows as columns, with a label above each; see `sheet`."""
     across = math.ceil(math.sqrt(len(labels)))
-    (cells,), cell = _cells([pictures], across**2)
-    at = [slice(i, i + across) for i in range(0, len(cells), across)]
-    rows = [image_grid([cells[each]], labels[each], [""], cell=cell) for each in at]
+    cells, cell = _rows(pictures, across, len(labels))
+    above = [labels[i : i + across] for i in range(0, len(labels), across)]
+    rows = [image_grid([row], words, [""], cell=cell) for row, words in zip(cells, above, strict=True)]
     whole = Image.new("RGB", (rows[0].width, len(rows) * rows[0].height), "white")
     for i, row in enumerate(rows):
         whole.paste(row, (0, i * row.height))
     return whole
 
 
-def _cells(pictures: Sequence[Sequence[Image.Image | None]], number: int) -> tuple[list[list[Image.Image]], int]:
-    """The pictures with grey ones for those that were not drawn, and the shorter side of a cell for `image_grid`."""
-    sizes = [image.size for row in pictures for image in row if image] or [(64, 64)]
+def _rows(pictures: Sequence[Image.Image], across: int, count: int) -> tuple[list[list[Image.Image]], int]:
+    """`count` cells in rows of `across`, and the shorter side of a cell for `image_grid`."""
+    sizes = [image.size for image in pictures] or [(64, 64)]
     size = max(width for width, _ in sizes), max(height for _, height in sizes)
-    blank = Image.new("RGB", size, "#dddddd")
-    longer = min(max(*size, 128), 512, math.isqrt(MOST_PIXELS * max(size) // min(size) // number))
-    return [[image or blank for image in row] for row in pictures], max(1, longer * min(size) // max(size))
+    cells = [*pictures, *[Image.new("RGB", size, "#dddddd")] * (count - len(pictures))]
+    rows = [cells[i : i + across] for i in range(0, count, across)]
+    longer = min(max(*size, 128), 512, math.isqrt(MOST_PIXELS * max(size) // min(size) // (len(rows) * across)))
+    return rows, max(1, longer * min(size) // max(size))

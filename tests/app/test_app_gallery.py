@@ -121,11 +121,11 @@ def test_sheets_of_comparisons_and_grids_outlive_the_app(actions):
 
     arms = {arm: drawn(arm=arm) for arm in ("base", "alone fox", "sum")} | {"bound": drawn()}
     pictures, names = list(arms.values()), list(arms)
-    rows = [np.asarray(sheet([pictures[i : i + 2]], names[i : i + 2], [""])) for i in (0, 2)]
+    rows = [np.asarray(sheet(pictures[i : i + 2], names[i : i + 2], [""])) for i in (0, 2)]
     assert np.array_equal(pixels(compared.path), np.concatenate(rows))  # about as wide as it is high
     at = [recipe.prompt.replace(":1:", f":{strength}:") for strength in ("0", "0.5")]
-    rows = [[drawn(prompt=prompt, seed=seed) for prompt in at] for seed in (1, 2, 3)]
-    wanted = sheet(rows, ["fox 0", "fox 0.5"], ["seed 1", "seed 2", "seed 3"])
+    cells = [drawn(prompt=prompt, seed=seed) for seed in (1, 2, 3) for prompt in at]
+    wanted = sheet(cells, ["fox 0", "fox 0.5"], ["seed 1", "seed 2", "seed 3"])
     assert np.array_equal(pixels(grid.path), np.asarray(wanted))
 
 

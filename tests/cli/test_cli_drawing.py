@@ -221,14 +221,13 @@ def test_a_grid_draws_over_a_picture(base, tmp_path, capsys):
     facts, said = run(["grid", *given, *axes, "--out", str(tmp_path / "g.png")], capsys)
     assert "note: 70 x 40 is rounded to 72 x 40 pixels" in said
     assert (facts["width"], facts["height"], infotext.read(tmp_path / "g.png").mask) == (72, 40, facts["mask"])
-    rows = []
+    drawn = []
     for seed in ("1", "2"):
-        rows.append([])
         for strength in ("0.3", "0.9"):
             out = tmp_path / f"{seed}-{strength}.png"
             run(["draw", *given, "--strength", strength, "--seed", seed, "--out", str(out)], capsys)
-            rows[-1].append(Image.open(out).convert("RGB"))
-    wanted = sheet(rows, ["strength 0.3", "strength 0.9"], ["seed 1", "seed 2"])
+            drawn.append(Image.open(out).convert("RGB"))
+    wanted = sheet(drawn, ["strength 0.3", "strength 0.9"], ["seed 1", "seed 2"])
     assert np.array_equal(pixels(tmp_path / "g.png"), np.asarray(wanted))
     assert main(["grid", *given, "--x", "strength=0.9,0.1", "--out", str(tmp_path / "none.png")]) == 1
     assert "4 steps at strength 0.1 are none" in capsys.readouterr().err
