@@ -172,10 +172,9 @@ def test_cancel_stops_all_of_the_visitor(functions):
     values[labels.index("Steps")], values[labels.index("Pictures")] = 150, 16
     other = type("Request", (), {"session_hash": "reloaded"})()
     events = begin(other, "me", *values)
-    said = ""
-    while "left" not in said:
+    said, now = "", {}
+    while not ("left" in said and now.get("visible")):
         said, now, _ = next(events)
-    assert now["visible"]
     waiting = begin(REQUEST, "me", *values)
     assert next(waiting)[0] == "waiting: 1 job before this one"
     assert cancel(REQUEST, "you") == "nothing of yours is running"
