@@ -622,7 +622,7 @@ return [
 def test_the_page_can_be_used_by_everyone_and_on_a_phone(tiny):
     tiny.resize(1280, 500)
     scrolled = """document.querySelector('#binding').scrollIntoView({block: 'end'});
-      return [window.scrollY, document.querySelector('#now').getBoundingClientRect().top]"""
+      return [window.scrollY, document.querySelector('#pictures').getBoundingClientRect().top]"""
     tiny.until(lambda: tiny.driver.execute_script(scrolled)[0] > 600, WAIT)
     assert tiny.driver.execute_script(scrolled)[1] >= 0  # the picture stays beside the settings
     tiny.resize(390, 844)
