@@ -262,9 +262,9 @@ def test_a_map_is_the_mean_attention_to_its_words(pipe, attach):
     pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)
     masks = mixture._runtime.binding
     probabilities = torch.rand(1, 64, 16, generator=torch.Generator().manual_seed(0))
-    text, latents = masks.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
+    text, latents = mixture._runtime.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
     masks.begin()
-    masks.on_denoiser(text, latents, side=lambda: (8, 8), level=lambda: 1.0, groups=lambda: (True,), wanted=[False] * 2)
+    masks.on_denoiser(text, latents, lambda: (8, 8))
     masks.add_maps(probabilities)
     by_hand = torch.stack([probabilities[0, :, list(words)].mean(1) for words in (FOX, OWL)]).reshape(2, 8, 8)
     low, high = by_hand.amin((1, 2), keepdim=True), by_hand.amax((1, 2), keepdim=True)
