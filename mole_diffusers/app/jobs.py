@@ -11,7 +11,6 @@ import json
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -72,9 +71,7 @@ class Jobs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._changed = threading.Condition()
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
-        self._over: deque[Job] = deque(maxlen=KEPT)
+        self._jobs: list[Job] = []  # the last KEPT that are over, as they ended; that which runs; those that wait
         self._thread: threading.Thread | None = None
 
     def submit(self, owner: str, kind: str, work: Work, *, about: Any = None, file: Path | None = None) -> Job:
@@ -88,15 +85,15 @@ class Jobs:
         """
         job = Job(owner, kind, work)
         with self._changed:
-            if len(self._waiting) >= MAX_WAITING:
+            if sum(job.state == "waiting" for job in self._jobs) >= MAX_WAITING:
                 raise ValueError(f"{MAX_WAITING} jobs are waiting already; try again when some are done")
-            if file is not None and file in [job.file for job in self._known()]:
+            if file is not None and file in [job.file for job in self._jobs]:
                 raise ValueError("this was started again already")
             job.file = file
             if about is not None:
                 job.file = self._folder_of(owner) / f"{time.time_ns()}-{kind}.json"
                 write_text(job.file, json.dumps(about))
-            self._waiting.append(job)
+            self._jobs.append(job)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True)
                 self._thread.start()
@@ -105,35 +102,33 @@ class Jobs:
     def latest(self, owner: str, kind: str) -> Job | None:
         """The visitor's newest job of a kind, in any state, or None."""
         with self._changed:
-            return next((job for job in reversed(self._known()) if (job.owner, job.kind) == (owner, kind)), None)
+            return next((job for job in reversed(self._jobs) if (job.owner, job.kind) == (owner, kind)), None)
 
     def left(self, owner: str, kind: str) -> list[Path]:
         """The visitor's files of a kind that an earlier run of the app left behind, oldest first."""
         with self._changed:
-            ours = [job.file for job in self._known()]
+            ours = [job.file for job in self._jobs]
             return [path for path in sorted(self._folder_of(owner).glob(f"[!.]*-{kind}.json")) if path not in ours]
 
     def ahead(self, job: Job) -> int:
         """The number of jobs before one that is waiting."""
         with self._changed:
-            return list(self._waiting).index(job) + (self._running is not None) if job in self._waiting else 0
+            return [each for each in self._jobs if not each.is_over].index(job) if job.state == "waiting" else 0
 
     def stop(self, job: Job) -> bool:
         """Take a job out of the queue, or end it at its next report. Returns False if it is already over."""
         with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._end(job, "stopped")
-            elif job is self._running:
-                job.is_asked_to_stop = True
-            else:
+            if job.is_over:
                 return False
-        return True
+            job.is_asked_to_stop = True
+            if job.state == "waiting":
+                self._end(job, "stopped")
+            return True
 
     def stop_all(self, owner: str, kinds: Collection[str]) -> bool:
         """Stop all jobs of a visitor of these kinds. Returns False if there are none that are not over."""
         with self._changed:  # so that none begins meanwhile
-            stopped = [self.stop(job) for job in self._known() if job.owner == owner and job.kind in kinds]
+            stopped = [self.stop(job) for job in self._jobs if job.owner == owner and job.kind in kinds]
         return any(stopped)
 
     def follow(self, job: Job) -> Iterator[Job]:
@@ -144,9 +139,6 @@ class Jobs:
             yield job
             with self._changed:
                 self._changed.wait_for(lambda: job.is_over, timeout=1.0 if job.state == "waiting" else 0.4)
-
-    def _known(self) -> list[Job]:
-        return [*self._over, *([self._running] if self._running else []), *self._waiting]
 
     def _folder_of(self, owner: str) -> Path:
         return self.folder / hashlib.sha256(owner.encode()).hexdigest()[:32]  # the browser's text may be no file name
@@ -166,16 +158,15 @@ class Jobs:
                     logging.getLogger(__name__).exception("the job %r failed", job.kind)
                 clear_frames(error)
             with self._changed:
-                self._running = None
                 self._end(job, state)
 
     def _next(self) -> Job | None:
         with self._changed:
-            if not self._waiting:
+            job = next((job for job in self._jobs if job.state == "waiting"), None)
+            if job is None:
                 self._thread = None
-                return None
-            self._running = job = self._waiting.popleft()
-            job.state = "running"
+            else:
+                job.state = "running"
             return job
 
     def _report(self, job: Job, event: Any) -> None:
@@ -187,5 +178,6 @@ class Jobs:
         job.state, job.work = state, ignore  # frees what the work held
         if job.file is not None:
             job.file.unlink(missing_ok=True)
-        self._over.append(job)
+        ended = [each for each in self._jobs if each.is_over and each is not job]
+        self._jobs = [*ended, job][-KEPT:] + [each for each in self._jobs if not each.is_over]
         self._changed.notify_all()

@@ -88,6 +88,20 @@ def test_a_running_job_stops_at_its_next_report_and_a_waiting_one_at_once(jobs):
     assert over(jobs, last).state == "stopped"
 
 
+def test_the_newest_of_several_that_are_stopped_is_the_one_that_ran_and_old_ones_are_forgotten(jobs, monkeypatch):
+    monkeypatch.setattr("mole_diffusers.app.jobs.KEPT", 2)
+    seen = []
+    first = over(jobs, jobs.submit("me", "first", counting([], 1)))
+    running, waiting = (jobs.submit("me", "a", counting(seen)) for _ in range(2))
+    assert jobs.latest("me", "a") is waiting
+    until(lambda: seen)
+    assert jobs.stop_all("me", ["a"])
+    assert (over(jobs, running).state, waiting.state) == ("stopped", "stopped")
+    assert not jobs.stop_all("me", ["a"])
+    assert jobs.latest("me", "a") is running  # which may have made something
+    assert (first.state, jobs.latest("me", "first")) == ("done", None)
+
+
 def test_an_owner_finds_the_newest_job_of_a_kind(jobs):
     old = jobs.submit("me", "a", counting([], 1))
     over(jobs, old)
