@@ -111,15 +111,13 @@ class GateTrainer:
         groups = parameter_groups(self.mixture.banks.values(), config.lr)
         optimizer = adamw(groups, self.pipe.device, weight_decay=config.weight_decay)
         schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+        self.ema = EMAModel(self.mixture.parameters(), decay=config.ema) if config.ema else None
+        stateful = {"kept": self.context, **{f"gates of {part}": bank for part, bank in self.mixture.banks.items()}}
+        stateful |= {"ema": self.ema} if self.ema else {}
         how = (self._identity(), self.mixture.save_pretrained, self._diagnose, config.max_norm)
-        self.engine = Engine(self.accelerator, optimizer, schedule, config, folder, *how)
+        self.engine = Engine(self.accelerator, optimizer, schedule, config, folder, *how, stateful=stateful)
         for name, term in config.parsed.items():
             check_batch(term.batch or config.batch, self.accelerator, config.accumulation, f"the {name} term's batch")
-        self.engine.stateful |= {f"gates of {part}": bank for part, bank in self.mixture.banks.items()}
-        self.engine.stateful["kept"] = self.context
-        self.ema = EMAModel(self.mixture.parameters(), decay=config.ema) if config.ema else None
-        if self.ema is not None:
-            self.engine.stateful["ema"] = self.ema
         self.loss_fns: dict[str, LossFn] = {}
 
     def begin(self, resume_from: str | None) -> None:

@@ -98,13 +98,11 @@ class LoraTrainer:
         optimizer = adamw([g for part, lr in config.rates.items() for g in _groups(self.lora, part, lr)], pipe.device)
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.55 + 0.45 * math.cos(math.pi * i / config.steps))
         advice = f"{name or 'the concept'}: a lower rate or no half precision may help"
+        beam = (self.lora.ranks(), optimizer, config.steps, config.seed, config.temperature)
+        self.beams = Beams(*beam) if config.beam else None
+        stateful = {"lora": self.lora} | ({"past": self.beams} if self.beams else {})
         how = (self._identity(), self._save_weights, lambda: advice)
-        self.engine = Engine(accelerator, optimizer, cosine, config, folder, *how)
-        self.engine.stateful["lora"] = self.lora
-        self.beams: Beams | None = None
-        if config.beam:
-            self.beams = Beams(self.lora.ranks(), optimizer, config.steps, config.seed, config.temperature)
-            self.engine.stateful["past"] = self.beams
+        self.engine = Engine(accelerator, optimizer, cosine, config, folder, *how, stateful=stateful)
 
     def update(self, step: int) -> None:
         """One step of the optimizer, and of the competition among ranks."""
