@@ -21,6 +21,7 @@ from torch import nn
 from mole_diffusers import functional
 from mole_diffusers.gates import PromptGate, RankGate
 from mole_diffusers.gates.prompt import load_balance
+from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.runtime import Decision
@@ -251,9 +252,8 @@ class GateTrainer:
         call: dict[str, Any] = {"width": self.config.width, "height": self.config.height}
         call |= {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
         for prompt in self.validation_prompts:
-            noise = [torch.Generator().manual_seed(self.config.seed + i) for i in range(how.seeds)]
             with self._averaged(), self.engine.autocast():
-                drawn = self.pipe([prompt] * how.seeds, generator=noise, **call).images
+                drawn = sample(self.pipe, prompt, range(self.config.seed, self.config.seed + how.seeds), **call)
             images += drawn
             shares += [self.success(drawn, prompt)] if self.success else []
         if shares:
