@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import product
-from math import isfinite
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +12,7 @@ import pandas as pd
 from mole_diffusers.evaluation.arms import by_role, weighted
 from mole_diffusers.evaluation.rows import Row
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
+from mole_diffusers.lora.safe_files import read_json
 
 ROLES = ("subject", "style")
 VALUES = (0.5, 0.7, 0.9, 1.1, 1.3)
@@ -62,17 +62,14 @@ def read_weights(path: Path) -> dict[str, dict[str, float]]:
     Raises ValueError if the file holds anything else.
     """
     form = f'{path}: not {{"KIND": {{"subject": STRENGTH, "style": STRENGTH}}, ..}}'
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{form}: {error}") from error
+    found = read_json(path)
     if not isinstance(found, dict) or not found:
         raise ValueError(form)
     for kind, strengths in found.items():
         if (
             not isinstance(strengths, dict)
             or set(strengths) != set(ROLES)
-            or not all(type(value) in (int, float) and isfinite(value) for value in strengths.values())
+            or not all(type(value) in (int, float) for value in strengths.values())
         ):
             raise ValueError(f"{form}: {kind!r} has {json.dumps(strengths)}")
     return found

@@ -307,10 +307,10 @@ def test_weights_can_be_written_by_hand(checkpoint, loras, tmp_path, capsys):
     (image,) = sample(pipe, "a fox in ink", [1000], num_inference_steps=1, guidance_scale=3.0)
     assert Image.open(picture_path(tmp_path / "out", row)).tobytes() == image.tobytes()
     for text, message in (
-        ("{", "Expecting"), ("[]", 'not {"KIND"'), ("{}", 'not {"KIND"'),
+        ("{", "weights.json is not JSON: Expecting"), ("[]", 'not {"KIND"'), ("{}", 'not {"KIND"'),
         ('{"subject": 0.4, "style": 1}', "'subject' has 0.4"),
         ('{"pair": {"subject": 0.4}}', "'pair' has"), ('{"pair": {"subject": "1", "style": 1}}', "'pair' has"),
-        ('{"pair": {"subject": NaN, "style": 1}}', "'pair' has"),
+        ('{"pair": {"subject": NaN, "style": 1}}', "weights.json is not JSON: NaN"),
         ('{"pair": {"subject": 1, "style": 1}}', "none of the cases"),
     ):  # fmt: skip
         path.write_text(text)
