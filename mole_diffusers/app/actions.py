@@ -24,6 +24,7 @@ from mole_diffusers.app.jobs import Report, StoppedError, Work
 from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
+from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import FOLDED, Mixture
 from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
@@ -36,7 +37,6 @@ from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, u
 from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.names import known_names, matching, shared_name
-from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe

@@ -25,10 +25,10 @@ from mole_diffusers.app.gate_training import TrainingRequest
 from mole_diffusers.app.jobs import Work
 from mole_diffusers.app.page import Page, session
 from mole_diffusers.app.sentences import USER_ERRORS, without_folders
+from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.options import check_kinds
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
-from mole_diffusers.studio.picture_passes import read_picture
 from mole_diffusers.studio.recipe import Recipe
 
 RECIPE_FIELDS = (

@@ -157,7 +157,7 @@ def open_pictures(given: options.Pictures) -> dict[str, Any]:
 
     Raises ValueError for a file that is not a picture, and for --mask without --image.
     """
-    from mole_diffusers.studio.picture_passes import read_picture
+    from mole_diffusers.lora.safe_files import read_picture
 
     if given.mask is not None and given.image is None:
         raise ValueError("--mask shows a part of a picture: give --image")

@@ -1,4 +1,4 @@
-"""Read untrusted files: safetensors and JSON, judged by content. Every size is checked before memory is allocated.
+"""Read untrusted files: safetensors, JSON and pictures, judged by content. Every size is checked before memory is allocated.
 
 One error type, RefusedFileError, says what is wrong with a file. A file that exists raises no other error.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 import torch
+from PIL import Image, ImageOps
 
 MAX_HEADER = 8 << 20  # bytes; far more than a LoRA's header with all training tags and a thumbnail
 MAX_TENSORS = 20_000
@@ -24,6 +26,7 @@ MAX_MARKS = 500_000  # opening brackets and colons; keeps parsing a header cheap
 MAX_DIMS = 8
 MAX_MESSAGE = 1000  # characters of an error message
 MAX_DEPTH = 8  # of nested lists and objects in a JSON file
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]  # of pictures
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -140,6 +143,27 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             where = f"{path}, line {number}"
             yield where, parse_json(line, f"{where},")
+
+
+def read_picture(path: Path, what: str, *, most: float = math.inf) -> Image.Image:
+    """The picture in a file, turned upright as its EXIF data say.
+
+    Args:
+        what: the name of the file in error messages.
+        most: the largest number of pixels; by default as many as Pillow unpacks.
+
+    Raises RefusedFileError if the file is not a picture or has too many pixels.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if (pixels := image.width * image.height) <= most:
+                return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        why = str(error).replace(f"{path.parent}/", "")  # visitors are not told where their files lie
+        raise RefusedFileError(f"{what} cannot be read as a picture: {why}") from error
+    raise RefusedFileError(f"{what} has {pixels} pixels, more than {most:.0f}")
 
 
 def path_inside(folder: str | Path, name: Any) -> Path:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import math
-import struct
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -16,7 +13,6 @@ from PIL import Image, ImageOps
 from mole_diffusers.binding.regions import region_picture
 
 LONGEST = 2048  # pixels; larger pictures are made smaller before they are drawn over, see `own_size`
-FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]  # of pictures to draw over
 
 DRAWN_OVER = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 
@@ -100,26 +96,6 @@ def on_white(image: Image.Image) -> Image.Image:
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
     """The picture in this size, with its edges cut off if its proportions differ."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
-def read_picture(path: Path, what: str, *, most: float = math.inf) -> Image.Image:
-    """The picture in a file, turned upright as its EXIF data say.
-
-    Args:
-        what: the name of the file in error messages.
-        most: the largest number of pixels; by default as many as Pillow unpacks.
-
-    Raises ValueError if the file is not a picture or has too many pixels.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if (pixels := image.width * image.height) <= most:
-                return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{what} is not a picture that can be read") from error
-    raise ValueError(f"{what} has {pixels} pixels, more than {most:.0f}")
 
 
 def pixels_hash(image: Image.Image) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from mole_diffusers.lora.safe_files import json_lines
+from mole_diffusers.lora.safe_files import json_lines, read_picture
 from mole_diffusers.options import check_kinds, check_names
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -96,7 +96,7 @@ def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[
     if not paths:
         raise ValueError(f"no pictures in {folder}; looked for {', '.join(SUFFIXES)}")
     texts = _captions(folder / "metadata.jsonl")
-    return [_open(p) for p in paths], [_caption(p, texts, prompt) for p in paths]
+    return [read_picture(p, str(p)).convert("RGB") for p in paths], [_caption(p, texts, prompt) for p in paths]
 
 
 def _captions(table: Path) -> dict[str, str]:
@@ -107,13 +107,6 @@ def _captions(table: Path) -> dict[str, str]:
             raise ValueError(f"{where}, is not {{'file_name': ..., 'text': ...}} with two texts")
         texts[row["file_name"]] = row["text"]
     return texts
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # photos store the camera's orientation
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def _caption(path: Path, texts: dict[str, str], prompt: str | None) -> str:

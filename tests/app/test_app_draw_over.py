@@ -181,7 +181,7 @@ def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path, 
         for given, said in (({}, "needs the picture"), ({"image": wrong}, "made with another picture")):
             with pytest.raises(Exception, match=said):
                 client.predict(told, *rest, **given, api_name=f"/{name}")
-        with pytest.raises(Exception, match=r"^text.png is not a picture that can be read"):
+        with pytest.raises(Exception, match=r"^text.png cannot be read as a picture"):
             client.predict(told, *rest, image=text, api_name=f"/{name}")
     with pytest.raises(Exception, match="a mask needs a picture"):
         client.predict(PROMPT, mask=right, api_name="/compose")
@@ -231,7 +231,7 @@ def test_what_was_drawn_over_a_picture_asks_for_it_and_is_code_with_it(actions):
 
 
 def test_photos_are_upright(tmp_path):
-    from mole_diffusers.studio.picture_passes import read_picture
+    from mole_diffusers.lora.safe_files import read_picture
 
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side

@@ -169,7 +169,7 @@ def test_drawing_over_a_picture_and_again(base, tmp_path, capsys):
     assert "--mask shows a part of a picture: give --image" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("<html>")
     assert main([*DRAW, *base, "--image", str(tmp_path / "text.png")]) == 1
-    assert "text.png is not a picture that can be read" in capsys.readouterr().err
+    assert "text.png cannot be read as a picture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("host", ["flux", *thorough("sd3")])
