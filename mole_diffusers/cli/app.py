@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mole_diffusers.cli import options
 from mole_diffusers.cli.common import first_recipe, open_catalog, opened
 from mole_diffusers.cli.console import note
-from mole_diffusers.cli.options import WORLD
+from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
     from mole_diffusers.studio.base_models import Base

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusers.cli.console import busy, note
-from mole_diffusers.cli.options import WORLD, Files, Machine, Output
+from mole_diffusers.cli.options import Files, Machine, Output
+from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,7 +12,7 @@ from typer import Argument
 from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Result
 from mole_diffusers.cli.common import completed, experts_for, first_recipe, named_values, opened, target
-from mole_diffusers.cli.options import WORLD
+from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
     from PIL import Image

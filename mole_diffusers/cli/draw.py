@@ -13,6 +13,7 @@ from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Result
 from mole_diffusers.cli.common import completed, first_recipe, open_catalog, opened, target
 from mole_diffusers.cli.console import note
+from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
     from mole_diffusers.studio.recipe import Recipe
@@ -82,7 +83,7 @@ def redraw(picture: Path, *, files: options.Studio, over: options.Pictures, outp
     path = target(output, "redrawn.png")
     found = infotext.contents(picture)
     recipe = found.recipe
-    here = files.base if files.base == options.WORLD else str(find_base(files.base))
+    here = files.base if files.base == WORLD else str(find_base(files.base))
     for each in found.notes(here):
         note(printable(each))
     if recipe.base and Path(recipe.base).name != Path(here).name:

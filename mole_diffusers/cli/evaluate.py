@@ -15,7 +15,7 @@ from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Group, Result
 from mole_diffusers.cli.common import experts_for, grouped_values, named_values, opened
 from mole_diffusers.cli.console import note
-from mole_diffusers.cli.options import WORLD
+from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
     from mole_diffusers.evaluation.report import Report

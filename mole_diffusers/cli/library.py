@@ -14,6 +14,7 @@ from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Group, Result
 from mole_diffusers.cli.common import opened, target
 from mole_diffusers.cli.compose import PromptSheet, Sheet
+from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
     from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
@@ -44,7 +45,7 @@ class Search(Group):
     encoder: Encoder = None
 
 
-def index(library: Path, encoder: Encoder = None, base: options.Base = options.WORLD, *, machine: options.Machine) -> Result:
+def index(library: Path, encoder: Encoder = None, base: options.Base = WORLD, *, machine: options.Machine) -> Result:
     """Index a folder of LoRAs as a library, so that prompts can find the LoRAs they need.
 
     Args:
@@ -58,7 +59,7 @@ def index(library: Path, encoder: Encoder = None, base: options.Base = options.W
     return Result({"loras": [entry.name for entry in made.entries], "skipped": made.skipped}, "\n".join(words))
 
 
-def retrieve(prompt: str, base: options.Base = options.WORLD, *, search: Search, machine: options.Machine) -> Result:
+def retrieve(prompt: str, base: options.Base = WORLD, *, search: Search, machine: options.Machine) -> Result:
     """Show which LoRAs of a library fit a prompt, and why.
 
     Args:

@@ -10,8 +10,7 @@ from typing import Annotated
 from typer import Option
 
 from mole_diffusers.cli.commands import Group
-
-WORLD = "emoji"  # the --base of the embedded emoji world
+from mole_diffusers.studio.names import WORLD
 
 Base = Annotated[
     str,

@@ -23,8 +23,8 @@ from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Group, Result, settings_of
 from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, named_values, opened
 from mole_diffusers.cli.console import note
-from mole_diffusers.cli.options import WORLD
 from mole_diffusers.options import check_kinds, check_options
+from mole_diffusers.studio.names import WORLD
 from mole_diffusers.training.config import GateTraining, LoraTraining
 
 if TYPE_CHECKING:

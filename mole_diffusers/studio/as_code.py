@@ -6,8 +6,8 @@ from PIL import Image
 
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.emoji.world import concept_files, gate_folders
-from mole_diffusers.studio.base_models import WORLD
 from mole_diffusers.studio.catalog import file_hash, gates_hash
+from mole_diffusers.studio.names import WORLD
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.weight_syntax import plain_text
 

@@ -16,9 +16,8 @@ from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.studio.memory import Memory, place
-from mole_diffusers.studio.names import by_name, files_below, is_hub_id, known_names, matching, own_name, short_names
+from mole_diffusers.studio.names import WORLD, by_name, files_below, is_hub_id, known_names, matching, own_name, short_names
 
-WORLD = "emoji"  # the name of the embedded world as a base
 INDEX = "model_index.json"
 PLACES = [f"{root}{place}" for root in ("models/", "") for place in ("Stable-diffusion", "checkpoints", "diffusers")]
 KINDS = {  # diffusers' name for the kind of a checkpoint -> pipeline class

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+WORLD = "emoji"  # the name of the embedded world as a base
 FOLDER = "#"  # precedes the hash of a folder, see `shared_name`
 FEW = 8  # a message lists up to this many names; if there are more, only the closest
 
