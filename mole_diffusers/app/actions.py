@@ -37,10 +37,11 @@ from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, u
 from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.infotext import Contents
 from mole_diffusers.studio.names import known_names, matching, shared_name
+from mole_diffusers.studio.picture_passes import check_pictures, with_pictures
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
-from mole_diffusers.studio.render import MAX_SIDE, Inside, Studio, check_pictures, with_pictures
+from mole_diffusers.studio.render import MAX_SIDE, Inside, Studio
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
 

@@ -15,8 +15,8 @@ from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure, row, status_line
 from mole_diffusers.studio import infotext, xy_grid
 from mole_diffusers.studio.as_code import as_code
+from mole_diffusers.studio.picture_passes import with_pictures
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import with_pictures
 
 
 def build(page: Page) -> None:

@@ -19,8 +19,8 @@ from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem
 from mole_diffusers.app.style import status_line
 from mole_diffusers.binding.config import mask_text, read_mask
 from mole_diffusers.lora.safe_files import read_json
+from mole_diffusers.studio.picture_passes import with_pictures
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import with_pictures
 
 Show = Callable[[Job], Values]
 Refused = Callable[[Exception], Values] | None

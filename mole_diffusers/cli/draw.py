@@ -133,7 +133,7 @@ def grid(
 def open_recipe(prompt: str, files: options.Studio, settings: Settings) -> tuple[Studio, Recipe, dict[str, Any]]:
     """The studio, the recipe from the options, and the pictures to draw over."""
     from mole_diffusers.gates import checkpoint
-    from mole_diffusers.studio.render import with_pictures
+    from mole_diffusers.studio.picture_passes import with_pictures
 
     pictures = open_pictures(settings)
     studio = open_studio(files)

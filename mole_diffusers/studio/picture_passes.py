@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -10,7 +11,8 @@ from typing import Any
 import diffusers
 from PIL import Image, ImageOps
 
-from mole_diffusers.binding.regions import region_picture
+from mole_diffusers.binding.regions import checked_region, region_picture
+from mole_diffusers.studio.recipe import Recipe
 
 LONGEST = 2048  # pixels; larger pictures are made smaller before they are drawn over, see `own_size`
 
@@ -101,3 +103,43 @@ def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
 def pixels_hash(image: Image.Image) -> str:
     """sha256 of a picture's mode, size and pixels."""
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+
+
+def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> Recipe:
+    """The recipe for drawing over a picture, or over the part of it that is white in a mask.
+
+    An open size becomes the picture's. Without pictures the recipe is unchanged. A recipe that already names its pictures
+    keeps their hashes, and `Studio.draw` refuses others.
+
+    Raises ValueError for a mask without a picture, of another size, or of a mode in which no number is white.
+    """
+    if image is not None and mask is not None and image.size != mask.size:
+        sizes = [f"{width} x {height}" for width, height in (mask.size, image.size)]
+        raise ValueError(f"the mask has {sizes[0]} pixels and its picture {sizes[1]}")
+    if image is not None:
+        width, height = own_size(image)
+        recipe = dataclasses.replace(recipe, width=recipe.width or width, height=recipe.height or height)
+    if recipe.image:
+        return recipe
+    first, second = _hashes(image, mask)
+    return dataclasses.replace(recipe, image=first, mask=second)
+
+
+def _hashes(image: Image.Image | None, mask: Image.Image | None) -> tuple[str, str]:
+    """The hashes of a recipe's pictures, "" for none. They are of the pixels that are drawn over, not of the files."""
+    first = "" if image is None else pixels_hash(on_white(image))
+    if mask is None:
+        return first, ""
+    checked_region(mask, "mask")
+    return first, pixels_hash(region_picture(mask))
+
+
+def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> None:
+    """Raises ValueError if these are not the recipe's pictures, or if they are missing."""
+    first, second = _hashes(image, mask)
+    for name, given, digest, wanted in (("image", image, first, recipe.image), ("mask", mask, second, recipe.mask)):
+        of_file = "" if given is None else pixels_hash(given)  # as earlier releases of the command wrote
+        if wanted not in (digest, of_file):
+            other = "was made with another picture" if wanted else "was made without a picture"
+            missing = "needs the picture that it was made with" if given is None else other
+            raise ValueError(f"the recipe {missing} as its {name}")

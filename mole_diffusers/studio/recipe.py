@@ -50,7 +50,7 @@ class Recipe:
         seed: the seed of a generator on the CPU, whatever the device. -1 means a random one, chosen by `Studio.complete`.
         steps, guidance: arguments of the pipeline call.
         width, height: the size in pixels. 0 means the usual size of the base model for the prompt, or the size of the
-            picture that is drawn over. `Studio.complete` and `render.with_pictures` fill it in.
+            picture that is drawn over. `Studio.complete` and `picture_passes.with_pictures` fill it in.
         sampler: a name in `samplers.SAMPLERS`; "" means the pipeline's own.
         gates: an untrained family ("sum", "mean"), the name of trained gates, or "auto", which `Studio.complete` resolves.
         arm: how the LoRAs are combined: "gates", or for comparison "sum", "base" (no LoRA), "alone NAME" or "merge METHOD"

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
-from mole_diffusers.binding.regions import AUTO, checked_region, region_picture
+from mole_diffusers.binding.regions import AUTO, region_picture
 from mole_diffusers.lora import Expert, check_family
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
@@ -236,13 +236,13 @@ class Studio:
         """Draw a completed recipe.
 
         Args:
-            image, mask: the pictures whose hashes are in the recipe, see `with_pictures`.
+            image, mask: the pictures whose hashes are in the recipe, see `picture_passes.with_pictures`.
             on_step: called after every step of every pass. An exception in it stops the drawing.
             inside: a function of the mixture whose context surrounds the first pass, for example a trace.
 
         Raises ValueError if these are not the recipe's pictures.
         """
-        check_pictures(recipe, image, mask)
+        picture_passes.check_pictures(recipe, image, mask)
         self.total_steps(recipe)
         size = recipe.width, recipe.height
         with self.lock.held():
@@ -358,46 +358,6 @@ class Studio:
     def forget_attached(self) -> None:
         """Call this after you attach something else to the pipeline. The next picture then attaches its own LoRAs again."""
         self._attached_key = None
-
-
-def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> Recipe:
-    """The recipe for drawing over a picture, or over the part of it that is white in a mask.
-
-    An open size becomes the picture's. Without pictures the recipe is unchanged. A recipe that already names its pictures
-    keeps their hashes, and `Studio.draw` refuses others.
-
-    Raises ValueError for a mask without a picture, of another size, or of a mode in which no number is white.
-    """
-    if image is not None and mask is not None and image.size != mask.size:
-        sizes = [f"{width} x {height}" for width, height in (mask.size, image.size)]
-        raise ValueError(f"the mask has {sizes[0]} pixels and its picture {sizes[1]}")
-    if image is not None:
-        width, height = picture_passes.own_size(image)
-        recipe = dataclasses.replace(recipe, width=recipe.width or width, height=recipe.height or height)
-    if recipe.image:
-        return recipe
-    first, second = _hashes(image, mask)
-    return dataclasses.replace(recipe, image=first, mask=second)
-
-
-def _hashes(image: Image.Image | None, mask: Image.Image | None) -> tuple[str, str]:
-    """The hashes of a recipe's pictures, "" for none. They are of the pixels that are drawn over, not of the files."""
-    first = "" if image is None else picture_passes.pixels_hash(picture_passes.on_white(image))
-    if mask is None:
-        return first, ""
-    checked_region(mask, "mask")
-    return first, picture_passes.pixels_hash(region_picture(mask))
-
-
-def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> None:
-    """Raises ValueError if these are not the recipe's pictures, or if they are missing."""
-    first, second = _hashes(image, mask)
-    for name, given, digest, wanted in (("image", image, first, recipe.image), ("mask", mask, second, recipe.mask)):
-        of_file = "" if given is None else picture_passes.pixels_hash(given)  # as earlier releases of the command wrote
-        if wanted not in (digest, of_file):
-            other = "was made with another picture" if wanted else "was made without a picture"
-            missing = "needs the picture that it was made with" if given is None else other
-            raise ValueError(f"the recipe {missing} as its {name}")
 
 
 def _tiles(recipe: Recipe, pipe: Any, binding: str) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from mole_diffusers.app.jobs import ignore
 from mole_diffusers.binding.config import read_mask
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
-from mole_diffusers.studio.picture_passes import pixels_hash
+from mole_diffusers.studio.picture_passes import pixels_hash, with_pictures
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import Studio, with_pictures
+from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")

@@ -14,8 +14,9 @@ from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory
+from mole_diffusers.studio.picture_passes import with_pictures
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import Studio, with_pictures
+from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 RECIPE = Recipe("a fox <lora:fox:0.5:lbw=OUTALL> <lora:ink:1>", "blur", seed=5, steps=2, width=32, height=32)

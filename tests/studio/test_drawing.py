@@ -19,10 +19,10 @@ from mole_diffusers import attach, attached, detach, read_expert
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import Catalog, family_of_file, file_hash, folder_loras, preview
 from mole_diffusers.studio.memory import Memory, place
-from mole_diffusers.studio.picture_passes import drawing_over, on_white, pixels_hash, steps_drawn
+from mole_diffusers.studio.picture_passes import drawing_over, on_white, pixels_hash, steps_drawn, with_pictures
 from mole_diffusers.studio.prompt_weights import call_arguments
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import Studio, with_pictures
+from mole_diffusers.studio.render import Studio
 from mole_diffusers.studio.samplers import NEEDED, SAMPLERS, sampler, samplers_of
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
