@@ -44,6 +44,11 @@ def plain(event):
     return call
 
 
+def value_of(given):
+    """The value that an event gives a field, with or without new choices."""
+    return given["value"] if isinstance(given, dict) and "choices" in given else given
+
+
 def kept_fields(blocks):
     """The components whose values a browser keeps."""
     from mole_diffusers.app.page import KEEP

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from app_client import PROMPT, built, kept_fields, plain
+from app_client import PROMPT, built, kept_fields, plain, value_of
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -279,7 +279,7 @@ def test_a_dropped_recipe_fills_what_it_can_and_the_rest_is_said(functions, tmp_
     *values, status = load(str(tmp_path / "recipe.json"))
     assert said in status.replace("\\", "")
     fields = ["prompt", "seed", "steps", "width", "height", "guidance", "sampler", "gates"]
-    values = [value["value"] if isinstance(value, dict) and "choices" in value else value for value in values]
+    values = [value_of(value) for value in values]
     at = {each.elem_id: i for i, each in enumerate(event.outputs) if getattr(each, "elem_id", None) in fields}
     assert len(at) == len(fields)
     for name, value in (wanted | shown).items():

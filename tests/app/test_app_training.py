@@ -190,7 +190,7 @@ def test_gates_are_trained_at_the_size_of_the_recipe(studio, tmp_path):
 
 def test_the_text_encoder_is_read_as_far_as_in_the_picture(studio, tmp_path):
     """Clip skip was left out, so gates were trained on texts that no picture was drawn with."""
-    ran, last = [], studio.pipe.text_encoder.encoder.layers[-1]
+    ran, last = [], studio.pipe.text_encoder.encoder.layers[-1].self_attn
     last.register_forward_pre_hook(lambda *_: ran.append(last))
     wanted = request(steps=1)
     assert train(studio, replace(RECIPE, clip_skip=2), wanted, home=tmp_path)(ignore).verdict

@@ -38,7 +38,7 @@ def test_a_picture_re_creates_itself(tmp_path, capsys):
 def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     """A command, the app's page and its API, in the world whose canvas grows with the prompt."""
     pytest.importorskip("gradio")
-    from app_client import plain
+    from app_client import plain, value_of
 
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.app.build import build
@@ -57,7 +57,9 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     shown = plain(functions["load"])(str(tmp_path / "r.json"))
     at = [component.label for component in functions["load"].outputs].index("Width")
     assert shown[at : at + 2] == (0, 0)
-    fields = shown[: len(functions["script"].inputs) - 1]  # beside the picture that is drawn over
+    fields = [
+        value_of(field) for field in shown[: len(functions["script"].inputs) - 1]
+    ]  # beside the picture that is drawn over
     assert "width=128, height=64" in plain(functions["script"])(*fields, None)[0]
     assert "width=128, height=64" in asyncio.run(functions["code"].fn({"prompt": prompt}))
 
