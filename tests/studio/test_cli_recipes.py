@@ -57,9 +57,8 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     shown = plain(functions["load"])(str(tmp_path / "r.json"))
     at = [component.label for component in functions["load"].outputs].index("Width")
     assert shown[at : at + 2] == (0, 0)
-    fields = [
-        value_of(field) for field in shown[: len(functions["script"].inputs) - 1]
-    ]  # beside the picture that is drawn over
+    beside = len(functions["script"].inputs) - 1  # the last input is the picture that is drawn over
+    fields = [value_of(field) for field in shown[:beside]]
     assert "width=128, height=64" in plain(functions["script"])(*fields, None)[0]
     assert "width=128, height=64" in asyncio.run(functions["code"].fn({"prompt": prompt}))
 
