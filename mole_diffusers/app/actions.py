@@ -383,13 +383,12 @@ class Actions:
 
             try:
                 for (label, _), recipe in zip(wanted, recipes, strict=True):
-                    layouts, said, sites = list[Layout](), list[str](), list[str]()
-                    noting = partial(_noting, recipe, layouts, said, sites, inside)
-                    image = self.studio.draw(recipe, **over, on_step=on_step, inside=noting)
-                    recipe, by_hand = _with_locks_of(recipe, sites)
-                    state.warnings = list(dict.fromkeys([*state.warnings, *said, *by_hand]))
+                    noted = _Noted()
+                    image = self.studio.draw(recipe, **over, on_step=on_step, inside=partial(noted.around, recipe, inside))
+                    recipe, by_hand = _with_locks_of(recipe, noted.sites)
+                    state.warnings = list(dict.fromkeys([*state.warnings, *noted.warnings, *by_hand]))
                     path = (gallery or self.unkept).add(image, recipe)
-                    state.pictures = [*state.pictures, Picture(label, path, recipe, next(iter(layouts), None))]
+                    state.pictures = [*state.pictures, Picture(label, path, recipe, noted.layout)]
                     report(replace(state))
             finally:
                 if sheet is not None and state.pictures:
@@ -526,20 +525,32 @@ class Actions:
             )
 
 
-@contextmanager
-def _noting(
-    recipe: Recipe, layouts: list[Layout], said: list[str], sites: list[str], inside: Inside, mixture: Mixture
-) -> Iterator[None]:
-    """Surround a picture, as `inside` of `Studio.draw`. Adds its layout to `layouts`, if its LoRAs have places, the
-    warnings of binding to `said`, and the gates' sites to `sites`."""
-    with inside(mixture):
-        yield
-    sites.extend(mixture.sites)
-    bound = (mixture.binding or {}).items()
-    side = recipe.height // 8, recipe.width // 8
-    given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
-    said.extend(mixture.binding_warnings)
-    layouts.extend(mixture.layouts or ([Layout(given, {})] if given else []))  # without words, only the given regions
+@dataclass
+class _Noted:
+    """What the mixture of a picture says once it is drawn.
+
+    Attributes:
+        layout: where its LoRAs acted, if they have places.
+        warnings: those of binding.
+        sites: of the gates.
+    """
+
+    layout: Layout | None = None
+    warnings: list[str] = field(default_factory=list)
+    sites: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def around(self, recipe: Recipe, inside: Inside, mixture: Mixture) -> Iterator[None]:
+        """Surround a picture, as `inside` of `Studio.draw`. If it is drawn in two passes, the first one's layout counts."""
+        with inside(mixture):
+            yield
+        self.sites = mixture.sites
+        self.warnings += mixture.binding_warnings
+        bound = (mixture.binding or {}).items()
+        side = recipe.height // 8, recipe.width // 8
+        given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
+        found = mixture.layouts or ([Layout(given, {})] if given else [])  # without words, only the given regions
+        self.layout = self.layout or next(iter(found), None)
 
 
 def _with_locks_of(recipe: Recipe, sites: Collection[str]) -> tuple[Recipe, list[str]]:

@@ -12,6 +12,7 @@ from starlette.middleware import Middleware
 from mole_diffusers.app import compose_tab, gallery_tab, keep_tab, see_tab, train_tab
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.api import Endpoints, add
+from mole_diffusers.app.gallery_files import GalleryPicturesOnly
 from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.own_pages import OwnPagesOnly
 from mole_diffusers.app.page import OF_BASE, ORDERED, Page, Values
@@ -76,6 +77,8 @@ def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[
         sites: names under which a server in front of the app shows it, see `own_pages`.
     """
     blocks.queue(max_size=64)
+    middleware = [Middleware(OwnPagesOnly, sites=sites)]
+    middleware += [Middleware(GalleryPicturesOnly, gallery=gallery)] if gallery else []
     return blocks.launch(
         share=False,
         max_file_size="512mb",
@@ -88,6 +91,6 @@ def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[
         css_paths=Path(__file__).with_name("page.css"),
         head_paths=Path(__file__).with_name("page.html"),
         allowed_paths=[str(gallery.resolve())] if gallery else None,
-        app_kwargs={"middleware": [Middleware(OwnPagesOnly, sites=sites, gallery=gallery)]},
+        app_kwargs={"middleware": middleware},
         **{"mcp_server": False, **options},
     )
