@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from mole_diffusers.merging.activations import Activations
     from mole_diffusers.merging.merge import merge
     from mole_diffusers.mixture import Mixture, attach, attached, detach
-    from mole_diffusers.modular import MoLEStableDiffusionXLBlocks
     from mole_diffusers.patching.processor import MoLEAttnProcessor
     from mole_diffusers.patching.trace import Trace
     from mole_diffusers.pipelines import (
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
         MoLEStableDiffusionXLInpaintPipeline,
         MoLEStableDiffusionXLPipeline,
     )
+    from mole_diffusers.pipelines.modular import MoLEStableDiffusionXLBlocks
 
 __version__ = "0.1.0"
 __all__ = [
@@ -79,10 +79,10 @@ _MODULES = {
     "merging.activations": ("Activations",),
     "merging.merge": ("merge",),
     "mixture": ("Mixture", "attach", "attached", "detach"),
-    "modular": ("MoLEStableDiffusionXLBlocks",),
     "patching.processor": ("MoLEAttnProcessor",),
     "patching.trace": ("Trace",),
     "pipelines": tuple(name for name in __all__ if name.endswith("Pipeline")),
+    "pipelines.modular": ("MoLEStableDiffusionXLBlocks",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

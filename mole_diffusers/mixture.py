@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,8 +19,9 @@ from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
-from mole_diffusers.lora import Expert, read_expert
+from mole_diffusers.lora import Expert
 from mole_diffusers.lora.stacking import match, stack_all
+from mole_diffusers.lora.strengths import Source, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
 from mole_diffusers.patching import cross_attention, joint_attention
 from mole_diffusers.patching.component import Component
@@ -49,9 +48,7 @@ from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.trace import Trace
 from mole_diffusers.patching.undo import Undo
 
-Source = str | Path | Expert
 Gates = str | Path | GateConfig
-MAX_STRENGTH = 1e6  # far more than any picture survives; in fp32, products stay finite (fp16 ends at 65504)
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
 HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
 _lifted: WeakKeyDictionary[Any, Mixture] = WeakKeyDictionary()  # denoiser -> the mixture that `lifted` took off it
@@ -118,8 +115,7 @@ class Mixture:
         index = self._index(name)
         with self._lock.held():
             if value is not None:
-                self._runtime.strength[index] = finite(name, value)
-                self._runtime.changed()
+                self._runtime.set_strength(index, finite(name, value))
             return self._runtime.strength[index]
 
     @property
@@ -163,8 +159,7 @@ class Mixture:
             finally:
                 for i, now in enumerate(inside):
                     if i not in changed and now != before[i]:  # set by `strength` inside
-                        self._runtime.strength[i] = now
-                self._runtime.changed()
+                        self._runtime.set_strength(i, now)
 
     def only(self, *names: str) -> AbstractContextManager[None]:
         """Mask all other experts and renormalise the gates inside the block (MoLE's second inference mode)."""
@@ -263,19 +258,16 @@ class Mixture:
                 with nullcontext() if now is None else now.drawing(call, pipe=pipe):
                     yield
                 return
-            runtime = self._runtime
-            before, runtime.calling = runtime.calling, pipe
-            binding, done = runtime.binding, False
+            runtime, binding, done = self._runtime, self._runtime.binding, False
             if binding is not None:
                 binding.begin()
             try:
-                with self._by_things(call, pipe):
+                with runtime.changed_while(calling=pipe), self._by_things(call, pipe):
                     yield
                 done = True
             finally:
-                runtime.calling = before
                 for trace in runtime.traces:
-                    trace.layouts = self.layouts
+                    trace.record_layouts(self.layouts)
                 if binding is not None:
                     binding.end(warns=done and runtime.masks is binding)
 
@@ -766,32 +758,6 @@ def _prepared(
         raise ValueError(f"binding is {AUTO!r}, a mapping from experts to words, or None, got {binding!r}")
     mixture.bind({} if isinstance(binding, str) else binding)
     return mixture
-
-
-def read_weighed(experts: Mapping[str, Source | tuple[Source, float]]) -> dict[str, tuple[Expert, float]]:
-    """The experts that `attach` and `merge` take, name -> (expert, strength). Raises TypeError or ValueError for others."""
-    if not isinstance(experts, Mapping):
-        raise TypeError(f"experts are names with files, as {{'fox': 'fox.safetensors'}}, got {experts!r}")
-    read = {}
-    for name, given in experts.items():
-        if not isinstance(name, str):
-            raise TypeError(f"the name of an expert is text, as 'fox', got {name!r}")
-        source, strength = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
-        if not isinstance(source, str | os.PathLike | Expert):
-            raise TypeError(f"expert {name!r} is a file or (file, strength), got {given!r}")
-        read[name] = source if isinstance(source, Expert) else read_expert(source, name), finite(name, strength)
-    return read
-
-
-def finite(name: str, value: float) -> float:
-    """The strength of an expert. Raises TypeError if it is no number, and ValueError if it is out of range."""
-    try:
-        if abs(value) <= MAX_STRENGTH:
-            return float(value)
-    except TypeError:
-        raise TypeError(f"the strength of {name!r} must be a number, got {value!r}") from None
-    wanted = f"in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}" if math.isfinite(value) else "a finite number"
-    raise ValueError(f"the strength of {name!r} must be {wanted}, got {value}")
 
 
 def detach(pipe: Any) -> None:

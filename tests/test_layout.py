@@ -14,7 +14,6 @@ STAGES = (
     "mixture",
     "merging",
     "pipelines",
-    "modular",
     "testing",
     "emoji",
     "retrieval",

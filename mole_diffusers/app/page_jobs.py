@@ -17,7 +17,7 @@ from mole_diffusers.app.jobs import Job, Jobs, Work
 from mole_diffusers.app.page import Page, Values, session
 from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem
 from mole_diffusers.app.style import status_line
-from mole_diffusers.binding.config import mask_text, read_mask
+from mole_diffusers.binding.as_text import mask_text, read_mask
 from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.studio.picture_passes import with_pictures
 from mole_diffusers.studio.recipe import Recipe

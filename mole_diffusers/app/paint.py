@@ -14,7 +14,7 @@ from mole_diffusers.app.mixer_cards import MixerCard, parse_named, shades
 from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure, status_line
-from mole_diffusers.binding.config import mask_text, parse_region, read_mask
+from mole_diffusers.binding.as_text import mask_text, parse_region, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
 from mole_diffusers.inspection.layout_figure import as_grey, overlay
 from mole_diffusers.studio.prompt_syntax import PAINTED

@@ -18,7 +18,8 @@ from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure, gallery, row, status_line
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
-from mole_diffusers.binding.config import Bound, bindings, parse_phrases
+from mole_diffusers.binding.as_text import parse_phrases
+from mole_diffusers.binding.config import Bound, bindings
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.patching.things import Things

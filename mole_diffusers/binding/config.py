@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region, region_picture
+from mole_diffusers.binding.as_text import MASK, mask_text, read_mask
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region
 from mole_diffusers.binding.words import Thing
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.metadata import as_read, training_tags
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # file endings of masks
-MASK, MOST_PIXELS = "png:", 16 << 20
 
 
 @dataclass(frozen=True)
@@ -110,61 +106,6 @@ def bindings(given: Mapping[str, Any], experts: Mapping[str, Expert], before: Ma
     if unknown := [name for name in given if name not in experts]:
         raise ValueError(f"unknown expert {unknown[0]!r}; attached: {list(experts)}")
     return {name: bound(given[name], name, experts[name]) if name in given else before[name] for name in experts}
-
-
-def parse_binding(text: str, option: str) -> tuple[str, Any]:
-    """NAME=WORDS[@REGION] as (name, what `bound` takes). Phrases are separated by |; a box is 0,0,0.5,1.
-
-    Raises ValueError naming `option`.
-    """
-    name, sign, rest = text.partition("=")
-    if not sign or not name or not rest:
-        raise ValueError(f"{option} {text!r} is not NAME=WORDS[@REGION]")
-    if rest == EVERYWHERE:
-        return name, EVERYWHERE
-    words, at, region = rest.partition("@")
-    if not at:
-        return name, parse_phrases(words)
-    if region.lower().endswith(PICTURES):
-        with Image.open(region) as image:
-            return name, (parse_phrases(words), image.copy())
-    return name, (parse_phrases(words), parse_region(region))
-
-
-def parse_phrases(text: str) -> list[str] | None:
-    """Phrases separated by |; None if there are none, which stands for the words of the file."""
-    return [word for word in text.split("|") if word.strip()] or None
-
-
-def parse_region(text: str) -> Region:
-    """A region as typed: a name, or four numbers with commas."""
-    if text.count(",") == 3:
-        try:
-            left, top, right, bottom = map(float, text.split(","))
-            return left, top, right, bottom
-        except ValueError:
-            raise ValueError(f"{text!r} is not a box: LEFT,TOP,RIGHT,BOTTOM in shares of the picture") from None
-    return text
-
-
-def mask_text(mask: Image.Image) -> str:
-    """A mask picture as text for a file: a PNG in base64."""
-    file = io.BytesIO()
-    region_picture(mask).save(file, "PNG", optimize=True)
-    return MASK + base64.b64encode(file.getvalue()).decode()
-
-
-def read_mask(text: str) -> Image.Image:
-    """The inverse of `mask_text`, in plain grey. Raises ValueError for anything else."""
-    try:
-        if not text.startswith(MASK):
-            raise ValueError(f"a mask begins with {MASK!r}")
-        with Image.open(io.BytesIO(base64.b64decode(text.removeprefix(MASK), validate=True)), formats=["PNG"]) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError("a mask that is too large")
-            return image.convert("L")
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError("a mask is a PNG in base64") from error
 
 
 def to_json(bound: Bound) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def compose(
         raise ValueError("--bind and --unbound exclude each other")
     path = target(sheet, "grid.png")
     experts = experts_for(sheet.base, named_values(expert, "--expert"), prompt)
-    from mole_diffusers.binding.config import parse_binding
+    from mole_diffusers.binding.as_text import parse_binding
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
     from mole_diffusers.patching.tiles import draws_in_tiles

@@ -6,6 +6,7 @@ The paper's experts are the modules of one adapter. Here they are the concepts, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -77,7 +78,7 @@ class PromptGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(count, width))  # W
         self.numerator, self.denominator = (nn.Parameter(torch.tensor(c)) for c in GELU)
         self._text, self._last = Seen(), (0, torch.zeros(0))  # the last text, with the versions and logits for it
-        self.routed: list[Routed] | None = None  # if a list, calls with gradients are added, for `load_balance`
+        self._routed: list[Routed] | None = None
 
     def pooled(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
         """[B, T, C] -> [B, C] over the tokens that count."""
@@ -101,11 +102,20 @@ class PromptGate(nn.Module):
             return self._shared(logits, there.any(-1))[..., None] * there
         return self._shared(logits, there.flatten(-2)).unflatten(-1, there.shape[-2:])
 
+    @contextmanager
+    def noting_routes(self) -> Iterator[list[Routed]]:
+        """The list to which calls with gradients add what they route while the block runs, for `load_balance`."""
+        self._routed = routed = list[Routed]()
+        try:
+            yield routed
+        finally:
+            self._routed = None
+
     def _shared(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         probabilities = functional.gate_weights(logits, mask, "1")  # [B, E]
         kept = probabilities * functional.among_largest(probabilities, self.top)
-        if self.routed is not None and torch.is_grad_enabled():
-            self.routed.append((probabilities, kept, mask))
+        if self._routed is not None and torch.is_grad_enabled():
+            self._routed.append((probabilities, kept, mask))
         if self.total == "none":
             return kept
         share = kept / kept.sum(-1, keepdim=True).clamp_min(1e-12)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -47,8 +48,8 @@ def grouped(ranks: Sequence[int], partition: int) -> torch.Tensor:
     return torch.tensor(groups)
 
 
-def _rebalance(gate: RankGate | None) -> None:
-    if gate is not None and not gate.held:
+def _counted(gate: RankGate | None) -> None:
+    if gate is not None and not gate.waits:
         gate.rebalance()
 
 
@@ -82,9 +83,9 @@ class RankGate(nn.Module):
         self.register_buffer("group", group, persistent=False)
         self.register_buffer("balance", torch.zeros(len(group)))  # c
         self.load: torch.Tensor | None = None  # [2, R]: how often each rank was chosen, and could have been
-        self.held = False  # then the caller runs `rebalance`, once all parts of a batch are counted
+        self.waits = False  # whether a backward pass leaves c as it is, see `rebalanced_once`
         gate = weakref.ref(self)  # the garbage collector does not see tensor hooks
-        self.weight.register_post_accumulate_grad_hook(lambda _: _rebalance(gate()))
+        self.weight.register_post_accumulate_grad_hook(lambda _: _counted(gate()))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         if context.layer is None:
@@ -99,6 +100,22 @@ class RankGate(nn.Module):
     def _count(self, chosen: torch.Tensor, able: torch.Tensor) -> None:
         counts = torch.stack([chosen.flatten(0, -2).sum(0), able.flatten(0, -2).sum(0)])
         self.load = counts if self.load is None else self.load + counts
+
+    @contextmanager
+    def rebalanced_once(self, over: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Even out the load once, when the block ends, over all that was counted in it.
+
+        Args:
+            over: turns counts into their sum over all processes.
+        """
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+        if self.load is not None:
+            self.load = over(self.load)
+        self.rebalance()
 
     @torch.no_grad()
     def rebalance(self) -> None:

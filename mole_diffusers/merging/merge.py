@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from mole_diffusers import functional
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.safe_files import check_memory
+from mole_diffusers.lora.strengths import Source, read_weighed
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.factors import Layers, Merged, Pair
 from mole_diffusers.merging.layers import Weighted, as_expert, layers_of, weights_by_key
@@ -19,7 +20,6 @@ from mole_diffusers.merging.lego import lego
 from mole_diffusers.merging.linear import mean, null_space, total
 from mole_diffusers.merging.regression import Inputs, iteris, regmean, relative_loss, scalars, ssr
 from mole_diffusers.merging.sparse import dare, knots, ties
-from mole_diffusers.mixture import Source, read_weighed
 from mole_diffusers.options import check_options
 
 METHODS: dict[str, Callable[..., Merged]] = {

@@ -10,6 +10,7 @@ from typing import Any
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
 from mole_diffusers.lora import COMPONENTS
+from mole_diffusers.patching.runtime import Plan
 
 
 class AdapterWeights:
@@ -51,6 +52,11 @@ class AdapterWeights:
 
     def gates(self, place: str) -> None:
         """Replaces no gate."""
+
+
+def weights_by_block(plan: Plan | None) -> dict[str, dict[str, Any]]:
+    """Expert -> its weights by model and block, if `set_adapters` was given some."""
+    return plan.weights if isinstance(plan, AdapterWeights) else {}
 
 
 def _check(expert: str, part: str, value: Any) -> None:

@@ -111,7 +111,7 @@ class PlainSum:
 
 @dataclass
 class Runtime:
-    """Which experts are active, how strong they are, and how far sampling is. Call `changed` after setting anything.
+    """Which experts are active, how strong they are, and how far sampling is. `set` and `changed_while` change settings.
 
     The gates read `active` and `strength` as tensors. As numbers, they would become part of compiled code, and every
     change of a slider would compile again.
@@ -144,6 +144,11 @@ class Runtime:
     _active: dict[tuple[Present, torch.device], ActiveExperts] = field(default_factory=dict)
     _text: Callable[[], torch.Tensor | None] = lambda: None
     _blocks: list[dict[str, Any]] = field(default_factory=lambda: [{}])  # settings outside of blocks, then of each block
+
+    def set_strength(self, index: int, value: float) -> None:
+        """Change one strength, in the block that strengths come from, if any."""
+        self.strength[index] = value
+        self.changed()
 
     def set(self, **values: Any) -> None:
         """Change settings."""

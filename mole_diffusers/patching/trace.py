@@ -45,6 +45,10 @@ class Trace:
             place = f"{place} ({', '.join(names)})"
         self.records.append((place, self.runtime.step - self.before, decision.weights.detach().float().cpu()))
 
+    def record_layouts(self, layouts: list[Layout]) -> None:
+        """Keep where each expert acted in a call."""
+        self.layouts = layouts
+
     def record_maps(self, pictures: list[dict[str, torch.Tensor]]) -> None:
         """Add the maps of one layer."""
         kept = self.maps.setdefault(self.runtime.step - self.before, [{} for _ in pictures])

@@ -117,7 +117,7 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
     given = f", locks={locks}" if locks else ""
     binding = "None" if recipe.binding_of_pass() == "none" else _binding(recipe, names)
     return [
-        *(["from mole_diffusers.binding.config import read_mask"] if "read_mask(" in binding else []),
+        *(["from mole_diffusers.binding.as_text import read_mask"] if "read_mask(" in binding else []),
         "from mole_diffusers.studio.prompt_syntax import parse",
         "from mole_diffusers.studio.strength_schedule import StrengthSchedule",
         "",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from mole_diffusers.binding.config import parse_phrases, parse_region
+from mole_diffusers.binding.as_text import parse_phrases, parse_region
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, checked_region
-from mole_diffusers.mixture import MAX_STRENGTH
+from mole_diffusers.lora.strengths import MAX_STRENGTH
 
 TAG = re.compile(r"<(\w+):([^<>]*)>")
 MAX_PROMPT = 5000  # characters
@@ -58,7 +58,7 @@ class LoraTag:
         lbw: block weights as typed: a preset's name or numbers, see `block_weights`. "" leaves every block at 1.
         start, stop: the denoiser uses the LoRA in steps start <= step < stop, counted from 0; None means to the end.
         word: phrases of the prompt that the LoRA is bound to, separated by |. "" takes those in its file.
-        region: where the LoRA acts, see `binding.config.parse_region`, or "painted". "" finds the place from attention.
+        region: where the LoRA acts, see `binding.as_text.parse_region`, or "painted". "" finds the place from attention.
     """
 
     name: str

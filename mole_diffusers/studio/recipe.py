@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from mole_diffusers.binding.config import parse_phrases, read_mask
+from mole_diffusers.binding.as_text import parse_phrases, read_mask
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.lora.whole_files import write_text
@@ -65,7 +65,7 @@ class Recipe:
             - "tiles": the same, but the first steps draw each thing as a picture of its own.
             - "auto": in tiles if each thing has enough room, see `Mixture.tiled`; otherwise bound.
             - "none": not at all.
-        masks: LoRA whose tag says region=painted -> its mask picture, as `binding.config.mask_text` writes it.
+        masks: LoRA whose tag says region=painted -> its mask picture, as `binding.as_text.mask_text` writes it.
         weights: whether brackets in the prompt are weights, see `weight_syntax`. If not, they are plain text, and a long
             prompt is cut.
         image, mask: sha256 of the pixels of the picture that is drawn over and of its mask, which is white where the picture

@@ -20,7 +20,7 @@ from torch import nn
 
 from mole_diffusers import functional
 from mole_diffusers.gates import PromptGate, RankGate
-from mole_diffusers.gates.prompt import load_balance
+from mole_diffusers.gates.prompt import Routed, load_balance
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.mixture import Mixture
@@ -165,7 +165,10 @@ class GateTrainer:
 
     def update(self, step: int) -> None:
         """One step of the optimizer on the weighted sum of the terms, without waiting for the device."""
-        with self._loads_counted(), self.mixture.settings_kept():
+        with self.mixture.settings_kept(), ExitStack() as stack:
+            for gate in self._gates():
+                if isinstance(gate, RankGate):
+                    stack.enter_context(gate.rebalanced_once(self.accelerator.reduce))
             self.engine.update(partial(self.losses, step))
         if self.ema is not None:
             self.ema.step(self.mixture.parameters())
@@ -178,19 +181,21 @@ class GateTrainer:
         there = drop_experts(names, self.config.drop, generator) if self.config.drop else names
         dropout = mixture.only(*there) if self.config.drop else nullcontext()
         found = {}
-        with self._routes_noted():
+        with ExitStack() as stack:
+            gates = [g for g in self._gates() if isinstance(g, PromptGate)] if BALANCE in terms else []
+            routed = [stack.enter_context(gate.noting_routes()) for gate in gates]
             with self.engine.autocast(), dropout, mixture.listen(decisions.append):
                 for name, loss in self.loss_fns.items():
                     found[name] = loss(RandomBatch(generator, terms[name].batch or self.config.batch, index, shares))
             if BALANCE in terms:
                 live = [d for d in decisions if d.gates.requires_grad]  # without those of teachers
-                found[BALANCE] = self._balance(live)
+                found[BALANCE] = self._balance(live, routed)
         return {"loss": torch.stack([terms[name].weight * value for name, value in found.items()]).sum(), **found}
 
-    def _balance(self, decisions: Sequence[Decision]) -> torch.Tensor:
-        """The family's own balance loss if it has one, otherwise MoLE's, among the experts that take part."""
-        if own := [gate.routed for gate in self._gates() if isinstance(gate, PromptGate) and gate.routed]:
-            return torch.stack([load_balance(routed, self._over_processes) for routed in own]).mean()
+    def _balance(self, decisions: Sequence[Decision], routed: Sequence[Sequence[Routed]]) -> torch.Tensor:
+        """MiLoRA's balance loss if prompt gates have routed anything, otherwise MoLE's, among the experts that take part."""
+        if own := [load_balance(calls, self._over_processes) for calls in routed if calls]:
+            return torch.stack(own).mean()
         shares = functional.relative_shares([d.gates for d in decisions], [d.mask for d in decisions])
         return functional.balance_loss(*self._over_processes(shares))
 
@@ -199,30 +204,6 @@ class GateTrainer:
         if self.accelerator.num_processes == 1:
             return own
         return own + (self.accelerator.reduce(own.detach().clone(), "mean") - own.detach())
-
-    @contextmanager
-    def _routes_noted(self) -> Iterator[None]:
-        """Prompt gates note what they route for the balance term while the block runs."""
-        with ExitStack() as undo:
-            for gate in self._gates():
-                if isinstance(gate, PromptGate) and BALANCE in self.config.parsed:
-                    gate.routed = []
-                    undo.callback(setattr, gate, "routed", None)
-            yield
-
-    @contextmanager
-    def _loads_counted(self) -> Iterator[None]:
-        """Rank gates even out their loads once, after the update, over the rows of all its parts and processes."""
-        gates = [gate for gate in self._gates() if isinstance(gate, RankGate)]
-        with ExitStack() as undo:
-            for gate in gates:
-                gate.held = True
-                undo.callback(setattr, gate, "held", False)
-            yield
-        for gate in gates:
-            if gate.load is not None:
-                gate.load = self.accelerator.reduce(gate.load)
-            gate.rebalance()
 
     def _gates(self) -> list[Any]:
         return [gate for bank in self.mixture.banks.values() for gate in bank.gates.values()]

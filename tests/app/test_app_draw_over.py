@@ -13,7 +13,7 @@ from tiers import thorough
 from mole_diffusers import attach, detach
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import ignore
-from mole_diffusers.binding.config import read_mask
+from mole_diffusers.binding.as_text import read_mask
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.picture_passes import pixels_hash, with_pictures

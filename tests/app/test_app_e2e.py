@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from single_file import save_single_file
 
-from mole_diffusers.binding.config import read_mask
+from mole_diffusers.binding.as_text import read_mask
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.catalog import Catalog

@@ -259,4 +259,4 @@ def test_training_evens_out_what_all_terms_route(pipe, loras, axis, top):
     config = GateTraining({"single": nothing, "base": nothing, "balance": 1.0}, steps=4, batch=2)
     log = train_gates(pipe, mixture, TrainingData({"fox": ["a fox"]}, plain=["c d e"]), config=config)
     assert log[0]["balance"] > log[-1]["balance"] >= 1 - 1e-5
-    assert all(gate.routed is None for bank in mixture.banks.values() for gate in bank.gates.values())
+    assert all(gate._routed is None for bank in mixture.banks.values() for gate in bank.gates.values())

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tiers import thorough
 
-from mole_diffusers.binding.config import mask_text
+from mole_diffusers.binding.as_text import mask_text
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.catalog import Catalog

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from mole_diffusers import attach, attached
-from mole_diffusers.binding.config import Bound, mask_text
+from mole_diffusers.binding.as_text import mask_text
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.cli.common import open_catalog
 from mole_diffusers.cli.options import Files
 from mole_diffusers.studio import infotext

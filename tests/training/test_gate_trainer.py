@@ -13,6 +13,7 @@ from PIL import Image
 from tiers import thorough
 
 import mole_diffusers as mole
+from mole_diffusers.lora import strengths
 from mole_diffusers.patching.cross_attention import cross_attentions
 from mole_diffusers.testing import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training import engine
@@ -163,7 +164,7 @@ def test_rank_gates_even_out_their_load_once_per_update(loras):
         config = GateTraining({"denoise": 1.0}, batch=4, steps=2, accumulation=accumulation)
         train_gates(pipe, mixture, DRAWN, config=config)
         ends.append({name: value for name, value in gates_of(mixture).items() if name.endswith("balance")})
-        assert all(gate.load is None and not gate.held for bank in mixture.banks.values() for gate in bank.gates.values())
+        assert all(gate.load is None and not gate.waits for bank in mixture.banks.values() for gate in bank.gates.values())
     assert any(c.abs().max() > 0 for c in ends[0].values())
     for name, c in ends[0].items():
         torch.testing.assert_close(ends[1][name], c)
@@ -422,7 +423,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_expert(pipe, loras, 
         train_gates(pipe, free, DRAWN, config=wrong, folder=tmp_path)
     assert [p.name for p in engine.checkpoints(tmp_path)] == ["checkpoint-1"]
     assert all(torch.isfinite(v).all() for v in gates_of(free).values())
-    monkeypatch.setattr(mole.mixture, "MAX_STRENGTH", 1e39)
+    monkeypatch.setattr(strengths, "MAX_STRENGTH", 1e39)
     free.strength("ink", 1e38)
     with pytest.raises(ValueError, match=r"not finite at step 0: .*; expert 'ink' alone predicts what is not finite"):
         train_gates(pipe, free, DRAWN, config=DENOISE)

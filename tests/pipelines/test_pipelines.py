@@ -90,7 +90,7 @@ def test_bad_calls_change_nothing(dropin, loras, draw):
 
 
 def test_files_come_from_the_hub_where_no_file_is_here(dropin, loras, monkeypatch):
-    from mole_diffusers import pipelines as files
+    from mole_diffusers.pipelines import sources as files
 
     asked = []
 
@@ -107,7 +107,7 @@ def test_files_come_from_the_hub_where_no_file_is_here(dropin, loras, monkeypatc
 def test_the_one_file_of_a_hub_repository_is_found_whatever_its_name(dropin, loras, monkeypatch):
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    from mole_diffusers import pipelines as files
+    from mole_diffusers.pipelines import sources as files
 
     missing = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
     listed = ["README.md", "fox.safetensors", "old/fox_1.safetensors", "old/fox_2.safetensors"]
@@ -130,7 +130,7 @@ def test_the_one_file_of_a_hub_repository_is_found_whatever_its_name(dropin, lor
 def test_the_scales_of_a_peft_repository_come_with_its_file(dropin, loras, monkeypatch, tmp_path):
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    from mole_diffusers import pipelines as files
+    from mole_diffusers.pipelines import sources as files
 
     missing = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
     repository = {"adapter_model.safetensors": loras["fox"].read_bytes()}

@@ -1,7 +1,4 @@
-"""Drop-in pipelines: code written for diffusers' LoRA calls works unchanged, and gates compose what it loads.
-
-A drop-in saves its mixture with the pipeline: experts, gates and strengths in one folder, see `keep` and `attach_kept`.
-"""
+"""What a drop-in pipeline adds to diffusers': its LoRA calls load experts into a mixture, which it saves and opens."""
 
 # mypy: disable-error-code="misc"
 # `super()` of a drop-in is a diffusers pipeline, which DropIn itself does not extend.
@@ -10,62 +7,37 @@ from __future__ import annotations
 
 import functools
 import json
-import math
-import re
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-import diffusers
 import torch
-from diffusers.pipelines.auto_pipeline import (
-    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-    AUTO_INPAINT_PIPELINES_MAPPING,
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-)
-from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-)
 
-from mole_diffusers.binding.config import Bound, from_json, to_json
 from mole_diffusers.gates.hub import model_card, push
-from mole_diffusers.lora import Expert, read_expert
-from mole_diffusers.lora.metadata import PEFT_CONFIG, PEFT_FILE
-from mole_diffusers.lora.safe_files import RefusedFileError, read_json
+from mole_diffusers.lora import Expert
 from mole_diffusers.lora.whole_files import copy_missing, new_folder, whole_folder
-from mole_diffusers.lora.writing import save_atomically, save_expert
-from mole_diffusers.merging.layers import weights_by_key
+from mole_diffusers.lora.writing import save_expert
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach, lock_of_pipeline
-from mole_diffusers.patching.adapter_weights import AdapterWeights
+from mole_diffusers.patching.adapter_weights import weights_by_block
 from mole_diffusers.patching.denoiser_inputs import hosts
 from mole_diffusers.patching.gated_linear import ADAPTER
 from mole_diffusers.patching.peft_injection import adapted
 from mole_diffusers.patching.pipeline_calls import share_calls
-from mole_diffusers.patching.runtime import Plan
+from mole_diffusers.pipelines.kept import attach_kept, choose, keep
+from mole_diffusers.pipelines.sources import HUB, KEPT, kept_folder, read_lora, saved_pipeline
 
 Call = TypeVar("Call", bound=Callable[..., Any])
-KEPT = "mole"  # folder of a saved pipeline that holds its mixture
-HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "proxies")
 IGNORED = ("low_cpu_mem_usage", "use_safetensors")  # how diffusers loads; no effect here
 CUSTOM = """\
 \"\"\"For `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`.\"\"\"
 
 from mole_diffusers import {name} as Pipeline  # noqa: F401
 """  # the same name for every kind: diffusers runs all files called pipeline.py of a process in one module
-VERSION = 1
-MAX_INDEX = 256 << 20  # bytes; it contains mask pictures
-INDEX, EXPERTS, GATES_FOLDER = "mixture.json", "experts", "gates"
-FILE = re.compile(r"[0-9]{1,4}\.safetensors")  # as `keep` names them; expert names may hold characters that paths cannot
 
 
 def _one_at_a_time(call: Call) -> Call:
@@ -106,7 +78,7 @@ class DropIn:
         """
         if unknown := sorted(set(kwargs) - {*HUB, *IGNORED, "weight_name", "subfolder"}):
             raise TypeError(f"load_lora_weights() has no argument {unknown[0]!r}")
-        expert = _read(source, adapter_name, **{key: value for key, value in kwargs.items() if key not in IGNORED})
+        expert = read_lora(source, adapter_name, **{key: value for key, value in kwargs.items() if key not in IGNORED})
         with lock_of_pipeline(self).held():
             experts, ordinary = self._experts(), self._ordinary()
             loaded = [*experts, *ordinary]
@@ -147,7 +119,7 @@ class DropIn:
         given = dict(zip(names, weights, strict=True))
         per_model = {n: w for n, w in given.items() if n in experts and isinstance(w, Mapping)}
         numbers = {n: 1.0 if w is None or n in per_model else float(w) for n, w in given.items() if n in experts}
-        _choose(self, numbers, per_model)
+        choose(self, numbers, per_model)
         others = [name for name in names if name in ordinary]
         if others:
             super().set_adapters(others, [given[name] for name in others])
@@ -225,12 +197,12 @@ class DropIn:
             if self.mixture is None:  # it was handed over
                 super().delete_adapters([name for name in before.experts if name in self._ordinary()])
                 attach(self, before.experts, binding=before.binding)
-                _choose(self, {name: before.experts[name][1] for name in before.active}, _block_weights(before.plan))
+                choose(self, {name: before.experts[name][1] for name in before.active}, weights_by_block(before.plan))
             raise
 
     def _hand_over(self, mixture: Mixture) -> None:
         """Turn the experts into ordinary diffusers adapters with the same weights."""
-        experts, active, by_block = mixture.weighed(), self.get_active_adapters(), _block_weights(mixture.plan)
+        experts, active, by_block = mixture.weighed(), self.get_active_adapters(), weights_by_block(mixture.plan)
         with TemporaryDirectory() as folder:
             files = {name: Path(folder, f"{i}.safetensors") for i, name in enumerate(experts)}
             for name, (expert, _) in experts.items():
@@ -272,9 +244,9 @@ class DropIn:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """Load as in diffusers, and attach the mixture that `save_pretrained` kept, if any."""
-        source = _source(pretrained_model_name_or_path)
+        source = saved_pipeline(pretrained_model_name_or_path)
         pipe = super().from_pretrained(source, **kwargs)
-        folder = _kept(source, **{k: v for k, v in kwargs.items() if k in HUB})
+        folder = kept_folder(source, **{k: v for k, v in kwargs.items() if k in HUB})
         if folder is not None:
             pipe.load_mixture(folder)
         return pipe
@@ -340,12 +312,12 @@ class DropIn:
             attach(self, experts, gates)
         else:
             now = mixture.lasting()
-            off, by_block = set(mixture.experts) - now.active, _block_weights(now.plan)
+            off, by_block = set(mixture.experts) - now.active, weights_by_block(now.plan)
             same = {name for name, (expert, _) in experts.items() if expert is mixture.experts.get(name)}
             binding = None if now.binding is None else {n: b for n, b in now.binding.items() if n in same}
             attach(self, experts, gates, binding=binding)
             active = {name: strength for name, (_, strength) in experts.items() if name not in off}
-            _choose(self, active, {name: weights for name, weights in by_block.items() if name in same})
+            choose(self, active, {name: weights for name, weights in by_block.items() if name in same})
 
     def _ordinary_off(self) -> None:
         for model in hosts(self).values():
@@ -361,259 +333,3 @@ class DropIn:
         if self.mixture is None:
             raise ValueError("no LoRA is loaded; call load_lora_weights first")
         return self.mixture
-
-
-class MoLEStableDiffusionPipeline(DropIn, diffusers.StableDiffusionPipeline):
-    """`StableDiffusionPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionImg2ImgPipeline(DropIn, diffusers.StableDiffusionImg2ImgPipeline):
-    """`StableDiffusionImg2ImgPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionInpaintPipeline(DropIn, diffusers.StableDiffusionInpaintPipeline):
-    """`StableDiffusionInpaintPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionControlNetPipeline(DropIn, diffusers.StableDiffusionControlNetPipeline):
-    """`StableDiffusionControlNetPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionControlNetImg2ImgPipeline(DropIn, diffusers.StableDiffusionControlNetImg2ImgPipeline):
-    """`StableDiffusionControlNetImg2ImgPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionControlNetInpaintPipeline(DropIn, diffusers.StableDiffusionControlNetInpaintPipeline):
-    """`StableDiffusionControlNetInpaintPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionXLPipeline(DropIn, diffusers.StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionXLImg2ImgPipeline(DropIn, diffusers.StableDiffusionXLImg2ImgPipeline):
-    """`StableDiffusionXLImg2ImgPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionXLInpaintPipeline(DropIn, diffusers.StableDiffusionXLInpaintPipeline):
-    """`StableDiffusionXLInpaintPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionXLControlNetPipeline(DropIn, diffusers.StableDiffusionXLControlNetPipeline):
-    """`StableDiffusionXLControlNetPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionXLControlNetImg2ImgPipeline(DropIn, diffusers.StableDiffusionXLControlNetImg2ImgPipeline):
-    """`StableDiffusionXLControlNetImg2ImgPipeline` that composes what it loads."""
-
-
-class MoLEStableDiffusionXLControlNetInpaintPipeline(DropIn, diffusers.StableDiffusionXLControlNetInpaintPipeline):
-    """`StableDiffusionXLControlNetInpaintPipeline` that composes what it loads."""
-
-
-KINDS = {kind.__bases__[1].__name__: kind for kind in DropIn.__subclasses__()}
-# `AutoPipelineForText2Image.from_pipe` and similar classes look up a pipeline's class by name in these tables.
-for table in (
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
-):  # fmt: skip
-    own = {f"mole-{name}": KINDS[kind.__name__] for name, kind in table.items() if kind.__name__ in KINDS}
-    table.update(own)
-
-
-class MoLEPipeline:
-    """Picks the drop-in pipeline class for a given pipeline."""
-
-    @staticmethod
-    def from_pipe(pipe: Any, **kwargs: Any) -> Any:
-        """The drop-in pipeline for `pipe`'s class, over the same models; `kwargs` as in diffusers.
-
-        Raises ValueError if that class has no drop-in; `attach` works with any pipeline.
-        """
-        return _kind([cls.__name__ for cls in type(pipe).__mro__]).from_pipe(pipe, **kwargs)
-
-    @staticmethod
-    def from_pretrained(source: str | Path, **kwargs: Any) -> Any:
-        """The drop-in pipeline for what a folder or hub repository holds; `kwargs` as in diffusers."""
-        source = _source(source)
-        config = diffusers.DiffusionPipeline.load_config(source, **{k: v for k, v in kwargs.items() if k in HUB})
-        return _kind([config["_class_name"]]).from_pretrained(source, **kwargs)
-
-
-def _kind(names: Sequence[str]) -> Any:
-    """The drop-in for the first name that has one."""
-    for name in names:
-        if name in KINDS:
-            return KINDS[name]
-    raise ValueError(f"{names[0]} has no drop-in pipeline; those that have one: {list(KINDS)}")
-
-
-def _read(source: Any, name: str | None, **options: Any) -> Expert:
-    """The LoRA that these diffusers arguments name."""
-    if isinstance(source, Expert):
-        return source
-    if not isinstance(source, Mapping):
-        return read_expert(_lora_file(source, **options), name)
-    with TemporaryDirectory() as folder:
-        save_atomically(
-            {key: tensor.contiguous() for key, tensor in source.items()}, file := Path(folder, "dict.safetensors"), {}
-        )
-        return replace(read_expert(file, name), source="a state dict")
-
-
-def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any) -> Path:
-    """The file that these diffusers arguments name: a file, one inside a folder, or one fetched from the hub."""
-    path, name = Path(source), weight_name or "pytorch_lora_weights.safetensors"
-    if path.is_file() or path.suffix == ".safetensors":
-        return path
-    if path.is_dir():
-        folder = path / (hub.get("subfolder") or "")
-        if weight_name is None and not (folder / name).exists():
-            others = sorted(file for file in folder.glob("*.safetensors"))
-            if len(others) != 1:
-                raise FileNotFoundError(f"{folder} has {len(others)} LoRA files and none called {name}; give a weight_name")
-            return others[0]
-        return folder / name
-    try:
-        try:
-            file = Path(hf_hub_download(str(source), name, **hub))
-        except RemoteEntryNotFoundError:
-            if weight_name is not None:
-                raise
-            file = Path(hf_hub_download(str(source), _only_file(str(source), **hub), **hub))
-        if file.name == PEFT_FILE:
-            with suppress(RemoteEntryNotFoundError):
-                hf_hub_download(str(source), PEFT_CONFIG, **hub)  # next to it, where `read_expert` finds it
-        return file
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(f"{source} is no file, no folder and no hub repository that can be reached") from error
-
-
-def _only_file(repo: str, *, subfolder: str | None = None, revision: str | None = None, token: Any = None, **_: Any) -> str:
-    """The name of the only LoRA file in a folder of a hub repository."""
-    paths = map(PurePosixPath, list_repo_files(repo, revision=revision, token=token))
-    names = [path.name for path in paths if path.parent == PurePosixPath(subfolder or "") and path.suffix == ".safetensors"]
-    if len(names) != 1:
-        raise FileNotFoundError(f"{repo} has {len(names)} LoRA files; give a weight_name of {sorted(names)}")
-    return names[0]
-
-
-def _source(name: str | Path) -> str:
-    """The folder of a saved pipeline; any other name as it is, for the hub."""
-    folder = whole_folder(Path(name))
-    return str(folder if folder.is_dir() else name)
-
-
-def _kept(source: str, **hub: Any) -> Path | None:
-    """The folder with the mixture of a saved pipeline, here or on the hub; None if it has none."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=[f"{KEPT}/*"], **hub))
-    return folder / KEPT if (folder / KEPT).is_dir() else None
-
-
-def keep(mixture: Mixture, folder: str | Path) -> None:
-    """Write what `attach_kept` reads: mixture.json, experts/ and gates/. Everything else in `folder` is removed.
-
-    An expert's file is copied unchanged if the copy alone is that expert. If not, it is written in fp32: if it is only
-    in memory or was changed there, if its file has changed since, or if files next to that gave its scales or trigger
-    words. What holds only inside a `with` block of the mixture is not written.
-    """
-    with new_folder(folder) as part:
-        (part / EXPERTS).mkdir()
-        kept, rows, now = {}, [], mixture.lasting()
-        by_block = _block_weights(now.plan)
-        for i, (name, (expert, strength)) in enumerate(now.experts.items()):
-            file = f"{i}.safetensors"
-            kept[name] = _keep_expert(expert, part / EXPERTS / file)
-            rows.append({"name": name, "file": file, "strength": strength, "active": name in now.active})
-            if name in by_block:
-                rows[-1]["weights"] = by_block[name]
-            if now.binding is not None:
-                rows[-1]["binding"] = to_json(now.binding[name])
-        mixture.save_pretrained(part / GATES_FOLDER, experts=kept)
-        about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
-        (part / INDEX).write_text(json.dumps(about, indent=1) + "\n")
-
-
-def _keep_expert(expert: Expert, path: Path) -> Expert:
-    if Path(expert.source).is_file():
-        shutil.copyfile(expert.source, path)
-        with suppress(RefusedFileError):
-            copy = read_expert(path, expert.name)
-            if copy.triggers == expert.triggers and _same_weights(copy, expert):
-                return copy
-    save_expert(expert, path, dtype=torch.float32)
-    return read_expert(path, expert.name)
-
-
-def _same_weights(copy: Expert, expert: Expert) -> bool:
-    mine, theirs = weights_by_key(copy), weights_by_key(expert)
-    return mine.keys() == theirs.keys() and all(
-        w.scale == theirs[key].scale and torch.equal(w.down, theirs[key].down) and torch.equal(w.up, theirs[key].up)
-        for key, w in mine.items()
-    )
-
-
-def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
-    """Attach the mixture that `keep` wrote.
-
-    Raises FileNotFoundError or RefusedFileError for any other folder, and everything that `attach` raises.
-    """
-    folder = whole_folder(Path(folder))
-    kept = _kept_experts(folder, getattr(pipe, "unet", None))
-    binding = {expert.name: expert.binding for expert in kept if expert.binding is not None}
-    mixture = attach(pipe, {e.name: (e.source, e.strength) for e in kept}, folder / GATES_FOLDER, binding=binding or None)
-    _choose(pipe, {e.name: e.strength for e in kept if e.active}, {e.name: e.weights for e in kept if e.weights})
-    return mixture
-
-
-def _choose(pipe: Any, strengths: Mapping[str, float], by_block: Mapping[str, Mapping[str, Any]]) -> None:
-    """Set exactly these experts of a pipeline's mixture at these strengths, some with weights by model and block."""
-    mixture = attached(pipe)
-    if mixture is not None:
-        names, unet = list(mixture.experts), getattr(pipe, "unet", None)
-        mixture.choose(strengths, AdapterWeights(names, by_block, unet) if by_block else None)
-
-
-def _block_weights(plan: Plan | None) -> dict[str, dict[str, Any]]:
-    """Expert -> its weights by model and block, if `set_adapters` was given some."""
-    return plan.weights if isinstance(plan, AdapterWeights) else {}
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """One expert of a kept mixture: its row in mixture.json."""
-
-    name: str
-    source: Path
-    strength: float
-    active: bool
-    binding: Bound | None  # None if nothing is bound
-    weights: Mapping[str, Any]  # by model and block; empty if it has one strength
-
-
-def _kept_experts(folder: Path, unet: Any) -> list[_Kept]:
-    """The experts in a folder's mixture.json, for a pipeline with this `unet`, if any."""
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder} is no kept mixture: it has no {INDEX}")
-    about = read_json(folder / INDEX, limit=MAX_INDEX)
-    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != ("mole_diffusers.mixture", VERSION):
-        raise RefusedFileError(f"{folder / INDEX} is not of format mole_diffusers.mixture, version {VERSION}")
-    kept: list[_Kept] = []
-    rows = about.get("experts")
-    for row in rows if isinstance(rows, list) and rows else [{}]:
-        try:
-            name, file, strength, active = str(row["name"]), row["file"], float(row["strength"]), row.get("active", True)
-            binding = from_json(row["binding"], name) if "binding" in row else None
-            weights = AdapterWeights([name], {name: row["weights"]}, unet).weights[name] if "weights" in row else {}
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise RefusedFileError(f"{folder / INDEX} is not complete: {error!r}") from error
-        if not isinstance(file, str) or not FILE.fullmatch(file):
-            raise RefusedFileError(f"{folder / INDEX}: {file!r} is not the name of a file in {EXPERTS}/")
-        source = folder / EXPERTS / file
-        if any(name == other.name for other in kept) or not math.isfinite(strength) or not source.is_file():
-            raise RefusedFileError(
-                f"{folder / INDEX}: expert {name!r} must come once, with a finite strength and a file in {EXPERTS}/"
-            )
-        kept.append(_Kept(name, source, strength, bool(active), binding, weights))
-    return kept

@@ -304,7 +304,7 @@ def test_custom_pipeline_opens_a_saved_folder(kind, awake, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("kind", BOTH, indirect=True)
 def test_the_hub_gets_the_folder_and_a_card_and_gives_it_back(kind, awake, hub, tmp_path, monkeypatch):
-    from mole_diffusers import pipelines
+    from mole_diffusers.pipelines import sources
 
     pipe, options = kind
     load_two(pipe, tmp_path, awake)
@@ -315,7 +315,7 @@ def test_the_hub_gets_the_folder_and_a_card_and_gives_it_back(kind, awake, hub, 
         assert (repo, allow_patterns, options) == ("me/mix", ["mole/*"], {"revision": "v1"})
         return str(folder)
 
-    monkeypatch.setattr(pipelines, "snapshot_download", snapshot)
+    monkeypatch.setattr(sources, "snapshot_download", snapshot)
     assert pipe.push_to_hub("me/mix") == "https://hub/me/mix"
     api.create_repo.assert_called_once_with("me/mix", private=None, exist_ok=True)
     card = (folder / "README.md").read_text()
@@ -323,5 +323,5 @@ def test_the_hub_gets_the_folder_and_a_card_and_gives_it_back(kind, awake, hub, 
     assert "| ink/2 | -0.5 |" in card
     assert 'MoLEPipeline.from_pretrained("me/mix")' in card
     pipe.unload_lora_weights()
-    pipe.load_mixture(pipelines._kept("me/mix", revision="v1"))
+    pipe.load_mixture(sources.kept_folder("me/mix", revision="v1"))
     assert torch.equal(hosts.draw(pipe, options), image)

@@ -1,0 +1,101 @@
+"""The drop-in of each diffusers pipeline, and `MoLEPipeline`, which picks one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
+
+from mole_diffusers.pipelines.drop_in import DropIn
+from mole_diffusers.pipelines.sources import HUB, saved_pipeline
+
+
+class MoLEStableDiffusionPipeline(DropIn, diffusers.StableDiffusionPipeline):
+    """`StableDiffusionPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionImg2ImgPipeline(DropIn, diffusers.StableDiffusionImg2ImgPipeline):
+    """`StableDiffusionImg2ImgPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionInpaintPipeline(DropIn, diffusers.StableDiffusionInpaintPipeline):
+    """`StableDiffusionInpaintPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionControlNetPipeline(DropIn, diffusers.StableDiffusionControlNetPipeline):
+    """`StableDiffusionControlNetPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionControlNetImg2ImgPipeline(DropIn, diffusers.StableDiffusionControlNetImg2ImgPipeline):
+    """`StableDiffusionControlNetImg2ImgPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionControlNetInpaintPipeline(DropIn, diffusers.StableDiffusionControlNetInpaintPipeline):
+    """`StableDiffusionControlNetInpaintPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionXLPipeline(DropIn, diffusers.StableDiffusionXLPipeline):
+    """`StableDiffusionXLPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionXLImg2ImgPipeline(DropIn, diffusers.StableDiffusionXLImg2ImgPipeline):
+    """`StableDiffusionXLImg2ImgPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionXLInpaintPipeline(DropIn, diffusers.StableDiffusionXLInpaintPipeline):
+    """`StableDiffusionXLInpaintPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionXLControlNetPipeline(DropIn, diffusers.StableDiffusionXLControlNetPipeline):
+    """`StableDiffusionXLControlNetPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionXLControlNetImg2ImgPipeline(DropIn, diffusers.StableDiffusionXLControlNetImg2ImgPipeline):
+    """`StableDiffusionXLControlNetImg2ImgPipeline` that composes what it loads."""
+
+
+class MoLEStableDiffusionXLControlNetInpaintPipeline(DropIn, diffusers.StableDiffusionXLControlNetInpaintPipeline):
+    """`StableDiffusionXLControlNetInpaintPipeline` that composes what it loads."""
+
+
+DROP_INS = {kind.__bases__[1].__name__: kind for kind in DropIn.__subclasses__()}
+# `AutoPipelineForText2Image.from_pipe` and similar classes look up a pipeline's class by name in these tables.
+for table in (
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
+):  # fmt: skip
+    own = {f"mole-{name}": DROP_INS[kind.__name__] for name, kind in table.items() if kind.__name__ in DROP_INS}
+    table.update(own)
+
+
+class MoLEPipeline:
+    """Picks the drop-in pipeline class for a given pipeline."""
+
+    @staticmethod
+    def from_pipe(pipe: Any, **kwargs: Any) -> Any:
+        """The drop-in pipeline for `pipe`'s class, over the same models; `kwargs` as in diffusers.
+
+        Raises ValueError if that class has no drop-in; `attach` works with any pipeline.
+        """
+        return _drop_in([cls.__name__ for cls in type(pipe).__mro__]).from_pipe(pipe, **kwargs)
+
+    @staticmethod
+    def from_pretrained(source: str | Path, **kwargs: Any) -> Any:
+        """The drop-in pipeline for what a folder or hub repository holds; `kwargs` as in diffusers."""
+        source = saved_pipeline(source)
+        config = diffusers.DiffusionPipeline.load_config(source, **{k: v for k, v in kwargs.items() if k in HUB})
+        return _drop_in([config["_class_name"]]).from_pretrained(source, **kwargs)
+
+
+def _drop_in(names: Sequence[str]) -> Any:
+    """The drop-in for the first name that has one."""
+    for name in names:
+        if name in DROP_INS:
+            return DROP_INS[name]
+    raise ValueError(f"{names[0]} has no drop-in pipeline; those that have one: {list(DROP_INS)}")

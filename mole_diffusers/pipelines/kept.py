@@ -1,0 +1,132 @@
+"""A mixture as a folder: its experts, gates, strengths and binding. A drop-in saves it with the pipeline."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mole_diffusers.binding.config import Bound, from_json, to_json
+from mole_diffusers.lora import Expert, read_expert
+from mole_diffusers.lora.safe_files import RefusedFileError, read_json
+from mole_diffusers.lora.whole_files import new_folder, whole_folder
+from mole_diffusers.lora.writing import save_expert
+from mole_diffusers.merging.layers import weights_by_key
+from mole_diffusers.mixture import Mixture, attach, attached
+from mole_diffusers.patching.adapter_weights import AdapterWeights, weights_by_block
+
+VERSION = 1
+MAX_INDEX = 256 << 20  # bytes; it contains mask pictures
+INDEX, EXPERTS, GATES_FOLDER = "mixture.json", "experts", "gates"
+FILE = re.compile(r"[0-9]{1,4}\.safetensors")  # as `keep` names them; expert names may hold characters that paths cannot
+
+
+def keep(mixture: Mixture, folder: str | Path) -> None:
+    """Write what `attach_kept` reads: mixture.json, experts/ and gates/. Everything else in `folder` is removed.
+
+    An expert's file is copied unchanged if the copy alone is that expert. If not, it is written in fp32: if it is only
+    in memory or was changed there, if its file has changed since, or if files next to that gave its scales or trigger
+    words. What holds only inside a `with` block of the mixture is not written.
+    """
+    with new_folder(folder) as part:
+        (part / EXPERTS).mkdir()
+        kept, rows, now = {}, [], mixture.lasting()
+        by_block = weights_by_block(now.plan)
+        for i, (name, (expert, strength)) in enumerate(now.experts.items()):
+            file = f"{i}.safetensors"
+            kept[name] = _keep_expert(expert, part / EXPERTS / file)
+            rows.append({"name": name, "file": file, "strength": strength, "active": name in now.active})
+            if name in by_block:
+                rows[-1]["weights"] = by_block[name]
+            if now.binding is not None:
+                rows[-1]["binding"] = to_json(now.binding[name])
+        mixture.save_pretrained(part / GATES_FOLDER, experts=kept)
+        about = {"format": "mole_diffusers.mixture", "version": VERSION, "experts": rows}
+        (part / INDEX).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _keep_expert(expert: Expert, path: Path) -> Expert:
+    if Path(expert.source).is_file():
+        shutil.copyfile(expert.source, path)
+        with suppress(RefusedFileError):
+            copy = read_expert(path, expert.name)
+            if copy.triggers == expert.triggers and _same_weights(copy, expert):
+                return copy
+    save_expert(expert, path, dtype=torch.float32)
+    return read_expert(path, expert.name)
+
+
+def _same_weights(copy: Expert, expert: Expert) -> bool:
+    mine, theirs = weights_by_key(copy), weights_by_key(expert)
+    return mine.keys() == theirs.keys() and all(
+        w.scale == theirs[key].scale and torch.equal(w.down, theirs[key].down) and torch.equal(w.up, theirs[key].up)
+        for key, w in mine.items()
+    )
+
+
+def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
+    """Attach the mixture that `keep` wrote.
+
+    Raises FileNotFoundError or RefusedFileError for any other folder, and everything that `attach` raises.
+    """
+    folder = whole_folder(Path(folder))
+    kept = _kept_experts(folder, getattr(pipe, "unet", None))
+    binding = {expert.name: expert.binding for expert in kept if expert.binding is not None}
+    mixture = attach(pipe, {e.name: (e.source, e.strength) for e in kept}, folder / GATES_FOLDER, binding=binding or None)
+    choose(pipe, {e.name: e.strength for e in kept if e.active}, {e.name: e.weights for e in kept if e.weights})
+    return mixture
+
+
+def choose(pipe: Any, strengths: Mapping[str, float], by_block: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set exactly these experts of a pipeline's mixture at these strengths, some with weights by model and block."""
+    mixture = attached(pipe)
+    if mixture is not None:
+        names, unet = list(mixture.experts), getattr(pipe, "unet", None)
+        mixture.choose(strengths, AdapterWeights(names, by_block, unet) if by_block else None)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One expert of a kept mixture: its row in mixture.json."""
+
+    name: str
+    source: Path
+    strength: float
+    active: bool
+    binding: Bound | None  # None if nothing is bound
+    weights: Mapping[str, Any]  # by model and block; empty if it has one strength
+
+
+def _kept_experts(folder: Path, unet: Any) -> list[_Kept]:
+    """The experts in a folder's mixture.json, for a pipeline with this `unet`, if any."""
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} is no kept mixture: it has no {INDEX}")
+    about = read_json(folder / INDEX, limit=MAX_INDEX)
+    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != ("mole_diffusers.mixture", VERSION):
+        raise RefusedFileError(f"{folder / INDEX} is not of format mole_diffusers.mixture, version {VERSION}")
+    kept: list[_Kept] = []
+    rows = about.get("experts")
+    for row in rows if isinstance(rows, list) and rows else [{}]:
+        try:
+            name, file, strength, active = str(row["name"]), row["file"], float(row["strength"]), row.get("active", True)
+            binding = from_json(row["binding"], name) if "binding" in row else None
+            weights = AdapterWeights([name], {name: row["weights"]}, unet).weights[name] if "weights" in row else {}
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise RefusedFileError(f"{folder / INDEX} is not complete: {error!r}") from error
+        if not isinstance(file, str) or not FILE.fullmatch(file):
+            raise RefusedFileError(f"{folder / INDEX}: {file!r} is not the name of a file in {EXPERTS}/")
+        source = folder / EXPERTS / file
+        if any(name == other.name for other in kept) or not math.isfinite(strength) or not source.is_file():
+            raise RefusedFileError(
+                f"{folder / INDEX}: expert {name!r} must come once, with a finite strength and a file in {EXPERTS}/"
+            )
+        kept.append(_Kept(name, source, strength, bool(active), binding, weights))
+    return kept
