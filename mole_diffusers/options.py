@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
 
 
 def check_options(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:
@@ -52,4 +52,4 @@ def _in_words(kind: Any) -> str:
         return f"one of {list(parts)}"
     if form is Mapping:
         return f"names, each with {_in_words(parts[1])}"
-    return f"a list of {_in_words(parts[0]).removeprefix('a ')}s" if form else KINDS.get(kind, "a value")
+    return f"a list of {_in_words(parts[0]).removeprefix('a ')}s" if form else TYPE_NAMES.get(kind, "a value")

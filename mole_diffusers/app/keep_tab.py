@@ -84,7 +84,7 @@ def _saving(page: Page) -> None:
 
 
 def _grid(page: Page) -> None:
-    others = ", ".join(kind for kind in xy_grid.KINDS if kind not in ("seed", "weight", "arm"))
+    others = ", ".join(kind for kind in xy_grid.AXES if kind not in ("seed", "weight", "arm"))
     gr.Markdown(
         "**XY grid.** An axis is `seed=1,2,3`, `weight fox=0,0.5,1` or `arm=base,sum,gates`. An arm is a way to combine the "
         f"LoRAs: base (none of them), alone NAME, sum, merge METHOD or gates. The others are {markdown(others)}."

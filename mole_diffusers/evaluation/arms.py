@@ -16,7 +16,7 @@ import torch
 from mole_diffusers.binding.config import Bound, to_json
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.evaluation.freefuse import CORE, FIRST_PASS, freefuse
-from mole_diffusers.evaluation.regional_composers import THRESHOLD, Part, masked_blend, regional_prompts
+from mole_diffusers.evaluation.regional_composers import THRESHOLD, RegionalPrompt, masked_blend, regional_prompts
 from mole_diffusers.evaluation.rows import digest_files, digest_texts
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.sampling_composers import ALPHA, BETA, composed_scores, encodes_by_expert, k_lora, switched
@@ -32,7 +32,7 @@ from mole_diffusers.patching.things import UNTIL
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
 Binding = Callable[[Setup, Case], Mapping[str, Any]]  # words and regions, as `Mixture.bind` takes them
-Parts = Callable[[Setup, Case], Mapping[str, Part]]  # each subject's own prompt and region
+RegionalPrompts = Callable[[Setup, Case], Mapping[str, RegionalPrompt]]  # each subject's own prompt and region
 Order = Callable[[Setup, Case], Sequence[str]]  # a case's experts, in the order that a composer uses
 ByKind = Mapping[str, Mapping[str, float]]  # kind of case -> {"subject": strength, "style": strength}
 
@@ -240,22 +240,22 @@ def subjects_of(setup: Setup, case: Case) -> list[str]:
     return [name for name in case.concepts if name not in setup.styles]
 
 
-def regional(parts: Parts) -> Arm:
+def regional(parts: RegionalPrompts) -> Arm:
     """Regional prompts: a prompt and a LoRA for each region. `parts` gives the regions."""
     return in_parts("regional prompts", regional_prompts, parts, gates=MATRIX)
 
 
-def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, Part]:
+def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, RegionalPrompt]:
     """Each subject's prompt is that of the case, and its region is found."""
     return dict.fromkeys(subjects_of(setup, case), (case.prompt, AUTO))
 
 
-def blended(name: str = "masked blend", parts: Parts = in_the_whole_prompt) -> Arm:
+def blended(name: str = "masked blend", parts: RegionalPrompts = in_the_whole_prompt) -> Arm:
     """One prediction for each LoRA, blended by regions. It takes one UNet call per step and subject, plus one."""
     return in_parts(name, masked_blend, parts, reads_words=True, threshold=THRESHOLD)
 
 
-def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], parts: Parts, **options: Any) -> Arm:
+def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], parts: RegionalPrompts, **options: Any) -> Arm:
     """A composer by parts of the picture, which rows state. A case with only styles has no parts, and gets the sum."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:

@@ -24,13 +24,13 @@ from mole_diffusers.patching.picture_layout import Side, side_of
 from mole_diffusers.patching.undo import replaced_forward
 from mole_diffusers.training.data import token_ids
 
-Part = tuple[str, Region]  # a prompt for one concept alone, and where in the picture it is
+RegionalPrompt = tuple[str, Region]  # a prompt for one concept alone, and where in the picture it is
 
 THRESHOLD = 0.3  # CLoRA: a concept is where its words get more than this share of their highest attention
 
 
 @contextmanager
-def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part]) -> Iterator[None]:
+def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, RegionalPrompt]) -> Iterator[None]:
     """Regional LoRA of kohya's sd-scripts (`LoRAInfModule` of networks/lora.py): a prompt and a LoRA for each region.
 
     In layers of the picture y = W x + sum_k M_k B_k A_k x. In cross-attention, the places of region k read prompt k.
@@ -83,7 +83,9 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
         yield
 
 
-def masked_blend(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part]) -> AbstractContextManager[None]:
+def masked_blend(
+    pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, RegionalPrompt]
+) -> AbstractContextManager[None]:
     """One prediction for each LoRA, blended by regions: e = sum_k M_k e_k + (1 - sum_k M_k) e_0.
 
     e_k is the prediction of LoRA k alone with its own prompt; e_0 is the prediction without them, with `prompt`. This
@@ -124,7 +126,9 @@ def _reading(mixture: Mixture, name: str) -> dict[str, Any]:
     return dict.fromkeys(mixture.experts, EVERYWHERE) | {name: Bound(words, EVERYWHERE, required=False)}
 
 
-def _masks(parts: Mapping[str, Part], maps: Sequence[Sequence[Mapping[str, torch.Tensor]]], side: Side) -> torch.Tensor:
+def _masks(
+    parts: Mapping[str, RegionalPrompt], maps: Sequence[Sequence[Mapping[str, torch.Tensor]]], side: Side
+) -> torch.Tensor:
     """The place of each part: [K, B, H, W] in 0..1, with B = 1 if there are no maps.
 
     Args:
@@ -154,7 +158,7 @@ def _shares(masks: torch.Tensor) -> torch.Tensor:
     return torch.cat([masks / total.clamp_min(1), (1 - total).clamp_min(0)])
 
 
-def _names_by_text(mixture: Mixture, parts: Mapping[str, Part]) -> list[list[str]]:
+def _names_by_text(mixture: Mixture, parts: Mapping[str, RegionalPrompt]) -> list[list[str]]:
     """The experts of each part's text, and those of the whole prompt."""
     if not parts or any(name not in mixture.experts for name in parts):
         raise ValueError(f"parts of the picture are for experts, one or more, got {list(parts)} of {list(mixture.experts)}")
@@ -163,7 +167,7 @@ def _names_by_text(mixture: Mixture, parts: Mapping[str, Part]) -> list[list[str
 
 
 def _readers(
-    pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, Part], *, unprompted: Sequence[str] | None = None
+    pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, RegionalPrompt], *, unprompted: Sequence[str] | None = None
 ) -> list[Callable[..., Any]]:
     """Functions that read each part's own prompt instead of `prompt`, and last one for `prompt`, as `texts_apart` takes
     them.

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from mole_diffusers import functional
-from mole_diffusers.options import KINDS
+from mole_diffusers.options import TYPE_NAMES
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class GateConfig:
     def _check_numbers(self, kinds: Mapping[str, Any]) -> None:
         for name, (low, high) in RANGES.items():
             if type(value := getattr(self, name)) not in (int, kinds[name]) or not low <= value <= high:
-                raise ValueError(f"the gate option {name!r} must be {KINDS[kinds[name]]} in {low}..{high}, got {value!r}")
+                raise ValueError(
+                    f"the gate option {name!r} must be {TYPE_NAMES[kinds[name]]} in {low}..{high}, got {value!r}"
+                )
         for name in ("refactor", "bias"):
             if type(value := getattr(self, name)) is not bool:
                 raise ValueError(f"the gate option {name!r} must be true or false, got {value!r}")

@@ -11,7 +11,7 @@ from mole_diffusers.lora.keys import is_flux
 BY_TEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # of cross-attention's input
 BY_INNER_WIDTH = {1536: "SD 3", 2432: "SD 3", 3072: "Flux"}  # of a transformer with text and image streams
 BY_CLASS = {"FluxTransformer2DModel": "Flux", "SD3Transformer2DModel": "SD 3"}
-FAMILIES = {*BY_TEXT_WIDTH.values(), *BY_INNER_WIDTH.values()}
+MODEL_FAMILIES = {*BY_TEXT_WIDTH.values(), *BY_INNER_WIDTH.values()}
 ARCHITECTURES = {  # family -> how modelspec.architecture or ss_base_model_version begins; the first that fits counts
     "SDXL refiner": ("stable-diffusion-xl-v1-refiner",),
     "SDXL": ("stable-diffusion-xl", "sdxl"),
@@ -61,5 +61,5 @@ def family_of(hosts: Mapping[str, Any]) -> str | None:
 def check_family(base: str, hosts: Mapping[str, Any]) -> None:
     """Raises ValueError if both families are known and differ."""
     family = family_of(hosts)
-    if family is not None and base in FAMILIES and base != family:
+    if family is not None and base in MODEL_FAMILIES and base != family:
         raise ValueError(f"it is made for {base} and this pipeline is {family}")

@@ -55,7 +55,7 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
     elif all(part.step_invariant for part in parts) and not is_one_graph(pipe):
         _encode(pipe, parts, prompt, **call)
     else:
-        sample(pipe, prompt, **call)
+        _draw_latents(pipe, prompt, **call)
 
 
 def reads_nothing(parts: Sequence[Component]) -> bool:
@@ -88,13 +88,13 @@ def _encode(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str], 
         for child in model.children():
             undo.before_forward(child, evaluate)
         try:
-            sample(pipe, prompt, **call)
+            _draw_latents(pipe, prompt, **call)
         except _EvaluatedError:
             pipe.maybe_free_model_hooks()
 
 
 @torch.no_grad()
-def sample(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
+def _draw_latents(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
     """Run the pipeline without decoding, 10 steps from seed 0 unless `call` says otherwise."""
     generator = torch.Generator().manual_seed(0)
     pipe(prompt, **{"num_inference_steps": 10, "generator": generator, "output_type": "latent", **call})

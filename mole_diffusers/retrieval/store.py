@@ -20,7 +20,7 @@ from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, entry_from_jso
 FORMAT, VERSION = "mole_diffusers.retrieval", 2
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
-KINDS = {  # of the JSON's fields; an index of before lacks the last
+FIELD_TYPES = {  # of the JSON's fields; an index of before lacks the last
     "encoder": str,
     "cards": Sequence[Mapping[str, Any]],
     "skipped": Mapping[str, str],
@@ -100,8 +100,8 @@ def _checked(folder: Path, about: Any, vectors: Contents) -> Index:
     if about.get("embeddings") != vectors.sha256:
         raise ValueError("its two files are not from the same run")
     about = {"skipped_stamps": {}} | about
-    about = {name: about.get(name) for name in KINDS}
-    check_kinds(about, KINDS, "the index")
+    about = {name: about.get(name) for name in FIELD_TYPES}
+    check_kinds(about, FIELD_TYPES, "the index")
     entries = tuple(entry_from_json(value) for value in about["cards"])
     for entry in entries:
         path_inside(folder, entry.file)

@@ -20,7 +20,7 @@ from mole_diffusers.studio.names import WORLD, by_name, files_below, is_hub_id, 
 
 INDEX = "model_index.json"
 PLACES = [f"{root}{place}" for root in ("models/", "") for place in ("Stable-diffusion", "checkpoints", "diffusers")]
-KINDS = {  # diffusers' name for the kind of a checkpoint -> pipeline class
+PIPELINES = {  # diffusers' name for the kind of a checkpoint -> pipeline class
     "v1": "StableDiffusionPipeline",
     "v2": "StableDiffusionPipeline",
     "xl_base": "StableDiffusionXLPipeline",
@@ -171,13 +171,13 @@ def find_base(base: str) -> Path | str:
 
 
 def checkpoint_kind(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-    """The kind of a checkpoint with tensors of these shapes: a key of KINDS, which are diffusers' names.
+    """The kind of a checkpoint with tensors of these shapes: a key of PIPELINES, which are diffusers' names.
 
     Raises ValueError for anything else.
     """
     with torch.device("meta"):
         kind = infer_diffusers_model_type({key: torch.empty(shape) for key, shape in shapes.items()})
-    if kind not in KINDS or not any(key.startswith(DENOISER) for key in shapes):
+    if kind not in PIPELINES or not any(key.startswith(DENOISER) for key in shapes):
         is_other = kind != "v1" and kind in DIFFUSERS_DEFAULT_PIPELINE_PATHS
         what = f"it looks like {kind}" if is_other else "it has no denoiser"
         raise ValueError(f"{name} is not a checkpoint of Stable Diffusion 1.5, 2.1, XL, 3 or Flux: {what}")
@@ -187,13 +187,13 @@ def checkpoint_kind(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
 def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[Any, Memory]:
     shapes, _ = read_header(path)
     kind = checkpoint_kind(shapes, path.name)
-    memory = memory.completed(KINDS[kind])
+    memory = memory.completed(PIPELINES[kind])
     official = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     source = config or _forge_config(path, official) or official
-    lacks_t5 = KINDS[kind] == "StableDiffusion3Pipeline" and T5 not in shapes
+    lacks_t5 = PIPELINES[kind] == "StableDiffusion3Pipeline" and T5 not in shapes
     parts = {"text_encoder_3": None, "tokenizer_3": None} if lacks_t5 else {}
     try:
-        loading = getattr(diffusers, KINDS[kind]).from_single_file
+        loading = getattr(diffusers, PIPELINES[kind]).from_single_file
         pipe = loading(str(path), config=str(source), torch_dtype=memory.torch_dtype, **parts)
         for part in (each for each in pipe.components.values() if isinstance(each, torch.nn.Module)):
             part.eval()  # diffusers leaves T5 in training mode, and its dropout would change every picture

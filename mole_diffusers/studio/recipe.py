@@ -102,7 +102,7 @@ class Recipe:
     clip_skip: int = 1
 
     def __post_init__(self) -> None:
-        check_options(vars(self), KINDS, "a recipe")
+        check_options(vars(self), FIELD_TYPES, "a recipe")
         if any(len(getattr(self, name)) > MAX_PROMPT for name in PROMPTS):
             raise ValueError(f"a prompt has at most {MAX_PROMPT} characters")
         if self.arm_and_name[0] not in ARMS or self.binding not in BINDINGS:
@@ -197,8 +197,8 @@ class Recipe:
             given["weights"] = False
         if values["version"] <= 3 and given.get("binding", AUTO) == AUTO:  # before tiles
             given["binding"] = BOUND
-        if unknown := given.keys() - KINDS.keys():
-            raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {list(KINDS)}")
+        if unknown := given.keys() - FIELD_TYPES.keys():
+            raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {list(FIELD_TYPES)}")
         if "prompt" not in given:
             raise ValueError(f"{where} has no prompt")
         try:
@@ -211,7 +211,7 @@ class Recipe:
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
-KINDS = get_type_hints(Recipe)  # field -> its type
+FIELD_TYPES = get_type_hints(Recipe)  # field -> its type
 
 
 def load(path: str | Path) -> Recipe:

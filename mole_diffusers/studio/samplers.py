@@ -11,7 +11,7 @@ import diffusers
 from mole_diffusers.studio.names import matching
 
 SDE, ODE = {"algorithm_type": "sde-dpmsolver++"}, {"algorithm_type": "dpmsolver++"}
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> scheduler class, and its options
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> scheduler class, and its options
     "DDIM": ("DDIMScheduler", {}),
     "Euler": ("EulerDiscreteScheduler", {}),
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),
@@ -31,7 +31,7 @@ CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # by default they clip prediction
 PLAIN = ("DDIM", "Euler a", "PLMS", "DDPM", "LCM")  # those without a Karras schedule
 SAMPLERS = {
     f"{name} Karras" if karras else name: (kind, options if name in PLAIN else {"use_karras_sigmas": karras, **options})
-    for name, (kind, options) in KINDS.items()
+    for name, (kind, options) in SCHEDULERS.items()
     for karras in ([False] if name in PLAIN else [False, True])
 }
 NEEDED = {"DPMSolverSDEScheduler": "torchsde"}  # scheduler class -> package that it needs

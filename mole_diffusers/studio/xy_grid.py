@@ -14,7 +14,7 @@ from PIL import Image
 from mole_diffusers.inspection.compare import image_grid
 from mole_diffusers.studio.recipe import Recipe, with_strength
 
-KINDS = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "binding": str, "sampler": str,
+AXES = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "binding": str, "sampler": str,
          "weight": float, "strength": float, "hires": float, "hires_strength": float, "clip_skip": int}  # fmt: skip
 MAX_CELLS, MOST_PIXELS = 400, 12 << 20  # limits of a grid, and of its sheet
 
@@ -37,18 +37,18 @@ def parse_axis(text: str) -> Axis:
     left, equals, right = text.partition("=")
     kind, _, about = left.strip().partition(" ")
     values = [word.strip() for word in right.split(",") if word.strip()]
-    if not equals or not values or kind not in KINDS or bool(about) != (kind == "weight"):
-        known = ", ".join("weight NAME" if k == "weight" else k for k in KINDS)
+    if not equals or not values or kind not in AXES or bool(about) != (kind == "weight"):
+        known = ", ".join("weight NAME" if k == "weight" else k for k in AXES)
         raise ValueError(f"the axis {text!r} is not KIND=VALUE,VALUE,...; kinds: {known}")
     try:
-        parsed = [KINDS[kind](word) for word in values]
+        parsed = [AXES[kind](word) for word in values]
     except ValueError:
-        takes = "whole numbers" if KINDS[kind] is int else "numbers"
+        takes = "whole numbers" if AXES[kind] is int else "numbers"
         raise ValueError(f"the axis {text!r}: {kind} takes {takes}, separated by commas") from None
     if kind == "seed" and min(parsed) < 0:  # a random seed would be another one in each cell
         raise ValueError(f"the axis {text!r}: name the seeds, such as seed=1,2,3")
     about = about.strip()
-    labels = values if KINDS[kind] is str else [f"{about or kind} {word}" for word in values]
+    labels = values if AXES[kind] is str else [f"{about or kind} {word}" for word in values]
     return Axis(f"{kind} {about}".strip(), labels, [partial(_changed, kind=kind, about=about, value=v) for v in parsed])
 
 

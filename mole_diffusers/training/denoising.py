@@ -122,7 +122,7 @@ def latent_shape(pipe: Any, width: int | None = None, height: int | None = None)
     return config.in_channels, high, wide
 
 
-def sample(
+def sample_ddim(
     pipe: Any,
     x: torch.Tensor,
     prompts: Sequence[str],

@@ -28,7 +28,7 @@ from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import DistillationTerm, SeparateTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, require, triggers
 from mole_diffusers.training.data import RandomBatch, token_ids
-from mole_diffusers.training.denoising import latent_shape, predict, sample, training_scheduler
+from mole_diffusers.training.denoising import latent_shape, predict, sample_ddim, training_scheduler
 from mole_diffusers.training.losses import composed_target, recovery_error, separation_loss, territory
 
 # (x [B, C, H, W], timesteps [B], prompts) -> the prediction to match, and the one that counts as error 1
@@ -86,7 +86,7 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
         noise = onto(batch.normal(*context.composed_shape), pipe.device)
         stop = int(torch.randint(0, term.steps, (), generator=batch.generator))
         with torch.no_grad():
-            x = sample(pipe, noise, texts, steps=term.steps, guidance=term.guidance, stop=stop)
+            x = sample_ddim(pipe, noise, texts, steps=term.steps, guidance=term.guidance, stop=stop)
         found = [trigger_tokens(pipe, context.mixture, name, texts) for name in subjects]
         with attention_maps(pipe.unet, x.shape[2:], torch.stack(found)) as maps:  # tokens [K, B, T]
             predict(pipe, x, onto(scheduler.timesteps[stop].expand(len(x)), x.device), texts)

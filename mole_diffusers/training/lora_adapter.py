@@ -20,7 +20,7 @@ from mole_diffusers.training.beam import Ranks, importance
 from mole_diffusers.training.config import LORA_LAYERS, LoraTraining
 
 CONCEPT = "concept"  # the adapter's name
-ARCHITECTURES = {  # ModelSpec's words
+MODELSPEC_ARCHITECTURES = {  # ModelSpec's words
     "SD 1.x": "stable-diffusion-v1/lora",
     "SD 2.x": "stable-diffusion-v2-768-v/lora",
     "SDXL": "stable-diffusion-xl-v1-base/lora",
@@ -113,7 +113,7 @@ def header(pipe: Any, *, title: str, rank: int, alpha: float, pictures: int) -> 
     """ModelSpec and kohya metadata for the file of a LoRA that was trained on `pipe`; every value is a string."""
     family = family_of({"unet": pipe.unet})
     about = {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers", "modelspec.title": title}
-    about |= {"modelspec.architecture": ARCHITECTURES[family]} if family in ARCHITECTURES else {}
+    about |= {"modelspec.architecture": MODELSPEC_ARCHITECTURES[family]} if family in MODELSPEC_ARCHITECTURES else {}
     about |= {"ss_output_name": title, "ss_network_module": "networks.lora", "ss_num_train_images": str(pictures)}
     return about | {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha), "ss_v2": str(family == "SD 2.x")}
 

@@ -19,7 +19,7 @@ from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
-from mole_diffusers.training.denoising import check_trainable, denoising_loss, latent_shape, sample
+from mole_diffusers.training.denoising import check_trainable, denoising_loss, latent_shape, sample_ddim
 from mole_diffusers.training.engine import Engine, Report, adamw, check_batch, digest, join_processes, save_activation_memory
 from mole_diffusers.training.lora_adapter import LoraLayers, add_lora, save_lora
 
@@ -173,7 +173,7 @@ def class_samples(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, *shape, generator=generator)  # [count, C, H, W]
     drawn = [
-        sample(pipe, rows.to(pipe.device), [prompt] * len(rows), steps=steps, guidance=guidance).cpu()
+        sample_ddim(pipe, rows.to(pipe.device), [prompt] * len(rows), steps=steps, guidance=guidance).cpu()
         for rows in tqdm(noise.split(batch), desc="class pictures", disable=not progress)
     ]
     samples = Samples(torch.cat(drawn), [prompt] * count, asked)

@@ -11,7 +11,7 @@ from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import ClipTerm, RolloutTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, negatives, require
 from mole_diffusers.training.data import RandomBatch, Samples
-from mole_diffusers.training.denoising import decode, predict, sample, training_scheduler
+from mole_diffusers.training.denoising import decode, predict, sample_ddim, training_scheduler
 from mole_diffusers.training.losses import caption_loss, mole_clip_loss, softened
 
 FIRST = 0.1  # the first step of a `clip` trajectory lies in this share of it: t >= 0.9 T
@@ -34,7 +34,7 @@ def rollout(context: TrainingContext, term: RolloutTerm) -> LossFn:
         which = batch.choice(len(prompts))
         noise = onto(batch.normal(*context.composed_shape), context.pipe.device)
         options: dict[str, Any] = {"steps": term.steps, "guidance": term.guidance, "checkpointing": term.checkpointing}
-        x = sample(context.pipe, noise, [prompts[i] for i in which], **options)
+        x = sample_ddim(context.pipe, noise, [prompts[i] for i in which], **options)
         features = clip.image(_augmented(decode(context.pipe, x), batch))  # [B, D]
         losses = [caption_loss(row, captions[i], clip.scale) for row, i in zip(features, which, strict=True)]
         return torch.stack(losses).mean()
