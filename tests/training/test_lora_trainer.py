@@ -301,7 +301,7 @@ def test_settings_in_a_file_and_runs_that_go_on(flags, tmp_path, capsys):
 
 
 def test_a_batch_that_cannot_be_divided_is_said_before_class_pictures_are_drawn(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mole_diffusers.training.lora_trainer.sample", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr("mole_diffusers.training.lora_trainer.sample_ddim", lambda *_, **__: pytest.fail("drawn"))
     assert main([*flags, *PRIOR, "--accumulation", "4", "--out", str(tmp_path / "x")]) == 1
     assert "the batch, 2, must be a multiple of processes x accumulation, 4" in capsys.readouterr().err
 
