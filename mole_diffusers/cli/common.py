@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,16 @@ def named_values(texts: Sequence[str], option: str, known: Collection[str] | Non
     if twice := [name for name, values in groups.items() if len(values) > 1]:
         raise ValueError(f"{option} {twice[0]!r} is given more than once: {groups[twice[0]]}")
     return {name: value for name, (value,) in groups.items()}
+
+
+def once(pairs: Iterable[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """Pairs as name -> value. Raises ValueError for a name that is given twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{option} {name!r} is given more than once")
+        found[name] = value
+    return found
 
 
 def grouped_values(texts: Sequence[str], option: str, known: Collection[str] | None = None) -> dict[str, list[str]]:
@@ -130,6 +140,8 @@ def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = 
         catalog.add_lora(name, Path(file))
     for name, folder in (folder_gates(named.trained) if named.trained else {}).items():
         catalog.add_gates(name, folder)
+    if named.trained and not catalog.gates.keys() - examples.keys():
+        raise ValueError(f"--trained {named.trained} has no gates, one folder each, as `mole train` writes them")
     return catalog
 
 

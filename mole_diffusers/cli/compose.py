@@ -11,7 +11,7 @@ from typer import Argument
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Result
-from mole_diffusers.cli.common import completed, experts_for, first_recipe, named_values, opened, target
+from mole_diffusers.cli.common import completed, experts_for, first_recipe, named_values, once, opened, target
 from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def compose(
     from mole_diffusers.studio.prompt_weights import plain_texts, tiled_prompt
     from mole_diffusers.studio.weight_syntax import plain_text
 
-    binding = None if unbound else dict(parse_binding(text, "--bind") for text in bind)
+    binding = None if unbound else once((parse_binding(text, "--bind") for text in bind), "--bind")
     page = PromptSheet(prompt, sheet)
     mixture = attach(page.pipe, experts, gates, binding=binding)
     texts = plain_texts(page.pipe, **page.recipe.call)
@@ -84,7 +84,9 @@ def compose(
     if sheet.base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
         page.columns["true drawing"] = [drawing] * sheet.rows
     hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
-    facts = page.save(path, experts=list(hashes), sha256=hashes, gates=mixture.config.to_dict(), bind=bind)
+    strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
+    about = {"gates": mixture.config.to_dict(), "bind": bind, "unbound": unbound}
+    facts = page.save(path, experts=list(hashes), sha256=hashes, strengths=strengths, **about)
     return Result(facts, f"{prompt}: {path}")
 
 

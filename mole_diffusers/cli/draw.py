@@ -25,15 +25,15 @@ class Over(options.Pictures):
     """How much to draw over.
 
     Attributes:
-        strength: how much of --image to redraw.
+        strength: how much of --image to redraw. Default: 0.6.
         hires: enlarge the picture by this factor, and draw over it once more.
-        hires_strength: how much of the enlarged picture to redraw.
+        hires_strength: how much of the enlarged picture to redraw. Default: 0.5.
     """
 
     panel = "Drawing over a picture"
-    strength: options.Share = 0.6
+    strength: options.Share | None = None
     hires: Annotated[float, Option(min=1, max=4)] = 1.0
-    hires_strength: options.Share = 0.5
+    hires_strength: options.Share | None = None
 
 
 @dataclass
@@ -70,7 +70,7 @@ def redraw(picture: Path, *, files: options.Studio, over: options.Pictures, outp
     """Draw a picture again from its recipe. On the same machine its pixels are the same.
 
     LoRAs are found by their hash, whatever their files are called here. If the picture was drawn over another one, pass
-    that as --image.
+    that as --image. A picture of A1111 does not say which one that was.
 
     Args:
         picture: a PNG of mole draw, the app or A1111, or a recipe as a .json file.
@@ -79,16 +79,19 @@ def redraw(picture: Path, *, files: options.Studio, over: options.Pictures, outp
     from mole_diffusers.studio import infotext
     from mole_diffusers.studio.base_models import find_base
     from mole_diffusers.studio.names import model_name
+    from mole_diffusers.studio.picture_passes import with_pictures
 
     path = target(output, "redrawn.png")
-    found = infotext.contents(picture)
-    recipe = found.recipe
+    found, pictures = infotext.contents(picture), open_pictures(over)
+    if found.axes:
+        x, y = found.axes
+        raise ValueError(f"{picture.name} is a grid, not a picture; mole grid PROMPT --x {x!r} --y {y!r} draws one like it")
+    recipe = found.recipe if found.recipe.base else with_pictures(found.recipe, **pictures)
     here = files.base if files.base == WORLD else str(find_base(files.base))
     for each in found.notes(here):
         note(printable(each))
     if recipe.base and Path(recipe.base).name != Path(here).name:
         raise ValueError(f"{picture.name} was drawn with the base {model_name(recipe.base)!r}; give it as --base")
-    pictures = open_pictures(over)
     return draw_recipe(open_studio(files), recipe, pictures, path)
 
 
@@ -101,7 +104,7 @@ def grid(
     settings: Settings,
     output: options.Output,
 ) -> Result:
-    """Draw a grid of pictures that changes along two axes.
+    """Draw a grid of pictures that changes along two axes. If it is interrupted, the cells that are left are grey.
 
     An axis is one of weight NAME, seed, arm, gates, binding, steps, guidance, sampler, clip_skip, hires or hires_strength,
     and with --image also strength. The PNG holds the recipe and both axes.
@@ -123,9 +126,15 @@ def grid(
     wanted = [studio.complete(cell) for cell in cells(first, across, down)]
     for cell in wanted:
         studio.total_steps(cell)  # raise errors before anything is drawn
-    drawn = [studio.draw(cell, **pictures) for cell in tqdm(wanted, desc="pictures", delay=2, leave=False)]
-    axes = {"x": x, "y": y}
-    infotext.save(sheet(drawn, across.labels, down.labels), path, first, axes)
+    drawn, axes = [], {"x": x, "y": y}
+    try:
+        for cell in tqdm(wanted, desc="pictures", delay=2, leave=False):
+            drawn.append(studio.draw(cell, **pictures))
+    finally:
+        if drawn:
+            infotext.save(sheet(drawn, across.labels, down.labels), path, first, axes)
+        if len(drawn) < len(wanted):
+            note(f"{len(drawn)} of {len(wanted)} pictures were drawn" + (f": {path}" if drawn else ""))
     words = f"{len(down.labels)} x {len(across.labels)} pictures: {path}"
     return Result({"out": str(path), **axes, **first.to_dict()}, words)
 
@@ -136,6 +145,10 @@ def open_recipe(prompt: str, files: options.Studio, settings: Settings) -> tuple
     from mole_diffusers.studio.picture_passes import with_pictures
 
     pictures = open_pictures(settings)
+    if settings.strength is not None and settings.image is None:
+        raise ValueError("--strength says how much of a picture is redrawn: give --image")
+    if settings.hires_strength is not None and settings.hires == 1:
+        raise ValueError("--hires-strength says how much of the enlarged picture is redrawn: give --hires")
     studio = open_studio(files)
     folder, asked = Path(settings.gates), {**vars(settings), "image": None, "mask": None}
     if settings.gates not in studio.catalog.gates and (folder / checkpoint.CONFIG).is_file():  # it has no name yet

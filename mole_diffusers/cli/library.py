@@ -66,10 +66,11 @@ def retrieve(prompt: str, base: options.Base = WORLD, *, search: Search, machine
         prompt: what you want to draw.
     """
     from mole_diffusers.retrieval.composing import report, retrieve_for
+    from mole_diffusers.studio.weight_syntax import plain_text
 
     pipe = opened(base, machine).pipe
     library = open_library(search, pipe)
-    found = retrieve_for(library, pipe, prompt, k=search.k, threshold=search.threshold)
+    found = retrieve_for(library, pipe, plain_text(prompt), k=search.k, threshold=search.threshold)
     return Result(report(library, found), in_words(found, library))
 
 
@@ -85,6 +86,7 @@ def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, sear
     """
     from mole_diffusers.retrieval.composing import composed, report
     from mole_diffusers.studio.prompt_weights import tiled_prompt
+    from mole_diffusers.studio.weight_syntax import plain_text
 
     if "<lora:" in prompt:
         raise ValueError("the library chooses the LoRAs; leave <lora:...> tags out of the prompt")
@@ -93,7 +95,7 @@ def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, sear
     library = open_library(search, page.pipe)
     page.columns["base"] = ()  # the first column, drawn last: LoRAs that do not go together are said before
     asked: dict[str, Any] = {"mode": mode, "k": search.k, "threshold": search.threshold, "gates": gates}
-    with composed(library, page.pipe, prompt, **asked) as composition:
+    with composed(library, page.pipe, plain_text(prompt), **asked) as composition:
         mixture = composition.mixture
         tiles = tiled_prompt(page.pipe, page.recipe.text, prompt_2=page.recipe.prompt_2)
         with nullcontext() if mixture is None else mixture.tiled(always=False, **tiles):

@@ -21,7 +21,7 @@ from typer import Option
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Group, Result, settings_of
-from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, named_values, opened
+from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, named_values, once, opened
 from mole_diffusers.cli.console import note
 from mole_diffusers.options import check_kinds, check_options
 from mole_diffusers.studio.names import WORLD
@@ -53,7 +53,7 @@ class Run(options.Machine):
         base (MODEL): as in the other commands. Default: emoji.
         out (FOLDER): the result, checkpoints and the log go here.
         config (FILE): a YAML or JSON file with any settings; options override it.
-        write_config (FILE): write all settings as YAML or JSON to a new file, and stop.
+        write_config (FILE): write the settings that you gave as YAML or JSON to a new file, and stop.
         resume (latest|checkpoint-N): continue the run in --out; latest also starts a new one.
     """
 
@@ -88,14 +88,18 @@ def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML, which includes JSON, except that numbers like 1e-3 are numbers; YAML 1.1 takes them for text."""
+        """YAML, which includes JSON. Numbers like 1e-3 are numbers, which YAML 1.1 takes for text, and keys come once."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            once(((str(self.construct_object(key)), None) for key, _ in node.value), f"{path}: the key")
+            return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
     try:
         found = yaml.load(path.read_text("utf-8"), Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold sections of {list(kinds)}")
@@ -294,11 +298,13 @@ def train(
         "singles": grouped_values(lesson.single, "--single"),
         "others": grouped_values(lesson.other, "--other"),
     }
-    updates = {**vars(training), "terms": dict(map(_term, training.term))}
+    updates = {**vars(training), "terms": once(map(_term, training.term), "--term")}
     del updates["term"], updates["validate"]
     experts = named_values(expert, "--expert")
     sections = {"experts": experts, "gates": vars(gates), "lesson": learned, "training": updates}
     asked = settings(run, sections, lesson.data, clip=lesson.clip)
+    if experts:
+        asked["experts"] = experts  # not beside those of the file
     if lesson.prompt or lesson.part:  # then parts in the file are of another prompt, or others
         asked["lesson"].pop("parts", None)
     if lesson.part:
@@ -475,7 +481,8 @@ def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: P
     concept = asked["concept"]
     if not asked["data"] or not (trigger := concept.get("trigger")):
         raise ValueError("--data (a folder of pictures) and --trigger (the concept's words) are needed")
-    if asked["prior"] and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
+    wanted = asked["prior"] or asked["training"].get("prior") is not None
+    if wanted and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
         raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
     pipe, side = trained_pipeline(asked, run.device), concept.get("resolution")
     check_batch(config.batch, join_processes(pipe.device), config.accumulation, "the batch")

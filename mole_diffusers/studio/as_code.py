@@ -122,7 +122,7 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
         "from mole_diffusers.studio.strength_schedule import StrengthSchedule",
         "",
         f"mixture = mole.attach({pipe}, {{{files}}}, gates={gates}, binding={binding})",
-        f"tags = parse({tags!r}).tags",
+        f"tags = parse({tags!r}, mixture.experts).tags",
         f'network = getattr({pipe}, "unet", None) or {pipe}.transformer',
         f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=network, steps={steps}{given})",
     ]

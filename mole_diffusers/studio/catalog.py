@@ -116,10 +116,12 @@ class Catalog:
         tries = sorted(product((False, True), self.loras), key=lambda each: each[1].casefold() != name.casefold())
         hits = (n for whole, n in tries if self._hash(n, whole=whole).startswith(sha256.lower()))
         if (found := next(hits, None)) is None:
-            raise ValueError(f"the LoRA {name!r} with hash {sha256[:12]} is not here; {known_names(name, self.loras)}")
+            here = matching_lora(name, self.loras)
+            known = known_names(name, self.loras) if here is None else f"{here!r} has {self._hash(here)[:12]}"
+            raise ValueError(f"the LoRA {name!r} with hash {sha256[:12]} is not here; {known}")
         return found
 
-    def _hash(self, name: str, *, whole: bool) -> str:
+    def _hash(self, name: str, *, whole: bool = False) -> str:
         """The hash of a LoRA's tensors or of its whole file."""
         if (key := (name, whole)) not in self._hashes:
             known = None if whole else self._experts.get(name)

@@ -18,6 +18,7 @@ from mole_diffusers.lora.safe_files import RefusedFileError, parse_json
 from mole_diffusers.studio.names import model_name
 from mole_diffusers.studio.recipe import Recipe, load
 from mole_diffusers.studio.samplers import SAMPLERS
+from mole_diffusers.studio.weight_syntax import balanced
 
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
 COMFY = {"workflow", "prompt"}  # ComfyUI's
@@ -87,8 +88,8 @@ def read_parameters(text: str, where: str = "the text") -> Contents:
     try:
         changed: dict[str, Any] = {"hires_strength" if hires else "strength": float(strength)} if strength else {}
         recipe = Recipe(
-            prompt="\n".join(lines[:at]).strip(),
-            negative="\n".join(lines[at:]).strip().removeprefix(NEGATIVE).strip(),
+            prompt=balanced("\n".join(lines[:at]).strip()),
+            negative=balanced("\n".join(lines[at:]).strip().removeprefix(NEGATIVE).strip()),
             seed=int(seed),
             steps=int(steps),
             guidance=float(take("Distilled CFG Scale", guidance)),

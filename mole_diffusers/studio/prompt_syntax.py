@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import itemgetter
@@ -22,16 +23,16 @@ ARGUMENTS = ("te", "unet", "lbw", "start", "stop", "step", "word", "region")
 class Curve:
     """A strength over the steps: (point, value) pairs, linear in between, constant before the first and after the last.
 
-    Points are read as sd-webui-loractl reads `value@point`. A point up to 1 is a fraction of the run, and 1 is the last
-    step. A larger point is a step, counted from 0.
+    As in sd-webui-loractl, points are in order. If the last one is at most 1, all are fractions of the run, where 1 is the
+    last step. Otherwise all are steps, counted from 0.
     """
 
     points: tuple[tuple[float, float], ...]
 
     def __call__(self, step: int, steps: int) -> float:
         """The value at `step` of a run of `steps`."""
-        # Fractions and steps, mixed, may be in order in one run and not in another.
-        knots = sorted(((p * (steps - 1) if p <= 1 else p, value) for p, value in self.points), key=itemgetter(0))
+        scale = steps - 1 if self.points[-1][0] <= 1 else 1
+        knots = [(point * scale, value) for point, value in self.points]
         for (before, low), (after, high) in zip(knots, knots[1:], strict=False):
             if before <= step < after:
                 return low + (high - low) * (step - before) / (after - before)
@@ -129,8 +130,8 @@ def parse(prompt: str, known: Iterable[str] = ()) -> Parsed:
             raise ValueError(f"the prompt has two tags for {tag.name!r}; use one")
         tags[tag.name] = tag
     text = re.sub(r"\s+", " ", TAG.sub("", prompt)).strip()
-    if (at := text.find("<lora:")) >= 0:
-        raise ValueError(f"the tag {text[at : at + 30]!r} is not closed by >")
+    if broken := re.search(r"<\s*lora\b.{,24}", text, re.IGNORECASE):
+        raise ValueError(f"the tag {broken[0]!r} is not read; a tag is <lora:NAME:STRENGTH>")
     return Parsed(text, tuple(tags.values()))
 
 
@@ -143,6 +144,8 @@ def _tag(body: str, known: Iterable[str]) -> LoraTag:
     if len(bare) > 2:
         raise ValueError(f"{where}: {bare[2]!r} is one number too many; other arguments are named: {', '.join(ARGUMENTS)}")
     given = dict(named)
+    if twice := [key for key, count in Counter(key for key, _ in named).items() if count > 1]:
+        raise ValueError(f"{where}: {twice[0]}= is there twice")
     if unknown := [key for key in given if key not in ARGUMENTS]:
         raise ValueError(f"{where}: unknown argument {unknown[0]!r}; known: {', '.join(ARGUMENTS)}")
     if "step" in given and given.keys() & {"start", "stop"}:
@@ -174,11 +177,13 @@ def _steps(given: dict[str, str], where: str) -> tuple[int, int | None]:
 
 def _curve(text: str, where: str) -> Curve:
     points = []
-    for item in re.split("[,;]", text):
-        value, _, point = item.replace("~", "@").partition("@")
-        points.append((number(point, where) if point else 0.0, number(value, where)))
-    if len(points) > 1 and ("@" not in text and "~" not in text or points != sorted(points, key=lambda pair: pair[0])):
-        raise ValueError(f"{where}: {text!r} is not a list of STRENGTH@POINT in the order of their points")
+    items = re.split("[,;]", text.replace("~", "@"))
+    for item in items:
+        value, at, point = item.partition("@")
+        if not at and len(items) > 1:
+            raise ValueError(f"{where}: {text!r} is not a list of STRENGTH@POINT")
+        points.append((number(point, where) if at else 0.0, number(value, where)))
+    points.sort(key=itemgetter(0))
     if points[0][0] < 0:
         raise ValueError(f"{where}: a point is 0 or more, got {points[0][0]:g}")
     return Curve(tuple(points))

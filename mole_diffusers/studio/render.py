@@ -197,6 +197,9 @@ class Studio:
         known = {*recipe.experts, *(tag.name for tag in parse(asked.prompt, {*asked.experts, *recipe.experts}).tags)}
         if gone := dict.fromkeys(name for row in asked.locks.values() for name in row if name not in known):
             notes.append(f"weights set by hand for {', '.join(map(repr, gone))} are left out: the prompt has no such LoRA")
+        for tag in recipe.tags:
+            if tag.start >= (last := min(recipe.steps, recipe.steps if tag.stop is None else tag.stop)):
+                notes.append(f"{tag.name!r} acts in no step: it starts at {tag.start}, and ends before {last}")
         notes += self._notes_on_tiles(recipe, is_over=image is not None)
         if "<lora:" in recipe.negative:  # as in A1111, whose pictures can be drawn
             notes.append("the tags of LoRAs in the negative prompt are read as words")

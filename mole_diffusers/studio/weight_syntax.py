@@ -17,6 +17,7 @@ MOST_WEIGHT = 100.0
 PIECE = re.compile(r"\\[()\[\]\\]|[()\[\]]|[^\\()\[\]]+|\\")
 NUMBER = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
 BREAK = "\0"
+CLOSING = {"(": ")", "[": "]"}
 
 
 class Fragment(NamedTuple):
@@ -110,6 +111,21 @@ def parse_weights(prompt: str) -> list[Chunk]:
 def plain_text(prompt: str) -> str:
     """The words of a prompt without weights and breaks. Raises what `parse_weights` raises."""
     return " ".join(chunk.text for chunk in parse_weights(prompt) if chunk.text)
+
+
+def balanced(prompt: str) -> str:
+    """A prompt with brackets in pairs, as A1111 reads it: a ) that closes nothing is text, and a ( left open ends with it.
+
+    Tags, such as <lora:fox (old):1>, stay as they are.
+    """
+    pieces, opened = [], list[str]()
+    for piece in re.findall(r"<[^<>]*>|\\.|[^\\<()\[\]]+|.", prompt, re.DOTALL):
+        if piece in CLOSING:
+            opened.append(CLOSING[piece])
+        elif piece in CLOSING.values():
+            piece = opened.pop() if piece in opened[-1:] else f"\\{piece}"
+        pieces.append(piece)
+    return "".join([*pieces, *reversed(opened)])
 
 
 def _closed(bracket: str, inside: str, start: int) -> tuple[float, int]:

@@ -253,7 +253,7 @@ BAD = [
     ("compose", ("x <lora:owl:1>",), "there is no LoRA 'owl'; known: fox"),
     ("compose", ("x <lora:fox:very>",), "'very' is not a number"),
     ("compose", ("x <lora:fox:1:lbw=1,2>",), "lbw=1,2 is not a preset"),
-    ("compose", ("x <lora:fox:0@0,1@-1>",), "order of their points"),
+    ("compose", ("x <lora:fox:0@0,1@-1>",), "a point is 0 or more"),
     ("compose", ("x <lora:fox:nan>",), "'nan' is not a finite number"),
     ("compose", ("x <lora:../../etc/passwd:1>",), "there is no LoRA '../../etc/passwd'"),
     ("compose", ("x", "", -5), "seed must be in -1.."),

@@ -16,6 +16,7 @@ from mole_diffusers.cli import main, parser
 from mole_diffusers.cli.common import parse_file
 from mole_diffusers.cli.library import THRESHOLD, Mode
 from mole_diffusers.cli.merge import Method, by_name
+from mole_diffusers.studio import infotext
 from mole_diffusers.testing import tiny_pipeline
 
 
@@ -121,6 +122,10 @@ def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, 
         (["compose", "a fox", "--expert", "a=x", "--expert", "a=y"], "--expert 'a' is given more than once: ['x', 'y']"),
         (["compose", "a fox", "--expert", "fox=a.safetensors:big"], "strength 'big' is not a number"),
         (["compose", "a fox", "--expert", "fox=missing.safetensors"], "no LoRA file at missing.safetensors"),
+        (["compose", "a fox", "--bind", "fox=a fox", "--bind", "fox=an owl"], "--bind 'fox' is given more than once"),
+        (["draw", "a fox", "--strength", "0.3"], "--strength says how much of a picture is redrawn: give --image"),
+        (["draw", "a fox", "--hires-strength", "0.3"], "--hires-strength says how much of the enlarged picture is"),
+        (["draw", "a fox", "--trained", "nowhere"], "--trained nowhere has no gates, one folder each"),
         (["compose", "a sunflower", "--bind", "sunflower=@ghost.png"], "there is no file ghost.png"),
         (["redraw", "ghost.png"], "there is no file ghost.png"),
         (["draw", "a fox", "--image", "ghost.png"], "there is no file ghost.png"),
@@ -258,6 +263,8 @@ def test_compose_binds_words_and_places(loras, base, tmp_path, capsys):
         assert main([*compose, *options, "--out", str(tmp_path / f"{name}.png")]) == 0
         pictures[name] = (tmp_path / f"{name}.png").read_bytes()
     assert pictures["bound"] != pictures["unbound"]
+    about = json.loads(Image.open(tmp_path / "unbound.png").text[infotext.SHEET])
+    assert (about["unbound"], about["strengths"]) == (True, {"fox": 1.0, "ink": 1.0})
     assert main([*compose, "--bind", "cat=cat"]) == 1
     assert "unknown expert 'cat'; attached: ['fox', 'ink']" in capsys.readouterr().err
     assert main([*compose, "--bind", "fox=fox", "--unbound"]) == 1

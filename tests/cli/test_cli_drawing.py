@@ -206,8 +206,31 @@ def test_grids_say_what_they_show(base, tmp_path, capsys):
     assert (facts["x"], facts["prompt"]) == ("sampler=Euler,UniPC", "a fox <lora:fox:1>")
     assert sheet_of(tmp_path / "g.png") == {"x": "sampler=Euler,UniPC", "y": "seed=1"}
     assert infotext.read(tmp_path / "g.png").experts == facts["experts"]
+    assert main(["redraw", str(tmp_path / "g.png"), *base]) == 1
+    assert "g.png is a grid, not a picture; mole grid PROMPT --x 'sampler=Euler,UniPC'" in capsys.readouterr().err
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     assert sheet_of(tmp_path / "x.png") == {}
+
+
+def test_an_interrupted_grid_keeps_what_was_drawn(base, tmp_path, monkeypatch, capsys):
+    from mole_diffusers.studio.render import Studio
+
+    grid = ["grid", "a fox <lora:fox:1>", *base, "--x", "seed=1,2", "--y", "steps=1", "--out"]
+    assert main([*grid, str(tmp_path / "whole.png")]) == 0
+    draw, drawn = Studio.draw, []
+
+    def once(*args, **options):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(draw(*args, **options))
+        return drawn[0]
+
+    monkeypatch.setattr(Studio, "draw", once)
+    assert main([*grid, str(tmp_path / "half.png")]) == 130
+    assert "note: 1 of 2 pictures were drawn: " in capsys.readouterr().err
+    whole, half = pixels(tmp_path / "whole.png"), pixels(tmp_path / "half.png")
+    assert np.array_equal(half[:, :-134], whole[:, :-134])
+    assert len(np.unique(half[40:-20, -120:-20].reshape(-1, 3), axis=0)) == 1  # a grey cell
 
 
 @pytest.mark.thorough

@@ -56,6 +56,8 @@ def test_retrieve_says_what_and_why(folder, capsys):
     assert capsys.readouterr().out == "cheese_wedge: 'cheese' is like its samples (0.77)\n"
     assert main(["retrieve", "a bear", "--library", str(folder)]) == 0
     assert "the prompt asks for none of the 5 LoRAs" in capsys.readouterr().out
+    assert main(["retrieve", "a birthday (cake:1.3)", "--library", str(folder), "--threshold", "0.9"]) == 0
+    assert "birthday_cake: the prompt says its trigger 'birthday cake'" in capsys.readouterr().out
 
 
 @pytest.mark.thorough

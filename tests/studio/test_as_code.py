@@ -29,8 +29,8 @@ def folder(loras, tmp_path_factory):
     """A folder with what the scripts load: the base, and the LoRA files by name."""
     folder = tmp_path_factory.mktemp("code")
     tiny_pipeline().save_pretrained(folder / "base")
-    for name in ("fox", "ink"):
-        (folder / f"{name}.safetensors").symlink_to(loras[name])
+    for name, file in {"fox": loras["fox"], "my:fox": loras["fox"], "ink": loras["ink"]}.items():
+        (folder / f"{name}.safetensors").symlink_to(file)
     return folder
 
 
@@ -40,7 +40,7 @@ def folder(loras, tmp_path_factory):
         *thorough({}, {"arm": "base"}, {"weights": False}, {"hires": 1.5, "hires_strength": 0.5}, {"arm": "alone fox"}),
         *thorough({"arm": "merge svd", "prompt": "a fox <lora:fox:0.5> <lora:ink:1>"}, {"prompt": "a fox"}),
         {"sampler": "Euler", **LOCKED},
-        {"prompt": "a (fox:1.3), in the far east, a hat <lora:fox:0.5>", "negative": "[blur]"},
+        {"prompt": "a (fox:1.3), in the far east, a hat <lora:my:fox:0.5>", "negative": "[blur]"},
         {"prompt": "a fox <lora:fox:0.5:word=fox:region=painted> <lora:ink:1:region=0,0,0.5,1>", "masks": {"fox": MASK}},
         *thorough({"image": "image.png", "strength": 0.5}),
         {"prompt": "a fox, a (hat:1.2) <lora:fox:1:word=fox> <lora:ink:1:word=hat>", "binding": "tiles", "hires": 1.5},
@@ -58,7 +58,7 @@ def test_a_script_draws_the_recipes_picture(changes, loras, folder, monkeypatch)
     mask = np.asarray(Image.linear_gradient("L").resize((40, 32))).astype(np.uint16)
     Image.fromarray(257 * mask).save("mask.png")  # of 16 bits
     pictures = {name: Image.open(changes[name]) for name in ("image", "mask") if name in changes}
-    studio = Studio(DiffusionPipeline.from_pretrained("base"), Catalog(loras, {}), "base")
+    studio = Studio(DiffusionPipeline.from_pretrained("base"), Catalog({**loras, "my:fox": loras["fox"]}, {}), "base")
     recipe = dataclasses.replace(RECIPE, **{name: value for name, value in changes.items() if name not in pictures})
     recipe = studio.complete(with_pictures(recipe, pictures.get("image"), pictures.get("mask")))
     exec(compile(as_code(recipe), "script", "exec"), {})

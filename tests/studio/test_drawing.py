@@ -176,6 +176,14 @@ def test_a_random_seed_is_in_the_recipe(studio):
     assert studio.complete(first).seed == first.seed
 
 
+@pytest.mark.parametrize(("tag", "last"), [("start=30", 2), ("stop=0", 0), ("start=1", None)])
+def test_a_tag_that_never_acts_is_said(studio, tag, last):
+    recipe = studio.complete(dataclasses.replace(RECIPE, prompt=f"a fox <lora:fox:1:{tag}>", steps=2))
+    start = tag.removeprefix("start=") if "start" in tag else 0
+    said = f"'fox' acts in no step: it starts at {start}, and ends before {last}"
+    assert studio.notes(recipe, recipe) == ([] if last is None else [said])
+
+
 def test_sizes_are_rounded_to_what_can_be_drawn(studio):
     asked = dataclasses.replace(RECIPE, width=37, height=43)
     recipe = studio.complete(asked)

@@ -6,6 +6,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.cli import main
 from mole_diffusers.studio import infotext
+from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.weight_syntax import plain_text
 
 OLD = """a castle on a hill, (stone:1.2) <lora:castle:0.8>
 Negative prompt: blurry, ugly
@@ -77,6 +79,20 @@ def test_their_settings_become_a_recipe_and_the_rest_is_said(picture, text, fiel
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours", "words"),
+    [
+        ("a fox, :) and (a hat", "a fox, :\\) and (a hat)", "a fox, :) and a hat"),
+        ("a [fox (in] ink", "a [fox (in\\] ink)]", "a fox in] ink"),
+        (r"a \) (fox:1.3) \( <lora:fox (old:1>", r"a \) (fox:1.3) \( <lora:fox (old:1>", "a ) fox ("),
+    ],
+)
+def test_brackets_that_are_left_alone_are_read_as_there(picture, theirs, ours, words):
+    recipe = infotext.read(picture(OLD.replace(OLD.split("\n")[0], theirs)))
+    assert recipe.prompt == ours
+    assert plain_text(parse(recipe.prompt).text) == words
+
+
+@pytest.mark.parametrize(
     ("sampler", "schedule", "name", "lacking"),
     [
         ("DPM++ 2M", None, "DPM++ 2M", ""),
@@ -96,6 +112,17 @@ def test_sampler_and_schedule_are_one_name(picture, sampler, schedule, name, lac
     path = picture(f"a cat\nSteps: 20, Sampler: {sampler}{apart}, CFG scale: 7, Seed: 1, Size: 64x64")
     assert infotext.read(path).sampler == name
     assert infotext.contents(path).left_out.rpartition("text: ")[2] == lacking
+
+
+def test_their_picture_is_drawn_over_the_one_that_is_given(picture, tmp_path):
+    text = "a tiger\nSteps: 4, Sampler: Euler, CFG scale: 3, Seed: 1, Size: 64x64, Denoising strength: 0.5"
+    start, theirs = tmp_path / "start.png", str(picture(text))
+    Image.effect_noise((64, 64), 90).convert("RGB").save(start)
+    over = ["--image", str(start), "--device", "cpu", "--out"]
+    assert main(["redraw", theirs, *over, str(tmp_path / "a.png")]) == 0
+    ours = ["a tiger", "--steps", "4", "--sampler", "Euler", "--seed", "1", "--width", "64", "--height", "64"]
+    assert main(["draw", *ours, "--strength", "0.5", *over, str(tmp_path / "b.png")]) == 0
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
 
 
 def test_another_model_is_said_and_kept_out_of_the_recipe(picture):

@@ -37,8 +37,9 @@ def test_a_tag_leaves_the_text_and_says_a_strength():
         ("<lora:x:1:step=1-3>", [1] * 5, [0, 1, 1, 0, 0]),
         ("<lora:x:0@0,1@1>", [0] * 5, [0, 0.25, 0.5, 0.75, 1]),
         ("<lora:x:1:unet=0~0.5;1~1>", [1] * 5, [0, 0, 0, 0.5, 1]),
-        ("<lora:x:1:unet=1@0,0@2>", [1] * 5, [1, 0.5, 0, 0, 0]),  # a point over 1 is a step
-        ("<lora:x:1:unet=1@1,0@2>", [1] * 5, [0, 0, 0, 0.5, 1]),  # the last step comes after step 2
+        ("<lora:x:1:unet=1@0,0@2>", [1] * 5, [1, 0.5, 0, 0, 0]),  # the last point is over 1, so they are steps
+        ("<lora:x:1:unet=0@0,1@1,0.2@3>", [1] * 5, [0, 1, 0.6, 0.2, 0.2]),
+        ("<lora:x:1:unet=0@2,1@1>", [1] * 5, [1, 1, 0, 0, 0]),  # in any order
         ("<lora:x:1@1>", [1] * 5, [1] * 5),  # one point holds everywhere
     ],
 )
@@ -92,14 +93,17 @@ def test_names():
         ("<lora:x:1:step=3>", "is not FIRST-LAST"),
         ("<lora:x:1:step=1-3:start=2>", "step= already says"),
         ("<lora:x:1:start=-1>", "a step is a whole number"),
-        ("<lora:x:1@0.5,0@0.2>", "in the order of their points"),
+        ("<lora:x:1,0@0.2>", "is not a list of STRENGTH@POINT"),
         ("<lora:x:1,2>", "is not a list of STRENGTH@POINT"),
         ("<lora:x:1@-1>", "a point is 0 or more"),
         ("<lora::1>", "names no LoRA"),
         ("<lora:x:1:region=nowhere>", "the region of 'x' is 'nowhere'; a region is 'auto'"),
         ("<lora:x:1:region=mask.png>", "the region of 'x' is 'mask.png'"),  # a stranger's prompt opens no file
         ("<lora:x:1> <lora:x:2>", "two tags for 'x'"),
-        ("a fox <lora:fox:1, and a hat", "the tag '<lora:fox:1, and a hat' is not closed by >"),
+        ("<lora:x:1:te=.5:te=1>", "te= is there twice"),
+        ("a fox <lora:fox:1, and a hat", "the tag '<lora:fox:1, and a hat' is not read; a tag is <lora:NAME:STRENGTH>"),
+        ("a fox < lora:fox:1>", "the tag '< lora:fox:1>' is not read"),
+        ("a fox <LoRA fox:1>", "the tag '<LoRA fox:1>' is not read"),
     ],
 )
 def test_bad_tags_are_one_clear_error(text, message):

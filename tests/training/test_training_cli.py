@@ -88,6 +88,9 @@ def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, 
     capsys.readouterr()
     assert main(["train", "--config", str(file), "--out", str(tmp_path / "three"), "--steps", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 0  # a flag goes before the file
+    other, written = ["--expert", "hat=hat.safetensors"], tmp_path / "other.json"
+    assert main(["train", "--config", str(file), *other, "--write-config", str(written)]) == 0
+    assert json.loads(written.read_text())["experts"] == {"hat": "hat.safetensors"}
 
 
 def test_parts_are_those_of_the_prompt_that_is_asked_for(flags, tmp_path, capsys, ascii_locale):
@@ -275,6 +278,8 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
     [
         ("[1, 2]", [], "must hold sections of"),
         ("{a: ", [], "is neither YAML nor JSON"),
+        ("training: {steps: 1, steps: 2}", [], "run.yaml: the key 'steps' is given more than once"),
+        ("{}", ["--term", "single", "--term", "single=2"], "--term 'single' is given more than once"),
         ("trainning: {}", [], "unknown options ['trainning'] of "),
         ("training: {stepps: 1, terms: {single: 1}}", [], "unknown options ['stepps'] of the training; known: ['terms'"),
         ("gates: {family: moe}", [], "unknown gate family 'moe'; known: "),
@@ -301,7 +306,8 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
 def test_bad_settings_are_one_line(flags, tmp_path, capsys, file, argv, message):
     path = tmp_path / "run.yaml"
     path.write_text(file)
-    given = [*flags[:6], "--config", str(path), "--prompt", "a fox in ink", "--out", str(tmp_path / "out"), *argv]
+    ours = flags[:2] if "experts" in file else flags[:6]
+    given = [*ours, "--config", str(path), "--prompt", "a fox in ink", "--out", str(tmp_path / "out"), *argv]
     assert main(["train", *given]) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -315,7 +321,8 @@ def test_yaml_means_what_it_says(flags, tmp_path):
     assert training["validation"] == {"every": 3}
     assert training["terms"] == {"single": {"weight": 1, "seeds": 2, "steps": 2}, "balance": {"weight": 0.5}}
     bare = file.read_text().replace("precision: 'no'", "precision: no\n  lr: 1e-3")
-    file.write_text(f"{bare}data:\n")
+    assert "data: []" in bare
+    file.write_text(bare.replace("data: []", "data:"))
     assert main(["train", "--config", str(file), "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
 
 
