@@ -35,7 +35,7 @@ from mole_diffusers.emoji.compositions import LARGER, compositions
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import bars
-from mole_diffusers.evaluation.regional_composers import Part
+from mole_diffusers.evaluation.regional_composers import RegionalPrompt
 from mole_diffusers.evaluation.rows import Row, Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Metrics, Setup, evaluate
 from mole_diffusers.evaluation.strength_search import best_weights, read_weights, search_arms
@@ -61,7 +61,7 @@ def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
     return {name: Bound((), boxes.get(name, "everywhere")) for name in case.concepts}
 
 
-def parts(setup: Setup, case: Case) -> dict[str, Part]:
+def parts(setup: Setup, case: Case) -> dict[str, RegionalPrompt]:
     """For each subject: a prompt that names only this one, and its square."""
     scene = scene_in(case.prompt)
     boxes = zip(scene.subjects, cells(len(scene.subjects), *case.size), strict=True)
