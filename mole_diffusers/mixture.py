@@ -266,6 +266,7 @@ class Mixture:
                     yield
                 done = True
             finally:
+                runtime.leave()
                 for trace in runtime.traces:
                     trace.record_layouts(self.layouts)
                 if binding is not None:
@@ -454,11 +455,12 @@ class Mixture:
     @contextmanager
     def _with_settings(self, **values: Any) -> Iterator[None]:
         """`_changed_while`, for a user. Raises ValueError for a mixture that is not attached: it would change nothing."""
-        with self._lock.held(around=True):
+        with self._changed_while(**values):
+            if self._runtime.collapsed:
+                raise ValueError("inside `collapsed` the experts are folded into the weights, and cannot be changed")
             if _lifted.get(self._denoiser) is not self:
                 self._check_attached()
-            with self._runtime.changed_while(**values):
-                yield
+            yield
 
     @contextmanager
     def _changed_while(self, **values: Any) -> Iterator[None]:

@@ -49,4 +49,6 @@ class RetrievalGate(nn.Module):
             raise ValueError("a retrieval gate sits at one layer and needs its experts")
         query = hidden.float() @ self.down.float().T  # [B, T, r]
         scores = answers(query, context.layer, self.up.float(), context.mask.shape[-1]) / len(self.down) ** 0.5
-        return functional.gate_weights(scores.mean(1) if self.scores == "image" else scores, context.mask, self.total)
+        return functional.gate_weights(
+            scores.mean(1) if self.scores == "image" else scores, context.mask_or_none, self.total
+        )

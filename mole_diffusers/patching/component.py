@@ -6,6 +6,7 @@ The LoRAs themselves are put on by peft, see peft_injection.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -105,8 +106,7 @@ class Component:
             if self.runtime.fixed is None and not site.gate.input_free:
                 reads = "prompt" if site.gate.step_invariant else "picture"
                 raise ValueError(f"the gate of {site.name} depends on the {reads}; give a prompt to average over")
-            masks = self.runtime.masks
-            rows = 1 if masks is None or masks.row_silent is None else len(masks.row_silent)
+            rows = self.runtime.rows_of_prompts
             layer = None
             if site.gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
                 stack = self.stacks[name]
@@ -148,7 +148,7 @@ class Component:
     def _gate(self, at: Place) -> nn.Module:
         experts = len(self.runtime.active)
         if at.name == NETWORK:  # it reads text and time, as a single token
-            return build_gate(GateConfig.from_dict(self.config.to_dict() | {"features": "pooled"}), experts, at.width)
+            return build_gate(replace(self.config, features="pooled"), experts, at.width)
         width = at.width
         if self._reads_experts:
             width = experts * sum(self.stacks[name].out for name in probed(at, self.stacks))

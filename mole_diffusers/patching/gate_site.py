@@ -83,16 +83,22 @@ class GateSite(ABC):
         if not self._may_keep():
             return None
         if self.gate.input_free:
-            return runtime.changes, len(hidden), hidden.device, self._gate_version()
+            return *self._settings(), len(hidden), hidden.device, self._gate_version()
         if self.timed and runtime.every > 1:
-            return runtime.changes, runtime.texts, runtime.calls_of_text // runtime.every, hidden.shape[:2], hidden.device
+            times = runtime.texts, runtime.calls_of_text // runtime.every
+            return *self._settings(), *times, hidden.shape[:2], hidden.device
         return None
 
     def _may_keep(self) -> bool:
-        """Whether decisions may hold beyond this call at all. Under a schedule, they change with the step."""
+        """Whether decisions may hold beyond this call at all."""
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.runtime.control is None
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What the decisions depend on besides the gate and its input."""
         runtime = self.runtime
-        learns = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return not learns and runtime.plan is None and runtime.control is None
+        if (plan := runtime.plan) is None:
+            return (runtime.changes,)
+        return runtime.changes, tuple(self._strengths()), None if (own := plan.gates(self.name)) is None else tuple(own)
 
     def _gate_version(self) -> int:
         return sum(version(p) for p in self.gate.parameters())
@@ -133,13 +139,11 @@ class GateSite(ABC):
         self, present: Present, gates: torch.Tensor, active: ActiveExperts, segment: torch.Tensor | None
     ) -> Decision:
         """Gates times the users' strengths; with `segment` [R] the gates are per rank."""
-        if segment is None:
-            if not torch.compiler.is_compiling() and active.unit_strengths:
-                return Decision(self, present, gates, gates, active.mask)
-            return Decision(self, present, gates, gates * functional.over_tokens(active.strengths, gates), active.mask)
-        mean = functional.by_expert(gates, segment, len(present))
-        ranks = gates * functional.over_tokens(active.strengths[..., segment], gates)
-        return Decision(self, present, mean, mean * functional.over_tokens(active.strengths, mean), active.mask, ranks)
+        applied = gates
+        if torch.compiler.is_compiling() or not active.unit_strengths:
+            strengths = active.strengths if segment is None else active.strengths[..., segment]
+            applied = gates * functional.over_tokens(strengths, gates)
+        return Decision(self, present, gates, applied, active.mask, segment)
 
     def _by_hand(
         self, present: Present, fixed: Sequence[float], hidden: torch.Tensor, segment: torch.Tensor | None
@@ -165,7 +169,7 @@ class GateSite(ABC):
             mask = mask & ~functional.rows_for_layer(silent, batch)  # [B, N]
         if runtime.rows is not None:
             images = runtime.images if self.timed else 1  # a text encoder sees a prompt once for all its pictures
-            factors = functional.rows_per_prompt(runtime.rows.to(hidden.device), batch, images)  # [B, N]
+            factors = functional.rows_per_prompt(onto(runtime.rows, hidden.device), batch, images)  # [B, N]
             mask, strengths = mask & (factors != 0), strengths * factors
         return ActiveExperts(mask, strengths, all_active=False, unit_strengths=False)
 
@@ -253,7 +257,7 @@ class BlockSite(GateSite):
         found = super()._validity(hidden)
         if found is None and self.reads_text and self._may_keep():
             self._texts += not self._text.again(hidden)
-            found = self.runtime.changes, self._texts, self._gate_version()
+            found = *self._settings(), self._texts, self._gate_version()
         return found
 
     def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
@@ -289,10 +293,9 @@ class ModelSite(GateSite):
 
         With gradients it is evaluated here: inside a checkpointed block it would be evaluated only the first time.
         """
+        self._deferred = hidden, tokens
         if torch.is_grad_enabled():
-            self.evaluate(hidden, tokens=tokens)
-        else:
-            self._deferred = hidden, tokens
+            self.evaluate_deferred()
 
     def evaluate_deferred(self) -> None:
         """Evaluate the gate on what was deferred, if anything was."""

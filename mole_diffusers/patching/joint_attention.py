@@ -43,11 +43,9 @@ def _closes(masks: TokenMasks, runtime: Runtime) -> bool:
 def _watch(layer: Any, runtime: Runtime, undo: Undo, *, reads_maps: bool) -> None:
     """Watch PyTorch's attention while one layer runs, with the one implementation that takes any mask."""
     picture_first = isinstance(layer, Attention)  # in SD 3; Flux and similar models have the text first
-    running: list[ExitStack] = []
 
-    def before(*_: object) -> None:
-        masks, stack = runtime.masks, ExitStack()
-        running.append(stack)
+    def watch(stack: ExitStack) -> None:
+        masks = runtime.masks
         if masks is None or torch.compiler.is_compiling():
             return
         closes, reads = _closes(masks, runtime), reads_maps and masks.wants_maps
@@ -60,8 +58,7 @@ def _watch(layer: Any, runtime: Runtime, undo: Undo, *, reads_maps: bool) -> Non
         stack.enter_context(attention_backend("native"))
         stack.enter_context(_Watched(masks, picture_first, closes=closes, reads_maps=reads))
 
-    undo.before_forward(layer, before)
-    undo.after_forward(layer, lambda *_: running.pop().close(), always_call=True)
+    runtime.around_forward(layer, watch, undo)
 
 
 class _Watched(TorchFunctionMode):

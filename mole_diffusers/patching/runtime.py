@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
+from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.patching.prompt_tokens import PromptTokens
@@ -30,19 +33,19 @@ class Decision(NamedTuple):
     Attributes:
         of: the gate's site.
         present: which experts these layers have. A site's first decision is for the largest set.
-        gates: [N], [B, N] or [B, T, N], the gate's output. For a gate per rank, the mean over each expert's ranks.
-        weights: the same times the user's strengths. The layers are multiplied by this, and by masks of tokens. Layers
+        output: [N], [B, N] or [B, T, N], the gate's output. For a gate per rank, R instead of N.
+        applied: the same times the user's strengths. The layers are multiplied by this, and by masks of tokens. Layers
             outside of blocks, which share one gate, are also multiplied by a plan's strengths for where each is.
         mask: [N] or [B, N] bool: experts that are present, active and not at strength 0.
-        per_rank: replaces `weights` if the gate weighs ranks, [R], [B, R] or [B, T, R].
+        segment: [R], the expert of each rank, if the gate weighs ranks.
     """
 
     of: GateSite
     present: Present
-    gates: torch.Tensor
-    weights: torch.Tensor
+    output: torch.Tensor
+    applied: torch.Tensor
     mask: torch.Tensor
-    per_rank: torch.Tensor | None = None
+    segment: torch.Tensor | None
 
     @property
     def place(self) -> str:
@@ -53,9 +56,17 @@ class Decision(NamedTuple):
         return self.of.name
 
     @property
-    def applied(self) -> torch.Tensor:
-        """The factors of the layers, per expert or per rank."""
-        return self.weights if self.per_rank is None else self.per_rank
+    def gates(self) -> torch.Tensor:
+        """The gate's output per expert, [N], [B, N] or [B, T, N]; for a gate per rank, the mean over each expert's ranks."""
+        return self._by_expert(self.output)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The same times the user's strengths."""
+        return self._by_expert(self.applied)
+
+    def _by_expert(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self.segment is None else functional.by_expert(values, self.segment, len(self.present))
 
 
 class ActiveExperts(NamedTuple):
@@ -109,6 +120,13 @@ class PlainSum:
         return self.ones
 
 
+class Running(threading.local):
+    """What each thread has entered around modules that run, see `Runtime.around_forward`."""
+
+    def __init__(self) -> None:
+        self.stacks: list[ExitStack] = []
+
+
 @dataclass
 class Runtime:
     """Which experts are active, how strong they are, and how far sampling is. `set` and `changed_while` change settings.
@@ -141,6 +159,7 @@ class Runtime:
     masks: TokenMasks | None = None  # the binding if it applies: weights by hand hold on every token
     closes: bool = True  # whether words are closed outside their regions: while no expert acts, the model draws as itself
     changes: int = 0
+    _running: Running = field(default_factory=Running)
     _active: dict[tuple[Present, torch.device], ActiveExperts] = field(default_factory=dict)
     _text: Callable[[], torch.Tensor | None] = lambda: None
     _blocks: list[dict[str, Any]] = field(default_factory=lambda: [{}])  # settings outside of blocks, then of each block
@@ -187,6 +206,13 @@ class Runtime:
         return self._blocks[0].get(name, getattr(self, name))
 
     @property
+    def rows_of_prompts(self) -> int:
+        """How many rows of the batch may have experts of their own; 1 if all rows have the same."""
+        if self.masks is not None and self.masks.row_silent is not None:
+            return len(self.masks.row_silent)
+        return 1 if self.rows is None else len(self.rows) * self.images
+
+    @property
     def acting(self) -> list[bool]:
         """[N]: the experts that are on, and not at strength 0."""
         return [on and strength != 0 for on, strength in zip(self.active, self.strength, strict=True)]
@@ -198,6 +224,25 @@ class Runtime:
         self.closes = any(self.acting)
         for present, device in self._active:
             self._active[present, device] = self.compute_active(present, self.strength, device)
+
+    def around_forward(self, module: nn.Module, enter: Callable[[ExitStack], object], undo: Undo) -> None:
+        """Call `enter(stack)` before each forward of `module` until `undo` closes; what it enters in `stack` ends with it.
+
+        PyTorch calls no hook after a Ctrl-C. What is left then ends in `leave`.
+        """
+
+        def before(*_: object) -> None:
+            self._running.stacks.append(ExitStack())
+            enter(self._running.stacks[-1])
+
+        undo.callback(self.leave)
+        undo.before_forward(module, before)
+        undo.after_forward(module, lambda *_: self._running.stacks.pop().close(), always_call=True)
+
+    def leave(self) -> None:
+        """Leave what an interrupted call of this thread has entered."""
+        while self._running.stacks:
+            self._running.stacks.pop().close()
 
     def on_denoiser_call(self, time: torch.Tensor, text: torch.Tensor) -> None:
         """Count a step, and the calls with its text."""

@@ -161,6 +161,7 @@ class DropIn:
         if others := [name for name in self._ordinary() if name in gone]:
             super().delete_adapters(others)
 
+    @_one_at_a_time
     def unload_lora_weights(self, **kwargs: Any) -> None:
         """Remove all experts, gates and other adapters: the original pipeline, bit for bit."""
         detach(self)
@@ -221,6 +222,7 @@ class DropIn:
         """Load experts, gates and strengths from the folder `mole` of a saved drop-in pipeline."""
         attach_kept(self, folder)
 
+    @_one_at_a_time
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline in diffusers' format, together with experts, gates and strengths.
 
@@ -258,7 +260,9 @@ class DropIn:
         Both pipelines share a mixture on the models. A call of either draws as if the mixture were attached to it.
         """
         pipe = cls._over_models_of(pipeline, **kwargs)
-        share_calls(pipe, pipe._drawing)
+        for each in (pipe, pipeline):  # either may load LoRAs
+            if isinstance(each, DropIn):
+                share_calls(each, each._drawing)
         return pipe
 
     def _drawing(self, call: Mapping[str, Any]) -> AbstractContextManager[None]:

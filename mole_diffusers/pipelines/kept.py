@@ -20,7 +20,7 @@ from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import new_folder, whole_folder
 from mole_diffusers.lora.writing import save_expert
 from mole_diffusers.merging.layers import weights_by_key
-from mole_diffusers.mixture import Mixture, attach, attached
+from mole_diffusers.mixture import Mixture, attach, attached, lock_of_pipeline
 from mole_diffusers.patching.adapter_weights import AdapterWeights, weights_by_block
 
 VERSION = 1
@@ -80,8 +80,10 @@ def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
     folder = whole_folder(Path(folder))
     kept = _kept_experts(folder, getattr(pipe, "unet", None))
     binding = {expert.name: expert.binding for expert in kept if expert.binding is not None}
-    mixture = attach(pipe, {e.name: (e.source, e.strength) for e in kept}, folder / GATES_FOLDER, binding=binding or None)
-    choose(pipe, {e.name: e.strength for e in kept if e.active}, {e.name: e.weights for e in kept if e.weights})
+    experts = {expert.name: (expert.source, expert.strength) for expert in kept}
+    with lock_of_pipeline(pipe).held():  # so that nothing is drawn with experts that are off
+        mixture = attach(pipe, experts, folder / GATES_FOLDER, binding=binding or None)
+        choose(pipe, {e.name: e.strength for e in kept if e.active}, {e.name: e.weights for e in kept if e.weights})
     return mixture
 
 

@@ -7,6 +7,7 @@ import hosts
 import pytest
 import torch
 from diffusers import StableDiffusion3PAGPipeline, StableDiffusionPipeline
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_dispatch import attention_backend
 from PIL import Image
 from tiers import thorough
@@ -909,6 +910,38 @@ def test_closed_words_of_joint_attention_are_those_written_out(other, monkeypatc
         by_hand = draw_other(other)
     torch.testing.assert_close(by_hand, closed, atol=1e-4, rtol=0)
     assert (draw_other(other) - closed).abs().max() > 1e-4
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("other", ["flux"], indirect=True)
+def test_ctrl_c_inside_joint_attention_leaves_nothing_behind(other):
+    """After a Ctrl-C PyTorch calls no hook."""
+    base = draw_other(other, steps=2)
+    _, closed = bound_pictures(other, {"fox": ("fox", "left"), "ink": ("owl", "right")}, steps=2)
+    hook = other.pipe.transformer.transformer_blocks[0].attn.to_out[0].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        draw_other(other, steps=2)
+    hook.remove()
+    assert torch.equal(draw_other(other, steps=2), closed)
+    mole.detach(other.pipe)
+    assert torch.equal(draw_other(other, steps=2), base)
+
+
+def test_ctrl_c_leaves_blocks_compiled(attach, pipe, draw):
+    """While maps are read, blocks that were compiled one by one run uncompiled."""
+    blocks = [module for module in pipe.unet.modules() if isinstance(module, BasicTransformerBlock)]
+    for block in blocks:
+        block._compiled_call_impl = block._call_impl
+    compiled = [block._compiled_call_impl for block in blocks]
+    attach(WORDS)
+    hook = blocks[-1].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, PROMPT)
+    hook.remove()
+    assert [block._compiled_call_impl for block in blocks] == compiled
 
 
 class Heard(TorchFunctionMode):

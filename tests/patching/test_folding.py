@@ -210,6 +210,26 @@ def test_an_exception_inside_collapsed_restores(pipe, loras, draw):
     assert torch.equal(draw(pipe), gated)
 
 
+def test_settings_are_refused_while_weights_are_folded(pipe, loras, draw):
+    mixture = mole.attach(pipe, loras)
+    with mixture.collapsed():
+        folded = draw(pipe)
+        blocks = mixture.only("fox"), mixture.strengths({"fox": 5}), mixture.fixed({"fox": 0}), mixture.tiled()
+        for block in blocks:
+            with pytest.raises(ValueError, match="inside `collapsed` the experts are folded"), block:
+                pass
+        assert torch.equal(draw(pipe), folded)
+
+
+def test_sets_of_each_prompt_are_exported_at_their_mean(pipe, loras, draw, tmp_path):
+    mixture, path = mole.attach(pipe, loras, binding=None), tmp_path / "one.safetensors"
+    with mixture.rows([{"fox": 1.0}, {"fox": 0.5, "ink": 1.0}]):
+        mixture.export_lora(path, ["a fox", "a hat"], dtype=torch.float32)
+    with mixture.fixed({"fox": 0.75, "ink": 0.5}):
+        wanted = draw(pipe)
+    torch.testing.assert_close(load_stock(path, draw), wanted, **CLOSE)
+
+
 def test_a_quantised_host_is_refused_and_stays(pipe, loras):
     mixture = mole.attach(pipe, loras)
     weight = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.base_layer.weight

@@ -8,6 +8,7 @@ import mole_diffusers as mole
 from benchmarks.hosts import inputs
 from mole_diffusers import functional
 from mole_diffusers.gates import ConstantGate, FlowGate, MoLEGate
+from mole_diffusers.patching.gate_site import GateSite
 from mole_diffusers.patching.gated_linear import GatedExperts
 from mole_diffusers.testing import tiny_pipeline
 
@@ -194,6 +195,50 @@ def test_a_sum_is_evaluated_once_and_traced_at_every_step(pipe, loras, step, mon
     mixture.strength("fox", 0.0)
     step()
     assert len(calls) > once
+
+
+class Schedule:
+    """Strengths that change with the step, by hand."""
+
+    def __init__(self):
+        self.now = 1.0
+
+    def part(self, part):
+        return [1.0, self.now, 1.0]
+
+    def block(self, module):
+        return [1.0, 1.0, 0.5 if "up_blocks" in module else 1.0]
+
+    def gates(self, place):
+        return None
+
+
+@pytest.mark.parametrize("family", ["sum", *thorough("factors")])
+def test_under_a_schedule_gates_are_asked_when_its_strengths_change(pipe, loras, step, monkeypatch, family):
+    mixture, schedule, decided = mole.attach(pipe, loras, family), Schedule(), []
+    decide = GateSite._decide
+    monkeypatch.setattr(GateSite, "_decide", lambda *a: decided.append(0) or decide(*a))
+    with mixture.planned(schedule):
+        first = step()
+        once = len(decided)
+        torch.testing.assert_close(step(), first, **CLOSE)
+        assert len(decided) == once > 0
+        schedule.now = 0.25
+        second = step()
+        assert len(decided) == 2 * once
+    with mixture.strengths({"ink": 0.25}), mixture.planned(Schedule()):
+        torch.testing.assert_close(step(), second, **CLOSE)
+    assert (second - first).abs().max() > 1e-4
+
+
+def test_what_an_interrupted_call_deferred_is_not_read_by_the_next(pipe, loras, awake, step):
+    awake(mole.attach(pipe, loras, "prompt"))
+    wanted = pipe.unet(step.sample, torch.tensor(500), step.text)[0]
+    hook = pipe.unet.conv_in.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(text=step.text * 5)
+    hook.remove()
+    torch.testing.assert_close(pipe.unet(step.sample, torch.tensor(500), step.text)[0], wanted, **CLOSE)
 
 
 def test_gates_of_the_text_are_evaluated_when_it_changes(pipe, loras, awake, step, monkeypatch):

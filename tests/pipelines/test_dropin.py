@@ -18,7 +18,7 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
-from mole_diffusers.pipelines import attach_kept, keep
+from mole_diffusers.pipelines import attach_kept, drop_in, keep
 from mole_diffusers.testing import tiny_lora
 
 BOTH = ["sd15", *thorough("sdxl")]
@@ -279,6 +279,46 @@ def test_a_pipeline_of_from_pipe_draws_as_if_the_mixture_were_attached_to_it(kin
         assert (draw(again, **call) - wanted["again"]).abs().max() > 1e-3
     mole.detach(pipe)
     same(hosts.draw(over, hosts.IMAGE), base)
+
+
+def test_a_lora_that_another_pipeline_loads_is_drawn_in_tiles_too(kind, tmp_path):
+    made, _ = kind
+    made.save_pretrained(tmp_path / "saved")
+    pipe = hosts.quiet(type(made).from_pretrained(tmp_path / "saved"))
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i, size=2.0) for i, n in enumerate(("fox", "owl"))}
+    call = {"num_inference_steps": 2, "width": 64, "height": 32, "output_type": "pt"}
+
+    def draw(pipe):
+        return pipe("fox&owl", generator=torch.Generator().manual_seed(0), **call).images
+
+    other = hosts.quiet(type(made).from_pipe(pipe))
+    for name, file in files.items():
+        other.load_lora_weights(file, adapter_name=name)
+        other.mixture.bind({name: name})
+    drawn = draw(pipe)
+    same(drawn, draw(other))
+    other.mixture.bind({name: name for name in files})
+    with other.mixture.tiled(0):
+        assert (draw(pipe) - drawn).abs().max() > 1e-3
+
+
+def test_saving_waits_for_what_another_thread_loads(kind, tmp_path, monkeypatch):
+    pipe, _ = kind
+    files = [tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=n) for n in range(2)]
+    pipe.load_lora_weights(files[0], adapter_name="first")
+    loading = threading.Thread(target=pipe.load_lora_weights, args=(files[1], "second"))
+
+    def kept(mixture, folder):
+        keep(mixture, folder)
+        loading.start()
+        loading.join(0.2)
+
+    monkeypatch.setattr(drop_in, "keep", kept)
+    pipe.save_pretrained(tmp_path / "saved")
+    loading.join()
+    assert list(pipe.mixture.experts) == ["first", "second"]
+    pipe.load_mixture(tmp_path / "saved" / "mole")
+    assert list(pipe.mixture.experts) == ["first"]
 
 
 def test_a_kind_without_a_dropin_is_refused():
