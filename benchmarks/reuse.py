@@ -36,13 +36,15 @@ def differences(world: Any, pair: str) -> dict[str, float]:
     mixture = mole.attach(world.pipe, experts, gates=world.gates[pair])
     scene = emoji.composition_scene(names)
     draw = partial(drawn, world.pipe, scene.caption, width=scene.size[0], height=scene.size[1])
-    whole, found = draw(0), {}
-    for k in EVERY:
-        with mixture.every(k):
-            found[f"every {k}"] = draw(0)
-    found["another seed"] = draw(1)
-    mole.attach(world.pipe, experts, "sum")
-    found["sum"] = draw(0)
+    found = {}
+    with mixture.tiled(0):  # each tile has a text of its own, so gates are asked in every step
+        whole = draw(0)
+        for k in EVERY:
+            with mixture.every(k):
+                found[f"every {k}"] = draw(0)
+        found["another seed"] = draw(1)
+    with mole.attach(world.pipe, experts, "sum").tiled(0):
+        found["sum"] = draw(0)
     mole.detach(world.pipe)
     return {name: (picture - whole).abs().mean().item() for name, picture in found.items()}
 

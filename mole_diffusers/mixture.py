@@ -211,7 +211,8 @@ class Mixture:
     def every(self, calls: int) -> AbstractContextManager[None]:
         """Evaluate the denoiser's gates only in every `calls`-th of its calls, and reuse their weights in between.
 
-        A new text starts over. With gradients, and in a compiled model, gates are evaluated in every call.
+        A new text starts over, so it changes nothing in steps that are drawn in tiles, which have texts of their own. With
+        gradients, and in a compiled model, gates are evaluated in every call.
         """
         if not isinstance(calls, int) or calls < 1:
             raise ValueError(f"gates can be evaluated in one of 1 or more calls, got {calls}")

@@ -16,6 +16,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound
+from mole_diffusers.gates.seen import Seen
 from mole_diffusers.patching.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, prompted_rows
 from mole_diffusers.patching.things import Asked, By, Settle, Things, Tiling
 from mole_diffusers.patching.undo import replaced_forward
@@ -132,6 +133,8 @@ class Tiles:
         self.pipe, self.tiling, self.reader = asked.pipe, asked.tiling, DenoiserInputs(asked.pipe.unet)
         # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
         self._found: dict[tuple[int, int, int], list[Tile]] = {}
+        self._last, self._texts = Seen(), list[torch.Tensor]()  # the last text, and what each tile reads instead
+        self._prompted = torch.zeros(0)
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
@@ -199,7 +202,9 @@ class Tiles:
         closed.
         """
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
-        prompted = prompted_rows(self.pipe, text, latents)
+        if not self._last.again(text) or len(self._texts) != len(tiles):
+            self._prompted = prompted_rows(self.pipe, text, latents)  # [B]
+            self._texts = [torch.where(self._prompted[:, None, None], tile.text.to(text), text) for tile in tiles]
         call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
         masks = torch.stack([tile.mask for tile in tiles]).to(latents)  # [K, H, W]
         shares, outside = masks / masks.sum(0).clamp_min(1), (1 - masks.sum(0)).clamp_min(0)
@@ -207,12 +212,12 @@ class Tiles:
         out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
         if outside.any():
             out += outside * whole(**call)[0]
-        for tile, share in zip(tiles, shares, strict=True):
+        for tile, own, share in zip(tiles, self._texts, shares, strict=True):
             top, bottom, left, right = tile.box
             changed = {
                 "sample": latents[..., top:bottom, left:right].contiguous(),
-                "encoder_hidden_states": torch.where(prompted[:, None, None], tile.text.to(text), text),
-                **self._pooled(tile, prompted, kwargs.get("added_cond_kwargs")),
+                "encoder_hidden_states": own,
+                **self._pooled(tile, self._prompted, kwargs.get("added_cond_kwargs")),
             }
             with self.by(tile.names):
                 part = self.pipe.unet(**call | changed)[0]
