@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 MAX_HEADER = 8 << 20  # bytes; far more than a LoRA's header with all training tags and a thumbnail
 MAX_TENSORS = 20_000
 MAX_MARKS = 500_000  # opening brackets and colons; keeps parsing a header cheap whatever it contains
+MAX_NAME = 500  # characters of a tensor's name; keeps reading a name cheap
 MAX_DIMS = 8
 MAX_MESSAGE = 1000  # characters of an error message
 MAX_DEPTH = 8  # of nested lists and objects in a JSON file
@@ -248,6 +249,8 @@ def _kind(head: bytes) -> str:
 
 
 def _entry(key: str, value: Any, path: Path) -> _Entry:
+    if len(key) > MAX_NAME:
+        raise RefusedFileError(f"{path}: the name of a tensor has {len(key)} characters; at most {MAX_NAME} are read")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise RefusedFileError(f"{path}: tensor {key!r} lacks a plain dtype, shape and data_offsets")
     name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -75,6 +75,7 @@ BAD = {
     "size and shape": (raw({"a": ONE | {"shape": [3]}}), "takes 12 bytes"),
     "overflow": (raw({"a": ONE | {"shape": [2**40, 2**40]}}), "which no memory could hold"),
     "huge and empty": (raw({"a": ONE | {"shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}}), "which no memory could hold"),
+    "long name": (raw({"oft_" * 150: ONE}), "the name of a tensor has 600 characters; at most 500 are read"),
     "negative shape": (raw({"a": ONE | {"shape": [-2]}}), "whole numbers"),
     "boolean shape": (raw({"a": ONE | {"shape": [True, 2]}}), "whole numbers"),
     "many dimensions": (raw({"a": ONE | {"shape": [1] * 99 + [2]}}), "whole numbers"),
