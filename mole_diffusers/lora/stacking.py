@@ -82,10 +82,14 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
     found: dict[str, dict[str, LoraWeights]] = {}
     unmatched: dict[str, str] = {}
     for component, layers in expert.layers.items():
-        modules = _modules_by_key(hosts[component]) if component in hosts else {}
+        if (host := hosts.get(component)) is None:
+            unmatched |= {f"{component}.{key}": f"there is no {component}" for key in layers}
+            continue
+        modules, kinds = _modules_by_key(host), {layer_key(name): type(m).__name__ for name, m in host.named_modules()}
         for key, weights in layers.items():
             if key not in modules:
-                unmatched[f"{component}.{key}"] = _why_unmatched(key, component, hosts.get(component))
+                has = f"has a {kinds[key]} there, which takes no LoRA" if key in kinds else "has no such layer"
+                unmatched[f"{component}.{key}"] = f"the {component} {has}"
                 continue
             name, module = modules[key]
             _check_fits(about, f"{component}.{name}", weights, module)
@@ -94,15 +98,6 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
         key, why = next(iter(unmatched.items()))
         raise RefusedFileError(f"{about}: none of its {len(unmatched)} layers is in this pipeline, {key} since {why}")
     return Match(found, unmatched)
-
-
-def _why_unmatched(key: str, component: str, host: nn.Module | None) -> str:
-    if host is None:
-        return f"there is no {component}"
-    kind = next((type(m).__name__ for name, m in host.named_modules() if layer_key(name) == key), None)
-    return (
-        f"the {component} has no such layer" if kind is None else f"the {component} has a {kind} there, which takes no LoRA"
-    )
 
 
 def _modules_by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:

@@ -252,20 +252,25 @@ def test_what_a_file_says_of_itself_breaks_no_line(pipe, loras, tmp_path):
         mole.attach(pipe, {"fox": tmp_path / "strange.safetensors"})
 
 
-def test_every_layer_of_every_part_is_matched_or_has_a_reason(pipe, tmp_path):
-    """The report of what a file's layers met."""
+def test_every_layer_of_every_part_is_matched_or_has_a_reason(pipe, tmp_path, monkeypatch):
+    """The report of what a file's layers met. The model is not searched once more for each that it lacks."""
     from mole_diffusers.lora.stacking import match
 
     tensors = {}
-    for stem in ("lora_unet_down_blocks_7_resnets_0_conv1", "lora_te2_text_model_encoder_layers_0_mlp_fc1", LAYER):
+    other = ("lora_unet_down_blocks_7_resnets_0_conv1", "lora_unet_mid_block_resnets_0_norm1")
+    for stem in (*other, "lora_te2_text_model_encoder_layers_0_mlp_fc1", LAYER):
         tensors |= {f"{stem}.lora_down.weight": torch.ones(2, 16), f"{stem}.lora_up.weight": torch.ones(16, 2)}
     save_file(tensors, tmp_path / "x")
+    walks, walk = [], pipe.unet.named_modules
+    monkeypatch.setattr(pipe.unet, "named_modules", lambda: walks.append(1) or walk())
     found = match(read_expert(tmp_path / "x"), {"unet": pipe.unet, "text_encoder": pipe.text_encoder})
     assert {part: list(layers) for part, layers in found.layers.items()} == {
         "unet": ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
     }
     assert found.unmatched == {
         "unet.down_blocks_7_resnets_0_conv1": "the unet has no such layer",
+        "unet.mid_block_resnets_0_norm1": "the unet has a GroupNorm there, which takes no LoRA",
         "text_encoder_2.encoder_layers_0_mlp_fc1": "there is no text_encoder_2",
     }
+    assert len(walks) == 2
     assert len(lora_layers(pipe, ATTENTION)) > 1
