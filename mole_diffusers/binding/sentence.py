@@ -148,10 +148,15 @@ def _words(text: str, phrases: Sequence[Sequence[str]]) -> list[dict[Span, int]]
         if phrase
         for match in pattern(phrase).finditer(text)
     ]
+    outer, end = set(), -1
+    for span in sorted({span for span, *_ in found}, key=lambda span: (span[0], -span[1])):
+        if span[1] > end:  # otherwise it lies inside of one before it
+            outer.add(span)
+            end = span[1]
     words: list[dict[Span, int]] = [{} for _ in phrases]
-    for (a, b), k, i in sorted(found):
-        if not any(c <= a and b <= d and (d - c) > (b - a) for (c, d), *_ in found):
-            words[k].setdefault((a, b), i)
+    for span, k, i in sorted(found):
+        if span in outer:
+            words[k].setdefault(span, i)
     return words
 
 

@@ -1,11 +1,15 @@
 """Words of a prompt: whose they are, and which of them have a place."""
 
+import random
+import time
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mole_diffusers.binding.parts import prompts_apart
+from mole_diffusers.binding.sentence import parse, pattern
 from mole_diffusers.binding.words import joined, keys, overlaid, read
 from mole_diffusers.emoji import default_folder
 
@@ -97,6 +101,19 @@ def test_the_longer_phrase_counts_and_a_shared_word_is_of_both(clip):
     owned, things, _ = found(clip, "a fox and an owl", ["fox"], ["fox"])
     assert owned == [["fox</w>"], ["fox</w>"]]
     assert things == [(0, 1, "fox"), ("owl",)]  # one thing of both
+
+
+def test_of_phrases_inside_one_another_the_longest_counts_however_many_there_are():
+    rng = random.Random(0)
+    for _ in range(200):
+        text, *phrases = ("".join(rng.choices(["a", "b", " ", "a b", "s "], k=k)) for k in (12, 1, 2, 2, 3, 3))
+        spans = [{m.span() for m in pattern(p).finditer(text)} if p else set() for p in phrases]
+        longer = [(c, d) for each in spans for c, d in each]
+        wanted = [{(a, b) for a, b in s if not any(c <= a <= b <= d and d - c > b - a for c, d in longer)} for s in spans]
+        assert [set(each) for each in parse(text, [[p] for p in phrases]).words] == wanted
+    begun = time.process_time()
+    parse("a b " * 1200, [["a " + "b a " * n for n in range(32)], ["b " + "a b " * n for n in range(32)]])
+    assert time.process_time() - begun < 2  # 10 s if each is compared to all others
 
 
 def test_marks_before_words_and_case_are_those_of_the_tokenizer(sentencepiece):
