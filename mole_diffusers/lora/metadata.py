@@ -89,17 +89,18 @@ class Scaling:
 
     Attributes:
         alpha: None: equal to the rank.
-        patterns: end of a module's name, or the whole name after "^" -> alpha; the first match counts.
+        patterns: end of a module's name, or the whole name after "^" -> its place in the config, and alpha; the first that
+            fits counts.
         root: divide by sqrt(r), as rsLoRA does.
         rank: of layers whose matrices do not tell it, LoKr's with two whole ones; None: their scale is 1.
-        ranks: patterns like those of alphas -> rank.
+        ranks: patterns like those of alphas -> place, and rank.
     """
 
     alpha: float | None = None
-    patterns: Mapping[str, float] = field(default_factory=dict)
+    patterns: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     root: bool = False
     rank: float | None = None
-    ranks: Mapping[str, float] = field(default_factory=dict)
+    ranks: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def __call__(self, module: str, told: int | None) -> float:
         """The scale of a layer whose matrices tell this rank."""
@@ -110,10 +111,11 @@ class Scaling:
         return (rank if alpha is None else alpha) / (rank**0.5 if self.root else rank)
 
 
-def _named(patterns: Mapping[str, float], module: str, default: float | None) -> float | None:
+def _named(patterns: Mapping[str, tuple[int, float]], module: str, default: float | None) -> float | None:
     """The number of the first pattern that fits a module's name."""
-    given = (number for name, number in patterns.items() if name == f"^{module}" or f".{module}".endswith(f".{name}"))
-    return next(given, default)
+    parts = module.split(".")
+    fitting = (f"^{module}", *(".".join(parts[i:]) for i in range(len(parts))))
+    return min((patterns[name] for name in fitting if name in patterns), default=(0, default))[1]
 
 
 def scalings(metadata: Mapping[str, str], config: Mapping[str, Any] | None = None) -> dict[str, Scaling]:
@@ -151,17 +153,20 @@ def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
     if config.get("peft_type") != "LOKR":
         return Scaling(alpha, named, root)
     rank, ranks = _numbers(config.get("r"), config.get("rank_pattern"), "a rank", where)
-    if min([*ranks.values(), 1 if rank is None else rank]) < 1:
+    if any(number < 1 for _, number in ranks.values()) or (rank is not None and rank < 1):
         raise ValueError(f"its {where} holds a rank below 1")
     return Scaling(alpha, named, root, rank, ranks)
 
 
-def _numbers(general: Any, by_name: Any, what: str, where: str) -> tuple[float | None, dict[str, float]]:
+def _numbers(general: Any, by_name: Any, what: str, where: str) -> tuple[float | None, dict[str, tuple[int, float]]]:
     """A number of PEFT's config for all layers, and those by the names of modules. ValueError if they are anything else."""
     patterns = by_name or {}
     if not isinstance(patterns, dict) or not all(map(_is_number, [*patterns.values(), 0 if general is None else general])):
         raise ValueError(f"its {where} holds {what} that is not a finite number")
-    named = {pattern.replace(r"\.", ".").removesuffix("$"): float(value) for pattern, value in patterns.items()}
+    named = {
+        pattern.replace(r"\.", ".").removesuffix("$"): (place, float(value))
+        for place, (pattern, value) in enumerate(patterns.items())
+    }
     if unknown := [name for name in named if not MODULE.fullmatch(name)]:
         raise ValueError(f"its {where} has {what} for {unknown[0]!r}, which is not the name of a module, nor its end")
     return None if general is None else float(general), named

@@ -13,6 +13,7 @@ import mole_diffusers as mole
 from mole_diffusers import read_expert, save_expert
 from mole_diffusers.functional import low_rank
 from mole_diffusers.lora import factors, safe_files
+from mole_diffusers.lora.metadata import PEFT_METADATA, scalings
 from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.pipelines import attach_kept, keep
 from mole_diffusers.testing import ATTENTION, lora_layers
@@ -137,6 +138,16 @@ def test_lokr_in_factors_is_never_multiplied_out(tmp_path):
     weights = expert.layers["unet"][KEY.removeprefix("unet.")]
     assert (weights.rank, weights.down.shape, weights.up.shape) == (1, (1, 8000), (8000, 1))
     torch.testing.assert_close(weights.up[:7] @ weights.down[:, -7:], torch.ones(7, 7))
+
+
+def test_alphas_by_name_are_looked_up_however_many_there_are():
+    alphas = {"b.to_q": 2, "to_q": 3} | {f"{i}.to_q": i for i in range(30_000)}
+    config = {"unet.alpha_pattern": alphas, "unet.lora_alpha": 1}
+    scaling = scalings({PEFT_METADATA: json.dumps(config)})["unet"]
+    begun = time.process_time()
+    scales = [scaling(f"a.{name}", 1) for _ in range(500) for name in ("b.to_q", "7.to_q", "7.to_k")]
+    assert time.process_time() - begun < 1  # 3 s if all are tried for each layer
+    assert scales == [2, 3, 1] * 500
 
 
 @pytest.mark.parametrize("shape", [(9, 4, 30), (30, 4, 9), (5, 12, 7)])
