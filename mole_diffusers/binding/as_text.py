@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from mole_diffusers.binding.regions import EVERYWHERE, Region, region_picture
+from mole_diffusers.lora.safe_files import PICTURE_ERRORS
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # file endings of masks
 MASK, MOST_PIXELS = "png:", 16 << 20
@@ -58,12 +59,12 @@ def mask_text(mask: Image.Image) -> str:
 
 def read_mask(text: str) -> Image.Image:
     """The inverse of `mask_text`, in plain grey. Raises ValueError for anything else."""
+    if not text.startswith(MASK):
+        raise ValueError(f"a mask begins with {MASK!r}")
     try:
-        if not text.startswith(MASK):
-            raise ValueError(f"a mask begins with {MASK!r}")
         with Image.open(io.BytesIO(base64.b64decode(text.removeprefix(MASK), validate=True)), formats=["PNG"]) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError("a mask that is too large")
-            return image.convert("L")
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            if image.width * image.height <= MOST_PIXELS:
+                return image.convert("L")
+    except PICTURE_ERRORS as error:
         raise ValueError("a mask is a PNG in base64") from error
+    raise ValueError(f"a mask has at most {MOST_PIXELS} pixels")

@@ -28,6 +28,9 @@ MAX_DIMS = 8
 MAX_MESSAGE = 1000  # characters of an error message
 MAX_DEPTH = 8  # of nested lists and objects in a JSON file
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]  # of pictures
+PICTURE_ERRORS = (  # what Pillow raises for a broken picture: of its parts after the pixels, whatever reading them raises
+    OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -161,7 +164,7 @@ def read_picture(path: Path, what: str, *, most: float = math.inf) -> Image.Imag
                 return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except PICTURE_ERRORS as error:
         why = str(error).replace(f"{path.parent}/", "")  # visitors are not told where their files lie
         raise RefusedFileError(f"{what} cannot be read as a picture: {why}") from error
     raise RefusedFileError(f"{what} has {pixels} pixels, more than {most:.0f}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mole_diffusers.lora.safe_files import RefusedFileError, parse_json
+from mole_diffusers.lora.safe_files import PICTURE_ERRORS, RefusedFileError, parse_json
 from mole_diffusers.studio.names import model_name
 from mole_diffusers.studio.recipe import Recipe, load
 from mole_diffusers.studio.samplers import SAMPLERS
@@ -244,5 +243,5 @@ def _texts(path: Path) -> dict[str, str]:
             return before if {OWN, PARAMETERS} & before.keys() else dict(image.text)
     except Image.DecompressionBombError:
         raise ValueError(f"{path.name} is an animation or has more than {MAX_PIXELS >> 20} million pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except PICTURE_ERRORS as error:
         raise ValueError(f"{path.name} is not a PNG that can be read") from error

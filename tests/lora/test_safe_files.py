@@ -1,16 +1,20 @@
 """Files from strangers are read by content: good ones bit for bit, bad ones refused with the sentence that says why."""
 
+import base64
 import hashlib
 import io
 import json
 import pickle
 import struct
+import zlib
 
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
+from mole_diffusers.binding.as_text import MASK, read_mask
 from mole_diffusers.lora.safe_files import (
     DTYPES,
     MAX_HEADER,
@@ -18,8 +22,10 @@ from mole_diffusers.lora.safe_files import (
     RefusedFileError,
     path_inside,
     read_json,
+    read_picture,
     read_safetensors,
 )
+from mole_diffusers.studio import infotext
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -139,6 +145,21 @@ def test_bad_json_is_refused(tmp_path, content, message):
 def test_json_that_is_good(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"a": [1, {"b": "ü"}]}))
     assert read_json(tmp_path / "x.json") == {"a": [1, {"b": "ü"}]}
+
+
+@pytest.mark.parametrize("kind", [b"iCCP", b"gAMA", b"cHRM", b"tRNS"])
+def test_a_part_after_the_pixels_that_lacks_its_data_is_a_broken_picture(tmp_path, kind):
+    """Pillow raises an error of its own for each of them, and only where it has opened the picture already."""
+    Image.new("L", (4, 4)).save(file := io.BytesIO(), "PNG")
+    pixels, end = file.getvalue()[:-12], file.getvalue()[-12:]
+    part = pixels + struct.pack(">I4sBI", 1, kind, 0, zlib.crc32(kind + b"\0")) + end
+    (tmp_path / "x.png").write_bytes(part)
+    with pytest.raises(ValueError, match="a mask is a PNG in base64"):
+        read_mask(MASK + base64.b64encode(part).decode())
+    with pytest.raises(ValueError, match="x.png is not a PNG that can be read"):
+        infotext.read(tmp_path / "x.png")
+    with pytest.raises(RefusedFileError, match="it cannot be read as a picture"):
+        read_picture(tmp_path / "x.png", "it")
 
 
 def test_an_index_names_files_inside_its_folder_only(tmp_path):
