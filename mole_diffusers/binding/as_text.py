@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mole_diffusers.binding.regions import EVERYWHERE, Region, region_picture
-from mole_diffusers.lora.safe_files import PICTURE_ERRORS
+from mole_diffusers.lora.safe_files import PICTURE_ERRORS, read_picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # file endings of masks
 MASK, MOST_PIXELS = "png:", 16 << 20
@@ -18,7 +19,7 @@ MASK, MOST_PIXELS = "png:", 16 << 20
 def parse_binding(text: str, option: str) -> tuple[str, Any]:
     """NAME=WORDS[@REGION] as (name, what `bound` takes). Phrases are separated by |; a box is 0,0,0.5,1.
 
-    Raises ValueError naming `option`.
+    A region that ends like a picture's name is a mask in a file. Raises ValueError naming `option`, and FileNotFoundError.
     """
     name, sign, rest = text.partition("=")
     if not sign or not name or not rest:
@@ -29,8 +30,7 @@ def parse_binding(text: str, option: str) -> tuple[str, Any]:
     if not at:
         return name, parse_phrases(words)
     if region.lower().endswith(PICTURES):
-        with Image.open(region) as image:
-            return name, (parse_phrases(words), image.copy())
+        return name, (parse_phrases(words), read_picture(Path(region), f"{option} {region}", most=MOST_PIXELS))
     return name, (parse_phrases(words), parse_region(region))
 
 

@@ -100,6 +100,15 @@ def test_a_mask_picture_is_typed_as_a_file(tmp_path):
     assert region.getpixel((1, 1)) == 255
 
 
+def test_a_mask_that_is_no_picture_or_too_large_is_refused_by_option(tmp_path):
+    """Pillow takes every kind of picture by itself, and runs Ghostscript for one of them."""
+    (tmp_path / "other.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    Image.new("1", (4096, 4097)).save(tmp_path / "large.png")
+    for name, why in (("other", "cannot be read as a picture"), ("large", "has 16781312 pixels, more than 16777216")):
+        with pytest.raises(ValueError, match=f"--bind .*{name}.png {why}"):
+            parse_binding(f"fox=fox@{tmp_path / name}.png", "--bind")
+
+
 @pytest.mark.parametrize("bad", ["fox", "=fox", "fox=", "fox=fox@0,0,x,1"])
 def test_what_cannot_be_read_is_refused(bad):
     with pytest.raises(ValueError, match=r"--bind|not a box"):
