@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from mole_diffusers.binding.config import Bound, from_json, to_json
 from mole_diffusers.lora import Expert, read_expert
@@ -25,6 +26,7 @@ from mole_diffusers.patching.adapter_weights import AdapterWeights, weights_by_b
 
 VERSION = 1
 MAX_INDEX = 256 << 20  # bytes; it contains mask pictures
+MAX_MASKS = 128 << 20  # pixels of all masks; a white one takes a thousandth of that in a file
 INDEX, EXPERTS, GATES_FOLDER = "mixture.json", "experts", "gates"
 FILE = re.compile(r"[0-9]{1,4}\.safetensors")  # as `keep` names them; expert names may hold characters that paths cannot
 
@@ -115,6 +117,7 @@ def _kept_experts(folder: Path, unet: Any) -> list[_Kept]:
     if not isinstance(about, dict) or (about.get("format"), about.get("version")) != ("mole_diffusers.mixture", VERSION):
         raise RefusedFileError(f"{folder / INDEX} is not of format mole_diffusers.mixture, version {VERSION}")
     kept: list[_Kept] = []
+    pixels = 0
     rows = about.get("experts")
     for row in rows if isinstance(rows, list) and rows else [{}]:
         try:
@@ -125,10 +128,15 @@ def _kept_experts(folder: Path, unet: Any) -> list[_Kept]:
             raise RefusedFileError(f"{folder / INDEX} is not complete: {error!r}") from error
         if not isinstance(file, str) or not FILE.fullmatch(file):
             raise RefusedFileError(f"{folder / INDEX}: {file!r} is not the name of a file in {EXPERTS}/")
+        if binding is not None and isinstance(binding.region, Image.Image):
+            pixels += binding.region.width * binding.region.height
+        if pixels > MAX_MASKS:
+            raise RefusedFileError(f"{folder / INDEX}: its masks have more than {MAX_MASKS} pixels")
         source = folder / EXPERTS / file
-        if any(name == other.name for other in kept) or not math.isfinite(strength) or not source.is_file():
+        is_twice = any(name == other.name or source == other.source for other in kept)
+        if is_twice or not math.isfinite(strength) or not source.is_file():
             raise RefusedFileError(
-                f"{folder / INDEX}: expert {name!r} must come once, with a finite strength and a file in {EXPERTS}/"
+                f"{folder / INDEX}: expert {name!r} must come once, with a finite strength and its own file in {EXPERTS}/"
             )
         kept.append(_Kept(name, source, strength, bool(active), binding, weights))
     return kept

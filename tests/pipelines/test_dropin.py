@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiers import thorough
 
 import mole_diffusers as mole
+from mole_diffusers.binding.config import Bound, to_json
 from mole_diffusers.lora import read_expert
+from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.pipelines import attach_kept, drop_in, keep
 from mole_diffusers.testing import tiny_lora
 
@@ -146,6 +148,7 @@ ROW = {"name": "fox", "file": "0.safetensors", "strength": 1}
         ({"experts": [{"name": "fox"}]}, "is not complete"),
         ({"experts": []}, "is not complete"),
         ({"experts": [{"name": "fox", "file": "../fox", "strength": 1}]}, "not the name of a file in experts/"),
+        ({"experts": [ROW, {**ROW, "name": "ink"}]}, "'ink' must come once, with a finite strength and its own file in"),
         ({"experts": [{**ROW, "weights": 3}]}, "the weights of 'fox' are by model, got 3"),
         ({"experts": [{**ROW, "weights": None}]}, "the weights of 'fox' are by model, got None"),
         ({"experts": [{**ROW, "weights": {"unet": {"up": {"block_0": [1] * 5}}}}]}, "is not complete: .*Expected 2 scales"),
@@ -173,6 +176,18 @@ def test_a_large_mask_is_read_again(saved, tmp_path):
     assert (tmp_path / "mole/mixture.json").stat().st_size > 1 << 20
     region = attach_kept(hosts.HOSTS["sd15"]()[0], tmp_path / "mole").binding[name].region
     assert torch.equal(torch.tensor(list(region.tobytes()), dtype=torch.uint8), noise.flatten())
+
+
+def test_the_masks_of_all_experts_together_have_a_limit(saved, tmp_path, monkeypatch):
+    pipe, _, folder, _ = saved
+    shutil.copytree(folder, tmp_path / "mole")
+    (index := tmp_path / "mole/mixture.json").with_name("experts").joinpath("1.safetensors").touch()
+    binding = to_json(Bound((), Image.new("L", (8, 8))))
+    rows = [{**ROW, "name": str(i), "file": f"{i}.safetensors", "binding": binding} for i in range(2)]
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"experts": rows}))
+    monkeypatch.setattr("mole_diffusers.pipelines.kept.MAX_MASKS", 127)
+    with pytest.raises(RefusedFileError, match="its masks have more than 127 pixels"):
+        attach_kept(pipe, index.parent)
 
 
 def test_what_holds_in_a_block_is_not_saved(kind, tmp_path):
