@@ -259,7 +259,7 @@ def digest(parts: Iterable[Any]) -> str:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state | {"run": json.loads(state["run"])}
+        return state | {"run": {**json.loads(state["run"])}}  # TypeError if it is no object
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); resume from another checkpoint") from error
 

@@ -117,12 +117,15 @@ def trained(loras, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("harm", [b"", b"\x80\x02no", None])
+@pytest.mark.parametrize("harm", [b"", b"\x80\x02no", None, "[]"])
 def test_a_damaged_checkpoint_is_named(loras, trained, tmp_path, harm):
-    """Cut short, no such file at all, or half of it."""
+    """Cut short, no such file at all, half of it, or settings that are none."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     state = tmp_path / "checkpoint-4" / engine.STATE
     whole = state.read_bytes()
-    state.write_bytes(whole[: len(whole) // 2] if harm is None else harm)
+    if isinstance(harm, str):
+        torch.save(torch.load(state, weights_only=True) | {"run": harm}, state)
+    else:
+        state.write_bytes(whole[: len(whole) // 2] if harm is None else harm)
     with pytest.raises(ValueError, match=r"checkpoint-4/training\.pt is damaged .*; resume from another checkpoint"):
         gates(loras, tmp_path, resume_from="latest")
