@@ -149,6 +149,14 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield where, parse_json(line, f"{where},")
 
 
+def pipeline_class(index: Any, source: str) -> str:
+    """The pipeline class that a model_index.json names. Raises RefusedFileError, naming `source`, if it names none."""
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(name, str):
+        raise RefusedFileError(f"{source} is no saved pipeline: its model_index.json must name a _class_name, a text")
+    return name
+
+
 def read_picture(path: Path, what: str, *, most: float = math.inf) -> Image.Image:
     """The picture in a file, turned upright as its EXIF data say.
 

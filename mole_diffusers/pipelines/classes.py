@@ -13,6 +13,7 @@ from diffusers.pipelines.auto_pipeline import (
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
 )
 
+from mole_diffusers.lora.safe_files import pipeline_class
 from mole_diffusers.pipelines.drop_in import DropIn
 from mole_diffusers.pipelines.sources import HUB, saved_pipeline
 
@@ -89,8 +90,8 @@ class MoLEPipeline:
     def from_pretrained(source: str | Path, **kwargs: Any) -> Any:
         """The drop-in pipeline for what a folder or hub repository holds; `kwargs` as in diffusers."""
         source = saved_pipeline(source)
-        config = diffusers.DiffusionPipeline.load_config(source, **{k: v for k, v in kwargs.items() if k in HUB})
-        return _drop_in([config["_class_name"]]).from_pretrained(source, **kwargs)
+        index = diffusers.DiffusionPipeline.load_config(source, **{k: v for k, v in kwargs.items() if k in HUB})
+        return _drop_in([pipeline_class(index, source)]).from_pretrained(source, **kwargs)
 
 
 def _drop_in(names: Sequence[str]) -> Any:

@@ -13,7 +13,7 @@ import torch
 from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
 
 from mole_diffusers.lora.keys import parse_key
-from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.lora.safe_files import pipeline_class, read_header
 from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.names import WORLD, by_name, files_below, is_hub_id, known_names, matching, own_name, short_names
@@ -225,7 +225,7 @@ def _open_saved(source: str, memory: Memory) -> tuple[Any, Memory]:
     """A folder that diffusers saved, or a hub id."""
     try:
         index = diffusers.DiffusionPipeline.load_config(source)
-        memory = memory.completed(index["_class_name"])
+        memory = memory.completed(pipeline_class(index, source))
         lacking = {name: None for name, kind in index.items() if kind == [None, None]}  # for example SD 3 without T5
         loading = diffusers.DiffusionPipeline.from_pretrained
         return loading(source, torch_dtype=memory.torch_dtype, use_safetensors=True, **lacking), memory

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 
 import hosts
 import huggingface_hub
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from single_file import save_single_file, save_transformer_file
 from tiers import thorough
 
+from mole_diffusers import MoLEPipeline
 from mole_diffusers.studio.base_models import bases_in, checkpoint_kind, find_base, open_base
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
@@ -185,6 +187,14 @@ def test_what_is_no_base_model_is_said_in_one_sentence(folder, models, tmp_path,
         open_base(str(folder / "saved"), memory=Memory(device="nowhere"))
     with pytest.raises(ValueError, match="bare.safetensors lacks the text_encoder: take a checkpoint with text encoders"):
         open_base(str(tmp_path / "bare.safetensors"), config=folder / "config")
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", '{"_class_name": ["x"]}'])
+def test_an_index_without_a_class_is_one_error_for_every_way_to_open_it(tmp_path, index):
+    (tmp_path / "model_index.json").write_text(index)
+    for load in (partial(open_base, memory=Memory(device="cpu")), MoLEPipeline.from_pretrained):
+        with pytest.raises(ValueError, match=f"{tmp_path} is no saved pipeline: its model_index.json must name"):
+            load(str(tmp_path))
 
 
 UNET, FLUX = "model.diffusion_model.input_blocks.", "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale"
