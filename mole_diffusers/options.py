@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -20,7 +21,7 @@ def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) 
     """Raise ValueError for a value that is not of its name's kind. A kind is a type, as in an annotation."""
     for name, value in values.items():
         if not _is_of(value, kinds[name]):
-            raise ValueError(f"{name} of {what} must be {_in_words(kinds[name])}, got {value!r}")
+            raise ValueError(f"{name} of {what} must be {_in_words(kinds[name])}, got {reprlib.repr(value):.100}")
 
 
 def check_names(names: Collection[str], known: Collection[str], what: str) -> None:

@@ -56,6 +56,16 @@ def test_settings_are_checked_and_survive_json():
             GateTraining.from_dict(given)
 
 
+def test_a_message_quotes_little_of_a_value():
+    """A few lines of YAML, whose lists name one another, are gigabytes when they are written out."""
+    lists = ["x"] * 9
+    for _ in range(4):
+        lists = [lists] * 9
+    with pytest.raises(ValueError, match="lr of the training must be a number, got ") as error:
+        GateTraining(lr=lists)
+    assert len(str(error.value)) < 200
+
+
 def test_every_term_has_an_objective_and_only_balance_has_none():
     assert TERMS.keys() == {*OBJECTIVES, BALANCE}
 
