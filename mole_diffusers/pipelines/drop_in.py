@@ -245,9 +245,17 @@ class DropIn:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """Load as in diffusers, and attach the mixture that `save_pretrained` kept, if any."""
+        """Load as in diffusers, and attach the mixture that `save_pretrained` kept, if any.
+
+        Weights are safetensors, unless you give `use_safetensors`: None takes pickled ones, too.
+        """
         source = saved_pipeline(pretrained_model_name_or_path)
-        pipe = super().from_pretrained(source, **kwargs)
+        try:
+            pipe = super().from_pretrained(source, **{"use_safetensors": True, **kwargs})
+        except OSError as error:
+            if "use_safetensors" in kwargs or "safetensors" not in str(error):
+                raise
+            raise OSError(f"{error} Pickled weights are read only if you give use_safetensors=None.") from error
         folder = kept_folder(source, **{k: v for k, v in kwargs.items() if k in HUB})
         if folder is not None:
             pipe.load_mixture(folder)

@@ -138,6 +138,15 @@ def saved(tmp_path_factory):
     return pipe, options, folder / "mole", hosts.draw(pipe, options)
 
 
+def test_pickled_weights_are_read_only_if_asked_for(saved, tmp_path):
+    pipe, options, _, image = saved
+    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(OSError, match=r"no file named .*\.safetensors .* only if you give use_safetensors=None"):
+        mole.MoLEPipeline.from_pretrained(tmp_path)
+    again = hosts.quiet(mole.MoLEPipeline.from_pretrained(tmp_path, use_safetensors=None))
+    same(hosts.draw(again, options), image)
+
+
 ROW = {"name": "fox", "file": "0.safetensors", "strength": 1}
 
 
