@@ -120,14 +120,14 @@ def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, sid
         prompt: caption of pictures that have none.
         side: by default the pipeline's own size.
     """
-    from mole_diffusers.training.data import default_side, encode, read_folder, square
+    from mole_diffusers.training.data import default_side, encode, read_folder
 
-    pairs = [pair for folder in folders for pair in zip(*read_folder(folder, prompt=prompt), strict=True)]
-    if not pairs:
+    if not folders:
         return None
-    images, captions = zip(*pairs, strict=True)
     side = default_side(pipe) if side is None else side
-    return encode(pipe, [square(image, side) for image in images], captions)
+    pairs = [pair for folder in folders for pair in zip(*read_folder(folder, prompt=prompt, side=side), strict=True)]
+    images, captions = zip(*pairs, strict=True)
+    return encode(pipe, images, captions)
 
 
 def trained_pipeline(asked: Mapping[str, Any], device: str | None) -> Any:

@@ -83,10 +83,15 @@ class TrainingData:
         return prompts | {"pictures": self.samples.identity if self.samples else None}
 
 
-def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[Image.Image], list[str]]:
+def read_folder(
+    folder: str | Path, *, prompt: str | None = None, side: int | None = None
+) -> tuple[list[Image.Image], list[str]]:
     """Read the pictures of a folder with their captions.
 
     A caption comes from metadata.jsonl ({"file_name", "text"}), else from a .txt file of the same stem, else it is `prompt`.
+
+    Args:
+        side: cut each picture to a `square` of this side as it is read; the whole pictures may not fit into memory.
 
     Raises:
         ValueError: no pictures, a broken picture, or one without a caption; the message names the file.
@@ -96,7 +101,9 @@ def read_folder(folder: str | Path, *, prompt: str | None = None) -> tuple[list[
     if not paths:
         raise ValueError(f"no pictures in {folder}; looked for {', '.join(SUFFIXES)}")
     texts = _captions(folder / "metadata.jsonl")
-    return [read_picture(p, str(p)).convert("RGB") for p in paths], [_caption(p, texts, prompt) for p in paths]
+    pictures = (read_picture(p, str(p)).convert("RGB") for p in paths)
+    images = [picture if side is None else square(picture, side) for picture in pictures]
+    return images, [_caption(p, texts, prompt) for p in paths]
 
 
 def _captions(table: Path) -> dict[str, str]:

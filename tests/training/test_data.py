@@ -45,6 +45,7 @@ def test_photos_are_turned_and_cut_square(pipe, tmp_path):
     cut = square(image, default_side(pipe))
     assert cut.size == (32, 32)
     assert cut.getpixel((16, 1))[2] < 60  # the ends are gone
+    assert read_folder(tmp_path, prompt="a photo", side=32)[0] == [cut]
     assert encode(pipe, [cut], ["a photo"]).latents.shape == (1, 4, 16, 16)
     with pytest.raises(ValueError, match="must be 8 pixels or more, got 0"):
         samples(pipe, [tmp_path], prompt="a photo", side=0)
