@@ -25,7 +25,7 @@ from mole_diffusers.gates.seen import Seen, version
 from mole_diffusers.patching.runtime import ActiveExperts, Decision, Present, Runtime
 
 if TYPE_CHECKING:
-    from mole_diffusers.patching.gated_linear import GatedExperts
+    from mole_diffusers.patching.gated_experts import GatedExperts
 
 
 class GateSite(ABC):

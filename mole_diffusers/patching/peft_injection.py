@@ -19,7 +19,7 @@ from torch import nn
 
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gate_site import GateSite
-from mole_diffusers.patching.gated_linear import ADAPTER, GatedExperts
+from mole_diffusers.patching.gated_experts import ADAPTER, GatedExperts
 from mole_diffusers.patching.placement import stream_of
 from mole_diffusers.patching.undo import Undo
 

@@ -9,7 +9,7 @@ from benchmarks.hosts import inputs
 from mole_diffusers import functional
 from mole_diffusers.gates import ConstantGate, FlowGate, MoLEGate
 from mole_diffusers.patching.gate_site import GateSite
-from mole_diffusers.patching.gated_linear import GatedExperts
+from mole_diffusers.patching.gated_experts import GatedExperts
 from mole_diffusers.testing import tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
