@@ -231,7 +231,7 @@ def reuse() -> str:
 
 `mixture.every(k)` evaluates the gates in only one of k steps and keeps their weights in the others. The table shows how
 much this changes a picture of the embedded world: the mean absolute difference of values in 0..1, with trained gates per
-token and 20 steps (`benchmarks/reuse.py`).
+token, 20 steps and no tiles (`benchmarks/reuse.py`). Steps in tiles evaluate the gates of every tile, whatever k is.
 
 | | difference |
 |---|---|

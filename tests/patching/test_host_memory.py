@@ -16,11 +16,9 @@ from mole_diffusers.testing import tiny_pipeline
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
-FAST = [("sequential", False)]  # whole models in studio/test_drawing.py, and the leaves of Flux in test_host_switches.py
-REST = [(name, first) for name in OFFLOADS for first in (True, False) if (name, first) not in FAST]
-
-
-@pytest.mark.parametrize(("name", "first"), [*FAST, *thorough(*REST)])
+@pytest.mark.thorough  # whole models are in studio/test_drawing.py, and the leaves of Flux in test_host_switches.py
+@pytest.mark.parametrize("name", OFFLOADS)
+@pytest.mark.parametrize("first", [True, False])
 def test_offloading_before_and_after_attach(pipe, loras, draw, awake, tmp_path, name, first):
     base = draw(pipe)
     awake(mole.attach(pipe, loras, "mole")).save_pretrained(tmp_path)
