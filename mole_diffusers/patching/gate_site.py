@@ -57,8 +57,9 @@ class GateSite(ABC):
         self.name, self.gate, self.runtime = name, gate, runtime
         self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
         self._decisions: list[Decision] = []
-        self._valid_for: tuple[Any, ...] | None = None  # see `_validity`; None: valid for this call only
         self._factors: dict[tuple, torch.Tensor] = {}  # of these decisions, by what layers have in common, see `factor`
+        self._kept: dict[tuple, tuple[list[Decision], dict[tuple, torch.Tensor]]] = {}  # both, as long as `_kept_for` holds
+        self._kept_for: tuple = ()
 
     # ---- evaluating
 
@@ -69,24 +70,30 @@ class GateSite(ABC):
             layer: given if the gate sits at one layer.
             tokens: [B, T] bool, the tokens of a text that count.
         """
-        valid_for = self._validity(hidden)
-        if valid_for is None or valid_for != self._valid_for:
-            self._decisions, self._factors = self._decide(hidden, layer, tokens), {}
-            self._valid_for = valid_for
+        valid_for, of = self._validity(hidden) or (None, ())
+        if valid_for is None or valid_for != self._kept_for:
+            self._kept, self._kept_for = {}, valid_for or ()
+        if of not in self._kept:
+            self._kept[of] = self._decide(hidden, layer, tokens), {}
+        self._decisions, self._factors = self._kept[of]
         for listener in self.runtime.listeners:
             for decision in self._decisions:
                 listener(decision)
 
-    def _validity(self, hidden: torch.Tensor) -> tuple[Any, ...] | None:
-        """A key for the decisions: as long as it stays equal, the gate need not be evaluated. None: only for this call."""
+    def _validity(self, hidden: torch.Tensor) -> tuple[tuple, tuple] | None:
+        """Two keys: decisions are kept as long as the first stays equal, and hold whenever the second is as it was.
+
+        None: they hold for this call only.
+        """
         runtime = self.runtime
         if not self._may_keep():
             return None
+        of = runtime.alone, hidden.device, hidden.shape[0]
         if self.gate.input_free:
-            return *self._settings(), len(hidden), hidden.device, self._gate_version()
+            return (*self._settings(), self._gate_version()), of
         if self.timed and runtime.every > 1:
             times = runtime.texts, runtime.calls_of_text // runtime.every
-            return *self._settings(), *times, hidden.shape[:2], hidden.device
+            return (*self._settings(), *times), (*of, hidden.shape[1])
         return None
 
     def _may_keep(self) -> bool:
@@ -253,11 +260,11 @@ class BlockSite(GateSite):
         super().evaluate(hidden, layer, tokens=tokens)
         self._batch = hidden.shape[0]
 
-    def _validity(self, hidden: torch.Tensor) -> tuple[Any, ...] | None:
+    def _validity(self, hidden: torch.Tensor) -> tuple[tuple, tuple] | None:
         found = super()._validity(hidden)
         if found is None and self.reads_text and self._may_keep():
             self._texts += not self._text.again(hidden)
-            found = *self._settings(), self._texts, self._gate_version()
+            found = (*self._settings(), self._texts, self._gate_version()), (self.runtime.alone,)
         return found
 
     def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:

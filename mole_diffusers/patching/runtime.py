@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -145,6 +145,7 @@ class Runtime:
     every: int = 1  # the denoiser's gates are evaluated once in this many of its calls
     step: int = -1  # counts denoiser calls, except those `within_step`; -1 before the first
     within_step: bool = False  # whether the denoiser is called for a part of a counted step
+    alone: tuple[str, ...] | None = None  # the experts of such a part, whose settings are the same in every step
     calls_of_text: int = 0  # counts denoiser calls with the same text
     texts: int = 0  # counts texts
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
@@ -192,10 +193,13 @@ class Runtime:
         self._blocks = [each for each in self._blocks if each is not block]
         self._show(block)
 
-    def _show(self, names: Iterable[str]) -> None:
+    def _show(self, names: Collection[str]) -> None:
         """Give settings the values that hold now."""
         vars(self).update({name: self._holder(name)[name] for name in names})
-        self.changed()
+        if "alone" in names:
+            self._update()
+        else:
+            self.changed()
 
     def _holder(self, name: str) -> dict[str, Any]:
         """The settings of the last running block that has this one, otherwise those outside of blocks."""
@@ -218,8 +222,11 @@ class Runtime:
         return [on and strength != 0 for on, strength in zip(self.active, self.strength, strict=True)]
 
     def changed(self) -> None:
-        """Update what gates read."""
+        """Update what gates read. Nothing that they decided before holds any more."""
         self.changes += 1
+        self._update()
+
+    def _update(self) -> None:
         self.masks = self.binding if self.fixed is None else None
         self.closes = any(self.acting)
         for present, device in self._active:

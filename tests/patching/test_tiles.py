@@ -1,5 +1,6 @@
 """A picture in tiles against the pictures of its parts, drawn one by one."""
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ import mole_diffusers as mole
 from mole_diffusers.binding.layout import strips
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
+from mole_diffusers.patching.gate_site import GateSite
 from mole_diffusers.patching.tiles import draws_in_tiles
 from mole_diffusers.testing import tiny_lora
 
@@ -130,6 +132,29 @@ def test_a_trace_counts_a_step_once_however_many_tiles_it_has(pipe, experts):
             if place.startswith("unet.") and place[-1] != ")":
                 assert torch.equal(trace.weights(place), torch.tensor([[1.0, 0.5]]).expand(4, 2)), place
     assert steps[0.8] == steps[0.0] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("family", ["sum", *thorough("factors")])
+def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, monkeypatch, family):
+    """And again if a strength changes between two steps."""
+    mixture, asked, decide = mole.attach(pipe, experts, family), [], GateSite._decide
+    monkeypatch.setattr(GateSite, "_decide", lambda site, *a: asked.append(site.name) or decide(site, *a))
+    strong = {"fox": 3.0, "hat": 0.5}
+
+    def change(pipe, step, timestep, kwargs):
+        for name, strength in strong.items() if step == 2 else ():
+            mixture.strength(name, strength)
+        return kwargs
+
+    with tiled(pipe, PROMPT, 1.0):
+        latent(pipe, steps=6)
+        count = Counter(name for name in asked if name.startswith("unet."))
+        assert set(count.values()) == {2}  # the fox's tile and the hat's
+        asked.clear()
+        changed = latent(pipe, steps=6, callback_on_step_end=change)
+        assert set(Counter(name for name in asked if name.startswith("unet.")).values()) == {4}
+    x = latent(pipe, steps=6)  # with the strengths that were set
+    assert (changed - x).abs().max() > 1e-3
 
 
 def test_tiles_give_way_to_the_bound_picture(pipe, experts):
