@@ -38,6 +38,8 @@ MERGED = "merged"  # name of a merge on the pipeline
 MAX_SIDE = 2048  # pixels of a picture in the app, and of one that a note suggests
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, latents [1, C, h, w])
 Inside = Callable[[Mixture], AbstractContextManager]
+CHANGING = "the base model is being changed: wait a little"
+NONE_OPEN = "no base model is open, since the last change failed: choose one"
 
 
 class Studio:
@@ -45,11 +47,12 @@ class Studio:
 
     Attributes:
         lock: held while a picture is drawn. Hold it to do anything else with the pipeline.
-        base: the base model that is open; "" if a change failed and the one before could not be opened again.
+        base: the base model that is open; "" while it is changed, and if that failed and the one before could not be opened
+            again.
     """
 
     def __init__(self, pipe: Any, catalog: Catalog, base: str):
-        self.catalog, self.lock = catalog, PipelineLock()
+        self.catalog, self.lock, self._why_none = catalog, PipelineLock(), NONE_OPEN
         self._use(pipe, base)
 
     def _use(self, pipe: Any, base: str) -> None:
@@ -70,10 +73,12 @@ class Studio:
         is open until you choose one.
         """
         with self.lock.held():
-            before = self.base
+            before, self._why_none = self.base, CHANGING
             if (failed := self._put(base, opening)) is None:
                 return
-            if before and (again := self._put(before, opening)) is not None:
+            again = self._put(before, opening) if before else None
+            self._why_none = NONE_OPEN
+            if again is not None:
                 raise ValueError(f"{failed}; and {before} cannot be opened again: {again}") from failed
             raise failed
 
@@ -94,7 +99,7 @@ class Studio:
     def check_open(self) -> None:
         """Raises ValueError if no base model is open."""
         if not self.base:
-            raise ValueError("no base model is open, since the last change failed: choose one")
+            raise ValueError(self._why_none)
 
     def check_base(self, recipe: Recipe) -> None:
         """Raises ValueError if a recipe was completed for another base than the one that is open."""

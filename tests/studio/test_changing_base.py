@@ -99,6 +99,20 @@ def test_what_was_half_opened_is_let_go_before_the_old_one_comes_back(loras):
     assert half[1] is None
 
 
+def test_while_it_is_changed_others_are_told_to_wait(loras):
+    studio, said = fresh("one", loras), []
+
+    def slowly(name):
+        with pytest.raises(ValueError, match="is being changed: wait a little") as error:
+            studio.complete(RECIPE)
+        said.append(error)
+        return no_network() if name == "two" else opening(name)
+
+    with pytest.raises(OSError, match="no network"):
+        studio.change_base("two", slowly)
+    assert (studio.base, len(said)) == ("one", 2)
+
+
 def test_where_the_old_one_cannot_be_opened_again_one_can_still_be_chosen(loras):
     studio = fresh("one", loras)
     first, recipe = drawn(studio), studio.complete(RECIPE)
