@@ -41,7 +41,7 @@ from mole_diffusers.studio.picture_passes import check_pictures, with_pictures
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
-from mole_diffusers.studio.render import MAX_SIDE, Inside, Studio
+from mole_diffusers.studio.render import MAX_SIDE, Inside, Studio, check_size
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
 
@@ -509,9 +509,7 @@ class Actions:
     def _completed(self, recipe: Recipe) -> Recipe:
         recipe = self.studio.complete(recipe)
         recipe.tag_bindings()  # raises ValueError if a painted region has no mask
-        if max(recipe.width, recipe.height) * recipe.hires > MAX_SIDE:
-            larger = f", {recipe.hires:g} times larger" if recipe.hires > 1 else ""
-            raise ValueError(f"pictures have at most {MAX_SIDE} pixels a side, got {recipe.width} x {recipe.height}{larger}")
+        check_size(recipe.width, recipe.height, recipe.hires)
         return recipe
 
     def _check_budget(self, recipes: Sequence[Recipe]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -24,8 +25,9 @@ from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.clip_skip import clip_skip
 from mole_diffusers.studio.picture_passes import drawable
+from mole_diffusers.studio.prompt_syntax import MAX_PROMPT
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
-from mole_diffusers.studio.render import Studio
+from mole_diffusers.studio.render import Studio, check_size
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.denoising import check_trainable
@@ -65,8 +67,9 @@ class TrainingRequest:
     def __post_init__(self) -> None:
         check_options(vars(self), get_type_hints(TrainingRequest), "a training")
         check_gates_name(self.name)
-        if sum(map(len, self.singles.values())) + len(self.composed) > MAX_PROMPTS:
-            raise ValueError(f"a training has at most {MAX_PROMPTS} prompts")
+        prompts = [*chain(*self.singles.values()), *self.composed]
+        if len(prompts) > MAX_PROMPTS or max(map(len, prompts), default=0) > MAX_PROMPT:
+            raise ValueError(f"a training has at most {MAX_PROMPTS} prompts, of at most {MAX_PROMPT} characters each")
         if not 1 <= self.steps <= MAX_UPDATES:
             raise ValueError(f"the number of updates must be in 1..{MAX_UPDATES}, got {self.steps}")
         for what, known in (("family", TRAINED), ("way", WAYS)):
@@ -151,6 +154,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     """
     check_trainable(studio.pipe)
     width, height = _canvas(studio, recipe, request.composed)
+    check_size(width, height)
     recipe = studio.complete(replace(recipe, gates="sum", gates_sha256="", locks={}, arm="gates"))
     if len(recipe.experts) < 2:
         raise ValueError("gates weigh two LoRAs or more: put their tags into the prompt")

@@ -42,6 +42,13 @@ CHANGING = "the base model is being changed: wait a little"
 NONE_OPEN = "no base model is open, since the last change failed: choose one"
 
 
+def check_size(width: int, height: int, larger: float = 1.0) -> None:
+    """Raises ValueError for a size in pixels, made `larger` by this factor, that the app draws no pictures at."""
+    if max(width, height) * larger > MAX_SIDE:
+        times = f", {larger:g} times larger" if larger > 1 else ""
+        raise ValueError(f"pictures have at most {MAX_SIDE} pixels a side, got {width} x {height}{times}")
+
+
 class Studio:
     """One pipeline with a catalog of LoRAs and gates for it.
 

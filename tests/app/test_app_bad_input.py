@@ -290,6 +290,9 @@ BAD = [
     ("grid", (RECIPE, "seed=" + ",".join("1" * 500), "steps=4"), "is too large"),
     ("grid", (RECIPE, "gates=../x", "seed=1"), "there are no gates '../x'"),
     ("train", (RECIPE, "one", {"fox": ["a fox"]}, ["fox"] * 64, 2), "at most 64 prompts"),
+    ("train", (RECIPE, "one", {"fox": ["a fox"]}, ["x" * 5001], 2), "of at most 5000 characters each"),
+    ("train", (RECIPE, "one", {"fox": ["y" * 5001]}, ["fox"], 2), "of at most 5000 characters each"),
+    ("train", ({**RECIPE, "width": 4096}, "one", {"fox": ["a fox"]}, ["fox"], 2), "at most 2048 pixels a side, got 4096"),
     (
         "train",
         (RECIPE, "one", {"fox": ["a fox"]}, ["fox"], 2, [], "flow", "collage", "both"),
