@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from PIL import Image
 
 from mole_diffusers.app.files import describe_all_gates, export_gates, uploaded
 from mole_diffusers.app.gate_training import TrainingRequest
@@ -209,12 +210,16 @@ class Endpoints:
         """
         report = await self._drawing(request, "look", self.actions.look, recipe, None, image=image, mask=mask)
         figures = {"heat": report.heat, "shares": report.shares, **report.places}
-        folder = self.actions.new_folder()
-        files = [folder / f"{report.picture.stem}-{i}.png" for i in range(len(figures))]
-        for file, figure in zip(files, figures.values(), strict=True):
-            figure.save(file)
+
+        def save() -> list[Any]:
+            folder = self.actions.new_folder()
+            files = [folder / f"{report.picture.stem}-{i}.png" for i in range(len(figures))]
+            for file, figure in zip(files, figures.values(), strict=True):
+                figure.save(file)
+            return [_file(file) for file in files]
+
         about = {"experts": report.experts, "weights": report.weights, "pictures": list(figures)}
-        return about, [_file(file) for file in files], report.notes
+        return about, await asyncio.to_thread(save), report.notes
 
     async def grid(
         self, request: gr.Request, recipe: dict, x: str, y: str, image: File = None, mask: File = None
@@ -367,8 +372,7 @@ class Endpoints:
         over = {}
         for name, file in (("image", image), ("mask", mask)):
             if file is not None:
-                with uploaded(_uploaded(file)) as path:
-                    over[name] = read_picture(path, path.name, most=infotext.MAX_PIXELS)
+                over[name] = await asyncio.to_thread(_picture, file)
         return await self._job(request, kind, plan, self._recipe(recipe), *more, over)
 
     async def _job(self, request: gr.Request, kind: str, plan: Callable[..., Work], *given: Any) -> Any:
@@ -399,6 +403,12 @@ def _uploaded(file: Any) -> Path:
     if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
         raise ValueError("send the file itself, by gradio_client.handle_file")
     return path
+
+
+def _picture(file: Any) -> Image.Image:
+    """An uploaded picture to draw over, or a mask. A large one takes a second: call this in a thread of its own."""
+    with uploaded(_uploaded(file)) as path:
+        return read_picture(path, path.name, most=infotext.MAX_PIXELS)
 
 
 def is_gone(blocks: gr.Blocks, session: str) -> bool:

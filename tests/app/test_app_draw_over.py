@@ -1,6 +1,8 @@
 """Drawing over a picture and larger, from the page's editor to the file."""
 
+import asyncio
 import dataclasses
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -166,6 +168,30 @@ def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes)
     sheet = client.predict(recipe, "arm=base,gates", "seed=3", **sent, api_name="/grid")
     assert np.array_equal(pixels(sheet), pixels(actions.grid(RECIPE, "arm=base,gates", "seed=3", over)(ignore).sheet))
     assert infotext.read(sheet).image == whole.recipe.image
+
+
+def test_pictures_are_read_and_written_while_others_get_answers(client, tmp_path, monkeypatch):
+    """Not in the event loop, in which every visitor would wait."""
+    from gradio_client import handle_file
+
+    from mole_diffusers.app import api
+
+    PICTURE.save(tmp_path / "image.png")
+    in_loop = []
+
+    def noting(method):
+        def call(*args, **kwargs):
+            with suppress(RuntimeError):
+                in_loop.append((method.__name__, asyncio.get_running_loop()))
+            return method(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(api, "read_picture", noting(api.read_picture))
+    monkeypatch.setattr(Image.Image, "save", noting(Image.Image.save))
+    recipe = dataclasses.replace(RECIPE, base="tiny").to_dict()
+    client.predict(recipe, image=handle_file(tmp_path / "image.png"), api_name="/look")
+    assert in_loop == []
 
 
 def test_the_api_draws_over_no_other_picture_than_the_recipes(client, tmp_path, monkeypatch):
