@@ -21,7 +21,8 @@ import torch
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio.memory import clear_frames
 
-MAX_WAITING, KEPT = 32, 64  # jobs in the queue; finished jobs that can still be looked up
+MAX_WAITING, MAX_OWN = 32, 8  # jobs that wait in the queue, of all visitors and of one
+KEPT = 64  # finished jobs that can still be looked up
 FULL = 'the GPU\'s memory is full: take a smaller picture or less "Larger", or start the app with --offload model'
 Report = Callable[[Any], None]
 Work = Callable[[Report], Any]
@@ -81,12 +82,16 @@ class Jobs:
             about: plain data from which the work can be started again. It is kept in a file until the job is over.
             file: the file of an interrupted job, if this starts it again.
 
-        Raises ValueError if too many jobs are waiting, and for an interrupted job that was already started again.
+        Raises ValueError if too many jobs are waiting, of all visitors or of this one, and for an interrupted job that was
+        already started again.
         """
         job = Job(owner, kind, work)
         with self._changed:
-            if sum(job.state == "waiting" for job in self._jobs) >= MAX_WAITING:
+            waiting = [job.owner for job in self._jobs if job.state == "waiting"]
+            if len(waiting) >= MAX_WAITING:
                 raise ValueError(f"{MAX_WAITING} jobs are waiting already; try again when some are done")
+            if waiting.count(owner) >= MAX_OWN:
+                raise ValueError(f"{MAX_OWN} of your jobs are waiting already; try again when some are done")
             if file is not None and file in [job.file for job in self._jobs]:
                 raise ValueError("this was started again already")
             job.file = file

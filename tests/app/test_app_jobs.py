@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from mole_diffusers.app.jobs import MAX_WAITING, Jobs
+from mole_diffusers.app.jobs import MAX_OWN, MAX_WAITING, Jobs
 
 WAIT = 20  # seconds
 
@@ -122,12 +122,15 @@ def test_nobody_has_to_listen_and_the_thread_ends(jobs):
     assert (job.state, len(seen)) == ("done", 50)
 
 
-def test_a_full_queue_refuses(jobs):
+def test_a_full_queue_refuses_and_no_visitor_fills_it_alone(jobs):
     seen = []
     running = jobs.submit("me", "a", counting(seen))
     until(lambda: running.state == "running")
-    waiting = [jobs.submit("me", "a", counting([])) for _ in range(MAX_WAITING)]
-    with pytest.raises(ValueError, match="jobs are waiting"):
-        jobs.submit("me", "a", counting([]))
+    waiting = [jobs.submit("me", "a", counting([])) for _ in range(MAX_OWN)]
+    with pytest.raises(ValueError, match=f"{MAX_OWN} of your jobs are waiting"):
+        jobs.submit("me", "b", counting([]))
+    waiting += [jobs.submit(f"visitor {i}", "a", counting([])) for i in range(MAX_WAITING - MAX_OWN)]
+    with pytest.raises(ValueError, match=f"{MAX_WAITING} jobs are waiting"):
+        jobs.submit("you", "a", counting([]))
     for job in (*waiting, running):
         jobs.stop(job)
