@@ -327,7 +327,8 @@ class Actions:
             raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
         wanted = [("base", replace(recipe, arm="base"))]
         wanted += [(arm, replace(whole, arm=arm)) for arm in (f"alone {name}" for name in whole.experts)]  # names of here
-        wanted += [(arm, replace(recipe, arm=arm)) for arm in ("sum", *(f"merge {method}" for method in merges))]
+        merged = [f"merge {method}" for method in dict.fromkeys(merges)]
+        wanted += [(arm, replace(recipe, arm=arm)) for arm in ("sum", *merged)]
         summed = replace(whole, gates="sum", gates_sha256="", locks={})
         wanted.append((BOUND, replace(summed, binding=BOUND)))
         if not over and self.studio.draws_in_tiles(whole):

@@ -142,6 +142,11 @@ def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
     assert np.array_equal(pixels(max(cells, key=lambda path: path.stat().st_mtime_ns)), wanted)
 
 
+def test_a_merge_that_is_asked_for_twice_is_compared_once(actions, monkeypatch):
+    monkeypatch.setattr(actions, "_draw", lambda wanted, *_, **__: wanted)
+    assert actions.compare(RECIPE, ["mean", "svd", *["mean"] * 30]) == actions.compare(RECIPE, ["mean", "svd"])
+
+
 @pytest.mark.parametrize("boxes", [((0, 0, 32, 32),), *thorough(((),))])
 def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes):
     from gradio_client import handle_file
