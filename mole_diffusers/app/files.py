@@ -22,6 +22,7 @@ from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.names import matching
 
 GATES = {".safetensors": (checkpoint.WEIGHTS, 256 << 20), ".json": (checkpoint.CONFIG, 1 << 20)}  # name here, most bytes
+MOST_KEPT = 16 << 30  # bytes of all that visitors upload
 GATES_NAME = re.compile(r"[\w+ -]{1,60}")
 
 
@@ -36,11 +37,18 @@ def uploaded(*paths: Path) -> Iterator[Path]:
         raise
 
 
+def check_room(kept: Iterable[Path], new: Iterable[Path]) -> None:
+    """Raises ValueError if the files that are kept and the new ones are more than `MOST_KEPT` together."""
+    if sum(path.stat().st_size for path in (*kept, *new) if path.is_file()) > MOST_KEPT:
+        raise ValueError(f"there is no room: uploads take at most {MOST_KEPT >> 30} GiB here; delete some first")
+
+
 def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any]) -> str:
     """Copy an uploaded LoRA into `folder`, add it to the catalog under its file name, and return that name.
 
     If the same file is already here, it is not copied, and its name here is returned. Raises ValueError for anything but a
-    good LoRA file for the models `hosts`, and for a name that another file has. Nothing is left behind then.
+    good LoRA file for the models `hosts`, for a name that another file has, and if there is no room. Nothing is left behind
+    then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with uploaded(path):
@@ -52,6 +60,7 @@ def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any
         copy = folder / f"{name}.safetensors"
         if matching(name, catalog.loras) is not None or copy.exists():
             raise ValueError(f"there is already another LoRA {name!r}; rename the file")
+        check_room(folder.iterdir(), [path])
         try:
             check_family(read_expert(path, name).base, hosts)
         except ValueError as error:
@@ -113,13 +122,14 @@ def export_gates(catalog: Catalog, name: str, folder: Path) -> list[Path]:
 def import_gates(catalog: Catalog, files: Sequence[Path], name: str, *, home: Path) -> str:
     """Copy uploaded gates to `home / name`, add them to the catalog, and return the name. "" becomes e.g. "fox+ink".
 
-    Raises ValueError for anything but one good pair of files, and for a name that is taken.
+    Raises ValueError for anything but one good pair of files, for a name that is taken, and if there is no room.
     """
     with uploaded(*files):
         by_suffix = {path.suffix.lower(): path for path in files}
         if len(files) != 2 or set(by_suffix) != set(GATES):
             raise ValueError(f"gates are two files, one .safetensors and one .json, got {[path.name for path in files]}")
         home.mkdir(parents=True, exist_ok=True)
+        check_room(home.glob("*/*"), files)
         with TemporaryDirectory(prefix=".new-", dir=home) as folder:  # a new one each time: two visitors may upload at once
             new = Path(folder, "gates")
             new.mkdir()

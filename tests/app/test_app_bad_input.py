@@ -98,6 +98,26 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
     assert [path.name for path in actions.home.iterdir()] == [".loras"]
 
 
+def test_uploads_have_a_limit_together(loras, pipe, tmp_path, monkeypatch):
+    from mole_diffusers.app import files
+    from mole_diffusers.app.actions import Actions
+    from mole_diffusers.gates import checkpoint
+    from mole_diffusers.studio.catalog import Catalog
+    from mole_diffusers.studio.render import Studio
+
+    actions = Actions(Studio(pipe, Catalog(dict(loras), {}), "tiny"), home=tmp_path / "gates")
+    sent = [tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i + 9) for i, name in enumerate(("owl", "cat"))]
+    attach(pipe, loras, "mole").save_pretrained(tmp_path / "mine")
+    gates = [tmp_path / "mine" / name for name in (checkpoint.WEIGHTS, checkpoint.CONFIG)]
+    monkeypatch.setattr(files, "MOST_KEPT", sent[0].stat().st_size)
+    assert actions.add_lora(sent[0]) == "owl"
+    for add in (lambda: actions.add_lora(sent[1]), lambda: actions.add_gates(gates, "mine")):
+        with pytest.raises(ValueError, match="there is no room: uploads take at most 0 GiB here"):
+            add()
+    assert [path.name for path in actions.home.rglob("*") if path.is_file()] == ["owl.safetensors"]
+    assert not any(path.exists() for path in (sent[1], *gates))
+
+
 def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path):
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.app.files import export_gates
