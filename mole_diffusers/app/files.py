@@ -62,13 +62,13 @@ def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any
             raise ValueError(f"there is already another LoRA {name!r}; rename the file")
         check_room(folder.iterdir(), [path])
         try:
-            check_family(read_expert(path, name).base, hosts)
+            check_family((expert := read_expert(path, name)).base, hosts)
         except ValueError as error:
             said = str(error).replace(f"{path.parent}/", "")
             raise ValueError(said if path.name in said else f"{path.name}: {said}") from error
         part = copy.with_suffix(".part")
         shutil.copyfile(path, part)
-        catalog.add_lora(name, part.rename(copy))
+        catalog.add_lora(name, part.rename(copy), expert)
         return name
 
 

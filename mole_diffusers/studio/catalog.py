@@ -83,9 +83,13 @@ class Catalog:
             self._families[name] = family_of_file(self.loras[name]) if known is None else known.base
         return self._families[name]
 
-    def add_lora(self, name: str, path: Path) -> None:
-        """Add a file. It is read at once, and refused if it is not a good LoRA or the name is taken."""
-        expert = read_expert(path, name)
+    def add_lora(self, name: str, path: Path, expert: Expert | None = None) -> None:
+        """Add a file. It is read at once, and refused if it is not a good LoRA or the name is taken.
+
+        Args:
+            expert: what is in the file, if it was read already.
+        """
+        expert = expert or read_expert(path, name)
         if name in self.loras:
             raise ValueError(f"there is already a LoRA {name!r}")
         self._keep(name, expert)

@@ -14,6 +14,7 @@ import pytest
 from app_client import PROMPT, RECIPE, built
 from PIL import Image
 
+from mole_diffusers.lora import read_expert
 from mole_diffusers.lora.families import check_family
 from mole_diffusers.mixture import attach
 from mole_diffusers.studio.recipe import Recipe
@@ -53,7 +54,7 @@ def test_uploads(client, pipe, tmp_path):
     assert client.predict(gradio_client.handle_file(long), api_name="/upload")["name"] == "x" * 79
 
 
-def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_path):
+def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_path, monkeypatch):
     import hosts
 
     from mole_diffusers.app.actions import Actions
@@ -70,7 +71,10 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
         return path
 
     good = tiny_lora(pipe, tmp_path / "good.safetensors", seed=9).read_bytes()
-    assert actions.add_lora(sent("owl.safetensors", good)) == "owl"
+    with monkeypatch.context() as patch:  # it is read once
+        patch.delattr("mole_diffusers.studio.catalog.read_expert")
+        assert actions.add_lora(sent("owl.safetensors", good)) == "owl"
+        assert actions.studio.catalog.expert("owl").sha256 == read_expert(tmp_path / "good.safetensors").sha256
     other = tiny_lora(pipe, tmp_path / "other.safetensors", seed=10).read_bytes()
     kept = {path: path.read_bytes() for path in actions.home.rglob("*") if path.is_file()}
     assert [path.name for path in kept] == ["owl.safetensors"]
