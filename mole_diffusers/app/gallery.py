@@ -21,6 +21,7 @@ from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.infotext import Contents
+from mole_diffusers.studio.names import is_text
 from mole_diffusers.studio.prompt_syntax import Parsed, parse
 from mole_diffusers.studio.recipe import Recipe
 
@@ -139,8 +140,9 @@ class Gallery:
                 yield Entry(path, inside, path.name in starred)
 
     def _pictures(self) -> Iterator[tuple[int, Path]]:
-        """Time in nanoseconds and path of every PNG."""
-        for path in self.folder.glob("[!.]*.png"):
+        """Time in nanoseconds and path of every PNG whose name is UTF-8."""
+        named = (path for path in self.folder.glob("[!.]*.png") if is_text(path.name))
+        for path in named:
             with suppress(FileNotFoundError):  # another thread has just moved it
                 yield path.stat().st_mtime_ns, path
 

@@ -197,6 +197,9 @@ def _build_index(
     skipped: dict[str, str] = {}
     skipped_stamps: dict[str, tuple[Stamp, ...]] = {}
     for file in tqdm(files, desc="LoRAs", delay=2, leave=False):
+        if (name := store.shown(file)) != file:
+            skipped[name] = "its name is not UTF-8: rename it"
+            continue
         now: tuple[Stamp, ...] = ()
         try:
             now = stamps(folder, file)  # before reading, so that a change during it is noticed next time

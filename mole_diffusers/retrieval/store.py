@@ -59,6 +59,11 @@ def lora_files(folder: Path) -> list[str]:
     return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 
+def shown(file: str) -> str:
+    """The name of a file with "?" for what is not UTF-8 in it, which can be neither shown nor saved."""
+    return file.encode(errors="replace").decode()
+
+
 def save(folder: Path, index: Index) -> None:
     """Write an index, each file completely or not at all. Raises RefusedFileError for links that lead out of the folder."""
     tensors = {"embeddings": index.embeddings.contiguous(), "probe": index.probe.contiguous()}
@@ -119,7 +124,7 @@ def _checked(folder: Path, about: Any, vectors: Contents) -> Index:
 def check_current(folder: Path, index: Index, encoder: Encoder) -> None:
     """Raise RefusedFileError, in one sentence, if another encoder made the index or the folder's files have changed."""
     check_encoder(folder, index, encoder)
-    there, known = set(lora_files(folder)), {entry.file for entry in index.entries} | set(index.skipped)
+    there, known = set(map(shown, lora_files(folder))), {entry.file for entry in index.entries} | set(index.skipped)
     if new := sorted(there - known):
         raise reindex_error(folder, f"is stale: {new[0]!r} is new")
     if gone := sorted(known - there):

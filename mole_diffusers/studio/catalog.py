@@ -16,7 +16,7 @@ from mole_diffusers.lora import Expert, LoraWeights, read_expert
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import read_header
-from mole_diffusers.studio.names import by_name, files_below, known_names, matching, matching_lora
+from mole_diffusers.studio.names import by_name, files_below, is_text, known_names, matching, matching_lora
 
 UNTRAINED = ("sum", "mean")  # families that need no training
 PREVIEWS = (".png", ".jpg", ".jpeg", ".webp")  # suffixes of preview pictures next to LoRA files
@@ -103,7 +103,7 @@ class Catalog:
         added: dict[str, Path] = {}
         known = {file.absolute() for file in self.loras.values()}
         for path in sorted(path for folder in set(folders) for path in folder.glob("[!.]*.safetensors")):
-            if path.absolute() not in known:
+            if path.absolute() not in known and is_text(path.name):
                 short, whole = (path.stem, f"{path.parent.name}/{path.stem}"), path.absolute().with_suffix("").as_posix()
                 added[next((name for name in short if matching(name, self.loras | added) is None), whole)] = path
         self.loras = self.loras | added
@@ -244,7 +244,8 @@ def folder_gates(folder: str | Path) -> dict[str, Path]:
     """{name: folder} of the gates saved in a folder. If replacing gates was interrupted, the old ones are found."""
     configs = sorted(Path(folder).glob(f"[!.]*/{checkpoint.CONFIG}"))
     aside = {path.name[1:-4]: path for path in sorted(Path(folder).glob(".*.old")) if (path / checkpoint.CONFIG).is_file()}
-    return aside | {config.parent.name: config.parent for config in configs}
+    found = aside | {config.parent.name: config.parent for config in configs}
+    return {name: path for name, path in found.items() if is_text(name)}
 
 
 def gates_hash(folder: Path) -> str:

@@ -25,16 +25,24 @@ def by_name(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
     return dict(sorted(short_names({path: own_name(path) for path in inside}, inside).items()))
 
 
+def is_text(name: str) -> bool:
+    """Whether the name of a file is UTF-8. Others can be neither shown nor saved."""
+    return name.encode(errors="ignore").decode() == name
+
+
 def files_below(folder: Path) -> Iterator[Path]:
-    """The files of a folder and its subfolders. Links to folders are followed, but each folder is read once."""
+    """The files of a folder and its subfolders. Links to folders are followed, but each folder is read once.
+
+    Names that are not UTF-8 are left out.
+    """
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort(key=lambda name: (Path(root, name).is_symlink(), name))
-        yield from (Path(root, name) for name in names)
+        folders[:] = sorted(filter(is_text, folders), key=lambda name: (Path(root, name).is_symlink(), name))
+        yield from (Path(root, name) for name in names if is_text(name))
 
 
 def own_name(path: Path) -> str:

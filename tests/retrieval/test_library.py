@@ -216,6 +216,17 @@ def test_files_from_anywhere_are_found_under_names_of_their_own(folder, tmp_path
         LoraLibrary.of({}, WordEncoder())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf_8_is_left_out_and_named(folder):
+    shutil.copy(folder / "fox.safetensors", folder / "caf\udce9.safetensors")
+    made = LoraLibrary.index(folder, WordEncoder())
+    assert made.skipped == {"caf?.safetensors": "its name is not UTF-8: rename it"}
+    assert LoraLibrary.open(folder, WordEncoder()).skipped == made.skipped
+    (folder / "caf\udce9.safetensors").rename(folder / "café.safetensors")
+    with pytest.raises(ValueError, match="is stale: 'café.safetensors' is new"):
+        LoraLibrary.open(folder, WordEncoder())
+
+
 def test_what_is_no_lora_is_left_out_and_named(folder, tmp_path_factory):
     (folder / "page.safetensors").write_text("<html>")
     outside = tmp_path_factory.mktemp("outside") / "secret.txt"

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import shutil
+import sys
 import warnings
 from contextlib import ExitStack, nullcontext
 
@@ -17,7 +18,7 @@ from tiers import thorough
 
 from mole_diffusers import attach, attached, detach, read_expert
 from mole_diffusers.studio.base_models import usual_size
-from mole_diffusers.studio.catalog import Catalog, family_of_file, file_hash, folder_loras, preview
+from mole_diffusers.studio.catalog import Catalog, family_of_file, file_hash, folder_gates, folder_loras, preview
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.picture_passes import drawing_over, on_white, pixels_hash, steps_drawn, with_pictures
 from mole_diffusers.studio.prompt_weights import call_arguments
@@ -547,6 +548,19 @@ def test_files_of_one_name_are_named_by_their_folder(loras, tmp_path):
         studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:fox:1>"))
     with pytest.raises(ValueError, match="two tags of the prompt mean the same LoRA: HAT, hat"):
         studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:HAT:1> <lora:hat:1>"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf_8_are_left_out(loras, tmp_path):
+    for inside in ("good", "caf\udce9", "caf\udce9/hat"):
+        path = tmp_path / f"{inside}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(loras["fox"], path)
+        (tmp_path / "gates" / inside.replace("/", "")).mkdir(parents=True)
+        (tmp_path / "gates" / inside.replace("/", "") / "config.json").touch()
+    assert folder_loras(tmp_path) == {"good": tmp_path / "good.safetensors"}
+    assert Catalog({}, {}).find_loras([tmp_path]) == ["good"]
+    assert folder_gates(tmp_path / "gates") == {"good": tmp_path / "gates" / "good"}
 
 
 def test_the_picture_beside_a_lora_is_found(tmp_path):
