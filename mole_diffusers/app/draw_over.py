@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
 from PIL import Image, ImageChops, ImageFilter
 
+from mole_diffusers.lora.safe_files import read_picture
+from mole_diffusers.studio import infotext
 from mole_diffusers.studio.picture_passes import on_white
 
 COLOUR, OPACITY = (213, 94, 0), 153  # of the paint; the opacity is out of 255, so the picture shows through
 BRUSH = gr.Brush(60, [f"rgba({', '.join(map(str, COLOUR))}, {OPACITY / 255})"], color_mode="fixed")
-editor: Any = partial(
-    gr.ImageEditor, type="pil", format="png", transforms=(), layers=False, brush=BRUSH, eraser=gr.Eraser(60), buttons=[]
-)
 LATENT = 8  # pixels per latent; only one mask pixel is read for each, so strokes are widened by this much
+
+
+def _read(self: gr.ImageEditor, payload: Any) -> dict[str, Any] | None:
+    """What a browser has sent, read as every picture from a stranger is: the background and at most one layer of paint.
+
+    The composite of both is not read.
+    """
+    if payload is not None and payload.id is not None:
+        payload = self.blob_storage.pop(payload.id, None)
+    if payload is None:
+        return None
+    layers = [layer for layer in payload.layers if layer is not None]
+    if len(layers) > 1:
+        raise gr.Error(f"the editor has one layer of paint, got {len(layers)}", print_exception=False)
+    background, *layers = map(_picture, (payload.background, *layers))
+    return {"background": background, "layers": layers, "composite": None}
+
+
+def _picture(sent: Any) -> Image.Image | None:
+    """A picture that a browser has sent, as a file or as bytes."""
+    if sent is None:
+        return None
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "picture")
+        if isinstance(sent, bytes):
+            path.write_bytes(sent)
+        try:
+            picture = read_picture(path if isinstance(sent, bytes) else Path(sent.path), "this", most=infotext.MAX_PIXELS)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+    return picture.convert("RGBA")
+
+
+# A subclass of Gradio's editor, to browsers the same. For a `class` Gradio would write a .pyi beside this file.
+Editor: Any = ABCMeta.__new__(type(gr.ImageEditor), "Editor", (gr.ImageEditor,), {"preprocess": _read, "is_template": True})
+editor: Any = partial(
+    Editor, type="pil", format="png", transforms=(), layers=False, brush=BRUSH, eraser=gr.Eraser(60), buttons=[]
+)
 
 
 def put(path: Path) -> dict[str, Any]:

@@ -63,6 +63,46 @@ def test_an_editor_gives_a_picture_and_a_mask():
     assert mask[:, 36:].max() == 0
 
 
+def test_an_editor_reads_what_a_browser_sends_as_pictures_from_strangers(tmp_path, monkeypatch):
+    import gradio
+    from gradio.components.image_editor import EditorData, EditorDataBlobs
+    from gradio.data_classes import FileData
+
+    one = draw_over.editor()
+    assert one.get_block_name() == "imageeditor"
+
+    def sent(background, layers=(), composite=PICTURE, format="PNG"):
+        """What is read of files, and of bytes."""
+        parts = [background, *layers, composite]
+        for i, picture in enumerate(parts):
+            picture.save(tmp_path / f"{i}.png", format)
+        paths = [tmp_path / f"{i}.png" for i in range(len(parts))]
+        first, *more, last = (FileData(path=str(path)) for path in paths)
+        yield one.preprocess(EditorData(background=first, layers=more, composite=last))
+        first, *more, last = (path.read_bytes() for path in paths)
+        one.blob_storage["one"] = EditorDataBlobs(background=first, layers=[None, *more], composite=last)
+        yield one.preprocess(EditorData(id="one"))
+        assert one.blob_storage == {}
+
+    layer = Image.new("RGBA", PICTURE.size, (*paint.COLOUR, 9))
+    for found in sent(PICTURE, [layer]):
+        assert np.array_equal(found["background"], PICTURE.convert("RGBA"))
+        assert [picture.tobytes() for picture in found["layers"]] == [layer.tobytes()]
+        assert found["composite"] is None
+    assert [one.preprocess(None), one.preprocess(EditorData(id="gone"))] == [None, None]
+    for wrong, said in (
+        ({"format": "PCX"}, "this cannot be read as a picture"),
+        ({"layers": [layer, layer]}, "the editor has one layer of paint, got 2"),
+    ):
+        reading = sent(PICTURE, **wrong)
+        with pytest.raises(gradio.Error, match=said):
+            next(reading)
+    monkeypatch.setattr(infotext, "MAX_PIXELS", 2047)
+    with pytest.raises(gradio.Error, match="this has 2048 pixels, more than 2047"):
+        next(sent(PICTURE))
+    assert {found["background"].size for found in sent(PICTURE.resize((32, 32)))} == {(32, 32)}  # the composite is not read
+
+
 @pytest.mark.parametrize("at", range(8))
 def test_thin_strokes_change_the_picture(at):
     """Diffusers reads one pixel of a mask for each latent."""
