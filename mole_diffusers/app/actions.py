@@ -22,6 +22,7 @@ from mole_diffusers.app.gate_report import GateReport, gate_report
 from mole_diffusers.app.gate_training import TrainingRequest, train
 from mole_diffusers.app.jobs import Report, StoppedError, Work
 from mole_diffusers.app.preview import PreviewDecoder
+from mole_diffusers.app.sentences import without_folders
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora.safe_files import read_picture
@@ -222,7 +223,6 @@ class Actions:
             keep: whether the LoRA stays in memory, ready to be drawn with.
         """
         catalog = self.studio.catalog
-        file = catalog.loras[catalog.name(name)]
         facts: dict[str, Any] = {"name": name, "base": "", "format": "", "sha256": "", "ranks": "", "triggers": []}
         facts |= {"layers": 0, "matched": 0, "problem": ""}
         try:
@@ -234,7 +234,7 @@ class Actions:
             facts["layers"] = total
             return facts | {"matched": total - len(match(expert, models_of(self.studio.pipe)).unmatched)}
         except (ValueError, OSError) as error:
-            return facts | {"problem": str(error).replace(f"{file.parent}/", "")}
+            return facts | {"problem": without_folders(str(error))}
 
     def choices(self) -> list[tuple[str, str]]:
         """(label in a list, name) of every LoRA. Those that cannot be read, and those made for another model, are marked."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mole_diffusers.app.sentences import without_folders
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.gates import FAMILIES, checkpoint
 from mole_diffusers.lora import read_expert
@@ -64,7 +65,7 @@ def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any
         try:
             check_family((expert := read_expert(path, name)).base, hosts)
         except ValueError as error:
-            said = str(error).replace(f"{path.parent}/", "")
+            said = without_folders(str(error))
             raise ValueError(said if path.name in said else f"{path.name}: {said}") from error
         part = copy.with_suffix(".part")
         shutil.copyfile(path, part)
@@ -106,7 +107,7 @@ def describe_all_gates(catalog: Catalog) -> list[dict[str, Any]]:
         try:
             found.append(describe_gates(catalog, name))
         except (ValueError, OSError) as error:
-            found.append({"name": name, "unreadable": str(error)})
+            found.append({"name": name, "unreadable": without_folders(str(error))})
     return found
 
 

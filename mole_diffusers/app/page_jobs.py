@@ -15,7 +15,7 @@ from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Over, Progress
 from mole_diffusers.app.jobs import Job, Jobs, Work
 from mole_diffusers.app.page import Page, Values, session
-from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem
+from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem, without_folders
 from mole_diffusers.app.style import status_line
 from mole_diffusers.binding.as_text import mask_text, read_mask
 from mole_diffusers.lora.safe_files import read_json
@@ -190,7 +190,7 @@ def _read(path: Path) -> tuple[Recipe, list[Any], str]:
         kept = read_json(path)
         return Recipe.from_dict(kept["recipe"]), [*kept["more"]], kept["mask"]
     except (FileNotFoundError, TypeError, KeyError, ValueError) as error:
-        reason = str(error).replace(f"{path.parent}/", "") if isinstance(error, ValueError) else "it is of another release"
+        reason = without_folders(str(error)) if isinstance(error, ValueError) else "it is of another release"
         raise ValueError(f"what was kept of this job cannot be used: {reason}") from error
 
 

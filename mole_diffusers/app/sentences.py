@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from tempfile import gettempdir
 from typing import Any
 
 USER_ERRORS = (ValueError, FileNotFoundError)  # raised for bad input; anything else is a bug and is logged
@@ -23,8 +22,9 @@ def problem(error: Exception | None) -> str:
 
 
 def without_folders(text: str) -> str:
-    """A message without the temporary folders of visitors' files."""
-    return re.sub(rf"{re.escape(gettempdir())}/(?:[^\s/'\"]+/)*", "", text)
+    """A message that names files without their folders, which visitors are not told. Paths are found by their beginning: "/"
+    or a drive."""
+    return re.sub(r"(?<![^\s'\"(=])(?:[A-Za-z]:)?[\\/]+(?:[^\s\\/'\"]+[\\/]+)+", "", text)
 
 
 def errors_to(status: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -263,7 +263,12 @@ def test_a_message_has_no_temporary_folder_and_no_library():
     assert (
         without_folders(f"{inside} is broken, '{inside}' too") == "my file.safetensors is broken, 'my file.safetensors' too"
     )
-    assert without_folders("there is no LoRA '../../etc'") == "there is no LoRA '../../etc'"
+    for path in ("/home/me/models/x.safetensors", "C:\\Users\\me\\x.safetensors", "C:\\\\Users\\\\me\\\\x.safetensors"):
+        assert without_folders(f"no file at {path}; and ({path}) is '{path}'") == (
+            "no file at x.safetensors; and (x.safetensors) is 'x.safetensors'"
+        )
+    for plain in ("there is no LoRA '../../etc'", "known: people/fox, ink", "and/or 1/2", "OWNER/NAME", "https://x.org/y/z"):
+        assert without_folders(plain) == plain
     with pytest.raises(ValueError, match="there is no LoRA 'owi'") as error:
         cards_of("<lora:owi:1>", [], {f"lora {i}": None for i in range(500)} | {"owl": None})
     assert "owl" in str(error.value)
