@@ -21,6 +21,10 @@ VERSION = 1
 WEIGHTS, CONFIG = "gates.safetensors", "config.json"
 
 
+class UnfitGatesError(RefusedFileError):
+    """Gates that the experts or the pipeline given are not the right ones for."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The contents of a gates folder."""
@@ -31,7 +35,7 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
 
     def order(self, experts: Mapping[str, Expert]) -> list[str]:
-        """The experts' names in the gates' order; RefusedFileError if the two sets differ.
+        """The experts' names in the gates' order; UnfitGatesError if the two sets differ.
 
         Gates without parameters for single experts take any experts, in the order given. Files are matched by their
         hashes, whatever they are called here. A file with an unknown hash is matched by name.
@@ -43,21 +47,21 @@ class Checkpoint:
         if len(by_hash) == len(experts) == len(columns) and set(by_hash) == set(columns):
             return [by_hash[sha256] for sha256 in columns]
         if set(experts) != set(self.experts):
-            raise RefusedFileError(
+            raise UnfitGatesError(
                 f"the gates in {self.folder} weigh {sorted(self.experts)}, but the experts given are {sorted(experts)}"
             )
         for name, expert in experts.items():
             if expert.sha256 != self.experts[name]["sha256"]:
                 if expert.sha256 in columns:
                     known = next(other for other, about in self.experts.items() if about["sha256"] == expert.sha256)
-                    raise RefusedFileError(f"the gates in {self.folder} know the file of expert {name!r} as {known!r}")
+                    raise UnfitGatesError(f"the gates in {self.folder} know the file of expert {name!r} as {known!r}")
                 warnings.warn(
                     f"expert {name!r} is not the file that the gates in {self.folder} were trained with", stacklevel=3
                 )
         return list(self.experts)
 
     def fill(self, banks: Mapping[str, GateBank]) -> None:
-        """Copy the weights into `banks`; RefusedFileError naming the places or shapes that differ.
+        """Copy the weights into `banks`; UnfitGatesError naming the places or shapes that differ.
 
         Gates without parameters for single experts may hold places that none of the present experts has; these are
         skipped. They may also lack places, if they were trained with experts of fewer layers. All experts have equal
@@ -67,18 +71,18 @@ class Checkpoint:
         if missing := sorted(set(wanted) - set(self.tensors)):
             lack = f"the gates in {self.folder} lack {missing[0]!r} and {len(missing) - 1} more"
             if self.config.of_experts or len(missing) == len(wanted):
-                raise RefusedFileError(lack)
+                raise UnfitGatesError(lack)
             warnings.warn(f"{lack}: experts weigh alike there", stacklevel=3)
             wanted = {name: tensor for name, tensor in wanted.items() if name in self.tensors}
         if self.config.of_experts and (foreign := sorted(set(self.tensors) - set(wanted))):
-            raise RefusedFileError(
+            raise UnfitGatesError(
                 f"the gates in {self.folder} hold {foreign[0]!r}, which this pipeline and experts do not have"
             )
         for name, own in wanted.items():
             tensor = self.tensors[name]
             if tensor.shape != own.shape:
                 shapes = f"{list(tensor.shape)}, expected {list(own.shape)}"
-                raise RefusedFileError(f"the gates in {self.folder}: {name!r} has shape {shapes}")
+                raise UnfitGatesError(f"the gates in {self.folder}: {name!r} has shape {shapes}")
             own.copy_(tensor)
 
 

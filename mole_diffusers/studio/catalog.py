@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import product
 from pathlib import Path
 
@@ -142,17 +142,21 @@ class Catalog:
             raise ValueError(f"there are no gates {name!r}; known: {', '.join((*UNTRAINED, *self.gates))}")
         return self.gates[name]
 
-    def gates_for(self, experts: Iterable[str]) -> str:
+    def gates_for(self, experts: Iterable[str], *, unfit: Collection[str] = ()) -> str:
         """The first gates trained with exactly these files, else with LoRAs of these names, else "sum".
 
         Examples are never taken. Gates that cannot be read are skipped with a warning.
+
+        Args:
+            unfit: hashes of gates that are passed over.
         """
         wanted = {name: self.expert(name).sha256 for name in experts}
         names = [name for name in self.gates if name not in self.examples]
         trained = {name: hashes for name in names if (hashes := self._trained_with(name))}
         same_files = [g for g, hashes in trained.items() if set(hashes.values()) == set(wanted.values())]
         same_names = [g for g, hashes in trained.items() if set(hashes) == set(wanted)]
-        return next(iter(same_files + same_names), "sum")
+        fitting = (g for g in same_files + same_names if not unfit or gates_hash(self.gates[g]) not in unfit)
+        return next(fitting, "sum")
 
     def other_files(self, gates: str, experts: Iterable[str]) -> list[str]:
         """The LoRAs whose file is not the one that the gates were trained with."""

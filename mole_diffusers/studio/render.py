@@ -14,6 +14,7 @@ from PIL import Image
 
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
 from mole_diffusers.binding.regions import AUTO, region_picture
+from mole_diffusers.gates.checkpoint import UnfitGatesError
 from mole_diffusers.lora import Expert, check_family
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
@@ -65,6 +66,7 @@ class Studio:
     def _use(self, pipe: Any, base: str) -> None:
         self.pipe, self._own_scheduler = pipe, pipe.scheduler
         self._over: dict[bool, Any] = {}  # pipelines that draw over a picture, without and with a mask
+        self._unfit: set[str] = set()  # hashes of gates that "auto" passes over, since they do not fit this base
         self._attached_key: tuple | None = None  # identifies what is attached; None if that is unknown
         self.base = base  # last, since other threads see it as a sign that the rest is ready
 
@@ -154,7 +156,7 @@ class Studio:
         tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in given.tags]
         here = {name: name for name in names.values()} | names  # a name in the recipe may be another LoRA's name here
         rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
-        gates = self.catalog.gates_for(names.values()) if recipe.gates == "auto" else recipe.gates
+        gates = self.catalog.gates_for(names.values(), unfit=self._unfit) if recipe.gates == "auto" else recipe.gates
         source = self.catalog.gates_source(gates)
         digest = "" if gates in UNTRAINED else gates_hash(Path(source))
         if recipe.gates_sha256 not in ("", digest):
@@ -353,7 +355,11 @@ class Studio:
             source = self.catalog.gates_source(recipe.gates)
             if recipe.gates not in UNTRAINED and gates_hash(Path(source)) != recipe.gates_sha256:
                 raise ValueError(f"the gates {recipe.gates!r} have been replaced since this was asked for: start it again")
-            attach(pipe, experts, source, binding=binding)
+            try:
+                attach(pipe, experts, source, binding=binding)
+            except UnfitGatesError:  # anybody may have sent them
+                self._unfit.add(recipe.gates_sha256)
+                raise
         self._attached_key = key
         return attached(pipe)
 

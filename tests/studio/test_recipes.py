@@ -7,8 +7,10 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngImageFile, PngInfo
+from safetensors.torch import save_file
 
 from mole_diffusers import attach, attached
 from mole_diffusers.binding.as_text import mask_text
@@ -129,6 +131,19 @@ def test_gates_that_are_replaced_before_a_picture_is_drawn_are_not_taken_for_the
     studio.draw(studio.complete(dataclasses.replace(old, gates_sha256="")))
     with pytest.raises(ValueError, match="'mine' have been replaced since this was asked for: start it again"):
         studio.draw(old)
+
+
+def test_gates_that_do_not_fit_stop_one_picture_that_does_not_name_them(loras, awake, tmp_path):
+    awake(attach(tiny_pipeline(), {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    save_file({"x": torch.zeros(1)}, tmp_path / "a" / "gates.safetensors")
+    studio = Studio(tiny_pipeline(), Catalog(loras, folder_gates(tmp_path)), "tiny")
+    recipe = Recipe(PROMPT, steps=1, width=32, height=32, gates="auto")
+    with pytest.raises(ValueError, match="the gates in .* lack"):
+        studio.draw(studio.complete(recipe))
+    assert (whole := studio.complete(recipe)).gates == "b"
+    by_name = studio.complete(dataclasses.replace(recipe, gates="b"))
+    assert same(studio.draw(whole), studio.draw(by_name))
 
 
 def test_gates_that_cannot_be_read_stop_no_picture_that_does_not_name_them(loras, awake, tmp_path):
