@@ -1,5 +1,6 @@
 """demos/experiments/emoji/shared_gate.py: gates of ten numbers, for any LoRAs."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -73,3 +74,29 @@ def test_the_larger_of_two_outputs_is_weighed_by_its_size(shared, pipe, mixture)
     apart = ((log[0] - log[1]) / 2).clamp(-3, 3)
     wanted = torch.stack([0.5 * apart + share - 0.5, -0.5 * apart + 0.5 - share], -1).exp()
     torch.testing.assert_close(gate.weights(rows).detach(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_retrieval_gates_have_their_name_only_after_the_last_lesson(shared, pipe, loras, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "FOLDER", tmp_path)
+    began = []
+
+    @contextmanager
+    def taught(setup, case, scene, gates):
+        def train(seed):
+            if case == "interrupted":
+                raise KeyboardInterrupt
+
+        began.append(gates)
+        yield mole.attach(pipe, {name: loras[name] for name in NAMES}, gates), train
+        mole.detach(pipe)
+
+    monkeypatch.setattr(shared, "taught", taught)
+    with pytest.raises(KeyboardInterrupt):
+        shared.train_retrieval(None, [("first", None), ("interrupted", None)])
+    assert not (tmp_path / "retrieval").exists()
+    mole.detach(pipe)
+    shared.train_retrieval(None, [("first", None), ("second", None)])
+    part = tmp_path / "retrieval.part"
+    assert began == ["retrieval", part] * 2  # what an interrupted run left is not gone on with
+    assert (tmp_path / "retrieval" / "config.json").exists()
+    assert not part.exists()

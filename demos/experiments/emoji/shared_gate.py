@@ -163,12 +163,13 @@ def train_scores(setup: Setup, lessons: Lessons) -> None:
 
 
 def train_retrieval(setup: Setup, lessons: Lessons) -> None:
-    """Train the retrieval gates."""
-    folder = FOLDER / "retrieval"
+    """Train the retrieval gates. They get their name only after the last lesson."""
+    folder = FOLDER / "retrieval.part"
     for turn, (case, scene) in enumerate(lessons):
-        with taught(setup, case, scene, folder if folder.exists() else "retrieval") as (mixture, train):
+        with taught(setup, case, scene, folder if turn else "retrieval") as (mixture, train):
             train(seed=turn)
             mixture.save_pretrained(folder)
+    folder.rename(FOLDER / "retrieval")
 
 
 # ---- drawing
