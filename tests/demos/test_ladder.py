@@ -155,6 +155,20 @@ def test_a_run_trains_draws_and_goes_on(ladder, script, tmp_path, monkeypatch, c
     assert [name.split()[1] for name in took] == ["mixer"]
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".jsonl")}
     assert len(files) == 2  # the mixers, rows
+    elsewhere = [option if option != "subject x style" else "two subjects" for option in options]
+    monkeypatch.setattr(sys, "argv", ["ladder.py", *elsewhere])
+    ladder.main()  # rows that were not asked for are not in the figure
+    capsys.readouterr()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".jsonl")}
+    shown, curves = [], ladder.curves
+    monkeypatch.setattr(ladder, "curves", lambda rows, *given, **how: shown.append(rows) or curves(rows, *given, **how))
+    monkeypatch.setattr(ladder, "UPDATES", (1,))
+    again = [*options[:-4], "--rungs", "--updates", "7"]  # what was trained by other runs is in it
+    monkeypatch.setattr(sys, "argv", ["ladder.py", *again, "--figure", str(tmp_path / "ladder.png")])
+    ladder.main()
+    assert set(shown[0]["kind"]) == {"subject x style"}
+    assert list(shown[0]["line"]) == ["sum", "bound", "tiles", "1 updates"]
+    capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["ladder.py", *options, "--pack", "--figure", str(tmp_path / "ladder.png")])
     ladder.main()
     assert capsys.readouterr().out.partition("| arm")[2] == table

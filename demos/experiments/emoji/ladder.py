@@ -33,7 +33,7 @@ from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import curves
 from mole_diffusers.evaluation.rows import Row, Rows, digest_files
-from mole_diffusers.evaluation.runner import Arm, Case, Setup
+from mole_diffusers.evaluation.runner import Arm, Case, Setup, requested_rows
 from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
 from mole_diffusers.gates import GateBank, GateConfig, checkpoint
 from mole_diffusers.lora import Expert
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--rungs", nargs="*", choices=RUNGS, default=list(RUNGS))
     parser.add_argument("--updates", nargs="*", type=int, default=UPDATES)
     parser.add_argument("--pack", action="store_true", help="write the verdicts to docs/results/, too")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the figure of all rows, too")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the figure of every rung trained so far, too")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
@@ -206,7 +206,9 @@ def main() -> None:
     if args.pack:
         pack("ladder", table, ["kind", "concepts", "arm", "seed"])
     if args.figure:
-        curves(as_frame(placed(rows.read())), args.figure, at="what is free to learn", line="line", panel="panel")
+        every = [*drawn, *(bound(name, n) for n in UPDATES for name in RUNGS)]
+        shown = requested_rows(setup, every, [case for case, _ in found], seeds=seeds, rows=rows)
+        curves(as_frame(placed(shown)), args.figure, at="what is free to learn", line="line", panel="panel")
 
 
 if __name__ == "__main__":
