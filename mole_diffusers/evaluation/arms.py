@@ -111,7 +111,7 @@ def weighted(
             yield mixture
 
     def described(setup: Setup, case: Case) -> Mapping[str, Any]:
-        found = setup.expert_settings(list(weights(setup, case)))
+        found = setup.expert_settings(list(weights(setup, case))) | _weights_settings(weights(setup, case))
         found |= {key: value(setup, case) if callable(value) else value for key, value in settings.items()}
         if binding or reads_words:
             found |= setup.words_settings(list(weights(setup, case)))
@@ -126,6 +126,11 @@ def weighted(
         return covers(case) and (not callable(gates) or (gates(case) / checkpoint.CONFIG).exists())
 
     return Arm(name, draws, described, can_draw)
+
+
+def _weights_settings(weights: Mapping[str, float]) -> dict[str, Any]:
+    """A row's description of an arm's weights, if one is not 1."""
+    return {} if set(weights.values()) <= {1.0} else {"expert_weights": dict(weights)}
 
 
 def alone(concept: str) -> Arm:
@@ -185,6 +190,7 @@ def merged(method: str, name: str = "", weights: Weights = ones) -> Arm:
 
     def settings(setup: Setup, case: Case) -> Mapping[str, Any]:
         found = setup.expert_settings(case.experts) | {"method": method, "rank": None} | resolved(method, {})
+        found |= _weights_settings(weights(setup, case))
         if method == "np":
             found["protect"] = styles(setup, case)
         if by_activations(method):

@@ -90,6 +90,22 @@ def test_other_words_in_a_file_are_another_row_for_the_arms_that_read_them(setup
     assert [name for name in named if after[name] != before[name]] == list(named[4:])
 
 
+def test_weights_other_than_1_are_in_the_row(setup):
+    """They depend on the styles, too, which no row states."""
+    searched = arms.searched({"subject x style": {"subject": 1.0, "style": 1.0}})
+    ones = (arms.summed(), arms.in_tiles(), arms.merged("svd"), arms.weighted("s", arms.by_role(1, 1)), searched)
+    assert not any("expert_weights" in settings_of(setup, arm) for arm in ones)
+    assert settings_of(setup, arms.mean())["expert_weights"] == {"fox": 0.5, "ink": 0.5}
+    for arm in (arms.weighted("s", arms.by_role(0.5, 1.5)), arms.merged("svd", "s", arms.by_role(0.5, 1.5))):
+        seen = []
+        for styles in ({"ink"}, set(), {"hat"}):
+            setup.styles = frozenset(styles)
+            seen.append((drawn(setup, arm), settings_of(setup, arm)))
+        assert seen[0][0] != seen[1][0]
+        assert seen[0][1] != seen[1][1]
+        assert seen[1] == seen[2]
+
+
 def test_merges_protect_the_style_and_take_strengths(setup):
     experts = {n: setup.experts[n] for n in CASE.concepts}
     kept = mole.merge(experts, "np", protect=["ink"])
@@ -268,7 +284,7 @@ def test_rows_say_what_their_pictures_depend_on(setup, gates, monkeypatch):
     assert changed() == {"ssr", "regmean", "iteris", "scalars"}
     setup.prompts["ink"].pop()
     setup.styles = frozenset()
-    assert changed() == {"np", "masked blend", "freefuse"}
+    assert changed() == {"np", "masked blend", "freefuse", "grid search"}
     setup.styles = frozenset({"ink"})
     monkeypatch.setitem(METHODS["np"].__kwdefaults__, "mu", 0.25)
     monkeypatch.setattr(arms, "ALPHA", 1.0)
