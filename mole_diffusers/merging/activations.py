@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mole_diffusers import functional
 from mole_diffusers.lora import Expert, layer_key
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import attach, attached, detach
-from mole_diffusers.patching.denoiser_inputs import DENOISERS, models_of
-from mole_diffusers.patching.placement import TEXT_LAYERS
+from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, models_of
+from mole_diffusers.patching.placement import stream_of
+from mole_diffusers.patching.prompt_tokens import PromptTokens
 from mole_diffusers.patching.undo import Undo
+
+WITH_TEXT = {"encoding", "text", "joint"}  # what layers read that read a text, see `stream_of`
 
 
 @dataclass(eq=False)
@@ -78,34 +82,78 @@ class Activations:
     @contextmanager
     def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:
         """Record the inputs of the layers that `expert` changes, while the block runs."""
-        models = models_of(self.pipe)
+        models, texts = models_of(self.pipe), Texts(self.pipe)
         found: dict[str, list[torch.Tensor]] = {}
-        texts: dict[str, torch.Tensor] = {}  # text encoder -> [P, T] bool, the tokens of what it reads
 
-        def read(part: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
-            """The tokens of the text, from its start to the end token, included."""
-            tokenizer = getattr(self.pipe, part.replace("text_encoder", "tokenizer"))
-            ids = (args[0] if args else kwargs["input_ids"]).cpu()  # [P, T]
-            ends = ids == tokenizer.eos_token_id
-            texts[part] = (ids != tokenizer.bos_token_id) & (ends.cumsum(1) - ends.long() == 0)
-
-        def keep(key: str, text: str | None, module: nn.Module, args: tuple) -> None:
-            """The input of a layer that reads an encoder's text, or (None) the picture."""
+        def keep(key: str, part: str, stream: str | None, module: nn.Module, args: tuple) -> None:
             x = as_rows(module, args[0].detach())  # [B, T, Cin]
-            kept = torch.ones(x.shape[:2], dtype=torch.bool) if text is None else texts[text]
-            flat = x[kept.to(x.device)]  # [n, Cin]
+            flat = x[texts.kept(part, stream, x).to(x.device)]  # [n, Cin]
             at = torch.linspace(0, len(flat) - 1, min(self.rows, len(flat))).round().long()
             found.setdefault(key, []).append(flat[at.to(flat.device)].float().cpu())
 
         with Undo() as undo:
-            for part in (part for part in models if part not in DENOISERS):
-                undo.before_forward(models[part], partial(read, part), with_kwargs=True)
+            texts.watch_encoders(models, undo)
             for part, modules in match(expert, models).layers.items():
-                for module in modules:
-                    text = part if part not in DENOISERS else "text_encoder" if module.endswith(TEXT_LAYERS) else None
-                    keeper = partial(keep, f"{part}.{layer_key(module)}", text)
+                streams = {module: stream_of(part, module) for module in modules}
+                if part in DENOISERS and not WITH_TEXT.isdisjoint(streams.values()):
+                    undo.before_forward(models[part], partial(texts.denoises, name, part), with_kwargs=True)
+                for module, stream in streams.items():
+                    keeper = partial(keep, f"{part}.{layer_key(module)}", part, stream)
                     undo.before_forward(models[part].get_submodule(module), keeper)
             yield found
+
+
+class Texts:
+    """Which tokens of the texts that a pipeline's models read are recorded: those from a text's start to its end."""
+
+    def __init__(self, pipe: Any):
+        self._pipe, self._encoded = pipe, PromptTokens()
+        self._own: dict[str, torch.Tensor] = {}  # model -> [B, S] bool, for the text that it reads
+
+    def watch_encoders(self, models: Mapping[str, nn.Module], undo: Undo) -> None:
+        for part in (part for part in models if part not in DENOISERS):
+            self._encoded.watch(part, models[part], self._tokenizer(part), undo, self._encodes)
+
+    def _tokenizer(self, encoder: str) -> Any:
+        return getattr(self._pipe, encoder.replace("text_encoder", "tokenizer"))
+
+    def _to_end(self, encoder: str, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [P, S] -> bool [P, S]: the tokens up to the end token, included."""
+        tokenizer, ids = self._tokenizer(encoder), ids.cpu()
+        ends = ids == tokenizer.eos_token_id
+        return (ids != tokenizer.bos_token_id) & (ends.cumsum(1) - ends.long() == 0)
+
+    def _encodes(self, encoder: str, ids: torch.Tensor, _: torch.device) -> None:
+        self._own[encoder] = self._to_end(encoder, ids)
+
+    def denoises(self, expert: str, part: str, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a denoiser runs: find the encoders' texts that its text consists of.
+
+        Raises ValueError if it consists of something else.
+        """
+        states = DenoiserInputs(model).text(args, kwargs)  # [B, S, C]
+        if (rows := self._encoded.rows(states)) is None:
+            raise ValueError(
+                f"{expert!r} cannot be recorded: {type(model).__name__} reads a text that is not as its encoders return "
+                f"it, so what is padding in it is not known"
+            )
+        self._own[part] = torch.zeros(states.shape[:2], dtype=torch.bool)
+        for mask, row in zip(self._own[part], rows, strict=True):
+            for runs in row:  # one after the other, and the channels of several encoders side by side
+                size = runs[0][0].ids.shape[1]
+                for encoded, i in runs:
+                    mask[:size] |= self._to_end(encoded.encoder, encoded.ids)[i]
+                mask = mask[size:]
+
+    def kept(self, part: str, stream: str | None, x: torch.Tensor) -> torch.Tensor:
+        """[B, T] bool: which tokens of a layer's input [B, T, C] are recorded; `stream` is what it reads."""
+        kept = torch.ones(x.shape[:2], dtype=torch.bool)
+        if stream in WITH_TEXT:
+            text = functional.rows_for_layer(self._own[part], len(x))
+            # A second attention of the picture (SD 3.5) has the name that cross-attention has elsewhere.
+            if stream == "joint" or x.shape[1] == text.shape[1]:
+                kept[:, : text.shape[1]] = text
+        return kept
 
 
 def as_rows(module: Any, x: torch.Tensor) -> torch.Tensor:

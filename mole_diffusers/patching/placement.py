@@ -120,11 +120,11 @@ def stream_of(component: str, layer: str) -> str | None:
     """
     if component.startswith("text_encoder"):
         return "encoding"
+    if "motion_modules" in layer:  # both attentions read frames
+        return None
     if layer.endswith(TEXT_LAYERS) or any(f".{name}" in f".{layer}" for name in TEXT_STREAM):
         return "text"
-    if layer.startswith("single_transformer_blocks."):
-        return "joint"
-    return None if "motion_modules" in layer else "image"
+    return "joint" if layer.startswith("single_transformer_blocks.") else "image"
 
 
 def _in_width(module: nn.Module) -> int:

@@ -189,6 +189,39 @@ def test_each_text_encoder_is_recorded_on_its_own_tokens(tmp_path):
         assert len(inputs) == sum(len(tokenizer(prompt).input_ids) - clip for prompt in ("a fox", "fox"))
 
 
+@pytest.mark.parametrize("host", ["flux", "sd3", "animatediff"])
+def test_padding_is_left_out_of_what_reads_a_text_and_nothing_of_pictures_and_frames(tmp_path, host):
+    """Against the inputs cut by hand. SD 3's attn2 here reads the picture, AnimateDiff's in motion modules frames."""
+    pipe, _ = hosts.HOSTS[host]()
+    ends = ("attn.to_k", "attn.add_k_proj", "attn2.to_k")
+    expert, prompts = read_expert(tiny_lora(pipe, tmp_path / "a.safetensors", ends=ends)), ["a fox", "fox"]
+    seen = {}
+    for name, module in hosts.denoiser(pipe).named_modules():
+        if name.endswith(ends):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.update({layer_key(name): args[0]}))
+    found = mole.Activations(pipe, {"a": prompts}, steps=1, rows=10**6).own("a", expert)
+    tokenizer, start, whole = (pipe.tokenizer_2, 0, 512) if host == "flux" else (pipe.tokenizer, 1, 0)
+    ends = [len(tokenizer(prompt).input_ids) for prompt in prompts]
+    assert {key.partition(".")[2] for key in found} == set(seen)
+    for key, x in seen.items():  # [B, T, C]
+        texts = [row[start : ends[i * len(ends) // len(x)]] for i, row in enumerate(x)]
+        if "single" in key:
+            wanted = torch.cat([part for row, text in zip(x, texts, strict=True) for part in (text, row[whole:])])
+        elif "add_k" in key or "attentions" in key:
+            wanted = torch.cat(texts)
+        else:
+            wanted = x.flatten(0, 1)
+        torch.testing.assert_close(found[f"{next(iter(expert.layers))}.{key}"], wanted, msg=key)
+
+
+def test_a_text_that_no_encoder_made_is_refused_by_name(pipe, loras, monkeypatch):
+    runs, call = mole.Activations(pipe, PROMPTS, steps=1), type(pipe).__call__
+    states = torch.randn(2, 77, 16)
+    monkeypatch.setattr(type(pipe), "__call__", lambda pipe, prompts, **how: call(pipe, prompt_embeds=states, **how))
+    with pytest.raises(ValueError, match="'fox' cannot be recorded: UNet2DConditionModel reads a text that is not as its"):
+        runs.own("fox", read_expert(loras["fox"]))
+
+
 def test_rows_are_spaced_and_limited(pipe, loras):
     few = mole.Activations(pipe, PROMPTS, steps=2, rows=5).own("ink", read_expert(loras["ink"]))
     assert {len(x) for key, x in few.items() if key.startswith("unet.") and "attn1" in key} == {10}
