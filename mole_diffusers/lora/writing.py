@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ MODULE_WORDS = (
     "conv2", "norm", "norm1", "linear", "encoder", "layers", "mlp", "fc1", "fc2",
     "block", "layer", "SelfAttention", "DenseReluDense", "q", "k", "v", "o", "wi_0", "wi_1", "wo",
 )  # fmt: skip
+# Ends of layer keys of UNets whose convolutions have a kernel of 3 x 3
+KERNEL_3 = ("_conv1", "_conv2", "conv_in", "conv_out", "samplers_0_conv")
 _WORD = f"(?:{'|'.join(sorted(MODULE_WORDS, key=len, reverse=True))}|\\d+)"
 
 
@@ -105,9 +108,21 @@ def save_expert(expert: Expert, path: str | Path, *, format: str = "diffusers", 
         ValueError: an unknown format; a layer whose module name cannot be derived from its key; a number that `dtype`
             cannot hold.
     """
-    layers = {component: {module_name(key): w for key, w in found.items()} for component, found in expert.layers.items()}
+    layers = {
+        component: {module_name(key): _as_convolution(key, w, expert.base) for key, w in found.items()}
+        for component, found in expert.layers.items()
+    }
     metadata = {key: value for key, value in expert.metadata.items() if key not in OUTDATED}
     write_lora(layers, path, format=format, dtype=dtype, metadata=metadata | trigger_phrase([expert]))
+
+
+def _as_convolution(key: str, weights: LoraWeights, base: str) -> LoraWeights:
+    """Weights in the shape of a convolution if the layer's name says that it is one, since files of LoHa do not tell."""
+    side = 3 if key.endswith(KERNEL_3) else 1
+    named = side == 3 or key.endswith("conv_shortcut") or (base == "SD 1.x" and key.endswith(("proj_in", "proj_out")))
+    if weights.down.dim() == 4 or not named or weights.down.shape[1] % side**2:
+        return weights
+    return replace(weights, down=weights.down.reshape(weights.rank, -1, side, side), up=weights.up[..., None, None])
 
 
 def trigger_phrase(experts: Iterable[Expert]) -> dict[str, str]:

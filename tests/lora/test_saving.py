@@ -1,5 +1,7 @@
 """Experts as files: every name of a real model is told from its key, and the file is the expert again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
@@ -7,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from mole_diffusers import read_expert, save_expert
+from mole_diffusers import merge, read_expert, save_expert
 from mole_diffusers.lora import layer_key
 from mole_diffusers.lora.writing import module_name
+from mole_diffusers.testing import tiny_pipeline
 
 
 def hosts():
@@ -90,3 +93,23 @@ def test_a_saved_expert_of_flux_is_the_expert(tmp_path, format):
     for part, found in expert.layers.items():
         for key, weights in found.items():
             torch.testing.assert_close(again.layers[part][key].delta(), weights.delta())
+
+
+def test_stock_diffusers_loads_convolutions_whose_file_does_not_tell_their_kernel(tmp_path):
+    """LoHa without a core stores [r, Cin k k]. What diffusers makes of its merge is the change that the file says."""
+    pipe = tiny_pipeline()
+    convolutions = {name: m for name, m in pipe.unet.named_modules() if isinstance(m, nn.Conv2d)}
+    sides = {
+        f"lora_unet_{layer_key(name)}.hada_w{i}_{half}": (len(m.weight), 2) if half == "a" else (2, m.weight[0].numel())
+        for name, m in convolutions.items()
+        for i in (1, 2)
+        for half in "ab"
+    }
+    save_file({key: torch.randn(size) for key, size in sides.items()}, tmp_path / "loha")
+    expert = replace(read_expert(tmp_path / "loha", "a"), base="SD 1.x")  # whose proj_in and proj_out are convolutions
+    save_expert(merge({"a": expert}, "sum"), tmp_path / "one.safetensors", dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path / "one.safetensors", adapter_name="one")
+    for name in convolutions:
+        delta = expert.layers["unet"][layer_key(name)].delta()
+        made = pipe.unet.get_submodule(name).get_delta_weight("one")
+        torch.testing.assert_close(made, delta.reshape(made.shape), atol=1e-4, rtol=1e-4)
