@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mole_diffusers.evaluation.report import Report
 from mole_diffusers.evaluation.rows import Row, digest
@@ -62,10 +62,14 @@ def _case(found: object) -> Case:
 
 
 def windows(image: Image.Image) -> list[Image.Image]:
-    """The whole picture and nine crops of half its side. A concept is scored in the one that fits it best."""
-    w, h = image.size
-    corners = [(x * w // 4, y * h // 4) for y in range(3) for x in range(3)]
-    return [image, *(image.crop((x, y, x + w // 2, y + h // 2)) for x, y in corners)]
+    """The whole picture and nine crops of half its side. A concept is scored in the one that fits it best.
+
+    All are squares, because the models' processors cut off what is beside a square. Other pictures get grey bars.
+    """
+    side = max(image.size)
+    square = image if image.size == (side, side) else ImageOps.pad(image, (side, side), color="grey")
+    corners = [(x * side // 4, y * side // 4) for y in range(3) for x in range(3)]
+    return [square, *(square.crop((x, y, x + side // 2, y + side // 2)) for x, y in corners)]
 
 
 class ClipDinoMetrics:

@@ -100,6 +100,21 @@ def test_a_concept_is_found_where_it_is(models, own):
     assert windows(canvas)[-1].tobytes() == noise(0).tobytes()
 
 
+@pytest.mark.parametrize(("size", "place"), [((112, 56), (56, 0)), ((56, 112), (0, 0))])
+def test_a_concept_is_found_at_the_end_of_a_wide_or_tall_picture(models, own, size, place):
+    """Where its square is a window, and none of the picture is cut off by the models' processors."""
+    metrics = ClipDinoMetrics(*models, own)
+    canvas = Image.new("RGB", size, "white")
+    canvas.paste(noise(0), place)
+    (found,) = metrics(Case(("fox",), "one", "a fox"), [canvas])
+    alone = metrics._dino([noise(0)]) @ metrics.own_dino["fox"].T  # [1, own pictures]
+    assert found["dino"]["fox"] >= alone.mean().item() - 1e-5
+    assert all(width == height for width, height in (window.size for window in windows(canvas)))
+    bars = Image.new("RGB", (112, 112), "grey")
+    bars.paste(canvas, (0, 28) if size[0] > size[1] else (28, 0))
+    assert windows(canvas)[0].tobytes() == bars.tobytes()
+
+
 def test_cases_are_read_and_checked(tmp_path, ascii_locale):
     path = tmp_path / "cases.jsonl"
     path.write_text('{"concepts": ["fox", "ink"], "prompt": "p"}\n\n{"concepts": ["fox"], "prompt": "q", "kind": "one"}\n')
