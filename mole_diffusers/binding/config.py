@@ -12,7 +12,7 @@ from mole_diffusers.binding.as_text import MASK, mask_text, read_mask
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region
 from mole_diffusers.binding.words import Thing
 from mole_diffusers.lora import Expert
-from mole_diffusers.lora.metadata import as_read, training_tags
+from mole_diffusers.lora.metadata import as_read, guessed
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def from_file(expert: Expert) -> Bound:
 
     They count as the file writes them, and without A1111's weights and backslashes.
     """
-    guessed = bool(expert.triggers) and expert.triggers == training_tags(expert.metadata)[:3]
-    return Bound(as_read(expert.triggers), required=not guessed)
+    return Bound(as_read(expert.triggers), required=not guessed(expert.triggers, expert.metadata))
 
 
 def files_bindings(experts: Mapping[str, Expert]) -> dict[str, Bound]:

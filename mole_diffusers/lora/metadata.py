@@ -53,6 +53,11 @@ def triggers(metadata: Mapping[str, str], note: Mapping[str, Any]) -> tuple[str,
     return training_tags(metadata)[:3]
 
 
+def guessed(words: Sequence[str], metadata: Mapping[str, str]) -> bool:
+    """Whether trigger words are only kohya's most frequent training tags, which may say anything."""
+    return bool(words) and tuple(words) == training_tags(metadata)[:3]
+
+
 def as_read(phrases: Sequence[str]) -> tuple[str, ...]:
     """Phrases as they are written, and then as a prompt with weights is read: "(miku:1.2)" is "miku" there."""
     plain = (MARK.sub(lambda mark: mark[1] or "", phrase).strip() for phrase in phrases)

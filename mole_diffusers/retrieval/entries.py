@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from mole_diffusers.lora import Expert, read_expert
-from mole_diffusers.lora.metadata import summarize, training_tags
+from mole_diffusers.lora.metadata import guessed, summarize, training_tags
 from mole_diffusers.lora.safe_files import RefusedFileError, path_inside
 from mole_diffusers.options import check_kinds
 
@@ -26,7 +26,7 @@ class LibraryEntry:
         name: the file name without suffix; in a subfolder with the folder, "people/anna".
         file: path relative to the library's folder.
         base: the model family it was made for.
-        triggers: its trigger words.
+        triggers: its trigger words; none if its file only gives training tags, which are in `samples`.
         samples: texts it was trained with, or that describe it.
         sha256: of its tensors.
         stamps: of the LoRA file, its captions file and its note: a cheap way to notice changes.
@@ -66,7 +66,8 @@ def read_entry(folder: Path, file: str) -> tuple[LibraryEntry, Expert]:
         or expert.triggers
         or (name.rpartition("/")[2].replace("_", " ").replace("-", " "),)
     )
-    return LibraryEntry(name, file, expert.base, expert.triggers, samples[:SAMPLES], expert.sha256, before), expert
+    triggers = () if guessed(expert.triggers, expert.metadata) else expert.triggers
+    return LibraryEntry(name, file, expert.base, triggers, samples[:SAMPLES], expert.sha256, before), expert
 
 
 def stamps(folder: Path, file: str) -> Stamps:

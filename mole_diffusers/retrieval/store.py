@@ -17,7 +17,7 @@ from mole_diffusers.options import check_kinds
 from mole_diffusers.retrieval.encoders import Encoder
 from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, entry_from_json, read_entry, stamps
 
-FORMAT, VERSION = "mole_diffusers.retrieval", 2
+FORMAT, VERSION = "mole_diffusers.retrieval", 3
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
 FIELD_TYPES = {  # of the JSON's fields; an index of before lacks the last

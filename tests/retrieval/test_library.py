@@ -306,7 +306,7 @@ class Deaf(WordEncoder):
         (
             lambda f: (f / store.ABOUT).write_text("{}"),
             WordEncoder(),
-            "cannot be used: it is not mole_diffusers.retrieval version 2",
+            "cannot be used: it is not mole_diffusers.retrieval version 3",
         ),
         (lambda f: (f / store.ABOUT).write_text("[" * 100_000), WordEncoder(), "cannot be used: .* nested too deeply"),
         (lambda f: edit(f, embeddings="0"), WordEncoder(), "its two files are not from the same run"),
@@ -386,6 +386,24 @@ def test_samples_come_from_captions_tags_descriptions_triggers_or_the_name(folde
     assert samples(ss_tag_frequency="[1]", **described, **phrase) == ("Fox", "a red fox")
     assert samples(**phrase) == ("sks fox",)
     assert samples() == ("my fox 2",)
+
+
+def test_words_guessed_from_training_tags_select_nothing_and_count_by_meaning(folder):
+    from safetensors.torch import load_file, save_file
+
+    def tagged(**metadata):
+        tags = {"ss_tag_frequency": json.dumps({"1_fox": {"vixen": 9, "1girl": 9, "solo": 8, "snow": 3}})}
+        save_file(load_file(folder / "fox.safetensors"), folder / "tagged.safetensors", tags | metadata)
+        return LoraLibrary.index(folder, WordEncoder())
+
+    made = tagged()
+    entry = next(entry for entry in made.entries if entry.name == "tagged")
+    assert (entry.triggers, entry.samples) == ((), ("vixen", "1girl", "solo", "snow"))
+    assert made.retrieve("1girl, red hair", threshold=0.99) == []
+    (found,) = made.retrieve("vixen", threshold=0.4)
+    assert (found.name, found.trigger) == ("tagged", None)
+    (found,) = tagged(**{"modelspec.trigger_phrase": "1girl"}).retrieve("1girl, red hair", threshold=0.99)
+    assert found.trigger == "1girl"
 
 
 # ---- encoders
