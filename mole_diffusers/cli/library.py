@@ -19,7 +19,7 @@ from mole_diffusers.studio.names import WORLD
 if TYPE_CHECKING:
     from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 
-THRESHOLD = 0.7  # as in retrieval.library, whose import needs torch
+THRESHOLD = 0.8  # as in retrieval.library, whose import needs torch
 Mode = Literal["selection", "mixture", "sum", "fusion"]
 
 

@@ -52,8 +52,8 @@ def test_retrieve_says_what_and_why(folder, capsys):
     assert found[1]["file"] == "birthday_cake.safetensors"
     assert main(search) == 0
     assert "fox: the prompt says its trigger 'fox'\n" in capsys.readouterr().out
-    assert main(["retrieve", "noto drawing of cheese", "--library", str(folder)]) == 0
-    assert capsys.readouterr().out == "cheese_wedge: 'cheese' is like its samples (0.77)\n"
+    assert main(["retrieve", "noto drawing of cheese wedges", "--library", str(folder)]) == 0
+    assert capsys.readouterr().out == "cheese_wedge: 'cheese wedges' is like its samples (0.86)\n"
     assert main(["retrieve", "a bear", "--library", str(folder)]) == 0
     assert "the prompt asks for none of the 5 LoRAs" in capsys.readouterr().out
     assert main(["retrieve", "a birthday (cake:1.3)", "--library", str(folder), "--threshold", "0.9"]) == 0

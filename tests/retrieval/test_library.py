@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import hosts
 import pytest
@@ -11,17 +11,21 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from libraries import WordEncoder, library
+from transformers import CLIPTextModel, CLIPTokenizerFast
 
+from mole_diffusers.emoji import default_folder
+from mole_diffusers.emoji.words import BASE_SUBJECTS
+from mole_diffusers.emoji.world import concept_files
 from mole_diffusers.mixture import attach
 from mole_diffusers.retrieval import ranking, store
 from mole_diffusers.retrieval.encoders import PipelineText, SentenceText
 from mole_diffusers.retrieval.entries import read_entry
-from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora, embedding
+from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, RetrievedLora, embedding
 from mole_diffusers.retrieval.phrases import find_triggers, phrases, tokenize
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 SAMPLES = {
-    "fox": ["a red fox in snow", "fox on grass"],
+    "fox": ["a red fox in snow", "fox on grass", "a fox"],
     "ink": ["ink drawing of a cat", "black ink drawing"],
     "owl": ["an owl at night", "white owl"],
 }
@@ -159,6 +163,34 @@ def test_recall_at_one_on_held_out_prompts():
     indexed = library(SAMPLES)
     prompts = {"fox": "photo of a fox in the desert", "ink": "ink drawing of a teapot", "owl": "statue of an owl"}
     assert {n: names(indexed.retrieve(p, k=1)) for n, p in prompts.items()} == {n: [n] for n in prompts}
+
+
+MEANT = {  # words that no trigger has, and whom they mean
+    "cheese": "cheese wedge", "wedge": "cheese wedge", "cheese wedges": "cheese wedge", "cake": "birthday cake",
+    "birthday": "birthday cake", "birthday cakes": "birthday cake", "fries": "french fries", "french fry": "french fries",
+    "auroras": "aurora", "reliefs": "relief",
+}  # fmt: skip
+
+
+def test_the_default_threshold_is_the_lowest_at_which_nine_of_ten_base_subjects_find_nothing():
+    """Of all the emoji world's LoRAs, by its own encoder: how many prompts find a LoRA that they do not mean, and how many
+    one that they mean in other words. docs/composers.md has these numbers."""
+    base = default_folder() / "base"
+    encoder = CLIPTextModel.from_pretrained(base / "text_encoder", local_files_only=True)
+    tokenizer = CLIPTokenizerFast.from_pretrained(base / "tokenizer", local_files_only=True)
+    indexed = LoraLibrary.of(concept_files(), PipelineText(SimpleNamespace(text_encoder=encoder, tokenizer=tokenizer)))
+
+    def best(words):
+        return indexed.retrieve(f"noto drawing of a {words}", k=1, threshold=-1)[0]
+
+    wrong = torch.tensor([best(subject).score for subject in BASE_SUBJECTS])
+    meant = [(best(words), name) for words, name in MEANT.items()]
+    assert [found.name for found, _ in meant if found.score >= 0.7] == [name for found, name in meant if found.score >= 0.7]
+    assert not any(found.trigger for found, _ in meant)
+    thresholds = (0.7, 0.75, 0.8, 0.85, 0.9)
+    assert [round(100 * (wrong >= at).float().mean().item()) for at in thresholds] == [47, 27, 9, 2, 0]
+    assert [sum(found.score >= at for found, _ in meant) for at in thresholds] == [9, 9, 5, 4, 2]
+    assert next(at for at in thresholds if (wrong < at).float().mean() >= 0.9) == THRESHOLD
 
 
 # ---- the index
