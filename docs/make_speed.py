@@ -77,9 +77,9 @@ block, .15 of a step in all. Taking out five of them (as a trial, with other res
 FACTORS = """
 `factors` are the gates that `mole train` trains by default. They sit at every layer, and their factors are kept until
 something changes, also under a schedule of strengths (as in the app and in `mole draw`) and for each tile. (When they were
-asked at every step, they took 2.07 [1.99, 2.35] and 2.11 [2.07, 2.26] of the base at 3 and 8 LoRAs, 25 rounds.) Here they are beside `sum` and `mole` in one run (`--size thin --rank 4 --arms base again sum mole
-gated --gates factors --experts 3 8 16 --repeats ROUNDS`, otherwise as above), on the machine of the table under
-[Binding](#binding), beside a training:
+asked at every step, they took 2.07 [1.99, 2.35] and 2.11 [2.07, 2.26] of the base at 3 and 8 LoRAs, 25 rounds.) Here they
+are beside `sum` and `mole` in one run (`--size thin --rank 4 --arms base again sum mole gated --gates factors --experts
+3 8 16 --repeats ROUNDS`, otherwise as above), on the machine of the table under [Binding](#binding), beside a training:
 
 | gates | N | x base |
 |---|---|---|

@@ -121,12 +121,12 @@ class Mixture:
     @property
     def active(self) -> set[str]:
         """The experts that are switched on, whatever their strength."""
-        return {name for name, on in zip(self.experts, self._runtime.active, strict=True) if on}
+        return {name for name, on in zip(self.experts, self._runtime.of_step("active"), strict=True) if on}
 
     @property
     def acting(self) -> set[str]:
         """The experts that are switched on, and not at strength 0."""
-        return {name for name, acts in zip(self.experts, self._runtime.acting, strict=True) if acts}
+        return {name for name, strength in zip(self.experts, self._runtime.strength, strict=True) if strength} & self.active
 
     @property
     def plan(self) -> Plan | None:
@@ -483,7 +483,8 @@ class Mixture:
     @property
     def binding(self) -> dict[str, Bound] | None:
         """Each expert's words and region; None if nothing is bound."""
-        return None if self._runtime.binding is None else dict(self._runtime.binding.bound)
+        masks = self._runtime.of_step("binding")
+        return None if masks is None else dict(masks.bound)
 
     def bind(self, binding: Mapping[str, Any] | None) -> None:
         """Set each expert's words and its place in the picture. Experts that are not named keep theirs.
@@ -572,7 +573,8 @@ class Mixture:
     @property
     def layouts(self) -> list[Layout]:
         """Where each expert acts in the last pictures, or in those being drawn now: one layout per picture."""
-        return [] if self._runtime.binding is None else self._runtime.binding.layouts
+        masks = self._runtime.of_step("binding")
+        return [] if masks is None else masks.layouts
 
     @property
     def binding_warnings(self) -> list[str]:
@@ -581,7 +583,8 @@ class Mixture:
         Warnings are about experts whose words are not in the prompt, several experts in one place, places that are
         undecided, and places that no expert got. As Python warnings, each appears only once.
         """
-        return [] if self._runtime.binding is None else list(self._runtime.binding.warned)
+        masks = self._runtime.of_step("binding")
+        return [] if masks is None else list(masks.warned)
 
     def _bound(self, binding: Mapping[str, Any] | None) -> dict[str, Bound] | None:
         if binding is None:

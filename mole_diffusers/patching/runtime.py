@@ -209,6 +209,11 @@ class Runtime:
         """A setting's value outside of all running blocks."""
         return self._blocks[0].get(name, getattr(self, name))
 
+    def of_step(self, name: str) -> Any:
+        """A setting's value in this step, whatever the part of it that is being drawn alone sets."""
+        last = next((block for block in reversed(self._blocks) if name in block and "alone" not in block), self._blocks[0])
+        return last.get(name, getattr(self, name))
+
     @property
     def rows_of_prompts(self) -> int:
         """How many rows of the batch may have experts of their own; 1 if all rows have the same."""

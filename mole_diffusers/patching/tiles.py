@@ -54,6 +54,25 @@ class Tile:
     box: tuple[int, int, int, int]
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What stays as it is in all steps of a text, on its device.
+
+    Attributes:
+        texts: what each tile reads, [B, S, C]: its own text in the rows that are prompts, and the call's in the others.
+        prompted: [B] bool, the rows that are prompts.
+        shares: [K, H, W], how much each tile counts at a place.
+        outside: [H, W], how much the picture as a whole does.
+        has_outside: whether it counts anywhere.
+    """
+
+    texts: Sequence[torch.Tensor]
+    prompted: torch.Tensor
+    shares: torch.Tensor
+    outside: torch.Tensor
+    has_outside: bool = False
+
+
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
     """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
     things = things_for_tiles(Asked(pipe, Tiling(), call, bound, acting))
@@ -133,8 +152,7 @@ class Tiles:
         self.pipe, self.tiling, self.reader = asked.pipe, asked.tiling, DenoiserInputs(asked.pipe.unet)
         # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
         self._found: dict[tuple[int, int, int], list[Tile]] = {}
-        self._last, self._texts = Seen(), list[torch.Tensor]()  # the last text, and what each tile reads instead
-        self._prompted = torch.zeros(0)
+        self._last, self._ready = Seen(), Ready([], *(torch.zeros(0) for _ in range(3)))
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
@@ -202,27 +220,33 @@ class Tiles:
         closed.
         """
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
-        if not self._last.again(text) or len(self._texts) != len(tiles):
-            self._prompted = prompted_rows(self.pipe, text, latents)  # [B]
-            self._texts = [torch.where(self._prompted[:, None, None], tile.text.to(text), text) for tile in tiles]
+        if not self._last.again(text) or self._ready.outside.shape != latents.shape[2:]:
+            self._ready = self._made_ready(tiles, text, latents)
+        ready = self._ready
         call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
-        masks = torch.stack([tile.mask for tile in tiles]).to(latents)  # [K, H, W]
-        shares, outside = masks / masks.sum(0).clamp_min(1), (1 - masks.sum(0)).clamp_min(0)
         channels = self.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
         out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
-        if outside.any():
-            out += outside * whole(**call)[0]
-        for tile, own, share in zip(tiles, self._texts, shares, strict=True):
+        if ready.has_outside:
+            out += ready.outside * whole(**call)[0]
+        for tile, own, share in zip(tiles, ready.texts, ready.shares, strict=True):
             top, bottom, left, right = tile.box
             changed = {
                 "sample": latents[..., top:bottom, left:right].contiguous(),
                 "encoder_hidden_states": own,
-                **self._pooled(tile, self._prompted, kwargs.get("added_cond_kwargs")),
+                **self._pooled(tile, ready.prompted, kwargs.get("added_cond_kwargs")),
             }
             with self.by(tile.names):
                 part = self.pipe.unet(**call | changed)[0]
             out[..., top:bottom, left:right] += share[top:bottom, left:right] * part
         return out
+
+    def _made_ready(self, tiles: Sequence[Tile], text: torch.Tensor, latents: torch.Tensor) -> Ready:
+        prompted = prompted_rows(self.pipe, text, latents)
+        texts = [torch.where(prompted[:, None, None], tile.text.to(text), text) for tile in tiles]
+        masks = torch.stack([tile.mask for tile in tiles])  # [K, H, W]
+        outside = (1 - masks.sum(0)).clamp_min(0)
+        shares = (masks / masks.sum(0).clamp_min(1)).to(latents)
+        return Ready(texts, prompted, shares, outside.to(latents), bool(outside.any()))
 
     def _pooled(self, tile: Tile, prompted: torch.Tensor, whole: Mapping[str, Any] | None) -> dict[str, Any]:
         """What SDXL reads besides the text: the pooled states, and the sizes of a picture that is the tile."""

@@ -134,6 +134,19 @@ def test_a_trace_counts_a_step_once_however_many_tiles_it_has(pipe, experts):
     assert steps[0.8] == steps[0.0] == [0, 1, 2, 3]
 
 
+def test_while_a_tile_is_drawn_the_mixture_says_what_the_user_set(pipe, experts):
+    mixture, seen = mole.attach(pipe, experts), []
+    before = mixture.active, mixture.acting, mixture.binding
+    hook = pipe.unet.conv_in.register_forward_hook(
+        lambda *_: seen.append((mixture.active, mixture.acting, mixture.binding, mixture.is_bound, len(mixture.layouts)))
+    )
+    with tiled(pipe, PROMPT, 1.0):
+        latent(pipe)
+    hook.remove()
+    assert len(seen) == 4
+    assert all(each == (*before, True, 1) for each in seen)
+
+
 @pytest.mark.parametrize("family", ["sum", *thorough("factors")])
 def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, monkeypatch, family):
     """And again if a strength changes between two steps."""
