@@ -70,7 +70,7 @@ class Ready:
     prompted: torch.Tensor
     shares: torch.Tensor
     outside: torch.Tensor
-    has_outside: bool = False
+    has_outside: bool
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
@@ -152,7 +152,8 @@ class Tiles:
         self.pipe, self.tiling, self.reader = asked.pipe, asked.tiling, DenoiserInputs(asked.pipe.unet)
         # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
         self._found: dict[tuple[int, int, int], list[Tile]] = {}
-        self._last, self._ready = Seen(), Ready([], *(torch.zeros(0) for _ in range(3)))
+        self._text = Seen()
+        self._ready: Ready | None = None  # for this text
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
@@ -220,7 +221,7 @@ class Tiles:
         closed.
         """
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
-        if not self._last.again(text) or self._ready.outside.shape != latents.shape[2:]:
+        if not self._text.again(text) or self._ready is None or self._ready.outside.shape != latents.shape[2:]:
             self._ready = self._made_ready(tiles, text, latents)
         ready = self._ready
         call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
