@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod, finalize
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet, finalize
 
 from mole_diffusers.patching.pipeline_lock import running
 from mole_diffusers.patching.undo import Undo
@@ -23,6 +23,7 @@ Call = Callable[..., Any]
 _around: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # pipeline -> the context of its calls
 _shared: WeakKeyDictionary[Any, WeakMethod] = WeakKeyDictionary()  # the same, for those that are not in `_around`
 _patched: dict[type, tuple[Call, bool]] = {}  # class -> our __call__, and whether it defined one itself
+_ours: WeakSet[Call] = WeakSet()  # each __call__ of ours: what replaced one for a while may have put it back
 _begun: list[Any] = []  # frames of calls that began before their class was patched, so that their pipelines are unknown
 _patching = threading.RLock()
 
@@ -91,7 +92,7 @@ def _give_back(kind: Any) -> None:
 
 def _patch(kind: Any) -> None:
     found: Any = kind.__call__
-    while any(found is ours for ours, _ in _patched.values()):  # of a class that this one inherits from
+    while found in _ours:  # of a class that this one inherits from, or of before
         found = found.__wrapped__
     _patched[kind] = _asking(found), "__call__" in vars(kind)
     kind.__call__ = _patched[kind][0]
@@ -113,6 +114,7 @@ def _asking(found: Call) -> Call:
             finally:
                 running.remove(entry)
 
+    _ours.add(call)
     return call
 
 

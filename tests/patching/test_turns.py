@@ -154,6 +154,23 @@ def test_a_class_gets_its_call_back_with_the_last_pipeline(loras, draw):
     assert kind not in pipeline_calls._patched
 
 
+def test_a_call_of_ours_that_others_put_back_is_not_entered_twice(pipe, loras, draw, monkeypatch):
+    """A library replaced `__call__` while one of ours was in its place, and restored that after the mixture was gone."""
+    entered, drawing, kind = [], mole.Mixture.drawing, type(pipe)
+    monkeypatch.setattr(mole.Mixture, "drawing", lambda self, call: entered.append(self) or drawing(self, call))
+    with monkeypatch.context() as library:
+        first = mole.attach(pipe, loras)
+        ours = kind.__call__
+        library.setattr(kind, "__call__", ours.__wrapped__)
+        mole.detach(pipe)
+        pipeline_calls._patched.pop(kind, None)  # as if the class had been patched and given back in between
+    assert kind.__call__ is ours
+    mixture = mole.attach(pipe, loras)
+    draw(pipe)
+    assert entered == [mixture]
+    assert first is not mixture
+
+
 @pytest.mark.thorough
 def test_attaching_again_and_again_keeps_one_note_of_a_pipeline(pipe, loras):
     mole.attach(pipe, {"fox": loras["fox"]})
