@@ -138,10 +138,11 @@ def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = 
     catalog = Catalog(files, examples, examples=examples)
     for name, file in named_values(experts, "--expert").items():
         catalog.add_lora(name, Path(file))
-    for name, folder in (folder_gates(named.trained) if named.trained else {}).items():
-        catalog.add_gates(name, folder)
-    if named.trained and not catalog.gates.keys() - examples.keys():
-        raise ValueError(f"--trained {named.trained} has no gates, one folder each, as `mole train` writes them")
+    if named.trained is not None:
+        if not (trained := folder_gates(named.trained)):
+            raise ValueError(f"--trained {named.trained} has no gates, one folder each, as `mole train` writes them")
+        for name, folder in trained.items():
+            catalog.add_gates(name, folder)
     return catalog
 
 

@@ -117,6 +117,11 @@ def test_gates_are_named_by_their_folder_too(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["gates"] == "mine"
     assert main(["redraw", str(tmp_path / "a.png"), "--trained", str(tmp_path), "--out", str(tmp_path / "b.png")]) == 0
     assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+    (tmp_path / "mine").rename(tmp_path / "sunflower+doughnut")  # the name of an example, which they replace
+    capsys.readouterr()
+    own = ["--trained", str(tmp_path), "--steps", "1", "--out", str(tmp_path / "c.png"), "--json"]
+    assert main(["draw", words, *own]) == 0
+    assert json.loads(capsys.readouterr().out)["gates"] == "sunflower+doughnut"
 
 
 def test_cells_change_along_both_axes():
