@@ -62,6 +62,7 @@ def draw(prompt: str, *, files: options.Studio, settings: Settings, output: opti
     Args:
         prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), [fox] and BREAK work as in A1111.
     """
+    _check_strengths(settings, is_larger=False)
     path = target(output, "picture.png")
     return draw_recipe(*open_recipe(prompt, files, settings), path)
 
@@ -120,6 +121,7 @@ def grid(
     from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 
     across, down = parse_axis(x), parse_axis(y)
+    _check_strengths(settings, is_larger="hires" in (across.varies, down.varies))
     path = target(output, "grid.png")
     studio, asked, pictures = open_recipe(prompt, files, settings)
     first = completed(studio, asked, pictures.get("image"))
@@ -139,16 +141,20 @@ def grid(
     return Result({"out": str(path), **axes, **first.to_dict()}, words)
 
 
+def _check_strengths(settings: Settings, *, is_larger: bool) -> None:
+    """Raises ValueError for a strength that nothing is drawn over at; `is_larger`: some pictures are, by an axis."""
+    if settings.strength is not None and settings.image is None:
+        raise ValueError("--strength says how much of a picture is redrawn: give --image")
+    if settings.hires_strength is not None and settings.hires == 1 and not is_larger:
+        raise ValueError("--hires-strength says how much of the enlarged picture is redrawn: give --hires")
+
+
 def open_recipe(prompt: str, files: options.Studio, settings: Settings) -> tuple[Studio, Recipe, dict[str, Any]]:
     """The studio, the recipe from the options, and the pictures to draw over."""
     from mole_diffusers.gates import checkpoint
     from mole_diffusers.studio.picture_passes import with_pictures
 
     pictures = open_pictures(settings)
-    if settings.strength is not None and settings.image is None:
-        raise ValueError("--strength says how much of a picture is redrawn: give --image")
-    if settings.hires_strength is not None and settings.hires == 1:
-        raise ValueError("--hires-strength says how much of the enlarged picture is redrawn: give --hires")
     studio = open_studio(files)
     folder, asked = Path(settings.gates), {**vars(settings), "image": None, "mask": None}
     if settings.gates not in studio.catalog.gates and (folder / checkpoint.CONFIG).is_file():  # it has no name yet

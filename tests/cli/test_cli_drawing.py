@@ -201,6 +201,9 @@ def test_a_model_with_a_transformer_draws_and_the_app_says_what_it_lacks(host, t
 
 
 def test_grids_say_what_they_show(base, tmp_path, capsys):
+    larger = ["--x", "hires=1,1.5", "--y", "seed=1", "--hires-strength", "0.9", "--steps", "2"]
+    facts, _ = run(["grid", "a fox <lora:fox:1>", *base, *larger, "--out", str(tmp_path / "h.png")], capsys)
+    assert facts["hires_strength"] == 0.9
     axes = ["--x", "sampler=Euler,UniPC", "--y", "seed=1"]
     facts, _ = run(["grid", "a fox <lora:fox:1>", *base, *axes, "--steps", "1", "--out", str(tmp_path / "g.png")], capsys)
     assert (facts["x"], facts["prompt"]) == ("sampler=Euler,UniPC", "a fox <lora:fox:1>")
