@@ -1,4 +1,7 @@
-"""Tiny real pipelines and LoRA files, offline."""
+"""Tiny real pipelines and LoRA files, offline.
+
+Fixtures import what they need: the process that only hands out tests to the workers starts seconds sooner without it.
+"""
 
 import gc
 import io
@@ -7,16 +10,13 @@ import shutil
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
-import huggingface_hub
 import pytest
-import torch
 from tiers import thorough
 
-import mole_diffusers as mole
-from mole_diffusers.testing import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lora, tiny_pipeline
+if "PYTEST_XDIST_WORKER" in os.environ:
+    import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each take every core wait for one another
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # workers that each take every core wait for one another
 gc.disable()  # until everything is imported
 
 
@@ -27,31 +27,42 @@ def pytest_collection_finish():
     gc.set_threshold(10_000)
 
 
-SHAPES = {  # name: (rank, layers)
-    "fox": (4, ATTENTION),
-    "ink": (2, ATTENTION + FEED_FORWARD),
-    "hat": (8, ATTENTION + CONVOLUTION),
-}
+# A convolution of each kind, also in blocks that have no attention. Attaching takes 2 ms per layer.
+CONVOLUTIONS = (
+    "down_blocks.0.resnets.0.conv1",
+    "down_blocks.0.resnets.0.time_emb_proj",
+    "down_blocks.1.resnets.0.conv2",
+    "mid_block.resnets.0.time_emb_proj",
+    "mid_block.attentions.0.proj_in",
+    "up_blocks.0.attentions.1.proj_out",
+    "up_blocks.1.resnets.1.conv1",
+)
 
 
 @pytest.fixture
 def pipe():
+    from mole_diffusers.testing import tiny_pipeline
+
     return tiny_pipeline()
 
 
 @pytest.fixture(scope="session")
 def loras(tmp_path_factory):
     """name -> file; three LoRAs of different ranks and layer sets."""
+    from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
+
+    shapes = {"fox": (4, ATTENTION), "ink": (2, ATTENTION + FEED_FORWARD), "hat": (8, ATTENTION + CONVOLUTIONS)}
     folder, host = tmp_path_factory.mktemp("loras"), tiny_pipeline()
     return {
         name: tiny_lora(host, folder / f"{name}.safetensors", rank=rank, seed=i, ends=ends)
-        for i, (name, (rank, ends)) in enumerate(SHAPES.items())
+        for i, (name, (rank, ends)) in enumerate(shapes.items())
     }
 
 
 @pytest.fixture(scope="session")
 def draw():
     """draw(pipe) -> pictures [B, H, W, 3] of one fixed prompt and seed."""
+    import torch
 
     def run(pipe, prompt="a fox in ink", **options):
         options = {"num_inference_steps": 2, "output_type": "np"} | options
@@ -63,6 +74,8 @@ def draw():
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub in a folder that takes the calls that the real one takes; yields (its api, the folder)."""
+    import huggingface_hub
+
     folder, api = tmp_path / "hub", create_autospec(huggingface_hub.HfApi)
 
     def upload_folder(*, repo_id, folder_path, **options):
@@ -83,6 +96,7 @@ def ascii_locale(monkeypatch):
 @pytest.fixture
 def awake():
     """awake(mixture): give its gates random parameters, so that they depend on what they read."""
+    import torch
 
     def wake(mixture, seed=0, size=3.0):
         generator = torch.Generator().manual_seed(seed)
@@ -102,6 +116,9 @@ def other(request, awake, tmp_path):
     """A host that is not Stable Diffusion 1.5: its name, pipeline, options of its call, files, and `attach()`, which puts
     gates on it that depend on what they read."""
     import hosts
+
+    import mole_diffusers as mole
+    from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora
 
     pipe, options = hosts.HOSTS[request.param]()
     ends = {"fox": ATTENTION + FEED_FORWARD, "ink": ATTENTION}

@@ -16,6 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gate_site import GateSite
@@ -39,7 +40,7 @@ def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite
     before, active = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)
     config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, init_lora_weights=False)
-    with torch.device("meta"):  # only in this thread; peft's `low_cpu_mem_usage` patches nn.Module for all threads
+    with _Empty():
         inject_adapter_in_model(config, model, ADAPTER)
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
@@ -49,6 +50,19 @@ def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the model, but its own parameters are up to the user
         p.requires_grad_(flag)
+
+
+class _Empty(TorchFunctionMode):
+    """New layers get no memory and no random numbers, in this thread: `_fill` gives them their matrices.
+
+    (peft's own `low_cpu_mem_usage` patches nn.Module for all threads.)
+    """
+
+    def __torch_function__(self, call: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if call is nn.init.kaiming_uniform_:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        place = {"device": "meta"} if call is torch.empty else {}
+        return call(*args, **(kwargs or {}) | place)
 
 
 def _by_position(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -29,6 +29,7 @@ WAITING = (
     "waiting for {seconds:.0f} s for the `with` block that thread {thread!r} entered at {at}; if that block waits for "
     "this thread, as by `future.result()`, neither will ever end"
 )
+LOOK_EVERY = 0.5  # seconds between looks at whom one waits for
 WARN_AFTER = 10.0  # seconds of waiting for a block that draws nothing
 
 OWN = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)  # files whose frames are not a user's
@@ -78,7 +79,7 @@ class PipelineLock:
 
     def _acquire(self, me: threading.Thread) -> None:
         since, outermost = time.monotonic(), self._open[:1]
-        while not self._lock.acquire(timeout=0.5):
+        while not self._lock.acquire(timeout=LOOK_EVERY):
             thread, _ = self._holder or (None, None)
             if thread is None:
                 continue

@@ -66,7 +66,7 @@ def _encode(pipe: Any, tokenizer: Any, encoder: Any, prompts: Sequence[str], **o
     ids = token_ids(tokenizer, prompts)
     if (mixture := attached(pipe)) is not None:
         mixture.announce_text(ids)
-    return encoder(onto(ids, pipe.device), **options)
+    return encoder(onto(ids, encoder.device), **options)
 
 
 def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

@@ -97,7 +97,7 @@ def test_every_gate_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, 
 
 @pytest.mark.parametrize(
     ("granularity", "places"),  # in the text encoder's 2 layers, the UNet's 4 blocks, and the UNet outside them
-    [("model", 1 + 1), ("block", 2 + 4 + 1), ("layer", 2 * 2 + 4 * 3 + 1), ("matrix", 2 * 6 + 4 * 10 + 32)],
+    [("model", 1 + 1), ("block", 2 + 4 + 1), ("layer", 2 * 2 + 4 * 3 + 1), ("matrix", 2 * 6 + 4 * 10 + 7)],
 )
 def test_places_by_granularity(pipe, loras, draw, granularity, places):
     with mole.attach(pipe, loras, GateConfig("mole", granularity)).trace() as trace:

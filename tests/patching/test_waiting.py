@@ -38,8 +38,9 @@ def around(block):
 
 
 @pytest.fixture
-def threads():
-    """Two threads that live."""
+def threads(monkeypatch):
+    """Two threads that live. Whoever waits looks more often than otherwise."""
+    monkeypatch.setattr(pipeline_lock, "LOOK_EVERY", 0.05)
     with ThreadPoolExecutor(1, "first") as first, ThreadPoolExecutor(1, "second") as second:
         yield first, second
 
@@ -131,7 +132,7 @@ def test_others_wait_for_the_block_of_a_generator(pipe, loras, draw, threads):
     fox, ink = drawing("fox"), drawing("ink")
     assert torch.equal(first.submit(next, fox).result(60), alone["fox"])
     waiting = second.submit(next, ink)
-    time.sleep(1.2)
+    time.sleep(0.25)
     assert not waiting.done()
     assert torch.equal(first.submit(next, fox).result(60), alone["fox"])
     first.submit(fox.close).result(60)
@@ -147,7 +148,7 @@ def test_an_awaiting_task_is_waited_for(pipe, loras, draw, threads):
     async def main():
         with mixture.only("fox"):
             waiting = first.submit(draw, pipe)
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(0.25)
             assert not waiting.done()
             fox = draw(pipe)
         assert not torch.equal(fox, whole)
@@ -204,7 +205,7 @@ def test_a_block_that_waits_for_a_call_of_another_thread_is_warned_of(pipe, lora
         with mixture.only("fox"), mixture.strengths({"ink": 2}):
             waiting = first.submit(draw, pipe)
             with pytest.raises(TimeoutError):
-                waiting.result(2.5)
+                waiting.result(0.6)
         return waiting.result(60)
 
     with pytest.warns(UserWarning, match="waiting for") as warned:
@@ -235,7 +236,7 @@ def test_a_wait_leaves_nothing_behind(pipe, loras, threads):
     try:
         with mixture.only("fox"):
             waiting = first.submit(waits)
-            time.sleep(1.2)
+            time.sleep(0.25)
             assert not waiting.done()
         waiting.result(60)
         assert known[0]() is None
@@ -254,13 +255,13 @@ def test_a_file_beside_the_package_is_a_users_own(pipe, loras):
 
 @pytest.mark.parametrize("draws", ["in a block", *thorough("in no block", "many blocks", "a loop of one's own")])
 def test_long_drawing_is_waited_for_without_a_word(pipe, loras, draw, threads, monkeypatch, draws):
-    monkeypatch.setattr(pipeline_lock, "WARN_AFTER", 0.7)
+    monkeypatch.setattr(pipeline_lock, "WARN_AFTER", 0.2)
     mixture = mole.attach(pipe, loras)
     begun, (first, second) = threading.Event(), threads
 
     def slow(pipe, step, timestep, kwargs):
         begun.set()
-        time.sleep(1)
+        time.sleep(0.3)
         return kwargs
 
     def work():
@@ -268,11 +269,11 @@ def test_long_drawing_is_waited_for_without_a_word(pipe, loras, draw, threads, m
             for _ in range(4):
                 with mixture.only("fox"):
                     begun.set()
-                    time.sleep(0.5)
+                    time.sleep(0.15)
         elif draws == "a loop of one's own":
             with mixture.only("fox"), mixture.drawing():
                 begun.set()
-                time.sleep(2)
+                time.sleep(0.6)
         elif draws == "in a block":
             with mixture.only("fox"):
                 draw(pipe, callback_on_step_end=slow)
