@@ -357,9 +357,10 @@ class Mixture:
                 yield
             finally:
                 if _lifted.pop(self._denoiser, None) is self:
-                    if attached(self._pipe) is None:
+                    now = attached(self._pipe)
+                    if now is None:
                         self._put_back(off_after(models, off, before))
-                    else:
+                    elif now is not self:  # it is, if this was interrupted before it was taken off
                         self._locking = Undo()  # calls now belong to the other mixture
 
     @contextmanager

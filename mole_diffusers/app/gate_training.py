@@ -20,7 +20,7 @@ from mole_diffusers.gates import FAMILIES
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.mixture import attach
 from mole_diffusers.options import check_options
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.clip_skip import clip_skip
@@ -222,7 +222,7 @@ def _train(
     binding = None if recipe.binding == "none" else recipe.tag_bindings()
     mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates, binding=binding)
     tiled: dict[str, Any] = {BOUND: partial(mixture.tiled, 0), TILES: mixture.tiled}
-    with Undo() as undo, clip_skip(pipe, recipe.clip_skip):
+    with undoing() as undo, clip_skip(pipe, recipe.clip_skip):
         undo.before_forward(pipe.unet, on_call)
         progress.doing = "drawing on seeds that the training will not see, before it"
         show("before, seed {}", *seeds, recipe.seed)  # the last begins the series of the updates

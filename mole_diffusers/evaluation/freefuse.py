@@ -18,7 +18,7 @@ from mole_diffusers.evaluation.sampling_composers import StepCounter, check_enco
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import map_layers
 from mole_diffusers.patching.denoiser_inputs import groups_of
-from mole_diffusers.patching.undo import Undo, replaced_forward
+from mole_diffusers.patching.undo import replaced_forward, undoing
 
 FIRST_PASS = 1 / 3  # share of the steps before regions are found
 CORE = 0.1  # share of the tokens in a subject's core
@@ -101,7 +101,7 @@ def _self_attention(unet: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     def keep(block: str, _: nn.Module, __: tuple, out: torch.Tensor) -> None:
         found[block] = out
 
-    with Undo() as undo:
+    with undoing() as undo:
         for name in map_layers(unet):
             block = name.removesuffix(".attn2")
             undo.after_forward(unet.get_submodule(f"{block}.attn1"), partial(keep, block))

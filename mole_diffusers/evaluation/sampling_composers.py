@@ -14,7 +14,7 @@ from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of, merge_key
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
-from mole_diffusers.patching.undo import Undo, replaced_forward
+from mole_diffusers.patching.undo import replaced_forward, undoing
 
 Run = Callable[[Any, Sequence[torch.Tensor], tuple, dict], Any]  # (unet, texts, args, kwargs) in place of the UNet's forward
 ALPHA, BETA = 1.5, 0.5  # of K-LoRA
@@ -162,6 +162,6 @@ def k_lora(pipe: Any, mixture: Mixture, *, content: str, style: str) -> Iterator
         name = content if share <= until[key] else style
         return gates.new_tensor([float(each == name) for each in names])
 
-    with Undo() as undo, mixture.adjusted(chosen):
+    with undoing() as undo, mixture.adjusted(chosen):
         undo.before_forward(pipe.unet, count, with_kwargs=True)
         yield

@@ -15,7 +15,7 @@ from mole_diffusers.patching import peft_injection
 from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of
 from mole_diffusers.patching.picture_layout import Side, side_of
 from mole_diffusers.patching.placement import stream_of
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 
 NOT_IMAGE = ("time_emb_proj", "linear_1", "linear_2")  # layers without a token per place
 
@@ -85,7 +85,7 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
 
         return measure
 
-    with Undo() as undo:
+    with undoing() as undo:
         undo.before_forward(model, count, with_kwargs=True)
         for name, (up, segment) in peft_injection.ups(model).items():
             stream = stream_of("denoiser", name)

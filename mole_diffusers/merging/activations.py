@@ -19,7 +19,7 @@ from mole_diffusers.mixture import attach, attached, detach
 from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, models_of
 from mole_diffusers.patching.placement import stream_of
 from mole_diffusers.patching.prompt_tokens import PromptTokens
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import Undo, undoing
 
 WITH_TEXT = {"encoding", "text", "joint"}  # what layers read that read a text, see `stream_of`
 
@@ -91,7 +91,7 @@ class Activations:
             at = torch.linspace(0, len(flat) - 1, min(self.rows, len(flat))).round().long()
             found.setdefault(key, []).append(flat[at.to(flat.device)].float().cpu())
 
-        with Undo() as undo:
+        with undoing() as undo:
             texts.watch_encoders(models, undo)
             for part, modules in match(expert, models).layers.items():
                 streams = {module: stream_of(part, module) for module in modules}

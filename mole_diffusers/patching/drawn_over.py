@@ -17,7 +17,7 @@ from mole_diffusers.functional import onto
 from mole_diffusers.patching.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs
 from mole_diffusers.patching.picture_layout import UNDECIDED, planned_regions
 from mole_diffusers.patching.things import Asked, By, Settle, Things
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 
 LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places
 
@@ -73,7 +73,7 @@ class DrawnOver:
             self._picture = original_samples
             return add_noise(original_samples, *args, **kwargs)
 
-        with Undo() as undo:
+        with undoing() as undo:
             undo.override(self.pipe.scheduler, "add_noise", noted)
             undo.override(self.pipe.vae, "encode", seen)
             # Before the mixture's own hooks, so that the step itself is the last call that they see.

@@ -16,7 +16,7 @@ from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.component import Component
 from mole_diffusers.patching.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.runtime import Decision, Present
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 
 Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N], or [R] of gates per rank
 Folded = dict[str, dict[str, LoraWeights]]  # part -> {module name in the model: one LoRA's weights}
@@ -81,7 +81,7 @@ def _encode(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str], 
         raise _EvaluatedError
 
     model = denoiser(pipe)
-    with Undo() as undo:
+    with undoing() as undo:
         for module in model.modules():
             if isinstance(module, Attention):  # PAG could not restore its processors, as the call is stopped
                 undo.callback(setattr, module, "processor", module.processor)
@@ -149,7 +149,7 @@ def folded(parts: Iterable[Component], layers: Folded) -> Iterator[None]:
 
     Raises ValueError for a layer whose weight cannot be changed: quantised, or not loaded.
     """
-    with Undo() as undo:
+    with undoing() as undo:
         for part in parts:
             for name, lora in layers.get(part.name, {}).items():
                 weight = _writable(part.model.get_submodule(name), f"{part.name}.{name}")

@@ -18,7 +18,7 @@ from mole_diffusers.gates.transforms import Control
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 from mole_diffusers.patching.things import Tiling
 from mole_diffusers.patching.token_masks import TokenMasks, Watcher
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import Undo, undoing
 
 if TYPE_CHECKING:
     from mole_diffusers.patching.gate_site import GateSite
@@ -183,7 +183,7 @@ class Runtime:
         for name in values:
             self._blocks[0].setdefault(name, getattr(self, name))
         block = dict(values)
-        with Undo() as undo:  # a leftover setting would change all later pictures
+        with undoing() as undo:  # a leftover setting would change all later pictures
             undo.callback(self._end, block)
             self._blocks.append(block)
             self._show(block)

@@ -61,11 +61,19 @@ class Undo:
             self._steps[-1]()
             del self._steps[-1]
 
-    def __enter__(self) -> Undo:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+@contextmanager
+def undoing() -> Iterator[Undo]:
+    """Steps that run when the block ends, also if that is interrupted before the first of them."""
+    undo = Undo()
+    try:
+        yield undo
+    finally:
+        try:
+            undo.close()
+        except BaseException:
+            undo.close()
+            raise
 
 
 @contextmanager
@@ -83,6 +91,6 @@ def replaced_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[Non
         finally:
             inside = False
 
-    with Undo() as undo:
+    with undoing() as undo:
         undo.override(module, "forward", forward)
         yield

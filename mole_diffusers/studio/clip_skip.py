@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import CLIPTextModel
 
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 from mole_diffusers.studio.prompt_weights import text_encoders
 
 
@@ -35,7 +35,7 @@ def clip_skip(pipe: Any, count: int) -> Iterator[None]:
     if count == 1:
         yield
         return
-    with Undo() as undo:
+    with undoing() as undo:
         for layer in _stack(pipe).layers[1 - count :]:
             undo.override(layer, "forward", lambda hidden, *_, **__: hidden)
         yield

@@ -24,7 +24,7 @@ from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.cross_attention import cross_attentions
 from mole_diffusers.patching.picture_layout import side_of
 from mole_diffusers.patching.runtime import PlainSum
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training.config import DistillationTerm, SeparateTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, require, triggers
 from mole_diffusers.training.data import RandomBatch, token_ids
@@ -277,7 +277,7 @@ def attention_maps(unet: Any, size: Sequence[int], tokens: torch.Tensor) -> Iter
         side = side_of(flat.shape[2], (size[0], size[1]))
         maps.append(F.interpolate(flat.unflatten(2, side), size=tuple(size), mode="bilinear"))
 
-    with Undo() as undo:
+    with undoing() as undo:
         for attention in cross_attentions(unet).values():
             undo.after_forward(attention.to_q, lambda _, __, query: queries.append(query))
             undo.after_forward(attention.to_k, partial(collect, attention))

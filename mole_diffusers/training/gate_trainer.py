@@ -25,7 +25,7 @@ from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.runtime import Decision
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
@@ -133,7 +133,7 @@ class GateTrainer:
         models = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
         models += [clip.model] if clip else []
         gates = {id(p) for p in self.mixture.parameters()}
-        with Undo() as undo:
+        with undoing() as undo:
             for p in {p for model in models for p in model.parameters()}:
                 undo.callback(p.requires_grad_, p.requires_grad)
                 p.requires_grad_(id(p) in gates)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mole_diffusers.lora.safe_files import read_safetensors
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.lora.writing import save_atomically
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import Undo, undoing
 from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
@@ -59,7 +59,7 @@ def train_lora(
         OSError: a checkpoint cannot be written; earlier ones stay.
     """
     pictures = {"concept": samples} | ({"prior": prior} if prior is not None else {})
-    with Undo() as undo:
+    with undoing() as undo:
         trainer = LoraTrainer(pipe, pictures, config, undo, name=name, folder=Path(folder) if folder else None)
         if config.checkpointing:
             save_activation_memory(pipe.unet, undo)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tiers import thorough
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
 from mole_diffusers.patching import pipeline_calls
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import Undo, undoing
 from mole_diffusers.testing import tiny_pipeline
 
 SETTINGS = {  # one per thread
@@ -368,6 +369,33 @@ def test_an_interrupted_block_can_be_restored(pipe, loras, draw, what, rounds):
         assert_same(before, snapshot(pipe))
         assert "__call__" not in vars(kind)
     assert broken >= rounds  # looking at other threads takes a number of calls that varies, so the last may not come
+
+
+def test_lifting_that_is_interrupted_at_once_changes_nothing(pipe, loras, monkeypatch):
+    pipe, kind = of_its_own_kind(pipe)
+    mixture = mole.attach(pipe, {"fox": loras["fox"]})
+    monkeypatch.setattr("mole_diffusers.mixture.switch", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        entered(mixture.lifted())
+    assert mole.attached(pipe) is mixture
+    mole.detach(pipe)
+    assert "__call__" not in vars(kind)
+
+
+def test_changes_are_undone_wherever_the_end_of_their_block_is_interrupted():
+    left = set()
+
+    def change():
+        with undoing() as undo:
+            for change in ("first", "second"):
+                undo.callback(left.discard, change)
+                left.add(change)
+
+    calls = interrupted(change, 0)
+    for at in range(1, calls + 1):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(change, at)
+        assert not left
 
 
 def of_its_own_kind(pipe):

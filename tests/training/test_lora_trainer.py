@@ -17,7 +17,7 @@ import mole_diffusers as mole
 from mole_diffusers import emoji
 from mole_diffusers.cli import main
 from mole_diffusers.lora import read_expert, summarize
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training import engine
 from mole_diffusers.training.config import LoraTraining
@@ -45,7 +45,7 @@ def trainer_of(pipe, config, undo, **pictures):
 
 def gradients(config):
     """What A and B get from the first update."""
-    with Undo() as undo:
+    with undoing() as undo:
         trainer = trainer_of(tiny_pipeline(), config, undo)
         numbers = trainer.losses(0, index=0, shares=1)
         numbers["loss"].backward()
@@ -64,7 +64,7 @@ def test_folding_importance_changes_no_picture(pipe, draw, tmp_path):
     """Two routes: ranks weighed while they train, and the saved file in stock diffusers and under this package."""
     config = replace(SHORT, layers=("attention", "convolution"), beam=True)
     base = draw(pipe)
-    with Undo() as undo:
+    with undoing() as undo:
         trainer = trainer_of(pipe, config, undo)
         with torch.no_grad():
             for logits in trainer.lora.logits.values():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import TERMS, ClipTerm, GateTraining, LoraTraining
@@ -147,7 +147,7 @@ def test_an_update_of_a_concept_waits_for_nothing(meta):
     pipe, _, leave = meta
     leave()
     config = LoraTraining(rank=8, steps=2, batch=2, beam=True)
-    with Undo() as undo:
+    with undoing() as undo:
         trainer = LoraTrainer(pipe, {"concept": PICTURES, "prior": PICTURES}, config, undo)
         assert waits(trainer.update) == []
 

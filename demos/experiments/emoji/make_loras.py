@@ -22,7 +22,7 @@ from torch import nn
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.scenes import Scene
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples, encode
 from mole_diffusers.training.denoising import denoising_loss
@@ -92,7 +92,7 @@ def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> di
     config = LoraTraining(
         rank=chosen.rank, alpha=alpha, layers=chosen.layers, steps=chosen.steps, lr=chosen.lr, text_lr=chosen.text_lr
     )
-    with Undo() as undo, torch.random.fork_rng(devices=[]):
+    with undoing() as undo, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         lora = add_lora(pipe, config, undo)
         slower = (chosen.rank / alpha) ** 0.5

@@ -36,7 +36,7 @@ from mole_diffusers.evaluation.tables import as_frame, paired_table, success_tab
 from mole_diffusers.gates import GateBank
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gated_experts import ADAPTER
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates
@@ -67,7 +67,7 @@ class Clock:
             time = args[1] if len(args) > 1 else kwargs["timestep"]
             self.time = torch.as_tensor(time).float().reshape(-1) / steps  # [B] or [1]
 
-        with Undo() as undo:
+        with undoing() as undo:
             undo.before_forward(pipe.unet, before, with_kwargs=True)
             yield
 

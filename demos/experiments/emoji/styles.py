@@ -33,7 +33,7 @@ from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.sampling_composers import StepCounter
 from mole_diffusers.evaluation.tables import as_frame, by_kind, differences, score_table
 from mole_diffusers.patching.gated_experts import ADAPTER
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import undoing
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 
@@ -107,7 +107,7 @@ def arm(name: str) -> Arm:
         for part, _, layer in layers(setup.pipe):
             if part == "unet" and way.deviation != 1:
                 scale_deviation(layer.lora_A[ADAPTER], [name in setup.styles for name in mixture.experts], way.deviation)
-        with Undo() as undo, mixture.planned(schedule), mixture.tiled(prompt=case.prompt):
+        with undoing() as undo, mixture.planned(schedule), mixture.tiled(prompt=case.prompt):
             undo.before_forward(setup.pipe.unet, before, with_kwargs=True)
             yield
 
