@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import ast
+from itertools import groupby
+from operator import itemgetter
+
 from PIL import Image
 
-from mole_diffusers.binding.regions import AUTO
+from mole_diffusers.binding.as_text import read_mask
+from mole_diffusers.binding.regions import AUTO, region_picture
 from mole_diffusers.emoji.world import concept_files, gate_folders
+from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.catalog import file_hash, gates_hash
+from mole_diffusers.studio.clip_skip import clip_skip
 from mole_diffusers.studio.names import WORLD
+from mole_diffusers.studio.picture_passes import drawable, drawing_over, fitted, on_white, size_arguments, steps_drawn
+from mole_diffusers.studio.prompt_syntax import parse
+from mole_diffusers.studio.prompt_weights import call_arguments, tiled_prompt
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
+from mole_diffusers.studio.samplers import sampler
+from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
+
+USABLE = (
+    StrengthSchedule, call_arguments, clip_skip, concept_files, drawable, drawing_over, fitted, gate_folders, on_white,
+    open_base, parse, read_mask, region_picture, sampler, size_arguments, steps_drawn, tiled_prompt,
+)  # fmt: skip
+MODULES = {"Image": "PIL"} | {each.__name__: each.__module__ for each in USABLE}  # name that a script may use -> its module
 
 
 def as_code(recipe: Recipe) -> str:
@@ -20,15 +38,11 @@ def as_code(recipe: Recipe) -> str:
     "image.png", its mask from "mask.png".
     """
     size = f"{recipe.width}, {recipe.height}"
-    lines = [*_pipeline(recipe), ""]
-    if recipe.image or recipe.hires > 1:
-        lines += [
-            *(["from PIL import Image"] if recipe.image else []),
-            *(["from mole_diffusers.binding.regions import region_picture"] if recipe.mask else []),
-            "from mole_diffusers.studio.picture_passes import "
-            "drawable, drawing_over, fitted, on_white, size_arguments, steps_drawn",
-            "",
-        ]
+    # Others than the embedded world are put on the device, and in the precision, that the app draws with by default.
+    lines = ["pipe = mole.emoji_world().pipe" if recipe.base == WORLD else f"pipe = open_base({recipe.base!r}).pipe"]
+    if recipe.sampler:
+        lines.append(f"pipe.scheduler = sampler({recipe.sampler!r}, pipe.scheduler, {recipe.seed})")
+    lines.append("")
     if recipe.image:
         over = ["image=start", *(["mask_image=mask"] if recipe.mask else [])]
         lines.append(f'start = fitted(on_white(Image.open("image.png")), {size})')
@@ -42,20 +56,15 @@ def as_code(recipe: Recipe) -> str:
         larger = f"drawable(pipe, round({recipe.width} * {recipe.hires!r}), round({recipe.height} * {recipe.hires!r}))"
         over = ["image=fitted(image, *larger)"]
         lines += ["", f"larger = {larger}", *_drawing_over(recipe, "*larger", over, recipe.hires_strength, masked=False)]
-    return "\n".join([*lines, 'image.save("picture.png")', ""])
+    lines += ['image.save("picture.png")', ""]
+    return "\n".join(["import torch", "import mole_diffusers as mole", *_imports("\n".join(lines)), "", *lines])
 
 
-def _pipeline(recipe: Recipe) -> list[str]:
-    lines = ["import torch", "import mole_diffusers as mole", ""]
-    if recipe.base == WORLD:
-        lines += ["from mole_diffusers.emoji.world import concept_files, gate_folders", "", "pipe = mole.emoji_world().pipe"]
-    else:  # on the device and in the precision that the app draws with by default
-        lines.append("from mole_diffusers.studio.base_models import open_base")
-        lines.append(f"pipe = open_base({recipe.base!r}).pipe")
-    if recipe.sampler:
-        lines.append("from mole_diffusers.studio.samplers import sampler")
-        lines.append(f"pipe.scheduler = sampler({recipe.sampler!r}, pipe.scheduler, {recipe.seed})")
-    return lines
+def _imports(code: str) -> list[str]:
+    """Lines that import the names in `MODULES` that the code uses."""
+    used = MODULES.keys() & {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    by_module = groupby(sorted((MODULES[name], name) for name in used), key=itemgetter(0))
+    return [f"from {module} import {', '.join(name for _, name in found)}" for module, found in by_module]
 
 
 def _drawing_over(recipe: Recipe, size: str, call: list[str], strength: float, *, masked: bool) -> list[str]:
@@ -68,9 +77,8 @@ def _drawing_over(recipe: Recipe, size: str, call: list[str], strength: float, *
 def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
     """Lines that attach the LoRAs to a pipeline and call it. `steps`: code for the number of steps that it draws."""
     kind, about = recipe.arm_and_name
-    lines, within, callback, tiling = list[str](), list[str](), "", ""
+    lines, within, callback = list[str](), list[str](), ""
     if recipe.clip_skip > 1:
-        lines.append("from mole_diffusers.studio.clip_skip import clip_skip")
         within.append(f"clip_skip({pipe}, {recipe.clip_skip})")
     if recipe.experts and kind == "merge":
         files = ", ".join(f"{name!r}: ({_lora(recipe, name)}, {w!r})" for name, w in recipe.constant_strengths().items())
@@ -78,16 +86,12 @@ def _pass(recipe: Recipe, pipe: str, call: list[str], steps: str) -> list[str]:
         lines.append(f'mole.attach({pipe}, {{"merged": merged}}, gates="sum", binding=None)')
     elif recipe.experts and kind != "base":
         lines += _mixture(recipe, [about] if kind == "alone" else list(recipe.experts), pipe, steps)
-        tiling = _tiling(recipe, pipe)
-        within.append(f"mixture.planned(schedule){tiling}")
+        within.append(f"mixture.planned(schedule){_tiling(recipe, pipe)}")
         callback = "callback_on_step_end=schedule.on_step()"
-    read = "call_arguments, tiled_prompt" if "tiled_prompt" in tiling else "call_arguments"
-    lines.insert(0, f"from mole_diffusers.studio.prompt_weights import {read}")
-    texts = [pipe, repr(recipe.text), repr(recipe.negative)]
-    texts += [f"{name}={text!r}" for name in ("prompt_2", "negative_2") if (text := getattr(recipe, name))]
-    texts += ["guided=False"] * (recipe.guidance <= 1) + ["weights=False"] * (not recipe.weights)
+    prompt, *others = recipe.call.items()
+    texts = [f"{name}={value!r}" for name, value in (prompt, *(each for each in others if each[1] not in ("", True)))]
     arguments = [
-        f"**call_arguments({', '.join(texts)})",
+        f"**call_arguments({', '.join([pipe, *texts])})",
         *call,
         f"num_inference_steps={recipe.steps}",
         f"guidance_scale={recipe.guidance!r}",
@@ -117,10 +121,6 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
     given = f", locks={locks}" if locks else ""
     binding = "None" if recipe.binding_of_pass() == "none" else _binding(recipe, names)
     return [
-        *(["from mole_diffusers.binding.as_text import read_mask"] if "read_mask(" in binding else []),
-        "from mole_diffusers.studio.prompt_syntax import parse",
-        "from mole_diffusers.studio.strength_schedule import StrengthSchedule",
-        "",
         f"mixture = mole.attach({pipe}, {{{files}}}, gates={gates}, binding={binding})",
         f"tags = parse({tags!r}, mixture.experts).tags",
         f'network = getattr({pipe}, "unet", None) or {pipe}.transformer',
