@@ -127,7 +127,7 @@ def parse_json(raw: bytes | str, where: str) -> Any:
     """JSON text -> value; RefusedFileError, whose message begins with `where`, for anything else."""
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair can be parsed but not printed
     except RecursionError:
         raise RefusedFileError(f"{where} is nested too deeply") from None
@@ -314,14 +314,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
-    """JSON has no infinity, but 1e999 would be read as one."""
-    if math.isinf(value := float(text)):
-        raise ValueError(f"{text} is larger than any number")
+    """JSON has no NaN and no infinity, but Python reads them, and 1e999 as one."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
     return value
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _deeper_than(value: Any, levels: int) -> bool:

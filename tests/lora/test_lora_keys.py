@@ -219,7 +219,7 @@ def test_what_peft_itself_saves_of_loha_and_lokr(tmp_path, algorithm):
         ("{", "adapter_config.json is not JSON"),
         ("[1]", "its adapter_config.json is not a JSON object"),
         ('{"lora_alpha": "8"}', "its adapter_config.json holds an alpha that is not a finite number"),
-        ('{"lora_alpha": 1e999}', "1e999 is larger than any number"),
+        ('{"lora_alpha": 1e999}', "1e999 is not a finite number"),
         ('{"alpha_pattern": {".*to_q": 8}}', "its adapter_config.json has an alpha for '.*to_q', which is not the"),
         ('{"alpha": "8"}', "its adapter_config.json holds an alpha that is not a finite number"),
         ('{"peft_type": "LOKR", "r": 0}', "its adapter_config.json holds a rank below 1"),
