@@ -48,7 +48,7 @@ def stated_base(metadata: Mapping[str, str]) -> str | None:
         stated = metadata.get(key, "").lower()
         if family := next((f for f, starts in ARCHITECTURES.items() if stated.startswith(starts)), None):
             return family
-    return {"true": "SD 2.x"}.get(metadata.get("ss_v2", "").lower())
+    return "SD 2.x" if metadata.get("ss_v2", "").lower() == "true" else None
 
 
 def family_of(hosts: Mapping[str, Any]) -> str | None:

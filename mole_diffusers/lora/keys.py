@@ -58,7 +58,7 @@ UNSUPPORTED = {  # how a key ends -> what it belongs to
     r"lora_embedding_[AB](?:\.\w+)?": "a LoRA of an embedding",
     r"set_weight": "a replaced weight",
 }
-IGNORED = {"bundle_emb.": "an embedding of a trigger word, which is no part of the LoRA"}
+TRIGGER_EMBEDDING = "bundle_emb."  # how the keys of embeddings of trigger words begin, which are no part of the LoRA
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,6 @@ class Key:
     module: str
     role: str
     format: str
-
-
-def ignored(key: str) -> str | None:
-    """Why a key that does not belong to a LoRA may be left out; None for all other keys."""
-    return next((why for prefix, why in IGNORED.items() if key.startswith(prefix)), None)
 
 
 def parse_key(key: str) -> Key:

@@ -12,7 +12,7 @@ import torch
 from mole_diffusers.lora.algorithms import Budget, alpha_value, layer_weights
 from mole_diffusers.lora.expert import Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
-from mole_diffusers.lora.keys import Key, ignored, is_flux, parse_key
+from mole_diffusers.lora.keys import TRIGGER_EMBEDDING, Key, is_flux, parse_key
 from mole_diffusers.lora.metadata import Scaling, read_note, read_peft_config, scalings, triggers
 from mole_diffusers.lora.original_names import split_fused
 from mole_diffusers.lora.safe_files import Contents, RefusedFileError, read_safetensors
@@ -49,7 +49,8 @@ def read_expert(
 
 def _expert(path: Path, name: str, contents: Contents, *, tolerance: float, drop_nonfinite: bool) -> Expert:
     stated, budget = scalings(contents.metadata, read_peft_config(path)), Budget()
-    left_out = {key: why for key in contents.tensors if (why := ignored(key))}
+    embedded = [key for key in contents.tensors if key.startswith(TRIGGER_EMBEDDING)]
+    left_out = dict.fromkeys(embedded, "an embedding of a trigger word, which is no part of the LoRA")
     keys = {key: parse_key(key) for key in contents.tensors if key not in left_out}
     layers: dict[str, dict[str, LoraWeights]] = {}
     algorithms: Counter[str] = Counter()
