@@ -34,7 +34,9 @@ class Budget:
         self.made, self.operations = 0, 0.0
 
     def spend(self, rank: int, rows: int, columns: int, *, operations: float) -> None:
-        """Count factors [rows, rank] and [rank, columns] of one layer. Raises ValueError if the file takes too much."""
+        """Count factors [rows, rank] and [rank, columns] of one layer. Raises ValueError if the file takes too much, or the
+        layer more than the free memory.
+        """
         self.made += rank * (rows + columns)
         self.operations += operations
         if self.made > MAX_MADE or self.operations > MAX_OPERATIONS:
@@ -42,6 +44,7 @@ class Budget:
                 f"with the file's other LoHa and LoKr layers it becomes {self.made} numbers in {self.operations:.1g} "
                 f"operations; at most {MAX_MADE} and {MAX_OPERATIONS:g} are accepted"
             )
+        check_memory(12 * rank * (rows + columns), "its factors take")
 
 
 def layer_weights(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> tuple[str, LoraWeights]:
@@ -132,7 +135,6 @@ def _loha(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> L
     if (rank := len(first[1]) * len(second[1])) > MAX_LOHA_RANK:
         raise ValueError(f"the product of its ranks, {rank}, is too large: at most {MAX_LOHA_RANK} is accepted")
     budget.spend(rank, rows, columns, operations=4.0 * rank**2 * (rows + columns + rank))
-    check_memory(12 * rank * (rows + columns), "the factors of a LoHa layer take")
     up, down = hadamard(*((u, d.flatten(1)) for u, d in (first, second)))
     (up, down), error = _finite(cut, up, down, tolerance)
     return _shaped(up, down, first[1].shape[1:], scale=scale(len(first[1])), error=error)
@@ -149,7 +151,6 @@ def _lokr(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> L
     _check_size(most, rows, columns)
     halves = ((len(f[1]), len(f[0]) + f[1][0].numel()) for f in (first, second))
     budget.spend(most, rows, columns, operations=sum(4.0 * rank**2 * (sides + rank) for rank, sides in halves))
-    check_memory(12 * most * (rows + columns), "the factors of a LoKr layer take")
     (up, down), error = _finite(kronecker, first, (second[0], second[1].flatten(1)), tolerance)
     inner = (first[1].shape[1] * second[1].shape[1], *second[1].shape[2:])
     # alpha is divided by the rank of the second matrix, else of the first; two full ones tell none
