@@ -143,15 +143,15 @@ def _tag(body: str, known: Iterable[str]) -> LoraTag:
     bare, named = [w for w in words if "=" not in w], [w.partition("=")[::2] for w in words if "=" in w]
     if len(bare) > 2:
         raise ValueError(f"{where}: {bare[2]!r} is one number too many; other arguments are named: {', '.join(ARGUMENTS)}")
-    given = dict(named)
     if twice := [key for key, count in Counter(key for key, _ in named).items() if count > 1]:
         raise ValueError(f"{where}: {twice[0]}= is there twice")
+    given = dict(zip(("te", "unet"), bare, strict=False)) | dict(named)
     if unknown := [key for key in given if key not in ARGUMENTS]:
         raise ValueError(f"{where}: unknown argument {unknown[0]!r}; known: {', '.join(ARGUMENTS)}")
     if "step" in given and given.keys() & {"start", "stop"}:
         raise ValueError(f"{where}: step= already says where it starts and stops")
-    te = _curve(given.get("te", bare[0] if bare else "1"), where)
-    unet = _curve(given["unet"], where) if "unet" in given else _curve(bare[1], where) if len(bare) == 2 else te
+    te = _curve(given.get("te", "1"), where)
+    unet = _curve(given["unet"], where) if "unet" in given else te
     if found is None:
         name = name.strip().removesuffix(".safetensors")
     if not name:
