@@ -132,18 +132,13 @@ class Texts:
         Raises ValueError if it consists of something else.
         """
         states = DenoiserInputs(model).text(args, kwargs)  # [B, S, C]
-        if (rows := self._encoded.rows(states)) is None:
+        kept = self._encoded.of(states, lambda run: self._to_end(run.encoder, run.ids))
+        if kept is None:
             raise ValueError(
                 f"{expert!r} cannot be recorded: {type(model).__name__} reads a text that is not as its encoders return "
                 f"it, so what is padding in it is not known"
             )
-        self._own[part] = torch.zeros(states.shape[:2], dtype=torch.bool)
-        for mask, row in zip(self._own[part], rows, strict=True):
-            for runs in row:  # one after the other, and the channels of several encoders side by side
-                size = runs[0][0].ids.shape[1]
-                for encoded, i in runs:
-                    mask[:size] |= self._to_end(encoded.encoder, encoded.ids)[i]
-                mask = mask[size:]
+        self._own[part] = kept
 
     def kept(self, part: str, stream: str | None, x: torch.Tensor) -> torch.Tensor:
         """[B, T] bool: which tokens of a layer's input [B, T, C] are recorded; `stream` is what it reads."""

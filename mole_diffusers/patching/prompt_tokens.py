@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -95,10 +96,13 @@ class PromptTokens:
         undo.before_forward(encoder, before, with_kwargs=True)
         undo.after_forward(encoder, after)
 
-    def of(self, text: torch.Tensor) -> torch.Tensor | None:
+    def of(self, text: torch.Tensor, tokens: Callable[[Encoded], torch.Tensor] = attrgetter("words")) -> torch.Tensor | None:
         """The words in states [B, T, C] as a denoiser gets them: [B, T] bool, or None if a row is not known.
 
         If encoders' channels lie side by side, a token is a word if one of them read a word there.
+
+        Args:
+            tokens: which tokens of a run are looked for, [B, T] bool, if not its words.
         """
         rows = self.rows(text)
         if rows is None:
@@ -107,7 +111,7 @@ class PromptTokens:
         for mask, row in zip(masks, rows, strict=True):
             for part in row:
                 for run, i in part:
-                    words = run.words[i].to(text.device)
+                    words = tokens(run)[i].to(text.device)
                     mask[: len(words)] |= words
                 mask = mask[part[0][0].ids.shape[1] :]
         return masks
