@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Studio:
 
     def _use(self, pipe: Any, base: str) -> None:
         self.pipe, self._own_scheduler = pipe, pipe.scheduler
-        self._over: dict[bool, Any] = {}  # pipelines that draw over a picture, without and with a mask
+        self._drawing_over = cache(partial(picture_passes.drawing_over, pipe))
         self._unfit: set[str] = set()  # hashes of gates that "auto" passes over, since they do not fit this base
         self._attached_key: tuple | None = None  # identifies what is attached; None if that is unknown
         self.base = base  # last, since other threads see it as a sign that the rest is ready
@@ -321,11 +322,6 @@ class Studio:
                 generator=torch.Generator("cpu").manual_seed(recipe.seed),
                 callback_on_step_end=schedule.on_step(None if on_step is None else _callback(on_step, steps, size)),
             ).images[0]
-
-    def _drawing_over(self, *, masked: bool) -> Any:
-        if masked not in self._over:
-            self._over[masked] = picture_passes.drawing_over(self.pipe, masked=masked)
-        return self._over[masked]
 
     def attach_for(self, recipe: Recipe, pipe: Any = None) -> Mixture | None:
         """Attach the LoRAs and gates of a completed recipe, unless they already are. Returns None if it has no LoRA.
