@@ -6,6 +6,7 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -37,8 +38,7 @@ class Catalog:
     def __init__(self, loras: Mapping[str, Path], gates: Mapping[str, Path], *, examples: Iterable[str] = ()):
         self.loras, self.gates, self.examples = dict(loras), dict(gates), set(examples)
         self._keeping, self._experts = threading.Lock(), dict[str, Expert]()  # the one that was used last is the last
-        self._families: dict[str, str] = {}
-        self._hashes: dict[tuple[str, bool], str] = {}  # by name, and whether it is of the whole file
+        self._family_of, self._hash_of = cache(family_of_file), cache(file_hash)
         self._trained: dict[str, dict[str, str]] = {}
 
     # ---- LoRAs
@@ -78,10 +78,8 @@ class Catalog:
         Raises ValueError for an unknown name, and what `read_header` raises.
         """
         name = self.name(name)
-        if name not in self._families:
-            known = self._experts.get(name)
-            self._families[name] = family_of_file(self.loras[name]) if known is None else known.base
-        return self._families[name]
+        known = self._experts.get(name)
+        return self._family_of(self.loras[name]) if known is None else known.base
 
     def add_lora(self, name: str, path: Path, expert: Expert | None = None) -> None:
         """Add a file. It is read at once, and refused if it is not a good LoRA or the name is taken.
@@ -127,10 +125,8 @@ class Catalog:
 
     def _hash(self, name: str, *, whole: bool = False) -> str:
         """The hash of a LoRA's tensors or of its whole file."""
-        if (key := (name, whole)) not in self._hashes:
-            known = None if whole else self._experts.get(name)
-            self._hashes[key] = file_hash(self.loras[name], whole=whole) if known is None else known.sha256
-        return self._hashes[key]
+        known = None if whole else self._experts.get(name)
+        return self._hash_of(self.loras[name], whole=whole) if known is None else known.sha256
 
     # ---- gates
 

@@ -644,10 +644,18 @@ def test_loras_that_were_used_longest_ago_leave_the_memory(loras, monkeypatch):
     assert list(made._experts) == ["hat", "ink", "fox"]  # there is room for all
 
 
-def test_a_file_with_the_recipes_name_is_tried_before_the_others_are_read(loras):
+def test_a_file_with_the_recipes_name_is_tried_before_the_others_are_read(loras, monkeypatch):
+    read = []
+
+    def noted(path, *, whole=False):
+        read.append((path, whole))
+        return file_hash(path, whole=whole)
+
+    monkeypatch.setattr("mole_diffusers.studio.catalog.file_hash", noted)
     catalog = Catalog(dict(loras), {})
-    assert catalog.local_name("HAT", hashlib.sha256(loras["hat"].read_bytes()).hexdigest()[:12]) == "hat"
-    assert {name for name, _ in catalog._hashes} == {"hat"}
+    for _ in range(2):
+        assert catalog.local_name("HAT", hashlib.sha256(loras["hat"].read_bytes()).hexdigest()[:12]) == "hat"
+    assert read == [(loras["hat"], False), (loras["hat"], True)]  # each once
 
 
 @pytest.mark.parametrize("host", ["flux", *thorough("sdxl", "sd3")])
