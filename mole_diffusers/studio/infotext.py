@@ -22,7 +22,7 @@ from mole_diffusers.studio.weight_syntax import balanced
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
 COMFY = {"workflow", "prompt"}  # ComfyUI's
 NEGATIVE = "Negative prompt:"
-QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
+PAIR = re.compile(r'([^:,]*)(?:: ?("(?:\\.|[^\\"])*"|[^,]*))?')  # KEY: VALUE, where only a value in quotes has commas
 NOT_NEEDED = ("Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
 SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # a setting's name; rejects what commas inside values leave over
 PLAIN = ("Uniform", "Normal", "Simple")  # schedules that mean the sampler's own here
@@ -133,20 +133,13 @@ def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
 
 
 def _settings(line: str) -> dict[str, str]:
-    """The keys and values of a line like `Steps: 20, Lora hashes: "a: 1, b: 2"`, read from left to right."""
-    found, at = {}, 0
-    while (colon := line.find(":", at)) >= 0:
-        key = line[at:colon].rpartition(",")[2].strip()
-        begin = colon + 1 + (line[colon + 1 : colon + 2] == " ")
-        if quoted := QUOTED.match(line, begin):
-            at = quoted.end()
-        else:
-            comma = line.find(",", begin)
-            at = comma if comma >= 0 else len(line)
-        found[key] = line[begin:at].strip()
-        if quoted:
+    """The keys and values of a line like `Steps: 20, Lora hashes: "a: 1, b: 2"`."""
+    found = {}
+    for key, value in (pair.groups() for pair in PAIR.finditer(line) if pair[2] is not None):
+        found[key.strip()] = value.strip()
+        if value.startswith('"'):
             with suppress(json.JSONDecodeError):
-                found[key] = str(json.loads(found[key]))
+                found[key.strip()] = str(json.loads(value))
     return found
 
 
