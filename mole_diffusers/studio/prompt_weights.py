@@ -7,12 +7,12 @@ the text encoder is encoded in chunks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -26,14 +26,8 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 STATES = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # as encoded
 
 
-class Weighted(NamedTuple):
-    """Weighted states of the text encoder layers that pipelines read, [1, T, C] each.
-
-    `before_last` is None if no pipeline reads that layer.
-    """
-
-    last: torch.Tensor
-    before_last: torch.Tensor | None
+# Weighted states [1, T, C] of the last layer of a text encoder, and of the one before it if pipelines read that, too
+Weighted = tuple[torch.Tensor, ...]
 
 
 def chunks_of(pipe: Any, prompt: str) -> list[Chunk]:
@@ -207,20 +201,20 @@ def _giving(pipe: Any, weighted: Mapping[str, Sequence[Weighted | None]]) -> Ite
     """
     with ExitStack() as undo:
         for name, states in weighted.items():
-            undo.enter_context(_encoder(pipe, name).register_forward_hook(_replacing(iter(states)), prepend=True))
+            hook = partial(_replaced, iter(states))
+            undo.enter_context(_encoder(pipe, name).register_forward_hook(hook, prepend=True))
         yield
 
 
-def _replacing(weighted: Iterator[Weighted | None]) -> Callable[[Any, Any, Any], Any]:
-    def hook(_: Any, __: Any, output: Any) -> Any:
-        if (states := next(weighted)) is None:
-            return None
-        changed: dict[str, Any] = {"last_hidden_state": states.last.to(output.last_hidden_state)}
-        if (hidden := output.get("hidden_states")) is not None and states.before_last is not None:
-            changed["hidden_states"] = (*hidden[:-2], states.before_last.to(hidden[-2]), hidden[-1])
-        return type(output)(**dict(output) | changed)
-
-    return hook
+def _replaced(weighted: Iterator[Weighted | None], _: Any, __: Any, output: Any) -> Any:
+    """A text encoder's output with the next weighted states in it; None if they are not weighted."""
+    if (states := next(weighted)) is None:
+        return None
+    last, *before_last = states
+    changed: dict[str, Any] = {"last_hidden_state": last.to(output.last_hidden_state)}
+    if before_last and (hidden := output.get("hidden_states")) is not None:
+        changed["hidden_states"] = (*hidden[:-2], before_last[0].to(hidden[-2]), hidden[-1])
+    return type(output)(**dict(output) | changed)
 
 
 class _Runs:
@@ -254,7 +248,7 @@ def _weigh(pipe: Any, name: str, chunk: Chunk) -> Weighted:
     length = _limit(pipe, tokenizer) + tokenizer.num_special_tokens_to_add()
     compel = EmbeddingsProvider(tokenizer, _Runs(encoder, device, deep=has_layers), device=device, model_max_length=length)
     found = compel.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=device)
-    return Weighted(*found.chunk(2, -1)) if has_layers else Weighted(found, None)
+    return found.chunk(2 if has_layers else 1, -1)
 
 
 def _main_tokenizer(pipe: Any) -> Any:
