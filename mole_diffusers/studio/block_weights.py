@@ -80,9 +80,11 @@ def block_weights(lbw: str, unet: Any) -> dict[str, float]:
         values = [number(word, "lbw") for word in lbw.split(",")]
     except ValueError:
         values = []
+    if len(values) == 1:
+        return dict.fromkeys(every, values[0])
     for labels in (short, every):
-        if len(values) in (1, len(labels)):
-            return dict(zip(labels, values * (len(labels) if len(values) == 1 else 1), strict=True))
+        if len(values) == len(labels):
+            return dict(zip(labels, values, strict=True))
     raise ValueError(
         f"lbw={lbw} is not a preset ({', '.join(PRESETS)}), one number, or a number for each of {', '.join(short)}"
         f" ({len(short)}) or {', '.join(every)} ({len(every)})"

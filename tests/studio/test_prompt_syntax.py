@@ -129,6 +129,7 @@ def test_sd15_has_the_17_and_26_blocks_that_artists_know():
     )
     assert block_weights("1,1,1,0,0,0,0,0,0,0,0,0,0,0,0,0,0", unet) == block_weights("ins", unet)
     assert set(block_weights("ALL0.5", unet).values()) == set(block_weights("0.5", unet).values()) == {0.5}
+    assert list(block_weights("0.5", unet)) == whole
     for bad in ("1,2", "nan", "ALLinf", f"{'1,' * 16}nan"):
         with pytest.raises(ValueError, match=r"not a preset .*\(17\) or .*\(26\)"):
             block_weights(bad, unet)
