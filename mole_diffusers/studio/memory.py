@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from mole_diffusers.patching.denoiser_inputs import denoiser
 
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOADS = ("none", "model", "sequential")
@@ -64,20 +68,16 @@ class Memory:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"this machine has no device {self.device!r}: {first}") from error
 
-    def fitted(self, sizes: dict[str, int], free: int | None) -> Memory:
-        """The same with the offloading and tiling that weights of these sizes need.
+    def fitted(self, sizes: Sequence[int], free: float) -> Memory:
+        """The same with the offloading and tiling that models of these sizes need.
 
         Args:
-            sizes: model -> bytes.
-            free: free bytes on the GPU; None if that is not known, as on a CPU.
+            sizes: bytes of each model's weights.
+            free: free bytes on the GPU; infinity if that is not known, as on a CPU.
         """
-        left = None if free is None else free - sum(sizes.values())
-        if left is None or left >= ROOM:
-            offload = "none"
-        else:
-            offload = "model" if max(sizes.values()) + ROOM <= (free or 0) else "sequential"
-        offload = self.offload or offload
-        tiling = offload != "none" or (left is not None and left < UNTILED)
+        left = free - sum(sizes)
+        offload = self.offload or ("none" if left >= ROOM else "model" if max(sizes) + ROOM <= free else "sequential")
+        tiling = offload != "none" or left < UNTILED
         return replace(self, offload=offload, tiling=tiling if self.tiling is None else self.tiling)
 
     @property
@@ -86,17 +86,17 @@ class Memory:
         return getattr(torch, self.dtype or "float32")
 
     def __str__(self) -> str:
-        saved = {"none": "", "model": "model offload", "sequential": "sequential offload"}[self.offload or "none"]
+        saved = "" if self.offload in (None, "none") else f"{self.offload} offload"
         flags = {"attention slicing": self.slicing, "VAE tiling": self.tiling, "compiled": self.compiled}
         return ", ".join(filter(None, [self.device, self.dtype, saved, *(name for name, on in flags.items() if on)]))
 
 
 def place(pipe: Any, memory: Memory) -> Memory:
     """Put a loaded pipeline on its device. `memory` must be completed. Returns the settings that were used in the end."""
-    models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
-    sizes = {name: sum(p.nbytes for p in (*model.parameters(), *model.buffers())) for name, model in models.items()}
+    models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
+    sizes = [sum(p.nbytes for p in (*model.parameters(), *model.buffers())) for model in models]
     device = memory.device or "cpu"
-    free = torch.cuda.mem_get_info(torch.device(device))[0] if device.startswith("cuda") else None
+    free = torch.cuda.mem_get_info(torch.device(device))[0] if device.startswith("cuda") else math.inf
     memory = memory.fitted(sizes, free)
     if memory.offload == "model":
         pipe.enable_model_cpu_offload(device=memory.device)
@@ -109,7 +109,7 @@ def place(pipe: Any, memory: Memory) -> Memory:
     if memory.tiling:
         pipe.vae.enable_tiling()
     if memory.compiled:
-        models["unet" if "unet" in models else "transformer"].compile()
+        denoiser(pipe).compile()
     return memory
 
 

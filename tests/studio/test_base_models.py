@@ -1,5 +1,6 @@
 """What `--base` opens: checkpoint files, folders and models folders; and how a pipeline is put on a machine."""
 
+import math
 import re
 import shutil
 from functools import partial
@@ -240,7 +241,7 @@ def test_a_checkpoint_of_another_kind_is_named():
 
 
 def test_memory_is_chosen_by_what_the_machine_has():
-    sizes = {"unet": 5 * GB, "text_encoder": 2 * GB, "vae": GB}
+    sizes = [5 * GB, 2 * GB, GB]
     asked = Memory("cuda").completed("StableDiffusionXLPipeline")
     assert [str(asked.fitted(sizes, free * GB)) for free in (14, 12, 8, 4)] == [
         "cuda, float16",
@@ -248,11 +249,11 @@ def test_memory_is_chosen_by_what_the_machine_has():
         "cuda, float16, model offload, VAE tiling",
         "cuda, float16, sequential offload, VAE tiling",
     ]
-    assert str(Memory("cuda").completed("FluxPipeline").fitted(sizes, None)) == "cuda, bfloat16"
+    assert str(Memory("cuda").completed("FluxPipeline").fitted(sizes, math.inf)) == "cuda, bfloat16"
     own = Memory("cuda", dtype="bfloat16", offload="model", tiling=False, slicing=True, compiled=True)
     own = own.completed("StableDiffusionPipeline")
     assert str(own.fitted(sizes, 80 * GB)) == "cuda, bfloat16, model offload, attention slicing, compiled"
-    assert str(Memory(device="cpu").completed("FluxPipeline").fitted(sizes, None)) == "cpu, float32"
+    assert str(Memory(device="cpu").completed("FluxPipeline").fitted(sizes, math.inf)) == "cpu, float32"
     with pytest.raises(ValueError, match="unknown dtype 'int8'; known: float32, float16, bfloat16"):
         Memory(dtype="int8")
     with pytest.raises(ValueError, match="offload 'model' keeps what is not used off the GPU, and there is none"):
