@@ -11,6 +11,7 @@ from PIL import Image
 from mole_diffusers.binding.as_text import read_mask
 from mole_diffusers.binding.regions import AUTO, region_picture
 from mole_diffusers.emoji.world import concept_files, gate_folders
+from mole_diffusers.patching.denoiser_inputs import denoiser
 from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.catalog import file_hash, gates_hash
 from mole_diffusers.studio.clip_skip import clip_skip
@@ -24,8 +25,8 @@ from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
 
 USABLE = (
-    StrengthSchedule, call_arguments, clip_skip, concept_files, drawable, drawing_over, fitted, gate_folders, on_white,
-    open_base, parse, read_mask, region_picture, sampler, size_arguments, steps_drawn, tiled_prompt,
+    StrengthSchedule, call_arguments, clip_skip, concept_files, denoiser, drawable, drawing_over, fitted, gate_folders,
+    on_white, open_base, parse, read_mask, region_picture, sampler, size_arguments, steps_drawn, tiled_prompt,
 )  # fmt: skip
 MODULES = {"Image": "PIL"} | {each.__name__: each.__module__ for each in USABLE}  # name that a script may use -> its module
 
@@ -123,8 +124,7 @@ def _mixture(recipe: Recipe, names: list[str], pipe: str, steps: str) -> list[st
     return [
         f"mixture = mole.attach({pipe}, {{{files}}}, gates={gates}, binding={binding})",
         f"tags = parse({tags!r}, mixture.experts).tags",
-        f'network = getattr({pipe}, "unet", None) or {pipe}.transformer',
-        f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=network, steps={steps}{given})",
+        f"schedule = StrengthSchedule(list(mixture.experts), tags, unet=denoiser({pipe}), steps={steps}{given})",
     ]
 
 
