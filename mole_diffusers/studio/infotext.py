@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.lora.safe_files import PICTURE_ERRORS, RefusedFileError, parse_json
-from mole_diffusers.studio.names import model_name
+from mole_diffusers.studio.names import matching, model_name
 from mole_diffusers.studio.recipe import Recipe, load
 from mole_diffusers.studio.samplers import SAMPLERS
 from mole_diffusers.studio.weight_syntax import balanced
@@ -120,10 +120,9 @@ def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
     """A recipe's sampler for A1111's sampler and schedule (newer versions write them apart), and what of them is lost."""
     if name == "Default":
         return "", []
-    known = {each.casefold(): each for each in SAMPLERS}
     is_karras = schedule == "Karras" or (schedule == "Automatic" and name in BY_ITSELF)
     wanted = [f"{name} Karras", name] if is_karras else [name]
-    found = next((known[each.casefold()] for each in wanted if each.casefold() in known), "")
+    found = next(filter(None, (matching(each, SAMPLERS) for each in wanted)), "")
     if not found:
         return "", [f"Sampler {name} {schedule}".strip()]
     if schedule == "Automatic" and name in EXPONENTIAL:
