@@ -40,7 +40,8 @@ class StrengthSchedule:
         self.steps, self.step = steps, 0
         self.locks = {place: [row.get(name, 0.0) for name in experts] for place, row in (locks or {}).items()}
         self._block_weights = [block_weights(tag.lbw, unet) if tag is not None else {} for tag in self.tags]
-        self._block_names = block_names(unet) if any(self._block_weights) else {}
+        names = block_names(unet) if any(self._block_weights) else {}
+        self._block_names = {f"unet.{module}.": label for module, label in names.items()}
         self._cache: dict[str, list[float]] = {}  # module -> its block's weights
 
     def part(self, part: str) -> list[float]:
@@ -50,9 +51,8 @@ class StrengthSchedule:
     def block(self, module: str) -> list[float]:
         """[N] block weights of a module, for example "unet.down_blocks.1.attentions.0"."""
         if module not in self._cache:
-            component, _, name = module.partition(".")
-            names = self._block_names.items() if component == "unet" else ()
-            label = next((label for prefix, label in names if f"{name}.".startswith(f"{prefix}.")), BASE)
+            names = self._block_names.items()
+            label = next((label for prefix, label in names if f"{module}.".startswith(prefix)), BASE)
             self._cache[module] = [weights.get(label, 1.0) for weights in self._block_weights]
         return self._cache[module]
 
