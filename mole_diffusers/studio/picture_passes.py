@@ -121,25 +121,25 @@ def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.
         recipe = dataclasses.replace(recipe, width=recipe.width or width, height=recipe.height or height)
     if recipe.image:
         return recipe
-    first, second = _hashes(image, mask)
-    return dataclasses.replace(recipe, image=first, mask=second)
+    return dataclasses.replace(recipe, **_hashes(image, mask))
 
 
-def _hashes(image: Image.Image | None, mask: Image.Image | None) -> tuple[str, str]:
+def _hashes(image: Image.Image | None, mask: Image.Image | None) -> dict[str, Any]:
     """The hashes of a recipe's pictures, "" for none. They are of the pixels that are drawn over, not of the files."""
-    first = "" if image is None else pixels_hash(on_white(image))
-    if mask is None:
-        return first, ""
-    checked_region(mask, "mask")
-    return first, pixels_hash(region_picture(mask))
+    if mask is not None:
+        checked_region(mask, "mask")
+    return {
+        "image": "" if image is None else pixels_hash(on_white(image)),
+        "mask": "" if mask is None else pixels_hash(region_picture(mask)),
+    }
 
 
 def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> None:
     """Raises ValueError if these are not the recipe's pictures, or if they are missing."""
-    first, second = _hashes(image, mask)
-    for name, given, digest, wanted in (("image", image, first, recipe.image), ("mask", mask, second, recipe.mask)):
+    digests = _hashes(image, mask)
+    for name, given, wanted in (("image", image, recipe.image), ("mask", mask, recipe.mask)):
         of_file = "" if given is None else pixels_hash(given)  # as earlier releases of the command wrote
-        if wanted not in (digest, of_file):
+        if wanted not in (digests[name], of_file):
             other = "was made with another picture" if wanted else "was made without a picture"
             missing = "needs the picture that it was made with" if given is None else other
             raise ValueError(f"the recipe {missing} as its {name}")
