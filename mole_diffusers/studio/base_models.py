@@ -113,12 +113,10 @@ def bases_in(folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     known = [folder / place for place in PLACES if (folder / place).is_dir()]
-    below = [file for root in known for file in files_below(root)]
-    files = below if known else [*folder.glob("*"), *folder.glob("*/*")]
+    files = [f for root in known for f in files_below(root)] if known else [*folder.glob("*"), *folder.glob("*/*")]
     saved = [file.parent for file in files if file.name == INDEX]
     alone = [f for f in files if f.suffix == ".safetensors" and not any(f.is_relative_to(s) for s in saved)]
-    alone = alone if known else [f for f in alone if not _is_lora(f)]
-    return by_name([*saved, *alone], folder)
+    return by_name([*saved, *(f for f in alone if known or not _is_lora(f))], folder)
 
 
 def _is_lora(path: Path) -> bool:
