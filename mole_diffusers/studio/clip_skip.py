@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import CLIPTextModel
 
+from mole_diffusers.patching.denoiser_inputs import DENOISERS, models_of
 from mole_diffusers.patching.undo import undoing
-from mole_diffusers.studio.prompt_weights import text_encoders
 
 
 def most_clip_skip(pipe: Any) -> int:
@@ -20,7 +20,8 @@ def most_clip_skip(pipe: Any) -> int:
 
     It is 1, so there is none, but for Stable Diffusion 1.x and 2.x: models with several text encoders read fixed layers.
     """
-    return len(_stack(pipe).layers) if [type(each) for each in text_encoders(pipe)] == [CLIPTextModel] else 1
+    kinds = [type(model) for part, model in models_of(pipe).items() if part not in DENOISERS]
+    return len(_stack(pipe).layers) if kinds == [CLIPTextModel] else 1
 
 
 @contextmanager

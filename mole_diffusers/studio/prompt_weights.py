@@ -179,11 +179,6 @@ def _weighted(pipe: Any, part: Mapping[str, Chunk]) -> dict[str, list[Weighted |
     }
 
 
-def text_encoders(pipe: Any) -> list[Any]:
-    """The pipeline's text encoders."""
-    return [_encoder(pipe, name) for name in _tokenizers(pipe)]
-
-
 def _tokenizers(pipe: Any) -> dict[str, Any]:
     """The tokenizers of the pipeline's text encoders, by their names in the pipeline."""
     return {name: getattr(pipe, name) for name in TOKENIZERS if _encoder(pipe, name) is not None}
