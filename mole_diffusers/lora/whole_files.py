@@ -87,16 +87,14 @@ def copy_missing(old: Path, new: Path, *, without: str) -> None:
     for file in old.rglob("*"):
         inside = file.relative_to(old)
         target = new / inside
-        if inside.parts[0] == without or target.exists() or target.is_symlink() or _weights(inside) in written:
+        is_folder = file.is_dir() and not file.is_symlink()
+        if is_folder or inside.parts[0] == without or os.path.lexists(target) or _weights(inside) in written:
             continue
-        if file.is_symlink() or not file.is_dir():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(file, target, follow_symlinks=False)  # the same bytes, at once
-            except OSError:  # a disk without hard links
-                shutil.copy2(file, target, follow_symlinks=False)
-        else:
-            target.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, target, follow_symlinks=False)  # the same bytes, at once
+        except OSError:  # a disk without hard links
+            shutil.copy2(file, target, follow_symlinks=False)
 
 
 def _weights(file: Path) -> Path | None:
