@@ -20,7 +20,7 @@ from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, entry_from_jso
 FORMAT, VERSION = "mole_diffusers.retrieval", 3
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
-FIELD_TYPES = {  # of the JSON's fields; an index of before lacks the last
+FIELD_TYPES = {  # of the JSON's fields; the first indexes lack the last
     "encoder": str,
     "cards": Sequence[Mapping[str, Any]],
     "skipped": Mapping[str, str],

@@ -26,8 +26,8 @@ PAIR = re.compile(r'([^:,]*)(?:: ?("(?:\\.|[^\\"])*"|[^,]*))?')  # KEY: VALUE, w
 NOT_NEEDED = ("Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
 SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # a setting's name; rejects what commas inside values leave over
 PLAIN = ("Uniform", "Normal", "Simple")  # schedules that mean the sampler's own here
-BY_ITSELF = ("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a")  # "Automatic" in A1111 means Karras for these samplers
-EXPONENTIAL = ("DPM++ 2M SDE",)  # and Exponential for these; we do not have that one
+KARRAS_IF_AUTOMATIC = ("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a")  # samplers whose "Automatic" schedule in A1111 is Karras
+EXPONENTIAL_IF_AUTOMATIC = ("DPM++ 2M SDE",)  # and Exponential, which is not here
 MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 1 << 20  # of a file, picture, text
 
 
@@ -120,12 +120,12 @@ def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
     """A recipe's sampler for A1111's sampler and schedule (newer versions write them apart), and what of them is lost."""
     if name == "Default":
         return "", []
-    is_karras = schedule == "Karras" or (schedule == "Automatic" and name in BY_ITSELF)
+    is_karras = schedule == "Karras" or (schedule == "Automatic" and name in KARRAS_IF_AUTOMATIC)
     wanted = [f"{name} Karras", name] if is_karras else [name]
     found = next(filter(None, (matching(each, SAMPLERS) for each in wanted)), "")
     if not found:
         return "", [f"Sampler {name} {schedule}".strip()]
-    if schedule == "Automatic" and name in EXPONENTIAL:
+    if schedule == "Automatic" and name in EXPONENTIAL_IF_AUTOMATIC:
         return found, ["Schedule type Exponential"]
     is_same = schedule in ("", "Automatic", *PLAIN) or found.endswith(schedule)
     return found, [] if is_same else [f"Schedule type {schedule}"]

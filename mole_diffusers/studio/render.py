@@ -300,7 +300,8 @@ class Studio:
             stack.callback(setattr, pipe, "scheduler", self._own_scheduler)
             pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
             mixture = self.attach_for(recipe, pipe)
-            names, (kind, about) = [] if mixture is None else list(mixture.experts), recipe.arm_and_name
+            names = [] if mixture is None else list(mixture.experts)
+            kind, about = recipe.arm_and_name
             stack.enter_context(clip_skip(pipe, recipe.clip_skip))
             # A merge already contains the strengths, and has no gates to lock.
             tags, locks = ([LoraTag(name) for name in names], {}) if kind == "merge" else (recipe.tags, recipe.locks)
