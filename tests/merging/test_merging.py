@@ -15,7 +15,7 @@ from mole_diffusers.lora import layer_key, read_expert, safe_files
 from mole_diffusers.merging.activations import as_rows
 from mole_diffusers.merging.merge import METHODS
 from mole_diffusers.patching.placement import stream_of
-from mole_diffusers.testing import ATTENTION, CONVOLUTION, tiny_lora, tiny_pipeline
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 PROMPTS = {"fox": ["a fox", "the fox"], "ink": ["in ink"], "hat": ["a hat"]}
 TWO_STEPS = {"num_inference_steps": 2, "output_type": "np"}
@@ -73,16 +73,17 @@ def test_stock_diffusers_loads_every_merge(method, loras, tmp_path, stock):
 @pytest.mark.parametrize(
     ("method", "options", "factor"), [("sum", {}, 1.0), *thorough(("lego", {"clusters": 10**6}, 0.5**0.5))]
 )
-def test_convolutions_are_merged_too(loras, tmp_path, stock, method, options, factor):
+def test_convolutions_are_merged_too(tmp_path, stock, method, options, factor):
     """Against the mixture: LoRA-LEGO with as many clusters as ranks is the sum by the root of two."""
     pipe, _ = stock
-    other = tiny_lora(pipe, tmp_path / "other.safetensors", rank=8, seed=5, ends=ATTENTION + CONVOLUTION)
-    expert = mole.merge({"hat": loras["hat"], "other": (other, 0.5)}, method, **options)
+    ends = "attn1.to_q", "attn2.to_v", "conv1", "proj_in", "conv_shortcut"
+    one, other = (tiny_lora(pipe, tmp_path / f"{i}.safetensors", rank=8, seed=i, ends=ends) for i in (4, 5))
+    expert = mole.merge({"one": one, "other": (other, 0.5)}, method, **options)
     mole.save_expert(expert, tmp_path / "one.safetensors", dtype=torch.float32)
     pipe.load_lora_weights(tmp_path / "one.safetensors", adapter_name="one")
     merged = picture(pipe)
     pipe.unload_lora_weights()
-    mole.attach(pipe, {"hat": (loras["hat"], factor), "other": (other, 0.5 * factor)}, "sum")
+    mole.attach(pipe, {"one": (one, factor), "other": (other, 0.5 * factor)}, "sum")
     both = picture(pipe)
     mole.detach(pipe)
     torch.testing.assert_close(merged, both, rtol=0, atol=2e-5)
