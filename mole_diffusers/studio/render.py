@@ -154,7 +154,7 @@ class Studio:
         if len(set(names.values())) < len(names):
             raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(names)}")
         self.check_fit(names.values())
-        tags = [str(dataclasses.replace(tag, name=names[tag.name])) for tag in given.tags]
+        tags = tuple(dataclasses.replace(tag, name=names[tag.name]) for tag in given.tags)
         here = {name: name for name in names.values()} | names  # a name in the recipe may be another LoRA's name here
         rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
         gates = self.catalog.gates_for(names.values(), unfit=self._unfit) if recipe.gates == "auto" else recipe.gates
@@ -177,7 +177,7 @@ class Studio:
         width, height = picture_passes.drawable(self.pipe, recipe.width or own[0], recipe.height or own[1])
         return dataclasses.replace(
             recipe,
-            prompt=" ".join([given.text, *tags]).strip(),
+            prompt=str(dataclasses.replace(given, tags=tags)),
             seed=secrets.randbelow(1 << 32) if recipe.seed == -1 else recipe.seed,
             width=width,
             height=height,
