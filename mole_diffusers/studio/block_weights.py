@@ -41,7 +41,7 @@ def layouts(unet: Any) -> tuple[list[str], list[str]]:
     attention = {names["mid_block"]} | {
         label for module, label in names.items() if ".attentions." in module and module in modules
     }
-    every = sorted(set(names.values()), key=lambda label: (("IN", "M0", "OU").index(label[:2]), label))
+    every = sorted(set(names.values()))
     return [BASE, *(label for label in every if label in attention)], [BASE, *every]
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -33,7 +34,7 @@ class Curve:
         """The value at `step` of a run of `steps`."""
         scale = steps - 1 if self.points[-1][0] <= 1 else 1
         knots = [(point * scale, value) for point, value in self.points]
-        for (before, low), (after, high) in zip(knots, knots[1:], strict=False):
+        for (before, low), (after, high) in pairwise(knots):
             if before <= step < after:
                 return low + (high - low) * (step - before) / (after - before)
         return knots[0][1] if step < knots[0][0] else knots[-1][1]

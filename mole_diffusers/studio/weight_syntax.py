@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 STEP = 1.1
@@ -105,7 +105,7 @@ def parse_weights(prompt: str) -> list[Chunk]:
         raise ValueError(f"a weight in a prompt, with those around it, is at most {MOST_WEIGHT:g}")
     whole = Chunk("".join(characters), tuple(weights))
     edges = [-1, *(i for i, c in enumerate(whole.text) if c == BREAK), len(whole.text)]
-    return [whole[a + 1 : b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [whole[a + 1 : b] for a, b in pairwise(edges)]
 
 
 def plain_text(prompt: str) -> str:
