@@ -153,12 +153,15 @@ def add_low_rank(result: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, 
     return result.addmm_(low, up.T)
 
 
-def low_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def low_rank(
+    down: torch.Tensor, up: torch.Tensor, rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The nearest pair of lower rank to up @ down (Eckart-Young), without computing the product.
 
     Args:
         down: [R, Cin] or [R, Cin, k, k].
         up: [Cout, R] or [Cout, R, 1, 1].
+        rank: None for the product itself, by its singular values.
 
     Returns:
         down [r, ...] and up [Cout, r, ...] with r at most `rank`, and all singular values of the product.

@@ -35,7 +35,7 @@ def singular(stack: Stack) -> Stack:
     """
     rows: list[LoraWeights | None] = []
     for down, up in zip(stack.down.split(list(stack.ranks)), stack.up.split(list(stack.ranks), 1), strict=True):
-        rows.append(LoraWeights(*functional.low_rank(down, up, len(down))[:2], 1.0) if len(down) else None)
+        rows.append(LoraWeights(*functional.low_rank(down, up)[:2], 1.0) if len(down) else None)
     return Stack(tuple(rows), stack.inner)
 
 

@@ -22,7 +22,7 @@ def hadamard(first: Factors, second: Factors) -> Factors:
 
 def cut(up: torch.Tensor, down: torch.Tensor, tolerance: float) -> tuple[Factors, float]:
     """The pair of the smallest rank whose relative Frobenius error is within `tolerance`, and that error."""
-    down, up, values = low_rank(down, up, min(*up.shape, *down.shape))
+    down, up, values = low_rank(down, up)
     rank, error = _smallest_rank(values, tolerance)
     return (up[:, :rank], down[:rank]), error
 
@@ -33,8 +33,7 @@ def kronecker(first: Factors, second: Factors, tolerance: float) -> tuple[Factor
     Its singular values are products of one of W1's and one of W2's, and its vectors are their Kronecker products. So the
     large matrix itself is never decomposed.
     """
-    down1, up1, values1 = low_rank(first[1], first[0], min(*first[0].shape, *first[1].shape))
-    down2, up2, values2 = low_rank(second[1], second[0], min(*second[0].shape, *second[1].shape))
+    (down1, up1, values1), (down2, up2, values2) = (low_rank(down, up) for up, down in (first, second))
     values, order = torch.outer(values1, values2).flatten().sort(descending=True)
     rank, error = _smallest_rank(values, tolerance)
     i, j = order[:rank] // len(values2), order[:rank] % len(values2)

@@ -165,7 +165,7 @@ class Truncation:
         wanted = max(ranks) if self.rank is None and self.method == "svd" else self.rank
         if pair.rank <= (wanted or sum(ranks)):
             return pair
-        down, up, values = functional.low_rank(pair.down, pair.folded().up, pair.rank)
+        down, up, values = functional.low_rank(pair.down, pair.folded().up)
         energy = values.square().cumsum(0)
         most = wanted or int((energy < ENERGY * energy[-1]).sum()) + 1
         self.lost += values[most:].square().sum().item()
