@@ -147,8 +147,7 @@ class Catalog:
             unfit: hashes of gates that are passed over.
         """
         wanted = {name: self.expert(name).sha256 for name in experts}
-        names = [name for name in self.gates if name not in self.examples]
-        trained = {name: hashes for name in names if (hashes := self._trained_with(name))}
+        trained = {g: hashes for g in self.gates if g not in self.examples and (hashes := self._trained_with(g))}
         same_files = [g for g, hashes in trained.items() if set(hashes.values()) == set(wanted.values())]
         same_names = [g for g, hashes in trained.items() if set(hashes) == set(wanted)]
         fitting = (g for g in same_files + same_names if not unfit or gates_hash(self.gates[g]) not in unfit)
