@@ -119,7 +119,7 @@ def release(pipe: Any) -> None:
     for model in pipe.components.values():
         if isinstance(model, torch.nn.Module):
             model.to("meta")
-    _give_back()
+    torch.cuda.empty_cache()
 
 
 def clear_frames(error: BaseException | None) -> None:
@@ -127,9 +127,4 @@ def clear_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-    _give_back()
-
-
-def _give_back() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
