@@ -64,8 +64,7 @@ class Picture:
     layout: Layout | None = None
 
 
-Sheet = Callable[[Sequence[Picture]], Path]
-Arrange = Callable[[Sequence[Image.Image]], Image.Image]
+Sheet = Callable[[Sequence[Image.Image]], Path]
 
 
 @dataclass
@@ -338,7 +337,10 @@ class Actions:
         else:
             wanted.append(("gates", whole))
         labels = [label for label, _ in wanted]
-        sheet = partial(self._sheet, whole, {"columns": labels}, partial(xy_grid.labelled, labels=labels))
+
+        def sheet(images: Sequence[Image.Image]) -> Path:
+            return self.gallery.add(xy_grid.labelled(images, labels), whole, {"columns": labels})
+
         return self._draw(wanted, over, notes=notes, sheet=sheet)
 
     def _draw(
@@ -357,7 +359,7 @@ class Actions:
             gallery: keeps the pictures, and turns on previews while they are drawn. By default there are no previews, and
                 the pictures go to the app's own folder.
             notes: further sentences for the progress.
-            sheet: makes a sheet of the pictures. If stopped, of those that are finished.
+            sheet: puts a sheet of the pictures into the gallery. If stopped, of those that are finished.
             inside: as in `Studio.draw`.
         """
         recipes = [self._completed(recipe) for _, recipe in wanted]
@@ -374,7 +376,7 @@ class Actions:
         state = Progress(0, sum(map(self.studio.total_steps, recipes)), len(recipes), warnings=[*dict.fromkeys(warnings)])
 
         def work(report: Report) -> Progress:
-            begun = time.monotonic()
+            begun, drawn = time.monotonic(), list[Image.Image]()
 
             def on_step(_: Any, latents: torch.Tensor) -> None:
                 state.done += 1
@@ -390,26 +392,16 @@ class Actions:
                     state.warnings = list(dict.fromkeys([*state.warnings, *noted.warnings, *by_hand]))
                     path = (gallery or self.unkept).add(image, recipe)
                     state.pictures = [*state.pictures, Picture(label, path, recipe, noted.layout)]
+                    drawn.append(image)
                     report(replace(state))
             finally:
-                if sheet is not None and state.pictures:
-                    state.sheet = sheet(state.pictures)
+                if sheet is not None and drawn:
+                    state.sheet = sheet(drawn)
                     with suppress(StoppedError):
                         report(replace(state))
             return state
 
         return work
-
-    def _sheet(self, recipe: Recipe, shows: Mapping[str, Any], arrange: Arrange, pictures: Sequence[Picture]) -> Path:
-        """Put pictures on a sheet in the gallery. Used as `sheet` of `_draw`.
-
-        Args:
-            recipe: what the cells have in common, as a completed recipe.
-            shows: see `infotext.save`.
-            arrange: makes the sheet.
-        """
-        drawn = [Image.open(picture.path).convert("RGB") for picture in pictures]
-        return self.gallery.add(arrange(drawn), recipe, shows)
 
     def look(
         self,
@@ -451,8 +443,10 @@ class Actions:
         recipe, whole = self._with_a_seed(recipe, over)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         wanted = [("", cell) for cell in xy_grid.cells(recipe, across, down)]
-        arrange = partial(xy_grid.sheet, columns=across.labels, labels=down.labels)
-        sheet = partial(self._sheet, whole, {"x": x, "y": y}, arrange)
+
+        def sheet(images: Sequence[Image.Image]) -> Path:
+            return self.gallery.add(xy_grid.sheet(images, across.labels, down.labels), whole, {"x": x, "y": y})
+
         return self._draw(wanted, over, sheet=sheet)
 
     def new_folder(self) -> Path:
