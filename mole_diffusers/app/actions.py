@@ -106,7 +106,6 @@ class Actions:
 
     Attributes:
         folder: temporary files, deleted when the app ends.
-        downloads: gates as files for visitors.
         uploads: LoRAs that visitors have uploaded. They are still here after a restart if `home` is set.
         unkept: pictures that are not kept, namely those of comparisons and grids. The gallery keeps a sheet of them.
         bases: name -> argument of `opening`, for the base models that can be chosen.
@@ -135,7 +134,7 @@ class Actions:
         self._temporary = TemporaryDirectory(prefix="mole_app_")
         self.folder = Path(self._temporary.name)
         self.home = home or self.folder / "gates"
-        self.downloads, self.uploads = self.folder / "downloads", self.home / ".loras"  # gates cannot have this name
+        self.uploads = self.home / ".loras"  # gates cannot have this name
         studio.catalog.find_loras([self.uploads])
         self.unkept = Gallery(self.folder / "drawn", most=MAX_PICTURES)
         self.gallery = Gallery(gallery) if gallery else Gallery(self.folder / "gallery", most=MAX_PICTURES)

@@ -344,7 +344,7 @@ class Endpoints:
         Args:
             name: the name of the gates, as listed by `gates`.
         """
-        return [_file(path) for path in export_gates(self.actions.studio.catalog, name, self.actions.downloads)]
+        return [_file(path) for path in export_gates(self.actions.studio.catalog, name, self.actions.new_folder())]
 
     def upload_gates(self, weights: gr.FileData, about: gr.FileData, name: str = "") -> dict:
         """Add trained gates from their two files. Bad ones are refused with a sentence that says why.

@@ -115,7 +115,6 @@ def export_gates(catalog: Catalog, name: str, folder: Path) -> list[Path]:
     """Copy the two files of trained gates into `folder`, named after the gates. Returns their paths."""
     if name not in catalog.gates:
         raise ValueError(f"there are no trained gates {name!r}; known: {', '.join(catalog.gates) or 'none'}")
-    folder.mkdir(exist_ok=True)
     source = catalog.gates[name]
     return [Path(shutil.copyfile(source / file, folder / f"{name}{suffix}")) for suffix, (file, _) in GATES.items()]
 

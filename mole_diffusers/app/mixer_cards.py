@@ -16,7 +16,6 @@ from mole_diffusers.studio.names import known_names, matching_lora
 from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, Parsed, number, parse
 
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
-FIELDS = ("unet", "word", "region", "te", "lbw", "start", "stop")  # a tag's fields on a card
 
 
 def parse_named(prompt: str, known: Collection[str]) -> Parsed:
@@ -97,7 +96,7 @@ def _changed(tag: LoraTag, before: Mapping[str, Any], fields: Mapping[str, Any],
     texts |= {"word": "|".join(texts["word"]), "region": "" if texts["region"] == AUTO else texts["region"]}
     if before["te"] == before["unet"] == texts["te"]:  # one strength for both stays the same for both
         texts["te"] = texts["unet"]
-    arguments = [f"{key}={' '.join(texts[key].split())}" for key in FIELDS if texts[key].strip()]
+    arguments = [f"{key}={' '.join(text.split())}" for key, text in texts.items() if text.strip()]
     if bad := next((argument for argument in arguments if re.search("[:<>]", argument)), None):
         raise ValueError(f"{bad!r} contains one of : < >, which end a tag")
     (new,) = parse(f"<lora:{':'.join([tag.name, *arguments])}>", known).tags

@@ -195,7 +195,7 @@ def _gate_files(page: Page) -> None:
 
     @errors_to(status)
     def downloaded(name: str | None) -> Values:
-        return {files: [str(path) for path in export_gates(catalog, name or "", page.actions.downloads)]}
+        return {files: [str(path) for path in export_gates(catalog, name or "", page.actions.new_folder())]}
 
     @errors_to(status)
     def uploaded(paths: list[str], name: str) -> Values:

@@ -140,7 +140,7 @@ def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path)
     assert first.add_lora(sent) == "owl"
     attach(pipe, loras, "mole").save_pretrained(tmp_path / "owl")
     first.studio.catalog.add_gates("owl", tmp_path / "owl")
-    export_gates(first.studio.catalog, "owl", first.downloads)
+    export_gates(first.studio.catalog, "owl", first.new_folder())
     exported = first.export(Recipe("an owl <lora:owl:1>", width=32, height=32))(ignore)
     assert exported.path.name == "owl.safetensors"
     again = started()

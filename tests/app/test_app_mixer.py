@@ -6,9 +6,10 @@ from copy import deepcopy
 import pytest
 from app_client import built, plain
 
-from mole_diffusers.app.mixer_cards import FIELDS, cards_of, fields_of
+from mole_diffusers.app.mixer_cards import cards_of, fields_of
 
 gr = pytest.importorskip("gradio")
+FIELDS = ("unet", "word", "region", "te", "lbw", "start", "stop")  # of a card, as they are laid out
 TEXT = "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:0.5>"
 
 
