@@ -51,13 +51,7 @@ def build(page: Page) -> None:
 
     def plan(recipe: Recipe, *given: Any) -> Work:
         *values, again, _ = given
-        wanted = _request(page, values)
-        try:
-            return page.actions.train(recipe, wanted)  # continues a run with the same settings
-        except GatesExistError:
-            if not again:
-                raise
-            return page.actions.train(recipe, wanted, again)
+        return page.actions.train(recipe, _request(page, values), again)
 
     def show(job: Job) -> Values:
         progress: TrainingProgress = job.event

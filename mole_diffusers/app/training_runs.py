@@ -62,7 +62,7 @@ class Run:
 
     def prepare(self, again: str) -> None:
         """Make the folder. It stays as it is if the settings are the same, else it is new, with any gates to continue."""
-        if self._saved_settings() == self.settings and again != "overwrite":
+        if self._saved_settings() == self.settings:
             return
         with new_folder(self.folder) as new:
             if again == "continue":

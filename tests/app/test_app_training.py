@@ -165,6 +165,8 @@ def test_a_name_is_continued_or_overwritten(studio, tmp_path):
     more = weights(tmp_path / "g")
     run(studio, tmp_path, request(steps=3), again="overwrite")
     anew = weights(tmp_path / "g")
+    _, said = run(studio, tmp_path, request(steps=3), again="overwrite")  # which is for other settings
+    assert not [line for line in said if line.startswith("update ")]
     studio.catalog.gates.clear()
     run(studio, tmp_path / "other", request(steps=3))
     assert np.array_equal(anew, weights(tmp_path / "other" / "g"))
