@@ -30,7 +30,7 @@ from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.options import check_kinds
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import FIELD_TYPES, Recipe
 
 RECIPE_FIELDS = (
     'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. The defaults are: no '
@@ -162,11 +162,8 @@ class Endpoints:
             binding: "bound" to words and places, "tiles" (the same, first drawn apart), "auto" (tiles if they fit), "none".
             clip_skip: the last layer of the text encoder that is read, counted from the end. 1, the default, reads all.
         """
-        fields = {"prompt": prompt, "negative": negative, "prompt_2": prompt_2, "negative_2": negative_2, "seed": seed}
-        fields |= {"steps": steps, "guidance": guidance, "width": width, "height": height, "sampler": sampler}
-        fields |= {"gates": gates, "binding": binding, "clip_skip": clip_skip}
-        fields |= {"strength": strength, "hires": hires, "hires_strength": hires_strength}
-        recipe = {name: value for name, value in fields.items() if value is not None}
+        given, own = locals(), FIELD_TYPES.keys() - {"image", "mask"}
+        recipe = {name: value for name, value in given.items() if name in own and value is not None}
         done = await self._drawing(request, "compose", self.actions.compose, recipe, count, image=image, mask=mask)
         recipes = [each.recipe.to_dict() for each in done.pictures]
         return [_file(each.path) for each in done.pictures], recipes, done.warnings
