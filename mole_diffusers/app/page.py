@@ -53,6 +53,7 @@ class Page:
         shown: the cards as last drawn (state). A change redraws the mixer, see `redraw`.
         rewrites: the texts that events have put into the prompt since it was typed, and the texts they replaced (state).
         written: the prompt, its cards and rewrites: inputs and outputs of the events that edit the prompt.
+        filled_fields: the components that `filled` has values for.
         locks, masks: gates set by hand, and painted regions, as in a Recipe. They are hidden components in the browser.
         base: the choice of the base model.
         inputs: the components whose values `recipe` takes.
@@ -120,6 +121,8 @@ class Page:
         self.tab: Any = None
         self.tabs = gr.Tabs(elem_id="tabs", overflow_behavior="wrap", render=False)
         self.lists = [self.second, *self.choices]
+        self.filled_fields = [*self.inputs, self.cards, self.shown, self.rewrites]
+        self.filled_fields += [self.over, self.has_over, self.over_panel, *self.axes]
         self.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
         self._fields = [*self.inputs, self.count, *self.training.values(), *self.axes, self.has_over]  # stored in this order
         self.entered = self._remember()
@@ -173,12 +176,6 @@ class Page:
     def fresh(self) -> Recipe:
         """The recipe of a fresh page: the defaults, with the size and guidance of the base model if that was changed."""
         return replace(self.defaults, **self.actions.settings_of_base())
-
-    @property
-    def filled_fields(self) -> list[Any]:
-        """The components that `filled` has values for."""
-        panel = [self.over, self.has_over, self.over_panel]
-        return [*self.inputs, self.cards, self.shown, self.rewrites, *panel, *self.axes]
 
     def filled(self, found: Contents) -> tuple[Recipe, Values, list[str]]:
         """Put a recipe into a page. Returns the completed recipe, the values of the page, and notes for the visitor.
