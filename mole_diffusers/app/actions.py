@@ -533,16 +533,17 @@ class _Noted:
 
     @contextmanager
     def around(self, recipe: Recipe, inside: Inside, mixture: Mixture) -> Iterator[None]:
-        """Surround a picture, as `inside` of `Studio.draw`. If it is drawn in two passes, the first one's layout counts."""
+        """Surround the first pass of a picture, as `inside` of `Studio.draw`."""
         with inside(mixture):
             yield
-        self.sites = mixture.sites
-        self.warnings += mixture.binding_warnings
+        self.sites, self.warnings = mixture.sites, mixture.binding_warnings
         bound = (mixture.binding or {}).items()
         side = recipe.height // 8, recipe.width // 8
         given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
-        found = mixture.layouts or ([Layout(given, {})] if given else [])  # without words, only the given regions
-        self.layout = self.layout or next(iter(found), None)
+        if found := mixture.layouts:
+            self.layout = found[0]
+        elif given:  # without words, only these regions
+            self.layout = Layout(given, {})
 
 
 def _with_locks_of(recipe: Recipe, sites: Collection[str]) -> tuple[Recipe, list[str]]:
