@@ -52,7 +52,9 @@ def compose(page: Browser) -> None:
     """Draw four pictures."""
     page.type("#count input[type=number]", "4")
     page.click("#compose")
-    page.until(lambda: page.text("#status").startswith("done") and len(page.all("#pictures .caption-label")) == 4, WAIT)
+    page.until(
+        lambda: page.text("#compose-status").startswith("done") and len(page.all("#pictures .caption-label")) == 4, WAIT
+    )
 
 
 def regions(page: Browser) -> None:

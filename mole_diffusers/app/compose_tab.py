@@ -13,7 +13,7 @@ from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of
 from mole_diffusers.app.page import ORDERED, Page, Values
-from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
+from mole_diffusers.app.page_jobs import Offer, buttons, connect_job
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import clicked, figure, gallery_items, row, status_line
 from mole_diffusers.studio.recipe import Recipe
@@ -27,10 +27,7 @@ def build(page: Page) -> None:
     with page.second.render():
         for name in ("prompt_2", "negative_2"):
             page.controls[name].render()
-    with gr.Row(elem_classes="buttons"):
-        compose = gr.Button("Compose", variant="primary", elem_id="compose")
-        cancel = gr.Button("Cancel", elem_id="cancel")
-    status = status_line(elem_id="status")
+    compose, status = buttons(page, "compose", "Compose")
     offer = Offer(page, "compose", "Draw again", _described)
     with gr.Row(elem_classes="phone-column"):
         with gr.Column(scale=5):
@@ -57,7 +54,6 @@ def build(page: Page) -> None:
 
     starts, outputs = [compose.click, prompt.submit], [status, preview, page.pictures]
     connect_job(page, "compose", starts, page.actions.compose, show, outputs, more=[page.count], offer=offer)
-    connect_cancel(page, cancel, status, ["compose"])
     shown = [page.cards, page.shown, page.rewrites, page.problem]
     gr.on([prompt.blur, prompt.submit], changed, [prompt, page.cards], shown, **mixer.LAST)
 

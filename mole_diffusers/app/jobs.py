@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,10 +130,10 @@ class Jobs:
                 self._end(job, "stopped")
             return True
 
-    def stop_all(self, owner: str, kinds: Collection[str]) -> bool:
-        """Stop all jobs of a visitor of these kinds. Returns False if there are none that are not over."""
+    def stop_all(self, owner: str, kind: str) -> bool:
+        """Stop all jobs of a visitor of a kind. Returns False if there are none that are not over."""
         with self._changed:  # so that none begins meanwhile
-            stopped = [self.stop(job) for job in self._jobs if job.owner == owner and job.kind in kinds]
+            stopped = [self.stop(job) for job in self._jobs if (job.owner, job.kind) == (owner, kind)]
         return any(stopped)
 
     def follow(self, job: Job) -> Iterator[Job]:

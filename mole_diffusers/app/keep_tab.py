@@ -10,7 +10,7 @@ import gradio as gr
 from mole_diffusers.app.files import uploaded
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.page import ORDERED, Page, Values
-from mole_diffusers.app.page_jobs import connect_cancel, connect_job
+from mole_diffusers.app.page_jobs import buttons, connect_job
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure, row, status_line
 from mole_diffusers.studio import infotext, xy_grid
@@ -90,14 +90,10 @@ def _grid(page: Page) -> None:
         f"LoRAs: base (none of them), alone NAME, sum, merge METHOD or gates. The others are {markdown(others)}."
     )
     row(*page.axes)
-    with gr.Row():
-        make = gr.Button("Make the grid", variant="primary", elem_id="grid")
-        cancel = gr.Button("Cancel", elem_id="grid-cancel")
-    status = status_line(elem_id="grid-status")
+    make, status = buttons(page, "grid", "Make the grid")
     sheet = figure(label="Grid", elem_id="sheet")
 
     def show(job: Job) -> Values:
         return {sheet: job.event.sheet}
 
     connect_job(page, "grid", [make.click], page.actions.grid, show, [status, sheet], more=page.axes)
-    connect_cancel(page, cancel, status, ["grid"])

@@ -168,14 +168,25 @@ def follow(
     return [event(beginning(submit), [page.visitor, *inputs], outputs, **each) for event, submit, inputs in ways]
 
 
-def connect_cancel(page: Page, button: Any, status: Any, kinds: Sequence[str]) -> None:
-    """Let a button stop all jobs of the visitor of these kinds: a running job at its next step, waiting ones at once."""
+def buttons(page: Page, kind: str, start: str, stop: str = "Cancel") -> tuple[Any, Any]:
+    """Lay out the buttons that start and stop jobs of a kind, and their status line. Returns the first and the last.
+
+    The second stops all jobs of the visitor: a running job at its next step, waiting ones at once.
+
+    Args:
+        start, stop: the labels of the buttons.
+    """
+    with gr.Row():
+        starts = gr.Button(start, variant="primary", elem_id=kind)
+        stops = gr.Button(stop, elem_id=f"{kind}-cancel")
+    status = status_line(elem_id=f"{kind}-status")
 
     def cancel(request: gr.Request, visitor: str) -> Any:
-        is_any = page.jobs.stop_all(visitor or session(request), kinds)
+        is_any = page.jobs.stop_all(visitor or session(request), kind)
         return gr.skip() if is_any else "nothing of yours is running"  # else the job itself reports that it stops
 
-    button.click(cancel, page.visitor, status, concurrency_limit=None)
+    stops.click(cancel, page.visitor, status, concurrency_limit=None)
+    return starts, status
 
 
 def _kept(recipe: Recipe, given: list[Any], over: Over) -> dict[str, Any]:

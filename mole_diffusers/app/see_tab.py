@@ -12,7 +12,7 @@ from mole_diffusers.app.gate_report import GateReport
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, parse_named, shades
 from mole_diffusers.app.page import Page, Values
-from mole_diffusers.app.page_jobs import connect_cancel, connect_job
+from mole_diffusers.app.page_jobs import buttons, connect_job
 from mole_diffusers.app.sentences import errors_to
 from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items, status_line
 from mole_diffusers.studio.recipe import Recipe
@@ -30,15 +30,9 @@ def build(page: Page) -> None:
 
 
 def _buttons(page: Page, kind: str, label: str) -> tuple[Any, Any, Any]:
-    """Lay out the buttons that start and stop jobs of a kind, and their status line.
-
-    Returns the event that starts a job, the status line, and the seed of the page's last picture (state) at that event.
-    """
-    with gr.Row():
-        start = gr.Button(label, variant="primary", elem_id=kind)
-        cancel = gr.Button("Cancel", elem_id=f"{kind}-cancel")
-    status = status_line(elem_id=f"{kind}-status")
-    connect_cancel(page, cancel, status, [kind])
+    """Lay out `page_jobs.buttons`. Returns the event that starts a job, the status line, and the seed of the page's last
+    picture (state) at that event."""
+    start, status = buttons(page, kind, label)
     last = gr.State(None)
 
     def last_seed(request: gr.Request) -> int | None:

@@ -14,7 +14,7 @@ from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import parse_named
 from mole_diffusers.app.page import Page, Values
-from mole_diffusers.app.page_jobs import Offer, connect_cancel, connect_job
+from mole_diffusers.app.page_jobs import Offer, buttons, connect_job
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure, gallery, row, status_line
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
@@ -35,13 +35,10 @@ def build(page: Page) -> None:
     with gr.Row(elem_classes="phone-column"):
         with gr.Column():
             _fields(page)
-            with gr.Row():
-                start = gr.Button("Train", variant="primary", elem_id="train")
-                cancel = gr.Button("Stop", elem_id="train-stop")
+            start, status = buttons(page, "train", "Train", "Stop")
             with gr.Row(visible=False, elem_id="again") as asked:
                 more = gr.Button("Continue from these gates", size="sm", elem_id="train-more")
                 over = gr.Button("Overwrite them", size="sm", elem_id="train-over")
-            status = status_line(elem_id="train-status")
             offer = Offer(page, "train", "Go on", lambda recipe, name, *_: f"The training **{markdown(name)}**")
         with gr.Column():
             loss = figure(label="Loss", elem_id="loss")
@@ -64,12 +61,11 @@ def build(page: Page) -> None:
         return {asked: gr.update(visible=isinstance(error, GatesExistError)), again: ""}
 
     begins: list[Any] = [start.click]
-    for button, answer in ((more, AGAIN[0]), (over, AGAIN[1])):
+    for button, answer in zip((more, over), AGAIN, strict=True):
         begins.append(button.click(lambda answer=answer: (hidden, answer), None, [asked, again]).then)  # type: ignore[misc]
     outputs = [status, loss, pictures, page.controls["gates"], page.trained, asked, again]
     inputs = [*page.training.values(), again]
     connect_job(page, "train", begins, plan, show, outputs, more=inputs, draws=False, refused=refused, offer=offer)
-    connect_cancel(page, cancel, status, ["train"])
 
 
 def _request(page: Page, values: Sequence[Any]) -> TrainingRequest:

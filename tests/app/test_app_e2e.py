@@ -86,12 +86,12 @@ def composed(page, folder, name):
 
     before = shown()[:1]
     page.click("#compose")
-    page.until(lambda: page.text("#status").startswith("done") and shown()[:1] not in ([], before), WAIT)
+    page.until(lambda: page.text("#compose-status").startswith("done") and shown()[:1] not in ([], before), WAIT)
     urlretrieve(shown()[0], folder / name)
     return folder / name
 
 
-def drawn(page, css="#status"):
+def drawn(page, css="#compose-status"):
     """How many steps of the pictures on the way are done."""
     said = re.match(r"(\d+) of \d+ steps", page.text(css))
     return int(said[1]) if said else 0
@@ -163,12 +163,12 @@ def long_job(page):
     page.type("#steps input[type=number]", "150")
     page.type("#count input[type=number]", "16")
     page.click("#compose")
-    page.until(lambda: "left" in page.text("#status"), WAIT)
+    page.until(lambda: "left" in page.text("#compose-status"), WAIT)
 
 
 def cancelled(page):
-    page.click("#cancel")
-    page.until(lambda: page.text("#status").startswith("stopped after"), WAIT)
+    page.click("#compose-cancel")
+    page.until(lambda: page.text("#compose-status").startswith("stopped after"), WAIT)
 
 
 @pytest.mark.thorough
@@ -187,7 +187,7 @@ def test_a_job_and_the_fields_survive_a_reload(any_width):
     assert "Strength of fox" not in page.text("body")
     cancelled(page)
     page.open(page.url)
-    page.until(lambda: page.text("#status").startswith("stopped after"), WAIT)  # what became of it is still said
+    page.until(lambda: page.text("#compose-status").startswith("stopped after"), WAIT)  # what became of it is still said
 
 
 @pytest.mark.thorough
@@ -195,10 +195,10 @@ def test_every_press_is_a_job_and_one_cancel_stops_them_all(tiny):
     long_job(tiny)
     for ahead in ("1 job", "2 jobs"):
         tiny.click("#compose")
-        tiny.until(lambda ahead=ahead: tiny.text("#status") == f"waiting: {ahead} before this one", WAIT)
-    tiny.click("#cancel")
-    tiny.until(lambda: tiny.text("#status") == "cancelled before it began", WAIT)
-    tiny.until(lambda: tiny.click("#cancel") or "nothing of yours is running" in tiny.text("#status"), WAIT)
+        tiny.until(lambda ahead=ahead: tiny.text("#compose-status") == f"waiting: {ahead} before this one", WAIT)
+    tiny.click("#compose-cancel")
+    tiny.until(lambda: tiny.text("#compose-status") == "cancelled before it began", WAIT)
+    tiny.until(lambda: tiny.click("#compose-cancel") or "nothing of yours is running" in tiny.text("#compose-status"), WAIT)
     assert not tiny.errors()
 
 
@@ -237,17 +237,17 @@ def test_two_visitors_wait_for_each_other_and_cancel_their_own(studio, tmp_path,
         long_job(one)
         two.open(url)
         two.until(lambda: two.all(".card"), WAIT)
-        assert two.text("#status") == ""  # which is no business of theirs
+        assert two.text("#compose-status") == ""  # which is no business of theirs
         two.click("#compose")
-        two.until(lambda: two.text("#status") == "waiting: 1 job before this one", WAIT)
-        two.click("#cancel")
-        two.until(lambda: two.text("#status") == "cancelled before it began", WAIT)
+        two.until(lambda: two.text("#compose-status") == "waiting: 1 job before this one", WAIT)
+        two.click("#compose-cancel")
+        two.until(lambda: two.text("#compose-status") == "cancelled before it began", WAIT)
         two.click("#compose")
-        two.until(lambda: "waiting" in two.text("#status"), WAIT)
+        two.until(lambda: "waiting" in two.text("#compose-status"), WAIT)
         now = drawn(one)
         one.until(lambda: drawn(one) > now, WAIT)
         cancelled(one)
-        two.until(lambda: two.text("#status") == "done", WAIT)
+        two.until(lambda: two.text("#compose-status") == "done", WAIT)
         assert len(two.all("#pictures img")) == 1
         assert not one.errors() + two.errors()
 
@@ -278,7 +278,7 @@ def test_another_base_is_chosen_and_the_page_of_another_visitor_says_so(studio, 
         assert infotext.read(second).base == shared_name(str(file))
         assert not np.array_equal(pixels(second), pixels(first))
         two.click("#compose")
-        two.until(lambda: "this is for the base model 'tiny', and here is 'other'" in two.text("#status"), WAIT)
+        two.until(lambda: "this is for the base model 'tiny', and here is 'other'" in two.text("#compose-status"), WAIT)
         two.open(url)
         two.until(lambda: value(two, "#base") == "other", WAIT)
         assert np.array_equal(pixels(composed(two, tmp_path, "same.png")), pixels(second))
@@ -314,7 +314,7 @@ def test_every_tab_cancels_its_work(any_width):
     page.type("#train-steps input[type=number]", "500")
     page.click("#train")
     page.until(lambda: "update " in page.text("#train-status"), WAIT)
-    page.click("#train-stop")
+    page.click("#train-cancel")
     page.until(lambda: page.text("#train-status").startswith("stopped: update"), WAIT)
     page.type("#train-steps input[type=number]", "1")
     page.click("#train")
@@ -536,7 +536,7 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
     page.until(lambda: page.all("#over-picture canvas"), WAIT)
     page.one("#prompt textarea").click()
     ActionChains(page.driver).send_keys(" ink").key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
-    page.until(lambda: page.text("#status") == "done; drawn over your picture", WAIT)
+    page.until(lambda: page.text("#compose-status") == "done; drawn over your picture", WAIT)
     over, *_ = newest = sorted((tmp_path / "pictures").glob("*.png"), key=lambda path: path.stat().st_mtime_ns)[::-1]
     assert len(newest) == 3
     assert (infotext.read(over).prompt, infotext.read(over).image) == (
@@ -553,7 +553,7 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
     dropped(page, first)  # which was drawn over no picture
     assert np.array_equal(pixels(composed(page, tmp_path, "again.png")), pixels(first))
     page.open(page.url)
-    page.until(lambda: page.text("#status") == "done", WAIT)
+    page.until(lambda: page.text("#compose-status") == "done", WAIT)
     assert page.text("#over-status") == ""
     page.click("#draw-over-this")
     page.until(lambda: page.driver.find_element("css selector", "#has-over input").is_selected(), WAIT)
@@ -691,9 +691,9 @@ def _cancels(page):
     page.type("#count input[type=number]", "16")
     page.click("#compose")
     page.until(lambda: drawn(page) > 4, WAIT)  # the first of 16 pictures is done
-    page.click("#cancel")
-    page.until(lambda: page.text("#status").startswith("stopped after"), WAIT)
-    made = int(page.text("#status").split()[2])
+    page.click("#compose-cancel")
+    page.until(lambda: page.text("#compose-status").startswith("stopped after"), WAIT)
+    made = int(page.text("#compose-status").split()[2])
     assert 1 <= made < 16
     page.until(lambda: len(page.all("#pictures .caption-label")) == made, WAIT)  # what is done stays
     page.type("#count input[type=number]", "1")

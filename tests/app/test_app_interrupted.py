@@ -88,12 +88,16 @@ def pixels(path):
 
 def test_pictures_that_were_not_drawn_are_offered_and_drawn_as_they_were_asked_for(apps, tmp_path):
     first = apps()
-    killed(first, lambda: first.begin("status", Seed=5, Pictures=2), lambda: first.begin("status", Prompt="a hat"))
+    killed(
+        first,
+        lambda: first.begin("compose-status", Seed=5, Pictures=2),
+        lambda: first.begin("compose-status", Prompt="a hat"),
+    )
     assert first.offered("compose") == ""  # they are in its queue
     second = apps()
     assert second.offered("compose", "you") == ""
     assert second.offered("compose") == f"“{PROMPT}”, 2 pictures, was interrupted when the app ended. One of 2."
-    assert second.said_again("status") == "done"
+    assert second.said_again("compose-status") == "done"
     drawn = sorted((tmp_path / "pictures").glob("*.png"))
     wanted = second.actions.compose(Recipe(PROMPT, seed=5, steps=2, width=32, height=32, gates="sum"), 2)(lambda _: None)
     assert [pixels(path).tolist() for path in drawn] == [pixels(p.path).tolist() for p in wanted.pictures]
@@ -102,24 +106,26 @@ def test_pictures_that_were_not_drawn_are_offered_and_drawn_as_they_were_asked_f
     row, *_ = second.forget("compose")
     assert not row["visible"]
     assert apps().offered("compose") == ""
-    assert "started again or forgotten" in second.said_again("status")
+    assert "started again or forgotten" in second.said_again("compose-status")
 
 
 def test_a_page_takes_what_it_offers_and_nothing_that_another_one_has_left(apps):
     """Two pages of one visitor that offer the same job."""
     first = apps()
-    killed(first, lambda: first.begin("status", Prompt="a hat"), lambda: first.begin("status", Prompt="a sea"))
+    killed(
+        first, lambda: first.begin("compose-status", Prompt="a hat"), lambda: first.begin("compose-status", Prompt="a sea")
+    )
     second = apps()
     assert second.offered("compose").startswith("“a hat”")
     second.forget("compose")
     row, said, offer = second.forget("compose")  # of the page that still shows it
     assert row["visible"]
     assert said.startswith("“a sea” was interrupted")
-    assert "started again or forgotten already" in second.said_again("status")
+    assert "started again or forgotten already" in second.said_again("compose-status")
     second.offer, kept = offer, second.actions.home / ".jobs"
-    held = killed(second, lambda: second.begin("status"))
-    assert next(second.again("status"))[0].startswith("waiting")
-    assert "started again" in next(second.again("status"))[0]
+    held = killed(second, lambda: second.begin("compose-status"))
+    assert next(second.again("compose-status"))[0].startswith("waiting")
+    assert "started again" in next(second.again("compose-status"))[0]
     assert len(list(kept.rglob("*-compose.json"))) == 2
     other = Jobs(kept)
     path = other.left("me", "compose")[0]
@@ -131,11 +137,11 @@ def test_a_page_takes_what_it_offers_and_nothing_that_another_one_has_left(apps)
 
 def test_what_is_over_or_cancelled_is_not_offered(apps):
     app = apps()
-    *_, last = app.begin("status", Prompt="a hat")
+    *_, last = app.begin("compose-status", Prompt="a hat")
     assert last[0] == "done"
-    held = killed(app, lambda: app.begin("status"), lambda: app.begin("status", Prompt="a hat"))
+    held = killed(app, lambda: app.begin("compose-status"), lambda: app.begin("compose-status", Prompt="a hat"))
     assert apps().offered("compose") != ""
-    app.event("cancel", "status").fn(REQUEST, "me")
+    app.event("cancel", "compose-status").fn(REQUEST, "me")
     assert apps().offered("compose").startswith(f"“{PROMPT}”")
     assert "One of" not in apps().offered("compose")
     held.set()
@@ -150,14 +156,14 @@ def test_a_picture_that_was_drawn_over_is_asked_for_and_its_paint_is_kept(apps, 
     layer.paste((*COLOUR, OPACITY), (3, 5, 20, 30))
     editor = plain | {"layers": [layer]} if painted else plain
     first = apps()
-    killed(first, lambda: first.begin("status", Steps=4, **{"To draw over": editor}))
+    killed(first, lambda: first.begin("compose-status", Steps=4, **{"To draw over": editor}))
     second = apps()
     assert second.offered("compose") != ""
-    assert "needs the picture that it was made with" in second.said_again("status")
+    assert "needs the picture that it was made with" in second.said_again("compose-status")
     other = plain | {"background": photo.rotate(90)}
-    assert "made with another picture" in second.said_again("status", other)
+    assert "made with another picture" in second.said_again("compose-status", other)
     assert second.offered("compose") != ""
-    assert second.said_again("status", plain).startswith("done; drawn over ")
+    assert second.said_again("compose-status", plain).startswith("done; drawn over ")
     assert second.offered("compose") == ""
     (file,) = (tmp_path / "pictures").glob("*.png")
     (wanted,) = second.actions.compose(replace(RECIPE, steps=4), 1, draw_over.pictures(editor))(lambda _: None).pictures
@@ -167,14 +173,14 @@ def test_a_picture_that_was_drawn_over_is_asked_for_and_its_paint_is_kept(apps, 
 @pytest.mark.thorough
 def test_what_cannot_be_used_is_said_in_one_sentence_and_stays(apps, tmp_path):
     first = apps()
-    killed(first, lambda: first.begin("status"))
+    killed(first, lambda: first.begin("compose-status"))
     (file,) = (tmp_path / "gates" / ".jobs").rglob("*-compose.json")
     whole = file.read_text()
 
     def again():
         app = apps()
         assert app.offered("compose") != ""
-        return app.said_again("status").replace("\\", "")
+        return app.said_again("compose-status").replace("\\", "")
 
     for text, reason in (
         ("{", "is not JSON"),

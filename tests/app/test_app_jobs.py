@@ -95,9 +95,9 @@ def test_the_newest_of_several_that_are_stopped_is_the_one_that_ran_and_old_ones
     running, waiting = (jobs.submit("me", "a", counting(seen)) for _ in range(2))
     assert jobs.latest("me", "a") is waiting
     until(lambda: seen)
-    assert jobs.stop_all("me", ["a"])
+    assert jobs.stop_all("me", "a")
     assert (over(jobs, running).state, waiting.state) == ("stopped", "stopped")
-    assert not jobs.stop_all("me", ["a"])
+    assert not jobs.stop_all("me", "a")
     assert jobs.latest("me", "a") is running  # which may have made something
     assert (first.state, jobs.latest("me", "first")) == ("done", None)
 
