@@ -40,25 +40,23 @@ class OwnPagesOnly:
 
     def problem(self, headers: Headers, method: str | None) -> str:
         """Why a request is refused; "" if it is not."""
-        host, origin = headers.get("host", ""), headers.get("origin")
-        name, _ = _names(f"//{host}")
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        name = _host_name(f"//{host}")
         if not (_is_address(name) or name in self.names):
             return f"this app is not shown under {name!r}; use the address of the machine, or start it with --site {name}"
         if method in READING or origin is None:
             return ""
-        name, with_port = _names(origin)
-        if with_port == host.lower() or name in self.sites:
+        if origin.lower() in (f"http://{host}", f"https://{host}") or _host_name(origin) in self.sites:
             return ""
         return f"a page of {origin} may not send anything to this app"
 
 
-def _names(address: str) -> tuple[str, str]:
-    """The host's name in an address, without and with its port; "" if it is not an address."""
+def _host_name(address: str) -> str:
+    """The host's name in an address, in lower case and without its port; "" if it is not an address."""
     try:
-        parts = urlsplit(address)
-        return parts.hostname or "", parts.netloc.lower()
+        return urlsplit(address).hostname or ""
     except ValueError:
-        return "", ""
+        return ""
 
 
 def _is_address(name: str) -> bool:
