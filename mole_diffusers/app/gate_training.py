@@ -160,9 +160,8 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
         raise ValueError("gates weigh two LoRAs or more: put their tags into the prompt")
     config = replace(request.config(), width=width, height=height)
     settings = {**asdict(request), "prompt": recipe.prompt, "experts": recipe.experts, "base": recipe.base}
-    settings |= {"width": width, "height": height} | ({"masks": recipe.masks} if recipe.masks else {})
-    settings |= {"clip_skip": recipe.clip_skip} if recipe.clip_skip > 1 else {}  # earlier runs have none, and continue
-    settings |= {"binding": "none"} if recipe.binding == "none" else {}  # the others teach the same
+    settings |= {"width": width, "height": height, "masks": recipe.masks, "clip_skip": recipe.clip_skip}
+    settings["is_bound"] = recipe.binding != "none"  # in whatever way: all teach the same
     recipe.constant_strengths()  # raises ValueError if one varies over components, blocks or steps
     recipe.tag_bindings()  # raises ValueError if a painted region has no mask
     run = Run(studio.catalog, home, request.name, request.family, settings)
