@@ -245,11 +245,6 @@ def test_the_verdict_compares_the_same_held_out_seeds(studio):
     assert "do not help" in worse
 
 
-@pytest.mark.thorough
-def test_work_that_nobody_reads_is_done(studio, tmp_path):
-    assert train(studio, RECIPE, request(steps=1), home=tmp_path)(ignore).verdict
-
-
 @pytest.mark.parametrize("host", ["sdxl-refiner", "sd3", "flux"])
 def test_a_base_that_gates_cannot_be_trained_on_is_said_at_once(loras, tmp_path, host):
     pipe, _ = hosts.HOSTS[host]()
