@@ -18,7 +18,13 @@ SAME, SIDE = "empty: the same", "0: the model's own, or the picture's"
 REGIONS: list[Any] = [("found from attention", AUTO), (EVERYWHERE, EVERYWHERE), (f"{PAINTED}, see Regions", PAINTED), *BOXES]
 BINDINGS = [("automatic", AUTO), (BOUND, BOUND), (TILES, TILES), ("off", "none")]
 text, number = partial(gr.Textbox, max_length=5000), partial(gr.Number, precision=0)
-slider, choice, typed = gr.Slider, gr.Dropdown, partial(gr.Dropdown, allow_custom_value=True)
+choice, typed = gr.Dropdown, partial(gr.Dropdown, allow_custom_value=True)
+
+
+def slider(name: str, step: float, label: str, info: str | None = None) -> Callable[..., Any]:
+    """A slider over the whole range of a field of a Recipe."""
+    return partial(gr.Slider, *RANGES[name], step=step, label=label, info=info)
+
 
 CONTROLS: dict[str, Callable[..., Any]] = {  # field of a Recipe -> its component
     "prompt": partial(
@@ -32,8 +38,8 @@ CONTROLS: dict[str, Callable[..., Any]] = {  # field of a Recipe -> its componen
     "prompt_2": partial(text, label="Second prompt", info=SAME),
     "negative_2": partial(text, label="Second negative prompt", info=SAME),
     "seed": partial(number, label="Seed", info="-1: another one each time", minimum=-1),
-    "steps": partial(slider, *RANGES["steps"], step=1, label="Steps"),
-    "guidance": partial(slider, *RANGES["guidance"], step=0.1, label="Guidance (CFG scale)"),
+    "steps": slider("steps", 1, "Steps"),
+    "guidance": slider("guidance", 0.1, "Guidance (CFG scale)"),
     "width": partial(number, label="Width", info=SIDE),
     "height": partial(number, label="Height", info=SIDE),
     "sampler": partial(choice, label="Sampler"),
@@ -45,20 +51,10 @@ CONTROLS: dict[str, Callable[..., Any]] = {  # field of a Recipe -> its componen
         info="bound: each LoRA on its words, in its place; tiles: drawn there by itself at first; automatic: tiles "
         "where there is room",
     ),
-    "clip_skip": partial(
-        slider, *RANGES["clip_skip"], step=1, label="Clip skip", info="1: all layers; many checkpoints for drawings want 2"
-    ),
-    "strength": partial(
-        slider,
-        *RANGES["strength"],
-        step=0.05,
-        label="Change (denoising strength)",
-        info="how much of the picture is drawn anew",
-    ),
-    "hires": partial(slider, *RANGES["hires"], step=0.25, label="Larger (hires fix)", info="times; drawn over at this size"),
-    "hires_strength": partial(
-        slider, *RANGES["hires_strength"], step=0.05, label="Change when larger", info="denoising strength of that pass"
-    ),
+    "clip_skip": slider("clip_skip", 1, "Clip skip", "1: all layers; many checkpoints for drawings want 2"),
+    "strength": slider("strength", 0.05, "Change (denoising strength)", "how much of the picture is drawn anew"),
+    "hires": slider("hires", 0.25, "Larger (hires fix)", "times; drawn over at this size"),
+    "hires_strength": slider("hires_strength", 0.05, "Change when larger", "denoising strength of that pass"),
 }
 TRAINING: dict[str, Callable[..., Any]] = {  # field of a TrainingRequest -> its component
     "name": partial(gr.Textbox, label="Name of the gates", max_length=60),
@@ -70,7 +66,7 @@ TRAINING: dict[str, Callable[..., Any]] = {  # field of a TrainingRequest -> its
     ),
     "composed": partial(text, label="Prompts with all of them", info="one per line", lines=2),
     "styles": partial(choice, value=[], multiselect=True, label="Styles", info="they act everywhere"),
-    "steps": partial(slider, 1, 500, 60, step=1, label="Updates"),
+    "steps": partial(gr.Slider, 1, 500, 60, step=1, label="Updates"),
     "family": partial(
         choice, TRAINED, value="factors", label="Kind of gates", info="factors weigh each rank of a LoRA, flow each token"
     ),
