@@ -58,17 +58,12 @@ def shades(cards: Sequence[MixerCard]) -> dict[str, str]:
     return {card["name"]: COLOURS[card["colour"]] for card in cards}
 
 
-def tag_of(card: MixerCard, known: Collection[str]) -> LoraTag:
-    """The tag of a card. Raises ValueError for a name that a tag cannot contain."""
-    if not (tags := parse(card["tag"], known).tags):
-        raise ValueError(f"the name {card['name']!r} contains < or >, which end a tag; rename the file")
-    return tags[0]
-
-
 def fields_of(card: MixerCard, known: Collection[str]) -> dict[str, Any]:
     """The fields of a card's tag, as the card shows them. All are text except "word", a list of phrases. "unet" is the
-    strength: a number, or a list over the steps."""
-    tag = tag_of(card, known)
+    strength: a number, or a list over the steps. Raises ValueError for a name that a tag cannot contain."""
+    tag = next(iter(parse(card["tag"], known).tags), None)
+    if tag is None:
+        raise ValueError(f"the name {card['name']!r} contains < or >, which end a tag; rename the file")
     stop = "" if tag.stop is None else str(tag.stop)
     fields = {"unet": str(tag.unet), "te": str(tag.te), "lbw": tag.lbw, "start": str(tag.start or ""), "stop": stop}
     return {**fields, "word": [word for word in tag.word.split("|") if word], "region": tag.region or AUTO}
@@ -85,13 +80,13 @@ def edit(
     if card is None:
         card = {"name": name, "tag": str(LoraTag(name)), "colour": _free_colour(cards)}
         cards = [*cards, card]
-    tag = _changed(tag_of(card, known), fields_of(card, known), fields, known)
+    tag = _changed(name, fields_of(card, known), fields, known)
     cards = [{**card, "on": on, "tag": str(tag)} if old["name"] == name else old for old in cards]
     return with_tag(prompt, name, tag if on else None, known), cards
 
 
-def _changed(tag: LoraTag, before: Mapping[str, Any], fields: Mapping[str, Any], known: Collection[str]) -> LoraTag:
-    """The tag with some fields changed."""
+def _changed(name: str, before: Mapping[str, Any], fields: Mapping[str, Any], known: Collection[str]) -> LoraTag:
+    """The tag of a LoRA with some fields changed."""
     texts = {key: value or "" for key, value in {**before, **fields}.items()}
     texts |= {"word": "|".join(texts["word"]), "region": "" if texts["region"] == AUTO else texts["region"]}
     if before["te"] == before["unet"] == texts["te"]:  # one strength for both stays the same for both
@@ -99,7 +94,7 @@ def _changed(tag: LoraTag, before: Mapping[str, Any], fields: Mapping[str, Any],
     arguments = [f"{key}={' '.join(text.split())}" for key, text in texts.items() if text.strip()]
     if bad := next((argument for argument in arguments if re.search("[:<>]", argument)), None):
         raise ValueError(f"{bad!r} contains one of : < >, which end a tag")
-    (new,) = parse(f"<lora:{':'.join([tag.name, *arguments])}>", known).tags
+    (new,) = parse(f"<lora:{':'.join([name, *arguments])}>", known).tags
     return new
 
 
