@@ -327,9 +327,8 @@ def _term(text: str) -> tuple[str, Any]:
     """NAME[=WEIGHT][,OPTION=VALUE] -> (name, its settings)."""
     first, *rest = re.split(r",(?![^\[]*\])", text)  # but not at commas inside a list, as in lengths=[20,50]
     name, _, weight = first.partition("=")
-    return name, {"weight": json_or_text(weight or "1")} | {
-        k: json_or_text(v) for k, v in named_values(rest, "--term").items()
-    }
+    named = {"weight": weight or "1", **named_values(rest, "--term")}
+    return name, {key: json_or_text(value) for key, value in named.items()}
 
 
 def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo: str | None, out: Path) -> Result:
