@@ -40,9 +40,9 @@ class App:
     def every(self, name, first):
         return [e for e in self.events if e.fn.__name__ == name and e.outputs[0].elem_id == first]
 
-    def begin(self, status, **fields):
+    def begin(self, kind, **fields):
         """Press the button; fields by their label. The events of the job."""
-        event = self.event("begin", status)
+        event = self.event("begin", f"{kind}-status")
         labels = [getattr(component, "label", None) for component in event.inputs[1:]]
         values = [component.value for component in event.inputs[1:]]
         for label, value in fields.items():
@@ -53,13 +53,13 @@ class App:
         row, said, self.offer = plain(self.event("show", f"{kind}-interrupted"))(visitor)
         return said.replace("\\", "") if row["visible"] else ""
 
-    def again(self, status, editor=None):
+    def again(self, kind, editor=None):
         """The events of the job once the offer is taken."""
-        return plain(self.every("begin", status)[-1])(REQUEST, "me", self.offer, editor)
+        return plain(self.every("begin", f"{kind}-status")[-1])(REQUEST, "me", self.offer, editor)
 
-    def said_again(self, status, editor=None):
+    def said_again(self, kind, editor=None):
         """What the page says last of it."""
-        *_, (said, *_) = self.again(status, editor)
+        *_, (said, *_) = self.again(kind, editor)
         return said
 
     def forget(self, kind):
@@ -88,16 +88,12 @@ def pixels(path):
 
 def test_pictures_that_were_not_drawn_are_offered_and_drawn_as_they_were_asked_for(apps, tmp_path):
     first = apps()
-    killed(
-        first,
-        lambda: first.begin("compose-status", Seed=5, Pictures=2),
-        lambda: first.begin("compose-status", Prompt="a hat"),
-    )
+    killed(first, lambda: first.begin("compose", Seed=5, Pictures=2), lambda: first.begin("compose", Prompt="a hat"))
     assert first.offered("compose") == ""  # they are in its queue
     second = apps()
     assert second.offered("compose", "you") == ""
     assert second.offered("compose") == f"“{PROMPT}”, 2 pictures, was interrupted when the app ended. One of 2."
-    assert second.said_again("compose-status") == "done"
+    assert second.said_again("compose") == "done"
     drawn = sorted((tmp_path / "pictures").glob("*.png"))
     wanted = second.actions.compose(Recipe(PROMPT, seed=5, steps=2, width=32, height=32, gates="sum"), 2)(lambda _: None)
     assert [pixels(path).tolist() for path in drawn] == [pixels(p.path).tolist() for p in wanted.pictures]
@@ -106,26 +102,24 @@ def test_pictures_that_were_not_drawn_are_offered_and_drawn_as_they_were_asked_f
     row, *_ = second.forget("compose")
     assert not row["visible"]
     assert apps().offered("compose") == ""
-    assert "started again or forgotten" in second.said_again("compose-status")
+    assert "started again or forgotten" in second.said_again("compose")
 
 
 def test_a_page_takes_what_it_offers_and_nothing_that_another_one_has_left(apps):
     """Two pages of one visitor that offer the same job."""
     first = apps()
-    killed(
-        first, lambda: first.begin("compose-status", Prompt="a hat"), lambda: first.begin("compose-status", Prompt="a sea")
-    )
+    killed(first, lambda: first.begin("compose", Prompt="a hat"), lambda: first.begin("compose", Prompt="a sea"))
     second = apps()
     assert second.offered("compose").startswith("“a hat”")
     second.forget("compose")
     row, said, offer = second.forget("compose")  # of the page that still shows it
     assert row["visible"]
     assert said.startswith("“a sea” was interrupted")
-    assert "started again or forgotten already" in second.said_again("compose-status")
+    assert "started again or forgotten already" in second.said_again("compose")
     second.offer, kept = offer, second.actions.home / ".jobs"
-    held = killed(second, lambda: second.begin("compose-status"))
-    assert next(second.again("compose-status"))[0].startswith("waiting")
-    assert "started again" in next(second.again("compose-status"))[0]
+    held = killed(second, lambda: second.begin("compose"))
+    assert next(second.again("compose"))[0].startswith("waiting")
+    assert "started again" in next(second.again("compose"))[0]
     assert len(list(kept.rglob("*-compose.json"))) == 2
     other = Jobs(kept)
     path = other.left("me", "compose")[0]
@@ -137,9 +131,9 @@ def test_a_page_takes_what_it_offers_and_nothing_that_another_one_has_left(apps)
 
 def test_what_is_over_or_cancelled_is_not_offered(apps):
     app = apps()
-    *_, last = app.begin("compose-status", Prompt="a hat")
+    *_, last = app.begin("compose", Prompt="a hat")
     assert last[0] == "done"
-    held = killed(app, lambda: app.begin("compose-status"), lambda: app.begin("compose-status", Prompt="a hat"))
+    held = killed(app, lambda: app.begin("compose"), lambda: app.begin("compose", Prompt="a hat"))
     assert apps().offered("compose") != ""
     app.event("cancel", "compose-status").fn(REQUEST, "me")
     assert apps().offered("compose").startswith(f"“{PROMPT}”")
@@ -156,14 +150,14 @@ def test_a_picture_that_was_drawn_over_is_asked_for_and_its_paint_is_kept(apps, 
     layer.paste((*COLOUR, OPACITY), (3, 5, 20, 30))
     editor = plain | {"layers": [layer]} if painted else plain
     first = apps()
-    killed(first, lambda: first.begin("compose-status", Steps=4, **{"To draw over": editor}))
+    killed(first, lambda: first.begin("compose", Steps=4, **{"To draw over": editor}))
     second = apps()
     assert second.offered("compose") != ""
-    assert "needs the picture that it was made with" in second.said_again("compose-status")
+    assert "needs the picture that it was made with" in second.said_again("compose")
     other = plain | {"background": photo.rotate(90)}
-    assert "made with another picture" in second.said_again("compose-status", other)
+    assert "made with another picture" in second.said_again("compose", other)
     assert second.offered("compose") != ""
-    assert second.said_again("compose-status", plain).startswith("done; drawn over ")
+    assert second.said_again("compose", plain).startswith("done; drawn over ")
     assert second.offered("compose") == ""
     (file,) = (tmp_path / "pictures").glob("*.png")
     (wanted,) = second.actions.compose(replace(RECIPE, steps=4), 1, draw_over.pictures(editor))(lambda _: None).pictures
@@ -173,14 +167,14 @@ def test_a_picture_that_was_drawn_over_is_asked_for_and_its_paint_is_kept(apps, 
 @pytest.mark.thorough
 def test_what_cannot_be_used_is_said_in_one_sentence_and_stays(apps, tmp_path):
     first = apps()
-    killed(first, lambda: first.begin("compose-status"))
+    killed(first, lambda: first.begin("compose"))
     (file,) = (tmp_path / "gates" / ".jobs").rglob("*-compose.json")
     whole = file.read_text()
 
     def again():
         app = apps()
         assert app.offered("compose") != ""
-        return app.said_again("compose-status").replace("\\", "")
+        return app.said_again("compose").replace("\\", "")
 
     for text, reason in (
         ("{", "is not JSON"),
@@ -206,7 +200,7 @@ def test_a_training_goes_on_from_its_last_checkpoint(apps, tmp_path):
     fields = {"Name of the gates": "mine", "Prompts of one LoRA each": "fox=a fox\nink=ink", "Updates": 40}
     fields["Prompts with all of them"] = "a fox in ink"
     first = apps()
-    events = first.begin("train-status", **fields)
+    events = first.begin("train", **fields)
     said = next(events)[0]
     while not said.startswith("update "):
         said = next(events)[0]
@@ -221,7 +215,7 @@ def test_a_training_goes_on_from_its_last_checkpoint(apps, tmp_path):
     begun = run.stat().st_mtime_ns
     second = apps()
     assert second.offered("train") == "The training **mine** was interrupted when the app ended."
-    updates = [said for said, *_ in second.again("train-status")]
+    updates = [said for said, *_ in second.again("train")]
     assert updates[-1].startswith("done")
     assert run.stat().st_mtime_ns == begun  # nothing was begun anew
     assert int(next(said for said in updates if said.startswith("update ")).split()[1]) > 5
