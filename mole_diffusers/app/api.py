@@ -32,26 +32,22 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.recipe import FIELD_TYPES, Recipe
 
-RECIPE_FIELDS = (
-    'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. The defaults are: no '
-    "negative prompt, seed 0, the app's steps and guidance, the usual size for the prompt or that of the picture to draw "
-    'over, the model\'s own sampler, gates "auto", arm "gates", no locks.'
-)
-
-IMAGE = "a picture to draw over, at the recipe's strength. If the recipe names its picture, this must be the same one."
-MASK = "a picture of the same size, white where the image is redrawn; by default all of it is."
-
-
+WORDS = {  # in the endpoints' docstrings -> what they are replaced by
+    "RECIPE": 'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. The defaults '
+    "are: no negative prompt, seed 0, the app's steps and guidance, the usual size for the prompt or that of the picture to "
+    'draw over, the model\'s own sampler, gates "auto", arm "gates", no locks.',
+    "IMAGE": "a picture to draw over, at the recipe's strength. If the recipe names its picture, this must be the same one.",
+    "MASK": "a picture of the same size, white where the image is redrawn; by default all of it is.",
+}
 File = gr.FileData | None
 
 
 def add(page: Page) -> None:
-    """Add every endpoint to the app. In the endpoints' docstrings, the words RECIPE, IMAGE and MASK are replaced by
-    RECIPE_FIELDS, IMAGE and MASK."""
+    """Add every endpoint to the app."""
     endpoints = Endpoints(page)
     for name in (name for name in vars(Endpoints) if not name.startswith("_")):
         endpoint = _endpoint(method := getattr(endpoints, name))
-        for word, about in (("RECIPE", RECIPE_FIELDS), ("IMAGE", IMAGE), ("MASK", MASK)):
+        for word, about in WORDS.items():
             endpoint.__doc__ = (endpoint.__doc__ or "").replace(word, about)
         limit = None if inspect.iscoroutinefunction(method) else 1  # jobs wait in our own queue, and `find` need not wait
         gr.api(endpoint, api_name=name, concurrency_limit=limit)
