@@ -119,8 +119,8 @@ def test_every_command_that_reports_something_does_so_as_json():
 
 def test_pictures_are_written_where_it_says_and_over_nothing(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    written = [run([*DRAW, *base], capsys)[0]["out"] for _ in range(3)]
-    assert written == ["picture.png", "picture-2.png", "picture-3.png"]
+    (tmp_path / "picture-2.png").touch()
+    assert [run([*DRAW, *base], capsys)[0]["out"] for _ in range(2)] == ["picture.png", "picture-3.png"]
     before = (tmp_path / "picture.png").read_bytes()
     for argv in (DRAW, ["redraw", "picture-2.png"], ["grid", "a fox <lora:fox:1>"], ["compose", "a fox"]):
         assert main([*argv, "--out", "picture.png"]) == 1
