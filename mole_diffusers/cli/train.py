@@ -76,11 +76,11 @@ def settings(
 
     Raises ValueError for a file that is neither YAML nor JSON, or a section that is unknown or of the wrong kind.
     """
-    alone = {"base": run.base, "base_config": run.base_config, "data": data, **others}
-    kinds = dict.fromkeys(("base", "base_config", *others), str) | dict.fromkeys(sections, Mapping[str, Any])
-    file = _read(run.config, kinds | {"data": Sequence[str]}) if run.config else {}
+    alone = {"base": run.base, "base_config": run.base_config, **others}
+    kinds = {**dict.fromkeys(alone, str), **dict.fromkeys(sections, Mapping[str, Any]), "data": Sequence[str]}
+    file = _read(run.config, kinds) if run.config else {}
     merged = {name: file.get(name, {}) | given(section) for name, section in sections.items()}
-    return {"base": WORLD, "data": [], **dict.fromkeys(others)} | file | merged | given(alone)
+    return {"base": WORLD, "data": [], **dict.fromkeys(others)} | file | merged | given({**alone, "data": data})
 
 
 def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
