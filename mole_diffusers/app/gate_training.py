@@ -49,7 +49,6 @@ class TrainingRequest:
         composed: prompts that name all LoRAs.
         styles: LoRAs that act on the whole picture.
         steps: the total number of updates, including earlier ones of a run that is continued.
-        seed: the seed of the run.
         family: the kind of gates, one of `TRAINED`.
         way: one of `WAYS`. "collage" puts the subjects side by side, each drawn by its own LoRA. "blend" blends the LoRAs'
             predictions under masks.
@@ -60,7 +59,6 @@ class TrainingRequest:
     composed: list[str]
     styles: list[str] = field(default_factory=list)
     steps: int = 60
-    seed: int = 0
     family: str = "factors"
     way: str = "collage"
 
@@ -106,7 +104,7 @@ class TrainingRequest:
     def config(self) -> GateTraining:
         """The settings for `train_gates`."""
         terms = {"collage": 1.0} if self.way == "collage" else {"single": 1.0, "composed": 1.0}
-        return GateTraining(terms, steps=self.steps, seed=self.seed, every=5)
+        return GateTraining(terms, steps=self.steps, every=5)
 
 
 @dataclass
