@@ -90,21 +90,8 @@ def test_compose_on_the_embedded_world(tmp_path, capsys):
 def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, capsys):
     experts = ["--base", base, "--expert", f"fox={loras['fox']}", "--expert", f"ink={loras['ink']}:0.7"]
     train = [*experts, "--prompt", "a fox in ink", "--single", "fox=a fox", "--single", "ink=ink", "--style", "ink"]
-    sizes = [
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-        "--family",
-        "mole",
-        "--granularity",
-        "layer",
-        "--total",
-        "1",
-        "--term",
-        "single=1,seeds=2,steps=2",
-    ]
-    sizes += ["--term", "composed=0.5,seeds=2,steps=2", "--term", "balance=0.5"]
+    sizes = ["--steps", "2", "--batch", "2", "--family", "mole", "--granularity", "layer", "--total", "1"]
+    sizes += ["--term", "single=1,seeds=2,steps=2", "--term", "composed=0.5,seeds=2,steps=2", "--term", "balance=0.5"]
     assert main(["train", *train, *sizes, "--out", str(tmp_path / "g"), "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert {"single", "composed", "balance", "loss"} <= set(row)
