@@ -60,11 +60,12 @@ PRESETS: dict[str, tuple[slice, bool, slice]] = {
 
 
 def block_weights(lbw: str, unet: Any) -> dict[str, float]:
-    """{block name: weight} for block weights as typed. Blocks that are not in it keep weight 1.
+    """{block name: weight} for block weights as typed; empty if they are 1 everywhere.
 
     Args:
         lbw: a preset of `PRESETS`, which may have a factor ("ALL0.5"); one number for all blocks; or one number per block,
-            separated by commas, for one of the two `layouts`. "" means 1 everywhere.
+            separated by commas, for one of the two `layouts`. As in the extension, presets and the shorter list mean
+            blocks with attention, and LoRAs of convolutions do not act in other blocks. "" means 1 everywhere.
 
     Raises:
         ValueError: for anything else. The message names the presets and the blocks.
@@ -76,7 +77,7 @@ def block_weights(lbw: str, unet: Any) -> dict[str, float]:
     try:
         if preset is not None:
             factor = number(lbw[len(preset) :] or "1", "lbw")
-            return {label: factor * weight for label, weight in _preset(preset, short).items()}
+            return {label: factor * (label in _on(preset, short)) for label in every}
         values = [number(word, "lbw") for word in lbw.split(",")]
     except ValueError:
         values = []
@@ -84,16 +85,16 @@ def block_weights(lbw: str, unet: Any) -> dict[str, float]:
         return dict.fromkeys(every, values[0])
     for labels in (short, every):
         if len(values) == len(labels):
-            return dict(zip(labels, values, strict=True))
+            return dict.fromkeys(every, 0.0) | dict(zip(labels, values, strict=True))
     raise ValueError(
         f"lbw={lbw} is not a preset ({', '.join(PRESETS)}), one number, or a number for each of {', '.join(short)}"
         f" ({len(short)}) or {', '.join(every)} ({len(every)})"
     )
 
 
-def _preset(name: str, labels: Sequence[str]) -> dict[str, float]:
-    going_down, middle, going_up = PRESETS[name]
+def _on(preset: str, labels: Sequence[str]) -> set[str]:
+    """The blocks that a preset leaves at 1, of those with attention."""
+    going_down, middle, going_up = PRESETS[preset]
     down = [label for label in labels if label.startswith("IN")]
     up = [label for label in labels if label.startswith("OUT")]
-    on = {*down[going_down], *up[going_up], *(["M00"] if middle else []), *([] if name == "NONE" else [BASE])}
-    return {label: float(label in on) for label in labels}
+    return {*down[going_down], *up[going_up], *(["M00"] if middle else []), *([] if preset == "NONE" else [BASE])}
