@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mole_diffusers.mixture import Mixture, attach, attached, detach
     from mole_diffusers.patching.processor import MoLEAttnProcessor
     from mole_diffusers.patching.trace import Trace
-    from mole_diffusers.pipelines import (
+    from mole_diffusers.pipelines.classes import (
         MoLEPipeline,
         MoLEStableDiffusionControlNetImg2ImgPipeline,
         MoLEStableDiffusionControlNetInpaintPipeline,
@@ -81,7 +81,7 @@ _MODULES = {
     "mixture": ("Mixture", "attach", "attached", "detach"),
     "patching.processor": ("MoLEAttnProcessor",),
     "patching.trace": ("Trace",),
-    "pipelines": tuple(name for name in __all__ if name.endswith("Pipeline")),
+    "pipelines.classes": tuple(name for name in __all__ if name.endswith("Pipeline")),
     "pipelines.modular": ("MoLEStableDiffusionXLBlocks",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -22,7 +22,7 @@ from tiers import thorough
 from mole_diffusers import RefusedFileError, attach, attached, detach, read_expert
 from mole_diffusers.lora.metadata import PEFT_CONFIG, PEFT_FILE, PEFT_METADATA
 from mole_diffusers.lora.safe_files import MAX_MESSAGE, read_safetensors
-from mole_diffusers.pipelines import attach_kept, keep
+from mole_diffusers.pipelines.kept import attach_kept, keep
 from mole_diffusers.retrieval import store
 from mole_diffusers.retrieval.library import LoraLibrary
 from mole_diffusers.testing import lora_layers, tiny_lora, tiny_pipeline

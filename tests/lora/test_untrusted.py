@@ -15,7 +15,7 @@ from mole_diffusers.functional import low_rank
 from mole_diffusers.lora import factors, safe_files
 from mole_diffusers.lora.metadata import PEFT_METADATA, scalings
 from mole_diffusers.lora.safe_files import RefusedFileError
-from mole_diffusers.pipelines import attach_kept, keep
+from mole_diffusers.pipelines.kept import attach_kept, keep
 from mole_diffusers.testing import ATTENTION, lora_layers
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

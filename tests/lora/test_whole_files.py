@@ -118,7 +118,7 @@ import sys
 import torch
 import mole_diffusers as mole
 from mole_diffusers.gates import GateConfig
-from mole_diffusers.pipelines import keep
+from mole_diffusers.pipelines.kept import keep
 from mole_diffusers.testing import tiny_pipeline
 fox, ink, folder = sys.argv[1:]
 kept = []

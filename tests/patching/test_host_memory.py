@@ -10,7 +10,7 @@ from hosts import OFFLOADS
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.pipelines import attach_kept, keep
+from mole_diffusers.pipelines.kept import attach_kept, keep
 from mole_diffusers.testing import tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}

@@ -20,7 +20,8 @@ import mole_diffusers as mole
 from mole_diffusers.binding.config import Bound, to_json
 from mole_diffusers.lora import read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError
-from mole_diffusers.pipelines import attach_kept, drop_in, keep
+from mole_diffusers.pipelines import drop_in
+from mole_diffusers.pipelines.kept import attach_kept, keep
 from mole_diffusers.testing import tiny_lora
 
 BOTH = ["sd15", *thorough("sdxl")]
