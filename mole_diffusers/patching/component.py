@@ -29,7 +29,6 @@ from mole_diffusers.patching.placement import (
     Place,
     blocks,
     describe_place,
-    describe_prompt_place,
     place_name,
     probed,
 )
@@ -53,9 +52,8 @@ class Component:
             self.stacks = {layer: singular(stack) for layer, stack in stacks.items()}
         entries, per = blocks(model), config.one_gate_per
         self.owners = {layer: place_name(layer, per, entries) for layer in stacks}  # layer -> name of its place
-        describe = describe_prompt_place if config.reads_prompt else partial(describe_place, one_gate_per=per)
-        names = dict.fromkeys(self.owners.values())
-        self.places = {place: describe(place, model=model, entries=entries, denoises=self.denoises) for place in names}
+        describe = partial(describe_place, denoises=self.denoises, reads_prompt=config.reads_prompt)
+        self.places = {name: describe(name, per, model, entries) for name in dict.fromkeys(self.owners.values())}
         self.layers_of_block: dict[str, list[str]] = {}  # block -> its layers, if one gate weighs each of them
         if config.reads_prompt and per == "matrix":
             for layer in stacks:
@@ -71,8 +69,7 @@ class Component:
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
         peft_injection.inject(self.model, self.stacks, {layer: self.site_of(layer) for layer in self.stacks}, undo)
         if self.denoises and (sites := self._model_sites):
-            defer = _defer_text if self.config.reads_prompt else _defer_text_and_time
-            undo.before_forward(self.model, defer(sites, DenoiserInputs(self.model)), with_kwargs=True)
+            self._hook_inputs(sites, undo)
         for name, at in self.places.items():
             self._hook(at, self.sites[name], undo)
 
@@ -207,46 +204,36 @@ class Component:
         """Let a site know when sampling enters its place, and what enters."""
         if isinstance(site, BlockSite) and at.block is not None:
             undo.before_forward(self.model.get_submodule(at.block), lambda *_: site.begin_block())
-        if at.entry is not None and at.entry != NETWORK:
-            self._evaluate_at(at.entry, site, undo)
-
-    def _evaluate_at(self, entry: str, site: GateSite, undo: Undo) -> None:
-        """Evaluate a site's gate on what enters a module."""
+        if at.entry is None or at.entry == NETWORK:
+            return
 
         def evaluate(_: nn.Module, args: tuple, kwargs: dict) -> None:
             tokens = None if site.timed else self.runtime.tokens.current
             site.evaluate(args[0] if args else kwargs["hidden_states"], tokens=tokens)
 
-        module = self.model.get_submodule(entry)
-        if isinstance(module, Attention):
-            _replace_processor(module, site, undo)
+        entry = self.model.get_submodule(at.entry)
+        if isinstance(entry, Attention):
+            _replace_processor(entry, site, undo)
         else:
-            undo.before_forward(module, evaluate, with_kwargs=True)
+            undo.before_forward(entry, evaluate, with_kwargs=True)
 
+    def _hook_inputs(self, sites: Sequence[ModelSite], undo: Undo) -> None:
+        """Give sites what enters the denoiser: the text if they read the prompt, otherwise its mean and the noise level."""
+        inputs = DenoiserInputs(self.model)
 
-def _defer_text_and_time(sites: Sequence[ModelSite], inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
-    """For gates of layers outside of the denoiser's blocks."""
+        def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden, tokens = inputs.text(args, kwargs), None  # [B, T, C]
+            if self.config.reads_prompt:
+                tokens = self.runtime.tokens.of(hidden)
+            else:
+                time = inputs.time(args, kwargs)  # [B]
+                text = functional.resample_rows(hidden, len(time)).float()  # a video repeats it for each frame
+                time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
+                hidden = torch.cat([text.mean(1), time], -1)[:, None]  # [B, 1, C + TIME_WIDTH]
+            for site in sites:
+                site.defer(hidden, tokens=tokens)
 
-    def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        time = inputs.time(args, kwargs)  # [B]
-        text = functional.resample_rows(inputs.text(args, kwargs), len(time))  # [B, T, C]; a video repeats it for each frame
-        time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
-        for site in sites:
-            site.defer(torch.cat([text.float().mean(1), time], -1)[:, None])  # [B, 1, C + TIME_WIDTH]
-
-    return defer
-
-
-def _defer_text(sites: Sequence[ModelSite], inputs: DenoiserInputs) -> Callable[[nn.Module, tuple, dict], None]:
-    """For gates that all read the denoiser's text."""
-
-    def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        text = inputs.text(args, kwargs)
-        tokens = sites[0].runtime.tokens.of(text)
-        for site in sites:
-            site.defer(text, tokens=tokens)
-
-    return defer
+        undo.before_forward(self.model, defer, with_kwargs=True)
 
 
 def _replace_processor(attention: Attention, site: GateSite, undo: Undo) -> None:

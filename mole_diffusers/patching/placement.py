@@ -85,30 +85,30 @@ def _block_of(module: str, block_names: Iterable[str]) -> str | None:
     return next((block for block in block_names if f"{module}.".startswith(f"{block}.")), None)
 
 
-def describe_place(name: str, one_gate_per: str, model: nn.Module, entries: Mapping[str, str], *, denoises: bool) -> Place:
-    """Describe the place with a name from `place_name`, in a denoiser or a text encoder. `entries` are its `blocks`."""
-    if name == NETWORK:
-        width = text_width(model) + (TIME_WIDTH if denoises else 0)
-        return Place(name, NETWORK if denoises else next(iter(entries)), None, width, 1)
+def describe_place(
+    name: str, one_gate_per: str, model: nn.Module, entries: Mapping[str, str], *, denoises: bool, reads_prompt: bool
+) -> Place:
+    """Describe the place with a name from `place_name`, in a denoiser or a text encoder.
+
+    Args:
+        entries: its `blocks`.
+        reads_prompt: whether the gate reads the text: what a denoiser gets, or what enters a text encoder's block.
+    """
+    block = _block_of(name, entries)
+    if reads_prompt and not denoises and block is not None:
+        return Place(name, block, block, _in_width(model.get_submodule(block)), 0)
+    if reads_prompt or name == NETWORK:
+        width = text_width(model) + (TIME_WIDTH if denoises and not reads_prompt else 0)
+        return Place(name, NETWORK if denoises else next(iter(entries)), None, width, 0)
     width = _in_width(model.get_submodule(name))
     if one_gate_per == "matrix":
         return Place(name, None, None, width, 0)
     if one_gate_per == "stream":
-        block = _block_of(name, entries)
         if block is not None and not entries[block].endswith(ONE_STREAM):
             raise ValueError(f"gates per token need blocks that keep text and picture apart, which {block} does not")
         return Place(name, name if name == block else None, block, width, 0)
     entry = entries[name] if one_gate_per == "block" else name
     return Place(name, entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
-
-
-def describe_prompt_place(name: str, model: nn.Module, entries: Mapping[str, str], *, denoises: bool) -> Place:
-    """The same for a gate that reads the text: what a denoiser gets, or what enters a text encoder's block."""
-    if denoises:
-        return Place(name, NETWORK, None, text_width(model), 0)
-    if (block := _block_of(name, entries)) is None:
-        return Place(name, next(iter(entries)), None, text_width(model), 0)
-    return Place(name, block, block, _in_width(model.get_submodule(block)), 0)
 
 
 def stream_of(component: str, layer: str) -> str | None:
