@@ -293,7 +293,7 @@ class Mixture:
     def _alone(self, names: Sequence[str], **settings: Any) -> Iterator[None]:
         """Only these experts, on every word, for calls of the denoiser that are parts of a step."""
         active = [name in names for name in self.experts]
-        with self._changed_while(binding=None, active=active, within_step=True, alone=tuple(names), **settings):
+        with self._changed_while(binding=None, active=active, alone=tuple(names), **settings):
             yield
 
     def announce_text(self, ids: torch.Tensor) -> None:

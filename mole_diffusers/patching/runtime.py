@@ -143,9 +143,8 @@ class Runtime:
     images: int = 1  # pictures per prompt in the denoiser's batch, if `rows` is set
     control: Control | None = None  # transforms every gate's output
     every: int = 1  # the denoiser's gates are evaluated once in this many of its calls
-    step: int = -1  # counts denoiser calls, except those `within_step`; -1 before the first
-    within_step: bool = False  # whether the denoiser is called for a part of a counted step
-    alone: tuple[str, ...] | None = None  # the experts of such a part, whose settings are the same in every step
+    step: int = -1  # counts denoiser calls, except those for a part of a step; -1 before the first
+    alone: tuple[str, ...] | None = None  # in calls for a part of a step: its experts. They are set alike in every step
     calls_of_text: int = 0  # counts denoiser calls with the same text
     texts: int = 0  # counts texts
     listeners: list[Callable[[Decision], None]] = field(default_factory=list)
@@ -262,7 +261,7 @@ class Runtime:
         if torch.compiler.is_compiling():  # a counter would compile the model again at every step
             self.step += bool(self.listeners)
             return
-        self.step, self.calls_of_text = self.step + (not self.within_step), self.calls_of_text + 1
+        self.step, self.calls_of_text = self.step + (self.alone is None), self.calls_of_text + 1
         if self._text() is not text:
             self.calls_of_text, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
 
