@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -48,18 +46,13 @@ def grouped(ranks: Sequence[int], partition: int) -> torch.Tensor:
     return torch.tensor(groups)
 
 
-def _counted(gate: RankGate | None) -> None:
-    if gate is not None and not gate.waits:
-        gate.rebalance()
-
-
 class RankGate(nn.Module):
     """z = sigmoid(W x) + c per token and rank; the k largest z are scaled to mean 1, the others are 0 (SMoRA, eq. 6-9).
 
-    W begins at zero, which gives all ranks weight 1 if k takes them all. c evens out the load without a loss. Whenever a
-    backward pass reaches W (in `train_gates`, once per update), c rises by `rate` for a rank that was chosen less often
-    than the mean since the last update, and falls for one that was chosen more often. As in the authors' code, c also
-    enters the gate's value, but here its mean stays 0.
+    W begins at zero, which gives all ranks weight 1 if k takes them all. c evens out the load without a loss: after each
+    update of training, `rebalance` raises c by `rate` for a rank that was chosen less often than the mean since the last
+    update, and lowers it for one that was chosen more often. As in the authors' code, c also enters the gate's value, but
+    here its mean stays 0.
 
     The LoRAs keep their own alpha / r. (The paper trains its ranks from scratch, with alpha / k.) With k below R, less
     is added in total, which strengths can make up for.
@@ -83,9 +76,6 @@ class RankGate(nn.Module):
         self.register_buffer("group", group, persistent=False)
         self.register_buffer("balance", torch.zeros(len(group)))  # c
         self.load: torch.Tensor | None = None  # [2, R]: how often each rank was chosen, and could have been
-        self.waits = False  # whether a backward pass leaves c as it is, see `rebalanced_once`
-        gate = weakref.ref(self)  # the garbage collector does not see tensor hooks
-        self.weight.register_post_accumulate_grad_hook(lambda _: _counted(gate()))
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         if context.layer is None:
@@ -101,31 +91,18 @@ class RankGate(nn.Module):
         counts = torch.stack([chosen.flatten(0, -2).sum(0), able.flatten(0, -2).sum(0)])
         self.load = counts if self.load is None else self.load + counts
 
-    @contextmanager
-    def rebalanced_once(self, over: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Even out the load once, when the block ends, over all that was counted in it.
+    @torch.no_grad()
+    def rebalance(self, over: Callable[[torch.Tensor], torch.Tensor] = lambda own: own) -> None:
+        """c += rate * sign(mean load - load) over the ranks that could have been chosen. The count then starts again.
+
+        The mean of these steps is taken off. It changes no choice, but would add up over updates, as c enters the value.
 
         Args:
             over: turns counts into their sum over all processes.
         """
-        self.waits = True
-        try:
-            yield
-        finally:
-            self.waits = False
-        if self.load is not None:
-            self.load = over(self.load)
-        self.rebalance()
-
-    @torch.no_grad()
-    def rebalance(self) -> None:
-        """c += rate * sign(mean load - load) over the ranks that could have been chosen. The count then starts again.
-
-        The mean of these steps is taken off. It changes no choice, but would add up over updates, as c enters the value.
-        """
         if self.load is None:
             return
-        (chosen, able), self.load = self.load, None
+        (chosen, able), self.load = over(self.load), None
         there = able > 0
         count = there.sum().clamp_min(1)
         step = torch.sign(chosen.sum() / count - chosen) * there

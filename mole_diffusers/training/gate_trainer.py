@@ -165,11 +165,11 @@ class GateTrainer:
 
     def update(self, step: int) -> None:
         """One step of the optimizer on the weighted sum of the terms, without waiting for the device."""
-        with self.mixture.settings_kept(), ExitStack() as stack:
-            for gate in self._gates():
-                if isinstance(gate, RankGate):
-                    stack.enter_context(gate.rebalanced_once(self.accelerator.reduce))
+        with self.mixture.settings_kept():
             self.engine.update(partial(self.losses, step))
+        for gate in self._gates():
+            if isinstance(gate, RankGate):
+                gate.rebalance(self.accelerator.reduce)
         if self.ema is not None:
             self.ema.step(self.mixture.parameters())
 
