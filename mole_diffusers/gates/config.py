@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import torch
 
 from mole_diffusers import functional
 from mole_diffusers.options import TYPE_NAMES
@@ -37,13 +35,6 @@ FAMILIES = {
     "retrieval": Family(("rank", "scores", "total"), one_gate_per="matrix", of_experts=False),
     "rank": Family(("top", "partition", "refactor", "rate"), one_gate_per="matrix"),
     "factors": Family(one_gate_per="matrix"),
-}
-Granularity = Literal["model", "block", "layer", "matrix"]
-Inputs = Literal["hidden", "experts"]
-GRANULARITIES, INPUTS = get_args(Granularity), get_args(Inputs)
-FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "pooled": functional.pooled,
-    "flattened": functional.flattened,
 }
 TOTALS = {"prompt": ("1", "N", "none"), "retrieval": ("1", "N")}  # of other families: `functional.TOTALS`
 # A config from elsewhere may ask for anything.
@@ -80,10 +71,10 @@ class GateConfig:
     """
 
     family: str = "mole"
-    granularity: Granularity = "block"
+    granularity: Literal["model", "block", "layer", "matrix"] = "block"
     total: str = "N"
-    inputs: Inputs = "hidden"
-    features: str = "pooled"
+    inputs: Literal["hidden", "experts"] = "hidden"
+    features: Literal["pooled", "flattened"] = "pooled"
     bias: bool = False
     bins: int = 1
     start: Literal["sum", "mean", "faithful"] = "sum"
@@ -113,8 +104,7 @@ class GateConfig:
                 raise ValueError(f"the gate option {name!r} must be true or false, got {value!r}")
 
     def _check_names(self, kinds: Mapping[str, Any]) -> None:
-        totals = TOTALS.get(str(self.family), functional.TOTALS)
-        known = {"family": tuple(FAMILIES), "total": totals, "features": tuple(FEATURES)}
+        known = {"family": tuple(FAMILIES), "total": TOTALS.get(str(self.family), functional.TOTALS)}
         known |= {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) is Literal}
         for name, values in known.items():
             if getattr(self, name) not in values:

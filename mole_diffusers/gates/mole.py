@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.config import FEATURES
 from mole_diffusers.gates.contract import Context
 
 
@@ -23,7 +22,8 @@ class MoLEGate(nn.Module):
 
     def __init__(self, experts: int, width: int, total: str, features: str, *, bias: bool = False):
         super().__init__()
-        self.total, self.features, self.width = total, FEATURES[features], width
+        self.total, self.width = total, width
+        self.features = functional.flattened if features == "flattened" else functional.pooled
         self.matrix = nn.Parameter(torch.zeros(experts, width))  # e, [N, D]
         self.log_tau = nn.Parameter(torch.zeros(()))
         self.register_parameter("bias", nn.Parameter(torch.zeros(experts)) if bias else None)
