@@ -12,7 +12,6 @@ from diffusers.models.attention_processor import Attention
 
 from mole_diffusers import functional
 from mole_diffusers.lora import LoraWeights
-from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.component import Component
 from mole_diffusers.patching.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.runtime import Decision, Present
@@ -116,17 +115,11 @@ def one_lora(parts: Iterable[Component], weights: Weights) -> tuple[Folded, set[
             if site.spans_blocks and (plan := part.runtime.plan) is not None:
                 factor = factor * torch.tensor(plan.block(f"{part.name}.{name}"))  # [N]
             factor = factor if site.gate.ranked else factor[stack.segment]  # [R]
-            if (lora := _weighed(stack, factor)).rank:
-                layers.setdefault(part.name, {})[name] = lora
-                acting.update(stack.segment[factor != 0].tolist())
+            if (kept := factor != 0).any():
+                up = stack.up[:, kept] * factor[kept].reshape(1, -1, *(1,) * (stack.up.dim() - 2))
+                layers.setdefault(part.name, {})[name] = LoraWeights(stack.down[kept], up, 1.0)
+                acting.update(stack.segment[kept].tolist())
     return layers, acting
-
-
-def _weighed(stack: Stack, factor: torch.Tensor) -> LoraWeights:
-    """`factor` [R]."""
-    kept = factor != 0
-    up = stack.up[:, kept]
-    return LoraWeights(stack.down[kept], up * factor[kept].reshape(1, -1, *(1,) * (up.dim() - 2)), 1.0)
 
 
 def truncated(layers: Folded, rank: int) -> tuple[Folded, float]:
