@@ -284,8 +284,8 @@ class Mixture:
             return nullcontext()
         asked = Asked(pipe, tiling, call, binding.bound, self.acting)
         if tiling.until and (things := things_for_tiles(asked)) is not None:
-            return Tiles(asked, things, by=self._alone, settle=binding.plan).drawn()
-        if (over := drawn_over(asked, by=partial(self._alone, listeners=[]), settle=binding.plan)) is not None:
+            return Tiles(asked, things, alone=self._alone, set_places=binding.plan).drawn()
+        if (over := drawn_over(asked, alone=partial(self._alone, listeners=[]), set_places=binding.plan)) is not None:
             return over.placed()
         return nullcontext()
 

@@ -16,7 +16,7 @@ from mole_diffusers.binding.config import given_region
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs
 from mole_diffusers.patching.picture_layout import UNDECIDED, planned_regions
-from mole_diffusers.patching.things import Asked, By, Settle, Things
+from mole_diffusers.patching.things import Alone, Asked, SetPlaces, Things
 from mole_diffusers.patching.undo import undoing
 
 LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places
@@ -28,7 +28,7 @@ WANTED: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
 }
 
 
-def drawn_over(asked: Asked, *, by: By, settle: Settle) -> DrawnOver | None:
+def drawn_over(asked: Asked, *, alone: Alone, set_places: SetPlaces) -> DrawnOver | None:
     """An object that finds the things of a call in the picture that it draws over.
 
     None if there is no such picture, its prompt names fewer than two things, or the model's noise is not that of DDPM.
@@ -39,7 +39,7 @@ def drawn_over(asked: Asked, *, by: By, settle: Settle) -> DrawnOver | None:
     scheduler = asked.pipe.scheduler
     if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("prediction_type") not in WANTED:
         return None
-    return DrawnOver(asked, things, by, settle)
+    return DrawnOver(asked, things, alone, set_places)
 
 
 class DrawnOver:
@@ -49,12 +49,12 @@ class DrawnOver:
     nothing. Places then come from attention, as in any other call.
 
     Args:
-        by: a context in which only some experts act, on every word, and without listeners.
-        settle: receives the places [H, W], by the things' keys.
+        alone: a context in which only some experts act, on every word, and without listeners.
+        set_places: receives the places [H, W], by the things' keys.
     """
 
-    def __init__(self, asked: Asked, things: Things, by: By, settle: Settle):
-        self.asked, self.things, self.by, self.settle, self.pipe = asked, things, by, settle, asked.pipe
+    def __init__(self, asked: Asked, things: Things, alone: Alone, set_places: SetPlaces):
+        self.asked, self.things, self.alone, self.set_places, self.pipe = asked, things, alone, set_places, asked.pipe
         self._picture: torch.Tensor | None = None  # [B, C, H, W], the latents that noise was added to
         self._encoded: list[torch.Tensor] = []  # the pictures [b, 3, 8H, 8W] that these were made of
         self._has_begun = False  # whether the UNet was called
@@ -97,7 +97,7 @@ class DrawnOver:
         chosen, (height, width) = [things.reading.things[i] for i in free], errors.shape[1:]
         regions, margin = planned_regions(things.reading, chosen, errors.amax(0) - errors, things.bound, (height, width))
         if margin >= UNDECIDED:
-            self.settle({things.keys[i]: region for i, region in zip(free, regions, strict=True)})
+            self.set_places({things.keys[i]: region for i, region in zip(free, regions, strict=True)})
 
     @torch.no_grad()
     def _errors(self, thing: int, picture: torch.Tensor, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
@@ -111,7 +111,7 @@ class DrawnOver:
         timestep = int(LEVEL * len(alphas))
         alpha, generator = alphas[timestep].to(latents), torch.Generator().manual_seed(0)
         noise = onto(torch.randn(latents.shape, generator=generator), latents.device).to(latents.dtype)
-        with self.by(self.things.drawing(thing)):
+        with self.alone(self.things.drawing(thing)):
             text, pooled = self.asked.encode(self.things.prompts[thing])
             changed = {
                 "sample": alpha.sqrt() * picture + (1 - alpha).sqrt() * noise,

@@ -21,9 +21,9 @@ from mole_diffusers.patching.picture_layout import planned_regions
 UNTIL = 0.8  # share of the steps
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
-By = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts, on every word
+Alone = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts act, on every word
 # Called with the place [H, W] of each thing, by its key. Returns whether the denoiser's text names these things.
-Settle = Callable[[Mapping[ThingKey, torch.Tensor]], bool]
+SetPlaces = Callable[[Mapping[ThingKey, torch.Tensor]], bool]
 # A part of a prompt -> its text states [1, S, C], and the pooled states that SDXL reads [1, P], None for other models.
 Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 

@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.gates.seen import Seen
 from mole_diffusers.patching.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, prompted_rows
-from mole_diffusers.patching.things import Asked, By, Settle, Things, Tiling
+from mole_diffusers.patching.things import Alone, Asked, SetPlaces, Things, Tiling
 from mole_diffusers.patching.undo import replaced_forward
 
 # Arguments of calls that only ask for pictures of a prompt. Tiles do not support anything else, such as an input image.
@@ -143,12 +143,12 @@ class Tiles:
 
     Args:
         things: of the call, see `things_for_tiles`.
-        by: a context in which only some experts act, on every word.
-        settle: receives the places before the first tile is drawn.
+        alone: a context in which only some experts act, on every word.
+        set_places: receives the places before the first tile is drawn.
     """
 
-    def __init__(self, asked: Asked, things: Things, by: By, settle: Settle):
-        self.asked, self.things, self.by, self.settle = asked, things, by, settle
+    def __init__(self, asked: Asked, things: Things, alone: Alone, set_places: SetPlaces):
+        self.asked, self.things, self.alone, self.set_places = asked, things, alone, set_places
         self.pipe, self.tiling, self.reader = asked.pipe, asked.tiling, DenoiserInputs(asked.pipe.unet)
         # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
         self._found: dict[tuple[int, int, int], list[Tile]] = {}
@@ -202,14 +202,14 @@ class Tiles:
         tiles: list[Tile] = []
         for (i, prompt), mask in zip(things.prompts.items(), masks, strict=True):
             names = things.drawing(i)
-            with torch.no_grad(), self.by(names):
+            with torch.no_grad(), self.alone(names):
                 text, pooled = self.asked.encode(prompt)
             if (short := text.shape[1]) != tokens:
                 if self.tiling.always:
                     raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
                 return []
             tiles.append(Tile(names, text, pooled, mask, _box(mask, self.pipe.unet)))
-        if self.settle({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)}):
+        if self.set_places({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)}):
             return tiles
         if self.tiling.always:
             named = " and ".join(repr(things.reading.things[i].name) for i in things.prompts)
@@ -236,7 +236,7 @@ class Tiles:
                 "encoder_hidden_states": own,
                 **self._pooled(tile, ready.prompted, kwargs.get("added_cond_kwargs")),
             }
-            with self.by(tile.names):
+            with self.alone(tile.names):
                 part = self.pipe.unet(**call | changed)[0]
             out[..., top:bottom, left:right] += share[top:bottom, left:right] * part
         return out
