@@ -92,13 +92,12 @@ class Mixture:
         matches = [match(expert, models) for expert in experts.values()]
         self.experts, self.config = dict(experts), config
         self.unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
-        self._runtime = Runtime([True] * len(experts), [1.0] * len(experts))
+        self._denoiser = denoiser(pipe)
+        self._runtime = Runtime(DenoiserInputs(self._denoiser), [True] * len(experts), [1.0] * len(experts))
         names = {name: name.replace("text_encoder", "tokenizer") for name in models if name not in DENOISERS}
         self._tokenizers = {name: getattr(pipe, tokenizer, None) for name, tokenizer in names.items()}
         self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
-        self._denoiser = denoiser(pipe)
         self._lock = lock_of(self._denoiser)
-        self._inputs = DenoiserInputs(self._denoiser)
         self._components = [
             Component(name, models[name], stacks, config=config, runtime=self._runtime)
             for name, stacks in stack_all(matches, models).items()
@@ -630,11 +629,8 @@ class Mixture:
                 for model in (self._denoiser, *(part.model for part in self._components)):
                     undo.callback(model.__dict__.pop, HANDLE, None)
                     object.__setattr__(model, HANDLE, self)
-                # The first hook of all: the network's own gate already needs the time of this call.
-                undo.before_forward(self._denoiser, self._on_denoiser, with_kwargs=True)
-                for name, model in hosts(self._pipe).items():
-                    if name not in DENOISERS:
-                        self._runtime.tokens.watch(name, model, self._tokenizers[name], undo, self._on_text)
+                # The first hooks of all: the network's own gate already needs the time of this call.
+                self._runtime.watch(self._denoiser, hosts(self._pipe), self._tokenizers, undo)
                 cross_attention.hook(self._denoiser, self._runtime, undo)
                 joint_attention.hook(self._denoiser, self._runtime, undo)
                 for part in self._components:
@@ -686,17 +682,6 @@ class Mixture:
     def _uninstall(self) -> None:
         with loaded(self._pipe):
             self._undo.close()
-
-    def _on_text(self, encoder: str, ids: torch.Tensor, device: torch.device) -> None:
-        if self._runtime.masks is not None:
-            self._runtime.masks.on_text(encoder, ids, device)
-
-    def _on_denoiser(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs, runtime = self._inputs, self._runtime
-        text = inputs.text(args, kwargs)
-        runtime.on_denoiser_call(inputs.time(args, kwargs), text)
-        if runtime.masks is not None and not torch.compiler.is_compiling():
-            runtime.masks.on_denoiser(text, inputs.latents(args, kwargs), lambda: inputs.side(args, kwargs))
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
         return None if binding is None else TokenMasks(binding, self._tokenizers, self._runtime)

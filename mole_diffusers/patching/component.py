@@ -20,7 +20,7 @@ from mole_diffusers.gates import GateBank, GateConfig, Layer, LayerOfPromptGate,
 from mole_diffusers.gates.rank import singular
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching import peft_injection
-from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs
+from mole_diffusers.patching.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.gate_site import BlockSite, GateSite, LayerSite, ModelSite
 from mole_diffusers.patching.placement import (
     NETWORK,
@@ -219,11 +219,11 @@ class Component:
 
     def _hook_inputs(self, sites: Sequence[ModelSite], undo: Undo) -> None:
         """Give sites what enters the denoiser: the text if they read the prompt, otherwise its mean and the noise level."""
-        inputs = DenoiserInputs(self.model)
+        inputs, reads_prompt = self.runtime.inputs, self.config.reads_prompt
 
         def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden, tokens = inputs.text(args, kwargs), None  # [B, T, C]
-            if self.config.reads_prompt:
+            if reads_prompt:
                 tokens = self.runtime.tokens.of(hidden)
             else:
                 time = inputs.time(args, kwargs)  # [B]

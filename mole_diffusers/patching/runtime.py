@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -15,6 +15,7 @@ from torch import nn
 from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.transforms import Control
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 from mole_diffusers.patching.things import Tiling
 from mole_diffusers.patching.token_masks import TokenMasks, Watcher
@@ -135,6 +136,7 @@ class Runtime:
     change of a slider would compile again.
     """
 
+    inputs: DenoiserInputs
     active: list[bool]
     strength: list[float]
     time: torch.Tensor = field(default_factory=lambda: torch.zeros(1))  # [B], 1 is pure noise
@@ -255,15 +257,33 @@ class Runtime:
         while self._running.stacks:
             self._running.stacks.pop().close()
 
-    def on_denoiser_call(self, time: torch.Tensor, text: torch.Tensor) -> None:
-        """Count a step, and the calls with its text."""
-        self.time = time
-        if torch.compiler.is_compiling():  # a counter would compile the model again at every step
-            self.step += bool(self.listeners)
-            return
-        self.step, self.calls_of_text = self.step + (self.alone is None), self.calls_of_text + 1
-        if self._text() is not text:
-            self.calls_of_text, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
+    def watch(self, denoiser: nn.Module, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], undo: Undo) -> None:
+        """Hear of each call of the denoiser, and of each text that a text encoder reads, until `undo` closes.
+
+        Args:
+            models: with the text encoders, by their names in the pipeline.
+            tokenizers: name of a text encoder -> its tokenizer, or None.
+        """
+        inputs = self.inputs
+
+        def on_denoiser(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            text, self.time = inputs.text(args, kwargs), inputs.time(args, kwargs)
+            if torch.compiler.is_compiling():  # a counter would compile the model again at every step
+                self.step += bool(self.listeners)
+                return
+            self.step, self.calls_of_text = self.step + (self.alone is None), self.calls_of_text + 1
+            if self._text() is not text:
+                self.calls_of_text, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
+            if self.masks is not None:
+                self.masks.on_denoiser(text, inputs.latents(args, kwargs), lambda: inputs.side(args, kwargs))
+
+        def on_text(encoder: str, ids: torch.Tensor, device: torch.device) -> None:
+            if self.masks is not None:
+                self.masks.on_text(encoder, ids, device)
+
+        undo.before_forward(denoiser, on_denoiser, with_kwargs=True)
+        for name, tokenizer in tokenizers.items():
+            self.tokens.watch(name, models[name], tokenizer, undo, on_text)
 
     def active_experts(self, present: Present, device: torch.device) -> ActiveExperts:
         """Which of the experts in `present` are active, with the user's strengths. Kept until a setting changes."""
