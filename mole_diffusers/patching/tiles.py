@@ -62,15 +62,13 @@ class Ready:
         texts: what each tile reads, [B, S, C]: its own text in the rows that are prompts, and the call's in the others.
         prompted: [B] bool, the rows that are prompts.
         shares: [K, H, W], how much each tile counts at a place.
-        outside: [H, W], how much the picture as a whole does.
-        has_outside: whether it counts anywhere.
+        outside: [H, W], how much the picture as a whole does; None if it counts nowhere.
     """
 
     texts: Sequence[torch.Tensor]
     prompted: torch.Tensor
     shares: torch.Tensor
-    outside: torch.Tensor
-    has_outside: bool
+    outside: torch.Tensor | None
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
@@ -221,13 +219,13 @@ class Tiles:
         closed.
         """
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
-        if not self._text.again(text) or self._ready is None or self._ready.outside.shape != latents.shape[2:]:
+        if not self._text.again(text) or self._ready is None or self._ready.shares.shape[1:] != latents.shape[2:]:
             self._ready = self._made_ready(tiles, text, latents)
         ready = self._ready
         call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
         channels = self.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
         out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
-        if ready.has_outside:
+        if ready.outside is not None:
             out += ready.outside * whole(**call)[0]
         for tile, own, share in zip(tiles, ready.texts, ready.shares, strict=True):
             top, bottom, left, right = tile.box
@@ -247,7 +245,7 @@ class Tiles:
         masks = torch.stack([tile.mask for tile in tiles])  # [K, H, W]
         outside = (1 - masks.sum(0)).clamp_min(0)
         shares = (masks / masks.sum(0).clamp_min(1)).to(latents)
-        return Ready(texts, prompted, shares, outside.to(latents), bool(outside.any()))
+        return Ready(texts, prompted, shares, outside.to(latents) if outside.any() else None)
 
     def _pooled(self, tile: Tile, prompted: torch.Tensor, whole: Mapping[str, Any] | None) -> dict[str, Any]:
         """What SDXL reads besides the text: the pooled states, and the sizes of a picture that is the tile."""

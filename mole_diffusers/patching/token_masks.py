@@ -114,8 +114,8 @@ class TokenMasks:
     @property
     def layouts(self) -> list[Layout]:
         """The layouts of the pictures being drawn, or drawn last, in their order."""
-        spoken = self._prompts or self._texts
-        return spoken[-1].picture.layouts() if spoken else []
+        texts = self._prompts or self._texts
+        return texts[-1].picture.layouts() if texts else []
 
     # ---- texts
 
