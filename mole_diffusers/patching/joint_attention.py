@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mole_diffusers.patching.bound_text import BoundText
-from mole_diffusers.patching.placement import JOINT_STREAM, blocks
+from mole_diffusers.patching.placement import blocks
 from mole_diffusers.patching.runtime import Runtime
 from mole_diffusers.patching.token_masks import TokenMasks
 from mole_diffusers.patching.uncompiled import run_uncompiled
@@ -27,8 +27,7 @@ ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # 
 
 def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
     """Hook the joint attention of every block of a transformer. Maps are read in the middle half of the blocks."""
-    joint = JOINT_STREAM[-1]
-    found = [getattr(model.get_submodule(block), joint, None) for block in blocks(model)]
+    found = [getattr(model.get_submodule(block), "attn", None) for block in blocks(model)]
     layers = [layer for layer in found if isinstance(layer, nn.Module)]
     if layers:
         run_uncompiled(model, list(model.modules()), runtime, lambda m: m.wants_maps or _closes(m, runtime), undo)
