@@ -3,3 +3,14 @@
 A drop-in saves its mixture with the pipeline: experts, gates and strengths in one folder, see `kept.keep` and
 `kept.attach_kept`.
 """
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """A drop-in class, which `from mole_diffusers.pipelines import ...` finds, too."""
+    from mole_diffusers.pipelines import classes
+
+    if name.startswith("MoLE"):
+        return getattr(classes, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
