@@ -111,10 +111,8 @@ def weighted(
             yield mixture
 
     def described(setup: Setup, case: Case) -> Mapping[str, Any]:
-        found = setup.expert_settings(list(weights(setup, case))) | _weights_settings(weights(setup, case))
+        found = setup.expert_settings(weights(setup, case), words=reads_words or binding is not None)
         found |= {key: value(setup, case) if callable(value) else value for key, value in settings.items()}
-        if binding or reads_words:
-            found |= setup.words_settings(list(weights(setup, case)))
         if binding:
             said = binding(setup, case).items()
             found["binding"] = {name: to_json(value) if isinstance(value, Bound) else value for name, value in said}
@@ -126,11 +124,6 @@ def weighted(
         return covers(case) and (not callable(gates) or (gates(case) / checkpoint.CONFIG).exists())
 
     return Arm(name, draws, described, can_draw)
-
-
-def _weights_settings(weights: Mapping[str, float]) -> dict[str, Any]:
-    """A row's description of an arm's weights, if one is not 1."""
-    return {} if set(weights.values()) <= {1.0} else {"expert_weights": dict(weights)}
 
 
 def alone(concept: str) -> Arm:
@@ -189,8 +182,7 @@ def merged(method: str, name: str = "", weights: Weights = ones) -> Arm:
         return attached_to(setup, {"merged": one}, "sum")
 
     def settings(setup: Setup, case: Case) -> Mapping[str, Any]:
-        found = setup.expert_settings(case.experts) | {"method": method, "rank": None} | resolved(method, {})
-        found |= _weights_settings(weights(setup, case))
+        found = setup.expert_settings(weights(setup, case)) | {"method": method, "rank": None} | resolved(method, {})
         if method == "np":
             found["protect"] = styles(setup, case)
         if by_activations(method):

@@ -100,20 +100,20 @@ class Setup:
         """Concept -> its LoRA and strength, the user's own times the weight."""
         return {name: (self.experts[name], weight * self.strengths.get(name, 1.0)) for name, weight in weights.items()}
 
-    def expert_settings(self, names: Sequence[str]) -> dict[str, Any]:
-        """A row's description of the experts behind its picture, with strengths only if one is not 1."""
-        settings: dict[str, Any] = {"experts": digest_texts(*(self.experts[name].sha256 for name in names))}
-        strengths = {name: self.strengths.get(name, 1.0) for name in names}
-        return settings if set(strengths.values()) <= {1.0} else settings | {"strengths": strengths}
+    def expert_settings(self, weights: Mapping[str, float], *, words: bool = False) -> dict[str, Any]:
+        """A row's description of the experts behind its picture, with strengths and an arm's weights if one is not 1.
 
-    def words_settings(self, names: Sequence[str]) -> dict[str, Any]:
-        """A row's description of the words that these experts' files give, if one has others than its own name.
-
-        Unlike a change of weights, notes and headers can be edited between two runs.
+        Args:
+            words: also describe the words that the experts' files give, if one has others than its own name. Unlike
+                weights, notes and headers can be edited between two runs.
         """
-        words = {name: from_file(self.experts[name]) for name in names}
-        others = {name: to_json(own) for name, own in words.items() if own != Bound((name,))}
-        return {"words": others} if others else {}
+        found: dict[str, Any] = {"experts": digest_texts(*(self.experts[name].sha256 for name in weights))}
+        strengths = {name: self.strengths.get(name, 1.0) for name in weights}
+        factors = {"strengths": strengths, "expert_weights": dict(weights)}
+        found |= {key: values for key, values in factors.items() if set(values.values()) - {1.0}}
+        own = {name: from_file(self.experts[name]) for name in weights} if words else {}
+        others = {name: to_json(said) for name, said in own.items() if said != Bound((name,))}
+        return found | ({"words": others} if others else {})
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Arm:
 
     name: str
     draws: Callable[[Setup, Case], AbstractContextManager[Any]]
-    settings: Callable[[Setup, Case], Mapping[str, Any]] = lambda setup, case: setup.expert_settings(case.experts)
+    settings: Callable[[Setup, Case], Mapping[str, Any]]
     covers: Callable[[Case], bool] = lambda _: True
 
 

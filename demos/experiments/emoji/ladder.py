@@ -159,7 +159,7 @@ def bound(name: str, updates: int) -> Arm:
             yield
 
     def settings(setup: Setup, case: Case) -> dict[str, Any]:
-        return setup.expert_settings(case.experts) | {"trained": digest_files(folder(case) / checkpoint.WEIGHTS)}
+        return setup.expert_settings(arms.ones(setup, case)) | {"trained": digest_files(folder(case) / checkpoint.WEIGHTS)}
 
     return Arm(f"{name} @ {updates}", draws, settings, covers=lambda case: (folder(case) / checkpoint.CONFIG).exists())
 

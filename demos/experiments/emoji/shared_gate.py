@@ -188,7 +188,7 @@ def by_scores() -> Arm:
             yield
 
     def settings(setup: Setup, case: Case) -> dict[str, Any]:
-        return setup.expert_settings(case.experts) | {"trained": digest_files(NUMBERS)}
+        return setup.expert_settings(arms.ones(setup, case)) | {"trained": digest_files(NUMBERS)}
 
     return Arm("shared scores", draws, settings)
 
