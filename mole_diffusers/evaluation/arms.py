@@ -21,7 +21,7 @@ from mole_diffusers.evaluation.rows import digest_files, digest_texts
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.sampling_composers import ALPHA, BETA, composed_scores, encodes_by_expert, k_lora, switched
 from mole_diffusers.gates import GateConfig, checkpoint
-from mole_diffusers.gates.transforms import TimeAverage, frozen_random, hardened, uniform
+from mole_diffusers.gates.transforms import frozen_random, hardened, uniform
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.merging.merge import METHODS, by_activations, check_fits, merge, resolved
@@ -280,17 +280,18 @@ def gates_of(folder: Path) -> Callable[[Case], Path]:
 @contextmanager
 def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
     """Replace the denoiser's gates by their means over the steps of one picture of the case, separately per guidance row."""
-    average, rows = TimeAverage(), {}
+    seen: dict[str, tuple[torch.Tensor, int]] = {}  # place and experts -> the sum of the gates, and the number of steps
 
     def record(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        rows[place] = len(gates) if gates.dim() > 1 else 0
-        return average.watch(place, gates, mask)
+        total, steps = seen.get(f"{place} {mask.tolist()}", (torch.zeros_like(gates), 0))
+        seen[f"{place} {mask.tolist()}"] = total + gates, steps + 1
+        return gates
 
     def replay(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if not rows[place] or place.partition(".")[0] not in DENOISERS:
+        if gates.dim() < 2 or place.partition(".")[0] not in DENOISERS:
             return gates  # these gates do not depend on the row, or on the step
-        pictures = len(gates) // rows[place]
-        return average(place, gates[::pictures], mask).repeat_interleave(pictures, 0)
+        total, steps = seen[f"{place} {mask.tolist()}"]
+        return (total / steps).repeat_interleave(len(gates) // len(total), 0)
 
     with mixture.adjusted(record):
         sample(setup.pipe, case.prompt, [0], **{**setup.call_of(case), "output_type": "latent"})

@@ -56,32 +56,3 @@ def frozen_random(seed: int) -> Control:
         return gates.sum(-1, keepdim=True) * functional.over_tokens(share, gates)
 
     return control
-
-
-class TimeAverage:
-    """Each gate's mean over the denoising steps, row by row: the gate without its changes in time.
-
-    Draw once inside `mixture.adjusted(average.watch)`, which changes nothing, then inside `mixture.adjusted(average)`.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple, torch.Tensor] = {}
-        self._counts: dict[tuple, int] = {}
-
-    def watch(self, place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Record `gates` and return them unchanged."""
-        key = self._key(place, mask)
-        self._sums[key] = self._sums[key] + gates if key in self._sums else gates
-        self._counts[key] = self._counts.get(key, 0) + 1
-        return gates
-
-    def __call__(self, place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The mean; ValueError if this gate was not watched, or with another batch or resolution."""
-        key = self._key(place, mask)
-        if key not in self._sums or self._sums[key].shape != gates.shape:
-            raise ValueError(f"the gate at {place!r} was not watched on the same batch; draw inside adjusted(watch) first")
-        return self._sums[key] / self._counts[key]
-
-    @staticmethod
-    def _key(place: str, mask: torch.Tensor) -> tuple:
-        return place, *mask.flatten().tolist()

@@ -50,23 +50,6 @@ def test_hardened_gates_leave_one_expert_per_place_and_row(pipe, loras, draw, aw
     assert trace.entropy() == pytest.approx(0, abs=1e-6)
 
 
-def test_time_average_is_the_mean_of_the_traced_weights(pipe, loras, draw, awake):
-    mixture = awake(mole.attach(pipe, loras, "mole"))
-    average = transforms.TimeAverage()
-    with mixture.adjusted(average.watch), mixture.trace() as live:
-        watched = draw(pipe)
-    assert torch.equal(watched, draw(pipe))
-    with mixture.adjusted(average), mixture.trace() as still:
-        draw(pipe)
-    block = next(p for p in live.places if p.startswith("unet.mid"))
-    before, after = ([w for place, _, w in t.records if place == block] for t in (live, still))
-    assert not torch.allclose(before[0], before[1], atol=1e-4)
-    torch.testing.assert_close(after[0], (before[0] + before[1]) / 2)
-    assert torch.equal(after[0], after[1])
-    with pytest.raises(ValueError, match="not watched on the same batch"), mixture.adjusted(average):
-        draw(pipe, prompt=["a", "b"])
-
-
 def test_the_strongest_by_hand():
     gates, mask = torch.tensor([[0.5, 2.0, 1.5], [1.0, -3.0, 0.0]]), torch.tensor([True, True, True])
     weights = transforms.Strongest(2)("a", gates, mask).tolist()
