@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from mole_diffusers.evaluation.report import Report
 from mole_diffusers.evaluation.rows import Row, digest
 from mole_diffusers.evaluation.runner import Case
-from mole_diffusers.evaluation.tables import Resample, as_frame, by_kind, concept_mean, differences, score_table
+from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean, score_table
 from mole_diffusers.lora.safe_files import json_lines
 from mole_diffusers.options import check_options
 from mole_diffusers.training.clip import read_clip
@@ -134,21 +134,11 @@ def frame(rows: Sequence[Row], styles: Collection[str] = ()) -> pd.DataFrame:
     return found
 
 
-def paired_scores(rows: pd.DataFrame, against: str, *, resample: Resample = "cases") -> str:
-    """The scores of every other arm minus those of `against` on the same prompt and noise, a table per kind of case."""
-
-    def table(own: pd.DataFrame) -> str:
-        return score_table(differences(own, against, SCORES), SCORES, head=f"arm, less {against}", resample=resample)
-
-    return by_kind(rows, table)
-
-
 def report(styles: Collection[str]) -> Report:
     """The report, with scores instead of success, which nothing can judge here."""
     return Report(
         frame=partial(frame, styles=styles),
         tables=(partial(by_kind, table=partial(score_table, scores=SCORES)),),
-        paired=paired_scores,
         values=SCORES,
         roles=DINO_BY_ROLE,
         limits=(None, None),

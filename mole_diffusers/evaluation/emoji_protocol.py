@@ -17,7 +17,7 @@ from mole_diffusers.emoji.world import EmojiWorld
 from mole_diffusers.evaluation.report import Report
 from mole_diffusers.evaluation.rows import Row, digest_files
 from mole_diffusers.evaluation.runner import Case, Setup
-from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean, paired_table, score_table, success_table
+from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean, score_table, success_table
 from mole_diffusers.lora import read_expert
 
 OWN = 7  # prompts of one concept alone
@@ -115,7 +115,6 @@ REPORT = Report(
         # Details of success: single concepts, and whether several subjects are apart.
         partial(by_kind, table=partial(score_table, scores=("concepts seen", "style", "background", "apart"), digits=2)),
     ),
-    paired=paired_table,
     values=("success",),
     roles=("subjects", "style"),
     limits=(0, 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 
 from mole_diffusers.evaluation.plots import Limits, bars, curves, frontier
 from mole_diffusers.evaluation.rows import Row
+from mole_diffusers.evaluation.tables import paired_table
 
 
 @dataclass(frozen=True)
@@ -19,17 +21,15 @@ class Report:
 
     Attributes:
         frame: rows as a table with the protocol's values.
-        tables: of all arms.
-        paired: every other arm minus one: (frame, arm, resample="cases" or "concepts").
-        values: shown as bars; the last one is also drawn against the number of experts.
+        tables: of all arms. The first one also shows the differences from the plain sum, see `paired_table`.
+        values: in the first table, and shown as bars; the last one is also drawn against the number of experts.
         roles: shown in the frontier, for subjects and for styles.
         limits: of the figures' axes.
         styles: the concepts that are styles.
     """
 
     frame: Callable[[Sequence[Row]], pd.DataFrame]
-    tables: Sequence[Callable[[pd.DataFrame], str]]
-    paired: Callable[..., str]
+    tables: Sequence[Callable[..., str]]
     values: Sequence[str]
     roles: tuple[str, str]
     limits: Limits
@@ -41,7 +41,8 @@ class Report:
         parts = [table(frame) for table in self.tables]
         if (frame["arm"] == "sum").any():
             by_concepts = "With concepts drawn in the place of the cases that share them, which errs on the wide side:"
-            parts += [self.paired(frame, "sum"), by_concepts, self.paired(frame, "sum", resample="concepts")]
+            less = partial(paired_table, frame, "sum", self.tables[0], self.values)
+            parts += [less(), by_concepts, less(resample="concepts")]
         return "\n\n".join(parts)
 
     def draw_bars(self, rows: Sequence[Row], path: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from math import nan
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -72,21 +72,27 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def by_kind(rows: pd.DataFrame, table: Callable[[pd.DataFrame], str]) -> str:
-    """A table for every kind of case, under its name; for a single kind only the table."""
-    kinds = [(kind, own) for kind, own in rows.groupby("group", sort=False)]
-    return table(rows) if len(kinds) == 1 else "\n\n".join(f"{kind}:\n\n{table(own)}" for kind, own in kinds)
+def by_kind(rows: pd.DataFrame, table: Callable[..., str], **options: Any) -> str:
+    """A table for every kind of case, under its name; for a single kind only the table. `options` are the table's."""
+    tables = {kind: table(own, **options) for kind, own in rows.groupby("group", sort=False)}
+    return "\n\n".join(f"{kind}:\n\n{text}" if len(tables) > 1 else text for kind, text in tables.items())
 
 
-def success_table(rows: pd.DataFrame) -> str:
+def success_table(rows: pd.DataFrame, *, head: str = "arm", resample: Resample = "cases") -> str:
     """Success of every arm, a column per kind of case."""
-    return grid_table(rows.assign(arm=rows["composer"]), ["arm"], "group")
+    return grid_table(rows.assign(**{head: rows["composer"]}), [head], "group", resample=resample)
 
 
-def paired_table(rows: pd.DataFrame, against: str, *, resample: Resample = "cases") -> str:
-    """Success of every other arm minus that of `against` on the same prompt and noise, a column per kind of case."""
-    less, head = differences(rows, against, ["success"]), f"arm, less {against}"
-    return grid_table(less.assign(**{head: less["composer"]}), [head], "group", resample=resample)
+def paired_table(
+    rows: pd.DataFrame,
+    against: str,
+    table: Callable[..., str] = success_table,
+    values: Sequence[str] = ("success",),
+    *,
+    resample: Resample = "cases",
+) -> str:
+    """A table of the values of every other arm minus those of `against` on the same prompt and noise."""
+    return table(differences(rows, against, values), head=f"arm, less {against}", resample=resample)
 
 
 def grid_table(rows: pd.DataFrame, down: Sequence[str], across: str, *, resample: Resample = "cases") -> str:

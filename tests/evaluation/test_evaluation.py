@@ -124,7 +124,8 @@ def test_scores_are_compared_on_the_same_noise():
     odd = shared | {"arm": "gates", "case": "d", "concepts": ["d"], "seed": 1}
     rows.append(odd | {"clip_t": 9.0, "clip_i": {}, "dino": {}})
     frame = checkpoint_protocol.frame(rows)
-    lines = checkpoint_protocol.paired_scores(frame, "sum").splitlines()
+    (table,) = checkpoint_protocol.report(()).tables
+    lines = tables.paired_table(frame, "sum", table, checkpoint_protocol.SCORES).splitlines()
     assert lines[0] == "| arm, less sum | CLIP-T | CLIP-I | DINO |"
     assert lines[2:] == ["| gates | 0.012 [0.012, 0.012] | -0.015 [-0.015, -0.015] | - |"]
     assert "| sum | 0.250 [" in tables.score_table(frame, checkpoint_protocol.SCORES)
