@@ -45,9 +45,14 @@ class LoraLayers:
         pairs = {n: [self.halves[f"{n}.lora_{half}.weight"] for half in "AB"] for n in self.logits}
         return {name: Ranks(self.logits[name], *pair) for name, pair in pairs.items()}
 
-    def weights(self, part: str) -> list[nn.Parameter]:
-        """down and up of every layer of a component."""
-        return [half for key, half in self.halves.items() if key.startswith(f"{part}.")]
+    def groups(self, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, by the learning rate of each component; logits do not decay."""
+        groups = []
+        for part, lr in rates.items():
+            for parameters, decay in ((self.halves, 1e-2), (self.logits, 0.0)):
+                own = [parameter for name, parameter in parameters.items() if name.startswith(f"{part}.")]
+                groups += [{"params": own, "lr": lr, "weight_decay": decay}] if own else []
+        return groups
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """`halves` in fp32 on the CPU, with pi folded into the downs."""

@@ -21,7 +21,7 @@ from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import check_trainable, denoising_loss, latent_shape, sample_ddim
 from mole_diffusers.training.engine import Engine, Report, adamw, check_batch, digest, join_processes, save_activation_memory
-from mole_diffusers.training.lora_adapter import LoraLayers, add_lora, save_lora
+from mole_diffusers.training.lora_adapter import add_lora, save_lora
 
 PRIOR_FILE = "prior.safetensors"
 MAY_CHANGE = ("every", "keep", "accumulation", "checkpointing")  # settings that a resumed run may change
@@ -95,7 +95,7 @@ class LoraTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(config.seed)
             self.lora = add_lora(pipe, config, undo)
-        optimizer = adamw([g for part, lr in config.rates.items() for g in _groups(self.lora, part, lr)], pipe.device)
+        optimizer = adamw(self.lora.groups(config.rates), pipe.device)
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.55 + 0.45 * math.cos(math.pi * i / config.steps))
         advice = f"{name or 'the concept'}: a lower rate or no half precision may help"
         beam = (self.lora.ranks(), optimizer, config.steps, config.seed, config.temperature)
@@ -126,12 +126,6 @@ class LoraTrainer:
 
     def _save_weights(self, folder: Path) -> None:
         save_lora(self.lora.tensors(), folder / "lora.safetensors", alpha=self.config.alpha, dtype=torch.float32)
-
-
-def _groups(lora: LoraLayers, part: str, lr: float) -> list[dict[str, Any]]:
-    logits = [g for name, g in lora.logits.items() if name.startswith(f"{part}.")]
-    groups = [{"params": lora.weights(part), "lr": lr, "weight_decay": 1e-2}]
-    return groups + ([{"params": logits, "lr": lr, "weight_decay": 0.0}] if logits else [])
 
 
 # ---- prior preservation
