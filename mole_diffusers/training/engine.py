@@ -82,11 +82,6 @@ class Engine:
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    @property
-    def shares(self) -> int:
-        """The number of shares of a batch, over processes and accumulated parts."""
-        return self.accelerator.num_processes * self.config.accumulation
-
     def generator(self, step: int) -> torch.Generator:
         """For an update's random choices. They follow from the seed and the update's number, so resuming changes nothing."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
@@ -145,11 +140,10 @@ class Engine:
 
     def update(self, losses: Losses) -> None:
         """One step of the optimizer, without waiting for the device."""
-        totals = []
-        for i in range(self.config.accumulation):
-            index = i * self.accelerator.num_processes + self.accelerator.process_index
-            found = losses(index=index, shares=self.shares)
-            self.scaler.scale(found["loss"] / self.config.accumulation).backward()
+        totals, parts, processes = [], self.config.accumulation, self.accelerator.num_processes
+        for i in range(parts):
+            found = losses(index=i * processes + self.accelerator.process_index, shares=parts * processes)
+            self.scaler.scale(found["loss"] / parts).backward()
             self.names = list(found)
             totals.append(torch.stack([value.detach() for value in found.values()]))
         self._average_gradients()

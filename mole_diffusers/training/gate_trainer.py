@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from mole_diffusers.training.engine import Engine, Report, adamw, check_batch, d
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
 
+Gate = TypeVar("Gate")
 Success = Callable[[Sequence[Image.Image], str], float]  # pictures of a prompt -> the share that is right
 TRACKERS: dict[str, dict] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # name -> how it expects pictures
 MAY_CHANGE = ("every", "keep", "tracker", "validation")  # settings that a resumed run may change
@@ -167,9 +168,8 @@ class GateTrainer:
         """One step of the optimizer on the weighted sum of the terms, without waiting for the device."""
         with self.mixture.settings_kept():
             self.engine.update(partial(self.losses, step))
-        for gate in self._gates():
-            if isinstance(gate, RankGate):
-                gate.rebalance(self.accelerator.reduce)
+        for gate in self._gates(RankGate):
+            gate.rebalance(self.accelerator.reduce)
         if self.ema is not None:
             self.ema.step(self.mixture.parameters())
 
@@ -177,12 +177,11 @@ class GateTrainer:
         """Each term without its weight, and "loss", their weighted sum, on share `index` of `shares` of a batch."""
         generator = self.engine.generator(step)
         mixture, terms, decisions = self.mixture, self.config.parsed, list[Decision]()
-        names = list(mixture.experts)
-        there = drop_experts(names, self.config.drop, generator) if self.config.drop else names
-        dropout = mixture.only(*there) if self.config.drop else nullcontext()
+        drop, names = self.config.drop, list(mixture.experts)
+        dropout = mixture.only(*drop_experts(names, drop, generator)) if drop else nullcontext()
         found = {}
         with ExitStack() as stack:
-            gates = [g for g in self._gates() if isinstance(g, PromptGate)] if BALANCE in terms else []
+            gates = self._gates(PromptGate) if BALANCE in terms else []
             routed = [stack.enter_context(gate.noting_routes()) for gate in gates]
             with self.engine.autocast(), dropout, mixture.listen(decisions.append):
                 for name, loss in self.loss_fns.items():
@@ -205,8 +204,8 @@ class GateTrainer:
             return own
         return own + (self.accelerator.reduce(own.detach().clone(), "mean") - own.detach())
 
-    def _gates(self) -> list[Any]:
-        return [gate for bank in self.mixture.banks.values() for gate in bank.gates.values()]
+    def _gates(self, kind: type[Gate]) -> list[Gate]:
+        return [gate for bank in self.mixture.banks.values() for gate in bank.gates.values() if isinstance(gate, kind)]
 
     @torch.no_grad()
     def _diagnose(self) -> str:
