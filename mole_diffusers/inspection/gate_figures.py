@@ -128,12 +128,10 @@ def _laid_over(image: Image.Image, colour: np.ndarray, strength: np.ndarray) -> 
     """Lay colour [h, w, 3] or [1, 1, 3] over a grey picture by strength [h, w] in 0..1; tokens stay visible as squares."""
     scale = max(1, 256 / image.width)
     side = (round(image.width * scale), round(image.height * scale))
-    grey = np.asarray(image.convert("L").resize(side, Image.Resampling.NEAREST), np.float32)[..., None]
-    wide = Image.fromarray((strength * 255).clip(0, 255).astype(np.uint8)).resize(side, Image.Resampling.NEAREST)
-    alpha = np.asarray(wide, np.float32)[..., None] / 255 * OPACITY
     tint = Image.fromarray(np.broadcast_to(colour, (*strength.shape, 3)).astype(np.uint8))
-    shown = grey * (1 - alpha) + np.asarray(tint.resize(side, Image.Resampling.NEAREST), np.float32) * alpha
-    return Image.fromarray(shown.clip(0, 255).astype(np.uint8))
+    alpha = Image.fromarray((strength * OPACITY * 255).round().astype(np.uint8))
+    shown = [each.resize(side, Image.Resampling.NEAREST) for each in (tint, image.convert("L").convert("RGB"), alpha)]
+    return Image.composite(*shown)
 
 
 def losses(rows: Sequence[Mapping[str, float]]) -> Image.Image:
