@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from mole_diffusers.inspection.gate_figures import colours
 from mole_diffusers.patching.picture_layout import Layout
@@ -32,9 +32,10 @@ def overlay(
         colour = ImageColor.getrgb(shades[name])[:3]
         grey = as_grey(region).resize(size, Image.Resampling.NEAREST)
         image = Image.composite(Image.blend(image, Image.new("RGB", size, colour), TINT), image, grey)
-        inside = np.asarray(grey) > 127
-        image = _outlined(image, inside, colour)
-        names += [(name, at, colour) for at in _name_places(inside)]
+        inside = grey.point(lambda value: 255 * (value > 127))
+        core = ImageOps.crop(ImageOps.expand(inside, EDGE).filter(ImageFilter.MinFilter(2 * EDGE + 1)), EDGE)
+        image.paste(colour, mask=ImageChops.subtract(inside, core))
+        names += [(name, at, colour) for at in _name_places(np.asarray(inside) > 0)]
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(max(12, side // 22))
     for name, at, colour in names:
         draw.text(at, name, "white", font, anchor="ma", stroke_width=3, stroke_fill=colour)
@@ -52,14 +53,3 @@ def _name_places(inside: np.ndarray) -> list[tuple[int, int]]:
     runs = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1) if len(columns) else []
     tops = [int(np.argmax(inside[:, run].any(1))) for run in runs]
     return [(int(run[inside[top, run]].mean()), top + 6) for run, top in zip(runs, tops, strict=True)]
-
-
-def _outlined(image: Image.Image, inside: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture with a line along the inner edge of a region, [H, W] bool."""
-    edge = np.zeros_like(inside)
-    for axis in (0, 1):
-        for shift in (-EDGE, EDGE):
-            edge |= inside & ~np.roll(inside, shift, axis)
-    pixels = np.asarray(image).copy()
-    pixels[edge] = colour
-    return Image.fromarray(pixels)

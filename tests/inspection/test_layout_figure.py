@@ -1,6 +1,7 @@
 """Regions over a picture."""
 
 import numpy as np
+import torch
 from PIL import Image, ImageColor
 
 from mole_diffusers.binding.regions import region_mask
@@ -34,3 +35,11 @@ def test_a_name_stands_in_every_part_of_its_region():
     assert not named[64:192].any()
     empty = overlay(Image.new("RGB", (8, 8), "white"), Layout({"fox": region_mask("left", 4, 8) * 0}, {}), side=64)
     assert (np.asarray(empty) == 255).all()
+
+
+def test_a_region_is_outlined_on_all_sides_also_at_the_edges_of_the_picture():
+    image = np.asarray(overlay(Image.new("RGB", (64, 64), "white"), Layout({"": torch.ones(4, 4)}, {}), side=64))
+    line = (image == ImageColor.getrgb(COLOURS[0])).all(-1)
+    inner = line[EDGE:-EDGE, EDGE:-EDGE]
+    assert not inner.any()
+    assert line.sum() == line.size - inner.size
