@@ -93,17 +93,20 @@ def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: Text) ->
     return call(x)
 
 
-def _guided_text(pipe: Any, prompts: Sequence[str], guidance: float) -> Text:
-    """The empty prompt B times, then the prompts; at guidance 1 the prompts alone."""
-    return embed(pipe, [*([""] * len(prompts) if guidance != 1 else []), *prompts])
+def _guided(pipe: Any, prompts: Sequence[str], guidance: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`predict` with classifier-free guidance (Ho & Salimans, 2022), e_0 + guidance (e - e_0), for prompts encoded once.
 
+    At guidance 1 there are no rows without a prompt.
+    """
+    text = embed(pipe, prompts if guidance == 1 else [""] * len(prompts) + list(prompts))
 
-def _guided(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: Text, *, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans, 2022): e_0 + guidance (e - e_0), [B, C, H, W]."""
-    if guidance == 1:
-        return _predict(pipe, x, timesteps, text)
-    empty, full = _predict(pipe, torch.cat([x, x]), torch.cat([timesteps, timesteps]), text).chunk(2)
-    return empty + guidance * (full - empty)
+    def guided(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        if guidance == 1:
+            return _predict(pipe, x, timesteps, text)
+        empty, full = _predict(pipe, torch.cat([x, x]), torch.cat([timesteps, timesteps]), text).chunk(2)
+        return empty + guidance * (full - empty)
+
+    return guided
 
 
 def latent_shape(pipe: Any, width: int | None = None, height: int | None = None) -> tuple[int, int, int]:
@@ -141,11 +144,10 @@ def sample_ddim(
     """
     scheduler = training_scheduler(pipe)
     scheduler.set_timesteps(steps)  # timesteps stay on the CPU, so that reading one does not wait for the device
-    text = _guided_text(pipe, prompts, guidance)
+    guided = _guided(pipe, prompts, guidance)
 
     def step(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        prediction = _guided(pipe, x, onto(t.expand(len(x)), x.device), text, guidance=guidance)
-        return scheduler.step(prediction, t, x).prev_sample
+        return scheduler.step(guided(x, onto(t.expand(len(x)), x.device)), t, x).prev_sample
 
     for t in scheduler.timesteps[:stop]:
         x = checkpoint(step, x, t, use_reentrant=False) if checkpointing else step(x, t)
@@ -185,5 +187,4 @@ def denoising_loss(pipe: Any, samples: Samples, batch: RandomBatch, *, guidance:
     timesteps = torch.tensor(batch.choice(scheduler.config.num_train_timesteps))
     rows = scheduler.add_noise(latents, noise, timesteps), timesteps, target(scheduler, latents, noise, timesteps)
     noisy, timesteps, wanted = (onto(row, pipe.device) for row in rows)
-    prediction = _guided(pipe, noisy, timesteps, _guided_text(pipe, prompts, guidance), guidance=guidance)
-    return F.mse_loss(prediction, wanted)
+    return F.mse_loss(_guided(pipe, prompts, guidance)(noisy, timesteps), wanted)
