@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from mole_diffusers.emoji.compositions import LARGER, TEST
-from mole_diffusers.evaluation.tables import differences, grid_table, interval, markdown, paired_table, success_table
+from mole_diffusers.evaluation.tables import differences, grid_table, interval, markdown, success_table
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
@@ -69,7 +69,7 @@ def success(asked: str) -> str:
     if "where" in options:
         rows = rows[rows["case"].isin(rows.loc[rows["arm"] == options["where"], "case"])]
     rows = in_order(rows, arms)
-    return paired_table(rows, against) if against else success_table(rows)
+    return success_table(rows, against=against)
 
 
 def robustness(asked: str) -> str:

@@ -12,7 +12,6 @@ import pandas as pd
 
 from mole_diffusers.evaluation.plots import Limits, bars, curves, frontier
 from mole_diffusers.evaluation.rows import Row
-from mole_diffusers.evaluation.tables import paired_table
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,8 @@ class Report:
 
     Attributes:
         frame: rows as a table with the protocol's values.
-        tables: of all arms. The first one also shows the differences from the plain sum, see `paired_table`.
-        values: in the first table, and shown as bars; the last one is also drawn against the number of experts.
+        tables: of all arms. The first one also takes `against`, an arm to subtract, and `resample`.
+        values: shown as bars; the last one is also drawn against the number of experts.
         roles: shown in the frontier, for subjects and for styles.
         limits: of the figures' axes.
         styles: the concepts that are styles.
@@ -41,7 +40,7 @@ class Report:
         parts = [table(frame) for table in self.tables]
         if (frame["arm"] == "sum").any():
             by_concepts = "With concepts drawn in the place of the cases that share them, which errs on the wide side:"
-            less = partial(paired_table, frame, "sum", self.tables[0], self.values)
+            less = partial(self.tables[0], frame, against="sum")
             parts += [less(), by_concepts, less(resample="concepts")]
         return "\n\n".join(parts)
 

@@ -78,21 +78,10 @@ def by_kind(rows: pd.DataFrame, table: Callable[..., str], **options: Any) -> st
     return "\n\n".join(f"{kind}:\n\n{text}" if len(tables) > 1 else text for kind, text in tables.items())
 
 
-def success_table(rows: pd.DataFrame, *, head: str = "arm", resample: Resample = "cases") -> str:
-    """Success of every arm, a column per kind of case."""
+def success_table(rows: pd.DataFrame, *, against: str | None = None, resample: Resample = "cases") -> str:
+    """Success of every arm, a column per kind of case; with `against`, `differences` from that arm."""
+    rows, head = (differences(rows, against, ["success"]), f"arm, less {against}") if against else (rows, "arm")
     return grid_table(rows.assign(**{head: rows["composer"]}), [head], "group", resample=resample)
-
-
-def paired_table(
-    rows: pd.DataFrame,
-    against: str,
-    table: Callable[..., str] = success_table,
-    values: Sequence[str] = ("success",),
-    *,
-    resample: Resample = "cases",
-) -> str:
-    """A table of the values of every other arm minus those of `against` on the same prompt and noise."""
-    return table(differences(rows, against, values), head=f"arm, less {against}", resample=resample)
 
 
 def grid_table(rows: pd.DataFrame, down: Sequence[str], across: str, *, resample: Resample = "cases") -> str:
@@ -106,9 +95,16 @@ def grid_table(rows: pd.DataFrame, down: Sequence[str], across: str, *, resample
 
 
 def score_table(
-    rows: pd.DataFrame, scores: Sequence[str], *, head: str = "arm", digits: int = 3, resample: Resample = "cases"
+    rows: pd.DataFrame,
+    scores: Sequence[str],
+    *,
+    against: str | None = None,
+    head: str = "arm",
+    digits: int = 3,
+    resample: Resample = "cases",
 ) -> str:
-    """Every arm, a column per score."""
+    """Every arm, a column per score; with `against`, `differences` from that arm."""
+    rows, head = (differences(rows, against, scores), f"{head}, less {against}") if against else (rows, head)
     body = [
         [arm, *(interval(own, score, digits=digits, resample=resample) for score in scores)]
         for arm, own in rows.groupby("composer", sort=False)

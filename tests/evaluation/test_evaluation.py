@@ -100,7 +100,7 @@ def test_tables_by_hand():
     assert lines[3].startswith("| sum | 0.75 [0.50, 1.00] | 1.00 [1.00, 1.00] |")  # fox in one of two, ink in both
     assert lines[4].startswith("| mean | 1.00 [1.00, 1.00] |")
     assert "| sum | 0.50 [0.00, 1.00] |" in tables.success_table(frame)
-    assert "| mean | 0.50 [0.00, 1.00] |" in tables.paired_table(frame, "sum")
+    assert "| mean | 0.50 [0.00, 1.00] |" in tables.success_table(frame, against="sum")
 
 
 def test_standing_apart_is_of_the_cases_with_several_subjects():
@@ -125,7 +125,7 @@ def test_scores_are_compared_on_the_same_noise():
     rows.append(odd | {"clip_t": 9.0, "clip_i": {}, "dino": {}})
     frame = checkpoint_protocol.frame(rows)
     (table,) = checkpoint_protocol.report(()).tables
-    lines = tables.paired_table(frame, "sum", table, checkpoint_protocol.SCORES).splitlines()
+    lines = table(frame, against="sum").splitlines()
     assert lines[0] == "| arm, less sum | CLIP-T | CLIP-I | DINO |"
     assert lines[2:] == ["| gates | 0.012 [0.012, 0.012] | -0.015 [-0.015, -0.015] | - |"]
     assert "| sum | 0.250 [" in tables.score_table(frame, checkpoint_protocol.SCORES)

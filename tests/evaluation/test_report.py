@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 
 from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol
-from mole_diffusers.evaluation.tables import paired_table
 
 EMOJI = emoji_protocol.REPORT
 
@@ -40,7 +39,7 @@ def test_success_is_told_by_kind_and_by_how_many_are_attached():
     kinds = ["pair", "pair, 4 LoRAs", "three"]
     assert success[0] == ["arm", *kinds]
     assert success[2:] == [["sum", "1.00", "0.00", "0.00"], ["mean", "1.00", "1.00", "1.00"]]
-    paired = body(paired_table(frame, "sum", EMOJI.tables[0], EMOJI.values))
+    paired = body(EMOJI.tables[0](frame, against="sum"))
     assert paired[0] == ["arm, less sum", *kinds]
     assert paired[2:] == [["mean", "0.00", "1.00", "1.00"]]
     assert [line[0] for line in concepts if len(line) == 1 and line[0]] == [f"{kind}:" for kind in kinds]
@@ -52,7 +51,7 @@ def test_scores_are_told_by_kind_and_by_how_many_are_attached():
     report = checkpoint_protocol.report(["ink"])
     frame = report.frame(CROWD)
     (table,) = report.tables
-    less = body(paired_table(frame, "sum", table, report.values))
+    less = body(table(frame, against="sum"))
     lines = [line for line in body(table(frame)) if line[0] not in ("", "arm", "---")]
     assert lines == [
         ["pair:"], ["sum", "0.250", "-", "-"], ["mean", "0.500", "-", "-"],
@@ -70,7 +69,7 @@ def test_differences_are_told_with_cases_and_with_concepts_drawn(report):
     cases = [f"{subject}+{other}" for subject in ("fox", "hat") for other in ("ink", "oil", "owl")]
     rows = [row("sum", case, **worse) for case in cases]
     rows += [row("mean", case, **(better if case.startswith("fox") else worse)) for case in cases]
-    text, less = report.text(rows), partial(paired_table, report.frame(rows), "sum", report.tables[0], report.values)
+    text, less = report.text(rows), partial(report.tables[0], report.frame(rows), against="sum")
     assert text.endswith(less(resample="concepts"))
     by_cases, by_concepts = text.split("With concepts drawn in the place of the cases that share them")
     assert less() in by_cases

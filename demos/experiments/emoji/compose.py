@@ -39,7 +39,7 @@ from mole_diffusers.evaluation.regional_composers import RegionalPrompt
 from mole_diffusers.evaluation.rows import Row, Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Metrics, Setup, evaluate
 from mole_diffusers.evaluation.strength_search import best_weights, read_weights, search_arms
-from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
+from mole_diffusers.evaluation.tables import as_frame, success_table
 from mole_diffusers.inspection.compare import image_grid, sample
 from mole_diffusers.inspection.layout_figure import overlay
 from mole_diffusers.training.losses import cells
@@ -220,7 +220,7 @@ def main() -> None:
     if args.chart:
         bars(table, args.chart)
     if "sum" in args.arms and len(args.arms) > 1:
-        print(paired_table(table, "sum"))
+        print(success_table(table, against="sum"))
 
 
 if __name__ == "__main__":

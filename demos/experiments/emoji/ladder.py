@@ -34,7 +34,7 @@ from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import curves
 from mole_diffusers.evaluation.rows import Row, Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup, requested_rows
-from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
+from mole_diffusers.evaluation.tables import as_frame, success_table
 from mole_diffusers.gates import GateBank, GateConfig, checkpoint
 from mole_diffusers.lora import Expert
 from mole_diffusers.mixture import Mixture
@@ -202,7 +202,7 @@ def main() -> None:
     rows = Rows(WORK / "ladder" / "rows")
     table = as_frame(measured(setup, drawn, found, metrics, seeds=seeds, rows=rows))
     print(success_table(table))
-    print(paired_table(table, "bound"))
+    print(success_table(table, against="bound"))
     if args.pack:
         pack("ladder", table, ["kind", "concepts", "arm", "seed"])
     if args.figure:

@@ -32,7 +32,7 @@ from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.rows import Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
-from mole_diffusers.evaluation.tables import as_frame, paired_table, success_table
+from mole_diffusers.evaluation.tables import as_frame, success_table
 from mole_diffusers.gates import GateBank
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gated_experts import ADAPTER
@@ -224,7 +224,7 @@ def main() -> None:
         seeds, rows = range(SEEDS[split], SEEDS[split] + args.seeds), Rows(FOLDER / "rows" / split)
         metrics = emoji_protocol.JudgeMetrics(world.judge(), found)
         table = as_frame(measured(setup, drawn, found, metrics, seeds=seeds, rows=rows))
-        print(split, success_table(table), paired_table(table, "bound"), sep="\n", flush=True)
+        print(split, success_table(table), success_table(table, against="bound"), sep="\n", flush=True)
         if args.pack:
             pack("shared", table.assign(split=split), ["split", "kind", "concepts", "arm", "seed"])
 
