@@ -348,13 +348,13 @@ def test_strengths_reach_the_pictures_and_the_rows(checkpoint, loras, tmp_path, 
 
 def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, loras, tmp_path, capsys, monkeypatch):
     fox = ["--expert", f"fox={loras['fox']}"]
+    several = ["'ssr' runs every expert on prompts of its own, and there are none for ['fox', 'ink']"]
+    several += ["'grid search' needs the weights of a search", "'gates' needs a folder of trained gates"]
     for asked, message in (
-        (["--arm", "ssr"], "'ssr' runs every expert on prompts of its own, and there are none for ['fox', 'ink']"),
-        (["--arm", "grid search"], "'grid search' needs the weights of a search"),
+        (["--arm", "ssr", "--arm", "grid search", "--arm", "gates"], "; ".join(several)),
         (["--images", f"typo={tmp_path}"], "--images 'typo': no such LoRA; known: ['fox', 'ink']"),
         (["--own", "typo=a fox"], "--own 'typo': no such LoRA; known: ['fox', 'ink']"),
         (["--arm", "gates", "--gates", str(tmp_path / "none")], "['gates'] can draw none of the cases"),
-        (["--arm", "sum", "--arm", "gates", "--share", "0.5"], "'gates' needs a folder of trained gates"),
     ):
         assert main([*checkpoint, *fox, "--arm", "sum", *asked]) == 1
         assert message in capsys.readouterr().err
