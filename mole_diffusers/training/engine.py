@@ -102,8 +102,8 @@ class Engine:
         update: Callable[[int], None],
         *,
         name: str,
-        report: Report | None,
-        progress: bool,
+        report: Report | None = None,
+        progress: bool = True,
         validate: Callable[[int], None] | None = None,
         every: int = 0,
     ) -> None:

@@ -33,11 +33,10 @@ def train_lora(
     config: LoraTraining,
     *,
     prior: Samples | None = None,
-    name: str = "",
+    name: str = "the concept",
     folder: str | Path | None = None,
     resume_from: str | None = None,
     report: Report | None = None,
-    progress: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Train a LoRA for one concept. Afterwards the pipeline is as it was.
 
@@ -49,7 +48,6 @@ def train_lora(
         folder: checkpoints and `log.jsonl` are written here.
         resume_from: "latest" or "checkpoint-N" resumes there; "latest" without a checkpoint starts a new run, as does None.
         report: called with every update's row, after its checkpoint; an exception in it ends the run.
-        progress: show a progress bar.
 
     Returns:
         Diffusers' keys -> fp32 tensors, such as "unet.<layer>.lora_A.weight"; `save_lora` writes them.
@@ -65,7 +63,7 @@ def train_lora(
             save_activation_memory(pipe.unet, undo)
         with only_run(trainer.engine.writes_to):
             trainer.engine.resume(resume_from)
-            trainer.engine.fit(trainer.update, name=name or "concept", report=report, progress=progress)
+            trainer.engine.fit(trainer.update, name=name, report=report)
             return trainer.lora.tensors()
 
 
@@ -79,7 +77,7 @@ class LoraTrainer:
         config: LoraTraining,
         undo: Undo,
         *,
-        name: str = "",
+        name: str = "the concept",
         folder: Path | None = None,
     ):
         """Put the LoRA on the pipeline and prepare updates. Under `accelerate launch` this joins the other processes.
@@ -97,7 +95,7 @@ class LoraTrainer:
             self.lora = add_lora(pipe, config, undo)
         optimizer = adamw(self.lora.groups(config.rates), pipe.device)
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.55 + 0.45 * math.cos(math.pi * i / config.steps))
-        advice = f"{name or 'the concept'}: a lower rate or no half precision may help"
+        advice = f"{name}: a lower rate or no half precision may help"
         beam = (self.lora.ranks(), optimizer, config.steps, config.seed, config.temperature)
         self.beams = Beams(*beam) if config.beam else None
         stateful = {"lora": self.lora} | ({"past": self.beams} if self.beams else {})
@@ -142,7 +140,6 @@ def class_samples(
     seed: int = 0,
     batch: int = 4,
     folder: Path | None = None,
-    progress: bool = True,
 ) -> Samples:
     """Pictures of a concept's class, drawn by the base, for DreamBooth's prior preservation (Ruiz et al., 2023).
 
@@ -152,7 +149,6 @@ def class_samples(
         steps, guidance: of the sampler.
         batch: pictures at a time.
         folder: where they are saved, and found again when a run on the same base resumes.
-        progress: show a progress bar.
 
     Raises ValueError for a count, or steps, below 1, and for a file of saved pictures that is damaged.
     """
@@ -168,7 +164,7 @@ def class_samples(
     noise = torch.randn(count, *shape, generator=generator)  # [count, C, H, W]
     drawn = [
         sample_ddim(pipe, rows.to(pipe.device), [prompt] * len(rows), steps=steps, guidance=guidance).cpu()
-        for rows in tqdm(noise.split(batch), desc="class pictures", disable=not progress)
+        for rows in tqdm(noise.split(batch), desc="class pictures")
     ]
     samples = Samples(torch.cat(drawn), [prompt] * count, asked)
     if file is not None:
