@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mole_diffusers.training.config import LoraTraining
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a parameter
 
 
@@ -67,26 +69,23 @@ class Beams:
     """The competition among the ranks of one LoRA, over all its layers.
 
     Attributes:
-        steps: updates of the whole training, which determine the schedule.
-        temperature: of the softmax over ranks; the paper's is 0.05 for rates of 1e-4 and more, 0.03 below.
+        config: its steps determine the schedule.
         past: layer -> down, up and their moments half a period ago, ranks first. A copy takes the source's values from
             then: two equal ranks would get equal gradients and stay equal.
     """
 
     layers: Mapping[str, Ranks]
     optimizer: torch.optim.Optimizer
-    steps: int
-    seed: int = 0
-    temperature: float = 0.05
+    config: LoraTraining
     past: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def after(self, step: int) -> None:
         """Call it after each update; the first is step 1."""
-        every = period(self.steps)
+        every = period(self.config.steps)
         if step % every == every // 2:
             self.past = {name: [v.clone() for v in self._by_rank(ranks)] for name, ranks in self.layers.items()}
-        if step % every == 0 and self.steps - step >= every:
+        if step % every == 0 and self.config.steps - step >= every:
             self._expand(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,9 +97,9 @@ class Beams:
         self.past = state
 
     def _expand(self, step: int) -> None:
-        pis = [importance(ranks.logits, self.temperature) for ranks in self.layers.values()]
-        gone = pruned(pis, kept_share(step, self.steps * 2 / 3))
-        generator = torch.Generator().manual_seed(self.seed + step)
+        pis = [importance(ranks.logits, self.config.temperature) for ranks in self.layers.values()]
+        gone = pruned(pis, kept_share(step, self.config.steps * 2 / 3))
+        generator = torch.Generator().manual_seed(self.config.seed + step)
         for (name, ranks), pi, slots in zip(self.layers.items(), pis, gone, strict=True):
             if slots:
                 best = ranked(pi)[: len(slots)]

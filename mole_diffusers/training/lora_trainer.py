@@ -96,8 +96,7 @@ class LoraTrainer:
         optimizer = adamw(self.lora.groups(config.rates), pipe.device)
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.55 + 0.45 * math.cos(math.pi * i / config.steps))
         advice = f"{name}: a lower rate or no half precision may help"
-        beam = (self.lora.ranks(), optimizer, config.steps, config.seed, config.temperature)
-        self.beams = Beams(*beam) if config.beam else None
+        self.beams = Beams(self.lora.ranks(), optimizer, config) if config.beam else None
         stateful = {"lora": self.lora} | ({"past": self.beams} if self.beams else {})
         how = (self._identity(), self._save_weights, lambda: advice)
         self.engine = Engine(accelerator, optimizer, cosine, config, folder, *how, stateful=stateful)

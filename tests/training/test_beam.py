@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from mole_diffusers.training.beam import MOMENTS, Beams, Ranks, importance, kept_share, period, pruned, ranked
+from mole_diffusers.training.config import LoraTraining
 
 
 def test_equal_logits_are_plain_lora():
@@ -38,7 +39,7 @@ def beams_of(steps, rank=8, layers=2):
         for i in range(layers)
     }
     optimizer = torch.optim.AdamW([p for r in ranks.values() for p in r], 1e-2)
-    return Beams(ranks, optimizer, steps)
+    return Beams(ranks, optimizer, LoraTraining(steps=steps))
 
 
 def step(beams):
