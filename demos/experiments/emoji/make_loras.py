@@ -96,8 +96,8 @@ def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> di
         torch.manual_seed(0)
         lora = add_lora(pipe, config, undo)
         slower = (chosen.rank / alpha) ** 0.5
-        groups = [{"params": lora.weights(part), "lr": lr * slower} for part, lr in config.rates.items()]
-        optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
+        groups = lora.groups({part: lr * slower for part, lr in config.rates.items()})
+        optimizer = torch.optim.AdamW(groups)
         fall = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: min(1, (i + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * i / chosen.steps))
         )
