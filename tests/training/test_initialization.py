@@ -145,11 +145,11 @@ def test_first_weights_are_not_computed_for_a_run_that_is_refused_or_resumed(pip
 def test_what_cannot_start_elsewhere_is_said(pipe, loras):
     for gates, message in (
         (GateConfig("mole"), "needs a bias to start at other weights"),
-        (GateConfig("rank"), "gates of family 'rank' can only start 'uniform', not 'ssr'"),
+        (GateConfig("rank"), "gates of family 'rank' can only start 'uniform', not 'scalars'"),
         (GateConfig("prompt"), "gates of family 'prompt' can only start 'uniform'"),
     ):
         with pytest.raises(ValueError, match=message):
-            initialize(context_of(pipe, loras, gates), "ssr")
+            initialize(context_of(pipe, loras, gates), "scalars")
     context = context_of(pipe, loras, GateConfig("flow"))
     with pytest.raises(ValueError, match="need single prompts of every expert, and 'ink' has none"):
         initialize(replace(context, data=TrainingData({"fox": ["a fox"]})), "scalars")
