@@ -12,7 +12,7 @@ import torch
 from mole_diffusers.functional import as_tokens
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching import peft_injection
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of, repeats
 from mole_diffusers.patching.picture_layout import Side, side_of
 from mole_diffusers.patching.placement import stream_of
 from mole_diffusers.patching.undo import undoing
@@ -69,7 +69,7 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
         latents = inputs.latents(args, kwargs)
         known = groups_of(pipe, inputs.text(args, kwargs), latents)
         # If unknown: the same pictures twice mean guidance, with the prompts' rows last.
-        groups = known or ((False, True) if len(latents) % 2 == 0 and torch.equal(*latents.chunk(2)) else (True,))
+        groups = known or ((False, True) if repeats(latents, 2) else (True,))
 
     def measuring(up: Any, segment: torch.Tensor, *, has_text: bool) -> Callable[[Any, tuple], None]:
         def measure(_: Any, args: tuple) -> None:
