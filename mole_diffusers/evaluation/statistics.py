@@ -2,58 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-Resampler = Callable[[int, torch.Generator], torch.Tensor]  # a number of draws -> how often each case is drawn, [draws, G]
 
+def bootstrap(table: torch.Tensor, units: Sequence[Sequence[str]], *, draws: int = 2000) -> tuple[float, float, float]:
+    """The mean over cases of their means over seeds, with its 95 % percentile interval.
 
-def resample_cases(count: int) -> Resampler:
-    """Draw as many cases as there are, with replacement, as if they were independent (Efron, 1979)."""
-    return lambda draws, generator: _counts(count, draws, generator)
-
-
-def resample_concepts(concepts: Sequence[Sequence[str]]) -> Resampler:
-    """Draw concepts instead of the cases that share them (pigeonhole bootstrap; Owen, AoAS 2007).
-
-    A case counts as often as all its concepts were drawn together: the product of their counts. The intervals err on the
-    wide side.
-
-    Args:
-        concepts: those of each of the G cases.
-    """
-    names = list(dict.fromkeys(name for case in concepts for name in case))
-    index = [[names.index(name) for name in case] for case in concepts]
-
-    def resample(draws: int, generator: torch.Generator) -> torch.Tensor:
-        counts = _counts(len(names), draws, generator)
-        return torch.stack([counts[:, of_case].prod(1) for of_case in index], 1)
-
-    return resample
-
-
-def bootstrap(table: torch.Tensor, resample: Resampler, *, draws: int = 2000) -> tuple[float, float, float]:
-    """The mean over cases of their means over seeds, with its 95 % percentile interval. Seeds are resampled within each
-    case.
+    As many units as there are are drawn with replacement. A case counts as often as all its units were drawn together:
+    the product of their counts. Seeds are resampled within each case.
 
     Args:
         table: [G, S] values, NaN if a case has fewer seeds than another.
-        resample: how to draw cases.
+        units: those of each case. With its own name, cases are drawn as if they were independent (Efron, 1979). With its
+            concepts, cases that share one are drawn together (pigeonhole bootstrap; Owen, AoAS 2007), and the interval
+            errs on the wide side.
     """
     values, generator = table.double(), torch.Generator().manual_seed(0)
     cases, seeds = table.shape
-    weights = resample(draws, generator)
+    names = list(dict.fromkeys(name for own in units for name in own))
+    drawn = torch.randint(0, len(names), (draws, len(names)), generator=generator)
+    counts = torch.nn.functional.one_hot(drawn, len(names)).sum(1).double()  # [draws, units]
+    weights = torch.stack([counts[:, [names.index(name) for name in own]].prod(1) for own in units], 1)  # [draws, G]
     j = torch.randint(0, seeds, (draws, cases, seeds), generator=generator)
     found = _mean(values[torch.arange(cases)[:, None], j].nanmean(2), weights)  # [draws]
     low, high = torch.nanquantile(found, torch.tensor([0.025, 0.975], dtype=found.dtype)).tolist()
     return _mean(values.nanmean(1)[None], weights.new_ones(1, cases)).item(), low, high
-
-
-def _counts(count: int, draws: int, generator: torch.Generator) -> torch.Tensor:
-    """[draws, count]: how often each of `count` things is drawn in `count` draws with replacement."""
-    drawn = torch.randint(0, count, (draws, count), generator=generator)
-    return torch.nn.functional.one_hot(drawn, count).sum(1).double()
 
 
 def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

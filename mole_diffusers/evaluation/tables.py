@@ -9,10 +9,10 @@ from typing import Any, Literal
 import pandas as pd
 
 from mole_diffusers.evaluation.rows import SAME_NOISE, Row
-from mole_diffusers.evaluation.statistics import as_table, bootstrap, resample_cases, resample_concepts
+from mole_diffusers.evaluation.statistics import as_table, bootstrap
 
 Estimate = tuple[float, float, float]  # a mean and both ends of its interval
-Resample = Literal["cases", "concepts"]  # what the bootstrap draws, see `statistics.resample_cases` and `resample_concepts`
+Resample = Literal["cases", "concepts"]  # the units that `statistics.bootstrap` draws
 
 
 def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
@@ -51,10 +51,9 @@ def differences(rows: pd.DataFrame, against: str, values: Sequence[str]) -> pd.D
 
 def estimate(rows: pd.DataFrame, value: str, *, resample: Resample = "cases") -> Estimate:
     """The mean of a column over cases and seeds, with its 95 % bootstrap interval."""
-    cases = [case for _, case in rows.groupby("case", sort=False)]
-    concepts = [case["concepts"].iloc[0] for case in cases]
-    drawn = resample_cases(len(cases)) if resample == "cases" else resample_concepts(concepts)
-    return bootstrap(as_table([case[value].astype(float).tolist() for case in cases]), drawn)
+    cases = dict(iter(rows.groupby("case", sort=False)))
+    units = [[name] if resample == "cases" else case["concepts"].iloc[0] for name, case in cases.items()]
+    return bootstrap(as_table([case[value].astype(float).tolist() for case in cases.values()]), units)
 
 
 def interval(rows: pd.DataFrame, value: str, *, digits: int = 2, resample: Resample = "cases") -> str:

@@ -16,33 +16,38 @@ from mole_diffusers.cli import main
 from mole_diffusers.evaluation import arms, checkpoint_protocol, emoji_protocol, strength_search, tables
 from mole_diffusers.evaluation.rows import Rows, picture_path
 from mole_diffusers.evaluation.runner import Case, Setup, evaluate, requested_rows
-from mole_diffusers.evaluation.statistics import as_table, bootstrap, resample_cases, resample_concepts
+from mole_diffusers.evaluation.statistics import as_table, bootstrap
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora import read_expert
 
 OPTIONS = {"num_inference_steps": 1, "guidance_scale": 2.0}
 
 
+def apart(count):
+    """Units of cases that share none."""
+    return [[str(i)] for i in range(count)]
+
+
 def test_bootstrap_of_a_constant_and_of_a_known_spread():
-    assert bootstrap(torch.full((3, 4), 0.25), resample_cases(3)) == (0.25, 0.25, 0.25)
+    assert bootstrap(torch.full((3, 4), 0.25), apart(3)) == (0.25, 0.25, 0.25)
     coins = torch.tensor([[0.0], [1.0]]).repeat(50, 1)  # 100 cases, half of them 1: standard error 0.05
-    mean, low, high = bootstrap(coins, resample_cases(100))
+    mean, low, high = bootstrap(coins, apart(100))
     assert mean == 0.5
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.015)
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.015)
 
 
 def test_bootstrap_resamples_cases_and_not_only_seeds():
-    apart = torch.tensor([[0.0] * 8, [1.0] * 8])  # no spread within a case, all of it between them
-    assert bootstrap(apart, resample_cases(2))[1:] == (0.0, 1.0)
+    values = torch.tensor([[0.0] * 8, [1.0] * 8])  # no spread within a case, all of it between them
+    assert bootstrap(values, apart(2))[1:] == (0.0, 1.0)
 
 
 def test_cases_that_share_a_concept_stand_and_fall_with_it():
     """What one concept decides is as uncertain as its draw, in however many cases it comes."""
     values = torch.tensor([[1.0]] * 20 + [[0.0]] * 20)
     names = [str(i) for i in range(20)]
-    alone = bootstrap(values, resample_cases(40))
-    shared = bootstrap(values, resample_concepts([[side, name] for side in "ab" for name in names]))
+    alone = bootstrap(values, apart(40))
+    shared = bootstrap(values, [[side, name] for side in "ab" for name in names])
     assert alone[0] == shared[0] == 0.5
     assert alone[1] > 0.3
     assert alone[2] < 0.7
@@ -58,7 +63,7 @@ def test_a_case_counts_as_often_as_all_of_its_concepts_came():
         if sum(weights):
             found.append(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
     table = torch.tensor(values)[:, None]
-    mean, low, high = bootstrap(table, resample_concepts([[str(c) for c in case] for case in cases]), draws=27000)
+    mean, low, high = bootstrap(table, [[str(c) for c in case] for case in cases], draws=27000)
     every = torch.quantile(torch.tensor(found).repeat(1000), torch.tensor([0.025, 0.975])).tolist()
     assert (mean, [low, high]) == (0.5, pytest.approx(every))
 
