@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in SAME_NOISE), []).append(row)
-    pairs = [pair for group in groups.values() for a, b in combinations(group, 2) for pair in ((a, b), (b, a))]
+    pairs = [pair for group in groups.values() for pair in permutations(group, 2)]
     if not pairs:
         raise ValueError("a sheet needs two arms or more")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()

@@ -123,8 +123,7 @@ def last_content(layers: Mapping[str, Layer]) -> dict[str, float]:
     Args:
         layers: (content, style) of each layer. Layers that only one of them has are left out.
     """
-    both = {key: (layer[0], layer[1]) for key, layer in layers.items()}
-    deltas = {k: (c.delta(), s.delta(), c.rank * s.rank) for k, (c, s) in both.items() if c is not None and s is not None}
+    deltas = {k: (c.delta(), s.delta(), c.rank * s.rank) for k, (c, s) in layers.items() if c is not None and s is not None}
     gamma = sum(c.abs().sum() for c, _, _ in deltas.values()) / sum(s.abs().sum() for _, s, _ in deltas.values())
     return {
         key: float((_largest(content, count) / (gamma * _largest(style, count)) - BETA) / ALPHA)
