@@ -37,14 +37,14 @@ def block_places(trace: Trace, names: Mapping[str, str] | None = None) -> dict[s
     """
     table = {place: rows for place, rows in trace.all_weights().items() if place.partition(".")[0] in DENOISERS}
     several = {place.partition("transformer_blocks.1")[0] for place in table}  # with a second transformer block
-    steps, found = max(map(len, table.values()), default=0), {}
+    steps, names, found = max(map(len, table.values()), default=0), names or {}, {}
     for place, rows in table.items():
         fewer_experts = place.endswith(")")  # layers of a gate that lack an expert
         if fewer_experts or len(rows) != steps:
             continue
         module = place.partition(".")[2]
-        block = next((block for block in names or {} if f"{module}.".startswith(f"{block}.")), None)
-        if names is None or block is None:
+        block = next((block for block in names if f"{module}.".startswith(f"{block}.")), None)
+        if block is None:
             found[place] = module or "outside blocks"
             continue
         inner = module[len(block) + 1 :].rpartition("transformer_blocks.")[2]

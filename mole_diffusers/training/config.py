@@ -306,8 +306,9 @@ class LoraTraining:
     def __post_init__(self) -> None:
         _check(self, "the training")
         object.__setattr__(self, "layers", tuple(self.layers))  # a file has a list
-        if not self.layers or (unknown := set(self.layers) - set(LORA_LAYERS)):
-            raise ValueError(f"unknown layers {sorted(unknown) if self.layers else []}; known: {list(LORA_LAYERS)}")
+        unknown = sorted(set(self.layers) - set(LORA_LAYERS))
+        if unknown or not self.layers:
+            raise ValueError(f"unknown layers {unknown}; known: {list(LORA_LAYERS)}")
         if self.beam and self.rank < LEAST_BEAM_RANK:
             raise ValueError(f"ranks that compete need a rank of {LEAST_BEAM_RANK} or more, got {self.rank}")
 
