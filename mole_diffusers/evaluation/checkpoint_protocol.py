@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from mole_diffusers.evaluation.report import Report
 from mole_diffusers.evaluation.rows import Row, digest
 from mole_diffusers.evaluation.runner import Case
-from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean, score_table
+from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean
 from mole_diffusers.lora.safe_files import json_lines
 from mole_diffusers.options import check_options
 from mole_diffusers.training.clip import read_clip
@@ -138,7 +138,7 @@ def report(styles: Collection[str]) -> Report:
     """The report, with scores instead of success, which nothing can judge here."""
     return Report(
         frame=partial(frame, styles=styles),
-        tables=(partial(by_kind, table=partial(score_table, scores=SCORES)),),
+        tables=(partial(by_kind, scores=SCORES),),
         values=SCORES,
         roles=DINO_BY_ROLE,
         limits=(None, None),

@@ -17,7 +17,7 @@ from mole_diffusers.emoji.world import EmojiWorld
 from mole_diffusers.evaluation.report import Report
 from mole_diffusers.evaluation.rows import Row, digest_files
 from mole_diffusers.evaluation.runner import Case, Setup
-from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean, score_table, success_table
+from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean, success_table
 from mole_diffusers.lora import read_expert
 
 OWN = 7  # prompts of one concept alone
@@ -113,7 +113,7 @@ REPORT = Report(
     tables=(
         success_table,
         # Details of success: single concepts, and whether several subjects are apart.
-        partial(by_kind, table=partial(score_table, scores=("concepts seen", "style", "background", "apart"), digits=2)),
+        partial(by_kind, scores=("concepts seen", "style", "background", "apart"), digits=2),
     ),
     values=("success",),
     roles=("subjects", "style"),

@@ -71,12 +71,6 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def by_kind(rows: pd.DataFrame, table: Callable[..., str], **options: Any) -> str:
-    """A table for every kind of case, under its name; for a single kind only the table. `options` are the table's."""
-    tables = {kind: table(own, **options) for kind, own in rows.groupby("group", sort=False)}
-    return "\n\n".join(f"{kind}:\n\n{text}" if len(tables) > 1 else text for kind, text in tables.items())
-
-
 def success_table(rows: pd.DataFrame, *, against: str | None = None, resample: Resample = "cases") -> str:
     """Success of every arm, a column per kind of case; with `against`, `differences` from that arm."""
     rows, head = (differences(rows, against, ["success"]), f"arm, less {against}") if against else (rows, "arm")
@@ -109,3 +103,9 @@ def score_table(
         for arm, own in rows.groupby("composer", sort=False)
     ]
     return markdown([head, *scores], body)
+
+
+def by_kind(rows: pd.DataFrame, scores: Sequence[str], **options: Any) -> str:
+    """`score_table` for every kind of case, under its name; for a single kind only the table."""
+    tables = {kind: score_table(own, scores, **options) for kind, own in rows.groupby("group", sort=False)}
+    return "\n\n".join(f"{kind}:\n\n{text}" if len(tables) > 1 else text for kind, text in tables.items())

@@ -31,7 +31,7 @@ from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.sampling_composers import StepCounter
-from mole_diffusers.evaluation.tables import as_frame, by_kind, differences, score_table
+from mole_diffusers.evaluation.tables import as_frame, by_kind
 from mole_diffusers.patching.gated_experts import ADAPTER
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.studio.prompt_syntax import parse
@@ -174,8 +174,8 @@ def main() -> None:
     metrics = Margins(world.judge(), found)
     table = as_frame(measured(setup, [arm(name) for name in ways], found, metrics, seeds=seeds, rows=rows))
     columns = ("success", *MARGINS)
-    print(by_kind(table, lambda own: score_table(own, columns, head="way", digits=2)))
-    print(by_kind(differences(table, "bound", columns), lambda own: score_table(own, columns, head="way, less bound")))
+    print(by_kind(table, columns, head="way", digits=2))
+    print(by_kind(table, columns, head="way", against="bound"))
     if args.pack:
         request = ["split", "kind", "concepts", "arm", "seed"]
         pack("styles", table.assign(split=args.split).round(dict.fromkeys(MARGINS, 2)), request, measured=columns)
