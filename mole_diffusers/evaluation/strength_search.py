@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -24,14 +25,13 @@ def search_arms(setup: Setup, values: Sequence[float] = VALUES) -> list[Arm]:
     Cases without a style are drawn once per subject strength.
     """
 
+    def has_style(case: Case) -> bool:
+        return bool(setup.styles & set(case.experts))
+
     arms = []
     for subject, style in product(values, values):
-
-        def covers(case: Case, always: bool = style == values[0]) -> bool:
-            return always or bool(setup.styles & set(case.experts))
-
-        name = f"sum ({subject:g}, {style:g})"
-        arms.append(weighted(name, by_role(subject, style), covers=covers, subject=subject, style=style))
+        arm = weighted(f"sum ({subject:g}, {style:g})", by_role(subject, style), subject=subject, style=style)
+        arms.append(arm if style == values[0] else replace(arm, covers=has_style))
     return arms
 
 
