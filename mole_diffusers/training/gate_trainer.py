@@ -78,7 +78,8 @@ def train_gates(
     context = TrainingContext(pipe, mixture, data, clip, config, progress=progress)
     trainer = GateTrainer(context, folder=Path(folder) if folder else None, success=success)
     with only_run(trainer.engine.writes_to):
-        trainer.begin(resume_from)
+        if not trainer.engine.resume(resume_from):
+            initialize(trainer.context, config.initial)
         with trainer.only_gates_learn():
             trainer.prepare()
             trainer.fit(report)
@@ -121,11 +122,6 @@ class GateTrainer:
         for name, term in config.parsed.items():
             check_batch(term.batch or config.batch, self.accelerator, config.accumulation, f"the {name} term's batch")
         self.loss_fns: dict[str, LossFn] = {}
-
-    def begin(self, resume_from: str | None) -> None:
-        """Restore a checkpoint, or give the gates of a new run their first weights."""
-        if not self.engine.resume(resume_from):
-            initialize(self.context, self.config.initial)
 
     @contextmanager
     def only_gates_learn(self) -> Iterator[None]:
