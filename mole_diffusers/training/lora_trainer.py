@@ -37,6 +37,7 @@ def train_lora(
     folder: str | Path | None = None,
     resume_from: str | None = None,
     report: Report | None = None,
+    progress: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Train a LoRA for one concept. Afterwards the pipeline is as it was.
 
@@ -48,6 +49,7 @@ def train_lora(
         folder: checkpoints and `log.jsonl` are written here.
         resume_from: "latest" or "checkpoint-N" resumes there; "latest" without a checkpoint starts a new run, as does None.
         report: called with every update's row, after its checkpoint; an exception in it ends the run.
+        progress: show a progress bar.
 
     Returns:
         Diffusers' keys -> fp32 tensors, such as "unet.<layer>.lora_A.weight"; `save_lora` writes them.
@@ -63,7 +65,7 @@ def train_lora(
             save_activation_memory(pipe.unet, undo)
         with only_run(trainer.engine.writes_to):
             trainer.engine.resume(resume_from)
-            trainer.engine.fit(trainer.update, name=name, report=report)
+            trainer.engine.fit(trainer.update, name=name, report=report, progress=progress)
             return trainer.lora.tensors()
 
 
@@ -139,6 +141,7 @@ def class_samples(
     seed: int = 0,
     batch: int = 4,
     folder: Path | None = None,
+    progress: bool = True,
 ) -> Samples:
     """Pictures of a concept's class, drawn by the base, for DreamBooth's prior preservation (Ruiz et al., 2023).
 
@@ -148,6 +151,7 @@ def class_samples(
         steps, guidance: of the sampler.
         batch: pictures at a time.
         folder: where they are saved, and found again when a run on the same base resumes.
+        progress: show a progress bar.
 
     Raises ValueError for a count, or steps, below 1, and for a file of saved pictures that is damaged.
     """
@@ -163,7 +167,7 @@ def class_samples(
     noise = torch.randn(count, *shape, generator=generator)  # [count, C, H, W]
     drawn = [
         sample_ddim(pipe, rows.to(pipe.device), [prompt] * len(rows), steps=steps, guidance=guidance).cpu()
-        for rows in tqdm(noise.split(batch), desc="class pictures")
+        for rows in tqdm(noise.split(batch), desc="class pictures", disable=not progress)
     ]
     samples = Samples(torch.cat(drawn), [prompt] * count, asked)
     if file is not None:
