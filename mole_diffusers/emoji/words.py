@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "BACKGROUNDS", "BASE_STYLES", "BASE_SUBJECTS", "HELD_OUT_STYLES", "HELD_OUT_SUBJECTS", "OTHER_STYLES", "OTHER_SUBJECTS",
+    "STYLES", "SUBJECTS", "TEST_STYLES", "TEST_SUBJECTS", "VALIDATION_STYLES", "VALIDATION_SUBJECTS",
+]  # fmt: skip
 BACKGROUNDS = {  # word -> RGB
     "white": (255, 255, 255),
     "blue": (150, 190, 250),
