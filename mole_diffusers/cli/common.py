@@ -173,7 +173,7 @@ def first_recipe(studio: Studio, **changes: Any) -> Recipe:
 
     own = {"guidance": usual_guidance(studio.pipe, studio.base), "base": studio.base}
     given = {name: value for name, value in changes.items() if value is not None}
-    return Recipe(**{"gates": "auto", **own, **given})
+    return Recipe(**{"prompt": "", "gates": "auto", **own, **given})
 
 
 def completed(studio: Studio, asked: Recipe, image: Image.Image | None = None) -> Recipe:

@@ -9,8 +9,8 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     """A drop-in class, which `from mole_diffusers.pipelines import ...` finds, too."""
+    if not name.startswith("MoLE"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mole_diffusers.pipelines import classes
 
-    if name.startswith("MoLE"):
-        return getattr(classes, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(classes, name)
