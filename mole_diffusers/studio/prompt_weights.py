@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import partial
 from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -25,14 +27,14 @@ BACK = 20  # most tokens that move to the next chunk, to cut after a comma or be
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 STATES = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # as encoded
 
-
+_copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> its copy, see `_copy_of`
 # Weighted states [1, T, C] of the last layer of a text encoder, and of the one before it if pipelines read that, too
 Weighted = tuple[torch.Tensor, ...]
 
 
 def chunks_of(pipe: Any, prompt: str) -> list[Chunk]:
     """The chunks of a prompt. Each is short enough for the main text encoder, see `_main_tokenizer`."""
-    tokenizer = _main_tokenizer(pipe)
+    tokenizer = _copy_of(_main_tokenizer(pipe))
     limit = _limit(pipe, tokenizer)
     return [part for chunk in parse_weights(prompt) for part in _short(chunk, tokenizer, limit)]
 
@@ -64,7 +66,7 @@ def cut_off(pipe: Any, prompt: str, prompt_2: str = "") -> list[str]:
         is_second = name == "tokenizer_2" and "prompt_2" in prompts_read(pipe)
         chunks = chunks_of(pipe, prompt_2 or prompt if is_second else prompt)
         limit = _limit(pipe, tokenizer)
-        parts = [(chunk.text, chunk.spans(tokenizer)) for chunk in chunks]
+        parts = [(chunk.text, chunk.spans(_copy_of(tokenizer))) for chunk in chunks]
         if cut := " ".join(text[spans[limit][0] :] for text, spans in parts if len(spans) > limit):
             sentences.append(f"the {name} reads {limit * len(chunks)} tokens of the prompt, not {cut!r}")
     return sentences
@@ -251,6 +253,14 @@ def _main_tokenizer(pipe: Any) -> Any:
     if "negative_prompt" not in inspect.signature(pipe.encode_prompt).parameters:
         return pipe.tokenizer_2
     return getattr(pipe, "tokenizer", None) or pipe.tokenizer_2
+
+
+def _copy_of(tokenizer: Any) -> Any:
+    """A copy to look at prompts with, while another thread may draw: a call turns padding on or off for all callers."""
+    copy = _copies.get(tokenizer)
+    if copy is None or len(copy) != len(tokenizer):  # textual inversions add tokens
+        _copies[tokenizer] = copy = deepcopy(tokenizer)
+    return copy
 
 
 def _limit(pipe: Any, tokenizer: Any) -> int:

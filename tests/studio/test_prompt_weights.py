@@ -31,6 +31,17 @@ def picture(pipe, options, prompt, negative="", **more):
     return pipe(**(call | options | arguments | more)).images
 
 
+def test_looking_at_a_prompt_leaves_the_tokenizer_to_who_draws(pipe):
+    """A call without padding turns it off for all threads, between another's wish for it and its words."""
+    pipe.tokenizer("a fox", padding="max_length")
+    before = pipe.tokenizer.backend_tokenizer.padding
+    assert before is not None
+    assert len(chunks_of(pipe, "a red fox, an ink hat")) == 2
+    assert pipe.tokenizer.backend_tokenizer.padding == before
+    pipe.tokenizer.add_tokens("fox")  # as a textual inversion does
+    assert len(chunks_of(pipe, "a red fox, an ink hat")) == 1
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_weights_of_one_change_nothing_and_others_do(host):
     """States that the pipeline would make itself, and the same through the weighing."""
