@@ -26,6 +26,7 @@ WAIT = 600  # seconds
 
 def main(folder: Path) -> None:
     """Start the app, visit its tabs, and write app_*.png."""
+    folder.mkdir(parents=True, exist_ok=True)
     pipe = emoji_world().pipe
     pipe.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as work:
