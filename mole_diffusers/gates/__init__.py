@@ -2,7 +2,7 @@
 
 from mole_diffusers.gates.bank import GateBank, build_gate
 from mole_diffusers.gates.config import FAMILIES, GateConfig
-from mole_diffusers.gates.constant import ConstantGate, StaticGate
+from mole_diffusers.gates.constant import ConstantGate, FactorGate, StaticGate
 from mole_diffusers.gates.contract import Context, Gate, Layer
 from mole_diffusers.gates.flow import FlowGate
 from mole_diffusers.gates.mole import MoLEGate
@@ -14,6 +14,7 @@ __all__ = [
     "FAMILIES",
     "ConstantGate",
     "Context",
+    "FactorGate",
     "FlowGate",
     "Gate",
     "GateBank",

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from mole_diffusers.training.config import GateTraining, LoraTraining, Validation
     from mole_diffusers.training.data import Samples, TrainingData, encode, read_folder
     from mole_diffusers.training.gate_trainer import train_gates
-    from mole_diffusers.training.lora_adapter import save_lora
+    from mole_diffusers.training.lora_adapter import save_kohya, save_lora
     from mole_diffusers.training.lora_trainer import class_samples, train_lora
 
 _FILES = ("config", "data", "clip", "lora_adapter", "gate_trainer", "lora_trainer")  # those with the fewest imports first
@@ -23,6 +23,7 @@ __all__ = [
     "encode",
     "read_clip",
     "read_folder",
+    "save_kohya",
     "save_lora",
     "train_gates",
     "train_lora",

@@ -36,6 +36,7 @@ def test_every_public_name_and_submodule_is_there():
     assert {name: getattr(mole, name).__name__ for name in mole.__all__} == {name: name for name in mole.__all__}
     assert set(mole.__all__) <= set(dir(mole))
     assert mole.pipelines.MoLEStableDiffusionPipeline is mole.MoLEStableDiffusionPipeline
+    assert [getattr(mole.pipelines, name).__name__ for name in ("DropIn", "keep", "attach_kept")]
     assert mole.functional.gate_weights
     assert mole.emoji.words.BASE_STYLES
     with pytest.raises(AttributeError, match="module 'mole_diffusers' has no attribute 'compose'"):
