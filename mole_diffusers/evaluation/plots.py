@@ -84,7 +84,8 @@ def curves(
 ) -> Any:
     """Means of a value with 95 % intervals against the column `at`, one line per `line`, one panel per `panel`.
 
-    Numbers are placed by value; names are side by side, in the order of the panel's rows.
+    Numbers are placed by value; names are side by side, in the order of the panel's rows, and at each name the lines are a
+    little apart, so that intervals do not cover one another.
     """
     figure, panels = _panels(rows, panel)
     colours = _colours(rows[line])
@@ -92,8 +93,10 @@ def curves(
         ticks = list(dict.fromkeys(own[at]))
         named = isinstance(ticks[0], str)
         places = {tick: i if named else tick for i, tick in enumerate(ticks if named else sorted(ticks))}
-        for name, cells in own.groupby(line, sort=False):
-            found = sorted((places[tick], *estimate(cell, value)) for tick, cell in cells.groupby(at))
+        lines = list(own.groupby(line, sort=False))
+        for i, (name, cells) in enumerate(lines):
+            aside = 0.1 * (i - (len(lines) - 1) / 2) if named else 0.0
+            found = sorted((places[tick] + aside, *estimate(cell, value)) for tick, cell in cells.groupby(at))
             x, means, lows, highs = zip(*found, strict=True)
             axes.plot(x, means, "o-", color=colours[name], label=name, markersize=4, clip_on=False)
             axes.vlines(x, lows, highs, color=colours[name], linewidth=1)

@@ -100,7 +100,10 @@ def test_curves_stand_at_numbers_or_at_names_in_their_order_with_their_intervals
         "sum": [[1.0, 0.75], [1.5, 0.75]], "bound": [[1.0, 1.0], [1.5, 1.0]],
     }  # fmt: skip
     assert [tick.get_text() for tick in words.get_xticklabels()] == ["own", "other"]
-    assert words.get_lines()[0].get_xydata().tolist() == [[0, 0.75], [1, 0.75]]
+    assert [line.get_xydata().tolist() for line in words.get_lines()] == [  # side by side at each name
+        [[-0.05, 0.75], [0.95, 0.75]],
+        [[0.05, 1.0], [1.05, 1.0]],
+    ]
     own = as_frame(rows).query("axis == 'size' and setting == 1.0 and arm == 'sum'")
     _, low, high = estimate(own, "success")
     assert size.collections[0].get_segments()[0].tolist() == [[1.0, low], [1.0, high]]
