@@ -138,8 +138,7 @@ def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image
     """Raises ValueError if these are not the recipe's pictures, or if they are missing."""
     digests = _hashes(image, mask)
     for name, given, wanted in (("image", image, recipe.image), ("mask", mask, recipe.mask)):
-        of_file = "" if given is None else pixels_hash(given)  # as earlier releases of the command wrote
-        if wanted not in (digests[name], of_file):
+        if wanted != digests[name]:
             other = "was made with another picture" if wanted else "was made without a picture"
             missing = "needs the picture that it was made with" if given is None else other
             raise ValueError(f"the recipe {missing} as its {name}")

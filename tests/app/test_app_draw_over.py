@@ -18,7 +18,7 @@ from mole_diffusers.app.jobs import ignore
 from mole_diffusers.binding.as_text import read_mask
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
-from mole_diffusers.studio.picture_passes import pixels_hash, with_pictures
+from mole_diffusers.studio.picture_passes import with_pictures
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
@@ -144,8 +144,6 @@ def test_a_picture_is_the_same_one_however_its_file_has_its_pixels(actions, clie
         picture.save(tmp_path / f"{name}.png")
     sent = {name: handle_file(tmp_path / f"{name}.png") for name in files}
     assert np.array_equal(pixels(client.predict(whole.recipe.to_dict(), **sent, api_name="/redraw")), pixels(whole.path))
-    before = dataclasses.replace(whole.recipe, image=pixels_hash(clear))  # as `mole draw --image` wrote it
-    assert np.array_equal(actions.studio.draw(before, **files), pixels(whole.path))
 
 
 def test_a_picture_is_drawn_over_and_its_recipe_says_so(actions):
