@@ -73,6 +73,6 @@ def launched(blocks, folder, **options):
 
     try:
         _, url, _ = launch(blocks, prevent_thread_lock=True, quiet=True, **options)
-        yield Client(url.replace("0.0.0.0", "127.0.0.1"), verbose=False, download_files=str(folder))
+        yield Client(url.replace("0.0.0.0", "127.0.0.1"), verbose=False, download_files=str(folder), ssl_verify=False)
     finally:
         blocks.close()
