@@ -26,16 +26,16 @@ def test_of_the_gallery_only_the_pictures_are_shown(loras, tmp_path, monkeypatch
     (gallery / "round.png").symlink_to(gallery / "round.png")
     hidden += ["link.png", "link/../secret.txt", "round.png", "x" * 999, ""]
     monkeypatch.chdir(gallery)
-    with launched(built(loras, tmp_path / "gates"), tmp_path, gallery=gallery) as client:
+    with launched(built(loras, tmp_path / "gates"), tmp_path, gallery=gallery) as client, httpx.Client() as web:
         address = client.src.rstrip("/") + "/gradio_api/file"
         for name in ("a.png", "é 1.png"):
-            assert httpx.get(f"{address}={quote(str(gallery / name))}").status_code == 200, name
+            assert web.get(f"{address}={quote(str(gallery / name))}").status_code == 200, name
         for name in hidden:
             for file in (f"={gallery}/{name}", f"={gallery}/{quote(name, safe='').replace('.', '%2e')}", f"/{name}"):
-                assert httpx.get(address + file).status_code == 403, file
-        assert httpx.get(f"{address}/a.png").status_code == 200
-        uploaded = httpx.post(f"{client.src}gradio_api/upload", files={"files": b"words"}).json()
-        assert httpx.get(f"{address}={uploaded[0]}").text == "words"
+                assert web.get(address + file).status_code == 403, file
+        assert web.get(f"{address}/a.png").status_code == 200
+        uploaded = web.post(f"{client.src}gradio_api/upload", files={"files": b"words"}).json()
+        assert web.get(f"{address}={uploaded[0]}").text == "words"
 
 
 def test_the_apps_own_files_may_be_below_the_gallery(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from app_client import PROMPT, built, kept_fields, plain, value_of
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiers import thorough
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import Job, ignore
@@ -199,7 +200,7 @@ def test_an_emptied_seed_is_a_random_one(functions):
     assert len(seeds) == 2
 
 
-@pytest.mark.parametrize("kind", ["compare", "look"])
+@pytest.mark.parametrize("kind", ["compare", *thorough("look")])
 def test_what_has_a_random_seed_is_seen_at_the_seed_of_the_last_picture(loras, tmp_path, kind):
     """The picture was made with a seed that the page does not show."""
     blocks = built(loras, tmp_path, seed=-1)
@@ -343,32 +344,29 @@ def test_a_dropped_recipe_is_drawn_over_its_own_picture_or_none(functions, tmp_p
     assert panel["open"] if image else is_left(panel)
 
 
-@pytest.mark.parametrize(
-    ("shows", "axes", "tab"),
-    [
-        ({"x": "steps=1,2", "y": "seed=4"}, ["steps=1,2", "seed=4"], "Keep"),
-        ({"columns": ["base", "sum"]}, None, "Compose"),
-        ({"x": ["no text"], "y": 5}, None, "Compose"),
-    ],
-)
-def test_a_grid_that_is_used_again_fills_its_axes_too(loras, shows, axes, tab):
+def test_a_grid_that_is_used_again_fills_its_axes_too(loras):
     """Both by the gallery's button and by dropping the file."""
     from mole_diffusers.app.build import build
 
     actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"))
     functions = named(build(actions, Recipe("a fox", steps=2)))
     recipe = Recipe("a hat <lora:hat:1>", steps=2, width=32, height=32, base="tiny")
-    path = actions.gallery.add(Image.new("RGB", (8, 8)), recipe, shows)
-    for name, given, after in (("reuse", path.name, 2), ("load", str(path), 1)):
-        fill, event = functions[name]
-        values, fields = fill(given), [getattr(each, "elem_id", None) for each in event.outputs]
-        assert len(values) == len(fields)
-        assert values[0] == recipe.prompt
-        at = fields.index("axis-x")
-        assert fields[at : at + 2] == ["axis-x", "axis-y"]
-        assert at + 2 + after == len(fields)
-        assert list(values[at : at + 2]) == axes if axes else all(map(is_left, values[at : at + 2]))
-        if name == "reuse":
-            assert values[-2]["selected"] == tab
-        else:
-            assert values[-1].endswith(f"now press {'Compose' if axes is None else 'Make the grid'}")
+    for shows, axes, tab in (
+        ({"x": "steps=1,2", "y": "seed=4"}, ["steps=1,2", "seed=4"], "Keep"),
+        ({"columns": ["base", "sum"]}, None, "Compose"),
+        ({"x": ["no text"], "y": 5}, None, "Compose"),
+    ):
+        path = actions.gallery.add(Image.new("RGB", (8, 8)), recipe, shows)
+        for name, given, after in (("reuse", path.name, 2), ("load", str(path), 1)):
+            fill, event = functions[name]
+            values, fields = fill(given), [getattr(each, "elem_id", None) for each in event.outputs]
+            assert len(values) == len(fields)
+            assert values[0] == recipe.prompt
+            at = fields.index("axis-x")
+            assert fields[at : at + 2] == ["axis-x", "axis-y"]
+            assert at + 2 + after == len(fields)
+            assert list(values[at : at + 2]) == axes if axes else all(map(is_left, values[at : at + 2]))
+            if name == "reuse":
+                assert values[-2]["selected"] == tab
+            else:
+                assert values[-1].endswith(f"now press {'Compose' if axes is None else 'Make the grid'}")

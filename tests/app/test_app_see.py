@@ -59,6 +59,7 @@ def test_a_block_that_is_set_by_hand_is_followed(actions):
     assert sum(row == [0.5, 1.0] for row in report.weights.values()) == len(report.weights) - 1
 
 
+@pytest.mark.parametrize("actions", ["sd15", *thorough("flux", "sd3")], indirect=True)
 def test_weights_by_hand_are_said_and_those_of_other_gates_left_out(actions):
     site, other = next(iter(actions.look(RECIPE)(ignore).labels.values())), "unet.gone"
     row, (plain,) = {"fox": 2.0, "ink": 0.0}, actions.compose(RECIPE, 1)(ignore).pictures
