@@ -52,10 +52,10 @@ def now(mixture):
 
 
 def test_every_word_and_the_whole_picture_are_no_binding(attach, pipe, draw):
-    attach(None)
+    mixture = attach(None)
     unbound = draw(pipe, PROMPT)
     for bound in ("everywhere", (None, (0.0, 0.0, 1.0, 1.0)), (None, Image.new("L", (8, 8), 255))):
-        attach(dict.fromkeys(("fox", "ink", "hat"), bound))
+        mixture.bind(dict.fromkeys(("fox", "ink", "hat"), bound))
         assert torch.equal(draw(pipe, PROMPT), unbound)
 
 
@@ -68,9 +68,9 @@ def test_files_without_trigger_words_are_not_bound(attach, pipe, draw):
 def test_weights_by_hand_hold_on_every_token(attach, pipe, draw):
     """`fixed` is how one expert alone and the plain sum are drawn beside a mixture."""
     weights = {"fox": 1.0, "ink": 0.5, "hat": 0.0}
-    with attach(None).fixed(weights):
-        unbound = draw(pipe, PROMPT)
     mixture = attach(HALVES)
+    with mixture.bound(None), mixture.fixed(weights):
+        unbound = draw(pipe, PROMPT)
     with mixture.fixed(weights):
         assert torch.equal(draw(pipe, PROMPT), unbound)
     assert not torch.equal(draw(pipe, PROMPT), unbound)
@@ -157,7 +157,7 @@ def test_prompts_of_a_batch_silence_experts_row_by_row(attach, pipe, draw):
     torch.testing.assert_close(together[2:], base, atol=2e-5, rtol=0)  # the base, though others of the batch have experts
 
 
-@pytest.mark.parametrize("guidance", [3.0, 1.0])
+@pytest.mark.parametrize("guidance", [3.0, *thorough(1.0)])
 @pytest.mark.parametrize("prompts", [("a fox", "a house"), ("a house", "a fox")])
 def test_a_second_pipeline_draws_each_picture_of_a_batch_as_alone(attach, pipe, prompts, guidance):
     """Nobody says whether it guides, whichever of the prompts has words."""
