@@ -1,5 +1,7 @@
 """What every gate family keeps, on a tiny real Stable Diffusion whose experts differ in rank and layers."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiers import thorough
@@ -43,6 +45,7 @@ sharing = families("flow", among=SHARE)
 
 @each
 def test_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, awake, family):
+    draw = partial(draw, num_inference_steps=1)
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)
     mixture = mole.attach(pipe, loras, SUM[family])
@@ -72,6 +75,7 @@ def test_two_identical_experts_equal_one(pipe, loras, draw, awake, family):
 
 @some
 def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awake, family):
+    draw = partial(draw, num_inference_steps=1)
     mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
     gated = draw(pipe)
     with mixture.only("fox", "ink"):

@@ -77,8 +77,7 @@ def tier(config):
         GateConfig("mole", "model"),
         GateConfig("mole", "block", "sigmoid", "experts", "flattened"),
         GateConfig("mole", "layer", "linear"),
-        GateConfig("mole", "matrix", inputs="experts"),
-        GateConfig("static", "block", "N", bins=2),
+        GateConfig("static", "matrix", "N", bins=2),
     ]
     fast = config in chosen
     name = "-".join(map(str, config.to_dict().values()))
@@ -97,11 +96,15 @@ def test_every_gate_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, 
 
 @pytest.mark.parametrize(
     ("granularity", "places"),  # in the text encoder's 2 layers, the UNet's 4 blocks, and the UNet outside them
-    [("model", 1 + 1), ("block", 2 + 4 + 1), ("layer", 2 * 2 + 4 * 3 + 1), ("matrix", 2 * 6 + 4 * 10 + 7)],
+    [
+        *thorough(("model", 1 + 1), ("layer", 2 * 2 + 4 * 3 + 1)),
+        ("block", 2 + 4 + 1),
+        ("matrix", 2 * 6 + 4 * 10 + 7),
+    ],
 )
 def test_places_by_granularity(pipe, loras, draw, granularity, places):
     with mole.attach(pipe, loras, GateConfig("mole", granularity)).trace() as trace:
-        draw(pipe)
+        draw(pipe, num_inference_steps=1)
     assert len([p for p in trace.places if "(" not in p]) == places
 
 

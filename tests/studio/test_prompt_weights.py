@@ -121,7 +121,7 @@ def test_weights_where_the_encoder_is_offloaded(pipe, offloading):
     assert torch.equal(call_arguments(pipe, "ink (fox:1.5) [hat]")["prompt_embeds"], plain)
 
 
-@pytest.mark.parametrize("host", ["sd15", "sdxl"])
+@pytest.mark.parametrize("host", ["sd15", *thorough("sdxl")])
 @pytest.mark.parametrize(
     ("prompt", "parts"),
     [
