@@ -31,7 +31,7 @@ SECONDS = 2.0  # of the processor, for one file
 ROOM = 1 << 30  # bytes of address space beyond what the process has
 SENTENCE = MAX_MESSAGE + 4
 FAMILIES = ("static", "mole", "flow", "prompt", "retrieval", "rank", "factors")
-CASES = {"loras": (20, 12_000), "gates": (24, 3_000), "kept": (16, 2_000), "index": (70, 2_500), "folder": (20, 1_000)}
+CASES = {"loras": (10, 12_000), "gates": (14, 3_000), "kept": (8, 2_000), "index": (30, 2_500), "folder": (10, 1_000)}
 
 
 @pytest.fixture(scope="module")
