@@ -24,7 +24,7 @@ def pytest_collection_finish():
     """Collect rarely, and never look through what the imports made: that took a sixth of the time."""
     gc.freeze()
     gc.enable()
-    gc.set_threshold(10_000)
+    gc.set_threshold(30_000, 10, 100)
 
 
 # A convolution of each kind, also in blocks that have no attention. Attaching takes 2 ms per layer.
