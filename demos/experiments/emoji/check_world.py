@@ -31,7 +31,7 @@ from mole_diffusers.evaluation.emoji_protocol import scene_of
 from mole_diffusers.training.lora_adapter import save_lora
 
 GATE = WORK / "gate.json"
-JOINT = make_loras.Recipe(rank=16)  # with as many updates per concept as a single LoRA
+JOINT = make_loras.Recipe(rank=16, lr=3e-3)  # as many updates per concept as a single LoRA; at its rate, concepts mix
 JOINT_ROWS = {  # kind -> required share
     "subject x style": 0.85,
     "two subjects": 0.95,
