@@ -64,6 +64,7 @@ def test_what_is_drawn_over_is_right_where_its_things_stand(script, monkeypatch)
     assert found[1] != [True, True]
 
 
+@pytest.mark.thorough
 def test_strengths_change_while_a_picture_is_drawn_as_if_they_were_set_after_that_step(script, monkeypatch):
     import numpy as np
 

@@ -365,7 +365,7 @@ def test_concept_training_on_cuda(precision):
 
 
 @pytest.mark.parametrize(
-    ("host", "format"), [("sd15", "diffusers"), *thorough(("sd15", "kohya"), ("sdxl", "diffusers"), ("sdxl", "kohya"))]
+    ("host", "format"), thorough(("sd15", "diffusers"), ("sd15", "kohya"), ("sdxl", "diffusers"), ("sdxl", "kohya"))
 )
 def test_concept_training_gives_an_ordinary_lora(host, draw, tmp_path, format):
     pipe, _ = hosts.HOSTS[host]()
