@@ -30,7 +30,7 @@ def begun(client):
     return job
 
 
-@pytest.mark.thorough  # what waits for the job below waits for that, too
+@pytest.mark.thorough  # the export below could not end either, if a job that is cancelled went on
 def test_a_job_stops_once_its_client_asks(client):
     begun(client).cancel()
     assert not is_drawing(client)

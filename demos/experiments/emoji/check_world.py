@@ -9,6 +9,7 @@ but on no picture of them together.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ class World:
     def look(
         self, name: str, scenes: list[Scene], *, concepts: Collection[str] | None = None, batched: bool = True
     ) -> Share:
-        """The share of pictures of these scenes that are right. A sheet of the first 24 is saved.
+        """The share of pictures of these scenes that are right. Prints what the others miss; saves a sheet of the first 24.
 
         Args:
             concepts: the style counts only if it is one of these; None means that it always counts.
@@ -66,12 +67,15 @@ class World:
         first = scenes[:24]
         true = [self.drawings.picture(s) for s in first]
         sheet(first, [pictures[:24], true], columns=8).save(folder / f"{name.replace(' ', '_')}.png")
-        right = 0
+        missed: Counter[str] = Counter()
         for scene, verdict in zip(scenes, (self.judge.verdict([picture]) for picture in pictures), strict=True):
             wants_style = concepts is None or scene.style in concepts
-            there = self.judge.sees(verdict, scene.subjects).all()
-            right += bool(there and (not wants_style or self.judge.is_style(verdict, scene.style)))
-        return Share(right, len(scenes))
+            if not self.judge.sees(verdict, scene.subjects).all():
+                missed["a subject"] += 1
+            elif wants_style and not self.judge.is_style(verdict, scene.style):
+                missed[f"{scene.style}, taken for {self.judge.styles[int(verdict.style.argmax())]}"] += 1
+        print(f"{name} misses {dict(missed.most_common())}", flush=True)
+        return Share(len(scenes) - missed.total(), len(scenes))
 
 
 def keep(row: str, share: Share, wanted: float) -> None:
