@@ -16,7 +16,7 @@ from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")
 from mole_diffusers.app import draw_over
-from mole_diffusers.app.jobs import Jobs, ignore
+from mole_diffusers.app.jobs import Jobs, StoppedError, ignore
 from mole_diffusers.app.paint import COLOUR, OPACITY
 
 RECIPE = Recipe(PROMPT, seed=3, steps=2, width=32, height=32, gates="sum", base="tiny")
@@ -67,10 +67,16 @@ class App:
 
 
 def killed(app, *presses):
-    """Press buttons while the app's pipeline is busy for ever, as if it was ended there."""
+    """Press buttons while the app's pipeline is busy until the event that this returns, as if the app was ended there."""
     held = threading.Event()
     draw = app.actions.studio.draw
-    app.actions.studio.draw = lambda *_, **__: held.wait(60) and draw(*_, **__)
+
+    def wait_and_draw(*args, **options):
+        if not held.wait(60):
+            raise StoppedError
+        return draw(*args, **options)
+
+    app.actions.studio.draw = wait_and_draw
     for press in presses:
         next(press())
     return held
