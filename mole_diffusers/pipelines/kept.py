@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from PIL import Image
 from mole_diffusers.binding.config import Bound, from_json, to_json
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
+from mole_diffusers.lora.strengths import finite
 from mole_diffusers.lora.whole_files import new_folder, whole_folder
 from mole_diffusers.lora.writing import save_expert
 from mole_diffusers.merging.layers import weights_by_key
@@ -121,7 +121,8 @@ def _kept_experts(folder: Path, unet: Any) -> list[_Kept]:
     rows = about.get("experts")
     for row in rows if isinstance(rows, list) and rows else [{}]:
         try:
-            name, file, strength, active = str(row["name"]), row["file"], float(row["strength"]), row.get("active", True)
+            name, file, active = str(row["name"]), row["file"], row.get("active", True)
+            strength = finite(name, row["strength"])
             binding = from_json(row["binding"], name) if "binding" in row else None
             weights = AdapterWeights([name], {name: row["weights"]}, unet).weights[name] if "weights" in row else {}
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -134,9 +135,7 @@ def _kept_experts(folder: Path, unet: Any) -> list[_Kept]:
             raise RefusedFileError(f"{folder / INDEX}: its masks have more than {MAX_MASKS} pixels")
         source = folder / EXPERTS / file
         is_twice = any(name == other.name or source == other.source for other in kept)
-        if is_twice or not math.isfinite(strength) or not source.is_file():
-            raise RefusedFileError(
-                f"{folder / INDEX}: expert {name!r} must come once, with a finite strength and its own file in {EXPERTS}/"
-            )
+        if is_twice or not source.is_file():
+            raise RefusedFileError(f"{folder / INDEX}: expert {name!r} must come once, with its own file in {EXPERTS}/")
         kept.append(_Kept(name, source, strength, bool(active), binding, weights))
     return kept
