@@ -5,6 +5,7 @@ object.
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import sys
 import threading
@@ -132,7 +133,21 @@ def _code(kind: type) -> Any:
 
 def _frames_of_others() -> Iterator[Any]:
     """The frames of the other threads. Their `f_locals` must not be read, which is not safe while they run."""
-    for thread, frame in sys._current_frames().items():
+    for thread, frame in _current_frames().items():
         while frame is not None and thread != threading.get_ident():
             yield frame
             frame = frame.f_back  # type: ignore[assignment]
+
+
+def _current_frames() -> dict[int, Any]:
+    """`sys._current_frames()`, in which no garbage may be collected: in Python 3.11 that can stop the process for ever, see
+    github.com/python/cpython/issues/106883.
+    """
+    with _patching:  # so that no two threads of ours turn collecting off and on
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames()
+        finally:
+            if collects:
+                gc.enable()
