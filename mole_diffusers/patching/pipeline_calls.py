@@ -145,8 +145,8 @@ def _current_frames() -> dict[int, Any]:
     """
     with _patching:  # so that no two threads of ours turn collecting off and on
         collects = gc.isenabled()
-        gc.disable()
         try:
+            gc.disable()
             return sys._current_frames()
         finally:
             if collects:
