@@ -111,12 +111,6 @@ def test_what_a_document_shows_is_there(name):
             image.verify()
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
-def test_the_tests_that_a_document_names_are_there(path):
-    for file, name in set(re.findall(r"(tests/[\w/]+\.py)::(\w+)", path.read_text())):
-        assert f"\ndef {name}(" in (DOCS.parent / file).read_text(), f"{file}::{name}"
-
-
 @pytest.mark.parametrize("path", [*sorted(DOCS.glob("*.md")), DOCS.parent / "README.md"], ids=lambda path: path.name)
 def test_what_a_document_imports_or_names_by_its_module_is_there(path):
     for name in set(re.findall(r"\bmole_diffusers(?:\.\w+)+", path.read_text())):

@@ -53,9 +53,7 @@ def test_the_citation_is_of_this_version():
 def test_the_changelog_knows_this_version_and_its_date():
     text = (ROOT / "CHANGELOG.md").read_text()
     released = yaml.safe_load((ROOT / "CITATION.cff").read_text())["date-released"]
-    assert f"## {mole.__version__}, {released}" in text
-    newest = text.split("\n## ")[1]
-    assert re.findall(r"^### (\w+)", newest, re.MULTILINE) == ["Added", "Changed", "Fixed", "Removed"]
+    assert text.split("\n## ")[1].startswith(f"{mole.__version__}, {released}\n")
 
 
 @pytest.mark.parametrize("path", [*PROJECT["license-files"], "mole_diffusers/py.typed", PROJECT["readme"]])
