@@ -287,14 +287,6 @@ class Endpoints:
         self.actions.gallery.favour(name, on)
         return on
 
-    def trash(self, name: str) -> str:
-        """Move a picture of the gallery to the folder "trash" next to the others. Returns its name there.
-
-        Args:
-            name: the name of its file.
-        """
-        return self.actions.gallery.trash(name).name
-
     async def train(
         self,
         request: gr.Request,

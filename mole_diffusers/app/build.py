@@ -59,11 +59,8 @@ def _base(page: Page) -> None:
         now[page.controls["sampler"]]["value"] = "default"
         return {page.base: page.actions.base} | {size: page.values(fresh)[size] for size in sizes} | now
 
-    def change(owner: str, name: str) -> Job:
-        return page.jobs.submit(owner, "base", page.actions.change_base(name))
-
-    ways = [(page.base.input, change, [page.base])]
-    (changed,) = follow(page, "base", ways, show, [status, page.base, *sizes, *page.lists])
+    outputs = [status, page.base, *sizes, *page.lists]
+    (changed,) = follow(page, "base", [page.base.input], page.actions.change_base, [page.base], show, outputs)
     changed.then(page.redraw, page.cards, [page.cards, page.shown], **ORDERED)
 
 

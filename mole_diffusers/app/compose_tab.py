@@ -13,10 +13,9 @@ from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of
 from mole_diffusers.app.page import ORDERED, Page, Values
-from mole_diffusers.app.page_jobs import Offer, buttons, connect_job
+from mole_diffusers.app.page_jobs import buttons, connect_job
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import clicked, figure, gallery_items, row, status_line
-from mole_diffusers.studio.recipe import Recipe
 
 
 def build(page: Page) -> None:
@@ -28,7 +27,6 @@ def build(page: Page) -> None:
         for name in ("prompt_2", "negative_2"):
             page.controls[name].render()
     compose, status = buttons(page, "compose", "Compose")
-    offer = Offer(page, "compose", "Draw again", _described)
     with gr.Row(elem_classes="phone-column"):
         with gr.Column(scale=5):
             _often_changed(page)
@@ -53,14 +51,9 @@ def build(page: Page) -> None:
         return ({} if new == cards else page.redraw(new)) | {page.rewrites: []}
 
     starts, outputs = [compose.click, prompt.submit], [status, preview, page.pictures]
-    connect_job(page, "compose", starts, page.actions.compose, show, outputs, more=[page.count], offer=offer)
+    connect_job(page, "compose", starts, page.actions.compose, show, outputs, more=[page.count])
     shown = [page.cards, page.shown, page.rewrites, page.problem]
     gr.on([prompt.blur, prompt.submit], changed, [prompt, page.cards], shown, **mixer.LAST)
-
-
-def _described(recipe: Recipe, count: int) -> str:
-    """What to call pictures that were not drawn when the app ended."""
-    return f"“{markdown(recipe.prompt[:80])}”{f', {count} pictures,' if count > 1 else ''}"
 
 
 def _use_picture(page: Page, status: Any) -> None:

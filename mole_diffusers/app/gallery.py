@@ -25,7 +25,7 @@ from mole_diffusers.studio.names import is_text
 from mole_diffusers.studio.prompt_syntax import Parsed, parse
 from mole_diffusers.studio.recipe import Recipe
 
-FAVOURITES, TRASH = "favourites.json", "trash"  # in the folder: a list of file names, and a folder for deleted pictures
+FAVOURITES = "favourites.json"  # in the folder: a list of file names
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,6 @@ class Gallery:
         with self._lock:
             starred = self._favourites() - {name} | ({name} if on else set())
             write_text(self.folder / FAVOURITES, json.dumps(sorted(starred)) + "\n")
-
-    def trash(self, name: str) -> Path:
-        """Move a picture to the folder "trash" next to the others, and return its new path. Nothing in it is deleted."""
-        path = self.entry(name).path
-        (self.folder / TRASH).mkdir(exist_ok=True)
-        return _moved(path, self.folder / TRASH, path.stem)
 
     # ---- the folder
 

@@ -15,7 +15,7 @@ FILE = re.compile(r"/file[=/](.*)", re.DOTALL)  # how Gradio is asked for a file
 
 
 class GalleryPicturesOnly:
-    """An ASGI middleware that answers 403 to files of a gallery's folder that are none of its pictures, such as its trash.
+    """An ASGI middleware that answers 403 to files of a gallery's folder that are none of its pictures.
 
     Args:
         gallery: the folder, see `gallery.Gallery`.

@@ -1,4 +1,4 @@
-"""The Gallery tab: search kept pictures and sheets, use them again, mark favourites, and throw pictures away."""
+"""The Gallery tab: search kept pictures and sheets, use them again, and mark favourites."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ def build(page: Page) -> None:
         use = gr.Button("Use again", variant="primary", elem_id="use")
         over = gr.Button("Draw over this", elem_id="gallery-over")
         star = gr.Button("Favourite", elem_id="star")
-        trash = gr.Button("To the trash", elem_id="trash")
     chosen = gr.State("")  # the file name of the picture that was clicked
     count = gr.State(AT_ONCE)  # how many are shown
     asked = [text, lora, starred]
@@ -72,11 +71,6 @@ def build(page: Page) -> None:
         found = search(*asked, words="marked; " if on else "no longer marked; ")
         return found | {chosen: name if name in [Path(file).name for file, _ in found[pictures]["value"]] else ""}
 
-    @errors_to(status)
-    def throw(name: str, *asked: Any) -> Values:
-        kept.trash(_the_chosen(name))
-        return search(*asked, words="moved to the gallery's trash folder; ")
-
     outputs = [pictures, count, more, chosen, status]
     # Search while typing, not when the field loses focus: clicking a picture does that, and the click would be lost.
     asking = [page.tab.select, starred.input, text.input, lora.input]
@@ -86,7 +80,6 @@ def build(page: Page) -> None:
     use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **ORDERED)
     over.click(draw_over_it, chosen, [page.over, page.over_panel, page.tabs, status])
     star.click(favour, [chosen, *asked, count], outputs)
-    trash.click(throw, [chosen, *asked, count], outputs)
 
 
 def _the_chosen(name: str) -> str:

@@ -1,24 +1,19 @@
 """Jobs: all work on the pipeline, one job after the other, in a thread of their own.
 
-A job belongs to a visitor, not to a page, so a reloaded page finds it again and can stop it at any time. While a job waits
-or runs, it can have a small file on disk. Files left by an earlier run of the app are offered to be started again.
+A job belongs to a visitor, not to a page, so a reloaded page finds it again and can stop it at any time. Jobs end with the
+app.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio.memory import clear_frames
 
 MAX_WAITING, MAX_OWN = 32, 8  # jobs that wait in the queue, of all visitors and of one
@@ -45,7 +40,6 @@ class Job:
         state: "waiting", "running", "done", "stopped" or "failed".
         event: the last report; once the job is done, the result of its work.
         error: why it failed.
-        file: the file from which the job can be started again; it exists until the job is over.
         is_shown: whether a page has shown how the job ended.
     """
 
@@ -53,7 +47,6 @@ class Job:
         self.owner, self.kind, self.state, self.work = owner, kind, "waiting", work
         self.event: Any = None
         self.error: Exception | None = None
-        self.file: Path | None = None
         self.is_asked_to_stop = self.is_shown = False
 
     @property
@@ -63,27 +56,17 @@ class Job:
 
 
 class Jobs:
-    """The queue. Every method may be called from any thread.
+    """The queue. Every method may be called from any thread."""
 
-    Args:
-        folder: the folder of the files from which jobs can be started again.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self._changed = threading.Condition()
         self._jobs: list[Job] = []  # the last KEPT that are over, as they ended; that which runs; those that wait
         self._thread: threading.Thread | None = None
 
-    def submit(self, owner: str, kind: str, work: Work, *, about: Any = None, file: Path | None = None) -> Job:
+    def submit(self, owner: str, kind: str, work: Work) -> Job:
         """Put work in the queue. It is called as `work(report)`, and `report` raises StoppedError if the job must stop.
 
-        Args:
-            about: plain data from which the work can be started again. It is kept in a file until the job is over.
-            file: the file of an interrupted job, if this starts it again.
-
-        Raises ValueError if too many jobs are waiting, of all visitors or of this one, and for an interrupted job that was
-        already started again.
+        Raises ValueError if too many jobs are waiting, of all visitors or of this one.
         """
         job = Job(owner, kind, work)
         with self._changed:
@@ -92,12 +75,6 @@ class Jobs:
                 raise ValueError(f"{MAX_WAITING} jobs are waiting already; try again when some are done")
             if waiting.count(owner) >= MAX_OWN:
                 raise ValueError(f"{MAX_OWN} of your jobs are waiting already; try again when some are done")
-            if file is not None and file in [job.file for job in self._jobs]:
-                raise ValueError("this was started again already")
-            job.file = file
-            if about is not None:
-                job.file = self._folder_of(owner) / f"{time.time_ns()}-{kind}.json"
-                write_text(job.file, json.dumps(about))
             self._jobs.append(job)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True)
@@ -108,12 +85,6 @@ class Jobs:
         """The visitor's newest job of a kind, in any state, or None."""
         with self._changed:
             return next((job for job in reversed(self._jobs) if (job.owner, job.kind) == (owner, kind)), None)
-
-    def left(self, owner: str, kind: str) -> list[Path]:
-        """The visitor's files of a kind that an earlier run of the app left behind, oldest first."""
-        with self._changed:
-            ours = [job.file for job in self._jobs]
-            return [path for path in sorted(self._folder_of(owner).glob(f"[!.]*-{kind}.json")) if path not in ours]
 
     def ahead(self, job: Job) -> int:
         """The number of jobs before one that is waiting."""
@@ -144,9 +115,6 @@ class Jobs:
             yield job
             with self._changed:
                 self._changed.wait_for(lambda: job.is_over, timeout=1.0 if job.state == "waiting" else 0.4)
-
-    def _folder_of(self, owner: str) -> Path:
-        return self.folder / hashlib.sha256(owner.encode()).hexdigest()[:32]  # the browser's text may be no file name
 
     # ---- the thread
 
@@ -181,8 +149,6 @@ class Jobs:
 
     def _end(self, job: Job, state: str) -> None:
         job.state, job.work = state, ignore  # frees what the work held
-        if job.file is not None:
-            job.file.unlink(missing_ok=True)
         ended = [each for each in self._jobs if each.is_over and each is not job]
         self._jobs = [*ended, job][-KEPT:] + [each for each in self._jobs if not each.is_over]
         self._changed.notify_all()

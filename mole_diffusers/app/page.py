@@ -75,7 +75,7 @@ class Page:
 
     def __init__(self, actions: Actions, defaults: Recipe, blocks: gr.Blocks):
         self.actions, self.defaults, self.blocks = actions, defaults, blocks
-        self.jobs = Jobs(actions.home / ".jobs")
+        self.jobs = Jobs()
         self._watched: dict[tuple[str, str], Job] = {}  # (session, kind of job) -> the job that the page shows
         catalog, first = actions.studio.catalog, self._shown(defaults)
         known: dict[str, Callable[[], list[Any]]] = {
@@ -218,8 +218,8 @@ class Page:
         return plain != weighted
 
     def put_over(self, path: Path) -> Values:
-        """Updates that put a picture into the editor for drawing over, and open its panel. Raises ValueError if its file was
-        moved, for example to the trash."""
+        """Updates that put a picture into the editor for drawing over, and open its panel. Raises ValueError if its file is
+        gone."""
         if not path.exists():
             raise ValueError("this picture is not in the gallery any more")
         return {self.over: draw_over.put(path), self.over_panel: gr.update(open=True)}

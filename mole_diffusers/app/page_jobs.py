@@ -1,87 +1,20 @@
-"""Jobs on the page: buttons that start and stop them, and their progress, also after a reload.
-
-Jobs that were interrupted when the app ended are offered again.
-"""
+"""Jobs on the page: buttons that start and stop them, and their progress, also after a reload."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app import draw_over
-from mole_diffusers.app.actions import Over, Progress
+from mole_diffusers.app.actions import Progress
 from mole_diffusers.app.jobs import Job, Jobs, Work
 from mole_diffusers.app.page import Page, Values, session
-from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem, without_folders
+from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem
 from mole_diffusers.app.style import status_line
-from mole_diffusers.binding.as_text import mask_text, read_mask
-from mole_diffusers.lora.safe_files import read_json
-from mole_diffusers.studio.picture_passes import with_pictures
-from mole_diffusers.studio.recipe import Recipe
 
 Show = Callable[[Job], Values]
 Refused = Callable[[Exception], Values] | None
-Way = tuple[Callable[..., Any], Callable[..., Job], Sequence[Any]]  # event, (owner, *values) -> job, the values' components
-
-
-class Offer:
-    """A row that offers a visitor's oldest interrupted job of a kind: start it again, or forget it.
-
-    Args:
-        again: the label of the button that starts it.
-        describe: the job's recipe and the values of `more` in `connect_job` -> what to call it, as Markdown.
-    """
-
-    def __init__(self, page: Page, kind: str, again: str, describe: Callable[..., str]):
-        self.page, self.kind, self._describe = page, kind, describe
-        with gr.Row(visible=False, elem_id=f"{kind}-interrupted", elem_classes="interrupted") as self.row:
-            self.said = status_line()
-            self.start = gr.Button(again, size="sm", min_width=100)
-            forget = gr.Button("Forget it", size="sm", min_width=100)
-        self.offered = gr.Textbox("", visible=False)  # the file's name; another page may have taken the job since
-        self.shown = [self.row, self.said, self.offered]
-
-        def drop(visitor: str, offered: str) -> Any:
-            for path in self._left(visitor, offered):
-                path.unlink(missing_ok=True)
-            return self.show(visitor)
-
-        forget.click(drop, [page.visitor, self.offered], self.shown)
-        page.entered.then(self.show, page.visitor, self.shown, concurrency_limit=None)
-
-    def show(self, visitor: str) -> Values:
-        """Updates of the row for a visitor."""
-        if not (left := self._left(visitor)):
-            return {self.row: gr.update(visible=False), self.said: "", self.offered: ""}
-        more = f" One of {len(left)}." if len(left) > 1 else ""
-        try:
-            recipe, given, _ = _read(left[0])
-            words = f"{self._describe(recipe, *given)} was interrupted when the app ended.{more}"
-        except ValueError as error:
-            words = f"A job was interrupted when the app ended, and {error}.{more}"
-        return {self.row: gr.update(visible=True), self.said: words, self.offered: left[0].name}
-
-    def taken(self, visitor: str, offered: str, editor: Any) -> tuple[Path, list[Any]]:
-        """The file of the offered job, and the arguments of its `plan`, with the picture that is in the editor now.
-
-        Raises ValueError if the job cannot be started again.
-        """
-        if not (left := self._left(visitor, offered)):
-            raise ValueError("this was started again or forgotten already")
-        recipe, given, mask = _read(left[0])
-        self.page.actions.check_base(recipe.base, "change it first")
-        over = draw_over.pictures(editor if recipe.image else None)
-        over.pop("mask", None)  # ignore what is painted now
-        if over and mask:
-            over["mask"] = read_mask(mask)
-        return left[0], [recipe, *given, over]
-
-    def _left(self, visitor: str, offered: str | None = None) -> list[Path]:
-        """The visitor's files of this kind, oldest first; if `offered` is given, only the one with this name."""
-        return [path for path in self.page.jobs.left(visitor or "", self.kind) if offered in (None, path.name)]
 
 
 def connect_job(
@@ -95,46 +28,39 @@ def connect_job(
     more: Sequence[Any] = (),
     draws: bool = True,
     refused: Refused = None,
-    offer: Offer | None = None,
 ) -> None:
     """Let events start a job on the recipe of the page.
 
     Args:
-        start: events, for example `button.click`.
         plan: the recipe, the values of `more`, and the pictures to draw over -> the work. The status line shows a
             ValueError.
-        show, outputs, refused: see `follow`.
+        start, show, outputs, refused: see `follow`.
         more: further components.
         draws: whether the job draws over the page's picture, if it has one.
-        offer: offers interrupted jobs. Without it, they are lost when the app ends.
     """
-    editor = page.over if draws else gr.State()
 
-    def begin(owner: str, *values: Any) -> Job:
+    def work(*values: Any) -> Work:
         recipe, *given, over = page.asked(*values)
-        work = plan(recipe, *given, over)
-        return page.jobs.submit(owner, kind, work, about=_kept(recipe, given, over) if offer else None)
+        return plan(recipe, *given, over)
 
-    ways: list[Way] = [(event, begin, [*page.inputs, *more, editor]) for event in start]
-    if offer is not None:
-
-        def begin_again(owner: str, offered: str, editor: Any) -> Job:
-            path, arguments = offer.taken(owner, offered, editor)
-            return page.jobs.submit(owner, kind, plan(*arguments), file=path)
-
-        hidden = offer.start.click(lambda: gr.update(visible=False), None, offer.row)
-        ways.append((hidden.then, begin_again, [offer.offered, editor]))
-    *_, last = follow(page, kind, ways, show, outputs, refused)
-    if offer is not None:
-        last.then(offer.show, page.visitor, offer.shown)
+    follow(page, kind, start, work, [*page.inputs, *more, page.over if draws else gr.State()], show, outputs, refused)
 
 
 def follow(
-    page: Page, kind: str, ways: Sequence[Way], show: Show, outputs: Sequence[Any], refused: Refused = None
+    page: Page,
+    kind: str,
+    start: Sequence[Callable[..., Any]],
+    plan: Callable[..., Work],
+    inputs: Sequence[Any],
+    show: Show,
+    outputs: Sequence[Any],
+    refused: Refused = None,
 ) -> list[Any]:
     """Let events start jobs, and show their progress on the page, also after a reload. Returns the resulting events.
 
     Args:
+        start: events, for example `button.click`.
+        plan: the values of `inputs` -> the work.
         show: the job as it is now -> values for those of `outputs` that change.
         outputs: the status line, and the other components that are shown.
         refused: an error that stopped an event -> further values. The status line shows the error.
@@ -148,24 +74,21 @@ def follow(
             yield {status: _said(page.jobs, job)} | {c: v for c, v in now.items() if c not in before or before[c] != v}
             before |= now
 
-    def beginning(submit: Callable[..., Job]) -> Callable[..., Iterator[Values]]:
-        def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
-            try:
-                job = submit(visitor or session(request), *values)
-            except USER_ERRORS as error:
-                yield {status: problem(error)} | (refused(error) if refused else {})
-            else:
-                yield from watch(request, job)
-
-        return begin
+    def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
+        try:
+            job = page.jobs.submit(visitor or session(request), kind, plan(*values))
+        except USER_ERRORS as error:
+            yield {status: problem(error)} | (refused(error) if refused else {})
+        else:
+            yield from watch(request, job)
 
     def resume(request: gr.Request, visitor: str) -> Iterator[Any]:
         job = page.jobs.latest(visitor, kind)
         yield from [gr.skip()] if job is None else watch(request, job)
 
     page.entered.then(resume, page.visitor, outputs, concurrency_limit=None)
-    each: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": None}  # every press is a job of its own
-    return [event(beginning(submit), [page.visitor, *inputs], outputs, **each) for event, submit, inputs in ways]
+    every_press: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": None}  # is a job of its own
+    return [event(begin, [page.visitor, *inputs], outputs, **every_press) for event in start]
 
 
 def buttons(page: Page, kind: str, start: str, stop: str = "Cancel") -> tuple[Any, Any]:
@@ -187,22 +110,6 @@ def buttons(page: Page, kind: str, start: str, stop: str = "Cancel") -> tuple[An
 
     stops.click(cancel, page.visitor, status, concurrency_limit=None)
     return starts, status
-
-
-def _kept(recipe: Recipe, given: list[Any], over: Over) -> dict[str, Any]:
-    """Plain data from which a job can be started again. Of the pictures to draw over, it has only the mask."""
-    mask = mask_text(over["mask"]) if "mask" in over else ""
-    return {"recipe": with_pictures(recipe, **over).to_dict(), "more": given, "mask": mask}
-
-
-def _read(path: Path) -> tuple[Recipe, list[Any], str]:
-    """The recipe, the further values and the mask (as text) of a job. Raises ValueError if they cannot be used."""
-    try:
-        kept = read_json(path)
-        return Recipe.from_dict(kept["recipe"]), [*kept["more"]], kept["mask"]
-    except (FileNotFoundError, TypeError, KeyError, ValueError) as error:
-        reason = without_folders(str(error)) if isinstance(error, ValueError) else "it is of another release"
-        raise ValueError(f"what was kept of this job cannot be used: {reason}") from error
 
 
 def _said(jobs: Jobs, job: Job) -> str:

@@ -14,7 +14,7 @@ from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import parse_named
 from mole_diffusers.app.page import Page, Values
-from mole_diffusers.app.page_jobs import Offer, buttons, connect_job
+from mole_diffusers.app.page_jobs import buttons, connect_job
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure, gallery, row, status_line
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
@@ -39,7 +39,6 @@ def build(page: Page) -> None:
             with gr.Row(visible=False, elem_id="again") as asked:
                 more = gr.Button("Continue from these gates", size="sm", elem_id="train-more")
                 over = gr.Button("Overwrite them", size="sm", elem_id="train-over")
-            offer = Offer(page, "train", "Go on", lambda recipe, name, *_: f"The training **{markdown(name)}**")
         with gr.Column():
             loss = figure(label="Loss", elem_id="loss")
             pictures = gallery(label="The prompt's picture before, during and after", columns=4, elem_id="validation")
@@ -65,7 +64,7 @@ def build(page: Page) -> None:
         begins.append(button.click(lambda answer=answer: (hidden, answer), None, [asked, again]).then)  # type: ignore[misc]
     outputs = [status, loss, pictures, page.controls["gates"], page.trained, asked, again]
     inputs = [*page.training.values(), again]
-    connect_job(page, "train", begins, plan, show, outputs, more=inputs, draws=False, refused=refused, offer=offer)
+    connect_job(page, "train", begins, plan, show, outputs, more=inputs, draws=False, refused=refused)
 
 
 def _request(page: Page, values: Sequence[Any]) -> TrainingRequest:

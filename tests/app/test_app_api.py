@@ -47,7 +47,7 @@ def drawn(client, recipe):
 def test_every_endpoint_is_named_and_described(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     names = {"loras", "find", "upload", "compose", "redraw", "compare", "look", "grid", "read", "code", "export", "train"}
-    names |= {"gallery", "favourite", "trash", "bases", "base"}
+    names |= {"gallery", "favourite", "bases", "base"}
     assert set(endpoints) == {f"/{name}" for name in names | {"gates", "download_gates", "upload_gates"}}
     assert all(endpoint["description"] for endpoint in endpoints.values())
 
@@ -95,15 +95,13 @@ def test_binding_is_taken_and_its_values_are_said(client):
         client.predict(PROMPT, binding="x", api_name="/compose")
 
 
-def test_pictures_are_kept_found_marked_and_thrown_away(client):
+def test_pictures_are_kept_found_and_marked(client):
     client.predict("only here <lora:hat:1>", api_name="/compose")
     (file,), (kept,) = client.predict("only HERE", lora="hat", api_name="/gallery")
     assert infotext.read(file).to_dict() == kept["recipe"]
     assert client.predict(kept["name"], api_name="/favourite")
     (_, (starred,)) = client.predict(favourites=True, api_name="/gallery")
     assert starred == {**kept, "favourite": True}
-    assert client.predict(kept["name"], api_name="/trash") == kept["name"]
-    assert client.predict("only here", api_name="/gallery") == [[], []]
 
 
 def test_loras_are_reported_and_found(client):

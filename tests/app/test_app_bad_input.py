@@ -332,7 +332,6 @@ BAD = [
     ("base", (None,), "name of base must be a text, got None"),
     ("gallery", (5,), "text of gallery must be a text"),
     ("favourite", ("../x.png",), "there is no picture '../x.png'"),
-    ("trash", ("favourites.json",), "there is no picture 'favourites.json'"),
     ("code", ({"prompt": "x", "sampler": "Best"},), "unknown sampler 'Best'"),
     ("export", ({"prompt": "x"},), "nothing to export"),
     ("export", (RECIPE, -1), "rank"),

@@ -95,7 +95,7 @@ def test_jobs_that_were_asked_for_before_are_drawn_with_the_old_base(actions, tm
     """The change waits for them; one that comes after it was asked for must be asked for again."""
     from mole_diffusers.app.jobs import Jobs
 
-    jobs, held = Jobs(tmp_path), threading.Event()
+    jobs, held = Jobs(), threading.Event()
     recipe = Recipe(PROMPT, steps=1, width=32, height=32, gates="sum")
     jobs.submit("me", "hold", lambda report: held.wait(60))
     before = jobs.submit("me", "compose", actions.compose(recipe, 1))

@@ -50,7 +50,7 @@ def test_finding_does_not_wait_for_a_job(loras, tmp_path):
 
         return actions.compose(RECIPE, 1)(found_meanwhile)
 
-    found, jobs = threading.Event(), Jobs(tmp_path)
+    found, jobs = threading.Event(), Jobs()
     job = jobs.submit("me", "compose", draw)
     assert begun.wait(60)  # and stays where it is
     hits = actions.find("a fox and a hat")

@@ -57,19 +57,14 @@ def test_no_file_is_overwritten_or_half_written(gallery):
     assert sorted(gallery.folder.iterdir()) == sorted(paths)
 
 
-def test_favourites_and_trash(gallery):
-    kept, thrown = gallery.add(PICTURE, Recipe("keep")), gallery.add(PICTURE, Recipe("throw"))
+def test_favourites(gallery):
+    kept, _ = gallery.add(PICTURE, Recipe("keep")), gallery.add(PICTURE, Recipe("other"))
     gallery.favour(kept.name, True)
     assert found(Gallery(gallery.folder), favourites=True) == ["keep"]
     assert gallery.entries(favourites=True)[0].label.startswith("★ keep")
-    moved = gallery.trash(thrown.name)
-    assert found(gallery) == ["keep"]
-    assert infotext.read(moved).prompt == "throw"
     gallery.favour(kept.name, False)
     assert found(gallery, favourites=True) == []
-    for name in ("none.png", "../up.png", f"trash/{moved.name}", "favourites.json", ""):
-        with pytest.raises(ValueError, match="there is no picture"):
-            gallery.trash(name)
+    for name in ("none.png", "../up.png", "favourites.json", ""):
         with pytest.raises(ValueError, match="there is no picture"):
             gallery.favour(name, True)
 
@@ -186,7 +181,7 @@ def test_a_sheet_that_was_stopped_has_what_was_drawn(actions):
         colours = {tuple(colour) for colour in pixels(entry.path).reshape(-1, 3)}
         assert (221, 221, 221) in colours
         assert len(colours) > 100
-        actions.gallery.trash(entry.path.name)
+        entry.path.unlink()
 
 
 def test_cells_of_a_grid_with_a_random_seed_share_it(actions):
@@ -220,10 +215,8 @@ def test_the_page_shows_more_pictures_when_asked(actions, monkeypatch):
     found = functions["favour"](files[3], *everything, 4)  # and goes on showing them
     _, most, _, chosen, status = found
     assert (names(found), most, chosen, status[:8]) == (files[:4], 4, files[3], "marked; ")
-    found = functions["throw"](files[0], *everything, 4)
-    assert (names(found), found[-1]) == (files[1:], "moved to the gallery's trash folder; 4 pictures")
     found = functions["search"]("owl4", "", False)  # a new search begins anew
-    assert (names(found), found[1]) == ([], 2)
+    assert (names(found), found[1]) == (files[:1], 2)
 
 
 def test_the_picture_that_was_clicked_last_is_chosen(actions):

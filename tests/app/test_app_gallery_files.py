@@ -14,7 +14,7 @@ pytest.importorskip("gradio")
 
 def test_of_the_gallery_only_the_pictures_are_shown(loras, tmp_path, monkeypatch):
     gallery, beside = tmp_path / "pictures", tmp_path / "beside"
-    hidden = ["secret.txt", "favourites.json", ".new-1.png", "trash/a.png", ".ssh/id.png", "a.png/../secret.txt"]
+    hidden = ["secret.txt", "favourites.json", ".new-1.png", "below/a.png", ".ssh/id.png", "a.png/../secret.txt"]
     for name in ("a.png", "é 1.png", *hidden[:-1]):
         path = gallery / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,8 @@ WAIT = 20  # seconds
 
 
 @pytest.fixture
-def jobs(tmp_path):
-    return Jobs(tmp_path)
+def jobs():
+    return Jobs()
 
 
 def counting(seen, steps=400):
