@@ -341,7 +341,7 @@ class Mixture:
         Raises ValueError for a mixture that is not attached.
         """
         models = [part.model for part in self._components]
-        with self._lock.held(around=True):
+        with self._lock.held():
             if _lifted.get(self._denoiser) is self:
                 yield
                 return
@@ -466,7 +466,7 @@ class Mixture:
     @contextmanager
     def _changed_while(self, **values: Any) -> Iterator[None]:
         """Keep other threads out and change the runtime's settings while the block runs."""
-        with self._lock.held(around=True), self._runtime.changed_while(**values):
+        with self._lock.held(), self._runtime.changed_while(**values):
             yield
 
     def _check_attached(self) -> None:

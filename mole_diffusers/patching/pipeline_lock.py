@@ -1,4 +1,4 @@
-"""One lock for a denoiser and its pipelines: threads wait for one another, and get an error if they would wait for ever."""
+"""One re-entrant lock for a denoiser and its pipelines: threads wait for one another."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import inspect
 import os
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 OTHER_TASK = (
     "another task of this thread is inside a `with` block of this mixture, or draws with it; such a block must not wait "
@@ -29,7 +29,6 @@ WAITING = (
     "waiting for {seconds:.0f} s for the `with` block that thread {thread!r} entered at {at}; if that block waits for "
     "this thread, as by `future.result()`, neither will ever end"
 )
-LOOK_EVERY = 0.5  # seconds between looks at whom one waits for
 WARN_AFTER = 10.0  # seconds of waiting for a block that draws nothing
 
 OWN = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)  # files whose frames are not a user's
@@ -37,7 +36,6 @@ SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GEN
 
 _locks: WeakKeyDictionary[Any, PipelineLock] = WeakKeyDictionary()  # denoiser -> its lock
 _making = threading.RLock()
-running: list[tuple[int, Any]] = []  # (thread, pipeline) of each known call
 
 
 class PipelineLock:
@@ -49,90 +47,83 @@ class PipelineLock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._holder: tuple[threading.Thread, Any] | None = None
-        self._open: list[ref[_Block]] = []  # blocks, the outermost first
+        self._open: list[_Block] = []  # those of the holder, the outermost first
+        self._joining = threading.RLock()  # held to change `_open` while it has blocks: any thread may close one
 
     @contextmanager
-    def held(self, *, around: bool = False, draws: bool = False) -> Iterator[None]:
+    def held(self, *, draws: bool = False) -> Iterator[None]:
         """Keep others out while this block runs, and while other blocks of the same holder do.
 
         Args:
-            around: whether a user's own code runs inside. Whoever waits long for it is told where it was entered.
-            draws: whether a picture is drawn inside. That may take long, so nobody who waits is told.
+            draws: whether a picture is drawn inside. Others wait for that without a warning, however long it takes.
 
-        Raises RuntimeError if waiting would never end: for another task of this thread, for a thread that ended, or for
-        a block of the very generator that waits.
+        Raises RuntimeError if waiting would never end: for another task of this thread, for a thread that has ended, or
+        for a block of the very generator that waits.
         """
-        me, block = (threading.current_thread(), _task()), _Block(sys._getframe(1), around, draws)
-        thread, task = self._holder or (None, None)
-        if not (thread is me[0] and task in (None, me[1])):
-            self._acquire(me[0])
-            self._holder = me
-        self._open.append(opened := ref(block))
+        block = _Block(draws)
+        with self._joining:
+            if joins := any(opened.admits(block) for opened in self._open[:1]):
+                self._open.append(block)
+        if not joins:
+            if not self._lock.acquire(blocking=False):
+                outermost = self._open[:1]
+                for opened in list(self._open):
+                    opened.refuse_endless_wait(block)
+                if not self._lock.acquire(timeout=WARN_AFTER):
+                    if outermost == self._open[:1] and not any(opened.draws for opened in self._open):
+                        about = {"thread": outermost[0].thread.name, "at": outermost[0].entered_at}
+                        warnings.warn(WAITING.format(seconds=WARN_AFTER, **about), stacklevel=3)
+                    self._lock.acquire()
+            self._open.append(block)
         try:
             yield
         finally:
-            self._open.remove(opened)
-            if not self._open:
-                self._holder = None
-                self._lock.release()
-
-    def _acquire(self, me: threading.Thread) -> None:
-        since, outermost = time.monotonic(), self._open[:1]
-        while not self._lock.acquire(timeout=LOOK_EVERY):
-            thread, _ = self._holder or (None, None)
-            if thread is None:
-                continue
-            if thread is me:
-                raise RuntimeError(OTHER_TASK)
-            blocks = [block for opened in list(self._open) if (block := opened()) is not None]
-            mine = set(_callers(sys._getframe(1)))  # without this frame, which would hold itself and all their objects
-            if moved := next((block for block in blocks if mine & block.generators), None):
-                raise RuntimeError(MOVED.format(at=moved.entered_at, thread=thread.name))
-            if not thread.is_alive():
-                raise RuntimeError(ENDED)
-            around = next((block for block in blocks if block.around), None)
-            draws = _calls(thread) or any(block.draws for block in blocks)
-            if around is None or draws or outermost != self._open[:1]:
-                since, outermost = time.monotonic(), self._open[:1]
-            elif (waited := time.monotonic() - since) > WARN_AFTER:
-                warnings.warn(WAITING.format(seconds=waited, thread=thread.name, at=around.entered_at), stacklevel=4)
-                since = float("inf")  # warn only once
+            with self._joining:
+                self._open.remove(block)
+                if not self._open:
+                    self._lock.release()
 
 
 class _Block:
-    """A block that holds a lock.
-
-    `held` keeps it, and the lock only has a weak reference. So a block that is no longer referenced is collected, which
-    ends it.
+    """A block that holds a lock, or waits for it.
 
     Attributes:
-        entered_at: where it was entered, outside of this package.
-        generators: frames of the generators and coroutines that ran then. Each may be suspended, with the block open,
-            and continue on another thread.
-        around: whether a user's code runs inside.
+        thread, task: what entered it; the task is that of asyncio, if any.
         draws: whether a picture is drawn inside.
+        entered_at: where it was entered, outside of this package.
+        callers: ids of the frames that were running then.
+        generators: those of generators and coroutines among them. Each may be suspended, with the block open, and continue
+            on another thread. (Frames themselves would keep a dropped generator, and so its block, alive.)
     """
 
-    def __init__(self, frame: Any, around: bool, draws: bool):
-        callers = [f for f in _callers(frame) if not f.f_code.co_filename.startswith(OWN)]
-        self.entered_at = next((f"{f.f_code.co_filename}:{f.f_lineno} in {f.f_code.co_name}" for f in callers), "?")
-        self.generators = {f for f in callers if f.f_code.co_flags & SUSPENDABLE}
-        self.around, self.draws = around, draws
+    def __init__(self, draws: bool):
+        self.thread, self.task, self.draws = threading.current_thread(), _task(), draws
+        frames = list(_users_frames())
+        self.entered_at = next((f"{f.f_code.co_filename}:{f.f_lineno} in {f.f_code.co_name}" for f in frames), "?")
+        self.callers = {id(frame) for frame in frames}
+        self.generators = {id(frame) for frame in frames if frame.f_code.co_flags & SUSPENDABLE}
+
+    def admits(self, other: _Block) -> bool:
+        """Whether another block may be entered inside this one."""
+        return self.thread is other.thread and self.task in (None, other.task)
+
+    def refuse_endless_wait(self, other: _Block) -> None:
+        """Raise RuntimeError if another block would wait for this one for ever."""
+        if self.thread is other.thread:
+            raise RuntimeError(OTHER_TASK)
+        if self.generators & other.callers:
+            raise RuntimeError(MOVED.format(at=self.entered_at, thread=self.thread.name))
+        if not self.thread.is_alive():
+            raise RuntimeError(ENDED)
 
 
-def _callers(frame: Any) -> list[Any]:
-    """A frame of this thread, and the frames that called it."""
-    found = []
+def _users_frames() -> Iterator[FrameType]:
+    """The frames that called this package, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        found.append(frame)
+        if not frame.f_code.co_filename.startswith(OWN):
+            yield frame
         frame = frame.f_back
-    return found
-
-
-def _calls(thread: threading.Thread) -> bool:
-    """Whether a call of a pipeline runs on a thread."""
-    return any(caller == thread.ident for caller, _ in list(running))
 
 
 def lock_of(denoiser: Any) -> PipelineLock:

@@ -245,16 +245,6 @@ def test_a_lifted_mixture_stays_off_where_it_was_detached_or_replaced(pipe, lora
     assert torch.equal(draw(pipe), base)
 
 
-def test_no_garbage_is_collected_while_the_frames_of_other_threads_are_listed(pipe, loras, monkeypatch):
-    """In Python 3.11 that stops the process for ever if it frees a `threading.local`."""
-    listed, current_frames = [], sys._current_frames
-    monkeypatch.setattr(sys, "_current_frames", lambda: listed.append(gc.isenabled()) or current_frames())
-    pipe, _ = of_its_own_kind(pipe)
-    mole.attach(pipe, {"fox": loras["fox"]})
-    assert set(listed) == {False}
-    assert gc.isenabled()
-
-
 def waiting():
     """An event that a call of the pipeline has begun, one that lets it go on, and its callback."""
     begun, gate = threading.Event(), threading.Event()
@@ -378,7 +368,7 @@ def test_an_interrupted_block_can_be_restored(pipe, loras, draw, what, rounds):
         mole.detach(pipe)
         assert_same(before, snapshot(pipe))
         assert "__call__" not in vars(kind)
-    assert broken >= rounds  # looking at other threads takes a number of calls that varies, so the last may not come
+    assert broken == rounds + 2
 
 
 def test_lifting_that_is_interrupted_at_once_changes_nothing(pipe, loras, monkeypatch):
@@ -491,20 +481,6 @@ def test_no_family_leaves_anything_behind(loras, families, rounds):
     once = alive()
     attaching(rounds)
     assert alive() == once
-
-
-def test_the_first_attach_waits_for_the_calls_of_other_threads(pipe, loras, draw):
-    base, (begun, gate, wait) = draw(pipe), waiting()
-    with ThreadPoolExecutor(2) as threads:
-        drawn = threads.submit(draw, pipe, callback_on_step_end=wait)
-        begun.wait(60)
-        attached = threads.submit(mole.attach, pipe, loras)
-        time.sleep(0.5)
-        assert not attached.done()
-        gate.set()
-        assert torch.equal(drawn.result(60), base)
-        attached.result(60)
-    assert not torch.equal(draw(pipe), base)
 
 
 def test_a_block_may_be_closed_on_another_thread(pipe, loras, draw):

@@ -38,9 +38,8 @@ def around(block):
 
 
 @pytest.fixture
-def threads(monkeypatch):
-    """Two threads that live. Whoever waits looks more often than otherwise."""
-    monkeypatch.setattr(pipeline_lock, "LOOK_EVERY", 0.05)
+def threads():
+    """Two threads that live."""
     with ThreadPoolExecutor(1, "first") as first, ThreadPoolExecutor(1, "second") as second:
         yield first, second
 
@@ -248,7 +247,7 @@ def test_a_file_beside_the_package_is_a_users_own(pipe, loras):
     """Though its name begins with the package's: a warning says where it entered the block."""
     mixture = mole.attach(pipe, loras)
     name = str(Path(mole.__file__).parent) + "_try.py"
-    code = "with mixture.only('fox'):\n    found.append(mixture._lock._open[0]().entered_at)"
+    code = "with mixture.only('fox'):\n    found.append(mixture._lock._open[0].entered_at)"
     exec(compile(code, name, "exec"), {"mixture": mixture, "found": (found := [])})
     assert found == [f"{name}:1 in <module>"]
 
