@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mole_diffusers.merging.activations import Activations
     from mole_diffusers.merging.merge import merge
     from mole_diffusers.mixture import Mixture, attach, attached, detach
+    from mole_diffusers.patching.picture_warning import PictureWarning
     from mole_diffusers.patching.processor import MoLEAttnProcessor
     from mole_diffusers.patching.trace import Trace
     from mole_diffusers.pipelines.classes import (
@@ -57,6 +58,7 @@ __all__ = [
     "MoLEStableDiffusionXLImg2ImgPipeline",
     "MoLEStableDiffusionXLInpaintPipeline",
     "MoLEStableDiffusionXLPipeline",
+    "PictureWarning",
     "RefusedFileError",
     "Strongest",
     "Trace",
@@ -79,6 +81,7 @@ _MODULES = {
     "merging.activations": ("Activations",),
     "merging.merge": ("merge",),
     "mixture": ("Mixture", "attach", "attached", "detach"),
+    "patching.picture_warning": ("PictureWarning",),
     "patching.processor": ("MoLEAttnProcessor",),
     "patching.trace": ("Trace",),
     "pipelines.classes": tuple(name for name in __all__ if name.endswith("Pipeline")),

@@ -31,6 +31,7 @@ from mole_diffusers.patching.denoiser_inputs import (
     denoiser,
     denoisers,
     hosts,
+    lora_scale,
     models_of,
 )
 from mole_diffusers.patching.drawn_over import drawn_over
@@ -261,8 +262,11 @@ class Mixture:
             runtime, binding, done = self._runtime, self._runtime.binding, False
             if binding is not None:
                 binding.begin()
+            off: dict[str, Any] = {}
+            if self._is_off(lora_scale(call or {})):  # nothing that belongs to experts acts without them
+                off = {"binding": None, "tiling": Tiling(0)}
             try:
-                with runtime.changed_while(calling=pipe), self._by_things(call, pipe):
+                with runtime.changed_while(calling=pipe, **off), self._by_things(call, pipe):
                     yield
                 done = True
             finally:
@@ -294,6 +298,10 @@ class Mixture:
         active = [name in names for name in self.experts]
         with self._changed_while(binding=None, active=active, alone=tuple(names), **settings):
             yield
+
+    def _is_off(self, scale: float) -> bool:
+        """Whether the pipeline has switched all experts off: by `disable_lora`, or by the scale of a call."""
+        return scale == 0 or all(part.is_off for part in self._components)
 
     def announce_text(self, ids: torch.Tensor) -> None:
         """Announce the token ids [B, T], on the CPU, that a text encoder is about to get.
@@ -581,7 +589,7 @@ class Mixture:
         """What binding warned of in the pipeline's last call.
 
         Warnings are about experts whose words are not in the prompt, several experts in one place, places that are
-        undecided, and places that no expert got. As Python warnings, each appears only once.
+        undecided, and places that no expert got. They are also given as Python warnings, once in each call.
         """
         masks = self._runtime.of_step("binding")
         return [] if masks is None else list(masks.warned)
@@ -630,7 +638,7 @@ class Mixture:
                     undo.callback(model.__dict__.pop, HANDLE, None)
                     object.__setattr__(model, HANDLE, self)
                 # The first hooks of all: the network's own gate already needs the time of this call.
-                self._runtime.watch(self._denoiser, hosts(self._pipe), self._tokenizers, undo)
+                self._runtime.watch(self._denoiser, hosts(self._pipe), self._tokenizers, self._is_off, undo)
                 cross_attention.hook(self._denoiser, self._runtime, undo)
                 joint_attention.hook(self._denoiser, self._runtime, undo)
                 for part in self._components:

@@ -1,5 +1,8 @@
 """The promises of the project, each on a tiny real Stable Diffusion."""
 
+from contextlib import nullcontext
+
+import hosts
 import pytest
 import torch
 from hosts import assert_same, snapshot
@@ -229,6 +232,48 @@ def test_disable_lora_and_scale_work_through_the_mixture(pipe, loras, draw, awak
     pipe.enable_lora()
     assert torch.equal(draw(pipe), gated)
     torch.testing.assert_close(draw(pipe, cross_attention_kwargs={"scale": 0.0}), base, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("host", ["sd15", "flux", *thorough("sdxl", "sd3")])
+def test_off_is_off_whatever_is_bound(host, tmp_path, recwarn):
+    """Words, regions and tiles are those of experts: without any, the base draws."""
+    pipe, options = hosts.HOSTS[host]()
+    size = options | {"height": 32, "width": 32}  # with room for two tiles
+    if host in ("sd15", "sdxl"):
+        pipe.unet.register_to_config(sample_size=8)
+    prompt, names = "a fox and an ox", ("fox", "ox")
+    base = hosts.draw(pipe, size, prompt)
+    files = {name: tiny_lora(pipe, tmp_path / name, seed=seed) for seed, name in enumerate(names)}
+    mixture = mole.attach(pipe, files, binding={"fox": ("fox", "left"), "ox": ("ox", "right")})
+    bound = hosts.draw(pipe, size, prompt)
+    assert (bound - base).abs().max() > 1e-4
+    attention = "cross_attention_kwargs" if hasattr(pipe, "unet") else "joint_attention_kwargs"
+    for block in (nullcontext(), mixture.tiled() if hasattr(pipe, "unet") else nullcontext()):
+        with block:
+            assert torch.equal(hosts.draw(pipe, size | {attention: {"scale": 0.0}}, prompt), base)
+            assert not mixture.layouts
+            pipe.disable_lora()
+            assert torch.equal(hosts.draw(pipe, size, prompt), base)
+            pipe.enable_lora()
+    assert torch.equal(hosts.draw(pipe, size, prompt), bound)
+    assert not [each for each in recwarn if "places" in str(each.message)]
+
+
+def test_off_is_off_in_a_loop_of_ones_own(pipe, loras):
+    text, x = pipe.encode_prompt("a fox and a hat", "cpu", 1, False)[0], torch.ones(1, 4, 16, 16)
+    call = {"sample": x, "timestep": 500, "encoder_hidden_states": text, "return_dict": False}
+    with torch.no_grad():
+        base = pipe.unet(**call)[0]
+        mole.attach(pipe, loras, binding={"fox": ("fox", "left"), "hat": ("hat", "right")})
+        mixed = pipe.encode_prompt("a fox and a hat", "cpu", 1, False)[0]
+        assert not torch.allclose(mixed, text)
+        pipe.disable_lora()
+        assert torch.equal(pipe.encode_prompt("a fox and a hat", "cpu", 1, False)[0], text)
+        call["encoder_hidden_states"] = pipe.encode_prompt("a fox and a hat", "cpu", 1, False)[0]
+        assert torch.equal(pipe.unet(**call)[0], base)
+        pipe.enable_lora()
+        assert not torch.equal(pipe.unet(**call)[0], base)
+        assert torch.equal(pipe.unet(**call, cross_attention_kwargs={"scale": 0.0})[0], base)
 
 
 def test_an_ordinary_lora_stays_beside_the_mixture(pipe, loras, draw):

@@ -74,6 +74,11 @@ class Component:
             self._hook(at, self.sites[name], undo)
 
     @property
+    def is_off(self) -> bool:
+        """Whether `disable_lora` has switched its experts off, which it does for all layers at once."""
+        return self.model.get_submodule(next(iter(self.stacks))).disable_adapters
+
+    @property
     def step_invariant(self) -> bool:
         """Whether no gate depends on anything that changes while sampling."""
         return all(site.gate.step_invariant for site in self.sites.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,14 @@ UP_TO_1 = {  # transformers whose pipelines pass a timestep in 0..1
 }  # fmt: skip
 # What ControlNets and T2I-Adapters give a UNet, in the size of the whole picture.
 OF_WHOLE_SIZE = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
+# What pipelines and denoisers call the arguments for attention; LoRAs are multiplied by their "scale".
+FOR_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 Groups = tuple[bool, ...]  # for each group of a text's rows, all of one size: whether its rows are the prompts
+
+
+def lora_scale(call: Mapping[str, Any]) -> float:
+    """What the arguments of a call, of a pipeline or of a denoiser, multiply all LoRAs by."""
+    return next((given["scale"] for name in FOR_ATTENTION if "scale" in (given := call.get(name) or {})), 1.0)
 
 
 class DenoiserInputs:

@@ -15,7 +15,7 @@ from torch import nn
 from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.transforms import Control
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
+from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, lora_scale
 from mole_diffusers.patching.prompt_tokens import PromptTokens
 from mole_diffusers.patching.things import Tiling
 from mole_diffusers.patching.token_masks import TokenMasks, Watcher
@@ -160,6 +160,7 @@ class Runtime:
     binding: TokenMasks | None = None
     masks: TokenMasks | None = None  # the binding if it applies: weights by hand hold on every token
     closes: bool = True  # whether words are closed outside their regions: while no expert acts, the model draws as itself
+    off: bool = False  # whether no expert acts in this call of the denoiser: the pipeline has switched LoRAs off
     changes: int = 0
     _running: Running = field(default_factory=Running)
     _active: dict[tuple[Present, torch.device], ActiveExperts] = field(default_factory=dict)
@@ -234,7 +235,7 @@ class Runtime:
 
     def _update(self) -> None:
         self.masks = self.binding if self.fixed is None else None
-        self.closes = any(self.acting)
+        self.closes = any(self.acting) and not self.off
         for present, device in self._active:
             self._active[present, device] = self.compute_active(present, self.strength, device)
 
@@ -257,12 +258,20 @@ class Runtime:
         while self._running.stacks:
             self._running.stacks.pop().close()
 
-    def watch(self, denoiser: nn.Module, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], undo: Undo) -> None:
+    def watch(
+        self,
+        denoiser: nn.Module,
+        models: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        is_off: Callable[[float], bool],
+        undo: Undo,
+    ) -> None:
         """Hear of each call of the denoiser, and of each text that a text encoder reads, until `undo` closes.
 
         Args:
             models: with the text encoders, by their names in the pipeline.
             tokenizers: name of a text encoder -> its tokenizer, or None.
+            is_off: whether no expert acts in a call of the denoiser, given the scale of LoRAs in it.
         """
         inputs = self.inputs
 
@@ -271,6 +280,9 @@ class Runtime:
             if torch.compiler.is_compiling():  # a counter would compile the model again at every step
                 self.step += bool(self.listeners)
                 return
+            if self.off != (off := is_off(lora_scale(dict(zip(inputs.names, args, strict=False)) | kwargs))):
+                self.off = off
+                self.changed()
             self.step, self.calls_of_text = self.step + (self.alone is None), self.calls_of_text + 1
             if self._text() is not text:
                 self.calls_of_text, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)

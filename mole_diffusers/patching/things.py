@@ -15,7 +15,7 @@ from mole_diffusers.binding.layout import MOST_THINGS
 from mole_diffusers.binding.parts import Part, prompts_apart
 from mole_diffusers.binding.regions import EVERYWHERE, region_mask
 from mole_diffusers.binding.words import ThingKey, keys
-from mole_diffusers.patching.denoiser_inputs import is_one_graph
+from mole_diffusers.patching.denoiser_inputs import is_one_graph, lora_scale
 from mole_diffusers.patching.picture_layout import planned_regions
 
 UNTIL = 0.8  # share of the steps
@@ -122,6 +122,11 @@ class Asked:
         return None if prompt is None else Things(prompt, self.bound, self.acting)
 
     @property
+    def for_processors(self) -> list[str]:
+        """What it gives attention processors besides the scale of LoRAs, such as GLIGEN's boxes."""
+        return [name for name in self.call.get("cross_attention_kwargs") or {} if name != "scale"]
+
+    @property
     def obstacle(self) -> str:
         """Why the pipeline cannot draw these in tiles; "" if it can."""
         pipe, things = self.pipe, self.things
@@ -141,8 +146,7 @@ class Asked:
         """The text states of a part of its prompt, see `Encode`."""
         if self.tiling.encode is not None and self.gives_states:
             return self.tiling.encode(part)
-        scale = (self.call.get("cross_attention_kwargs") or {}).get("scale")
-        given = {"clip_skip": self.call.get("clip_skip"), "lora_scale": scale}
+        given = {"clip_skip": self.call.get("clip_skip"), "lora_scale": lora_scale(self.call)}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         device = self.pipe._execution_device
         made = self.pipe.encode_prompt(

@@ -5,6 +5,7 @@ This is Mixture of Diffusers (Jimenez 2023, arXiv 2302.02412) with separate LoRA
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.gates.seen import Seen
 from mole_diffusers.patching.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, prompted_rows
+from mole_diffusers.patching.picture_warning import PictureWarning
 from mole_diffusers.patching.things import Alone, Asked, SetPlaces, Things, Tiling
 from mole_diffusers.patching.undo import replaced_forward
 
@@ -26,12 +28,14 @@ OF_A_PROMPT = {
     "prompt", "negative_prompt", "negative_prompt_2", "negative_prompt_embeds", "negative_pooled_prompt_embeds", "height",
     "width", "num_inference_steps", "guidance_scale", "guidance_rescale", "num_images_per_prompt", "eta", "generator",
     "latents", "output_type", "return_dict", "clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+    "cross_attention_kwargs",
 }  # fmt: skip
 OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call with the text states of a known prompt
 # What SDXL is told besides the prompt. Each tile is told its own part of the prompt, and its own size.
 OF_WHOLE_PICTURE = {"prompt_2"} | {
     f"{of}{name}" for of in ("", "negative_") for name in ("original_size", "crops_coords_top_left", "target_size")
 }
+SCALE_ONLY = "in cross_attention_kwargs, tiles only know the scale of LoRAs, not {!r}"
 SIZES = 6  # numbers that SDXL's UNet is told of them; its refiner reads others
 
 
@@ -73,8 +77,9 @@ class Ready:
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
     """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
-    things = things_for_tiles(Asked(pipe, Tiling(), call, bound, acting))
-    if things is None:
+    asked = Asked(pipe, Tiling(), call, bound, acting)
+    things = things_for_tiles(asked)
+    if things is None or asked.for_processors:
         return False
     height, width = (call[side] // pipe.vae_scale_factor for side in ("height", "width"))
     return _has_room(pipe.unet, things.masks(height, width))
@@ -85,8 +90,9 @@ def size_for_tiles(
 ) -> tuple[int, int] | None:
     """The smallest width and height in pixels at which `draws_in_tiles`, in whole pictures of the size that the UNet was
     trained at; None if there is none with sides of at most `most` pixels."""
-    things = things_for_tiles(Asked(pipe, Tiling(), call, bound, acting))
-    if things is None or not isinstance(side := pipe.unet.config.sample_size, int):
+    asked = Asked(pipe, Tiling(), call, bound, acting)
+    things = things_for_tiles(asked)
+    if things is None or asked.for_processors or not isinstance(side := pipe.unet.config.sample_size, int):
         return None
     times = range(1, min(len(things.prompts), most // (side * pipe.vae_scale_factor)) + 1)
     for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
@@ -108,6 +114,8 @@ def things_for_tiles(asked: Asked) -> Things | None:
     given = {name for name, value in asked.call.items() if value is not None}
     if always and (lost := sorted(given & OF_WHOLE_PICTURE)):
         raise ValueError(f"each tile has a prompt and a size of its own: draw without {' and '.join(lost)}")
+    if always and asked.for_processors:
+        raise ValueError(f"{SCALE_ONLY.format(asked.for_processors[0])}: draw without it, or without tiles")
     allowed = OF_A_PROMPT | OF_STATES if asked.gives_states else OF_A_PROMPT
     return things if always or (things.are_listed and given <= allowed) else None
 
@@ -193,6 +201,10 @@ class Tiles:
     def _planned(self, height: int, width: int, tokens: int) -> list[Tile]:
         things, masks = self.things, self.things.masks(height, width)
         if not self.tiling.always and not _has_room(self.pipe.unet, masks):
+            return []
+        if self.asked.for_processors:
+            why = SCALE_ONLY.format(self.asked.for_processors[0])
+            warnings.warn(f"{why}, so this is drawn as one picture", PictureWarning, stacklevel=2)
             return []
         for i, mask in zip(things.prompts, masks, strict=True):
             if not mask.any():

@@ -30,6 +30,7 @@ from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.bound_text import BoundText, Made, Silent
 from mole_diffusers.patching.denoiser_inputs import Groups, groups_of, repeats
 from mole_diffusers.patching.picture_layout import Layout, PictureLayout, Side
+from mole_diffusers.patching.picture_warning import PictureWarning
 
 if TYPE_CHECKING:
     from mole_diffusers.patching.runtime import Runtime
@@ -58,7 +59,6 @@ class TokenMasks:
         self._planned: Mapping[ThingKey, torch.Tensor] = {}  # places of their things, if planned without maps
         self.text: BoundText | None = None  # the denoiser's current text
         self._level = 0.0  # of noise at the last step, outside of calls
-        self._ever_warned: set[str] = set()
         self.warned: list[str] = []  # warnings since the call of the pipeline began
 
     # ---- what layers ask
@@ -299,12 +299,10 @@ class TokenMasks:
         return [text for text in self._texts if _names_an_expert(text.picture.readings)]
 
     def _warn(self, message: str) -> None:
-        """Warn once for each message."""
+        """Warn once in a call of the pipeline."""
         if message not in self.warned:
             self.warned.append(message)
-        if message not in self._ever_warned:
-            self._ever_warned.add(message)
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, PictureWarning, stacklevel=2)
 
 
 def _names_an_expert(readings: Sequence[Reading]) -> bool:

@@ -16,7 +16,7 @@ from mole_diffusers.binding.layout import strips
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.gate_site import GateSite
-from mole_diffusers.patching.tiles import draws_in_tiles
+from mole_diffusers.patching.tiles import draws_in_tiles, size_for_tiles
 from mole_diffusers.testing import tiny_lora
 
 PROMPT = "a fox, a hat"  # a token per letter
@@ -271,7 +271,6 @@ def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, expe
         {"prompt": "an ox and a cow"},  # which are nobody's
         {"prompt": "a fox, an ox"},
         {"x": noise(8, 8)},
-        {"cross_attention_kwargs": {"scale": 1.0}},
         {"prompt": [PROMPT, "a fox, a hat ink"], "x": torch.cat([noise()] * 2)},
     ):
         with mixture.tiled(0):
@@ -407,6 +406,28 @@ def test_the_last_step_joins_the_tiles_of_samplers_that_repeat_a_timestep(pipe, 
         latent(pipe, steps=steps)
     assert widths[:2] == [8, 8]
     assert widths[-1] == 16
+
+
+@pytest.mark.filterwarnings("ignore:cross_attention_kwargs:UserWarning")  # of diffusers, for each
+def test_what_a_call_gives_attention_is_honoured_or_said(pipe, experts):
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, experts)
+    wanted = latent(pipe)
+    for same in (None, {}, {"scale": 1.0}):
+        assert torch.equal(latent(pipe, cross_attention_kwargs=same), wanted)
+    with mixture.strengths({"fox": 0.5, "hat": 0.5}):
+        half = latent(pipe)
+    torch.testing.assert_close(latent(pipe, cross_attention_kwargs={"scale": 0.5}), half, rtol=0, atol=1e-5)
+    with mixture.tiled(0):
+        whole = latent(pipe)
+    for _ in range(2):  # it is said of each picture
+        with pytest.warns(UserWarning, match="only know the scale of LoRAs, not 'mine', so this is drawn as one picture"):
+            assert torch.equal(latent(pipe, cross_attention_kwargs={"mine": 1}), whole)
+    call = {"prompt": PROMPT, "width": 32, "height": 32, "cross_attention_kwargs": {"mine": 1}}
+    assert not draws_in_tiles(pipe, call, mixture.binding, list(experts))
+    assert size_for_tiles(pipe, call, mixture.binding, list(experts), 64) is None
+    with mixture.tiled(), pytest.raises(ValueError, match="not 'mine': draw without it"):
+        latent(pipe, cross_attention_kwargs={"mine": 1})
 
 
 @pytest.mark.parametrize("family", ["sd", *thorough("sdxl")])
