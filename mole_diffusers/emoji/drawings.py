@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from mole_diffusers.emoji.filters import FILTERS
-from mole_diffusers.emoji.scenes import SIDE, Box, Scene, places
+from mole_diffusers.emoji.landscapes import landscape, lit
+from mole_diffusers.emoji.scenes import CONTACTS, SIDE, Box, Scene, places
 from mole_diffusers.emoji.words import BACKGROUNDS
 
 
@@ -38,13 +39,29 @@ class Drawings:
         x, y = column * cell, row * cell
         return self._atlas.crop((x, y, x + cell, y + cell)).resize((size, size), Image.Resampling.HAMMING)
 
-    def picture(self, scene: Scene, boxes: Sequence[Box] = ()) -> Image.Image:
-        """The scene as RGB, `scene.size` large. `boxes` has a box for each subject; by default they come from `places`."""
-        canvas = Image.new("RGB", scene.size, BACKGROUNDS[scene.background])
-        for subject, (size, x, y) in zip(scene.subjects, boxes or places(scene), strict=True):
+    def picture(self, scene: Scene, boxes: Sequence[Box] = (), *, seed: int = 0) -> Image.Image:
+        """The scene as RGB, `scene.size` large.
+
+        Args:
+            boxes: a box for each subject; by default they come from `places`. The last one named is drawn first, unless the
+                relation says who is in front.
+            seed: of what the scene leaves open about its landscape. An open light is day.
+        """
+        light = scene.light or "day"
+        if scene.background in BACKGROUNDS:
+            canvas = Image.new("RGB", scene.size, BACKGROUNDS[scene.background])
+        else:
+            canvas = _image(landscape(scene.background, light, scene.size, np.random.default_rng(seed)))
+        placed = list(zip(scene.subjects, boxes or places(scene), strict=True))
+        in_front = CONTACTS.get(scene.relation or "", 0)
+        for subject, (size, x, y) in placed[::-1] if in_front == 0 else placed:
             drawing = self.drawing(subject, scene.style, size)
             canvas.paste(drawing, (x, y), drawing)
-        return canvas
+        return canvas if light == "day" else _image(lit(np.asarray(canvas, np.float32), light))
+
+
+def _image(rgb: np.ndarray) -> Image.Image:
+    return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
 
 
 def default_folder() -> Path:

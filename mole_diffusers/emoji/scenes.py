@@ -8,53 +8,73 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mole_diffusers.emoji.words import BACKGROUNDS, STYLES, SUBJECTS
+from mole_diffusers.emoji.captions import BETWEEN, PAPER, worded
+from mole_diffusers.emoji.words import BACKGROUNDS, LIGHTS, OPEN, PLACES, STYLES, SUBJECTS
 
 SIDE = 64  # pixels: the side of the square for one subject
 ACROSS, UPRIGHT = ("left of", "right of"), ("above", "below")  # where the first subject stands relative to the others
 RELATIONS = ACROSS + UPRIGHT
 FIRST = ("left of", "above")  # with these, the order of naming is the order of places
+CONTACTS = {  # two subjects overlap: relation -> which of them is in front, 0 or 1
+    "riding": 0, "on": 0, "in front of": 0, "hugging": 0, "behind": 1, "holding": 1,
+}  # fmt: skip
+STACKED = ("riding", "on")  # contacts in which the first subject is above the second
+UNSAID = "white"  # the background where a caption names none
+HIDDEN = 0.3  # share of the smaller subject's width or height that the other one covers in contact
 Box = tuple[int, int, int]  # a square: its size, and x and y of its upper left corner, in pixels
-
-
-def article(word: str) -> str:
-    return f"an {word}" if word[0] in "aeio" else f"a {word}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One to four subjects in one style on one background.
+    """One to four subjects in one style, before one background and in one light.
 
     Attributes:
         subjects: the subjects in the order in which they are named. It does not say where they stand.
-        relation: where the first subject stands relative to the others, one of RELATIONS; None leaves all places free.
+        background: a colour of `words.BACKGROUNDS`, a place of `words.PLACES`, or OPEN.
+        relation: where the first subject stands relative to the others, one of RELATIONS, or for two subjects
+            of CONTACTS; None leaves all places free.
         upright: whether the canvas of two subjects stands on its short side. It is ignored if there is a relation.
+        light: one of `words.LIGHTS`; None leaves it open. A coloured background has none.
+        canvas: width and height in pixels, if they are not those that the subjects need.
     """
 
     subjects: tuple[str, ...]
     style: str
-    background: str = "white"
+    background: str = UNSAID
     relation: str | None = None
     upright: bool = False
+    light: str | None = None
+    canvas: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.subjects) <= 4:
-            raise ValueError(f"a scene has one to four subjects, not {len(self.subjects)}")
-        if self.relation is not None and (self.relation not in RELATIONS or len(self.subjects) not in (2, 3)):
-            raise ValueError(f"no relation {self.relation!r} among {len(self.subjects)} subjects; relations: {RELATIONS}")
+        count = len(self.subjects)
+        if not 1 <= count <= 4:
+            raise ValueError(f"a scene has one to four subjects, not {count}")
+        if self.relation is not None and self.relation not in _possible(count):
+            raise ValueError(f"no relation {self.relation!r} among {count} subjects; relations: {_possible(count)}")
+        if self.background not in (*BACKGROUNDS, *PLACES, OPEN):
+            raise ValueError(f"no background {self.background!r}; there are {[*BACKGROUNDS, *PLACES, OPEN]}")
+        if self.light is not None and (self.light not in LIGHTS or self.background in BACKGROUNDS):
+            raise ValueError(f"no light {self.light!r} before {self.background!r}; lights of landscapes: {list(LIGHTS)}")
 
     @property
     def caption(self) -> str:
-        """ "<style> drawing of a <subject> [and|<relation> a <subject> ...] [on a <colour> background]"."""
-        first, *others = (article(s) for s in self.subjects)
-        named = f"{first} {self.relation} {' and '.join(others)}" if self.relation else " and ".join([first, *others])
-        text = f"{self.style} drawing of {named}"
-        return text if self.background == "white" else f"{text} on a {self.background} background"
+        """ "<style> drawing of a <subject> [and|<relation> a <subject> ...] [<place>] [<light>]"."""
+        return self.worded()
+
+    def worded(self, form: int = 0, way: int = 0) -> str:
+        """The caption in another wording, see `captions.worded`."""
+        background = OPEN if self.background == UNSAID else self.background
+        return worded(self.subjects, self.style, background, self.relation, self.light, form=form, way=way)
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the canvas in pixels. Subjects are 50 to 58 pixels large."""
+        if self.canvas is not None:
+            return self.canvas
         count = len(self.subjects)
+        if self.relation in CONTACTS:
+            return (SIDE, SIDE * 3 // 2) if self.relation in STACKED else (SIDE * 3 // 2, SIDE)
         if count == 2:
             upright = self.relation in UPRIGHT if self.relation else self.upright
             return (SIDE, 2 * SIDE) if upright else (2 * SIDE, SIDE)
@@ -76,9 +96,23 @@ def scene_in(prompt: str) -> Scene | None:
     if not subjects:
         return None
     style = next((word for word in text.split() if word in STYLES), "noto")
-    background = next((colour for colour in BACKGROUNDS if f" {colour} background" in text), "white")
-    relation = next((r for r in RELATIONS if f" {r} " in text), None) if len(subjects) in (2, 3) else None
-    return Scene(subjects, style, background, relation)
+    background = next((colour for colour in BACKGROUNDS if f" {colour} background" in text), UNSAID)
+    background = next((place for place, phrase in (*PLACES.items(), ("white", PAPER)) if phrase in text), background)
+    light = None if background in BACKGROUNDS else next((w for w, phrase in LIGHTS.items() if phrase in text), None)
+    relation = next((r for r in _possible(len(subjects)) if _is_said(r, subjects, text)), None)
+    return Scene(subjects, style, background, relation, light=light)
+
+
+def _possible(count: int) -> tuple[str, ...]:
+    """The relations that `count` subjects can have."""
+    return (*RELATIONS, *CONTACTS) if count == 2 else RELATIONS if count == 3 else ()
+
+
+def _is_said(relation: str, subjects: Sequence[str], text: str) -> bool:
+    """Whether a relation stands right between the first two subjects: in "a fox on a bear", not in "a fox on a beach"."""
+    first, second = (re.escape(s) for s in subjects[:2])
+    between = "|".join(BETWEEN[relation])
+    return re.search(rf"\b{first}(?:e?s)? (?:{between}) (?:(?:an?|the) )?{second}", text) is not None
 
 
 def canvas(prompt: str) -> tuple[int, int]:
@@ -94,15 +128,46 @@ def composition_scene(concepts: Sequence[str]) -> Scene:
 
 
 def places(scene: Scene) -> list[Box]:
-    """A box per subject, in the order named: 54 pixels large, near the middle of its square. They do not overlap."""
+    """A box per subject, in the order named: 54 pixels large, near the middle of its square.
+
+    They overlap only in contact, see `in_contact`.
+    """
+    if scene.relation in CONTACTS:
+        return in_contact(scene)
     return [(54, x + 5, y + 5) for x, y in squares(scene)]
 
 
-def squares(scene: Scene, order: Callable[[int], np.ndarray] = np.arange) -> list[tuple[int, int]]:
-    """The upper left corner of each subject's square, in pixels. `order` permutes the places that are free."""
+def in_contact(scene: Scene, size: int = 54, hidden: float = HIDDEN, mirrored: bool = False) -> list[Box]:
+    """The boxes of two subjects in contact, in the middle of the canvas. What is held has two thirds of the holder's size.
+
+    Args:
+        size: pixels of the first subject's side.
+        hidden: share of the smaller one that overlaps with the other, along the line between them.
+        mirrored: whether the first stands on the right.
+    """
     width, height = scene.size
-    if len(scene.subjects) != 3:
-        whole = [(x, y) for y in range(0, height, SIDE) for x in range(0, width, SIDE)]
+    other = round(size * 0.66) if scene.relation == "holding" else size
+    together = size + other - round(hidden * other)
+    if scene.relation in STACKED:
+        x, y = (width - size) // 2, (height - together) // 2
+        return [(size, x, y), (other, (width - other) // 2, y + together - other)]
+    left = (width - together) // 2
+    first, second = (left + together - size, left) if mirrored else (left, left + together - other)
+    top = (height - size) // 2
+    return [(size, first, top), (other, second, top + size - other)]
+
+
+def squares(scene: Scene, order: Callable[[int], np.ndarray] = np.arange) -> list[tuple[int, int]]:
+    """The upper left corner of each subject's square, in pixels. `order` permutes the places that are free.
+
+    A canvas that is larger than its squares has them in its middle.
+    """
+    width, height = scene.size
+    count = len(scene.subjects)
+    if count != 3:
+        across, down = {1: (1, 1), 2: (2, 1) if width > height else (1, 2), 4: (2, 2)}[count]
+        left, top = (width - across * SIDE) // 2, (height - down * SIDE) // 2
+        whole = [(left + x * SIDE, top + y * SIDE) for y in range(down) for x in range(across)]
         if scene.relation:
             return whole if scene.relation in FIRST else whole[::-1]
         return [whole[i] for i in order(len(whole))]

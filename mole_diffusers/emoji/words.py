@@ -1,12 +1,13 @@
-"""The words of the emoji world: subjects, styles and backgrounds, and which of them the base has never seen."""
+"""The words of the emoji world: subjects, styles, backgrounds and lights, and which of them the base has never seen."""
 
 from __future__ import annotations
 
 __all__ = [
-    "BACKGROUNDS", "BASE_STYLES", "BASE_SUBJECTS", "HELD_OUT_STYLES", "HELD_OUT_SUBJECTS", "OTHER_STYLES", "OTHER_SUBJECTS",
-    "STYLES", "SUBJECTS", "TEST_STYLES", "TEST_SUBJECTS", "VALIDATION_STYLES", "VALIDATION_SUBJECTS",
+    "BACKGROUNDS", "BASE_STYLES", "BASE_SUBJECTS", "HELD_OUT_STYLES", "HELD_OUT_SUBJECTS", "LIGHTS", "OPEN",
+    "OTHER_STYLES", "OTHER_SUBJECTS", "PLACES", "STYLES", "SUBJECTS", "TEST_STYLES", "TEST_SUBJECTS", "VALIDATION_STYLES",
+    "VALIDATION_SUBJECTS",
 ]  # fmt: skip
-BACKGROUNDS = {  # word -> RGB
+BACKGROUNDS = {  # paper: word -> RGB
     "white": (255, 255, 255),
     "blue": (150, 190, 250),
     "yellow": (250, 225, 120),
@@ -14,6 +15,16 @@ BACKGROUNDS = {  # word -> RGB
     "pink": (250, 175, 200),
     "grey": (150, 150, 155),
 }
+PLACES = {  # landscapes: word -> how a caption says it
+    "beach": "on a beach",
+    "forest": "in a forest",
+    "snow": "in the snow",
+    "city": "in a city",
+    "desert": "in the desert",
+    "mountains": "in the mountains",
+}
+OPEN = "open"  # some landscape, which the caption leaves open
+LIGHTS = {"day": "by day", "sunset": "at sunset", "night": "at night"}  # word -> how a caption says it
 
 BASE_STYLES = (
     "noto", "twemoji", "sepia", "negative", "mosaic", "neon", "outline", "pastel", "poster", "emerald", "sketch",

@@ -1,10 +1,13 @@
 """Scenes of the emoji world: captions, canvases, places and which words are kept from whom."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mole_diffusers.emoji import canvas, words
+from mole_diffusers.emoji.captions import FORMS, TAGGED
 from mole_diffusers.emoji.drawings import Drawings, default_folder
-from mole_diffusers.emoji.scenes import Scene, places, scene_in
+from mole_diffusers.emoji.scenes import CONTACTS, RELATIONS, Scene, places, scene_in
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +92,67 @@ def test_every_subject_is_drawn_in_every_style(drawings):
 def test_an_unknown_drawing_is_named(drawings):
     with pytest.raises(KeyError, match="gryphon"):
         drawings.drawing("gryphon", "noto")
+
+
+def test_captions_name_landscapes_and_lights_but_not_what_is_left_open():
+    assert Scene(("fox",), "ink", "open").caption == "ink drawing of a fox"
+    assert Scene(("fox",), "ink", "beach", light="night").caption == "ink drawing of a fox on a beach at night"
+    assert Scene(("fox", "bear"), "ink", "open", "riding").caption == "ink drawing of a fox riding a bear"
+
+
+@pytest.mark.parametrize("relation", [None, *RELATIONS, *CONTACTS])
+@pytest.mark.parametrize("background", ["blue", "open", *words.PLACES])
+def test_a_scene_is_read_back_from_all_its_wordings(relation, background):
+    light = None if background == "blue" else "sunset"
+    scene = Scene(("fox", "owl"), "ink", background, relation, light=light)
+    for form in range(len(FORMS)):
+        if relation is not None and form in TAGGED:
+            with pytest.raises(ValueError, match="tags cannot say"):
+                scene.worded(form)
+            continue
+        for way in range(3):
+            found = scene_in(scene.worded(form, way))
+            named = background if background != "open" else found.background
+            assert found == Scene(("fox", "owl"), "ink", named, relation, light=found.light)
+            assert found.light == (light if named in words.PLACES else None)
+
+
+def test_on_a_beach_is_a_place_and_on_a_bear_is_contact():
+    assert scene_in("a fox and a bear on a beach").relation is None
+    assert scene_in("a fox on a bear on a beach") == Scene(("fox", "bear"), "noto", "beach", "on")
+
+
+def test_what_cannot_be_a_scene_is_refused_with_what_can():
+    with pytest.raises(ValueError, match=r"no relation 'riding' among 3 subjects.*left of"):
+        Scene(("fox", "owl", "bat"), "ink", "open", "riding")
+    with pytest.raises(ValueError, match=r"no background 'moon'.*beach"):
+        Scene(("fox",), "ink", "moon")
+    with pytest.raises(ValueError, match=r"no light 'night' before 'blue'"):
+        Scene(("fox",), "ink", "blue", light="night")
+
+
+@pytest.mark.parametrize(("relation", "in_front"), CONTACTS.items())
+def test_subjects_in_contact_overlap_in_the_order_that_is_said(drawings, relation, in_front):
+    scene = Scene(("television", "game die"), "noto", "white", relation)
+    boxes = places(scene)
+    together = drawings.picture(scene)
+    (size, x, y), (size2, x2, y2) = boxes
+    overlap = (max(x, x2), max(y, y2), min(x + size, x2 + size2), min(y + size, y2 + size2))
+    assert overlap[0] < overlap[2]
+    assert overlap[1] < overlap[3]
+    assert min(x, x2, y, y2) >= 0
+    assert max(x + size, x2 + size2) <= scene.size[0]
+    assert max(y + size, y2 + size2) <= scene.size[1]
+    front = drawings.drawing(scene.subjects[in_front], "noto", boxes[in_front][0])
+    alone = Image.new("RGB", scene.size, (1, 2, 3))
+    alone.paste(front, boxes[in_front][1:], front)
+    solid = Image.new("L", scene.size)
+    solid.paste(front.getchannel("A"), boxes[in_front][1:])
+    opaque = np.asarray(solid) == 255
+    assert (np.asarray(together)[opaque] == np.asarray(alone)[opaque]).all()
+
+
+def test_a_canvas_of_another_shape_has_its_subject_in_the_middle():
+    scene = Scene(("fox",), "noto", canvas=(96, 96))
+    assert scene.size == (96, 96)
+    assert places(scene) == [(54, 21, 21)]

@@ -1,35 +1,43 @@
 """The base's training pictures as latents: a pool that is encoded once, kept, and grows while the base trains."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from encoder import patches
 from loop import WORK, save_whole, to_tensor
-from random_scenes import draw_scene, is_unseen, random_picture
+from random_scenes import draw_landscape, is_unseen, random_caption, random_picture
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings
 from mole_diffusers.emoji.scenes import Scene
 
-SHAPES = {"one": 256, "wide": 128, "tall": 128, "square": 64}  # canvas -> pictures per chunk
-FOLDER = WORK / "latents"
+SHAPES = {"one": 256, "wide": 128, "tall": 128, "square": 64, "broad": 128, "high": 128, "large": 96}  # pictures per chunk
+CANVASES = {"broad": (96, 64), "high": (64, 96), "large": (96, 96)}  # of other shapes: one subject, or two in contact
+FOLDER = WORK / "scenes"
+TOUCHING = 24  # the first chunk with subjects in contact
 
 
-def draw_shape(shape: str, rng: np.random.Generator, placed: float) -> Scene:
-    """A random scene on a canvas, from the cells that the base may see. In a share of `placed`, the caption says places."""
-    count = {"one": 1, "wide": 2, "tall": 2, "square": int(rng.integers(3, 5))}[shape]
+def draw_shape(shape: str, rng: np.random.Generator, k: int) -> Scene:
+    """A random scene on a canvas for chunk k, from the cells that the base may see."""
+    touches = shape in CANVASES and k >= TOUCHING and rng.random() < 2 / 3
+    count = {"wide": 2, "tall": 2, "square": int(rng.integers(3, 5))}.get(shape, 1 + touches)
     while True:
-        scene = draw_scene(
+        scene = draw_landscape(
             words.BASE_SUBJECTS,
             words.BASE_STYLES,
             rng,
             count=count,
             allowed=lambda s, y: not is_unseen(s, y),
-            placed=placed,
+            placed=0.4,  # places help tell subjects apart
+            touching=float(touches),
         )
         width, height = scene.size
+        if shape in CANVASES:
+            if touches and shape != "large" and (width, height) != CANVASES[shape]:
+                continue
+            return replace(scene, canvas=CANVASES[shape])
         if {"wide": width > height, "tall": height > width}.get(shape, True):
             return scene
 
@@ -56,10 +64,10 @@ class Pool:
 
     def _encoded(self, shape: str, k: int) -> dict:
         rng = np.random.default_rng([k, list(SHAPES).index(shape)])
-        scenes = [draw_shape(shape, rng, placed=0.4) for _ in range(SHAPES[shape])]  # places help tell subjects apart
-        freedom = min(1.0, max(0.2, (k - 4) / 20))  # shapes are learned sooner if places hardly vary
-        pictures = to_tensor([random_picture(self.drawings, s, rng, freedom) for s in scenes])
-        return {"latents": patches(self.drawings)(pictures).half(), "captions": [s.caption for s in scenes]}
+        scenes = [draw_shape(shape, rng, k) for _ in range(SHAPES[shape])]
+        pictures = to_tensor([random_picture(self.drawings, s, rng) for s in scenes])
+        captions = [random_caption(s, rng) for s in scenes]
+        return {"latents": patches(self.drawings)(pictures).half(), "captions": captions}
 
     def batch(self, shape: str, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
         """`count` random latents [count, C, H/4, W/4] in float32, with their captions."""

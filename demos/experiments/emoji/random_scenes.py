@@ -2,16 +2,19 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
+from mole_diffusers.emoji.captions import FORMS, TAGGED
 from mole_diffusers.emoji.drawings import Drawings
-from mole_diffusers.emoji.scenes import RELATIONS, SIDE, Box, Scene, squares
-from mole_diffusers.emoji.words import BACKGROUNDS
+from mole_diffusers.emoji.scenes import CONTACTS, RELATIONS, SIDE, Box, Scene, in_contact, squares
+from mole_diffusers.emoji.words import BACKGROUNDS, LIGHTS, OPEN, PLACES
 
 SMALLEST, LARGEST = 50, 58  # pixels of a subject's side
 SHIFT = 1  # most pixels that a subject is off the middle of its square: what captions do not say is blurred at first
+OVERLAPS = (0.22, 0.38)  # share of the smaller of two subjects in contact that overlaps with the other
 UNSEEN_SHARE = 0.15
 
 
@@ -35,31 +38,86 @@ def draw_scene(
     allowed: Callable[[str, str], bool] | None = None,
     placed: float = 0.2,
 ) -> Scene:
-    """A random scene of `count` different subjects. A third of scenes have a coloured background.
+    """A random scene of `count` different subjects on paper. A third of scenes have a coloured background.
 
     Args:
         allowed: allowed(subject, style) says which cells may be drawn; None allows all.
         placed: the share of scenes with two or three subjects whose caption says places.
     """
-    style = str(rng.choice(styles))
-    open_to = [s for s in subjects if allowed is None or allowed(s, style)]
-    chosen = tuple(str(s) for s in rng.choice(open_to, count, replace=False))
+    style, chosen = _cell(subjects, styles, rng, count, allowed)
     background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 1 / 3 else "white"
     relation = str(rng.choice(RELATIONS)) if count in (2, 3) and rng.random() < placed else None
     return Scene(chosen, style, background, relation, bool(rng.integers(2)))
 
 
+def draw_landscape(
+    subjects: Sequence[str],
+    styles: Sequence[str],
+    rng: np.random.Generator,
+    *,
+    count: int,
+    allowed: Callable[[str, str], bool] | None = None,
+    placed: float = 0.2,
+    touching: float = 0.0,
+) -> Scene:
+    """A random scene of `count` different subjects, four in five of them in a landscape, open or named, and in any light.
+
+    Args:
+        allowed, placed: see `draw_scene`.
+        touching: the share of scenes of two subjects that are in contact.
+    """
+    style, chosen = _cell(subjects, styles, rng, count, allowed)
+    kind = rng.random()
+    background = OPEN if kind < 0.45 else str(rng.choice(list(PLACES if kind < 0.8 else BACKGROUNDS)))
+    background = "white" if kind > 0.9 else background
+    light = str(rng.choice(list(LIGHTS))) if background not in BACKGROUNDS and rng.random() < 0.4 else None
+    relation = None
+    if count == 2 and rng.random() < touching:
+        relation = str(rng.choice(list(CONTACTS)))
+    elif count in (2, 3) and rng.random() < placed:
+        relation = str(rng.choice(RELATIONS))
+    return Scene(chosen, style, background, relation, bool(rng.integers(2)), light)
+
+
+def _cell(
+    subjects: Sequence[str],
+    styles: Sequence[str],
+    rng: np.random.Generator,
+    count: int,
+    allowed: Callable[[str, str], bool] | None,
+) -> tuple[str, tuple[str, ...]]:
+    """A style, and different subjects that may be drawn in it."""
+    style = str(rng.choice(styles))
+    open_to = [s for s in subjects if allowed is None or allowed(s, style)]
+    return style, tuple(str(s) for s in rng.choice(open_to, count, replace=False))
+
+
+def random_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """The scene in a random wording; the first one is the most frequent."""
+    plain = [i for i in range(len(FORMS)) if i not in TAGGED or scene.relation is None]
+    return scene.worded(0 if rng.random() < 0.25 else int(rng.choice(plain)), int(rng.integers(12)))
+
+
 def random_picture(drawings: Drawings, scene: Scene, rng: np.random.Generator, freedom: float = 1.0) -> Image.Image:
-    """The scene as RGB, `scene.size` large, with random sizes and places, see `scattered`."""
-    return drawings.picture(scene, scattered(scene, rng, freedom))
+    """The scene as RGB, `scene.size` large, with random sizes and places, see `scattered`.
+
+    A light that is left open is day in seven of ten landscapes, sunset or night in the others.
+    """
+    boxes, seed = scattered(scene, rng, freedom), int(rng.integers(2**31))
+    if scene.light is None and scene.background not in BACKGROUNDS:
+        scene = replace(scene, light=str(rng.choice(list(LIGHTS), p=(0.7, 0.15, 0.15))))
+    return drawings.picture(scene, boxes, seed=seed)
 
 
 def scattered(scene: Scene, rng: np.random.Generator, freedom: float = 1.0) -> list[Box]:
-    """A box per subject. They do not overlap, and squares that the scene does not decide are random.
+    """A box per subject. They overlap only in contact, and squares that the scene does not decide are random.
 
     Args:
         freedom: how far sizes and places in a square may be from `mole_diffusers.emoji.scenes.places`, in 0..1.
     """
+    if scene.relation in CONTACTS:
+        size, hidden = round(54 + freedom * (rng.uniform(SMALLEST, LARGEST) - 54)), rng.uniform(*OVERLAPS)
+        return in_contact(scene, size, hidden, mirrored=bool(rng.integers(2)))
     corners = squares(scene, rng.permutation)
     return [(size, x + dx, y + dy) for x, y in corners for size, dx, dy in [_within_square(rng, freedom)]]
 

@@ -21,9 +21,9 @@ from packing import pack
 from sampling import GUIDANCE, STEPS
 
 from mole_diffusers.emoji import TEST, Scene, words
+from mole_diffusers.emoji.captions import article
 from mole_diffusers.emoji.compositions import Concepts, compositions
 from mole_diffusers.emoji.judge import Judge
-from mole_diffusers.emoji.scenes import article
 from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import curves

@@ -12,13 +12,14 @@ but `--save` does.
 
 import argparse
 import json
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 import train_autoencoder
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from encoder import CHANNELS
-from latents import SHAPES, Pool
+from latents import Pool
 from loop import WORK, averaged, constant_then_decay, device, fit, mixed_precision, small_attention, updates
 from muon import MuonAndAdamW
 from safetensors.torch import load_file
@@ -26,17 +27,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mole_diffusers.emoji import words
+from mole_diffusers.emoji.captions import words_of_captions
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.scenes import SIDE
 
 BASE = default_folder() / "base"  # the pipeline that was saved last
 TOKENS, WIDTH = 32, 128
-TURNS = ("wide", "tall", "one", "wide", "tall", "square", "wide", "one")  # canvases, in turn
-SINGLE = 2500  # updates on single subjects before the others begin
-BATCH = {"one": 24, "wide": 12, "tall": 12, "square": 6}  # pictures per update
-RATE, EMPTY = 6e-4, 0.1  # peak learning rate; share of empty captions
+TURNS = ("wide", "broad", "one", "tall", "wide", "high", "square", "one", "large", "wide", "tall")  # canvases, in turn
+BATCH = {"one": 16, "wide": 8, "tall": 8, "square": 4, "broad": 10, "high": 10, "large": 6}  # pictures per update
+RATE, EMPTY = 5e-4, 0.1  # peak learning rate; share of empty captions
 NOISY, EXTRA = 600, 0.4  # above this step of 1000, shapes are decided; share of pictures that are noised there in addition
-CHUNKS, GROWN, EVERY = 8, 140, 130  # chunks of the pool at first and in the end; updates per new chunk
+CHUNKS, GROWN, EVERY = 12, 90, 120  # chunks of the pool at first and in the end; updates per new chunk
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -68,15 +69,30 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def load_tokenizer() -> CLIPTokenizer:
-    """The world's tokenizer, which is made once and kept in `assets/base`.
+    """The world's tokenizer, which is made once and kept in `assets/base`, with a token for each word of its captions.
 
-    Byte-pair training does not fix which number a word gets, but the weights depend on it. Words that were added later
-    ("aurora", "relief") are several tokens each, like most trigger words.
+    Byte-pair training does not fix which number a word gets, but the weights depend on it. So words that are added later
+    ("beach", "riding") get new numbers at the end. Names of later concepts ("aurora", "relief") are several tokens each,
+    like most trigger words.
     """
     folder = BASE / "tokenizer"
     if not folder.exists():
         build_tokenizer().save_pretrained(folder)
-    return CLIPTokenizer.from_pretrained(folder)
+    return with_words(CLIPTokenizer.from_pretrained(folder), words_of_captions())
+
+
+def with_words(tokenizer: CLIPTokenizer, added: Sequence[str]) -> CLIPTokenizer:
+    """A tokenizer in which each of these words is one token. Other words keep their tokens."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocab, merges = dict(model["vocab"]), [tuple(m) for m in model["merges"]]
+    for word in added:
+        pieces = tokenizer.tokenize(word)
+        while len(pieces) > 1:  # the newest merges come last: they apply to what the older ones leave
+            *pieces, left, right = pieces
+            merges.append((left, right))
+            vocab.setdefault(left + right, len(vocab))
+            pieces.append(left + right)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -121,25 +137,49 @@ def build_both(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
     return torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}).to(device())
 
 
-@torch.no_grad()
+def begin(both: torch.nn.ModuleDict, saved: dict[str, torch.Tensor], tokenizer: CLIPTokenizer) -> None:
+    """Load saved weights. Words of captions that are new get vectors like those of trained words."""
+    name = "text_encoder.embeddings.token_embedding.weight"
+    vectors = both.state_dict()[name].clone()
+    vectors[: len(saved[name])] = saved[name]
+    both.load_state_dict(saved | {name: vectors})
+    known, new = (*words.BASE_SUBJECTS, *words.BASE_STYLES), tuple(words_of_captions())
+    like_trained(tokenizer, both["text_encoder"], ((known, new),))
+
+
 def tell_words_apart(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
     """Give tokens that are in no caption of the base vectors that are like the trained ones.
 
-    They still have their short initial vectors, which the text encoder can hardly tell apart. The new vectors are drawn
-    from a Gaussian with the mean and covariance of the known ones, like in `resize_token_embeddings` of transformers.
+    They still have their short initial vectors, which the text encoder can hardly tell apart.
+    """
+    like_trained(
+        tokenizer,
+        text_encoder,
+        (
+            (words.BASE_SUBJECTS, words.HELD_OUT_SUBJECTS),
+            (words.BASE_STYLES, words.HELD_OUT_STYLES),
+            (words.BASE_SUBJECTS, words.OTHER_SUBJECTS),
+            (words.BASE_STYLES, words.OTHER_STYLES),
+        ),
+    )
+
+
+@torch.no_grad()
+def like_trained(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, pairs: Sequence[tuple[Sequence[str], Sequence[str]]]
+) -> None:
+    """For each pair of trained and other words: new vectors for tokens of the others that still have a short one.
+
+    They are drawn from a Gaussian with the mean and covariance of the trained ones, like in `resize_token_embeddings` of
+    transformers.
     """
 
-    def tokens(names: tuple[str, ...]) -> list[int]:
+    def tokens(names: Sequence[str]) -> list[int]:
         return sorted({token for name in names for token in tokenizer(name).input_ids[1:-1]})
 
     vectors = text_encoder.get_input_embeddings().weight  # [V, C]
     generator = torch.Generator().manual_seed(0)
-    for learned, unseen in (
-        (words.BASE_SUBJECTS, words.HELD_OUT_SUBJECTS),
-        (words.BASE_STYLES, words.HELD_OUT_STYLES),
-        (words.BASE_SUBJECTS, words.OTHER_SUBJECTS),
-        (words.BASE_STYLES, words.OTHER_STYLES),
-    ):
+    for learned, unseen in pairs:
         known = vectors[tokens(learned)]  # [K, C]
         untrained = [i for i in tokens(unseen) if vectors[i].norm() < known.norm(dim=1).median() / 2]
         mean = known.mean(0)
@@ -191,20 +231,19 @@ def updates_before() -> int:
 
 def train(steps: int, decay: int) -> None:
     """Train with the plain v loss, on the canvases in turn."""
-    before = updates_before()
+    updates_before()  # noted before the first checkpoint
     tokenizer, scheduler = load_tokenizer(), build_scheduler()
     pool = Pool(Drawings(default_folder()))
     both = build_both(tokenizer)
     print({name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for name, part in both.items()}, flush=True)
     if not (WORK / "base.pt").exists() and (saved := saved_weights()):
-        both.load_state_dict(saved)
+        begin(both, saved, tokenizer)
     generator = torch.Generator().manual_seed(2)
 
     def loss_at(step: int) -> torch.Tensor:
-        single = before + step < SINGLE
-        shape = "one" if single else TURNS[step % len(TURNS)]
+        shape = TURNS[step % len(TURNS)]
         if step % EVERY == 0 or not pool.latents[shape]:
-            pool.grow(min(GROWN, CHUNKS + (before + step) // EVERY), ("one",) if single else SHAPES)
+            pool.grow(min(GROWN, CHUNKS + step // EVERY))
         x, captions = pool.batch(shape, BATCH[shape], generator)
         empty = torch.rand(len(captions), generator=generator) < EMPTY
         captions = ["" if e else c for e, c in zip(empty, captions, strict=True)]
