@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from mole_diffusers.merging.activations import Activations
     from mole_diffusers.merging.merge import merge
     from mole_diffusers.mixture import Mixture, attach, attached, detach
-    from mole_diffusers.patching.picture_warning import PictureWarning
-    from mole_diffusers.patching.processor import MoLEAttnProcessor
-    from mole_diffusers.patching.trace import Trace
+    from mole_diffusers.patching.gating.picture_warning import PictureWarning
+    from mole_diffusers.patching.gating.trace import Trace
+    from mole_diffusers.patching.install.processor import MoLEAttnProcessor
     from mole_diffusers.pipelines.classes import (
         MoLEPipeline,
         MoLEStableDiffusionControlNetImg2ImgPipeline,
@@ -81,9 +81,9 @@ _MODULES = {
     "merging.activations": ("Activations",),
     "merging.merge": ("merge",),
     "mixture": ("Mixture", "attach", "attached", "detach"),
-    "patching.picture_warning": ("PictureWarning",),
-    "patching.processor": ("MoLEAttnProcessor",),
-    "patching.trace": ("Trace",),
+    "patching.gating.picture_warning": ("PictureWarning",),
+    "patching.install.processor": ("MoLEAttnProcessor",),
+    "patching.gating.trace": ("Trace",),
     "pipelines.classes": tuple(name for name in __all__ if name.endswith("Pipeline")),
     "pipelines.modular": ("MoLEStableDiffusionXLBlocks",),
 }

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
+from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, push
@@ -23,9 +24,11 @@ from mole_diffusers.lora import Expert
 from mole_diffusers.lora.stacking import match, stack_all
 from mole_diffusers.lora.strengths import Source, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
-from mole_diffusers.patching import cross_attention, joint_attention
-from mole_diffusers.patching.component import Component
-from mole_diffusers.patching.denoiser_inputs import (
+from mole_diffusers.patching.gating import cross_attention, joint_attention
+from mole_diffusers.patching.gating.runtime import Decision, Plan, Runtime
+from mole_diffusers.patching.gating.token_masks import TokenMasks
+from mole_diffusers.patching.gating.trace import Trace
+from mole_diffusers.patching.host.denoiser_inputs import (
     DENOISERS,
     DenoiserInputs,
     denoiser,
@@ -34,19 +37,24 @@ from mole_diffusers.patching.denoiser_inputs import (
     lora_scale,
     models_of,
 )
-from mole_diffusers.patching.drawn_over import drawn_over
-from mole_diffusers.patching.folding import Averages, Folded, evaluate_gates, folded, one_lora, reads_nothing, truncated
-from mole_diffusers.patching.host_calls import guard
-from mole_diffusers.patching.offloading import loaded
-from mole_diffusers.patching.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches
-from mole_diffusers.patching.picture_layout import Layout
-from mole_diffusers.patching.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
-from mole_diffusers.patching.pipeline_lock import PipelineLock, lock_of
-from mole_diffusers.patching.runtime import Decision, Plan, Runtime
-from mole_diffusers.patching.things import UNTIL, Asked, Encode, Tiling
-from mole_diffusers.patching.tiles import Tiles, things_for_tiles
-from mole_diffusers.patching.token_masks import TokenMasks
-from mole_diffusers.patching.trace import Trace
+from mole_diffusers.patching.host.offloading import loaded
+from mole_diffusers.patching.install.component import Component
+from mole_diffusers.patching.install.folding import (
+    Averages,
+    Folded,
+    evaluate_gates,
+    folded,
+    one_lora,
+    reads_nothing,
+    truncated,
+)
+from mole_diffusers.patching.install.host_calls import guard
+from mole_diffusers.patching.install.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches
+from mole_diffusers.patching.install.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
+from mole_diffusers.patching.install.pipeline_lock import PipelineLock, lock_of
+from mole_diffusers.patching.subjects.drawn_over import drawn_over
+from mole_diffusers.patching.subjects.things import UNTIL, Asked, Encode, Tiling
+from mole_diffusers.patching.subjects.tiles import Tiles, things_for_tiles
 from mole_diffusers.patching.undo import Undo
 
 Gates = str | Path | GateConfig
@@ -198,7 +206,9 @@ class Mixture:
         return self._with_settings(rows=table, images=images)
 
     def planned(self, plan: Plan) -> AbstractContextManager[None]:
-        """Set strengths by component, block and step, or gates by hand, inside the block; see `patching.runtime.Plan`."""
+        """Set strengths by component, block and step, or gates by hand, inside the block, see
+        `patching.gating.runtime.Plan`.
+        """
         return self._with_settings(plan=plan)
 
     def adjusted(self, control: Control) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from mole_diffusers.patching.denoiser_inputs import models_of
+from mole_diffusers.patching.host.denoiser_inputs import models_of
 from mole_diffusers.testing import tiny_tokenizer
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -49,7 +49,7 @@ def imports(path):
 
 
 def files(stage):
-    return [path] if (path := PACKAGE / f"{stage}.py").exists() else sorted((PACKAGE / stage).glob("*.py"))
+    return [path] if (path := PACKAGE / f"{stage}.py").exists() else sorted((PACKAGE / stage).rglob("*.py"))
 
 
 def test_every_folder_and_file_is_a_stage():

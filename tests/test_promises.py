@@ -72,7 +72,7 @@ def test_a_failed_attach_leaves_what_was_attached(pipe, loras, draw, tmp_path):
 
 
 def test_a_failure_while_installing_undoes_what_was_done(pipe, loras, draw, monkeypatch):
-    from mole_diffusers.patching import peft_injection
+    from mole_diffusers.patching.install import peft_injection
 
     base, before = draw(pipe), snapshot(pipe)
     fill, calls = peft_injection._fill, []

@@ -23,13 +23,13 @@ from mole_diffusers.app.gate_training import TrainingRequest, train
 from mole_diffusers.app.jobs import Report, StoppedError, Work
 from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.app.sentences import without_folders
+from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import FOLDED, Mixture
-from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
-from mole_diffusers.patching.picture_layout import Layout
+from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.retrieval.composing import retrieve_for
 from mole_diffusers.retrieval.encoders import PipelineText, text_beside
 from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora

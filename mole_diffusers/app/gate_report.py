@@ -12,8 +12,8 @@ from PIL import Image
 
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.inspection.contributions import Contributions
-from mole_diffusers.patching.denoiser_inputs import denoiser
-from mole_diffusers.patching.trace import Trace
+from mole_diffusers.patching.gating.trace import Trace
+from mole_diffusers.patching.host.denoiser_inputs import denoiser
 from mole_diffusers.studio.block_weights import block_names
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio

@@ -22,7 +22,7 @@ from mole_diffusers.binding.as_text import parse_phrases
 from mole_diffusers.binding.config import Bound, bindings
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.inspection import gate_figures
-from mole_diffusers.patching.things import Things
+from mole_diffusers.patching.subjects.things import Things
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.weight_syntax import plain_text
 

@@ -67,7 +67,7 @@ def compose(
     from mole_diffusers.binding.as_text import parse_binding
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
-    from mole_diffusers.patching.tiles import draws_in_tiles
+    from mole_diffusers.patching.subjects.tiles import draws_in_tiles
     from mole_diffusers.studio.prompt_weights import plain_texts, tiled_prompt
     from mole_diffusers.studio.weight_syntax import plain_text
 

@@ -26,7 +26,7 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
 
     models = {}
     if base:
-        from mole_diffusers.patching.denoiser_inputs import models_of
+        from mole_diffusers.patching.host.denoiser_inputs import models_of
 
         models = models_of(opened(base, machine).pipe)
     reports, failed = list[dict[str, Any]](), False

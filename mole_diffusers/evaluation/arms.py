@@ -26,8 +26,8 @@ from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.merging.merge import METHODS, by_activations, check_fits, merge, resolved
 from mole_diffusers.mixture import Gates, Mixture, attach, detach
-from mole_diffusers.patching.denoiser_inputs import DENOISERS
-from mole_diffusers.patching.things import UNTIL
+from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
+from mole_diffusers.patching.subjects.things import UNTIL
 
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from mole_diffusers.binding.config import Bound, from_file
+from mole_diffusers.binding.picture_layout import Side, side_of
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, region_mask
 from mole_diffusers.evaluation.sampling_composers import read_by, texts_apart
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.cross_attention import cross_attentions
-from mole_diffusers.patching.denoiser_inputs import prompted_rows
-from mole_diffusers.patching.picture_layout import Side, side_of
+from mole_diffusers.patching.gating.cross_attention import cross_attentions
+from mole_diffusers.patching.host.denoiser_inputs import prompted_rows
 from mole_diffusers.patching.undo import replaced_forward
 from mole_diffusers.training.data import token_ids
 

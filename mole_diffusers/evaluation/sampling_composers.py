@@ -13,7 +13,7 @@ from torch import nn
 from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of, merge_key
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs
+from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.undo import replaced_forward, undoing
 
 Run = Callable[[Any, Sequence[torch.Tensor], tuple, dict], Any]  # (unet, texts, args, kwargs) in place of the UNet's forward

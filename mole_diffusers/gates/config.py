@@ -16,7 +16,7 @@ class Family:
 
     Attributes:
         options: the fields of `GateConfig` that apply to it.
-        one_gate_per: the unit that has one gate, see `patching.placement.place_name`; None: as the config says.
+        one_gate_per: the unit that has one gate, see `patching.host.placement.place_name`; None: as the config says.
         of_experts: whether its gates belong to the experts they were made for; otherwise they also serve any others.
     """
 
@@ -120,7 +120,7 @@ class GateConfig:
 
     @property
     def one_gate_per(self) -> str:
-        """The unit that has one gate, see `patching.placement.place_name`."""
+        """The unit that has one gate, see `patching.host.placement.place_name`."""
         if self.reads_prompt:
             return "block" if self.axis == "concept" else "matrix"
         return FAMILIES[self.family].one_gate_per or self.granularity

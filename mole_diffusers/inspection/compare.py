@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.runtime import PlainSum
-from mole_diffusers.patching.tiles import draws_in_tiles
+from mole_diffusers.patching.gating.runtime import PlainSum
+from mole_diffusers.patching.subjects.tiles import draws_in_tiles
 
 MARGIN = 6  # pixels around a cell of a sheet
 

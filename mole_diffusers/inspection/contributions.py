@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from mole_diffusers.binding.picture_layout import Side, side_of
 from mole_diffusers.functional import as_tokens
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching import peft_injection
-from mole_diffusers.patching.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of, repeats
-from mole_diffusers.patching.picture_layout import Side, side_of
-from mole_diffusers.patching.placement import stream_of
+from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of, repeats
+from mole_diffusers.patching.host.placement import stream_of
+from mole_diffusers.patching.install import peft_injection
 from mole_diffusers.patching.undo import undoing
 
 NOT_IMAGE = ("time_emb_proj", "linear_1", "linear_2")  # layers without a token per place

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageColor
 
 from mole_diffusers.inspection.contributions import Contributions
-from mole_diffusers.patching.denoiser_inputs import DENOISERS
-from mole_diffusers.patching.trace import Trace
+from mole_diffusers.patching.gating.trace import Trace
+from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 DPI, OPACITY, MOST_ROWS = 110, 0.65, 40

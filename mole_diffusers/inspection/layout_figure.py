@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.inspection.gate_figures import colours
-from mole_diffusers.patching.picture_layout import Layout
 
 TINT, EDGE = 0.28, 2  # opacity of a region's colour; width of its outline in pixels
 

@@ -16,9 +16,9 @@ from mole_diffusers import functional
 from mole_diffusers.lora import Expert, layer_key
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import attach, attached, detach
-from mole_diffusers.patching.denoiser_inputs import DENOISERS, DenoiserInputs, models_of
-from mole_diffusers.patching.placement import stream_of
-from mole_diffusers.patching.prompt_tokens import PromptTokens
+from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
+from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, DenoiserInputs, models_of
+from mole_diffusers.patching.host.placement import stream_of
 from mole_diffusers.patching.undo import Undo, undoing
 
 WITH_TEXT = {"encoding", "text", "joint"}  # what layers read that read a text, see `stream_of`

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
 from mole_diffusers.lora import COMPONENTS
-from mole_diffusers.patching.runtime import Plan
+from mole_diffusers.patching.gating.runtime import Plan
 
 
 class AdapterWeights:

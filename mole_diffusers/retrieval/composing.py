@@ -14,7 +14,7 @@ from mole_diffusers.lora import Expert, family_of
 from mole_diffusers.merging.factors import Pair, present
 from mole_diffusers.merging.layers import as_expert, layers_of
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
-from mole_diffusers.patching.denoiser_inputs import models_of
+from mole_diffusers.patching.host.denoiser_inputs import models_of
 from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, RetrievedLora
 
 MODES = ("selection", "mixture", "sum", "fusion")

@@ -11,7 +11,7 @@ from PIL import Image
 from mole_diffusers.binding.as_text import read_mask
 from mole_diffusers.binding.regions import AUTO, region_picture
 from mole_diffusers.emoji.world import concept_files, gate_folders
-from mole_diffusers.patching.denoiser_inputs import denoiser
+from mole_diffusers.patching.host.denoiser_inputs import denoiser
 from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.catalog import file_hash, gates_hash
 from mole_diffusers.studio.clip_skip import clip_skip

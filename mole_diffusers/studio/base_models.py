@@ -14,7 +14,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 
 from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import pipeline_class, read_header
-from mole_diffusers.patching.denoiser_inputs import denoiser
+from mole_diffusers.patching.host.denoiser_inputs import denoiser
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.names import WORLD, by_name, files_below, is_hub_id, known_names, matching, own_name, short_names
 

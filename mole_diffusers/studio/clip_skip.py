@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import CLIPTextModel
 
-from mole_diffusers.patching.denoiser_inputs import DENOISERS, models_of
+from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, models_of
 from mole_diffusers.patching.undo import undoing
 
 

@@ -19,9 +19,9 @@ from mole_diffusers.gates.checkpoint import UnfitGatesError
 from mole_diffusers.lora import Expert, check_family
 from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
-from mole_diffusers.patching.denoiser_inputs import denoiser, models_of
-from mole_diffusers.patching.pipeline_lock import PipelineLock
-from mole_diffusers.patching.tiles import draws_in_tiles, size_for_tiles
+from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
+from mole_diffusers.patching.install.pipeline_lock import PipelineLock
+from mole_diffusers.patching.subjects.tiles import draws_in_tiles, size_for_tiles
 from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash

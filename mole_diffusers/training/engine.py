@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mole_diffusers.lora.whole_files import new_folder, write_text
-from mole_diffusers.patching.component import BANK
+from mole_diffusers.patching.install.component import BANK
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import GateTraining, LoraTraining
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from mole_diffusers.lora import LoraWeights, family_of
 from mole_diffusers.lora.writing import TRIGGERS, write_lora
-from mole_diffusers.patching import peft_injection
+from mole_diffusers.patching.install import peft_injection
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.beam import Ranks, importance
 from mole_diffusers.training.config import LORA_LAYERS, LoraTraining

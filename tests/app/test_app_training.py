@@ -16,7 +16,7 @@ from mole_diffusers.binding.config import Bound, files_bindings
 from mole_diffusers.gates import checkpoint
 from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.mixture import attach, attached
-from mole_diffusers.patching.tiles import Tiles
+from mole_diffusers.patching.subjects.tiles import Tiles
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio

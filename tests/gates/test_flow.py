@@ -8,7 +8,7 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, FlowGate
-from mole_diffusers.patching.gate_site import GateSite
+from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.testing import tiny_lora
 
 BOTH = Context(torch.tensor([True, True]), torch.zeros(1))

@@ -12,7 +12,7 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, GateConfig, MoLEGate, StaticGate
-from mole_diffusers.patching.processor import MoLEAttnProcessor
+from mole_diffusers.patching.install.processor import MoLEAttnProcessor
 from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
 
 ALL = Context(torch.tensor([True, True]), torch.zeros(1))

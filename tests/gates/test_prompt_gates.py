@@ -12,7 +12,7 @@ import mole_diffusers as mole
 from mole_diffusers.functional import among_largest
 from mole_diffusers.gates import Context, PromptGate
 from mole_diffusers.gates.prompt import GELU, load_balance, rational
-from mole_diffusers.patching.prompt_tokens import word_mask
+from mole_diffusers.patching.gating.prompt_tokens import word_mask
 from mole_diffusers.testing import tiny_lora
 
 BOTH, NOW = torch.tensor([True, True]), torch.zeros(1)

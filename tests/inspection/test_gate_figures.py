@@ -9,7 +9,7 @@ from PIL import Image
 
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.inspection.contributions import Contributions
-from mole_diffusers.patching.trace import Trace
+from mole_diffusers.patching.gating.trace import Trace
 
 pytest.importorskip("matplotlib")
 

@@ -14,7 +14,7 @@ import mole_diffusers as mole
 from mole_diffusers.lora import layer_key, read_expert, safe_files
 from mole_diffusers.merging.activations import as_rows
 from mole_diffusers.merging.merge import METHODS
-from mole_diffusers.patching.placement import stream_of
+from mole_diffusers.patching.host.placement import stream_of
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 PROMPTS = {"fox": ["a fox", "the fox"], "ink": ["in ink"], "hat": ["a hat"]}

@@ -11,7 +11,7 @@ from tiers import thorough
 
 from mole_diffusers import attach, detach
 from mole_diffusers.binding.parts import prompts_apart
-from mole_diffusers.patching import prompt_tokens
+from mole_diffusers.patching.gating import prompt_tokens
 from mole_diffusers.studio.prompt_weights import (
     call_arguments,
     chunks_of,

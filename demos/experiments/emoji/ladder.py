@@ -38,7 +38,7 @@ from mole_diffusers.evaluation.tables import as_frame, success_table
 from mole_diffusers.gates import GateBank, GateConfig, checkpoint
 from mole_diffusers.lora import Expert
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.gated_experts import ADAPTER
+from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import train_gates

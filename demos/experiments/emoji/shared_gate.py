@@ -35,7 +35,7 @@ from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.tables import as_frame, success_table
 from mole_diffusers.gates import GateBank
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.gated_experts import ADAPTER
+from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData

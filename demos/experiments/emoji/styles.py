@@ -32,7 +32,7 @@ from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.sampling_composers import StepCounter
 from mole_diffusers.evaluation.tables import as_frame, by_kind
-from mole_diffusers.patching.gated_experts import ADAPTER
+from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.strength_schedule import StrengthSchedule

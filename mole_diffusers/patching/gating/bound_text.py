@@ -1,0 +1,161 @@
+"""A text that the denoiser reads: which experts act on which tokens of text and picture, and which words are closed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from mole_diffusers import functional
+from mole_diffusers.binding.picture_layout import PictureLayout, Side, side_of, sides
+from mole_diffusers.functional import onto
+from mole_diffusers.gates.seen import version
+
+CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
+MOST_KEPT = 32 << 20  # bytes of a bias for each head
+Silent = tuple[bool, ...]
+Made = dict[tuple, torch.Tensor | None]  # masks and biases, by a layer's request
+
+
+@dataclass(eq=False)
+class BoundText:
+    """A text that the denoiser reads, and everything that follows from it.
+
+    Attributes:
+        text: its states, [B, S, C], which count as the same as long as nothing changes them (`version`).
+        shape: of the latents that were drawn with it.
+        acts: [B, S, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
+        silent: [N]: the experts that are silent in all rows. row_silent: [B, N], if rows differ.
+        prompt: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a
+            separate call names no expert, and takes over those of the prompt.
+        image: [B, N, H, W] in 0..1, the places that each expert acts on; None if all act everywhere.
+        biases: tokens of the picture -> [B, T, S], subtracted from cross-attention's logits.
+        made: what layers have asked for, until places change.
+    """
+
+    text: torch.Tensor
+    version: int
+    shape: torch.Size
+    picture: PictureLayout
+    acts: torch.Tensor | None
+    silent: Silent
+    row_silent: torch.Tensor | None
+    prompt: BoundText | None = None
+    image: torch.Tensor | None = None
+    biases: dict[int, torch.Tensor] = field(default_factory=dict)
+    made: Made = field(default_factory=dict)
+
+    def is_of(self, text: torch.Tensor, latents: torch.Tensor) -> bool:
+        """Whether this is that text, for a picture of that size. A copy counts: offloading makes one at every step."""
+        if self.text.shape != text.shape or self.text.device != text.device or self.shape[1:] != latents.shape[1:]:
+            return False
+        if torch.is_grad_enabled():  # in training every text is new
+            return False
+        if self.text.data_ptr() == text.data_ptr():
+            return self.version == version(text)
+        return torch.equal(self.text, text)
+
+    def place(self) -> None:
+        """Make the picture's masks from the known regions."""
+        image, device = self.picture.expert_masks(), self.text.device
+        self.image, self.biases, self.made = None if image is None else onto(image, device), {}, {}
+        if image is not None and self.picture.readings:
+            for side in sides(self.picture.side):
+                bias = -CLOSING * self.picture.closed_words(side)
+                self.biases[side[0] * side[1]] = onto(bias.to(self.text.dtype), device)
+
+    def follow_prompt(self) -> None:
+        """Take over the places that were planned for the prompt since then, if there were any."""
+        if self.prompt is not None and self.image is not self.prompt.image:
+            self.image, self.made = self.prompt.image, {}
+
+    def forget(self) -> None:
+        """Drop what was computed for layers. It is computed again when they ask."""
+        self.made = {}
+
+    # ---- what layers ask
+
+    @property
+    def binds(self) -> bool:
+        """Whether any expert is kept off any token."""
+        return self.acts is not None or self.image is not None
+
+    @property
+    def rows(self) -> int:
+        """B, if its words are known; else 0."""
+        return len(self.picture.prompt_of)
+
+    @property
+    def tokens(self) -> int:
+        """S; 0 if its words are not known."""
+        return 0 if self.acts is None else self.acts.shape[1]
+
+    def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
+        """[B, T, N] for a layer whose tokens are those of `low`; None if its tokens are others."""
+        tokens = low.shape[1]
+        if stream == "joint":
+            return self._joint(tokens)
+        # In SD 3.5, a second attention of the picture has the name that cross-attention has elsewhere.
+        reads_picture = low.dim() == 3 and self.acts is not None and tokens != self.tokens
+        if stream == "text" and not reads_picture:
+            return self.acts
+        side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(tokens)
+        return None if side is None else self._image_tokens(side)
+
+    def _image_tokens(self, side: Side) -> torch.Tensor | None:
+        if self.image is None:
+            return None
+        return F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)  # [B, T, N]
+
+    def _joint(self, tokens: int) -> torch.Tensor | None:
+        """Text, then picture."""
+        if self.acts is None or (side := self.side_of(tokens - self.tokens)) is None:
+            return None
+        image = self._image_tokens(side)
+        if image is None:
+            image = self.acts.new_ones(len(self.acts), tokens - self.tokens, self.acts.shape[2], dtype=torch.float32)
+        return torch.cat([self.acts.float(), image.to(self.acts.device)], 1)
+
+    def side_of(self, tokens: int) -> Side | None:
+        """Height and width of a layer with this many tokens of the picture; None if its tokens are others."""
+        return side_of(tokens, self.picture.side)
+
+    def bias(self, tokens: int, rows: int) -> torch.Tensor | None:
+        """[B, T, S], added to cross-attention's logits: words of a thing are closed outside its region. None: no word is
+        closed.
+
+        Args:
+            tokens: T.
+            rows: B, of the layer; a video's frames are separate rows there.
+        """
+        bias = self.biases.get(tokens)
+        if bias is None or (rows > len(bias) and rows % len(bias)):
+            return None
+        return functional.rows_for_layer(bias, rows)
+
+    def bias_of_heads(self, tokens: int, rows: int, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The same for each head, [B heads, T, S].
+
+        It is made once for all steps, in the form that diffusers would otherwise repeat at each step. If that would be
+        large, it is returned without the repetition.
+        """
+        key = "bias of heads", tokens, rows, heads, dtype
+        if key not in self.made:
+            bias = self.bias(tokens, rows)
+            if bias is not None and heads * bias.numel() * dtype.itemsize <= MOST_KEPT:
+                bias = bias.to(dtype).repeat_interleave(heads, 0)
+            self.made[key] = bias
+        return self.made[key]
+
+    def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
+        """The same for attention over text and picture together: [B, 1, tokens, tokens]."""
+        bias = self.bias(tokens - self.tokens, rows)
+        if bias is None:
+            return None
+        key = "joint bias", tokens, rows, picture.start
+        if key not in self.made:
+            whole = bias.new_zeros(rows, 1, tokens, tokens)
+            whole[:, 0, picture, text] = bias
+            self.made[key] = whole
+        return self.made[key]

@@ -1,0 +1,86 @@
+"""Hooks on a UNet's cross-attention: they read how much attention words get, and close words outside their region.
+
+These are hooks, since other tools replace processors (IP-Adapter, attention slicing), and every processor takes a mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from mole_diffusers.patching.gating.runtime import Runtime
+from mole_diffusers.patching.host.placement import tokens_of
+from mole_diffusers.patching.host.uncompiled import run_uncompiled
+from mole_diffusers.patching.undo import Undo
+
+MAP_TOKENS = 256  # maps are read in layers with about this many tokens: 16 x 16 in SD 1.5 at 512 pixels
+
+
+def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
+    """Hook every cross-attention of a UNet."""
+    reading = map_layers(model)
+    for name, module in cross_attentions(model).items():
+        undo.before_forward(module, _attend(runtime, name in reading), with_kwargs=True)
+    around = [
+        module for name, module in model.named_modules() if any(each.startswith(f"{name}.") for each in reading if name)
+    ]
+    run_uncompiled(model, around, runtime, lambda masks: masks.wants_maps, undo)
+
+
+def cross_attentions(model: Any) -> dict[str, Attention]:
+    """The cross-attentions of a UNet by their names."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.endswith("attn2") and isinstance(module, Attention) and module.is_cross_attention
+    }
+
+
+def map_layers(model: Any) -> list[str]:
+    """The cross-attentions whose maps are read: those with the number of tokens nearest to MAP_TOKENS."""
+    sizes = {name: tokens_of(name, model) for name in cross_attentions(model)}
+    nearest = min((abs(math.log(size / MAP_TOKENS)) for size in sizes.values() if size), default=0.0)
+    return [name for name, size in sizes.items() if size and abs(math.log(size / MAP_TOKENS)) == nearest]
+
+
+def _attend(runtime: Runtime, reads_maps: bool) -> Any:
+    def before(attention: Attention, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        masks = runtime.masks
+        if masks is None or (bound := masks.text) is None or not bound.binds:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        text = text[0] if isinstance(text, tuple) else text  # IP-Adapter passes its pictures along with the text
+        if text is None or hidden.dim() != 3:
+            return None
+        if reads_maps and not torch.compiler.is_compiling() and masks.wants_maps:
+            frames, rest = divmod(len(hidden), bound.rows)
+            if frames and not rest:
+                drawn = [row * frames + frame for row in bound.picture.picture_rows for frame in range(frames)]
+                shares = _probabilities(attention, hidden[drawn], text[drawn])
+                masks.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a video has one layout
+        if not runtime.closes:
+            return None
+        given = kwargs.get("attention_mask")
+        if given is None and not torch.compiler.is_compiling():
+            bias = bound.bias_of_heads(hidden.shape[1], hidden.shape[0], attention.heads, hidden.dtype)
+        else:
+            bias = bound.bias(hidden.shape[1], hidden.shape[0])
+        if bias is None or bias.shape[2] != text.shape[1]:
+            return None
+        bias = bias.to(hidden.dtype)
+        return args, {**kwargs, "attention_mask": bias if given is None else given + bias}
+
+    return before
+
+
+@torch.no_grad()
+def _probabilities(attention: Any, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """What the model without experts attends to, mean over heads: hidden [B, T, C] and text [B, S, D] -> [B, T, S]."""
+    to_q, to_k = (getattr(layer, "base_layer", layer) for layer in (attention.to_q, attention.to_k))
+    query, key = (attention.head_to_batch_dim(x) for x in (to_q(hidden), to_k(text)))
+    scores = attention.get_attention_scores(query, key)  # [B heads, T, S]
+    return scores.unflatten(0, (len(hidden), -1)).mean(1)

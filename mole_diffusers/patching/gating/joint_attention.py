@@ -1,0 +1,99 @@
+"""Hooks on attention that reads text and picture together (SD 3, Flux): they read maps, and close words.
+
+They act where the model calls PyTorch's attention, so that its norms and rotary embeddings apply.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_processor import Attention
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mole_diffusers.patching.gating.bound_text import BoundText
+from mole_diffusers.patching.gating.runtime import Runtime
+from mole_diffusers.patching.gating.token_masks import TokenMasks
+from mole_diffusers.patching.host.placement import blocks
+from mole_diffusers.patching.host.uncompiled import run_uncompiled
+from mole_diffusers.patching.undo import Undo
+
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of PyTorch's attention, by position
+
+
+def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
+    """Hook the joint attention of every block of a transformer. Maps are read in the middle half of the blocks."""
+    found = [getattr(model.get_submodule(block), "attn", None) for block in blocks(model)]
+    layers = [layer for layer in found if isinstance(layer, nn.Module)]
+    if layers:
+        run_uncompiled(model, list(model.modules()), runtime, lambda m: m.wants_maps or _closes(m, runtime), undo)
+    for i, layer in enumerate(layers):
+        _watch(layer, runtime, undo, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))
+
+
+def _closes(masks: TokenMasks, runtime: Runtime) -> bool:
+    return runtime.closes and masks.text is not None and masks.text.image is not None
+
+
+def _watch(layer: Any, runtime: Runtime, undo: Undo, *, reads_maps: bool) -> None:
+    """Watch PyTorch's attention while one layer runs, with the one implementation that takes any mask."""
+    picture_first = isinstance(layer, Attention)  # in SD 3; Flux and similar models have the text first
+
+    def watch(stack: ExitStack) -> None:
+        masks = runtime.masks
+        if masks is None or torch.compiler.is_compiling():
+            return
+        closes, reads = _closes(masks, runtime), reads_maps and masks.wants_maps
+        if not (closes or reads):
+            return
+        processor = layer.processor
+        if (backend := getattr(processor, "_attention_backend", None)) is not None:
+            stack.callback(setattr, processor, "_attention_backend", backend)
+            processor._attention_backend = None
+        stack.enter_context(attention_backend("native"))
+        stack.enter_context(_Watched(masks, picture_first, closes=closes, reads_maps=reads))
+
+    runtime.around_forward(layer, watch, undo)
+
+
+class _Watched(TorchFunctionMode):
+    """`scaled_dot_product_attention` with maps read from its queries and keys, and a bias added to its logits."""
+
+    def __init__(self, masks: TokenMasks, picture_first: bool, *, closes: bool, reads_maps: bool):
+        super().__init__()
+        self.masks, self.picture_first, self.closes, self.reads_maps = masks, picture_first, closes, reads_maps
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
+        query, key = given["query"], given["key"]  # [B, heads, S, D]
+        bound = self.masks.text
+        words = 0 if bound is None else bound.tokens
+        picture = slice(0, -words) if self.picture_first else slice(words, None)
+        text = slice(-words, None) if self.picture_first else slice(0, words)
+        if bound is not None and words and query.shape[2] == key.shape[2] > words:
+            if self.reads_maps:
+                self._read(bound, query[:, :, picture], key[:, :, text])
+            bias = bound.joint_bias(query.shape[2], len(query), picture, text) if self.closes else None
+            if bias is not None:
+                before = given.get("attn_mask")
+                given["attn_mask"] = bias.to(query.dtype) if before is None else bias.to(query.dtype) + before
+        return func(**given)
+
+    @torch.no_grad()
+    def _read(self, bound: BoundText, query: torch.Tensor, key: torch.Tensor) -> None:
+        """The text tokens' shares in what the picture's tokens attend to: query [B, heads, T, D], key [B, heads, S, D]."""
+        rows = bound.picture.picture_rows
+        if len(query) != bound.rows:
+            return
+        heads = query.shape[1]
+        total = query.new_zeros(len(rows), query.shape[2], key.shape[2])
+        for head in range(heads):  # all heads at once would be as large as the full attention matrix that models avoid
+            logits = query[rows, head] @ key[rows, head].transpose(1, 2) / query.shape[-1] ** 0.5
+            total += logits.softmax(-1) / heads
+        self.masks.add_maps(total)

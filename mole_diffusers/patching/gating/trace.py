@@ -1,0 +1,103 @@
+"""A record of the gates' decisions inside a block: weights by place, step, batch row and expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mole_diffusers import functional
+from mole_diffusers.binding.picture_layout import Layout
+from mole_diffusers.patching.gating.runtime import Decision, Present, Runtime
+
+
+@dataclass(eq=False)
+class Trace:
+    """Recorded by `mixture.trace()`.
+
+    Attributes:
+        experts: names, in the order of the last axis.
+        before: the runtime's number of calls when the block began; a trace counts its own.
+        records: (place, step, applied weights [N] or [B, N] on the CPU). Step -1 is before the first denoiser call, when
+            text encoders run. If some layers of a place have fewer of the experts, they are recorded separately, as
+            "PLACE (fox, ink)". Layers outside of blocks share one record, without a plan's strengths by block.
+        layouts: where each expert acted, for each picture of the last call. Available when the block has ended.
+        maps: with `maps=True`, number of the denoiser call, from 0 -> for each picture, name of an expert or noun -> [h,
+            w] on the CPU. It is the attention to its words, 0..1 in each layer that is read, summed over these layers.
+            The layout is planned from those of the first call. Calls with a text that names nothing have none.
+    """
+
+    experts: list[str]
+    runtime: Runtime = field(repr=False)
+    before: int = field(repr=False)
+    records: list[tuple[str, int, torch.Tensor]] = field(default_factory=list, repr=False)
+    layouts: list[Layout] = field(default_factory=list, repr=False)
+    maps: dict[int, list[dict[str, torch.Tensor]]] = field(default_factory=dict, repr=False)
+    _largest: dict[str, Present] = field(default_factory=dict, repr=False)
+
+    def record(self, decision: Decision) -> None:
+        """Record one gate's decision."""
+        place = decision.place
+        largest = self._largest.setdefault(place, decision.present)
+        if decision.present != largest:
+            names = [name for name, there in zip(self.experts, decision.present, strict=True) if there]
+            place = f"{place} ({', '.join(names)})"
+        self.records.append((place, self.runtime.step - self.before, decision.weights.detach().float().cpu()))
+
+    def record_layouts(self, layouts: list[Layout]) -> None:
+        """Keep where each expert acted in a call."""
+        self.layouts = layouts
+
+    def record_maps(self, pictures: list[dict[str, torch.Tensor]]) -> None:
+        """Add the maps of one layer."""
+        kept = self.maps.setdefault(self.runtime.step - self.before, [{} for _ in pictures])
+        for maps, layer in zip(kept, pictures, strict=True):
+            maps |= {name: maps.get(name, 0) + map_ for name, map_ in layer.items()}
+
+    @property
+    def places(self) -> list[str]:
+        """Every gate that was evaluated, in the order of first evaluation."""
+        return list(dict.fromkeys(place for place, _, _ in self.records))
+
+    def weights(self, place: str) -> torch.Tensor:
+        """The weights at one place by step, mean over batch rows: [steps, N]. In a text encoder, by call instead of step.
+
+        In a step that is drawn in tiles, each expert's weight is the mean over the tiles in which it is not 0.
+        """
+        records = [(i, step, weights) for i, (name, step, weights) in enumerate(self.records) if name == place]
+        if not records:
+            raise ValueError(f"no gate was evaluated at {place!r}; known: {self.places}")
+        return _by_step(records)
+
+    def all_weights(self) -> dict[str, torch.Tensor]:
+        """`weights` of every place, read in one pass: SDXL has gates at 700 places."""
+        records = dict[str, list[tuple[int, int, torch.Tensor]]]()
+        for i, (name, step, weights) in enumerate(self.records):
+            records.setdefault(name, []).append((i, step, weights))
+        return {place: _by_step(found) for place, found in records.items()}
+
+    def mean(self) -> dict[str, float]:
+        """Each expert's weight, averaged over steps, rows and the places in which it is not 0."""
+        self._refuse_empty()
+        table = torch.stack([weights.mean(0) for weights in self.all_weights().values()])  # [places, N]
+        average = table.sum(0) / (table != 0).sum(0).clamp_min(1)
+        return dict(zip(self.experts, average.tolist(), strict=True))
+
+    def entropy(self) -> float:
+        """Mean entropy of the gates in nats; ln N if all experts share equally."""
+        self._refuse_empty()
+        return torch.cat([functional.entropy(w).reshape(-1) for _, _, w in self.records]).mean().item()
+
+    def _refuse_empty(self) -> None:
+        if not self.records:
+            raise ValueError("this trace has no records: no gate was evaluated; call the pipeline inside the block")
+
+
+def _by_step(records: Sequence[tuple[int, int, torch.Tensor]]) -> torch.Tensor:
+    """(number, step, weights) of one place -> mean weights by step [steps, N]; by number before the first step."""
+    steps: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for i, step, weights in records:
+        steps.setdefault((step, i if step < 0 else 0), []).append(weights.reshape(-1, weights.shape[-1]).mean(0))
+    calls = [torch.stack(each) for each in steps.values()]  # [calls, N] of each step
+    return torch.stack([each.sum(0) / (each != 0).sum(0).clamp_min(1) for each in calls])

@@ -1,0 +1,1 @@
+"""What differs between denoisers: their arguments, the places of gates in them, offloading and compiled blocks."""

@@ -1,0 +1,163 @@
+"""Average gates over a prompt and fold them away: into the model's own weights, or into one ordinary LoRA."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from mole_diffusers import functional
+from mole_diffusers.lora import LoraWeights
+from mole_diffusers.patching.gating.runtime import Decision, Present
+from mole_diffusers.patching.host.denoiser_inputs import denoiser, is_one_graph
+from mole_diffusers.patching.install.component import Component
+from mole_diffusers.patching.undo import undoing
+
+Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N], or [R] of gates per rank
+Folded = dict[str, dict[str, LoraWeights]]  # part -> {module name in the model: one LoRA's weights}
+
+
+class Averages:
+    """A listener: each gate's weights averaged over calls, batch rows and tokens."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, Present], tuple[torch.Tensor, int]] = {}
+
+    def __call__(self, decision: Decision) -> None:
+        weights = decision.applied.detach().float()
+        key = decision.place, decision.present
+        total, count = self._sums.get(key, (torch.zeros(()), 0))
+        self._sums[key] = (total.to(weights.device) + weights.reshape(-1, weights.shape[-1]).mean(0), count + 1)
+
+    @property
+    def weights(self) -> Weights:
+        """(place, present) -> [N] or [R]."""
+        return {key: total / count for key, (total, count) in self._sums.items()}
+
+
+def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str] | None, **call: Any) -> None:
+    """Evaluate every gate as cheaply as possible: without a prompt if it reads nothing, by encoding if it reads the
+    text, else by drawing. Gates that read the prompt read it alone, without the empty prompt of guidance, unless `call`
+    says otherwise.
+
+    Raises ValueError if a gate needs an input and there is no prompt.
+    """
+    if parts[0].config.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
+        call = {"guidance_scale": 1.0, **call}
+    if prompt is None or reads_nothing(parts):
+        for part in parts:
+            part.evaluate_input_free()
+    elif all(part.step_invariant for part in parts) and not is_one_graph(pipe):
+        _encode(pipe, parts, prompt, **call)
+    else:
+        _draw_latents(pipe, prompt, **call)
+
+
+def reads_nothing(parts: Sequence[Component]) -> bool:
+    """Whether all weights are known without a prompt."""
+    runtime = parts[0].runtime
+    reads_text = runtime.rows is not None or (runtime.masks is not None and runtime.masks.has_words)
+    return all(part.input_free for part in parts) and not reads_text
+
+
+class _EvaluatedError(Exception):
+    """Raised once all gates are evaluated; the picture is not needed."""
+
+
+def _encode(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str], **call: Any) -> None:
+    """Run the pipeline up to the denoiser's first layer. By then its weights are on their device."""
+
+    def evaluate(*_: Any) -> None:
+        for part in parts:
+            if part.input_free:  # the prompt decides which experts are present
+                part.evaluate_input_free()
+            else:
+                part.evaluate_deferred()
+        raise _EvaluatedError
+
+    model = denoiser(pipe)
+    with undoing() as undo:
+        for module in model.modules():
+            if isinstance(module, Attention):  # PAG could not restore its processors, as the call is stopped
+                undo.callback(setattr, module, "processor", module.processor)
+        for child in model.children():
+            undo.before_forward(child, evaluate)
+        try:
+            _draw_latents(pipe, prompt, **call)
+        except _EvaluatedError:
+            pipe.maybe_free_model_hooks()
+
+
+@torch.no_grad()
+def _draw_latents(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
+    """Run the pipeline without decoding, 10 steps from seed 0 unless `call` says otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    pipe(prompt, **{"num_inference_steps": 10, "generator": generator, "output_type": "latent", **call})
+
+
+def one_lora(parts: Iterable[Component], weights: Weights) -> tuple[Folded, set[int]]:
+    """All experts, each at its place's weight, as one LoRA of summed rank, and the columns of the experts that are in it.
+
+    Weights of 0 are left out, and layers without a weight: they did not run.
+    """
+    layers: Folded = {}
+    acting: set[int] = set()
+    for part in parts:
+        for name, stack in part.stacks.items():
+            site = part.site_of(name)
+            if (site.name, stack.present) not in weights:
+                continue
+            factor = weights[site.name, stack.present].cpu()
+            if site.spans_blocks and (plan := part.runtime.plan) is not None:
+                factor = factor * torch.tensor(plan.block(f"{part.name}.{name}"))  # [N]
+            factor = factor if site.gate.ranked else factor[stack.segment]  # [R]
+            if (kept := factor != 0).any():
+                up = stack.up[:, kept] * factor[kept].reshape(1, -1, *(1,) * (stack.up.dim() - 2))
+                layers.setdefault(part.name, {})[name] = LoraWeights(stack.down[kept], up, 1.0)
+                acting.update(stack.segment[kept].tolist())
+    return layers, acting
+
+
+def truncated(layers: Folded, rank: int) -> tuple[Folded, float]:
+    """The nearest LoRA of at most `rank` per layer (Eckart-Young), and its error |dW - dW'| / |dW| over all layers."""
+    if rank < 1:
+        raise ValueError(f"the rank of a LoRA must be 1 or more, got {rank}")
+    small: Folded = {}
+    lost = whole = 0.0
+    for part, modules in layers.items():
+        for name, weights in modules.items():
+            down, up, values = functional.low_rank(weights.down, weights.up * weights.scale, rank)
+            small.setdefault(part, {})[name] = LoraWeights(down, up, 1.0)
+            lost, whole = lost + values[rank:].square().sum().item(), whole + values.square().sum().item()
+    return small, (lost / whole) ** 0.5 if whole else 0.0
+
+
+@contextmanager
+def folded(parts: Iterable[Component], layers: Folded) -> Iterator[None]:
+    """Add `layers` in place to the weights of `parts` while the block runs, then restore the same bits.
+
+    Raises ValueError for a layer whose weight cannot be changed: quantised, or not loaded.
+    """
+    with undoing() as undo:
+        for part in parts:
+            for name, lora in layers.get(part.name, {}).items():
+                weight = _writable(part.model.get_submodule(name), f"{part.name}.{name}")
+                undo.callback(weight.copy_, weight.clone())
+                change = LoraWeights(lora.down.to(weight.device), lora.up.to(weight.device), lora.scale).delta()
+                weight.copy_(weight.float() + change)
+        yield
+
+
+def _writable(module: Any, name: str) -> torch.Tensor:
+    weight = getattr(module, "base_layer", module).weight.data
+    packed = type(weight) is not torch.Tensor or not weight.is_floating_point() or weight.element_size() < 2
+    if packed or weight.is_meta:
+        raise ValueError(
+            f"the weight of {name} ({weight.dtype} on {weight.device}) cannot take the experts: it is quantised or "
+            f"offloaded; keep the gates, or fold before that"
+        )
+    return weight

@@ -1,0 +1,128 @@
+"""img2img and inpainting: each thing of the prompt keeps the place that it has in the given picture.
+
+A thing is where the model, with only that thing's LoRA and prompt, makes smaller errors in denoising the picture than it
+does for the others. This is a diffusion classifier (Li et al. 2023, arXiv 2303.16203), place by place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mole_diffusers.binding.config import given_region
+from mole_diffusers.binding.picture_layout import UNDECIDED, planned_regions
+from mole_diffusers.functional import onto
+from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs
+from mole_diffusers.patching.subjects.things import Alone, Asked, SetPlaces, Things
+from mole_diffusers.patching.undo import undoing
+
+LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places
+
+WANTED: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {  # the models' target
+    "epsilon": lambda picture, noise, alpha: noise,
+    "v_prediction": lambda picture, noise, alpha: alpha.sqrt() * noise - (1 - alpha).sqrt() * picture,
+    "sample": lambda picture, noise, alpha: picture,
+}
+
+
+def drawn_over(asked: Asked, *, alone: Alone, set_places: SetPlaces) -> DrawnOver | None:
+    """An object that finds the things of a call in the picture that it draws over.
+
+    None if there is no such picture, its prompt names fewer than two things, or the model's noise is not that of DDPM.
+    """
+    things = asked.things
+    if asked.call.get("image") is None or things is None or len(things.prompts) < 2 or asked.obstacle:
+        return None
+    scheduler = asked.pipe.scheduler
+    if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("prediction_type") not in WANTED:
+        return None
+    return DrawnOver(asked, things, alone, set_places)
+
+
+class DrawnOver:
+    """Finds the places of things in the picture that a call draws over, before it first calls the UNet.
+
+    If the pipeline adds noise to no picture, to several, or to one that is not everything its UNet denoises, it finds
+    nothing. Places then come from attention, as in any other call.
+
+    Args:
+        alone: a context in which only some experts act, on every word, and without listeners.
+        set_places: receives the places [H, W], by the things' keys.
+    """
+
+    def __init__(self, asked: Asked, things: Things, alone: Alone, set_places: SetPlaces):
+        self.asked, self.things, self.alone, self.set_places, self.pipe = asked, things, alone, set_places, asked.pipe
+        self._picture: torch.Tensor | None = None  # [B, C, H, W], the latents that noise was added to
+        self._encoded: list[torch.Tensor] = []  # the pictures [b, 3, 8H, 8W] that these were made of
+        self._has_begun = False  # whether the UNet was called
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """While the block runs, place a call's things before its first step."""
+        add_noise, encode = self.pipe.scheduler.add_noise, self.pipe.vae.encode
+
+        def seen(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._picture is None:
+                self._encoded.append(x)
+            return encode(x, *args, **kwargs)
+
+        def noted(original_samples: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self._picture = original_samples
+            return add_noise(original_samples, *args, **kwargs)
+
+        with undoing() as undo:
+            undo.override(self.pipe.scheduler, "add_noise", noted)
+            undo.override(self.pipe.vae, "encode", seen)
+            # Before the mixture's own hooks, so that the step itself is the last call that they see.
+            undo.before_forward(self.pipe.unet, self._before_step, prepend=True, with_kwargs=True)
+            yield
+
+    def _before_step(self, _: Any, args: tuple, kwargs: dict) -> None:
+        if self._has_begun:
+            return
+        self._has_begun = True
+        things, picture, reader = self.things, self._picture, DenoiserInputs(self.pipe.unet)
+        latents, call = reader.latents(args, kwargs), dict(zip(reader.names, args, strict=False)) | kwargs
+        free = [i for i in things.prompts if given_region(things.reading.things[i], things.bound) is None]
+        if len(free) < 2 or picture is None or latents.shape[1:] != picture.shape[1:]:
+            return
+        # Latents of one picture differ if each has its own generator.
+        given = [each for batch in self._encoded or [picture] for each in batch]
+        if not all(torch.equal(each, given[0]) for each in given):
+            return
+        errors = torch.stack([self._errors(i, picture[:1], latents, call) for i in free]).cpu()  # [K, H, W]
+        chosen, (height, width) = [things.reading.things[i] for i in free], errors.shape[1:]
+        regions, margin = planned_regions(things.reading, chosen, errors.amax(0) - errors, things.bound, (height, width))
+        if margin >= UNDECIDED:
+            self.set_places({things.keys[i]: region for i, region in zip(free, regions, strict=True)})
+
+    @torch.no_grad()
+    def _errors(self, thing: int, picture: torch.Tensor, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
+        """The squared error of one thing's model at each place, [H, W], over as many noise samples as a step has rows.
+
+        Args:
+            picture: its latents, [1, C, H, W].
+            latents: of the step, [B, C, H, W]. `call` are all arguments of the UNet for it.
+        """
+        alphas = self.pipe.scheduler.alphas_cumprod
+        timestep = int(LEVEL * len(alphas))
+        alpha, generator = alphas[timestep].to(latents), torch.Generator().manual_seed(0)
+        noise = onto(torch.randn(latents.shape, generator=generator), latents.device).to(latents.dtype)
+        with self.alone(self.things.drawing(thing)):
+            text, pooled = self.asked.encode(self.things.prompts[thing])
+            changed = {
+                "sample": alpha.sqrt() * picture + (1 - alpha).sqrt() * noise,
+                "timestep": torch.tensor(timestep, device=latents.device),
+                "encoder_hidden_states": text.to(latents).expand(len(latents), -1, -1),
+                "return_dict": False,
+            }
+            if pooled is not None:  # SDXL
+                pooled = pooled.to(latents).expand(len(latents), -1)
+                changed["added_cond_kwargs"] = {**call["added_cond_kwargs"], "text_embeds": pooled}
+            kept = {name: value for name, value in call.items() if name not in OF_WHOLE_SIZE}  # of another noise level
+            found = self.pipe.unet(**kept | changed)[0]
+        wanted = WANTED[self.pipe.scheduler.config.prediction_type](picture, noise, alpha)
+        return (found - wanted).float().square().mean((0, 1))

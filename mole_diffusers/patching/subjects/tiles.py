@@ -1,0 +1,271 @@
+"""Several subjects in one picture, each first drawn in its own tile, so that the model only has to draw one at a time.
+
+This is Mixture of Diffusers (Jimenez 2023, arXiv 2302.02412) with separate LoRAs for each region, and without overlap.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from mole_diffusers.binding.config import Bound
+from mole_diffusers.gates.seen import Seen
+from mole_diffusers.patching.gating.picture_warning import PictureWarning
+from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, prompted_rows
+from mole_diffusers.patching.subjects.things import Alone, Asked, SetPlaces, Things, Tiling
+from mole_diffusers.patching.undo import replaced_forward
+
+# Arguments of calls that only ask for pictures of a prompt. Tiles do not support anything else, such as an input image.
+OF_A_PROMPT = {
+    "prompt", "negative_prompt", "negative_prompt_2", "negative_prompt_embeds", "negative_pooled_prompt_embeds", "height",
+    "width", "num_inference_steps", "guidance_scale", "guidance_rescale", "num_images_per_prompt", "eta", "generator",
+    "latents", "output_type", "return_dict", "clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+    "cross_attention_kwargs",
+}  # fmt: skip
+OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call with the text states of a known prompt
+# What SDXL is told besides the prompt. Each tile is told its own part of the prompt, and its own size.
+OF_WHOLE_PICTURE = {"prompt_2"} | {
+    f"{of}{name}" for of in ("", "negative_") for name in ("original_size", "crops_coords_top_left", "target_size")
+}
+SCALE_ONLY = "in cross_attention_kwargs, tiles only know the scale of LoRAs, not {!r}"
+SIZES = 6  # numbers that SDXL's UNet is told of them; its refiner reads others
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of the picture with its own prompt.
+
+    Attributes:
+        names: the experts that draw it.
+        text: its prompt's states, [1, S, C].
+        pooled: [1, P], the pooled states that SDXL reads; None for other models.
+        mask: [H, W] in 0..1, its place in the latents.
+        box: (top, bottom, left, right): the part of the latents that is drawn for it.
+    """
+
+    names: tuple[str, ...]
+    text: torch.Tensor
+    pooled: torch.Tensor | None
+    mask: torch.Tensor
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What stays as it is in all steps of a text, on its device.
+
+    Attributes:
+        texts: what each tile reads, [B, S, C]: its own text in the rows that are prompts, and the call's in the others.
+        prompted: [B] bool, the rows that are prompts.
+        shares: [K, H, W], how much each tile counts at a place.
+        outside: [H, W], how much the picture as a whole does; None if it counts nowhere.
+    """
+
+    texts: Sequence[torch.Tensor]
+    prompted: torch.Tensor
+    shares: torch.Tensor
+    outside: torch.Tensor | None
+
+
+def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
+    """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
+    asked = Asked(pipe, Tiling(), call, bound, acting)
+    things = things_for_tiles(asked)
+    if things is None or asked.for_processors:
+        return False
+    height, width = (call[side] // pipe.vae_scale_factor for side in ("height", "width"))
+    return _has_room(pipe.unet, things.masks(height, width))
+
+
+def size_for_tiles(
+    pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str], most: int
+) -> tuple[int, int] | None:
+    """The smallest width and height in pixels at which `draws_in_tiles`, in whole pictures of the size that the UNet was
+    trained at; None if there is none with sides of at most `most` pixels."""
+    asked = Asked(pipe, Tiling(), call, bound, acting)
+    things = things_for_tiles(asked)
+    if things is None or asked.for_processors or not isinstance(side := pipe.unet.config.sample_size, int):
+        return None
+    times = range(1, min(len(things.prompts), most // (side * pipe.vae_scale_factor)) + 1)
+    for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
+        if _has_room(pipe.unet, things.masks(height * side, width * side)):
+            return width * side * pipe.vae_scale_factor, height * side * pipe.vae_scale_factor
+    return None
+
+
+def things_for_tiles(asked: Asked) -> Things | None:
+    """The things that a call is drawn of, in tiles if there is room; None if its picture is drawn as one.
+
+    Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
+    """
+    things, always, reason = asked.things, asked.tiling.always, asked.obstacle
+    if reason and always:
+        raise ValueError(reason)
+    if reason or things is None or len(things.prompts) < 2:
+        return None
+    given = {name for name, value in asked.call.items() if value is not None}
+    if always and (lost := sorted(given & OF_WHOLE_PICTURE)):
+        raise ValueError(f"each tile has a prompt and a size of its own: draw without {' and '.join(lost)}")
+    if always and asked.for_processors:
+        raise ValueError(f"{SCALE_ONLY.format(asked.for_processors[0])}: draw without it, or without tiles")
+    allowed = OF_A_PROMPT | OF_STATES if asked.gives_states else OF_A_PROMPT
+    return things if always or (things.are_listed and given <= allowed) else None
+
+
+def _has_room(unet: Any, masks: torch.Tensor) -> bool:
+    """Whether each place [K, H, W] is at least as large as the pictures that a UNet was trained with."""
+    trained = unet.config.sample_size
+    return isinstance(trained, int) and all(
+        min(bottom - top, right - left) >= trained for top, bottom, left, right in map(_extent, masks)
+    )
+
+
+def _extent(mask: torch.Tensor) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) around a mask [H, W]; all 0 if it is empty."""
+    if not mask.any():
+        return 0, 0, 0, 0
+    rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
+    return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+
+
+def _box(mask: torch.Tensor, unet: Any) -> tuple[int, int, int, int]:
+    """The extent of a mask [H, W], enlarged so that a UNet can halve it without a remainder."""
+    step = 2 ** (len(unet.config.block_out_channels) - 1)
+    top, bottom, left, right = _extent(mask)
+    bottom, right = (-(-end // step) * step for end in (bottom, right))
+    return top // step * step, min(bottom, mask.shape[0]), left // step * step, min(right, mask.shape[1])
+
+
+class Tiles:
+    """The denoiser's calls for each thing of a prompt, see `Mixture.tiled`.
+
+    Args:
+        things: of the call, see `things_for_tiles`.
+        alone: a context in which only some experts act, on every word.
+        set_places: receives the places before the first tile is drawn.
+    """
+
+    def __init__(self, asked: Asked, things: Things, alone: Alone, set_places: SetPlaces):
+        self.asked, self.things, self.alone, self.set_places = asked, things, alone, set_places
+        self.pipe, self.tiling, self.reader = asked.pipe, asked.tiling, DenoiserInputs(asked.pipe.unet)
+        # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
+        self._found: dict[tuple[int, int, int], list[Tile]] = {}
+        self._text = Seen()
+        self._ready: Ready | None = None  # for this text
+
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """While the block runs, the UNet is called for each tile in the first steps."""
+        with replaced_forward(self.pipe.unet, partial(self._denoise, self.pipe.unet.forward)):
+            yield
+
+    def _denoise(self, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The UNet's prediction; `whole` draws the picture as one."""
+        if not (tiles := self._tiles(args, kwargs)) or not self._is_early(args, kwargs):
+            return whole(*args, **kwargs)
+        out = self._parts(tiles, whole, args, kwargs)
+        return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
+
+    def _is_early(self, args: tuple, kwargs: dict) -> bool:
+        """Whether this step is drawn in tiles. The last step is not, unless all steps are."""
+        now, times = self.reader.time(args, kwargs)[0].cpu(), self.pipe.scheduler.timesteps.float().cpu()
+        until_here = int((times / self.reader.pure_noise > now - 1e-5).sum())  # Heun's method has most of them twice
+        return until_here <= self.tiling.until * len(times) + 1e-5
+
+    def _tiles(self, args: tuple, kwargs: dict) -> list[Tile]:
+        """The tiles of a call; none if it draws the picture as one."""
+        latents, text, reason = self.reader.latents(args, kwargs), self.reader.text(args, kwargs), ""
+        if any(kwargs.get(name) is not None for name in OF_WHOLE_SIZE):
+            reason = "a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them"
+        elif latents.dim() != 4:
+            reason = "tiles are parts of a picture, and this is a video"
+        elif (ids := (kwargs.get("added_cond_kwargs") or {}).get("time_ids")) is not None and ids.shape[-1] != SIZES:
+            reason = f"tiles tell SDXL their size in {SIZES} numbers, and this UNet reads {ids.shape[-1]}, as refiners do"
+        if reason and self.tiling.always:
+            raise ValueError(reason)
+        if reason:
+            return []
+        size = (*latents.shape[-2:], text.shape[1])
+        if size not in self._found:
+            self._found[size] = self._planned(*size)
+        return self._found[size]
+
+    def _planned(self, height: int, width: int, tokens: int) -> list[Tile]:
+        things, masks = self.things, self.things.masks(height, width)
+        if not self.tiling.always and not _has_room(self.pipe.unet, masks):
+            return []
+        if self.asked.for_processors:
+            why = SCALE_ONLY.format(self.asked.for_processors[0])
+            warnings.warn(f"{why}, so this is drawn as one picture", PictureWarning, stacklevel=2)
+            return []
+        for i, mask in zip(things.prompts, masks, strict=True):
+            if not mask.any():
+                raise ValueError(f"the regions leave no place for {things.reading.things[i].name!r}")
+        tiles: list[Tile] = []
+        for (i, prompt), mask in zip(things.prompts.items(), masks, strict=True):
+            names = things.drawing(i)
+            with torch.no_grad(), self.alone(names):
+                text, pooled = self.asked.encode(prompt)
+            if (short := text.shape[1]) != tokens:
+                if self.tiling.always:
+                    raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
+                return []
+            tiles.append(Tile(names, text, pooled, mask, _box(mask, self.pipe.unet)))
+        if self.set_places({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)}):
+            return tiles
+        if self.tiling.always:
+            named = " and ".join(repr(things.reading.things[i].name) for i in things.prompts)
+            raise ValueError(f"the text encoder reads other things in this prompt than {named}: shorten or reword it")
+        return []
+
+    def _parts(self, tiles: Sequence[Tile], whole: Callable[..., Any], args: tuple, kwargs: dict) -> torch.Tensor:
+        """The UNet's prediction, tile by tile. Outside of all tiles it is that of `whole`, where words of things are
+        closed.
+        """
+        latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
+        if not self._text.again(text) or self._ready is None or self._ready.shares.shape[1:] != latents.shape[2:]:
+            self._ready = self._made_ready(tiles, text, latents)
+        ready = self._ready
+        call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
+        channels = self.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
+        out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
+        if ready.outside is not None:
+            out += ready.outside * whole(**call)[0]
+        for tile, own, share in zip(tiles, ready.texts, ready.shares, strict=True):
+            top, bottom, left, right = tile.box
+            changed = {
+                "sample": latents[..., top:bottom, left:right].contiguous(),
+                "encoder_hidden_states": own,
+                **self._pooled(tile, ready.prompted, kwargs.get("added_cond_kwargs")),
+            }
+            with self.alone(tile.names):
+                part = self.pipe.unet(**call | changed)[0]
+            out[..., top:bottom, left:right] += share[top:bottom, left:right] * part
+        return out
+
+    def _made_ready(self, tiles: Sequence[Tile], text: torch.Tensor, latents: torch.Tensor) -> Ready:
+        prompted = prompted_rows(self.pipe, text, latents)
+        texts = [torch.where(prompted[:, None, None], tile.text.to(text), text) for tile in tiles]
+        masks = torch.stack([tile.mask for tile in tiles])  # [K, H, W]
+        outside = (1 - masks.sum(0)).clamp_min(0)
+        shares = (masks / masks.sum(0).clamp_min(1)).to(latents)
+        return Ready(texts, prompted, shares, outside.to(latents) if outside.any() else None)
+
+    def _pooled(self, tile: Tile, prompted: torch.Tensor, whole: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What SDXL reads besides the text: the pooled states, and the sizes of a picture that is the tile."""
+        if tile.pooled is None or whole is None:
+            return {}
+        side, (top, bottom, left, right) = self.pipe.vae_scale_factor, tile.box
+        size = (side * (bottom - top), side * (right - left))
+        times = whole["time_ids"]
+        own = torch.tensor((*size, 0, 0, *size)).to(times)
+        pooled = torch.where(prompted[:, None], tile.pooled.to(whole["text_embeds"]), whole["text_embeds"])
+        return {"added_cond_kwargs": {**whole, "text_embeds": pooled, "time_ids": own.expand_as(times)}}

@@ -1,0 +1,526 @@
+"""A picture in tiles against the pictures of its parts, drawn one by one."""
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from hosts import HOSTS, draw, sd3, sdxl
+from PIL import Image
+from tiers import thorough
+
+import mole_diffusers as mole
+from mole_diffusers.binding.layout import strips
+from mole_diffusers.inspection.contributions import contributions
+from mole_diffusers.lora import read_expert
+from mole_diffusers.patching.gating.gate_site import GateSite
+from mole_diffusers.patching.subjects.tiles import draws_in_tiles, size_for_tiles
+from mole_diffusers.testing import tiny_lora
+
+PROMPT = "a fox, a hat"  # a token per letter
+
+
+@pytest.fixture
+def experts(loras):
+    """fox and hat, and ink, which is a style."""
+    return {name: replace(read_expert(path, name), triggers=(name,)) for name, path in loras.items()}
+
+
+def tiled(pipe, prompt=None, until=0.8):
+    return mole.attached(pipe).tiled(until, prompt=prompt)
+
+
+def noise(height=16, width=16):
+    return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def latent(pipe, prompt=PROMPT, x=None, steps=2, **options):
+    """The latents after so many steps, [1, 4, H, W]."""
+    x = noise() if x is None else x
+    call = {"num_inference_steps": steps, "guidance_scale": 3.0, "output_type": "latent"} | options
+    return pipe(prompt, latents=x, height=2 * x.shape[2], width=2 * x.shape[3], **call).images
+
+
+def alone(pipe, experts, names, prompt, x, empty):
+    """A part of the picture drawn by itself, by these LoRAs everywhere; the unconditional text is the base's."""
+    mole.attach(pipe, {name: experts[name] for name in names}, binding=None)
+    return latent(pipe, prompt, x, negative_prompt_embeds=empty)
+
+
+def test_a_picture_in_tiles_is_the_pictures_of_its_parts_side_by_side(pipe, experts):
+    x, empty = noise(), pipe.encode_prompt("", "cpu", 1, False)[0]
+    fox = alone(pipe, experts, ["fox"], "a fox", x[..., :8], empty)
+    hat = alone(pipe, experts, ["hat"], "a hat", x[..., 8:], empty)
+    mole.attach(pipe, {name: experts[name] for name in ("hat", "fox")})  # in whatever order
+    with tiled(pipe, PROMPT, 1.0):
+        found = latent(pipe)
+    torch.testing.assert_close(found, torch.cat([fox, hat], -1), rtol=0, atol=1e-4)
+    assert (found - latent(pipe)).abs().max() > 1e-2
+
+
+def test_a_lora_of_two_things_draws_each_in_a_tile(pipe, experts):
+    """As two LoRAs that are the same file do, each with its own words."""
+    prompt, fox = "a fox and a hat", experts["fox"]
+    mole.attach(pipe, {"one": replace(fox, triggers=("fox",)), "other": replace(fox, triggers=("hat",))})
+    with tiled(pipe, prompt, 1.0):
+        two = latent(pipe, prompt)
+    mixture = mole.attach(pipe, {"both": replace(fox, triggers=("fox", "hat"))})
+    with tiled(pipe, prompt, 1.0):
+        torch.testing.assert_close(latent(pipe, prompt), two, rtol=0, atol=1e-5)
+    assert mixture.layouts[0].regions["both"].min() == 1  # it acts in both places
+    assert latent(pipe, prompt).sub(two).abs().max() > 1e-3
+
+
+def test_what_one_thing_has_draws_in_its_tile_alone(pipe, experts):
+    x, empty, prompt = noise(), pipe.encode_prompt("", "cpu", 1, False)[0], "fox has a ink&hat"
+    assert len(pipe.tokenizer(prompt).input_ids) <= 16
+    fox = alone(pipe, experts, ["fox", "ink"], "fox has a ink", x[..., :8], empty)
+    hat = alone(pipe, experts, ["hat"], "hat", x[..., 8:], empty)
+    mole.attach(pipe, experts)
+    with tiled(pipe, prompt, 1.0):
+        torch.testing.assert_close(latent(pipe, prompt), torch.cat([fox, hat], -1), rtol=0, atol=1e-4)
+
+
+def test_a_style_draws_in_every_tile_and_the_rest_is_that_of_the_bound_picture(pipe, experts):
+    x, empty = noise(), pipe.encode_prompt("", "cpu", 1, False)[0]
+    prompt = "a fox,a hat ink"
+    regions = {"fox": (0.0, 0.0, 0.5, 0.5), "hat": "bottom", "ink": "everywhere"}
+    mixture = mole.attach(pipe, experts)
+    mixture.bind({name: (None, region) for name, region in regions.items()})
+    with tiled(pipe, prompt, 1.0):
+        found = latent(pipe, prompt, steps=1)
+    mole.attach(pipe, {"ink": experts["ink"]}, binding=None)
+    for names, own, (rows, columns) in (
+        (("ink", "fox"), "a fox ink", (slice(0, 8), slice(0, 8))),
+        (("ink", "hat"), "a hat ink", (slice(8, 16), slice(0, 16))),
+    ):
+        mole.attach(pipe, {name: experts[name] for name in names}, binding=None)
+        wanted = latent(pipe, own, x[:, :, rows, columns], steps=1, negative_prompt_embeds=empty)
+        torch.testing.assert_close(found[:, :, rows, columns], wanted, rtol=0, atol=1e-4)
+    mixture = mole.attach(pipe, experts)
+    mixture.bind({name: (None, region) for name, region in regions.items()})
+    with mixture.tiled(0):
+        rest = latent(pipe, prompt, x, steps=1)
+    assert torch.equal(found[:, :, :8, 8:], rest[:, :, :8, 8:])
+
+
+def test_the_rest_of_the_picture_is_bound_to_the_places_of_the_tiles_from_the_first_step(pipe, experts, tmp_path):
+    """Of three things in four quarters the last quarter is nobody's."""
+    owl = replace(read_expert(tiny_lora(pipe, tmp_path / "owl.safetensors", seed=7)), triggers=("owl",))
+    names = {"fox": experts["fox"], "hat": experts["hat"], "owl": owl}
+    mixture = mole.attach(pipe, names)
+    with mixture.tiled(until=1.0):
+        found = latent(pipe, "fox+hat+owl", steps=1)
+    places = [(0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1)]
+    mixture.bind({name: (None, box) for name, box in zip(names, places, strict=True)})
+    with mixture.tiled(0):
+        rest = latent(pipe, "fox+hat+owl", steps=1)
+    assert torch.equal(found[:, :, 8:, 8:], rest[:, :, 8:, 8:])
+    assert not torch.equal(found[:, :, :8, :8], rest[:, :, :8, :8])
+
+
+def test_a_trace_counts_a_step_once_however_many_tiles_it_has(pipe, experts):
+    mixture = mole.attach(pipe, {"fox": experts["fox"], "hat": (experts["hat"], 0.5)})
+    steps = {}
+    for share in (0.0, 0.8):
+        with tiled(pipe, until=share), mixture.trace() as trace:
+            latent(pipe, steps=4)
+        steps[share] = sorted({step for place, step, _ in trace.records if place.startswith("unet")})
+        for place in trace.places:
+            if place.startswith("unet.") and place[-1] != ")":
+                assert torch.equal(trace.weights(place), torch.tensor([[1.0, 0.5]]).expand(4, 2)), place
+    assert steps[0.8] == steps[0.0] == [0, 1, 2, 3]
+
+
+def test_while_a_tile_is_drawn_the_mixture_says_what_the_user_set(pipe, experts):
+    mixture, seen = mole.attach(pipe, experts), []
+    before = mixture.active, mixture.acting, mixture.binding
+    hook = pipe.unet.conv_in.register_forward_hook(
+        lambda *_: seen.append((mixture.active, mixture.acting, mixture.binding, mixture.is_bound, len(mixture.layouts)))
+    )
+    with tiled(pipe, PROMPT, 1.0):
+        latent(pipe)
+    hook.remove()
+    assert len(seen) == 4
+    assert all(each == (*before, True, 1) for each in seen)
+
+
+@pytest.mark.parametrize("family", ["sum", *thorough("factors")])
+def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, monkeypatch, family):
+    """And again if a strength changes between two steps."""
+    mixture, asked, decide = mole.attach(pipe, experts, family), [], GateSite._decide
+    monkeypatch.setattr(GateSite, "_decide", lambda site, *a: asked.append(site.name) or decide(site, *a))
+    strong = {"fox": 3.0, "hat": 0.5}
+
+    def change(pipe, step, timestep, kwargs):
+        for name, strength in strong.items() if step == 2 else ():
+            mixture.strength(name, strength)
+        return kwargs
+
+    with tiled(pipe, PROMPT, 1.0):
+        latent(pipe, steps=6)
+        count = Counter(name for name in asked if name.startswith("unet."))
+        assert set(count.values()) == {2}  # the fox's tile and the hat's
+        asked.clear()
+        changed = latent(pipe, steps=6, callback_on_step_end=change)
+        assert set(Counter(name for name in asked if name.startswith("unet.")).values()) == {4}
+    x = latent(pipe, steps=6)  # with the strengths that were set
+    assert (changed - x).abs().max() > 1e-3
+
+
+def test_tiles_give_way_to_the_bound_picture(pipe, experts):
+    """Steps drawn in tiles come first; with none of them the picture is the bound one, bit for bit."""
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    bound = latent(pipe)
+    with tiled(pipe, PROMPT, 0.0):
+        assert torch.equal(latent(pipe), bound)
+    with mixture.tiled(0):
+        fox = latent(pipe, "a fox")
+    with tiled(pipe, until=1.0):  # one thing
+        assert torch.equal(latent(pipe, "a fox"), fox)
+    seen = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
+    with tiled(pipe, PROMPT, 0.5):
+        mixed = latent(pipe, steps=4)
+    assert seen == [8, 8, 8, 8, 16, 16]
+    assert [*mixture.layouts[0].regions] == ["fox", "hat"]  # planned when the picture is drawn as one
+    assert not torch.equal(mixed, latent(pipe, steps=4))
+
+
+def test_rows_of_a_batch_and_their_guidance_are_drawn_as_alone(pipe, experts):
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    x = torch.cat([noise(), -noise()])
+    with tiled(pipe, PROMPT):
+        both = latent(pipe, [PROMPT] * 2, x)
+        each = torch.cat([latent(pipe, PROMPT, row[None]) for row in x])
+        torch.testing.assert_close(both, each, rtol=0, atol=1e-4)
+        plain = latent(pipe, guidance_scale=1.0)  # no unconditional rows
+    assert torch.isfinite(plain).all()
+
+
+def test_four_things_share_a_square_and_words_of_place_decide(pipe, experts, tmp_path):
+    names = ("a", "b", "c")
+    made = {
+        n: replace(read_expert(tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i), n), triggers=(f"x{n}",))
+        for i, n in enumerate(names)
+    }
+    mole.attach(pipe, made)
+    with tiled(pipe, "xa+xb+xc+an ox"):
+        assert torch.isfinite(latent(pipe, "xa+xb+xc+an ox")).all()
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    states = {"prompt_embeds": pipe.encode_prompt("hat below fox", "cpu", 1, False)[0]}
+    with tiled(pipe, "a hat below a fox", 1.0):
+        below = latent(pipe, None, **states)
+    with tiled(pipe, "a fox above a hat", 1.0):
+        torch.testing.assert_close(latent(pipe, None, **states), below)
+
+
+def test_a_unet_for_inpainting_predicts_fewer_channels_than_it_reads(pipe, experts):
+    """The mask and the picture under it are cut as the latents are."""
+    reads = pipe.unet.conv_in
+    pipe.unet.conv_in = torch.nn.Conv2d(9, reads.out_channels, 3, padding=1)
+    pipe.unet.register_to_config(in_channels=9)
+    painting = diffusers.StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
+    painting.set_progress_bar_config(disable=True)
+    mole.attach(painting, {name: experts[name] for name in ("fox", "hat")})
+    picture, mask = Image.effect_noise((32, 32), 90).convert("RGB"), Image.new("L", (32, 32), 255)
+    call = {"image": picture, "mask_image": mask, "height": 32, "width": 32, "num_inference_steps": 2, "strength": 1.0}
+    with tiled(painting, PROMPT, 1.0):
+        found = painting(PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent", **call).images
+    assert found.shape == (1, 4, 16, 16)
+    assert torch.isfinite(found).all()
+
+
+def test_where_experts_act_is_measured_when_the_picture_is_drawn_as_one(pipe, experts):
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    x = noise(16, 32)
+    with contributions(pipe, mixture, (32, 64)) as found, tiled(pipe, PROMPT, 0.5):
+        latent(pipe, x=x, steps=2)
+    assert found.finest()[0] == (16, 32)
+    assert {height / width for height, width in found.sums} == {0.5}
+
+
+def test_the_pipeline_is_given_back(pipe, experts):
+    mixture = mole.attach(pipe, experts)
+    before = latent(pipe)
+    with pytest.raises(RuntimeError, match="stop"), tiled(pipe, PROMPT):
+        raise RuntimeError("stop")
+    assert "forward" not in vars(pipe.unet)
+    assert torch.equal(latent(pipe), before)
+    assert mixture.active == set(experts)
+
+
+def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, experts):
+    """Room for pictures of the size that the UNet was trained at; and things are listed, not doing something together."""
+    assert pipe.unet.config.sample_size == 16
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, experts)
+    with mixture.tiled():
+        wanted = latent(pipe)
+    assert torch.equal(latent(pipe), wanted)
+    assert torch.equal(latent(pipe, [PROMPT]), wanted)
+    with mixture.tiled(0):
+        bound = latent(pipe)
+    assert not torch.equal(bound, wanted)
+    call, acting = {"prompt": PROMPT, "width": 32, "height": 32}, list(experts)
+    assert draws_in_tiles(pipe, call, mixture.binding, acting)
+    for narrower in (
+        {"prompt": "a fox eats a hat"},
+        {"prompt": "an ox and a cow"},  # which are nobody's
+        {"prompt": "a fox, an ox"},
+        {"x": noise(8, 8)},
+        {"prompt": [PROMPT, "a fox, a hat ink"], "x": torch.cat([noise()] * 2)},
+    ):
+        with mixture.tiled(0):
+            alone = latent(pipe, **narrower)
+        assert torch.equal(latent(pipe, **narrower), alone), narrower
+        if "x" in narrower and len(narrower) == 1:
+            narrower = {"width": 16, "height": 16}
+        assert not draws_in_tiles(pipe, call | narrower, mixture.binding, acting)
+    for other in ("a fox and an ox", "a fox, a hat & an ox"):  # the ox is nobody's, and has a tile too
+        with mixture.tiled():
+            wanted = latent(pipe, other)
+        assert torch.equal(latent(pipe, other), wanted), other
+        assert draws_in_tiles(pipe, call | {"prompt": other}, mixture.binding, acting)
+    with mixture.only("fox"):
+        one = latent(pipe)
+    with mixture.only("fox"), mixture.tiled(0):
+        assert torch.equal(latent(pipe), one)
+    for more in ({"timesteps": [500, 1]}, {"prompt_2": "a fox"}, {"original_size": (64, 64)}):
+        assert not draws_in_tiles(pipe, call | more, mixture.binding, acting)
+    mixture.bind({"fox": (None, (0.0, 0.0, 0.3, 0.3))})
+    assert not draws_in_tiles(pipe, call, mixture.binding, acting)
+    mixture.bind(None)
+    plain = latent(pipe)
+    with mixture.tiled(0):
+        assert torch.equal(latent(pipe), plain)
+
+
+def test_the_last_steps_are_bound_to_the_places_of_the_tiles(pipe, experts, recwarn):
+    """Also where a single one is left, and nobody reads attention."""
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("hat", "fox")})
+    pipe.unet.register_to_config(sample_size=8)
+    found = latent(pipe, steps=4)
+    regions = mixture.layouts[0].regions
+    assert torch.equal(regions["fox"][:, :8], torch.ones(16, 8))
+    assert torch.equal(regions["hat"], 1 - regions["fox"])
+    assert mixture.layouts[0].maps == {}
+    with mixture.tiled(), mixture.bound({"fox": (None, "left"), "hat": (None, "right")}):
+        torch.testing.assert_close(latent(pipe, steps=4), found, rtol=0, atol=1e-5)
+    assert not [w for w in recwarn if "places" in str(w.message)]
+
+
+def test_a_thing_that_the_text_encoder_cuts_off_gets_no_tile(pipe, experts):
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    prompt = "a fox, red blue grey, and a hat"
+    with mixture.tiled(0):
+        bound = latent(pipe, prompt)
+    assert torch.equal(latent(pipe, prompt), bound)
+    with mixture.tiled(), pytest.raises(ValueError, match="other things in this prompt than 'fox' and 'hat': shorten"):
+        latent(pipe, prompt)
+
+
+@pytest.mark.thorough
+def test_prompts_of_tiles_skip_the_layers_that_the_call_skips(pipe, experts):
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    x = noise()
+    skipped = latent(pipe, clip_skip=1)
+    assert not torch.equal(skipped, latent(pipe))
+    empty = pipe.encode_prompt("", "cpu", 1, False, clip_skip=1)[0]
+    parts = []
+    for name, part in (("fox", x[..., :8]), ("hat", x[..., 8:])):
+        mole.attach(pipe, {name: experts[name]}, binding=None)
+        parts.append(latent(pipe, f"a {name}", part, negative_prompt_embeds=empty, clip_skip=1))
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    with mixture.tiled(1.0):
+        found = latent(pipe, negative_prompt_embeds=empty, clip_skip=1)
+    torch.testing.assert_close(found, torch.cat(parts, -1), rtol=0, atol=1e-4)
+
+
+def test_sdxl_reads_each_prompt_with_both_encoders_and_the_size_of_the_tile(tmp_path):
+    pipe = sdxl()
+    pipe.set_progress_bar_config(disable=True)
+    experts = {
+        name: replace(read_expert(tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i), name), triggers=(name,))
+        for i, name in enumerate(("fox", "hat"))
+    }
+    x = noise()
+
+    def drawn(prompt, x):
+        size = {"height": 2 * x.shape[2], "width": 2 * x.shape[3]}
+        call = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", **size}
+        states = dict(zip(("negative_prompt_embeds", "negative_pooled_prompt_embeds"), empty, strict=True))
+        return pipe(prompt, latents=x, **states, **call).images
+
+    states = pipe.encode_prompt("", None, "cpu", 1, False)
+    empty = states[0], states[2]
+    parts = []
+    for name, part in (("fox", x[..., :8]), ("hat", x[..., 8:])):
+        mole.attach(pipe, {name: experts[name]}, binding=None)
+        parts.append(drawn(f"a {name}", part))
+    mixture = mole.attach(pipe, experts)
+    with mixture.tiled(1.0):
+        torch.testing.assert_close(drawn(PROMPT, x), torch.cat(parts, -1), rtol=0, atol=1e-4)
+    pipe.unet.register_to_config(sample_size=8)
+    with mixture.tiled():
+        wanted = drawn(PROMPT, x)
+    assert torch.equal(drawn(PROMPT, x), wanted)  # by itself, where there is room
+
+
+@pytest.mark.parametrize("refiner", [False, True])
+def test_sdxl_is_refused_what_its_tiles_cannot_be_told(tmp_path, refiner):
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline if refiner else diffusers.StableDiffusionXLPipeline
+    pipe, image = sdxl(kind, refiner=refiner), {"image": torch.rand(1, 3, 32, 32), "strength": 1.0}
+    call = {"prompt": "a fox, an ox", "num_inference_steps": 2} | (image if refiner else {})
+    mixture = mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors")}, binding={"fox": "fox"})
+    for name, given in (("prompt_2", "ink"), ("original_size", (64, 64)), ("negative_target_size", (64, 64))):
+        with mixture.tiled(), pytest.raises(ValueError, match=f"a size of its own: draw without {name}$"):
+            pipe(**call, **{name: given})
+    if refiner:
+        with mixture.tiled(), pytest.raises(ValueError, match="in 6 numbers, and this UNet reads 5"):
+            pipe(**call)
+
+
+@pytest.mark.parametrize(("steps", "early"), [(2, 1), *thorough((1, 0), (3, 2), (4, 3), (5, 4), (10, 8))])
+def test_the_last_step_joins_the_tiles_however_few_there_are(pipe, experts, steps, early):
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    widths = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[-1]))
+    with tiled(pipe):
+        latent(pipe, steps=steps)
+    assert widths == [8] * 2 * early + [16] * (steps - early)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("HeunDiscrete", 2), *thorough(("HeunDiscrete", 3), ("PNDM", 2), ("KDPM2Discrete", 2))]
+)
+def test_the_last_step_joins_the_tiles_of_samplers_that_repeat_a_timestep(pipe, experts, sampler, steps):
+    pipe.scheduler = getattr(diffusers, f"{sampler}Scheduler").from_config(pipe.scheduler.config, skip_prk_steps=True)
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    widths = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[-1]))
+    with tiled(pipe):
+        latent(pipe, steps=steps)
+    assert widths[:2] == [8, 8]
+    assert widths[-1] == 16
+
+
+@pytest.mark.filterwarnings("ignore:cross_attention_kwargs:UserWarning")  # of diffusers, for each
+def test_what_a_call_gives_attention_is_honoured_or_said(pipe, experts):
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, experts)
+    wanted = latent(pipe)
+    for same in (None, {}, {"scale": 1.0}):
+        assert torch.equal(latent(pipe, cross_attention_kwargs=same), wanted)
+    with mixture.strengths({"fox": 0.5, "hat": 0.5}):
+        half = latent(pipe)
+    torch.testing.assert_close(latent(pipe, cross_attention_kwargs={"scale": 0.5}), half, rtol=0, atol=1e-5)
+    with mixture.tiled(0):
+        whole = latent(pipe)
+    for _ in range(2):  # it is said of each picture
+        with pytest.warns(UserWarning, match="only know the scale of LoRAs, not 'mine', so this is drawn as one picture"):
+            assert torch.equal(latent(pipe, cross_attention_kwargs={"mine": 1}), whole)
+    call = {"prompt": PROMPT, "width": 32, "height": 32, "cross_attention_kwargs": {"mine": 1}}
+    assert not draws_in_tiles(pipe, call, mixture.binding, list(experts))
+    assert size_for_tiles(pipe, call, mixture.binding, list(experts), 64) is None
+    with mixture.tiled(), pytest.raises(ValueError, match="not 'mine': draw without it"):
+        latent(pipe, cross_attention_kwargs={"mine": 1})
+
+
+@pytest.mark.parametrize("family", ["sd", *thorough("sdxl")])
+def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_path, family):
+    pipe = sdxl() if family == "sdxl" else pipe
+    files = {name: tiny_lora(pipe, tmp_path / name, seed=seed) for seed, name in enumerate(("fox", "hat"))}
+    mixture = mole.attach(pipe, {name: replace(read_expert(path), triggers=(name,)) for name, path in files.items()})
+    assert "text_encoder" in mixture.banks
+    with mixture.tiled(1.0):
+        scaled = latent(pipe, cross_attention_kwargs={"scale": 0.5})
+        with mixture.strengths({"fox": 0.5, "hat": 0.5}):
+            wanted = latent(pipe)
+    torch.testing.assert_close(scaled, wanted, rtol=0, atol=1e-5)
+
+
+def test_where_there_is_no_room_a_step_is_one_call(pipe, experts):
+    """What is recorded by steps is as without tiles, and gates are evaluated as often."""
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")}, "mole")
+
+    def told(tiling):
+        decisions = []
+        with tiling, mixture.trace(maps=True) as trace, mixture.every(2), mixture.listen(decisions.append):
+            latent(pipe, steps=4)
+        return [*trace.maps], len(decisions)
+
+    by_itself = told(nullcontext())
+    assert by_itself == told(mixture.tiled(0))
+    assert by_itself[0] == [0, 1, 2, 3]
+
+
+def test_films_are_drawn_as_one(tmp_path):
+    pipe, options = HOSTS["animatediff"]()
+    pipe.set_progress_bar_config(disable=True)
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hat"))}
+    mixture = mole.attach(pipe, {n: replace(read_expert(path, n), triggers=(n,)) for n, path in files.items()})
+    pipe.unet.config["sample_size"] = 1
+    video = draw(pipe, options, PROMPT)
+    with mixture.tiled(0):
+        assert torch.equal(draw(pipe, options, PROMPT), video)
+    with mixture.tiled(), pytest.raises(ValueError, match="this is a video"):
+        draw(pipe, options, PROMPT)
+
+
+@pytest.mark.thorough
+def test_a_region_that_is_no_things_place_is_kept(pipe, experts):
+    """A style in a part of the picture cannot be kept there in tiles."""
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, experts)
+    mixture.bind({"ink": (None, "left")})
+    prompt = "ink drawing of a fox, a hat"
+    found = latent(pipe, prompt)
+    with mixture.tiled(0):
+        assert torch.equal(latent(pipe, prompt), found)
+    with mixture.tiled(), pytest.raises(ValueError, match="'ink' has a region, but is no thing"):
+        latent(pipe, prompt)
+
+
+def test_nouns_keep_the_places_of_their_tiles(pipe, experts):
+    """However often they are named, and however the tokenizer spells them."""
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    for prompt, things in (("fox+hat,a b,a b", 4), ("fox+hat,a t-x", 3)):
+        with mixture.tiled():
+            latent(pipe, prompt, noise(16, 48), steps=2)
+        (regions,) = mixture._runtime.binding._texts[-1].picture._regions.values()
+        assert torch.equal(regions, strips(things, 16, 48))
+        assert not mixture.binding_warnings
+
+
+def test_what_cannot_be_drawn_in_tiles_is_said(pipe, experts, tmp_path):
+    mixture = mole.attach(pipe, experts)
+    with pytest.raises(ValueError, match=r"in 0\.\.1, got 1\.5"), mixture.tiled(1.5):
+        pass
+    many = ", ".join(["a fox", *(f"an {letter}x" for letter in "bcdefghi")])
+    with (
+        mixture.tiled(),
+        pytest.raises(ValueError, match="8 things can have tiles of their own, and the prompt names 9"),
+    ):
+        latent(pipe, many)
+    with mixture.tiled(), pytest.raises(ValueError, match="tiles are drawn of one prompt"):
+        latent(pipe, ["a fox", "a hat"], torch.cat([noise()] * 2))
+    mixture.bind({"fox": (None, "everywhere"), "hat": (None, "everywhere")})
+    with mixture.tiled(1.0):  # nothing has a place
+        assert torch.isfinite(latent(pipe)).all()
+    mixture.bind({"fox": (None, (0.0, 0.0, 1.0, 1.0)), "hat": (None, "auto")})
+    with mixture.tiled(), pytest.raises(ValueError, match="leave no place for 'hat'"):
+        latent(pipe)
+    mixture.bind({"fox": (None, "left"), "hat": (None, "right")})
+    residual = {"mid_block_additional_residual": torch.zeros(1, 16, 8, 8)}
+    pipe.scheduler.set_timesteps(2)
+    call = {"prompt": PROMPT}
+    with mixture.tiled(), mixture.drawing(call), pytest.raises(ValueError, match="a ControlNet sees the whole picture"):
+        pipe.unet(noise(), pipe.scheduler.timesteps[0], torch.zeros(1, 16, 16), **residual)
+    transformer = sd3()
+    mole.attach(transformer, {"fox": tiny_lora(transformer, tmp_path / "fox.safetensors")})
+    with mole.attached(transformer).tiled(), pytest.raises(ValueError, match="tiles need a unet"):
+        transformer("a fox", height=32, width=32, num_inference_steps=1)
