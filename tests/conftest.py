@@ -93,7 +93,7 @@ def ascii_locale(monkeypatch):
     monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def awake():
     """awake(mixture): give its gates random parameters, so that they depend on what they read."""
     import torch

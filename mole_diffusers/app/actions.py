@@ -475,7 +475,7 @@ class Actions:
             with self.studio.lock.held():
                 self.studio.check_base(recipe)
                 if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.pipe):
-                    call["prompt_2"] = plain_text(recipe.prompt_2) if recipe.weights else recipe.prompt_2
+                    call["prompt_2"] = plain_text(recipe.prompt_2)
                 mixture = self.studio.attach_for(recipe)
                 assert mixture is not None  # there are tags
                 if not mixture.config.reads_prompt:  # gates that do read the prompt alone, without guidance's empty one

@@ -242,12 +242,13 @@ class Endpoints:
         return replace(recipe, base=found.recipe.base or recipe.base).to_dict(), self.actions.notes(found, recipe)
 
     def code(self, recipe: dict) -> str:
-        """Write Python code that draws a recipe with diffusers.
+        """Write Python code that draws a recipe.
 
         Args:
             recipe: RECIPE
         """
-        return as_code(self.actions.studio.complete(self._recipe(recipe)))
+        studio = self.actions.studio
+        return as_code(studio.complete(self._recipe(recipe)), studio.config)
 
     async def export(
         self, request: gr.Request, recipe: dict, rank: int | None = None

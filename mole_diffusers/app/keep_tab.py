@@ -50,7 +50,7 @@ def _loading(page: Page) -> None:
 def _saving(page: Page) -> None:
     with gr.Row():
         save = gr.Button("Recipe as a file", elem_id="save")
-        code = gr.Button("As diffusers code", elem_id="code")
+        code = gr.Button("As Python code", elem_id="code")
         export = gr.Button("Export to one LoRA", elem_id="export")
     rank = gr.Number(0, label="Rank of the LoRA", info="0: the sum of all ranks, without loss", precision=0, minimum=0)
     file = gr.File(label="File", interactive=False, elem_id="files")
@@ -70,7 +70,7 @@ def _saving(page: Page) -> None:
 
     @errors_to(status)
     def script(*values: Any) -> Values:
-        return {text: as_code(completed(*values))}
+        return {text: as_code(completed(*values), page.actions.studio.config)}
 
     def plan(recipe: Recipe, rank: int | None, _: Any) -> Work:
         return page.actions.export(recipe, rank or None)

@@ -21,7 +21,7 @@ from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
 from mole_diffusers.app.style import gallery, status_line
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.infotext import Contents
-from mole_diffusers.studio.prompt_weights import plain_texts, prompts_read
+from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import OPEN, Recipe
 
 # For events that change the prompt or the cards, and for drawing the cards: one at a time, in the order they were sent.
@@ -196,8 +196,6 @@ class Page:
             notes.append(f"browsers round seeds above {MOST_SEED}: draw it with the API or `mole redraw`")
         if recipe.arm != "gates":
             notes.append(f"it was drawn as {recipe.arm!r}, which has no field here: a grid draws it with arm={recipe.arm}")
-        if not recipe.weights and self._reads_otherwise(recipe):
-            notes.append("brackets and BREAK were plain words, and long prompts were cut; here they are read")
         if recipe.prompt_2 or recipe.negative_2:
             notes.append("it has another prompt for the second text encoder")
         if asked.image:
@@ -208,14 +206,6 @@ class Page:
         values |= {self.over_panel: gr.update(open=True)} if asked.image or recipe.hires > 1 else {}
         values |= {field: self.chosen(field, values[field]) for field in self.choices if field in values}
         return recipe, values | dict(zip(self.axes, found.axes, strict=False)), notes
-
-    def _reads_otherwise(self, recipe: Recipe) -> bool:
-        """Whether prompts in which brackets are plain text are drawn differently here, where they are weights."""
-        try:
-            plain, weighted = (plain_texts(self.actions.studio.pipe, **recipe.call | {"weights": w}) for w in (False, True))
-        except ValueError:  # brackets that are not closed
-            return True
-        return plain != weighted
 
     def put_over(self, path: Path) -> Values:
         """Updates that put a picture into the editor for drawing over, and open its panel. Raises ValueError if its file is

@@ -69,7 +69,7 @@ def app(
     for name, folder in folder_gates(keep).items():
         catalog.add_gates(name, folder)
     first = open_one(next(iter(bases.values())))
-    studio = Studio(first.pipe, catalog, first.name)
+    studio = Studio(first.pipe, catalog, first.name, first.config)
     prompt = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>" if first.name == WORLD else ""
     recipe = first_recipe(studio, prompt=prompt, seed=-1)
     pictures = world_thumbnails() if WORLD in bases.values() else None

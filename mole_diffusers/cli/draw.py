@@ -169,7 +169,7 @@ def open_studio(files: options.Studio) -> Studio:
 
     catalog = open_catalog([files.base], files, files.expert)
     found = opened(files.base, files, says=True)
-    return Studio(found.pipe, catalog, found.name)
+    return Studio(found.pipe, catalog, found.name, found.config)
 
 
 def open_pictures(given: options.Pictures) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from mole_diffusers.options import check_kinds
 from mole_diffusers.retrieval.encoders import Encoder
 from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, entry_from_json, read_entry, stamps
 
-FORMAT, VERSION = "mole_diffusers.retrieval", 3
+FORMAT, VERSION = "mole_diffusers.retrieval", 1
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
-FIELD_TYPES = {  # of the JSON's fields; the first indexes lack the last
+FIELD_TYPES = {  # of the JSON's fields
     "encoder": str,
     "cards": Sequence[Mapping[str, Any]],
     "skipped": Mapping[str, str],
@@ -104,7 +104,6 @@ def _checked(folder: Path, about: Any, vectors: Contents) -> Index:
         raise ValueError(f"it is not {FORMAT} version {VERSION}")
     if about.get("embeddings") != vectors.sha256:
         raise ValueError("its two files are not from the same run")
-    about = {"skipped_stamps": {}} | about
     about = {name: about.get(name) for name in FIELD_TYPES}
     check_kinds(about, FIELD_TYPES, "the index")
     entries = tuple(entry_from_json(value) for value in about["cards"])

@@ -42,11 +42,13 @@ class Base:
     Attributes:
         name: the name that it was opened by; for a file in a models folder, its path.
         memory: how the pipeline was put on this machine.
+        config: where the config of a checkpoint came from, if that was given.
     """
 
     pipe: Any
     name: str
     memory: Memory
+    config: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name}: {type(self.pipe).__name__}, {self.memory}"
@@ -81,7 +83,7 @@ def open_base(base: str, *, config: str | Path | None = None, memory: Memory | N
         pipe, memory = _open_file(found, config, memory)
     else:
         pipe, memory = _open_saved(str(found), memory)
-    return Base(pipe, str(found), place(pipe, memory))
+    return Base(pipe, str(found), place(pipe, memory), None if config is None else str(config))
 
 
 def usual_guidance(pipe: Any, name: str) -> float:

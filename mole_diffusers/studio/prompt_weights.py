@@ -82,7 +82,6 @@ def call_arguments(pipe: Any, prompt: str, negative: str = "", *, guided: bool =
     Args:
         prompt_2, negative_2: what the second text encoder reads; "" means the same as the first.
         guided: whether the call has classifier-free guidance, which needs the negative prompt.
-        weights: whether brackets are weights. If not, they are plain text, and a long prompt is cut.
     """
     chunks = _chunks_asked(pipe, prompt, negative, guided=guided, **how)
     texts = _as_texts(chunks)
@@ -129,7 +128,6 @@ def _chunks_asked(
     prompt_2: str = "",
     negative_2: str = "",
     guided: bool = True,
-    weights: bool = True,
 ) -> dict[str, list[Chunk]]:
     """The chunks of the prompts that a call gives."""
     prompts = {"prompt": prompt, "negative_prompt": negative, "prompt_2": prompt_2, "negative_prompt_2": negative_2}
@@ -138,7 +136,7 @@ def _chunks_asked(
     if "negative_prompt_2" in asked:  # without the first, SDXL would have zeros for both
         asked.setdefault("negative_prompt", "")
     asked["prompt"] = prompt
-    return {name: chunks_of(pipe, text) if weights else [Chunk(text, (1.0,) * len(text))] for name, text in asked.items()}
+    return {name: chunks_of(pipe, text) for name, text in asked.items()}
 
 
 def _as_texts(chunks: Mapping[str, list[Chunk]]) -> dict[str, str] | None:
@@ -146,18 +144,15 @@ def _as_texts(chunks: Mapping[str, list[Chunk]]) -> dict[str, str] | None:
     return {name: each[0].text for name, each in chunks.items()} if all(len(e) == 1 for e in chunks.values()) else None
 
 
-def tiled_prompt(pipe: Any, prompt: str, *, prompt_2: str = "", weights: bool = True) -> dict[str, Any]:
+def tiled_prompt(pipe: Any, prompt: str, *, prompt_2: str = "") -> dict[str, Any]:
     """The arguments of `Mixture.tiled` for a prompt with weights: its words, and a function that encodes a part of them
     with their weights.
 
     Args:
         prompt_2: the second prompt of the same call. If the pipeline reads it, the result is {}: tiles would ignore it.
-        weights: whether brackets are weights, as in `call_arguments`.
     """
     if prompt_2 and "prompt_2" in prompts_read(pipe):
         return {}
-    if not weights:
-        return {"prompt": prompt}
     chunks = [chunk for chunk in parse_weights(prompt) if chunk.text]
     text = " ".join(chunk.text for chunk in chunks)
     of_text = [weight for chunk in chunks for weight in (*chunk.weights, 1.0)]

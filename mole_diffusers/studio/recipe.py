@@ -18,7 +18,7 @@ from mole_diffusers.studio.names import matching_lora, shared_name
 from mole_diffusers.studio.prompt_syntax import MAX_PROMPT, PAINTED, LoraTag, constant, parse
 from mole_diffusers.studio.weight_syntax import plain_text
 
-FORMAT, VERSION = "mole_diffusers.studio.recipe", 4
+FORMAT, VERSION = "mole_diffusers.studio.recipe", 1
 RANGES = {
     "seed": (-1, 2**63 - 1),
     "steps": (1, 150),
@@ -66,8 +66,6 @@ class Recipe:
             - "auto": in tiles if each thing has enough room, see `Mixture.tiled`; otherwise bound.
             - "none": not at all.
         masks: LoRA whose tag says region=painted -> its mask picture, as `binding.as_text.mask_text` writes it.
-        weights: whether brackets in the prompt are weights, see `weight_syntax`. If not, they are plain text, and a long
-            prompt is cut.
         image, mask: sha256 of the pixels of the picture that is drawn over and of its mask, which is white where the picture
             is redrawn; "" for none.
         strength: how much of that picture is redrawn, in 0..1. This is the fraction of the steps that run.
@@ -93,7 +91,6 @@ class Recipe:
     base: str = ""
     binding: str = AUTO
     masks: Mapping[str, str] = field(default_factory=dict)
-    weights: bool = True
     image: str = ""
     mask: str = ""
     strength: float = 0.6
@@ -138,8 +135,8 @@ class Recipe:
 
     @property
     def plain_text(self) -> str:
-        """The prompt without its tags and, if brackets are weights, without these."""
-        return plain_text(self.text) if self.weights else self.text
+        """The prompt without its tags and weights."""
+        return plain_text(self.text)
 
     def binding_of_pass(self, *, over: bool = False) -> str:
         """How a pass binds the LoRAs, one of `BINDINGS`: "none" without gates, and no tiles if it draws `over` a picture."""
@@ -151,7 +148,7 @@ class Recipe:
     def call(self) -> dict[str, Any]:
         """The prompts without tags and how they are read: the arguments of `prompt_weights.call_arguments`."""
         texts = {name: getattr(self, name) for name in PROMPTS} | {"prompt": self.text}
-        return {**texts, "guided": self.guidance > 1, "weights": self.weights}
+        return {**texts, "guided": self.guidance > 1}
 
     def constant_strengths(self) -> dict[str, float]:
         """LoRA -> its strength. Raises ValueError if a tag varies it over components, blocks or steps."""
@@ -187,16 +184,9 @@ class Recipe:
 
         Raises ValueError for another format, an unknown or missing field, or a value out of range.
         """
-        versions = range(1, VERSION + 1)
-        if not isinstance(values, Mapping) or values.get("format") != FORMAT or values.get("version") not in versions:
+        if not isinstance(values, Mapping) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"{where} is not a {FORMAT} of version {VERSION}")
         given = {key: value for key, value in values.items() if key not in ("format", "version")}
-        if values["version"] == 1:  # before LoRAs could be bound
-            given["binding"] = "none"
-        if values["version"] <= 2:  # before brackets were weights
-            given["weights"] = False
-        if values["version"] <= 3 and given.get("binding", AUTO) == AUTO:  # before tiles
-            given["binding"] = BOUND
         if unknown := given.keys() - FIELD_TYPES.keys():
             raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {list(FIELD_TYPES)}")
         if "prompt" not in given:

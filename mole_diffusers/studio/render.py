@@ -58,14 +58,15 @@ class Studio:
         lock: held while a picture is drawn. Hold it to do anything else with the pipeline.
         base: the base model that is open; "" while it is changed, and if that failed and the one before could not be opened
             again.
+        config: the config that the base model was opened with, see `open_base`.
     """
 
-    def __init__(self, pipe: Any, catalog: Catalog, base: str):
+    def __init__(self, pipe: Any, catalog: Catalog, base: str, config: str | None = None):
         self.catalog, self.lock, self._why_none = catalog, PipelineLock(), NONE_OPEN
-        self._use(pipe, base)
+        self._use(pipe, base, config)
 
-    def _use(self, pipe: Any, base: str) -> None:
-        self.pipe, self._own_scheduler = pipe, pipe.scheduler
+    def _use(self, pipe: Any, base: str, config: str | None) -> None:
+        self.pipe, self._own_scheduler, self.config = pipe, pipe.scheduler, config
         self._drawing_over = cache(partial(picture_passes.drawing_over, pipe))
         self._unfit: set[str] = set()  # hashes of gates that "auto" passes over, since they do not fit this base
         self._attached_key: tuple | None = None  # identifies what is attached; None if that is unknown
@@ -103,7 +104,7 @@ class Studio:
         except Exception as error:
             clear_frames(error)
             return error
-        self._use(found.pipe, found.name)
+        self._use(found.pipe, found.name, found.config)
         return None
 
     def check_open(self) -> None:
@@ -164,7 +165,7 @@ class Studio:
             raise ValueError(f"the gates {gates!r} here are not those of the recipe ({recipe.gates_sha256[:12]})")
         if "<lora:" in recipe.prompt_2 + recipe.negative_2:
             raise ValueError("the tags of LoRAs stand in the first prompt, which counts for every text encoder")
-        for text in (given.text, recipe.negative, recipe.prompt_2, recipe.negative_2) if recipe.weights else ():
+        for text in (given.text, recipe.negative, recipe.prompt_2, recipe.negative_2):
             parse_weights(text)
         kind, about = recipe.arm_and_name
         if kind == "merge" and about not in MERGES:
@@ -220,8 +221,7 @@ class Studio:
             notes.append("the tags of LoRAs in the negative prompt are read as words")
         if asked.clip_skip != recipe.clip_skip:
             notes.append(f"{type(self.pipe).__name__} is drawn without clip skip")
-        if recipe.weights:
-            notes += cut_off(self.pipe, recipe.text, recipe.prompt_2)
+        notes += cut_off(self.pipe, recipe.text, recipe.prompt_2)
         return notes + unread(self.pipe, negative=recipe.negative, prompt_2=recipe.prompt_2, negative_2=recipe.negative_2)
 
     def _notes_on_tiles(self, recipe: Recipe, *, is_over: bool) -> list[str]:
@@ -384,7 +384,7 @@ def _tiles(recipe: Recipe, pipe: Any, binding: str) -> dict[str, Any]:
         return {"until": 0}
     always = binding == TILES
     second = "" if always else recipe.prompt_2
-    return {"always": always, **tiled_prompt(pipe, recipe.text, prompt_2=second, weights=recipe.weights)}
+    return {"always": always, **tiled_prompt(pipe, recipe.text, prompt_2=second)}
 
 
 def _callback(on_step: OnStep, steps: int, size: tuple[int, int]) -> Callable[[Any, int, Any, dict], dict]:

@@ -19,7 +19,6 @@ from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
 
 gr = pytest.importorskip("gradio")
-OTHERWISE = "brackets and BREAK were plain words, and long prompts were cut; here they are read"
 REQUEST = type("Request", (), {"session_hash": "page"})()
 
 
@@ -262,13 +261,7 @@ def test_pages_that_were_closed_are_forgotten_but_none_whose_job_goes_on(loras, 
         ({"gates": "gone"}, "known: sum, mean; without its gates 'gone'", {"gates": "auto"}),
         ({"sampler": "Best"}, "without its sampler 'Best'", {"sampler": "default"}),
         ({"arm": "base"}, "it was drawn as 'base', which has no field here: a grid draws it with arm=base", {}),
-        ({"prompt": "a (hat)", "weights": False}, f"loaded: seed 5, 0 LoRAs, gates sum; {OTHERWISE}", {}),
-        ({"prompt": "a (hat", "weights": False}, OTHERWISE, {}),
-        ({"prompt": "a \\(hat\\)", "weights": False}, OTHERWISE, {}),
-        ({"prompt": "a hat BREAK red", "weights": False}, OTHERWISE, {}),
-        ({"prompt": ", ".join(["a hat"] * 99), "weights": False}, OTHERWISE, {}),
         ({"prompt": ", ".join(["a hat"] * 99)}, "loaded: seed 5, 0 LoRAs, gates sum; now press Compose", {}),
-        ({"prompt": "a hat", "weights": False}, "loaded: seed 5, 0 LoRAs, gates sum; now press Compose", {}),
         ({"guidance": 50.0}, "now press Compose", {}),
         ({"seed": 2**53}, "loaded: seed 9007199254740992, 0 LoRAs, gates sum; now press Compose", {}),
         ({"seed": 2**53 + 1}, "gates sum; browsers round seeds above 9007199254740992: draw it with the API or ", {}),

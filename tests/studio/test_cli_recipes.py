@@ -58,8 +58,8 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     assert shown[at : at + 2] == (0, 0)
     beside = len(functions["script"].inputs) - 1  # the last input is the picture that is drawn over
     fields = [value_of(field) for field in shown[:beside]]
-    assert "width=128, height=64" in plain(functions["script"])(*fields, None)[0]
-    assert "width=128, height=64" in asyncio.run(functions["code"].fn({"prompt": prompt}))
+    assert "width=128,\n    height=64," in plain(functions["script"])(*fields, None)[0]
+    assert "width=128,\n    height=64," in asyncio.run(functions["code"].fn({"prompt": prompt}))
 
 
 def test_any_base_with_a_folder_of_loras(loras, tmp_path, capsys):

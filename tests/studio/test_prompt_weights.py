@@ -149,7 +149,6 @@ def test_a_part_of_a_prompt_is_encoded_with_the_weights_that_it_has_there(host, 
 
 def test_tiles_are_not_given_a_prompt_that_they_would_not_read_whole():
     pipe, _ = hosts.HOSTS["sdxl"]()
-    assert tiled_prompt(pipe, "a (fox)", weights=False) == {"prompt": "a (fox)"}
     assert tiled_prompt(pipe, "a (fox)", prompt_2="a hat") == {}
     one_encoder, _ = hosts.HOSTS["sd15"]()
     assert tiled_prompt(one_encoder, "a (fox)", prompt_2="a hat")["prompt"] == "a fox"
@@ -267,10 +266,6 @@ def test_what_a_pipeline_does_not_read_is_said_and_left_out(pipe):
     ]
     refiner, _ = hosts.HOSTS["sdxl-refiner"]()
     assert prompts_read(refiner) == {"negative_prompt"}
-
-
-def test_plain_brackets_are_left_as_they_are(pipe):
-    assert call_arguments(pipe, "a (fox:2) [", "(", weights=False) == {"prompt": "a (fox:2) [", "negative_prompt": "("}
 
 
 @pytest.mark.parametrize("host", ["sd15", *thorough("sdxl")])
