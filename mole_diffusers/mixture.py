@@ -55,7 +55,7 @@ from mole_diffusers.patching.install.pipeline_lock import PipelineLock, lock_of
 from mole_diffusers.patching.subjects.drawn_over import drawn_over
 from mole_diffusers.patching.subjects.things import UNTIL, Asked, Encode, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles, things_for_tiles
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import Undo, undoing
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
@@ -112,6 +112,8 @@ class Mixture:
             for name, stacks in stack_all(matches, models).items()
         ]
         self.banks = {part.name: part.bank for part in self._components}
+        parts = {name for name in models if models[name] is self._denoiser} | self.banks.keys()
+        self._models = {name: model for name, model in models.items() if name in parts}  # those that it changes
 
     # ---- for users
 
@@ -264,6 +266,7 @@ class Mixture:
         """
         pipe = self._pipe if pipe is None else pipe
         with self._lock.held(draws=True):
+            self._refuse_replaced(pipe)
             now = attached(self._pipe)
             if now is not self:  # it was replaced or taken off while this call waited
                 with nullcontext() if now is None else now.drawing(call, pipe=pipe):
@@ -308,6 +311,18 @@ class Mixture:
         active = [name in names for name in self.experts]
         with self._changed_while(binding=None, active=active, alone=tuple(names), **settings):
             yield
+
+    def _refuse_replaced(self, pipe: Any) -> None:
+        """Raise ValueError if another model is in the place of one that has experts: only a part of them would act."""
+        if vars(self._denoiser).get(HANDLE) is not self:  # it was taken off
+            return
+        for name, model in self._models.items():
+            now = getattr(pipe, name, None)
+            if now is not None and now is not model and all(part is not model for part in now.modules()):
+                raise ValueError(
+                    f"the pipeline's {name} was replaced by another while a mixture was on it, so that its experts would "
+                    f"act in part; call attach again, or detach"
+                )
 
     def _is_off(self, scale: float) -> bool:
         """Whether the pipeline has switched all experts off: by `disable_lora`, or by the scale of a call."""
@@ -364,21 +379,38 @@ class Mixture:
                 yield
                 return
             self._check_attached()
-            off, before = [model for model in models if switched_off(model)], {}  # by `disable_lora`, and they stay off
-            _lifted[self._denoiser] = self
+            off = [model for model in models if switched_off(model)]  # by `disable_lora`, and they stay off
+            before: dict[nn.Module, bool] | None = None
+            is_begun = False
+            after: list[Sequence[nn.Module]] = []  # the models to switch off; a second attempt must not read them anew
+
+            def put_back() -> None:
+                now = attached(self._pipe)
+                if _lifted.get(self._denoiser) is not self:  # `detach` was called, or this is done
+                    return
+                if now is not None and now is not self:
+                    self._locking = Undo()  # calls now belong to the other mixture
+                elif is_begun:
+                    if not after:
+                        after.append(off if before is None else off_after(models, off, before))
+                    self._put_back(after[0])
+                elif off:
+                    switch(off, on=False)
+                del _lifted[self._denoiser]
+
             try:
-                switch(off, on=True)
-                self._uninstall()
-                switch(off, on=False)
-                before = switches(models)
-                yield
+                with undoing() as undo:
+                    undo.callback(put_back)
+                    _lifted[self._denoiser] = self
+                    switch(off, on=True)
+                    is_begun = True
+                    self._uninstall()
+                    switch(off, on=False)
+                    before = switches(models)
+                    yield
             finally:
-                if _lifted.pop(self._denoiser, None) is self:
-                    now = attached(self._pipe)
-                    if now is None:
-                        self._put_back(off_after(models, off, before))
-                    elif now is not self:  # it is, if this was interrupted before it was taken off
-                        self._locking = Undo()  # calls now belong to the other mixture
+                if _lifted.get(self._denoiser) is self:  # it could not be put back
+                    del _lifted[self._denoiser]
 
     @contextmanager
     def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
@@ -644,7 +676,7 @@ class Mixture:
                 for part in self._components:
                     if vars(part.model).get(HANDLE, self) is not self:
                         raise ValueError(f"another pipeline's mixture is on its {part.name}; detach that one first")
-                for model in (self._denoiser, *(part.model for part in self._components)):
+                for model in self._models.values():
                     undo.callback(model.__dict__.pop, HANDLE, None)
                     object.__setattr__(model, HANDLE, self)
                 # The first hooks of all: the network's own gate already needs the time of this call.

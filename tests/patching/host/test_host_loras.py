@@ -219,10 +219,51 @@ def test_another_unet_in_its_place_does_not_hide_the_mixture(pipe, loras, draw):
     mixture = mole.attach(pipe, loras)
     pipe.unet = tiny_pipeline(seed=1).unet
     assert mole.attached(pipe) is mixture
+    with pytest.raises(ValueError, match="the pipeline's unet was replaced by another.*attach again"):
+        draw(pipe)
     mole.detach(pipe)
+    assert not torch.equal(draw(pipe), base)
     pipe.unet = unet
     assert mole.attached(pipe) is None
     assert torch.equal(draw(pipe), base)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_model_in_the_place_of_one_with_experts_is_said_and_attached_anew(pipe, loras, draw, part):
+    own = {name: getattr(pipe, name) for name in ("unet", "text_encoder")}
+    mole.attach(pipe, loras, binding=None)
+    mixed = draw(pipe)
+    setattr(pipe, part, getattr(tiny_pipeline(seed=1), part))
+    with pytest.raises(ValueError, match=f"the pipeline's {part} was replaced"):
+        draw(pipe)
+    setattr(pipe, part, own[part])
+    assert torch.equal(draw(pipe), mixed)
+    setattr(pipe, part, getattr(tiny_pipeline(seed=1), part))
+    mole.attach(pipe, loras, binding=None)
+    other = draw(pipe)
+    mole.detach(pipe)
+    for name, model in own.items():
+        assert not any("lora" in key for key in model.state_dict()), name
+    fresh = tiny_pipeline()
+    setattr(fresh, part, getattr(tiny_pipeline(seed=1), part))
+    mole.attach(fresh, loras, binding=None)
+    assert torch.equal(draw(fresh), other)
+
+
+def test_a_unet_alone_that_is_replaced_is_said(pipe, tmp_path, draw):
+    mixture = mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors", ends=("attn2.to_k",))})
+    assert list(mixture.banks) == ["unet"]
+    pipe.unet = tiny_pipeline(seed=1).unet
+    with pytest.raises(ValueError, match="the pipeline's unet was replaced"):
+        draw(pipe)
+
+
+def test_embeddings_may_stand_in_for_a_text_encoder(pipe, loras, draw):
+    mole.attach(pipe, loras, binding=None)
+    picture, states = draw(pipe), pipe.encode_prompt("a fox in ink", "cpu", 1, True)
+    pipe.text_encoder = None
+    given = dict(zip(("prompt_embeds", "negative_prompt_embeds"), states, strict=True))
+    assert torch.equal(draw(pipe, prompt=None, **given), picture)
 
 
 def test_an_adapter_added_under_a_mixture_leaves_the_host_frozen(pipe, loras):

@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import Mock
 
+import diffusers
+import peft
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
@@ -382,6 +384,26 @@ def test_lifting_that_is_interrupted_at_once_changes_nothing(pipe, loras, monkey
     assert "__call__" not in vars(kind)
 
 
+PUT_BACK = {name: BLOCKS[name] for name in ("lifted", "collapsed")} | {
+    "save_pretrained": lambda pipe, mixture: pipe.unet.save_pretrained(TemporaryDirectory().name)
+}
+
+
+@pytest.mark.parametrize("what", ["lifted", *thorough("collapsed", "save_pretrained")])
+@pytest.mark.parametrize("rounds", [10, *thorough(100)])
+def test_an_interrupted_mixture_is_put_back(pipe, loras, draw, what, rounds):
+    """Ctrl-C in functions of ours and of the libraries, while the mixture is taken off, or put back."""
+    pipe, _ = of_its_own_kind(pipe)
+    mixture = mole.attach(pipe, {name: loras[name] for name in ("fox", "ink")}, binding={"fox": ("fox", "left")})
+    picture, rng = draw(pipe, num_inference_steps=1), random.Random(2)
+    calls = interrupted(lambda: PUT_BACK[what](pipe, mixture), 0, peft, diffusers)
+    for at in (rng.randint(1, calls - 5) for _ in range(rounds)):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(lambda: PUT_BACK[what](pipe, mixture), at, peft, diffusers)
+        assert mole.attached(pipe) is mixture, at
+        assert torch.equal(draw(pipe, num_inference_steps=1), picture), at
+
+
 def test_changes_are_undone_wherever_the_end_of_their_block_is_interrupted():
     left = set()
 
@@ -406,13 +428,16 @@ def of_its_own_kind(pipe):
     return own, kind
 
 
-def interrupted(run, at):
-    """Raise KeyboardInterrupt in the `at`-th call of one of our functions (0: never); how many calls there were."""
-    folder, calls = str(Path(mole.__file__).parent), 0
+def interrupted(run, at, *others):
+    """Raise KeyboardInterrupt in the `at`-th call of one of our functions (0: never); how many calls there were.
+
+    `others` are packages whose functions count, too.
+    """
+    folders, calls = tuple(str(Path(package.__file__).parent) for package in (mole, *others)), 0
 
     def count(frame, event, _):
         nonlocal calls
-        if event == "call" and frame.f_code.co_filename.startswith(folder) and frame.f_code.co_name[0] != "<":
+        if event == "call" and frame.f_code.co_filename.startswith(folders) and frame.f_code.co_name[0] != "<":
             calls += 1
             if calls == at:
                 raise KeyboardInterrupt
