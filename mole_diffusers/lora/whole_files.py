@@ -7,11 +7,15 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+if sys.platform != "win32":
+    import fcntl
 
 LOCK = ".lock"
 WEIGHTS = re.compile(r"(?P<name>.+?)(-\d+-of-\d+)?\.(safetensors|bin)(\.index(?P<variant>\.[^.]+)?\.json)?")
@@ -20,17 +24,13 @@ LONGEST = 200  # characters of a name that others are derived from; file systems
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """A path next to `path` to write to. When the block ends, it replaces `path`; after an error `path` is as before."""
+    """A path to write to. When the block ends, it replaces `path`; after an error `path` is as before."""
     path = Path(path).resolve()  # a link stays a link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _beside(path, "part")
-    try:
-        yield part
+    with _part(path) as folder:
+        yield (part := folder / path.name)
         if path.exists():
             shutil.copymode(path, part)
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -48,10 +48,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     check_no_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, aside = _beside(path, "part"), _aside(path)
-    part.mkdir()
-    try:
+    aside = _aside(path)
+    with _part(path) as part:
         if path.is_dir():
             shutil.copymode(path, part)
         yield part
@@ -68,8 +66,53 @@ def new_folder(path: str | Path) -> Iterator[Path]:
                 aside.rename(path)
             raise
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _part(path: Path) -> Iterator[Path]:
+    """A folder next to `path` to write to, until the block ends. Those that killed processes have left there are removed.
+
+    A living process holds a lock on its folder. The system takes it away when the process ends, however it does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    short = _short(path.name)
+    ours = re.compile(rf"\.{re.escape(short)}\.[0-9a-f]{{8}}\.part")
+    for left in [other for other in path.parent.iterdir() if ours.fullmatch(other.name)]:
+        with _locked(left) as is_mine:
+            if is_mine:
+                shutil.rmtree(left, ignore_errors=True)
+    new = path.with_name(f".{short}.{secrets.token_hex(4)}.new")  # others only see it as a part once it is locked
+    part = new.with_suffix(".part")
+    new.mkdir()
+    try:
+        with _locked(new):
+            os.rename(new, part)
+            yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Try to lock a folder while the block runs: whether it worked. It does not on a system or a disk without locks."""
+    if sys.platform == "win32":
+        yield False
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # it is gone
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            works = True
+        except OSError:
+            works = False
+        yield works
+    finally:
+        os.close(descriptor)
 
 
 def whole_folder(path: Path) -> Path:
@@ -138,11 +181,6 @@ def _move_into(part: Path, path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{_short(path.name)}.old")
-
-
-def _beside(path: Path, ending: str) -> Path:
-    """A name that nothing else uses."""
-    return path.with_name(f".{_short(path.name)}.{secrets.token_hex(4)}.{ending}")
 
 
 def _short(name: str) -> str:

@@ -15,6 +15,7 @@ import torch
 import mole_diffusers as mole
 from mole_diffusers.gates import checkpoint
 from mole_diffusers.lora.whole_files import new_file, new_folder, only_run, whole_folder
+from mole_diffusers.pipelines.kept import keep
 from mole_diffusers.testing import tiny_pipeline
 
 
@@ -42,6 +43,26 @@ def test_after_an_error_a_folder_is_as_it_was(tmp_path):
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert (path / "new").read_text() == "new"
+
+
+@pytest.mark.parametrize("writer", [new_folder, new_file])
+def test_what_killed_processes_have_left_is_removed_and_what_is_being_written_is_not(tmp_path, writer):
+    path, left, other = tmp_path / "a", tmp_path / ".a.12345678.part", tmp_path / ".a.b.12345678.part"
+
+    def write(part, text):
+        (part / "weights" if writer is new_folder else part).write_text(text)
+
+    for folder in (left, other):
+        folder.mkdir()
+        write(folder / "a", "half") if writer is new_file else write(folder, "half")
+    with writer(path) as part:  # as another process would
+        write(part, "first")
+        assert not left.exists()
+        with writer(path) as later:
+            write(later, "second")
+        write(part, "last")
+    assert sorted(tmp_path.iterdir()) == [other, path]  # which is of another name
+    assert (path / "weights" if writer is new_folder else path).read_text() == "last"
 
 
 def test_a_rename_that_fails_is_taken_back(tmp_path, monkeypatch):
@@ -160,6 +181,11 @@ def test_a_killed_save_leaves_the_old_or_the_new(loras, tmp_path, kills):
         check(kept / "gates")
         rows = json.loads((kept / "mixture.json").read_text())["experts"]
         assert [row["name"] for row in rows] == list(checkpoint.load(kept / "gates").experts)
+    mixture = mole.attach(tiny_pipeline(), {"fox": loras["fox"]}, "static")
+    mixture.save_pretrained(tmp_path / "gates")
+    keep(mixture, tmp_path / "kept")
+    assert {path.name for path in tmp_path.iterdir()} == {"gates", "kept"}
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_one_run_writes_to_a_folder(tmp_path):
