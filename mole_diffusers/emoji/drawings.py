@@ -12,8 +12,10 @@ from PIL import Image
 
 from mole_diffusers.emoji.filters import FILTERS
 from mole_diffusers.emoji.landscapes import landscape, lit
-from mole_diffusers.emoji.scenes import CONTACTS, SIDE, Box, Scene, places
+from mole_diffusers.emoji.scenes import CONTACTS, SIDE, Box, Scene, in_contact, places
 from mole_diffusers.emoji.words import BACKGROUNDS
+
+COVERED = 0.1  # of two outlines in contact, the least share of the smaller one that is in both
 
 
 class Drawings:
@@ -43,8 +45,8 @@ class Drawings:
         """The scene as RGB, `scene.size` large.
 
         Args:
-            boxes: a box for each subject; by default they come from `places`. The last one named is drawn first, unless the
-                relation says who is in front.
+            boxes: a box for each subject; by default they come from `places` or `touching`. The last one named is drawn
+                first, unless the relation says who is in front.
             seed: of what the scene leaves open about its landscape. An open light is day.
         """
         light = scene.light or "day"
@@ -52,12 +54,30 @@ class Drawings:
             canvas = Image.new("RGB", scene.size, BACKGROUNDS[scene.background])
         else:
             canvas = _image(landscape(scene.background, light, scene.size, np.random.default_rng(seed)))
-        placed = list(zip(scene.subjects, boxes or places(scene), strict=True))
+        if not boxes:
+            boxes = self.touching(scene) if scene.relation in CONTACTS else places(scene)
+        placed = list(zip(scene.subjects, boxes, strict=True))
         in_front = CONTACTS.get(scene.relation or "", 0)
         for subject, (size, x, y) in placed[::-1] if in_front == 0 else placed:
             drawing = self.drawing(subject, scene.style, size)
             canvas.paste(drawing, (x, y), drawing)
         return canvas if light == "day" else _image(lit(np.asarray(canvas, np.float32), light))
+
+    def touching(self, scene: Scene, size: int = 54, hidden: float = 0.3, mirrored: bool = False) -> list[Box]:
+        """The boxes of two subjects in contact: nearer than in `in_contact` if their outlines overlap too little there."""
+        while True:
+            boxes = in_contact(scene, size, hidden, mirrored)
+            first, second = (self._outline(s, scene, box) for s, box in zip(scene.subjects, boxes, strict=True))
+            if (first & second).sum() >= COVERED * min(first.sum(), second.sum()) or hidden > 0.7:
+                return boxes
+            hidden += 0.06
+
+    def _outline(self, subject: str, scene: Scene, box: Box) -> np.ndarray:
+        """[H, W] bool: where a subject covers the canvas."""
+        size, x, y = box
+        canvas = Image.new("L", scene.size)
+        canvas.paste(self.drawing(subject, scene.style, size).getchannel("A"), (x, y))
+        return np.asarray(canvas) > 230
 
 
 def _image(rgb: np.ndarray) -> Image.Image:

@@ -130,16 +130,19 @@ def _beach(light: str, size: tuple[int, int], rng: np.random.Generator) -> np.nd
 def _forest(light: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     frame = _frame(size, rng, swing=0.03)
     picture = _sky(frame, ((170, 215, 235), (225, 240, 225)), light)
+    rows = []
     for colour, tall in (((95, 150, 115), 0.40), ((50, 110, 75), 0.26)):
         start = rng.uniform(-8, 0)
         tops = [(x, frame.height * tall * rng.uniform(0.8, 1.1)) for x in np.arange(start, frame.width + 10, 10)]
+        rows.append((colour, tops))
 
-        def trees(canvas: ImageDraw.ImageDraw, scale: int, tops=tops, colour=colour) -> None:
+    def trees(canvas: ImageDraw.ImageDraw, scale: int) -> None:
+        for colour, tops in rows:
             for x, high in tops:
                 corners = [(x - 7, frame.far + 6), (x, frame.far - high), (x + 7, frame.far + 6)]
                 canvas.polygon([(a * scale, b * scale) for a, b in corners], fill=colour)
 
-        _paint(picture, trees)
+    _paint(picture, trees)
     _lay(picture, frame.horizon, (85, 130, 65))
     return picture
 

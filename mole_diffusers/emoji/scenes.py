@@ -20,7 +20,6 @@ CONTACTS = {  # two subjects overlap: relation -> which of them is in front, 0 o
 }  # fmt: skip
 STACKED = ("riding", "on")  # contacts in which the first subject is above the second
 UNSAID = "white"  # the background where a caption names none
-HIDDEN = 0.3  # share of the smaller subject's width or height that the other one covers in contact
 Box = tuple[int, int, int]  # a square: its size, and x and y of its upper left corner, in pixels
 
 
@@ -128,16 +127,11 @@ def composition_scene(concepts: Sequence[str]) -> Scene:
 
 
 def places(scene: Scene) -> list[Box]:
-    """A box per subject, in the order named: 54 pixels large, near the middle of its square.
-
-    They overlap only in contact, see `in_contact`.
-    """
-    if scene.relation in CONTACTS:
-        return in_contact(scene)
+    """A box per subject, in the order named: 54 pixels large, near the middle of its square. They do not overlap."""
     return [(54, x + 5, y + 5) for x, y in squares(scene)]
 
 
-def in_contact(scene: Scene, size: int = 54, hidden: float = HIDDEN, mirrored: bool = False) -> list[Box]:
+def in_contact(scene: Scene, size: int, hidden: float, mirrored: bool) -> list[Box]:
     """The boxes of two subjects in contact, in the middle of the canvas. What is held has two thirds of the holder's size.
 
     Args:

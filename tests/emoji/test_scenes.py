@@ -134,7 +134,7 @@ def test_what_cannot_be_a_scene_is_refused_with_what_can():
 @pytest.mark.parametrize(("relation", "in_front"), CONTACTS.items())
 def test_subjects_in_contact_overlap_in_the_order_that_is_said(drawings, relation, in_front):
     scene = Scene(("television", "game die"), "noto", "white", relation)
-    boxes = places(scene)
+    boxes = drawings.touching(scene)
     together = drawings.picture(scene)
     (size, x, y), (size2, x2, y2) = boxes
     overlap = (max(x, x2), max(y, y2), min(x + size, x2 + size2), min(y + size, y2 + size2))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mole_diffusers.emoji.captions import FORMS, TAGGED
 from mole_diffusers.emoji.drawings import Drawings
-from mole_diffusers.emoji.scenes import CONTACTS, RELATIONS, SIDE, Box, Scene, in_contact, squares
+from mole_diffusers.emoji.scenes import CONTACTS, RELATIONS, SIDE, Box, Scene, squares
 from mole_diffusers.emoji.words import BACKGROUNDS, LIGHTS, OPEN, PLACES
 
 SMALLEST, LARGEST = 50, 58  # pixels of a subject's side
@@ -99,27 +99,31 @@ def random_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def random_picture(drawings: Drawings, scene: Scene, rng: np.random.Generator, freedom: float = 1.0) -> Image.Image:
-    """The scene as RGB, `scene.size` large, with random sizes and places, see `scattered`.
+    """The scene as RGB, `scene.size` large, with random sizes and places.
 
     A light that is left open is day in seven of ten landscapes, sunset or night in the others.
     """
-    boxes, seed = scattered(scene, rng, freedom), int(rng.integers(2**31))
+    boxes = touching(drawings, scene, rng, freedom) if scene.relation in CONTACTS else scattered(scene, rng, freedom)
+    seed = int(rng.integers(2**31))
     if scene.light is None and scene.background not in BACKGROUNDS:
         scene = replace(scene, light=str(rng.choice(list(LIGHTS), p=(0.7, 0.15, 0.15))))
     return drawings.picture(scene, boxes, seed=seed)
 
 
 def scattered(scene: Scene, rng: np.random.Generator, freedom: float = 1.0) -> list[Box]:
-    """A box per subject. They overlap only in contact, and squares that the scene does not decide are random.
+    """A box per subject. They do not overlap, and squares that the scene does not decide are random.
 
     Args:
         freedom: how far sizes and places in a square may be from `mole_diffusers.emoji.scenes.places`, in 0..1.
     """
-    if scene.relation in CONTACTS:
-        size, hidden = round(54 + freedom * (rng.uniform(SMALLEST, LARGEST) - 54)), rng.uniform(*OVERLAPS)
-        return in_contact(scene, size, hidden, mirrored=bool(rng.integers(2)))
     corners = squares(scene, rng.permutation)
     return [(size, x + dx, y + dy) for x, y in corners for size, dx, dy in [_within_square(rng, freedom)]]
+
+
+def touching(drawings: Drawings, scene: Scene, rng: np.random.Generator, freedom: float = 1.0) -> list[Box]:
+    """A box per subject of two in contact. Which side the first one stands on is random, unless the relation says it."""
+    size = round(54 + freedom * (rng.uniform(SMALLEST, LARGEST) - 54))
+    return drawings.touching(scene, size, rng.uniform(*OVERLAPS), mirrored=bool(rng.integers(2)))
 
 
 def _within_square(rng: np.random.Generator, freedom: float) -> Box:

@@ -1,0 +1,103 @@
+"""What a picture of the emoji world shows, measured from its pixels: no judge, no model.
+
+Colours are in 0..255. Pictures are RGB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+from PIL import Image
+
+from mole_diffusers.emoji.drawings import Drawings
+from mole_diffusers.emoji.landscapes import LIGHTS, lit
+from mole_diffusers.emoji.scenes import CONTACTS, STACKED, Scene
+
+MARGIN = 4  # pixels at the edges of a picture, which subjects seldom reach
+STEP = 8  # a difference between neighbouring pixels that the eye sees
+SIZES, OVERLAPS, SHIFTS = (51, 54, 57), (0.24, 0.3, 0.36), (-1, 0, 1)  # where subjects in contact are looked for
+
+
+@dataclass(frozen=True)
+class Halves:
+    """How far the left half of a picture is from the right one.
+
+    Attributes:
+        sky: the largest difference of a colour channel between the middle colours of the top edges.
+        ground: the same of the bottom edges.
+        step: the share of the picture's height along which its sharpest vertical line is a visible step.
+    """
+
+    sky: float
+    ground: float
+    step: float
+
+    @property
+    def of_one_scene(self) -> bool:
+        """Whether this can be one scene: true of 99.8 % of 500 true landscapes, and of 1.6 % of halves of two of them."""
+        return self.sky <= 12 and self.ground <= 20 and self.step <= 0.9
+
+
+def halves(picture: Image.Image) -> Halves:
+    """Compare the left half of a picture with the right one."""
+    pixels = np.asarray(picture, np.float32)
+    middle = pixels.shape[1] // 2
+
+    def apart(edge: np.ndarray) -> float:
+        left, right = (np.median(half, axis=(0, 1)) for half in (edge[:, :middle], edge[:, middle:]))
+        return float(np.abs(left - right).max())
+
+    steps = (np.abs(np.diff(pixels, axis=1)).max(-1) > STEP).mean(0)  # [W - 1]
+    return Halves(apart(pixels[:MARGIN]), apart(pixels[-MARGIN:]), float(steps.max()))
+
+
+def touches_as_said(picture: Image.Image, drawings: Drawings, scene: Scene) -> bool:
+    """Whether two subjects in contact stand as their relation says, with the right one in front.
+
+    The picture is compared with true drawings of both subjects, in many places and in each light. Where it is closest to
+    them outside of their overlap, their overlap decides. If a relation puts one above the other or makes one smaller, the
+    two with exchanged parts must be farther away.
+
+    Args:
+        scene: what the caption says, with a relation of CONTACTS.
+    """
+    pixels, relation = np.asarray(picture, np.float32), scene.relation or ""
+    found = _closest(pixels, drawings, scene)
+    if relation in (*STACKED, "holding"):
+        exchanged = _closest(pixels, drawings, replace(scene, subjects=scene.subjects[::-1]))
+        if exchanged.outside < found.outside:
+            return False
+    return found.overlap[CONTACTS[relation]] < found.overlap[1 - CONTACTS[relation]]
+
+
+@dataclass(frozen=True)
+class _Distance:
+    """Mean differences of colours: outside of the overlap, and in it if the first or the second subject is in front."""
+
+    outside: float
+    overlap: tuple[float, float]
+
+
+def _closest(pixels: np.ndarray, drawings: Drawings, scene: Scene) -> _Distance:
+    """The distance of a picture [H, W, 3] from two subjects, in the closest place and light."""
+    best = _Distance(np.inf, (0.0, 0.0))
+    for size, hidden, mirrored in product(SIZES, OVERLAPS, (False, True)):
+        if mirrored and scene.relation in STACKED:
+            continue
+        layers = []
+        for subject, (side, x, y) in zip(scene.subjects, drawings.touching(scene, size, hidden, mirrored), strict=True):
+            layer = Image.new("RGBA", scene.size)
+            layer.paste(drawings.drawing(subject, scene.style, side), (x, y))
+            layers.append(np.asarray(layer, np.float32))
+        first, second = (layer[..., 3] > 230 for layer in layers)
+        both, outside = first & second, first ^ second
+        alone = np.where(first[..., None], layers[0][..., :3], layers[1][..., :3])
+        for light, x, y in product(LIGHTS, SHIFTS, SHIFTS):
+            seen = np.roll(pixels, (-y, -x), (0, 1))
+            error = float(np.abs(seen[outside] - lit(alone[outside], light)).mean())
+            if error < best.outside:
+                fronts = tuple(float(np.abs(seen[both] - lit(layer[both][:, :3], light)).sum()) for layer in layers)
+                best = _Distance(error, (fronts[0], fronts[1]))
+    return best
