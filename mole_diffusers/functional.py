@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
+Mean = Callable[[torch.Tensor], torch.Tensor]
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # softmax [B, E], what top-k kept of it, mask [E] or [B, E]
 TOTALS = ("1", "N", "sigmoid", "linear")
 LEAST = 0.05  # the smallest weight that logits are made for
 
@@ -234,6 +236,23 @@ def balance_loss(shares: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """
     q = shares / blocks.clamp_min(1e-8)
     return -(blocks / blocks.max().clamp_min(1e-8) * q.clamp_min(1e-8).log()).sum()
+
+
+def load_balance(routed: Sequence[Routed], over: Mean = lambda own: own) -> torch.Tensor:
+    """MiLoRA's L_lb = E sum_i f_i p_i over the calls of one gate: 1 if E experts share evenly, E if one takes everything.
+
+    p_i is expert i's mean probability, and f_i its mean share of what top-k keeps. With k = 1 that is how often it is
+    chosen, as in the paper, and if all are kept it is p_i. Rows may have different experts, see
+    `relative_shares`.
+
+    Args:
+        over: turns the mean over these calls into the mean over all, if other processes have the rest.
+    """
+    probabilities, kept, masks = zip(*routed, strict=True)
+    load, rows = relative_shares(kept, masks)  # [E] each
+    likely, _ = relative_shares(probabilities, masks)
+    load, likely, rows = over(torch.stack([load, likely, rows]))
+    return 1 + (load * likely / rows.clamp_min(1e-8) - rows).sum() / rows.sum().clamp_min(1e-8)
 
 
 def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -108,7 +108,7 @@ class Mixture:
         self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
         self._lock = lock_of(self._denoiser)
         self._components = [
-            Component(name, models[name], stacks, config=config, runtime=self._runtime)
+            Component(name, models[name], stacks, family=config.options, runtime=self._runtime)
             for name, stacks in stack_all(matches, models).items()
         ]
         self.banks = {part.name: part.bank for part in self._components}

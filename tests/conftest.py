@@ -101,7 +101,8 @@ def awake():
     def wake(mixture, seed=0, size=3.0):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in (p for p in mixture.parameters() if p.dim() == 2 or mixture.config.family == "factors"):
+            matrices = [p for p in mixture.parameters() if p.dim() == 2]
+            for parameter in matrices or mixture.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
         return mixture
 

@@ -2,26 +2,24 @@
 
 import pytest
 import torch
+from gate_families import size
 from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers import functional
-from mole_diffusers.gates import GateConfig
+from mole_diffusers.gates import FAMILIES, GateConfig
 
 PROMPTS = ["a fox", "ink", "a hat in ink"]
 SETS = [{"fox": 1.0}, {"ink": -0.7, "fox": 0.5}, {"hat": 1.3, "ink": 0.4, "fox": 0.2}]
-FAMILIES = [
-    GateConfig("sum"),
-    GateConfig("mean"),
+VARIANTS = [
+    *map(GateConfig, FAMILIES),
     GateConfig("static", total="sigmoid", bins=2),
     GateConfig("mole", total="1"),
     GateConfig("mole", granularity="model"),
     GateConfig("mole", granularity="matrix", total="linear"),
     GateConfig("flow", start="mean"),
     GateConfig("prompt", axis="both", total="1"),
-    GateConfig("retrieval"),
     GateConfig("rank", top=3),
-    GateConfig("factors"),
 ]
 
 
@@ -35,14 +33,14 @@ def pictures(pipe, prompts, seeds, **options):
     ("config", "guidance"),
     [
         *thorough((GateConfig("mole"), 1.0)),
-        *((c, 5.0) for c in FAMILIES if c.family == "flow"),
-        *thorough(*((c, 5.0) for c in FAMILIES if c.family != "flow")),
+        *((c, 5.0) for c in VARIANTS if c.family == "flow"),
+        *thorough(*((c, 5.0) for c in VARIANTS if c.family != "flow")),
     ],
 )
 def test_rows_see_only_their_experts(pipe, loras, awake, config, guidance):
     pipe.to(dtype=torch.float64)  # where the best ranks do not change places by rounding
     mixture = mole.attach(pipe, {n: (f, 0.9) for n, f in loras.items()}, config)
-    awake(mixture, size=0.3 if config.family == "retrieval" else 1.0)  # its large scores only flip on rounding
+    awake(mixture, size=size(config.family))
     with mixture.rows(SETS):
         together = pictures(pipe, PROMPTS, [1, 2, 3], guidance_scale=guidance)
     for i, chosen in enumerate(SETS):

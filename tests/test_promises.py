@@ -100,7 +100,7 @@ def test_sum_equals_set_adapters(pipe, loras, draw):
     torch.testing.assert_close(ours, draw(pipe), atol=1e-5, rtol=0)
 
 
-REST = [mole.GateConfig(*kind) for kind in (("static", "block", "1"), ("static", "block", "N"), ("mole", "block", "N"))]
+REST = [mole.GateConfig("static", total="1"), mole.GateConfig("static", total="N"), mole.GateConfig("mole", total="N")]
 
 
 @pytest.mark.parametrize("gates", ["sum", mole.GateConfig("mole", total="1"), *thorough("mean", *REST)], ids=str)

@@ -478,7 +478,7 @@ class Actions:
                     call["prompt_2"] = plain_text(recipe.prompt_2)
                 mixture = self.studio.attach_for(recipe)
                 assert mixture is not None  # there are tags
-                if not mixture.config.reads_prompt:  # gates that do read the prompt alone, without guidance's empty one
+                if not mixture.config.options.reads_prompt:  # gates that do read it alone, without guidance's empty one
                     call["guidance_scale"] = recipe.guidance
                 names = list(mixture.experts)
                 tags = [LoraTag(name) for name in names]

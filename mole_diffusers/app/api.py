@@ -22,7 +22,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from mole_diffusers.app.files import describe_all_gates, export_gates, uploaded
-from mole_diffusers.app.gate_training import TrainingRequest
+from mole_diffusers.app.gate_training import TRAINED, TrainingRequest
 from mole_diffusers.app.jobs import Work
 from mole_diffusers.app.page import Page, session
 from mole_diffusers.app.sentences import USER_ERRORS, without_folders
@@ -37,6 +37,7 @@ WORDS = {  # in the endpoints' docstrings -> what they are replaced by
     "are: no negative prompt, seed 0, the app's steps and guidance, the usual size for the prompt or that of the picture to "
     'draw over, the model\'s own sampler, gates "auto", arm "gates", no locks.',
     "IMAGE": "a picture to draw over, at the recipe's strength. If the recipe names its picture, this must be the same one.",
+    "FAMILIES": f"one of {', '.join(TRAINED)}",
     "MASK": "a picture of the same size, white where the image is redrawn; by default all of it is.",
 }
 File = gr.FileData | None
@@ -311,7 +312,7 @@ class Endpoints:
             composed: prompts that name all LoRAs.
             steps: the total number of updates.
             styles: LoRAs that act on the whole picture.
-            family: the kind of gates: "static", "mole", "flow", "prompt", "retrieval", "rank" or "factors".
+            family: the kind of gates, FAMILIES.
             way: "collage" puts subjects side by side, each drawn by its own LoRA; "blend" blends the LoRAs' predictions.
             again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
         """

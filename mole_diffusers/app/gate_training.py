@@ -22,7 +22,6 @@ from mole_diffusers.mixture import attach
 from mole_diffusers.options import check_options
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.studio.base_models import usual_size
-from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.clip_skip import clip_skip
 from mole_diffusers.studio.picture_passes import drawable
 from mole_diffusers.studio.prompt_syntax import MAX_PROMPT
@@ -36,7 +35,7 @@ from mole_diffusers.training.gate_trainer import train_gates
 MAX_UPDATES, MAX_PROMPTS, VALIDATION_PICTURES = 2000, 64, 4  # per run
 SHOWN = 2  # seeds whose pictures are shown before and after training
 WAYS = ("collage", "blend")
-TRAINED = tuple(family for family in FAMILIES if family not in UNTRAINED)
+TRAINED = tuple(name for name, family in FAMILIES.items() if family.learns)
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
 
     Raises ValueError for other gates, a region "auto", no part, or an unknown expert.
     """
-    if mixture.config.granularity != "matrix":
-        raise ValueError(f"regional prompts need a gate per matrix, got one per {mixture.config.granularity}")
+    if (config := mixture.config.to_dict()).get("granularity") != "matrix":
+        raise ValueError(f"regional prompts need a gate per matrix (granularity), got {config}")
     if lost := [name for name, (_, region) in parts.items() if region == AUTO]:
         raise ValueError(f"regional prompts need a region for each part, and there is none for {lost}")
     names, regions = _names_by_text(mixture, parts), [region for _, region in parts.values()]

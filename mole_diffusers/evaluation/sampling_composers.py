@@ -144,8 +144,8 @@ def k_lora(pipe: Any, mixture: Mixture, *, content: str, style: str) -> Iterator
     Raises ValueError for other experts, or gates that are not one per matrix.
     """
     names, steps = list(mixture.experts), StepCounter(pipe.unet)
-    if sorted(names) != sorted((content, style)) or mixture.config.granularity != "matrix":
-        raise ValueError(f"K-LoRA takes two experts and a gate per matrix, got {names} per {mixture.config.granularity}")
+    if sorted(names) != sorted((content, style)) or (config := mixture.config.to_dict()).get("granularity") != "matrix":
+        raise ValueError(f"K-LoRA takes two experts and a gate per matrix (granularity), got {names} and {config}")
     pair = {name: (mixture.experts[name], mixture.strength(name)) for name in (content, style)}
     until = last_content({k: v for k, v in layers_of(pair).items() if k.startswith("unet.") and k.endswith(ATTENTION)})
 

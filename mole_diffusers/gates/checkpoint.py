@@ -40,7 +40,7 @@ class Checkpoint:
         Gates without parameters for single experts take any experts, in the order given. Files are matched by their
         hashes, whatever they are called here. A file with an unknown hash is matched by name.
         """
-        if not self.config.of_experts:
+        if not self.config.options.of_experts:
             return list(experts)
         by_hash = {expert.sha256: name for name, expert in experts.items()}
         columns = [about["sha256"] for about in self.experts.values()]
@@ -70,11 +70,11 @@ class Checkpoint:
         wanted = {f"{part}.{k}": v for part, bank in banks.items() for k, v in bank.state_dict().items()}
         if missing := sorted(set(wanted) - set(self.tensors)):
             lack = f"the gates in {self.folder} lack {missing[0]!r} and {len(missing) - 1} more"
-            if self.config.of_experts or len(missing) == len(wanted):
+            if self.config.options.of_experts or len(missing) == len(wanted):
                 raise UnfitGatesError(lack)
             warnings.warn(f"{lack}: experts weigh alike there", stacklevel=3)
             wanted = {name: tensor for name, tensor in wanted.items() if name in self.tensors}
-        if self.config.of_experts and (foreign := sorted(set(self.tensors) - set(wanted))):
+        if self.config.options.of_experts and (foreign := sorted(set(self.tensors) - set(wanted))):
             raise UnfitGatesError(
                 f"the gates in {self.folder} hold {foreign[0]!r}, which this pipeline and experts do not have"
             )

@@ -1,12 +1,24 @@
-"""The interface of all gate families: what a gate gets, and what it returns."""
+"""What every gate family is: a `Family` with the options and the place of its gates, and the `Gate` that it makes.
+
+`families/` has one file for each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from torch import nn
+
+from mole_diffusers.functional import Routed
+from mole_diffusers.lora.stacking import Stack
+from mole_diffusers.options import TYPE_NAMES
+
+FAMILIES: dict[str, type[Family]] = {}  # name -> family, each entered by its own class
 
 
 @dataclass
@@ -48,34 +60,171 @@ class Context:
         return None if self.all_active else self.mask
 
 
-class Gate(Protocol):
+class Gate(nn.Module):
     """`gate(hidden, context)` -> weights [N], [B, N] or [B, T, N], fp32, zero outside `context.mask`.
 
-    A gate is an `nn.Module`. It never waits for the device (no `.item()`, no `if tensor`). The user's strengths are
-    applied after it.
+    A gate never waits for the device (no `.item()`, no `if tensor`). The user's strengths are applied after it.
 
-    hidden [B, T, C], of any dtype, is what enters the gate's place:
+    hidden [B, T, C], of any dtype, is what enters the gate's place, see `Family.one_gate_per`:
 
-    - one gate per "block": the input of the block's first attention, after the norm;
+    - per "block": the input of the block's first attention, after the norm;
     - per "layer": the input of that attention or feed-forward;
-    - per "matrix", "retrieval", "rank" and "factors": the input of the linear or convolution layer;
-    - "flow": the input of the block, or its text; outside of blocks that of each layer;
-    - "prompt": the denoiser's text; in a text encoder the input of the block, or outside of blocks of the first;
+    - per "matrix": the input of the linear or convolution layer;
+    - per "stream": the input of the block, or its text; outside of blocks that of each layer;
     - for layers outside of blocks otherwise, and per "model": [B, 1, C + 32], the mean text and the noise level; in a
       text encoder the input of the first block.
 
-    For `inputs="experts"` it is the experts' outputs for that input, [B, T, D], except in the last case.
+    If the family `reads_prompt`, it is the denoiser's text; in a text encoder the input of the block, or outside of
+    blocks of the first. If it `reads_experts`, it is the experts' outputs for that input, [B, T, D], except outside of
+    blocks and per "model".
 
     Attributes:
         step_invariant: the weights depend on nothing that changes while sampling, so they can be folded.
         input_free: the weights depend on parameters and `context.mask` alone.
         ranked: the weights are per rank of the layer instead of per expert: [R], [B, R] or [B, T, R].
+        starts_anywhere: whether `begin` can be called.
     """
 
-    step_invariant: bool
-    input_free: bool
-    ranked: bool
+    step_invariant: bool = False
+    input_free: bool = False
+    ranked: bool = False
+    starts_anywhere: bool = False
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def for_layer(self, index: int) -> LayerOfGate:
+        """A gate that `weighs_layers_apart`, for one of its layers."""
+        return LayerOfGate(self, index)
 
-    def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor: ...
+    # ---- training
+
+    def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
+        """Start training at `weights` [N] for the experts in `mask` [N], as near as the family allows."""
+        raise NotImplementedError(f"{type(self).__name__} can only start at its own weights")
+
+    def sensitivity(self) -> dict[str, float]:
+        """Parameter -> how far a change of 1 in each of its entries moves the gate's logits; 1 for those not named."""
+        return {}
+
+    @contextmanager
+    def noting_routes(self) -> Iterator[list[Routed]]:
+        """The list to which calls with gradients add what they route while the block runs, for `functional.load_balance`.
+
+        A gate that adds nothing is balanced by its weights, see `functional.balance_loss`.
+        """
+        yield []
+
+    def rebalance(self, over: Callable[[torch.Tensor], torch.Tensor] = lambda own: own) -> None:
+        """Called after each update. `over` turns counts into their sum over all processes."""
+
+
+class LayerOfGate:
+    """The weights for one layer, [B, N], of a gate that weighs several, [B, M, N]."""
+
+    def __init__(self, gate: Gate, index: int):
+        self.gate, self.index = gate, index
+        self.step_invariant, self.input_free, self.ranked = gate.step_invariant, gate.input_free, gate.ranked
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.gate.parameters()
+
+    def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        return self.gate(hidden, context)[:, self.index]
+
+
+@dataclass(frozen=True)
+class GatePlace:
+    """Where a gate sits, and what it weighs there.
+
+    Attributes:
+        experts: N.
+        width: channels C of what it reads, D if that is the experts' outputs.
+        tokens: T at the model's default resolution; 0 if it is not fixed.
+        is_network: whether it weighs the layers outside of blocks, or all layers of the model.
+        presents: [M][N], which experts each of its layers has if it `weighs_layers_apart`; otherwise one row, all true.
+        stack: the experts of its layer, if it sits at one.
+    """
+
+    experts: int
+    width: int
+    tokens: int
+    is_network: bool
+    presents: Sequence[Sequence[bool]]
+    stack: Stack | None
+
+    @property
+    def one_layer(self) -> Stack:
+        """The experts of its layer, for a family with `one_gate_per` "matrix"."""
+        assert self.stack is not None
+        return self.stack
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """One way to weigh experts. The fields of a subclass are its options, and its docstring is their help.
+
+    Options are checked when one is made: a `Literal` has its values, an `Annotated[int, least, most]` its range.
+
+    `class Own(Family, name="own")` registers it. A few members say where its gates sit and what they read.
+
+    Attributes:
+        reads_prompt: whether gates read the prompt's text states instead of the state of their block.
+        of_experts: whether gates belong to the experts that they were made for; otherwise they also serve any others.
+        learns: whether there is anything to train.
+    """
+
+    name: ClassVar[str]
+    reads_prompt: ClassVar[bool] = False
+    of_experts: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
+
+    @property
+    def one_gate_per(self) -> str:
+        """The unit that has one gate.
+
+        "model", "block", "layer" (attention or feed-forward), "matrix" (linear or convolution layer), or "stream": in a
+        block one for the layers that read the picture and one for those that read the text, and outside of blocks one for
+        each layer.
+        """
+        return "block"
+
+    @property
+    def weighs_layers_apart(self) -> bool:
+        """Whether a gate has weights for each of its layers, [B, M, N]."""
+        return False
+
+    @property
+    def reads_experts(self) -> bool:
+        """Whether gates read the experts' outputs for the state of their place instead of that state."""
+        return False
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether gates tell tokens apart. If not, experts' outputs are those for the mean token."""
+        return True
+
+    def __init_subclass__(cls, name: str):
+        cls.name = name
+        FAMILIES[name] = cls
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self), include_extras=True).items():
+            if name in {f.name for f in fields(self)}:
+                _check(name, getattr(self, name), kind)
+
+    @abstractmethod
+    def gate(self, at: GatePlace) -> Gate:
+        """A new gate."""
+
+    def prepared(self, stack: Stack) -> Stack:
+        """The experts of a layer as the gates need them. What each of them adds must stay the same."""
+        return stack
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise ValueError(f"unknown gate {name} {value!r}; known: {list(get_args(kind))}")
+    if kind is bool and type(value) is not bool:
+        raise ValueError(f"the gate option {name!r} must be true or false, got {value!r}")
+    if get_origin(kind) is Annotated:
+        number, low, high = get_args(kind)
+        if type(value) not in (int, number) or not low <= value <= high:
+            raise ValueError(f"the gate option {name!r} must be {TYPE_NAMES[number]} in {low}..{high}, got {value!r}")

@@ -69,6 +69,7 @@ def model_card(
         f"| {name} | {strength:g} | {', '.join(e.triggers)} | {e.base} | `{e.sha256}` |"
         for name, (e, strength) in experts.items()
     )
+    granularity = config.to_dict().get("granularity")
     use = PIPELINE_USE if pipeline else GATES_USE
     tags = ["lora", "text-to-image", "mixture-of-loras", "mole-diffusers"]
     return TEXT.format(
@@ -77,7 +78,7 @@ def model_card(
         what="A pipeline" if pipeline else "Gates",
         count=len(experts),
         family=config.family,
-        granularity=f", one per {config.granularity}" if "granularity" in config.to_dict() else "",
+        granularity=f", one per {granularity}" if granularity else "",
         missing="" if pipeline else " The LoRAs are not included.",
         rows="\n".join(rows),
         use=use.format(repo=repo, prompt=prompt, experts=f"{{{files}}}"),

@@ -19,7 +19,7 @@ from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.studio.names import by_name, files_below, is_text, known_names, matching, matching_lora
 
-UNTRAINED = ("sum", "mean")  # families that need no training
+UNTRAINED = tuple(name for name, family in FAMILIES.items() if not family.learns)
 PREVIEWS = (".png", ".jpg", ".jpeg", ".webp")  # suffixes of preview pictures next to LoRA files
 FEWEST, MOST_BYTES = 8, 2 << 30  # LoRAs that are always cached, such as those of one picture; bytes of all that are
 
@@ -158,7 +158,7 @@ class Catalog:
         if gates not in self.gates:
             return []
         saved = checkpoint.load(self.gates[gates])
-        known = saved.experts if saved.config.of_experts else {}
+        known = saved.experts if saved.config.options.of_experts else {}
         return [name for name in experts if name in known and known[name]["sha256"] != self.expert(name).sha256]
 
     def add_gates(self, name: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from PIL import Image
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates import PromptGate, RankGate
-from mole_diffusers.gates.prompt import Routed, load_balance
+from mole_diffusers.functional import Routed
+from mole_diffusers.gates import Gate
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.mixture import Mixture
@@ -35,7 +35,6 @@ from mole_diffusers.training.engine import Engine, Report, adamw, check_batch, d
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
 
-Gate = TypeVar("Gate")
 Success = Callable[[Sequence[Image.Image], str], float]  # pictures of a prompt -> the share that is right
 TRACKERS: dict[str, dict] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # name -> how it expects pictures
 MAY_CHANGE = ("every", "keep", "tracker", "validation")  # settings that a resumed run may change
@@ -111,7 +110,7 @@ class GateTrainer:
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
         self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
         self.context = replace(context, progress=context.progress and self.accelerator.is_main_process)
-        groups = parameter_groups(self.mixture.banks.values(), config.lr)
+        groups = parameter_groups(self.gates, config.lr)
         optimizer = adamw(groups, self.pipe.device, weight_decay=config.weight_decay)
         schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
         self.ema = EMAModel(self.mixture.parameters(), decay=config.ema) if config.ema else None
@@ -164,7 +163,7 @@ class GateTrainer:
         """One step of the optimizer on the weighted sum of the terms, without waiting for the device."""
         with self.mixture.settings_kept():
             self.engine.update(partial(self.losses, step))
-        for gate in self._gates(RankGate):
+        for gate in self.gates:
             gate.rebalance(self.accelerator.reduce)
         if self.ema is not None:
             self.ema.step(self.mixture.parameters())
@@ -177,8 +176,7 @@ class GateTrainer:
         dropout = mixture.only(*drop_experts(names, drop, generator)) if drop else nullcontext()
         found = {}
         with ExitStack() as stack:
-            gates = self._gates(PromptGate) if BALANCE in terms else []
-            routed = [stack.enter_context(gate.noting_routes()) for gate in gates]
+            routed = [stack.enter_context(g.noting_routes()) for g in self.gates] if BALANCE in terms else []
             with self.engine.autocast(), dropout, mixture.listen(decisions.append):
                 for name, loss in self.loss_fns.items():
                     found[name] = loss(RandomBatch(generator, terms[name].batch or self.config.batch, index, shares))
@@ -188,8 +186,8 @@ class GateTrainer:
         return {"loss": torch.stack([terms[name].weight * value for name, value in found.items()]).sum(), **found}
 
     def _balance(self, decisions: Sequence[Decision], routed: Sequence[Sequence[Routed]]) -> torch.Tensor:
-        """MiLoRA's balance loss if prompt gates have routed anything, otherwise MoLE's, among the experts that take part."""
-        if own := [load_balance(calls, self._over_processes) for calls in routed if calls]:
+        """MiLoRA's balance loss if gates have routed anything, otherwise MoLE's, among the experts that take part."""
+        if own := [functional.load_balance(calls, self._over_processes) for calls in routed if calls]:
             return torch.stack(own).mean()
         shares = functional.relative_shares([d.gates for d in decisions], [d.mask for d in decisions])
         return functional.balance_loss(*self._over_processes(shares))
@@ -200,8 +198,9 @@ class GateTrainer:
             return own
         return own + (self.accelerator.reduce(own.detach().clone(), "mean") - own.detach())
 
-    def _gates(self, kind: type[Gate]) -> list[Gate]:
-        return [gate for bank in self.mixture.banks.values() for gate in bank.gates.values() if isinstance(gate, kind)]
+    @property
+    def gates(self) -> list[Gate]:
+        return [gate for bank in self.mixture.banks.values() for gate in bank]
 
     @torch.no_grad()
     def _diagnose(self) -> str:
@@ -276,7 +275,7 @@ def drop_experts(experts: Sequence[str], drop: float, generator: torch.Generator
     return [name for name, draw in zip(experts, draws, strict=True) if draw >= drop or draw == draws.max()]
 
 
-def parameter_groups(banks: Iterable[nn.Module], lr: float | None) -> list[dict[str, Any]]:
+def parameter_groups(gates: Iterable[Gate], lr: float | None) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer. With `lr` None, one update moves the logits of any gate about equally far.
 
     Adam moves every entry by about the learning rate. So a logit over D features of length 1 moves by up to rate *
@@ -285,17 +284,8 @@ def parameter_groups(banks: Iterable[nn.Module], lr: float | None) -> list[dict[
     of the D entries has size 1 instead of the whole vector, get 0.05 / D. All others get 0.05.
     """
     groups: dict[float, list[nn.Parameter]] = {}
-    for bank in banks:
-        for name, parameter in bank.named_parameters():
-            rate = REACH / _sensitivity(name.rpartition(".")[2], parameter) if lr is None else lr
+    for gate in gates:
+        for name, parameter in gate.named_parameters():
+            rate = REACH / gate.sensitivity().get(name, 1) if lr is None else lr
             groups.setdefault(rate, []).append(parameter)
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
-
-
-def _sensitivity(name: str, parameter: nn.Parameter) -> float:
-    """How far a change of 1 in every entry moves a gate's logits."""
-    if name == "matrix":
-        return parameter.shape[-1] ** 0.5
-    if name == "up":  # of a router, [Cout, r]
-        return parameter.shape[0]
-    return parameter.shape[-1] if name in ("weight", "pooler", "down") else 1

@@ -27,7 +27,7 @@ def initialize(context: TrainingContext, initial: str) -> None:
     if initial == "uniform":
         return
     gates = context.mixture.layers_by_gate()
-    if not all(hasattr(gate, "begin") for gate, _ in gates) or not gates:
+    if not gates or not all(gate.starts_anywhere for gate, _ in gates):
         raise ValueError(f"gates of family {context.mixture.config.family!r} can only start 'uniform', not {initial!r}")
     equations = _equations(context, initial)
     for gate, layers in gates:

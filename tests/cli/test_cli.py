@@ -205,7 +205,7 @@ def test_what_is_spelled_out_for_the_help_is_what_the_package_has():
     said = {name: " ".join(option.help or "" for option in parser().commands[name].params) for name in parser().commands}
     assert [arm for arm in ARMS if arm not in (*METHODS, "base") and arm not in said["evaluate"]] == []
     assert [name for name in TERMS if f" {name}" not in said["train"]] == []
-    assert [name for name in FAMILIES if name not in ("sum", "mean") and name not in said["train"]] == []
+    assert [name for name, family in FAMILIES.items() if family.learns and name not in said["train"]] == []
 
 
 def test_brackets_of_the_help_are_no_markup(capsys):
@@ -228,11 +228,11 @@ def test_help_names_options_that_the_command_has_and_no_code():
 
 def test_a_flag_for_every_setting_of_a_training_run():
     """And of the type of the setting, or of one that it may be left out of."""
-    from mole_diffusers.gates import GateConfig
+    from mole_diffusers.gates import FAMILIES
     from mole_diffusers.training.config import GateTraining, LoraTraining
 
     for command, configs, elsewhere in (
-        ("train", (GateConfig, GateTraining), {"terms": "term", "validation": "validate"}),
+        ("train", (*FAMILIES.values(), GateTraining), {"terms": "term", "validation": "validate"}),
         ("train-lora", (LoraTraining,), {"prior": "prior_weight"}),
     ):
         flags = {option.name for option in parser().commands[command].params}

@@ -4,43 +4,24 @@ from functools import partial
 
 import pytest
 import torch
-from tiers import thorough
+from gate_families import INPUT_FREE, LEARNED, families, size
 
 import mole_diffusers as mole
 from mole_diffusers.gates import transforms
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.denoising import predict
 
-SUM = {  # start at the plain sum
-    "flow": mole.GateConfig("flow"),
-    "prompt": mole.GateConfig("prompt"),
-    "retrieval": mole.GateConfig("retrieval"),
-    "rank": mole.GateConfig("rank"),
-    "factors": mole.GateConfig("factors"),
-}
-SHARE = {  # one expert weighs 1 whatever was learned, and two identical ones together; not so where ranks are weighed
+SUM = {name: mole.GateConfig(name) for name in LEARNED}  # start at the plain sum
+SHARE = {  # one expert weighs 1 whatever was learned, and two identical ones together
     "flow": mole.GateConfig("flow", start="mean"),
-    "prompt": mole.GateConfig("prompt", total="1"),
-    "retrieval": mole.GateConfig("retrieval", total="1"),
+    **{name: mole.GateConfig(name, total="1") for name in LEARNED if "total" in SUM[name].to_dict()},
 }
-SIZE = {
-    "flow": 1.0,
-    "prompt": 1.0,
-    "retrieval": 0.3,
-    "rank": 1.0,
-    "factors": 1.0,
-}  # of random parameters; scores that are large only flip on rounding
-
-
-def families(*fast, among=SUM):
-    """Each of these families in turn, all but the named ones in the thorough tier."""
-    return pytest.mark.parametrize("family", [*fast, *thorough(*(name for name in among if name not in fast))])
 
 
 each = pytest.mark.parametrize("family", SUM)
-some = families("flow", "rank")
-rows = families("rank", among=[name for name in SUM if name != "factors"])  # factors are those of no row
-sharing = families("flow", among=SHARE)
+some = pytest.mark.parametrize("family", families("flow", "rank"))
+rows = pytest.mark.parametrize("family", families("rank", among=[name for name in SUM if name not in INPUT_FREE]))
+sharing = pytest.mark.parametrize("family", families("flow", among=SHARE))
 
 
 @each
@@ -50,14 +31,14 @@ def test_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, awake, fami
     plain = draw(pipe)
     mixture = mole.attach(pipe, loras, SUM[family])
     torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
-    awake(mixture, size=SIZE[family])
+    awake(mixture, size=size(family))
     assert not torch.allclose(draw(pipe), plain, atol=1e-3)
 
 
 @sharing
 def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, awake, family):
     base = draw(pipe)
-    awake(mole.attach(pipe, {"hat": loras["hat"]}, SUM[family]), size=SIZE[family])
+    awake(mole.attach(pipe, {"hat": loras["hat"]}, SUM[family]), size=size(family))
     ours = draw(pipe)
     mole.detach(pipe)
     assert torch.equal(draw(pipe), base)
@@ -69,14 +50,14 @@ def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, 
 def test_two_identical_experts_equal_one(pipe, loras, draw, awake, family):
     mole.attach(pipe, {"a": loras["ink"]})
     one = draw(pipe)
-    awake(mole.attach(pipe, {"a": loras["ink"], "b": loras["ink"]}, SHARE[family]), size=SIZE[family])
+    awake(mole.attach(pipe, {"a": loras["ink"], "b": loras["ink"]}, SHARE[family]), size=size(family))
     torch.testing.assert_close(draw(pipe), one, atol=1e-5, rtol=0)
 
 
 @some
 def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awake, family):
     draw = partial(draw, num_inference_steps=1)
-    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=size(family))
     gated = draw(pipe)
     with mixture.only("fox", "ink"):
         masked = draw(pipe)
@@ -98,7 +79,7 @@ def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awa
 
 @rows
 def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family):
-    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=size(family))
 
     def images(prompts, seeds):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -117,7 +98,7 @@ def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family)
 
 @some
 def test_save_load_same_image(pipe, loras, draw, awake, tmp_path, family):
-    awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family]).save_pretrained(tmp_path)
+    awake(mole.attach(pipe, loras, SUM[family]), size=size(family)).save_pretrained(tmp_path)
     image, fresh = draw(pipe), tiny_pipeline()
     loaded = mole.attach(fresh, dict(reversed(loras.items())), tmp_path)
     assert loaded.config == SUM[family]
@@ -126,7 +107,7 @@ def test_save_load_same_image(pipe, loras, draw, awake, tmp_path, family):
 
 @each
 def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
-    mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, SUM[family]), size=SIZE[family])
+    mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, SUM[family]), size=size(family))
     gates = {id(p) for p in mixture.parameters()}
     for model in (pipe.unet, pipe.text_encoder):
         model.requires_grad_(False)
@@ -141,7 +122,7 @@ def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
 
 @rows
 def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family):
-    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=size(family))
     pipe.to(dtype=torch.bfloat16)
     seen = []
     with mixture.listen(seen.append):
@@ -155,7 +136,7 @@ def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family
 def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, draw, awake, family):
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)
-    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=SIZE[family])
+    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=size(family))
     with mixture.adjusted(transforms.uniform):
         torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
     for control in (transforms.hardened, transforms.frozen_random(0)):

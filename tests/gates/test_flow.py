@@ -7,7 +7,8 @@ import torch
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.gates import Context, FlowGate
+from mole_diffusers.gates import Context
+from mole_diffusers.gates.families.flow import FlowGate
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.testing import tiny_lora
 

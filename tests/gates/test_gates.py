@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.gates import Context, GateConfig, MoLEGate, StaticGate
+from mole_diffusers.gates import Context, GateConfig
+from mole_diffusers.gates.families.mole import MoLEGate
+from mole_diffusers.gates.families.static import StaticGate
 from mole_diffusers.patching.install.processor import MoLEAttnProcessor
 from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
 
@@ -62,22 +64,22 @@ def test_the_temperature_stays_positive_and_sharpens():
 
 GRANULARITIES = ("model", "block", "layer", "matrix")
 CONFIGS = [
-    GateConfig("mole", granularity, total, inputs, features)
+    GateConfig("mole", granularity=granularity, total=total, inputs=inputs, features=features)
     for granularity in GRANULARITIES
     for total in ("N", "sigmoid", "linear")
     for inputs in ("hidden", "experts")
     for features in ("pooled", "flattened")
     if (features == "pooled" or granularity in ("block", "layer")) and (granularity != "model" or inputs == "hidden")
-] + [GateConfig("static", granularity, "N", bins=2) for granularity in GRANULARITIES]
+] + [GateConfig("static", granularity=granularity, total="N", bins=2) for granularity in GRANULARITIES]
 
 
 def tier(config):
     """Every granularity, normalisation, input and kind of features in one case or more; their products are thorough."""
     chosen = [
-        GateConfig("mole", "model"),
-        GateConfig("mole", "block", "sigmoid", "experts", "flattened"),
-        GateConfig("mole", "layer", "linear"),
-        GateConfig("static", "matrix", "N", bins=2),
+        GateConfig("mole", granularity="model"),
+        GateConfig("mole", granularity="block", total="sigmoid", inputs="experts", features="flattened"),
+        GateConfig("mole", granularity="layer", total="linear"),
+        GateConfig("static", granularity="matrix", total="N", bins=2),
     ]
     fast = config in chosen
     name = "-".join(map(str, config.to_dict().values()))
@@ -103,7 +105,7 @@ def test_every_gate_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, 
     ],
 )
 def test_places_by_granularity(pipe, loras, draw, granularity, places):
-    with mole.attach(pipe, loras, GateConfig("mole", granularity)).trace() as trace:
+    with mole.attach(pipe, loras, GateConfig("mole", granularity=granularity)).trace() as trace:
         draw(pipe, num_inference_steps=1)
     assert len([p for p in trace.places if "(" not in p]) == places
 
@@ -126,7 +128,7 @@ def test_pooled_gates_work_at_any_resolution_and_flattened_say_so(pipe, loras, d
 
 
 def test_an_absent_expert_takes_no_mass(pipe, loras, draw):
-    mixture = mole.attach(pipe, loras, GateConfig("static", "matrix", "1"))
+    mixture = mole.attach(pipe, loras, GateConfig("static", granularity="matrix", total="1"))
     with mixture.trace() as trace:
         draw(pipe)
     block = "unet.mid_block.attentions.0.transformer_blocks.0"
@@ -138,21 +140,21 @@ def test_inputs_experts_needs_an_expert_that_reads_the_block(pipe, tmp_path):
     path = tiny_lora(pipe, tmp_path / "f.safetensors", ends=FEED_FORWARD)
     with pytest.raises(ValueError, match=r"no expert has one; use inputs='hidden'"):
         mole.attach(pipe, {"f": path}, GateConfig("mole", inputs="experts"))
-    mole.attach(pipe, {"f": path}, GateConfig("mole", "layer", inputs="experts"))
+    mole.attach(pipe, {"f": path}, GateConfig("mole", granularity="layer", inputs="experts"))
 
 
 def test_bad_configs_name_what_is_known(pipe, loras):
-    with pytest.raises(ValueError, match=r"unknown gate family 'sumo'; known: \['sum', 'mean', 'static', 'mole', "):
+    with pytest.raises(ValueError, match=r"unknown gate family 'sumo'; known: \['sum', 'mean', 'factors', 'flow', 'mole', "):
         GateConfig("sumo")
-    with pytest.raises(ValueError, match="unknown gate options"):
+    with pytest.raises(ValueError, match=r"'mole' gates have no option 'famly'"):
         GateConfig.from_dict({"famly": "sum"})
     with pytest.raises(ValueError, match=r"'mole' gates have no option 'bins'; their options: \['granularity', 'total', "):
         GateConfig("mole", bins=2)
     for options in ({"inputs": "experts"}, {"features": "flattened"}):
         with pytest.raises(ValueError, match="whole model reads text and time"):
-            GateConfig("mole", "model", **options)
+            GateConfig("mole", granularity="model", **options)
     with pytest.raises(ValueError, match="fixed number of tokens"):
-        mole.attach(pipe, loras, GateConfig("mole", "matrix", features="flattened"))
+        mole.attach(pipe, loras, GateConfig("mole", granularity="matrix", features="flattened"))
     mixture = mole.attach(pipe, loras)
     for call in (mixture.strength, lambda n: mixture.only(n).__enter__(), lambda n: mixture.fixed({n: 1}).__enter__()):
         with pytest.raises(ValueError, match=r"unknown expert 'cat'; attached: \['fox', 'ink', 'hat'\]"):
@@ -339,7 +341,7 @@ def change_weights(folder, value):
         (lambda f: change_weights(f, torch.nan), ValueError, "holds values that are not finite numbers"),
         (lambda f: change_weights(f, torch.inf), ValueError, "holds values that are not finite numbers"),
         (
-            lambda f: edit(f, lambda a: a["gates"].update(family="sum")),
+            lambda f: edit(f, lambda a: a.update(gates={"family": "sum"})),
             ValueError,
             "which this pipeline and experts do not have",
         ),

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.functional import among_largest
-from mole_diffusers.gates import Context, PromptGate
-from mole_diffusers.gates.prompt import GELU, load_balance, rational
+from mole_diffusers.functional import among_largest, load_balance
+from mole_diffusers.gates import Context
+from mole_diffusers.gates.families.prompt import GELU, PromptGate, rational
 from mole_diffusers.patching.gating.prompt_tokens import word_mask
 from mole_diffusers.testing import tiny_lora
 

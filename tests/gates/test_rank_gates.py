@@ -5,8 +5,8 @@ import torch
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.gates import Context, Layer, RankGate
-from mole_diffusers.gates.rank import grouped, shared_out, singular
+from mole_diffusers.gates import Context, Layer
+from mole_diffusers.gates.families.rank import RankGate, grouped, shared_out, singular
 from mole_diffusers.lora import LoraWeights
 from mole_diffusers.lora.stacking import Stack
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import mole_diffusers as mole
-from mole_diffusers.gates import Context, Layer, RetrievalGate, transforms
-from mole_diffusers.gates.retrieval import answers
+from mole_diffusers.gates import Context, Layer, transforms
+from mole_diffusers.gates.families.retrieval import RetrievalGate, answers
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData

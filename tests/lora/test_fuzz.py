@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from gate_families import LEARNED
 from hosts import unet
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -30,7 +31,6 @@ from mole_diffusers.testing import lora_layers, tiny_lora, tiny_pipeline
 SECONDS = 2.0  # of the processor, for one file
 ROOM = 1 << 30  # bytes of address space beyond what the process has
 SENTENCE = MAX_MESSAGE + 4
-FAMILIES = ("static", "mole", "flow", "prompt", "retrieval", "rank", "factors")
 CASES = {"loras": (10, 12_000), "gates": (14, 3_000), "kept": (8, 2_000), "index": (30, 2_500), "folder": (10, 1_000)}
 
 
@@ -69,7 +69,7 @@ def valid(host, tmp_path_factory):
         for file in folder.glob(f"{name}.*"):
             shutil.copy2(file, folder / "library")
     LoraLibrary.index(folder / "library", WordEncoder())
-    for family in FAMILIES:
+    for family in LEARNED:
         attach(host, loras(folder), family).save_pretrained(folder / family)
     keep(attached(host), folder / "kept")
     detach(host)
@@ -142,13 +142,13 @@ def some_loras(draw, change, host, folder):
     expert = read_expert(folder / file, drop_nonfinite=draw(st.booleans()))
     for layers in expert.layers.values():
         assert all(w.delta().isfinite().all() for w in layers.values())
-    attach(host, {"x": expert}, draw(st.sampled_from(["sum", *FAMILIES])))
+    attach(host, {"x": expert}, draw(st.sampled_from(["sum", *LEARNED])))
     step(host)
 
 
 def some_gates(draw, change, host, folder):
     """Gates of any family: their config or their weights."""
-    family = draw(st.sampled_from(FAMILIES))
+    family = draw(st.sampled_from(LEARNED))
     change(f"{family}/{draw(st.sampled_from(['config.json', 'gates.safetensors']))}")
     attach(host, loras(folder), folder / family)
     step(host)

@@ -161,7 +161,7 @@ def check(folder):
     """Gates of one kind alone, with the config that they were saved with."""
     saved = checkpoint.load(folder)
     values = {float(v) for tensor in saved.tensors.values() for v in tensor.flatten()}
-    assert values == ({1.0} if saved.config.total == "1" else {2.0})
+    assert values == ({1.0} if saved.config.options.total == "1" else {2.0})
     assert list(saved.experts) == (["fox", "ink"] if values == {1.0} else ["ink", "fox"])
 
 

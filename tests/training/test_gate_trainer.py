@@ -198,7 +198,8 @@ def test_rates_move_every_gates_logits_alike(pipe, loras):
         "retrieval": mole.GateConfig("retrieval"),
     }.items():
         mixture = mole.attach(pipe, {"fox": loras["fox"]}, gates)
-        groups = parameter_groups(mixture.banks.values(), None)
+        gates = [gate for bank in mixture.banks.values() for gate in bank]
+        groups = parameter_groups(gates, None)
         assert sum(len(g["params"]) for g in groups) == len(mixture.parameters())
         found[name] = min(g["lr"] for g in groups)
     assert found["static"] == 0.05
@@ -206,7 +207,7 @@ def test_rates_move_every_gates_logits_alike(pipe, loras):
     assert found["flattened"] == pytest.approx(0.05 / 32)  # and 64 tokens of them
     assert found["flow"] == pytest.approx(0.05 / 16)  # raw states, whose entries are of size 1 each
     assert found["retrieval"] == pytest.approx(0.05 / 16)
-    assert {g["lr"] for g in parameter_groups(mixture.banks.values(), 1e-3)} == {1e-3}
+    assert {g["lr"] for g in parameter_groups(gates, 1e-3)} == {1e-3}
 
 
 @pytest.mark.thorough

@@ -7,7 +7,10 @@ import torch
 
 import mole_diffusers as mole
 from mole_diffusers.functional import gate_weights, logits_for
-from mole_diffusers.gates import Context, FlowGate, GateConfig, MoLEGate, StaticGate
+from mole_diffusers.gates import Context, GateConfig
+from mole_diffusers.gates.families.flow import FlowGate
+from mole_diffusers.gates.families.mole import MoLEGate
+from mole_diffusers.gates.families.static import StaticGate
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.layers import layers_of, merge_key
 from mole_diffusers.merging.merge import merge

@@ -35,8 +35,8 @@ class GateSite(ABC):
         name: the module name of the site, component first.
         presents: the sets of experts that the site's layers have, the largest first.
         timed: whether the site knows the noise level; a text encoder does not.
-        scope: the experts that the gate shares among, if these are more than the layers' own. A "prompt" gate that
-            weighs the layers of a block shares among all experts that one of them has.
+        scope: the experts that the gate shares among, if these are more than the layers' own. A gate that weighs
+            its layers apart shares among all experts that one of them has.
         probe: hidden state [B, T, C] -> what the gate reads instead, [B, T, D].
     """
 

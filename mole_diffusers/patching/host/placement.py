@@ -37,9 +37,9 @@ class Place:
     `entry` and `block` are
 
     - per "block": its first attention, and the block; per "layer": the attention or feed-forward for both;
-    - per "matrix", and for "flow" outside of blocks: None for both, since each layer has its own gate;
-    - for "flow" in a block: the block for both; for its layers that read the text, None and the block;
-    - for "prompt": "" and None in a denoiser; in a text encoder the block for both;
+    - per "matrix", and per "stream" outside of blocks: None for both, since each layer has its own gate;
+    - per "stream" in a block: the block for both; for its layers that read the text, None and the block;
+    - if the gate reads the prompt: "" and None in a denoiser; in a text encoder the block for both;
     - outside of blocks otherwise: "" in a denoiser, the first block in a text encoder; and None.
     """
 
@@ -67,8 +67,7 @@ def place_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str
     """The name of the place that gates `layer`.
 
     Args:
-        one_gate_per: a granularity, see `GateConfig`. Or "stream": in a block one place for the layers that read the
-            picture and one for those that read the text, and outside of blocks one for each layer.
+        one_gate_per: the unit that has one gate, see `Family.one_gate_per`.
     """
     block = _block_of(layer, block_names)
     if one_gate_per == "matrix" or (one_gate_per == "stream" and block is None):

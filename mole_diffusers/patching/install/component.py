@@ -6,7 +6,6 @@ The LoRAs themselves are put on by peft, see peft_injection.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates import GateBank, GateConfig, Layer, LayerOfPromptGate, PromptGate, build_gate
-from mole_diffusers.gates.rank import singular
+from mole_diffusers.gates import Family, Gate, GateBank, GatePlace, Layer
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, LayerSite, ModelSite
 from mole_diffusers.patching.gating.runtime import Present, Runtime
@@ -45,20 +43,20 @@ class Component:
     Building checks everything and changes nothing; `install` changes the model.
     """
 
-    def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, config: GateConfig, runtime: Runtime):
-        self.name, self.model, self.stacks, self.config, self.runtime = name, model, dict(stacks), config, runtime
+    def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, runtime: Runtime):
+        self.name, self.model, self.family, self.runtime = name, model, family, runtime
         self.denoises = name in DENOISERS
-        if config.family == "rank" and config.refactor:
-            self.stacks = {layer: singular(stack) for layer, stack in stacks.items()}
-        entries, per = blocks(model), config.one_gate_per
-        self.owners = {layer: place_name(layer, per, entries) for layer in stacks}  # layer -> name of its place
-        describe = partial(describe_place, denoises=self.denoises, reads_prompt=config.reads_prompt)
+        self.stacks = {layer: family.prepared(stack) for layer, stack in stacks.items()}
+        entries, per = blocks(model), family.one_gate_per
+        self._gate_of = {layer: place_name(layer, per, entries) for layer in stacks}  # layer -> name of its gate's place
+        self._layers_of: dict[str, list[str]] = {}  # the inverse
+        for layer, of in self._gate_of.items():
+            self._layers_of.setdefault(of, []).append(layer)
+        per = "matrix" if family.weighs_layers_apart else per
+        self.owners = {layer: place_name(layer, per, entries) for layer in stacks}  # layer -> name of its site's place
+        describe = partial(describe_place, denoises=self.denoises, reads_prompt=family.reads_prompt)
         self.places = {name: describe(name, per, model, entries) for name in dict.fromkeys(self.owners.values())}
-        self.layers_of_block: dict[str, list[str]] = {}  # block -> its layers, if one gate weighs each of them
-        if config.reads_prompt and per == "matrix":
-            for layer in stacks:
-                self.layers_of_block.setdefault(place_name(layer, "block", entries), []).append(layer)
-        self.bank = GateBank(self._gates())
+        self.bank = GateBank({name: self._gate(name, layers) for name, layers in self._layers_of.items()})
         self.sites = {name: self._site(at) for name, at in self.places.items()}
 
     def install(self, undo: Undo) -> None:
@@ -120,50 +118,25 @@ class Component:
         return self.sites[self.owners[layer]]
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
-        """Each gate with the layers that it weighs; none for "prompt", whose gates weigh several places at once."""
-        if self.config.reads_prompt:
-            return []
-        return [(self.bank[name], [layer for layer in self.stacks if self.owners[layer] == name]) for name in self.places]
+        """Each gate with the layers that it weighs."""
+        return [(self.bank[name], layers) for name, layers in self._layers_of.items()]
 
     # ---- building
 
-    @property
-    def _reads_experts(self) -> bool:
-        return self.config.family == "mole" and self.config.inputs == "experts"
-
-    def _gates(self) -> dict[str, nn.Module]:
-        """The gates by place, or by block if one gate weighs each layer of a block."""
-        if not self.config.reads_prompt:
-            return {name: self._gate(at) for name, at in self.places.items()}
-        if not self.layers_of_block:
-            everyone = tuple(True for _ in self.runtime.active)
-            return {name: self._prompt_gate(at, [everyone]) for name, at in self.places.items()}
-        return {
-            block: self._prompt_gate(self.places[layers[0]], [self.stacks[layer].present for layer in layers])
-            for block, layers in self.layers_of_block.items()
-        }
-
-    def _prompt_gate(self, at: Place, presents: Sequence[Present]) -> nn.Module:
-        config = self.config
-        return PromptGate(at.width, presents, axis=config.axis, top=config.top, total=config.total)
-
-    def _gate(self, at: Place) -> nn.Module:
-        experts = len(self.runtime.active)
-        if at.name == NETWORK:  # it reads text and time, as a single token
-            return build_gate(replace(self.config, features="pooled"), experts, at.width)
-        width = at.width
-        if self._reads_experts:
-            width = experts * sum(self.stacks[name].out for name in probed(at, self.stacks))
-        if self.config.features == "flattened":
-            if not at.tokens:
-                raise ValueError("flattened features need a fixed number of tokens: use granularity 'block' or 'layer'")
-            width *= at.tokens
-        return build_gate(self.config, experts, width, stack=self.stacks.get(at.name))
+    def _gate(self, name: str, layers: Sequence[str]) -> Gate:
+        at, experts = self.places[self.owners[layers[0]]], len(self.runtime.active)
+        width, presents = at.width, [(True,) * experts]
+        if self.family.reads_experts and at.name != NETWORK:
+            width = experts * sum(self.stacks[layer].out for layer in probed(at, self.stacks))
+        if self.family.weighs_layers_apart:
+            presents = [self.stacks[layer].present for layer in layers]
+        place = GatePlace(experts, width, at.tokens, name == NETWORK, presents, self.stacks.get(name))
+        return self.family.gate(place)
 
     def _site(self, at: Place) -> GateSite:
         """The site of a place. What the gate reads there decides when it is evaluated, and so the kind of site."""
-        gate, scope = self._gate_of(at)
         presents = {self.stacks[layer].present for layer, name in self.owners.items() if name == at.name}
+        gate, scope = self._gate_at(at)
         common: dict[str, Any] = {
             "presents": sorted(presents, key=lambda present: (sum(present), present), reverse=True),
             "timed": self.denoises,
@@ -175,23 +148,22 @@ class Component:
             return ModelSite(*about, spans_blocks=at.name == NETWORK, **common)
         if at.entry is None and at.block is None:
             return LayerSite(*about, **common)
-        reads_text = self.denoises and self.config.one_gate_per == "stream" and at.name.endswith(TEXT_LAYERS)
+        reads_text = self.denoises and self.family.one_gate_per == "stream" and at.name.endswith(TEXT_LAYERS)
         return BlockSite(*about, reads_text=reads_text, **common)
 
-    def _gate_of(self, at: Place) -> tuple[Any, Present | None]:
-        """The gate at a place, and the experts it shares among if it weighs each layer of a block."""
-        block = next((block for block, layers in self.layers_of_block.items() if at.name in layers), None)
-        if block is None:
+    def _gate_at(self, at: Place) -> tuple[Any, Present | None]:
+        """The gate of a site, and the experts it shares among if it weighs each of its layers."""
+        if not self.family.weighs_layers_apart:
             return self.bank[at.name], None
-        layers = self.layers_of_block[block]
+        layers = self._layers_of[name := self._gate_of[at.name]]
         scope = tuple(map(any, zip(*(self.stacks[layer].present for layer in layers), strict=True)))
-        return LayerOfPromptGate(self.bank[block], layers.index(at.name)), scope
+        return self.bank[name].for_layer(layers.index(at.name)), scope
 
     def _probe(self, at: Place) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The paper's gate input: hidden state [B, T, C] -> each expert's outputs [B, T, N * sum Cout]."""
-        if not self._reads_experts or at.name == NETWORK:
+        if not self.family.reads_experts or at.name == NETWORK:
             return None
-        names, pool = probed(at, self.stacks), self.config.features == "pooled"
+        names, pool = probed(at, self.stacks), not self.family.reads_tokens
 
         def outputs(hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden.mean(1, keepdim=True) if pool else hidden  # the mean commutes with linear layers
@@ -224,7 +196,7 @@ class Component:
 
     def _hook_inputs(self, sites: Sequence[ModelSite], undo: Undo) -> None:
         """Give sites what enters the denoiser: the text if they read the prompt, otherwise its mean and the noise level."""
-        inputs, reads_prompt = self.runtime.inputs, self.config.reads_prompt
+        inputs, reads_prompt = self.runtime.inputs, self.family.reads_prompt
 
         def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden, tokens = inputs.text(args, kwargs), None  # [B, T, C]

@@ -46,7 +46,7 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
 
     Raises ValueError if a gate needs an input and there is no prompt.
     """
-    if parts[0].config.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
+    if parts[0].family.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
         call = {"guidance_scale": 1.0, **call}
     if prompt is None or reads_nothing(parts):
         for part in parts:

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3PAGPipeline, StableDiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_dispatch import attention_backend
+from gate_families import LEARNED, families
 from PIL import Image
 from tiers import thorough
 from torch import nn
@@ -131,7 +132,7 @@ def test_without_an_expert_the_base_is_drawn_and_its_attention_read(attach, pipe
     assert not torch.equal(beside, draw(attach({"hat": "everywhere"}, names=["hat"])._pipe, PROMPT))
 
 
-@pytest.mark.parametrize("gates", ["mole", *thorough("sum", "flow", "prompt", "rank", "retrieval", "static", "factors")])
+@pytest.mark.parametrize("gates", families("mole", among=["sum", *LEARNED]))
 def test_an_absent_word_is_strength_0(attach, pipe, draw, awake, gates):
     mixture = awake(attach({"fox": "fox", "ink": "cat", "hat": "everywhere"}, gates))
     with pytest.warns(UserWarning, match="expert 'ink' is silent: the prompt has none of its words, cat"):

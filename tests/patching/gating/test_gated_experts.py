@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from gate_families import families
 from tiers import thorough
 
 import mole_diffusers as mole
 from benchmarks.hosts import inputs
 from mole_diffusers import functional
-from mole_diffusers.gates import ConstantGate, FlowGate, MoLEGate
+from mole_diffusers.gates.families.constant import ConstantGate
+from mole_diffusers.gates.families.flow import FlowGate
+from mole_diffusers.gates.families.mole import MoLEGate
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.gating.gated_experts import GatedExperts
 from mole_diffusers.testing import tiny_pipeline
@@ -114,7 +117,7 @@ def test_half_precision_is_near_and_stays_half(loras, awake, dtype):
     assert (near - exact).abs().mean() < 0.05 * exact.std()
 
 
-@pytest.mark.parametrize("family", ["mole", *thorough("flow", "static", "prompt", "rank", "retrieval", "factors")])
+@pytest.mark.parametrize("family", families("mole"))
 def test_gates_learn_after_a_picture_of_inference_mode(pipe, loras, draw, family):
     mixture = mole.attach(pipe, loras, family, binding=None)
     with torch.inference_mode():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 from diffusers import UNet2DConditionModel
+from gate_families import LEARNED
 
 import mole_diffusers as mole
 from benchmarks.hosts import lora_files
@@ -28,11 +29,8 @@ def narrow(width):
     return UNet2DConditionModel(sample_size=8, cross_attention_dim=width, **shape).eval()
 
 
-OTHERS = ("flow", "static", "prompt", "rank", "retrieval", "factors")
-
-
 @pytest.mark.thorough
-@pytest.mark.parametrize("family", ["mole", *OTHERS])
+@pytest.mark.parametrize("family", LEARNED)
 def test_sixteen_blocks_share_the_graphs_that_the_base_has(family, awake, tmp_path):
     pipe = tiny_pipeline()
     width = pipe.unet.config.cross_attention_dim

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 from accelerate.hooks import ModelHook, add_hook_to_module
+from gate_families import families
 from hosts import OFFLOADS
 from tiers import thorough
 
@@ -61,7 +62,7 @@ class Elsewhere(ModelHook):
         return output
 
 
-@pytest.mark.parametrize("family", ["rank", *thorough("mole", "flow", "prompt", "retrieval", "static", "factors")])
+@pytest.mark.parametrize("family", families("rank"))
 def test_no_gate_reads_weights_before_the_host_has_brought_them(pipe, loras, draw, awake, family):
     awake(mole.attach(pipe, loras, family))
     picture = draw(pipe)

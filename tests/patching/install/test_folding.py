@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gate_families import GATES, INPUT_FREE, families
 from hosts import HOSTS, quiet
 from safetensors import safe_open
 from tiers import thorough
@@ -26,10 +27,10 @@ def load_stock(path, draw):
     return draw(pipe)
 
 
-@pytest.mark.parametrize("family", ["static", *thorough("sum", "mean", "factors")])
+@pytest.mark.parametrize("family", families("static", among=INPUT_FREE))
 def test_collapsed_gates_draw_the_same_and_leave_no_trace(pipe, loras, draw, awake, family):
     base, bits = draw(pipe), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
-    mixture = awake(mole.attach(pipe, loras, family), size=0.3 if family == "factors" else 3.0)
+    mixture = awake(mole.attach(pipe, loras, family), size=0.3 if GATES[family].ranked else 3.0)
     gated = draw(pipe)
     with mixture.collapsed():
         assert mole.attached(pipe) is None

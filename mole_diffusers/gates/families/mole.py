@@ -2,22 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context
+from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
 
 
-class MoLEGate(nn.Module):
+@dataclass(frozen=True)
+class MoLE(Family, name="mole"):
+    """Reads the block's state as a whole.
+
+    Attributes:
+        granularity: one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
+        total: what the weights sum to, see `functional.gate_weights`; the paper has "1".
+        inputs: read the "hidden" state (the authors' code) or the outputs of the "experts" (the paper).
+        features: tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
+        bias: add a learned number per LoRA, which the paper does not have. Needed to start at unequal weights.
+    """
+
+    granularity: Literal["model", "block", "layer", "matrix"] = "block"
+    total: Literal["1", "N", "sigmoid", "linear"] = "N"
+    inputs: Literal["hidden", "experts"] = "hidden"
+    features: Literal["pooled", "flattened"] = "pooled"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.granularity == "model" and (self.inputs, self.features) != ("hidden", "pooled"):
+            raise ValueError("a gate for the whole model reads text and time: inputs 'hidden' and features 'pooled' only")
+
+    @property
+    def one_gate_per(self) -> str:
+        return self.granularity
+
+    @property
+    def reads_experts(self) -> bool:
+        return self.inputs == "experts"
+
+    @property
+    def reads_tokens(self) -> bool:
+        return self.features == "flattened"
+
+    def gate(self, at: GatePlace) -> MoLEGate:
+        if at.is_network or not self.reads_tokens:  # outside of blocks it reads text and time, as a single token
+            return MoLEGate(at.experts, at.width, self.total, "pooled", bias=self.bias)
+        if not at.tokens:
+            raise ValueError("flattened features need a fixed number of tokens: use granularity 'block' or 'layer'")
+        return MoLEGate(at.experts, at.width * at.tokens, self.total, "flattened", bias=self.bias)
+
+
+class MoLEGate(Gate):
     """Eq. 9-11 of MoLE: softmax(e . normalised features / tau). tau is learned, and kept positive as exp(log_tau).
 
     Starts at equal weights (zero matrix). The linear map has no bias, as in the authors' code. `bias` adds a learned
     number per expert, so that the gate can start at any weights.
     """
 
-    step_invariant, input_free, ranked = False, False, False
+    starts_anywhere = True
     bias: nn.Parameter | None
 
     def __init__(self, experts: int, width: int, total: str, features: str, *, bias: bool = False):
@@ -39,6 +85,9 @@ class MoLEGate(nn.Module):
         if self.bias is not None:
             logits = logits + self.bias.float()
         return functional.gate_weights(logits, context.mask_or_none, self.total)
+
+    def sensitivity(self) -> dict[str, float]:
+        return {"matrix": self.width**0.5}  # features have length 1
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:

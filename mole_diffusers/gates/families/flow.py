@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context
+from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
 
 
-class FlowGate(nn.Module):
+@dataclass(frozen=True)
+class Flow(Family, name="flow"):
+    """Reads the block's state token by token.
+
+    Attributes:
+        start: weights before training: the plain "sum", the "mean", or "faithful" to the paper (the last LoRA alone).
+    """
+
+    one_gate_per = "stream"
+    start: Literal["sum", "mean", "faithful"] = "sum"
+
+    def gate(self, at: GatePlace) -> FlowGate:
+        return FlowGate(at.experts, at.width, self.start)
+
+
+class FlowGate(Gate):
     """w_t = softmax(W x_t) + b for every token of the block's input x, the bias after the softmax (LoRA-Flow, eq. 4-5).
 
     Weights are free in sign and size, and sum to 1 + sum b. W begins at zero. b = start - 1/n + a learned part that
@@ -21,7 +39,7 @@ class FlowGate(nn.Module):
             in the mask alone.
     """
 
-    step_invariant, input_free, ranked = False, False, False
+    starts_anywhere = True
 
     def __init__(self, experts: int, width: int, start: str):
         super().__init__()
@@ -46,6 +64,9 @@ class FlowGate(nn.Module):
             return shares + (self.offset.float() + (1 - 1 / shares.shape[-1]))
         mask = functional.over_tokens(context.mask, shares)
         return (shares + functional.over_tokens(self.bias(context.mask), shares)) * mask
+
+    def sensitivity(self) -> dict[str, float]:
+        return {"weight": self.weight.shape[-1]}
 
     @torch.no_grad()
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:

@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context
+from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
 from mole_diffusers.lora import LoraWeights
 from mole_diffusers.lora.stacking import Stack
 
 LEAST = 1e-12  # the smallest score
+
+
+@dataclass(frozen=True)
+class Rank(Family, name="rank"):
+    """Weighs each rank of each LoRA at every layer by what it reads there.
+
+    Attributes:
+        top: how many ranks of a layer have weight. 0 is all.
+        partition: this many ranks of a LoRA share one output of the router; 0 is all ranks of the LoRA.
+        refactor: turn each LoRA's ranks to its singular directions first, which changes nothing else.
+        rate: how far an update moves the bias that evens out the load, 0 to 1.
+    """
+
+    one_gate_per = "matrix"
+    top: Annotated[int, 0, 1 << 16] = 0
+    partition: Annotated[int, 0, 1 << 16] = 1
+    refactor: bool = True
+    rate: Annotated[float, 0, 1] = 1e-5
+
+    def gate(self, at: GatePlace) -> RankGate:
+        return RankGate(at.width, at.one_layer.ranks, top=self.top, partition=self.partition, rate=self.rate)
+
+    def prepared(self, stack: Stack) -> Stack:
+        return singular(stack) if self.refactor else stack
 
 
 def shared_out(scores: torch.Tensor, mask: torch.Tensor, top: int) -> torch.Tensor:
@@ -46,7 +72,7 @@ def grouped(ranks: Sequence[int], partition: int) -> torch.Tensor:
     return torch.tensor(groups)
 
 
-class RankGate(nn.Module):
+class RankGate(Gate):
     """z = sigmoid(W x) + c per token and rank; the k largest z are scaled to mean 1, the others are 0 (SMoRA, eq. 6-9).
 
     W begins at zero, which gives all ranks weight 1 if k takes them all. c evens out the load without a loss: after each
@@ -64,7 +90,7 @@ class RankGate(nn.Module):
             compete.
     """
 
-    step_invariant, input_free, ranked = False, False, True
+    ranked = True
     group: torch.Tensor
     balance: torch.Tensor
 
@@ -90,6 +116,9 @@ class RankGate(nn.Module):
     def _count(self, chosen: torch.Tensor, able: torch.Tensor) -> None:
         counts = torch.stack([chosen.flatten(0, -2).sum(0), able.flatten(0, -2).sum(0)])
         self.load = counts if self.load is None else self.load + counts
+
+    def sensitivity(self) -> dict[str, float]:
+        return {"weight": self.weight.shape[-1]}
 
     @torch.no_grad()
     def rebalance(self, over: Callable[[torch.Tensor], torch.Tensor] = lambda own: own) -> None:

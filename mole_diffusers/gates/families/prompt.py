@@ -5,22 +5,46 @@ The paper's experts are the modules of one adapter. Here they are the concepts, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context
+from mole_diffusers.functional import Routed
+from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
 from mole_diffusers.gates.seen import Seen, version
 
-Mean = Callable[[torch.Tensor], torch.Tensor]
-Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # softmax [B, E], what top-k kept of it, mask [E] or [B, E]
 GELU = (  # coefficients of `rational` fitted to GELU on -3..3; the error is below 0.01 there
     (0.004525, 1.512375, 3.159837, 0.949968, -2.522988, -0.995814, 0.886464),
     (-0.064023, 0.727497, -3.681504, 4.77009, -1.75203),
 )
+
+
+@dataclass(frozen=True)
+class Prompt(Family, name="prompt"):
+    """Reads the text once per prompt.
+
+    Attributes:
+        axis: share weight among LoRAs ("concept"), the layers of a block ("module"), or "both".
+        top: how many of these have weight. 0 is all.
+        total: what the weights sum to: 1, N, or none: probabilities as top-k left them.
+    """
+
+    reads_prompt = True
+    axis: Literal["concept", "module", "both"] = "concept"
+    top: Annotated[int, 0, 1 << 16] = 0
+    total: Literal["1", "N", "none"] = "N"
+
+    @property
+    def weighs_layers_apart(self) -> bool:
+        return self.axis != "concept"
+
+    def gate(self, at: GatePlace) -> PromptGate:
+        return PromptGate(at.width, at.presents, axis=self.axis, top=self.top, total=self.total)
 
 
 def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
@@ -32,24 +56,7 @@ def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor
     return (powers @ numerator) / (1 + (powers[..., 1 : len(denominator) + 1] @ denominator).abs())
 
 
-def load_balance(routed: Sequence[Routed], over: Mean = lambda own: own) -> torch.Tensor:
-    """MiLoRA's L_lb = E sum_i f_i p_i over the calls of one gate: 1 if E experts share evenly, E if one takes everything.
-
-    p_i is expert i's mean probability, and f_i its mean share of what top-k keeps. With k = 1 that is how often it is
-    chosen, as in the paper, and if all are kept it is p_i. Rows may have different experts, see
-    `functional.relative_shares`.
-
-    Args:
-        over: turns the mean over these calls into the mean over all, if other processes have the rest.
-    """
-    probabilities, kept, masks = zip(*routed, strict=True)
-    load, rows = functional.relative_shares(kept, masks)  # [E] each
-    likely, _ = functional.relative_shares(probabilities, masks)
-    load, likely, rows = over(torch.stack([load, likely, rows]))
-    return 1 + (load * likely / rows.clamp_min(1e-8) - rows).sum() / rows.sum().clamp_min(1e-8)
-
-
-class PromptGate(nn.Module):
+class PromptGate(Gate):
     """softmax(W g(h)), then top-k (MiLoRA, eq. 5-8). h = softmax(H w)^T H pools the prompt's tokens by self-attention.
 
     Every place has its own w, W and g. They begin even: w and W are zero, g is close to GELU. The router runs once per
@@ -65,7 +72,7 @@ class PromptGate(nn.Module):
         top: how many of them are kept; 0 keeps all.
     """
 
-    step_invariant, input_free, ranked = True, False, False
+    step_invariant = True
     present: torch.Tensor
 
     def __init__(self, width: int, presents: Sequence[Sequence[bool]], *, axis: str, top: int, total: str):
@@ -102,9 +109,11 @@ class PromptGate(nn.Module):
             return self._shared(logits, there.any(-1))[..., None] * there
         return self._shared(logits, there.flatten(-2)).unflatten(-1, there.shape[-2:])
 
+    def sensitivity(self) -> dict[str, float]:
+        return {"pooler": len(self.pooler), "weight": len(self.pooler)}
+
     @contextmanager
     def noting_routes(self) -> Iterator[list[Routed]]:
-        """The list to which calls with gradients add what they route while the block runs, for `load_balance`."""
         self._routed = routed = list[Routed]()
         try:
             yield routed
@@ -128,18 +137,3 @@ class PromptGate(nn.Module):
         if not self._text.again(hidden) or self._last[0] != versions:
             self._last = versions, self.route(hidden, tokens)
         return self._last[1]
-
-
-class LayerOfPromptGate:
-    """The weights for one layer, [B, N], from a prompt gate that weighs modules."""
-
-    step_invariant, input_free, ranked = True, False, False
-
-    def __init__(self, gate: PromptGate, module: int):
-        self.gate, self.module = gate, module
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.gate.parameters()
-
-    def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        return self.gate(hidden, context)[:, self.module]

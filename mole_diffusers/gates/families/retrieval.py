@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
 import torch
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context, Layer
+from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace, Layer
+
+
+@dataclass(frozen=True)
+class Retrieval(Family, name="retrieval"):
+    """Compares the LoRAs' outputs at every layer, and serves LoRAs that it never saw.
+
+    Attributes:
+        rank: rank of the gate's router, 1 to 128.
+        scores: each "token" has its own weights, or the "image" has one set.
+        total: what the weights sum to: 1 as in the paper, or N.
+    """
+
+    one_gate_per = "matrix"
+    of_experts = False
+    rank: Annotated[int, 1, 128] = 4
+    scores: Literal["token", "image"] = "token"
+    total: Literal["1", "N"] = "N"
+
+    def gate(self, at: GatePlace) -> RetrievalGate:
+        return RetrievalGate(at.width, at.one_layer.out, rank=self.rank, total=self.total, scores=self.scores)
 
 
 def answers(query: torch.Tensor, layer: Layer, router_up: torch.Tensor, experts: int) -> torch.Tensor:
@@ -23,7 +46,7 @@ def answers(query: torch.Tensor, layer: Layer, router_up: torch.Tensor, experts:
     return by_rank.new_zeros(*by_rank.shape[:-1], experts).index_add(-1, layer.segment, by_rank)
 
 
-class RetrievalGate(nn.Module):
+class RetrievalGate(Gate):
     """softmax_i(<v_i, B' A' x> / sqrt(r)) over the experts that are present (RAMoLE, eq. 8-10), at every layer.
 
     Only the router LoRA (A', B') is learned. Nothing belongs to a single expert, so gates trained with some LoRAs serve
@@ -34,8 +57,6 @@ class RetrievalGate(nn.Module):
         total: "1" (the paper), or "N", so that equal scores give the plain sum. An average dilutes identity in pictures.
         scores: each "token" has its own weights (the paper), or scores are averaged over the "image" first.
     """
-
-    step_invariant, input_free, ranked = False, False, False
 
     def __init__(self, width: int, out: int, *, rank: int, total: str, scores: str):
         super().__init__()
@@ -52,3 +73,6 @@ class RetrievalGate(nn.Module):
         return functional.gate_weights(
             scores.mean(1) if self.scores == "image" else scores, context.mask_or_none, self.total
         )
+
+    def sensitivity(self) -> dict[str, float]:
+        return {"down": self.down.shape[-1], "up": self.up.shape[0]}
