@@ -20,7 +20,7 @@ from mole_diffusers.app import files
 from mole_diffusers.app.gallery import Gallery
 from mole_diffusers.app.gate_report import GateReport, gate_report
 from mole_diffusers.app.gate_training import TrainingRequest, train
-from mole_diffusers.app.jobs import Report, StoppedError, Work
+from mole_diffusers.app.jobs import ReportProgress, StoppedError, Work
 from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.app.sentences import without_folders
 from mole_diffusers.binding.picture_layout import Layout
@@ -36,13 +36,13 @@ from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, preview
-from mole_diffusers.studio.infotext import Contents
+from mole_diffusers.studio.infotext import FoundRecipe
 from mole_diffusers.studio.names import known_names, matching, shared_name
 from mole_diffusers.studio.picture_passes import check_pictures, with_pictures
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
-from mole_diffusers.studio.render import MAX_SIDE, Inside, Studio, check_size
+from mole_diffusers.studio.render import MAX_SIDE, MixtureContext, Studio, check_size
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
 
@@ -50,8 +50,8 @@ MAX_PICTURES, MAX_FOLDERS = 400, 16  # kept in the app's own folder; the browser
 MAX_COUNT, MAX_THUMBNAIL = 16, 4 << 20
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 
-Over = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`
-NOTHING: Over = {}
+SourcePictures = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`
+NOTHING: SourcePictures = {}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Picture:
     layout: Layout | None = None
 
 
-Sheet = Callable[[Sequence[Image.Image]], Path]
+SaveSheet = Callable[[Sequence[Image.Image]], Path]
 
 
 @dataclass
@@ -159,7 +159,7 @@ class Actions:
         if (found := matching(name, self.bases)) is None:
             raise ValueError(f"there is no base model {name!r}; {known_names(name, self.bases)}")
 
-        def work(report: Report) -> str:
+        def work(report: ReportProgress) -> str:
             report(f"opening {found}")
             if self.base != found:
                 with self._finding:
@@ -184,7 +184,7 @@ class Actions:
         is_open = wanted == here or (known is None and Path(wanted).name == Path(here).name)
         return None if is_open else known or Path(wanted).name
 
-    def notes(self, found: Contents, recipe: Recipe | None) -> list[str]:
+    def notes(self, found: FoundRecipe, recipe: Recipe | None) -> list[str]:
         """What a user should know about a recipe that was read from a file.
 
         Args:
@@ -297,7 +297,7 @@ class Actions:
 
     # ---- pictures
 
-    def compose(self, recipe: Recipe, count: int, over: Over = NOTHING) -> Work:
+    def compose(self, recipe: Recipe, count: int, over: SourcePictures = NOTHING) -> Work:
         """Draw `count` pictures with consecutive seeds into the gallery. If stopped, the finished ones stay.
 
         Args:
@@ -309,7 +309,9 @@ class Actions:
         recipes = [replace(recipe, seed=recipe.seed + i) for i in range(count)]
         return self._draw([(f"seed {r.seed}", r) for r in recipes], over, gallery=self.gallery)
 
-    def compare(self, recipe: Recipe, merges: Sequence[str] = (), over: Over = NOTHING, notes: Sequence[str] = ()) -> Work:
+    def compare(
+        self, recipe: Recipe, merges: Sequence[str] = (), over: SourcePictures = NOTHING, notes: Sequence[str] = ()
+    ) -> Work:
         """Draw the same seed in several ways, and put a sheet of them into the gallery.
 
         The ways are: the base, each LoRA alone, the plain sum, the given `merges`, bound, in tiles if there is room, and
@@ -345,12 +347,12 @@ class Actions:
     def _draw(
         self,
         wanted: Sequence[tuple[str, Recipe]],
-        over: Over,
+        over: SourcePictures,
         *,
         gallery: Gallery | None = None,
         notes: Sequence[str] = (),
-        sheet: Sheet | None = None,
-        inside: Inside = nullcontext,
+        sheet: SaveSheet | None = None,
+        inside: MixtureContext = nullcontext,
     ) -> Work:
         """Draw labelled recipes one after the other. Reports a Progress after each step, and returns the last.
 
@@ -374,7 +376,7 @@ class Actions:
             warnings += self.studio.notes(asked, recipe, over.get("image"))
         state = Progress(0, sum(map(self.studio.total_steps, recipes)), len(recipes), warnings=[*dict.fromkeys(warnings)])
 
-        def work(report: Report) -> Progress:
+        def work(report: ReportProgress) -> Progress:
             begun, drawn = time.monotonic(), list[Image.Image]()
 
             def on_step(_: Any, latents: torch.Tensor) -> None:
@@ -385,7 +387,7 @@ class Actions:
 
             try:
                 for (label, _), recipe in zip(wanted, recipes, strict=True):
-                    noted = _Noted()
+                    noted = _MixtureNotes()
                     image = self.studio.draw(recipe, **over, on_step=on_step, inside=partial(noted.around, recipe, inside))
                     recipe, by_hand = _with_locks_of(recipe, noted.sites)
                     state.warnings = list(dict.fromkeys([*state.warnings, *noted.warnings, *by_hand]))
@@ -406,7 +408,7 @@ class Actions:
         self,
         recipe: Recipe,
         shades: Mapping[str, str] | None = None,
-        over: Over = NOTHING,
+        over: SourcePictures = NOTHING,
         notes: Sequence[str] = (),
     ) -> Work:
         """Draw again and trace the gates. The work returns a GateReport.
@@ -431,13 +433,13 @@ class Actions:
 
         drawing = self._draw([("", recipe)], over, notes=notes, inside=tracing)
 
-        def work(report: Report) -> GateReport:
+        def work(report: ReportProgress) -> GateReport:
             state = drawing(report)
             return gate_report(self.studio, recipe, state.pictures[0].path, state.warnings, shades=shades, **seen)
 
         return work
 
-    def grid(self, recipe: Recipe, x: str, y: str, over: Over = NOTHING) -> Work:
+    def grid(self, recipe: Recipe, x: str, y: str, over: SourcePictures = NOTHING) -> Work:
         """Draw an XY grid and put its sheet into the gallery; `over` as in `compose`."""
         recipe, whole = self._with_a_seed(recipe, over)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
@@ -469,7 +471,7 @@ class Actions:
         name = "+".join(sorted(strengths)).replace("/", "_").encode()[:100].decode(errors="ignore")
         call: dict[str, Any] = {"width": recipe.width, "height": recipe.height}
 
-        def work(report: Report) -> Exported:
+        def work(report: ReportProgress) -> Exported:
             report("writing")
             path = self.new_folder() / f"{name}.safetensors"  # others may export the same LoRAs with other weights
             with self.studio.lock.held():
@@ -493,7 +495,7 @@ class Actions:
         """Train gates for the LoRAs of a recipe, see `gate_training.train`."""
         return train(self.studio, recipe, request, home=self.home, again=again)
 
-    def _with_a_seed(self, recipe: Recipe, over: Over) -> tuple[Recipe, Recipe]:
+    def _with_a_seed(self, recipe: Recipe, over: SourcePictures) -> tuple[Recipe, Recipe]:
         """The recipe with only a random seed filled in, so that several pictures share it, and the hashes, which say what is
         a name in its tags; and the completed recipe."""
         recipe = with_pictures(recipe, **over)
@@ -518,7 +520,7 @@ class Actions:
 
 
 @dataclass
-class _Noted:
+class _MixtureNotes:
     """What the mixture of a picture says once it is drawn.
 
     Attributes:
@@ -532,7 +534,7 @@ class _Noted:
     sites: list[str] = field(default_factory=list)
 
     @contextmanager
-    def around(self, recipe: Recipe, inside: Inside, mixture: Mixture) -> Iterator[None]:
+    def around(self, recipe: Recipe, inside: MixtureContext, mixture: Mixture) -> Iterator[None]:
         """Surround the first pass of a picture, as `inside` of `Studio.draw`."""
         with inside(mixture):
             yield

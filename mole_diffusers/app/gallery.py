@@ -20,7 +20,7 @@ from PIL import Image
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.infotext import Contents
+from mole_diffusers.studio.infotext import FoundRecipe
 from mole_diffusers.studio.names import is_text
 from mole_diffusers.studio.prompt_syntax import Parsed, parse
 from mole_diffusers.studio.recipe import Recipe
@@ -33,7 +33,7 @@ class Entry:
     """A picture of the gallery, and what its file contains."""
 
     path: Path
-    contents: Contents
+    contents: FoundRecipe
     favourite: bool
 
     @property
@@ -74,7 +74,7 @@ class Gallery:
 
     def __init__(self, folder: Path, *, most: int | None = None):
         self.folder, self.most = folder, most
-        self._read: dict[tuple[str, int], Contents | None] = {}  # (file name, time it was written); None: no recipe
+        self._read: dict[tuple[str, int], FoundRecipe | None] = {}  # (file name, time it was written); None: no recipe
         self._lock = threading.Lock()
 
     def add(self, image: Image.Image, recipe: Recipe, sheet: Mapping[str, Any] | None = None) -> Path:
@@ -140,7 +140,7 @@ class Gallery:
             with suppress(FileNotFoundError):  # another thread has just moved it
                 yield path.stat().st_mtime_ns, path
 
-    def _inside(self, path: Path, written: int) -> Contents | None:
+    def _inside(self, path: Path, written: int) -> FoundRecipe | None:
         """What a file contains; None if it has no recipe. Each file is read only once."""
         key = path.name, written
         if key not in self._read:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from mole_diffusers.app import held_out
 from mole_diffusers.app.files import check_gates_name
-from mole_diffusers.app.jobs import Report, Work
-from mole_diffusers.app.training_runs import Run
+from mole_diffusers.app.jobs import ReportProgress, Work
+from mole_diffusers.app.training_runs import TrainingRun
 from mole_diffusers.gates import FAMILIES
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.mixture import attach
@@ -161,10 +161,10 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     settings["is_bound"] = recipe.binding != "none"  # in whatever way: all teach the same
     recipe.constant_strengths()  # raises ValueError if one varies over components, blocks or steps
     recipe.tag_bindings()  # raises ValueError if a painted region has no mask
-    run = Run(studio.catalog, home, request.name, request.family, settings)
+    run = TrainingRun(studio.catalog, home, request.name, request.family, settings)
     run.check(again)
 
-    def work(report: Report) -> TrainingProgress:
+    def work(report: ReportProgress) -> TrainingProgress:
         studio.check_base(recipe)
         progress = TrainingProgress(request)
         report(progress)
@@ -192,7 +192,12 @@ def _canvas(studio: Studio, recipe: Recipe, composed: Sequence[str]) -> tuple[in
 
 
 def _train(
-    studio: Studio, recipe: Recipe, config: GateTraining, run: Run, progress: TrainingProgress, report: Report
+    studio: Studio,
+    recipe: Recipe,
+    config: GateTraining,
+    run: TrainingRun,
+    progress: TrainingProgress,
+    report: ReportProgress,
 ) -> None:
     pipe, request, seeds = studio.pipe, progress.request, held_out.seeds(config.seed)[:SHOWN]
     options = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}

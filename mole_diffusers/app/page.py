@@ -20,7 +20,7 @@ from mole_diffusers.app.jobs import Job, Jobs
 from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
 from mole_diffusers.app.style import gallery, status_line
 from mole_diffusers.studio.catalog import UNTRAINED
-from mole_diffusers.studio.infotext import Contents
+from mole_diffusers.studio.infotext import FoundRecipe
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import OPEN, Recipe
 
@@ -177,7 +177,7 @@ class Page:
         """The recipe of a fresh page: the defaults, with the size and guidance of the base model if that was changed."""
         return replace(self.defaults, **self.actions.settings_of_base())
 
-    def filled(self, found: Contents) -> tuple[Recipe, Values, list[str]]:
+    def filled(self, found: FoundRecipe) -> tuple[Recipe, Values, list[str]]:
         """Put a recipe into a page. Returns the completed recipe, the values of the page, and notes for the visitor.
 
         If it is not the recipe of a grid, the page's axes stay as they are. If it was drawn over no picture, the editor for

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.actions import Over
+from mole_diffusers.app.actions import SourcePictures
 from mole_diffusers.app.gate_report import GateReport
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, parse_named, shades
@@ -68,7 +68,7 @@ def _comparison(page: Page) -> None:
             right = gr.Dropdown(list(COMPARED), value=COMPARED[1], label="Right", elem_id="right")
         drawn = gr.State({})  # label -> picture file
 
-    def plan(recipe: Recipe, merges: list[str], last: int | None, over: Over) -> Work:
+    def plan(recipe: Recipe, merges: list[str], last: int | None, over: SourcePictures) -> Work:
         recipe, notes = at_seed(recipe, last)
         return page.actions.compare(recipe, merges, over, notes=notes)
 
@@ -98,7 +98,7 @@ def _gate_report(page: Page) -> None:
         sites, gates = gr.State({}), gr.State({})  # short name of a block -> gate site, -> the gate's weights as text
         block = _by_hand(page, sites, gates)
 
-    def plan(recipe: Recipe, cards: list[MixerCard], last: int | None, over: Over) -> Work:
+    def plan(recipe: Recipe, cards: list[MixerCard], last: int | None, over: SourcePictures) -> Work:
         recipe, notes = at_seed(recipe, last)
         return page.actions.look(recipe, shades(cards), over, notes=notes)
 

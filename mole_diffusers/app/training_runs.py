@@ -24,7 +24,7 @@ class GatesExistError(ValueError):
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """The folders of a training: one with checkpoints, to continue from, and one with the gates when it is done.
 
     Attributes:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Sheet(options.Opening, options.Drawing, options.Output):
+class SheetOptions(options.Opening, options.Drawing, options.Output):
     """How pictures of one prompt are drawn side by side.
 
     Attributes:
@@ -39,7 +39,7 @@ def compose(
     bind: Sequence[str] = (),
     unbound: bool = False,
     *,
-    sheet: Sheet,
+    sheet: SheetOptions,
 ) -> Result:
     """Draw a prompt with several LoRAs, next to the base, each LoRA alone and the plain sum.
 
@@ -109,7 +109,7 @@ class PromptSheet:
         columns: label -> pictures, one per seed.
     """
 
-    def __init__(self, prompt: str, how: Sheet):
+    def __init__(self, prompt: str, how: SheetOptions):
         from mole_diffusers.studio.catalog import Catalog
         from mole_diffusers.studio.render import Studio
         from mole_diffusers.studio.samplers import sampler

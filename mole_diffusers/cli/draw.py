@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Over(options.Pictures):
+class OverOptions(options.Pictures):
     """How much to draw over.
 
     Attributes:
@@ -37,7 +37,7 @@ class Over(options.Pictures):
 
 
 @dataclass
-class Settings(options.Drawing, Over):
+class RecipeOptions(options.Drawing, OverOptions):
     """The settings of a recipe, apart from its prompt.
 
     Attributes:
@@ -56,7 +56,7 @@ class Settings(options.Drawing, Over):
     clip_skip: options.AtLeastOne = 1
 
 
-def draw(prompt: str, *, files: options.Studio, settings: Settings, output: options.Output) -> Result:
+def draw(prompt: str, *, files: options.Studio, settings: RecipeOptions, output: options.Output) -> Result:
     """Draw one picture of a prompt with <lora:...> tags. The PNG holds its recipe, for mole redraw and other tools.
 
     Args:
@@ -102,7 +102,7 @@ def grid(
     y: str = "seed=0,1,2",
     *,
     files: options.Studio,
-    settings: Settings,
+    settings: RecipeOptions,
     output: options.Output,
 ) -> Result:
     """Draw a grid of pictures that changes along two axes. If it is interrupted, the cells that are left are grey.
@@ -141,7 +141,7 @@ def grid(
     return Result({"out": str(path), **axes, **first.to_dict()}, words)
 
 
-def _check_strengths(settings: Settings, *, is_larger: bool) -> None:
+def _check_strengths(settings: RecipeOptions, *, is_larger: bool) -> None:
     """Raises ValueError for a strength that nothing is drawn over at; `is_larger`: some pictures are, by an axis."""
     if settings.strength is not None and settings.image is None:
         raise ValueError("--strength says how much of a picture is redrawn: give --image")
@@ -149,7 +149,7 @@ def _check_strengths(settings: Settings, *, is_larger: bool) -> None:
         raise ValueError("--hires-strength says how much of the enlarged picture is redrawn: give --hires")
 
 
-def open_recipe(prompt: str, files: options.Studio, settings: Settings) -> tuple[Studio, Recipe, dict[str, Any]]:
+def open_recipe(prompt: str, files: options.Studio, settings: RecipeOptions) -> tuple[Studio, Recipe, dict[str, Any]]:
     """The studio, the recipe from the options, and the pictures to draw over."""
     from mole_diffusers.gates import checkpoint
     from mole_diffusers.studio.picture_passes import with_pictures

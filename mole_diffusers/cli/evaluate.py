@@ -18,13 +18,13 @@ from mole_diffusers.cli.console import note
 from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
-    from mole_diffusers.evaluation.report import Report
+    from mole_diffusers.evaluation.report import EvaluationReport
     from mole_diffusers.evaluation.rows import Row
     from mole_diffusers.evaluation.runner import Arm, Case, Setup
 
 
 @dataclass
-class Cases(Group):
+class ArmOptions(Group):
     """What to draw, and with which arms.
 
     Attributes:
@@ -51,7 +51,7 @@ class Cases(Group):
 
 
 @dataclass
-class Own(Group):
+class CheckpointOptions(Group):
     """Data to evaluate a checkpoint on; the emoji world has its own.
 
     Attributes:
@@ -83,8 +83,8 @@ def evaluate(
     sheet: bool = False,
     judged: bool = False,
     *,
-    wanted: Cases,
-    own: Own,
+    wanted: ArmOptions,
+    own: CheckpointOptions,
     machine: options.Machine,
 ) -> Result | None:
     """Compare ways to compose LoRAs on many prompts and seeds, with intervals.
@@ -146,7 +146,7 @@ def evaluate(
     return Result(rows, text)
 
 
-def _check_search(base: str, wanted: Cases) -> None:
+def _check_search(base: str, wanted: ArmOptions) -> None:
     """Raises ValueError if --search would not count successes, would choose by the test split, or would draw other arms."""
     if given := [f"--{name}" for name in ("arm", "share", "weights") if getattr(wanted, name)]:
         raise ValueError(f"--search draws arms of its own: leave out {', '.join(given)}")
@@ -156,7 +156,9 @@ def _check_search(base: str, wanted: Cases) -> None:
         raise ValueError("--search chooses strengths, and nothing is chosen on the test split: use --split validation")
 
 
-def _world(wanted: Cases, own: Own, call: dict[str, Any], machine: options.Machine) -> tuple[Setup, list[Case], Any]:
+def _world(
+    wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], machine: options.Machine
+) -> tuple[Setup, list[Case], Any]:
     """Experts, cases and judge of the emoji world. Raises ValueError for options that are for another base."""
     from mole_diffusers import emoji
     from mole_diffusers.emoji.world import emoji_world
@@ -182,7 +184,7 @@ def _device(machine: options.Machine) -> str:
 
 
 def _checkpoint(
-    wanted: Cases, own: Own, call: dict[str, Any], base: str, machine: options.Machine
+    wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], base: str, machine: options.Machine
 ) -> tuple[Setup, list[Case], Any]:
     """Experts, cases and measures of the user's own checkpoint."""
     from mole_diffusers.evaluation.checkpoint_protocol import ClipDinoMetrics, read_cases
@@ -208,7 +210,7 @@ def _checkpoint(
     return setup, [case for group in kinds.values() for case in group[: wanted.limit]], metrics
 
 
-def _arms(wanted: Cases, setup: Setup, cases: Sequence[Case]) -> list[Arm]:
+def _arms(wanted: ArmOptions, setup: Setup, cases: Sequence[Case]) -> list[Arm]:
     """The arms of --arm, or all that can be drawn; a note lists those that are left out."""
     from mole_diffusers.evaluation import arms as known
     from mole_diffusers.evaluation.strength_search import read_weights
@@ -232,7 +234,7 @@ def _arms(wanted: Cases, setup: Setup, cases: Sequence[Case]) -> list[Arm]:
     return arms
 
 
-def _figures(out: Path, rows: list[Row], report: Report, *, attached: bool, share: bool) -> None:
+def _figures(out: Path, rows: list[Row], report: EvaluationReport, *, attached: bool, share: bool) -> None:
     """Draw every figure that the rows allow, and note each one that was asked for but is not possible."""
     from mole_diffusers.evaluation import plots
 

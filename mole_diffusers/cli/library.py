@@ -13,7 +13,7 @@ from typer import Option
 from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Group, Result
 from mole_diffusers.cli.common import opened, target
-from mole_diffusers.cli.compose import PromptSheet, Sheet
+from mole_diffusers.cli.compose import PromptSheet, SheetOptions
 from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def retrieve(prompt: str, base: options.Base = WORLD, *, search: Search, machine
     return Result(report(library, found), in_words(found, library))
 
 
-def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, search: Search, sheet: Sheet) -> Result:
+def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, search: Search, sheet: SheetOptions) -> Result:
     """Find the LoRAs for a prompt in a library, and draw it without and with them.
 
     The LoRAs are bound, and drawn in tiles if there is room, as in mole draw.

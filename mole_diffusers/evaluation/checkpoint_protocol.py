@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from mole_diffusers.evaluation.report import Report
+from mole_diffusers.evaluation.report import EvaluationReport
 from mole_diffusers.evaluation.rows import Row, digest
 from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean
@@ -134,9 +134,9 @@ def frame(rows: Sequence[Row], styles: Collection[str] = ()) -> pd.DataFrame:
     return found
 
 
-def report(styles: Collection[str]) -> Report:
+def report(styles: Collection[str]) -> EvaluationReport:
     """The report, with scores instead of success, which nothing can judge here."""
-    return Report(
+    return EvaluationReport(
         frame=partial(frame, styles=styles),
         tables=(partial(by_kind, scores=SCORES),),
         values=SCORES,

@@ -14,7 +14,7 @@ from PIL import Image
 from mole_diffusers import emoji
 from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.emoji.world import EmojiWorld
-from mole_diffusers.evaluation.report import Report
+from mole_diffusers.evaluation.report import EvaluationReport
 from mole_diffusers.evaluation.rows import Row, digest_files
 from mole_diffusers.evaluation.runner import Case, Setup
 from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean, success_table
@@ -108,7 +108,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
     return found
 
 
-REPORT = Report(
+REPORT = EvaluationReport(
     frame=frame,
     tables=(
         success_table,

@@ -15,7 +15,7 @@ from mole_diffusers.evaluation.rows import Row
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """How a protocol's rows are shown. Values are columns of the table that `frame` makes.
 
     Attributes:

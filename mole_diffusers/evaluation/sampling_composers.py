@@ -16,7 +16,9 @@ from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.undo import replaced_forward, undoing
 
-Run = Callable[[Any, Sequence[torch.Tensor], tuple, dict], Any]  # (unet, texts, args, kwargs) in place of the UNet's forward
+Forward = Callable[
+    [Any, Sequence[torch.Tensor], tuple, dict], Any
+]  # (unet, texts, args, kwargs) in place of the UNet's forward
 ALPHA, BETA = 1.5, 0.5  # of K-LoRA
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the layers for which K-LoRA chooses, in layer keys
 
@@ -83,14 +85,14 @@ def read_by(pipe: Any, mixture: Mixture, names: Sequence[str], *args: Any, **kwa
 
 
 @contextmanager
-def _encoded_by_expert(pipe: Any, mixture: Mixture, run: Run) -> Iterator[None]:
+def _encoded_by_expert(pipe: Any, mixture: Mixture, run: Forward) -> Iterator[None]:
     """`texts_apart` with the prompt as each expert's text encoder reads it, while the picture is drawn as one."""
     with mixture.tiled(0), texts_apart(pipe, [partial(read_by, pipe, mixture, [name]) for name in mixture.experts], run):
         yield
 
 
 @contextmanager
-def texts_apart(pipe: Any, readers: Sequence[Callable[..., Any]], run: Run) -> Iterator[None]:
+def texts_apart(pipe: Any, readers: Sequence[Callable[..., Any]], run: Forward) -> Iterator[None]:
     """Call `run(unet, texts, args, kwargs)` instead of the UNet, with a text for each of `readers`.
 
     A reader is called like the text encoder. The states of all go through the pipeline concatenated along the channels,

@@ -15,7 +15,7 @@ from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import TRIGGER_EMBEDDING, Key, is_flux, parse_key
 from mole_diffusers.lora.metadata import Scaling, read_note, read_peft_config, scalings, triggers
 from mole_diffusers.lora.original_names import split_fused
-from mole_diffusers.lora.safe_files import Contents, RefusedFileError, read_safetensors
+from mole_diffusers.lora.safe_files import RefusedFileError, TensorFile, read_safetensors
 
 TOLERANCE = 0.01
 
@@ -47,7 +47,7 @@ def read_expert(
         raise RefusedFileError(f"{path}: {error}") from None
 
 
-def _expert(path: Path, name: str, contents: Contents, *, tolerance: float, drop_nonfinite: bool) -> Expert:
+def _expert(path: Path, name: str, contents: TensorFile, *, tolerance: float, drop_nonfinite: bool) -> Expert:
     stated, budget = scalings(contents.metadata, read_peft_config(path)), Budget()
     embedded = [key for key in contents.tensors if key.startswith(TRIGGER_EMBEDDING)]
     left_out = dict.fromkeys(embedded, "an embedding of a trigger word, which is no part of the LoRA")

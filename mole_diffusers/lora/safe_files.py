@@ -53,7 +53,7 @@ def printable(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Contents:
+class TensorFile:
     """The contents of one safetensors file."""
 
     tensors: dict[str, torch.Tensor]
@@ -72,7 +72,7 @@ class _Entry:
     end: int
 
 
-def read_safetensors(path: str | Path) -> Contents:
+def read_safetensors(path: str | Path) -> TensorFile:
     """Read a whole safetensors file; the content decides, not the suffix. Pickle is never loaded.
 
     Raises:
@@ -94,7 +94,7 @@ def read_safetensors(path: str | Path) -> Contents:
             digest.update(data)
             flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
             tensors[entry.key] = flat.reshape(entry.shape)
-    return Contents(tensors, metadata, digest.hexdigest())
+    return TensorFile(tensors, metadata, digest.hexdigest())
 
 
 def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

@@ -82,7 +82,7 @@ class Activations:
     @contextmanager
     def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:
         """Record the inputs of the layers that `expert` changes, while the block runs."""
-        models, texts = models_of(self.pipe), Texts(self.pipe)
+        models, texts = models_of(self.pipe), RecordedTokens(self.pipe)
         found: dict[str, list[torch.Tensor]] = {}
 
         def keep(key: str, part: str, stream: str | None, module: nn.Module, args: tuple) -> None:
@@ -103,7 +103,7 @@ class Activations:
             yield found
 
 
-class Texts:
+class RecordedTokens:
     """Which tokens of the texts that a pipeline's models read are recorded: those from a text's start to its end."""
 
     def __init__(self, pipe: Any):

@@ -10,10 +10,10 @@ import torch
 from mole_diffusers.lora import Expert, LoraWeights, layer_key
 from mole_diffusers.merging.factors import Merged, Pair
 
-Weighted = Mapping[str, tuple[Expert, float]]  # name -> expert and strength
+WeightedExperts = Mapping[str, tuple[Expert, float]]  # name -> expert and strength
 
 
-def layers_of(experts: Weighted) -> dict[str, list[Pair | None]]:
+def layers_of(experts: WeightedExperts) -> dict[str, list[Pair | None]]:
     """Layer key "unet.LAYER" -> one float64 pair per expert, with its strength in the scale.
 
     Raises ValueError if experts are for different models: known families differ, or sizes of a layer.
@@ -46,7 +46,7 @@ def _pair(weights: LoraWeights, strength: float) -> Pair:
     return Pair(weights.down.double().flatten(1), weights.up.double().flatten(1), weights.scale * strength)
 
 
-def as_expert(merged: Merged, experts: Weighted, *, name: str, metadata: Mapping[str, str]) -> Expert:
+def as_expert(merged: Merged, experts: WeightedExperts, *, name: str, metadata: Mapping[str, str]) -> Expert:
     """A merge as one ordinary LoRA in fp32, in the shapes of the experts' layers, with all their trigger words."""
     parts: dict[str, dict[str, LoraWeights]] = {}
     found = [weights_by_key(expert) for expert, _ in experts.values()]

@@ -15,7 +15,7 @@ from mole_diffusers.lora.safe_files import check_memory
 from mole_diffusers.lora.strengths import Source, read_weighed
 from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.factors import Layers, Merged, Pair
-from mole_diffusers.merging.layers import Weighted, as_expert, layers_of, weights_by_key
+from mole_diffusers.merging.layers import WeightedExperts, as_expert, layers_of, weights_by_key
 from mole_diffusers.merging.lego import lego
 from mole_diffusers.merging.linear import mean, null_space, total
 from mole_diffusers.merging.regression import Inputs, iteris, regmean, relative_loss, scalars, ssr
@@ -138,7 +138,7 @@ def resolved(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def _inputs(experts: Weighted, layers: Layers, activations: Activations, merged: Merged | None = None) -> Inputs:
+def _inputs(experts: WeightedExperts, layers: Layers, activations: Activations, merged: Merged | None = None) -> Inputs:
     """Each layer's inputs on each expert's own prompts, while the expert runs alone, or `merged` instead of it."""
     if merged is None:
         found = [activations.own(n, expert, strength) for n, (expert, strength) in experts.items()]

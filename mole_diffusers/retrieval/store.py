@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mole_diffusers.lora.safe_files import Contents, RefusedFileError, path_inside, read_json, read_safetensors
+from mole_diffusers.lora.safe_files import RefusedFileError, TensorFile, path_inside, read_json, read_safetensors
 from mole_diffusers.lora.whole_files import new_file
 from mole_diffusers.options import check_kinds
 from mole_diffusers.retrieval.encoders import Encoder
@@ -99,7 +99,7 @@ def load(folder: Path) -> Index:
         raise reindex_error(folder, f"cannot be used: {error}") from None
 
 
-def _checked(folder: Path, about: Any, vectors: Contents) -> Index:
+def _checked(folder: Path, about: Any, vectors: TensorFile) -> Index:
     if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"it is not {FORMAT} version {VERSION}")
     if about.get("embeddings") != vectors.sha256:

@@ -62,7 +62,7 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
 
 
-def read_parameters(text: str, where: str = "the text") -> Contents:
+def read_parameters(text: str, where: str = "the text") -> FoundRecipe:
     """A recipe from the text of A1111 or Forge. It is incomplete: hashes are cut to 12 digits, and there are no gates.
 
     Raises ValueError if the last line has fewer than three settings, lacks steps or seed, or has a value out of range.
@@ -105,7 +105,7 @@ def read_parameters(text: str, where: str = "the text") -> Contents:
     model = take("Model", "")
     lacking += [f"{key} {value[:40]}" for key, value in found.items() if key not in NOT_NEEDED and SETTING.fullmatch(key)]
     left_out = f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else ""
-    return Contents(recipe, left_out, model)
+    return FoundRecipe(recipe, left_out, model)
 
 
 def _times_larger(resized: str, size: str) -> str:
@@ -158,7 +158,7 @@ def save(image: Image.Image, path: str | Path, recipe: Recipe | None, sheet: Map
 
 
 @dataclass(frozen=True)
-class Contents:
+class FoundRecipe:
     """What a picture or a recipe file contains.
 
     Attributes:
@@ -191,7 +191,7 @@ def read(path: str | Path) -> Recipe:
     return contents(path).recipe
 
 
-def contents(path: str | Path) -> Contents:
+def contents(path: str | Path) -> FoundRecipe:
     """What a PNG contains: our own recipe if there is one, else A1111's text. A file named *.json is read as a recipe.
 
     Raises:
@@ -200,7 +200,7 @@ def contents(path: str | Path) -> Contents:
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
-        return Contents(load(path))
+        return FoundRecipe(load(path))
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path.name} is larger than {MAX_BYTES >> 20} MiB")
     texts = _texts(path)
@@ -208,7 +208,7 @@ def contents(path: str | Path) -> Contents:
         raise ValueError(f"{path.name} has more text than a recipe")
     if OWN in texts:
         recipe = Recipe.from_dict(parse_json(texts[OWN], path.name), path.name)
-        return Contents(recipe, sheet=_sheet(texts.get(SHEET, "{}"), path.name))
+        return FoundRecipe(recipe, sheet=_sheet(texts.get(SHEET, "{}"), path.name))
     if PARAMETERS not in texts:
         if COMFY & texts.keys():
             raise ValueError(f"{path.name} has no recipe, but a ComfyUI workflow, which is not read")

@@ -29,7 +29,7 @@ STATES = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "ne
 
 _copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> its copy, see `_copy_of`
 # Weighted states [1, T, C] of the last layer of a text encoder, and of the one before it if pipelines read that, too
-Weighted = tuple[torch.Tensor, ...]
+WeightedStates = tuple[torch.Tensor, ...]
 
 
 def chunks_of(pipe: Any, prompt: str) -> list[Chunk]:
@@ -166,7 +166,7 @@ def tiled_prompt(pipe: Any, prompt: str, *, prompt_2: str = "") -> dict[str, Any
     return {"prompt": text, "encode": encode}
 
 
-def _weighted(pipe: Any, part: Mapping[str, Chunk]) -> dict[str, list[Weighted | None]]:
+def _weighted(pipe: Any, part: Mapping[str, Chunk]) -> dict[str, list[WeightedStates | None]]:
     """{tokenizer: weighted states of the prompt and of the negative prompt}, for one chunk of each; None without weights."""
     first = part["prompt"], part.get("negative_prompt", NOTHING)
     second = part.get("prompt_2", first[0]), part.get("negative_prompt_2", first[1])
@@ -186,7 +186,7 @@ def _encoder(pipe: Any, tokenizer: str) -> Any:
 
 
 @contextmanager
-def _giving(pipe: Any, weighted: Mapping[str, Sequence[Weighted | None]]) -> Iterator[None]:
+def _giving(pipe: Any, weighted: Mapping[str, Sequence[WeightedStates | None]]) -> Iterator[None]:
     """While the block runs, the text encoders return these states instead of their own, the next ones at each run.
 
     The states are replaced inside the encoders, before any other hook sees them, so that binding recognises them later.
@@ -198,7 +198,7 @@ def _giving(pipe: Any, weighted: Mapping[str, Sequence[Weighted | None]]) -> Ite
         yield
 
 
-def _replaced(weighted: Iterator[Weighted | None], _: Any, __: Any, output: Any) -> Any:
+def _replaced(weighted: Iterator[WeightedStates | None], _: Any, __: Any, output: Any) -> Any:
     """A text encoder's output with the next weighted states in it; None if they are not weighted."""
     if (states := next(weighted)) is None:
         return None
@@ -227,7 +227,7 @@ class _Runs:
         return SimpleNamespace(last_hidden_state=torch.cat(layers, -1))
 
 
-def _weigh(pipe: Any, name: str, chunk: Chunk) -> Weighted:
+def _weigh(pipe: Any, name: str, chunk: Chunk) -> WeightedStates:
     from compel.embeddings_provider import EmbeddingsProvider
 
     tokenizer, encoder, device = getattr(pipe, name), _encoder(pipe, name), pipe._execution_device

@@ -39,7 +39,7 @@ MERGES = [method for method in METHODS if method != "sum" and not by_activations
 MERGED = "merged"  # name of a merge on the pipeline
 MAX_SIDE = 2048  # pixels of a picture in the app, and of one that a note suggests
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, latents [1, C, h, w])
-Inside = Callable[[Mixture], AbstractContextManager]
+MixtureContext = Callable[[Mixture], AbstractContextManager]
 CHANGING = "the base model is being changed: wait a little"
 NONE_OPEN = "no base model is open, since the last change failed: choose one"
 
@@ -249,7 +249,7 @@ class Studio:
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
         on_step: OnStep | None = None,
-        inside: Inside = nullcontext,
+        inside: MixtureContext = nullcontext,
     ) -> Image.Image:
         """Draw a completed recipe.
 
@@ -291,7 +291,7 @@ class Studio:
         size: tuple[int, int],
         over: dict[str, Any],
         on_step: OnStep | None,
-        inside: Inside,
+        inside: MixtureContext,
     ) -> Image.Image:
         """One call of a pipeline. `over` has the picture that it draws over, the strength and the mask, or is {}."""
         pipe = self._drawing_over(masked="mask_image" in over) if over else self.pipe

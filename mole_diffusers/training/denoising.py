@@ -37,7 +37,7 @@ def training_scheduler(pipe: Any) -> DDIMScheduler:
 
 
 @dataclass(frozen=True)
-class Text:
+class EncodedText:
     """What a UNet reads of B prompts.
 
     Attributes:
@@ -49,17 +49,17 @@ class Text:
     pooled: torch.Tensor | None = None
 
 
-def embed(pipe: Any, prompts: Sequence[str]) -> Text:
+def embed(pipe: Any, prompts: Sequence[str]) -> EncodedText:
     """Encode prompts as the pipeline does, with the gradient of its text encoders."""
     if getattr(pipe, "text_encoder_2", None) is None:
-        return Text(_encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts)[0])
+        return EncodedText(_encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts)[0])
     first = _encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts, output_hidden_states=True)
     second = _encode(pipe, pipe.tokenizer_2, pipe.text_encoder_2, prompts, output_hidden_states=True)
     states, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second[0]
     if pipe.config.force_zeros_for_empty_prompt:
         said = onto(torch.tensor([[prompt != ""] for prompt in prompts]), pipe.device)  # [B, 1]
         states, pooled = states.where(said[..., None], 0), pooled.where(said, 0)
-    return Text(states, pooled)
+    return EncodedText(states, pooled)
 
 
 def _encode(pipe: Any, tokenizer: Any, encoder: Any, prompts: Sequence[str], **options: Any) -> Any:
@@ -74,7 +74,7 @@ def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequen
     return _predict(pipe, x, timesteps, embed(pipe, prompts))
 
 
-def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: Text) -> torch.Tensor:
+def _predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, text: EncodedText) -> torch.Tensor:
     added = None
     if text.pooled is not None:
         height, width = (side * pipe.vae_scale_factor for side in x.shape[2:])

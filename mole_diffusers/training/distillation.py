@@ -95,9 +95,9 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
     return loss
 
 
-def _match(context: TrainingContext, stored: Sequence[Row]) -> LossFn:
+def _match(context: TrainingContext, stored: Sequence[TrajectoryStep]) -> LossFn:
     """The recovery error on random rows of stored trajectories. If these have several sizes, each update draws one."""
-    by_shape: dict[torch.Size, list[Row]] = {}
+    by_shape: dict[torch.Size, list[TrajectoryStep]] = {}
     for row in stored:
         by_shape.setdefault(row.x.shape, []).append(row)
     sizes = list(by_shape.values())
@@ -118,7 +118,7 @@ def _match(context: TrainingContext, stored: Sequence[Row]) -> LossFn:
 # ---- trajectories
 
 
-class Row(NamedTuple):
+class TrajectoryStep(NamedTuple):
     """A step of a sampled trajectory, on the CPU: at `x`, `timestep` and `prompt` the gates should predict `targets`."""
 
     x: torch.Tensor  # [C, H, W]
@@ -138,7 +138,7 @@ def sample_trajectories(
     seed: int,
     name: str,
     sizes: Mapping[str, tuple[int | None, int | None]] | None = None,
-) -> list[Row]:
+) -> list[TrajectoryStep]:
     """Sample `term.seeds` trajectories of each size with a teacher, and keep every row.
 
     The trajectories cycle through `prompts`, and each prompt gets at least one. The prediction without the prompt is
@@ -155,7 +155,7 @@ def sample_trajectories(
     by_shape: dict[tuple[int, int, int], list[str]] = {}
     for prompt in prompts:
         by_shape.setdefault(latent_shape(context.pipe, *sizes.get(prompt, (None, None))), []).append(prompt)
-    rows: list[Row] = []
+    rows: list[TrajectoryStep] = []
     for shape, own in by_shape.items():
         seeds = max(term.seeds, len(own))
         texts = [own[i % len(own)] for i in range(seeds)]
@@ -166,7 +166,7 @@ def sample_trajectories(
             prediction, base = teacher(*with_and_without(scaled, timesteps, texts))
             targets = prediction.unflatten(0, (2, seeds)).transpose(0, 1)  # [S, 2, C, H, W]
             norms = (prediction - base).square().unflatten(0, (2, seeds)).flatten(1).mean(1).expand(seeds, 2)
-            rows += map(Row, scaled.cpu(), timesteps.cpu(), targets.cpu(), norms.cpu(), texts)
+            rows += map(TrajectoryStep, scaled.cpu(), timesteps.cpu(), targets.cpu(), norms.cpu(), texts)
             empty, full = prediction.chunk(2)
             x = scheduler.step(empty + term.guidance * (full - empty), t, x, generator=generator).prev_sample
     return rows

@@ -34,7 +34,7 @@ STATE = "training.pt"
 LOG = "log.jsonl"
 LATEST = "latest"
 Losses = Callable[..., dict[str, torch.Tensor]]  # (index, shares) -> {"loss": ..., term: ...} of a share of a batch
-Report = Callable[[dict], None]  # gets every update's row; an exception in it ends the run
+OnUpdate = Callable[[dict], None]  # gets every update's row; an exception in it ends the run
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Engine:
         update: Callable[[int], None],
         *,
         name: str,
-        report: Report | None = None,
+        report: OnUpdate | None = None,
         progress: bool = True,
         validate: Callable[[int], None] | None = None,
         every: int = 0,

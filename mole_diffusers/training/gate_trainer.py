@@ -31,7 +31,15 @@ from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
 from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import check_trainable, predict
-from mole_diffusers.training.engine import Engine, Report, adamw, check_batch, digest, join_processes, save_activation_memory
+from mole_diffusers.training.engine import (
+    Engine,
+    OnUpdate,
+    adamw,
+    check_batch,
+    digest,
+    join_processes,
+    save_activation_memory,
+)
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.objectives import OBJECTIVES
 
@@ -51,7 +59,7 @@ def train_gates(
     folder: str | Path | None = None,
     resume_from: str | None = None,
     success: Success | None = None,
-    report: Report | None = None,
+    report: OnUpdate | None = None,
     progress: bool = True,
 ) -> list[dict]:
     """Train the gates of an attached mixture; base and experts stay as they are.
@@ -146,7 +154,7 @@ class GateTrainer:
 
     # ---- fit
 
-    def fit(self, report: Report | None = None) -> None:
+    def fit(self, report: OnUpdate | None = None) -> None:
         """Run the updates, set the gates to their final weights, save them, and close the trackers."""
         if self.config.tracker:
             self.accelerator.init_trackers("mole")

@@ -20,7 +20,15 @@ from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import check_trainable, denoising_loss, latent_shape, sample_ddim
-from mole_diffusers.training.engine import Engine, Report, adamw, check_batch, digest, join_processes, save_activation_memory
+from mole_diffusers.training.engine import (
+    Engine,
+    OnUpdate,
+    adamw,
+    check_batch,
+    digest,
+    join_processes,
+    save_activation_memory,
+)
 from mole_diffusers.training.lora_adapter import add_lora, save_lora
 
 PRIOR_FILE = "prior.safetensors"
@@ -36,7 +44,7 @@ def train_lora(
     name: str = "the concept",
     folder: str | Path | None = None,
     resume_from: str | None = None,
-    report: Report | None = None,
+    report: OnUpdate | None = None,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Train a LoRA for one concept. Afterwards the pipeline is as it was.
