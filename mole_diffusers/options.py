@@ -1,4 +1,4 @@
-"""Named options from a file or a command line, checked against type annotations."""
+"""What comes from a file or a command line: named options, checked against type annotations, and text to print."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
+
+
+def printable(text: str) -> str:
+    """Untrusted text on one line, without terminal control codes."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def check_options(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mole_diffusers.cli.console import busy, note
+from mole_diffusers.cli.console import busy, hide_loading_bars, note
 from mole_diffusers.cli.options import Files, Machine, Output
 from mole_diffusers.studio.names import WORLD
 
@@ -34,6 +34,7 @@ def opened(base: str, machine: Machine, *, says: bool = False, **memory: Any) ->
         says: whether to report on stderr how it was opened.
         memory: further arguments of `studio.memory.Memory`.
     """
+    hide_loading_bars()
     from mole_diffusers.studio.base_models import open_base
     from mole_diffusers.studio.memory import Memory
 

@@ -22,23 +22,37 @@ def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
+_is_quiet = False  # whether `quiet` keeps other libraries off the console
+
+
+def hide_loading_bars() -> None:
+    """Inside `quiet`, hide the loading bars of other libraries. Call it before models are loaded: importing the libraries
+    takes seconds, which commands that load no model should not wait for."""
+    if not _is_quiet:
+        return
+    with busy("starting"):
+        from diffusers.utils.logging import disable_progress_bar as hide_pipeline_bars
+        from huggingface_hub.utils import enable_progress_bars as show_downloads
+        from transformers.utils.logging import disable_progress_bar as hide_weight_bars
+    hide_pipeline_bars()
+    hide_weight_bars()
+    show_downloads()  # transformers hides them along with its own
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings, notices and loading bars of other libraries off the console. Warnings of mole take one line."""
+    """Keep warnings and notices of other libraries off the console, and their loading bars, see `hide_loading_bars`.
+    Warnings of mole take one line."""
+    global _is_quiet
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(?!mole_diffusers)")
         as_before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
         disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)
+        _is_quiet = True
         try:
-            with busy("starting"):
-                from diffusers.utils.logging import disable_progress_bar as hide_pipeline_bars
-                from huggingface_hub.utils import enable_progress_bars as show_downloads
-                from transformers.utils.logging import disable_progress_bar as hide_weight_bars
-            hide_pipeline_bars()
-            hide_weight_bars()
-            show_downloads()  # transformers hides them along with its own
             yield
         finally:
+            _is_quiet = False
             warnings.formatwarning = as_before
             logging.disable(disabled)

@@ -13,6 +13,7 @@ from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Result
 from mole_diffusers.cli.common import completed, first_recipe, open_catalog, opened, target
 from mole_diffusers.cli.console import note
+from mole_diffusers.options import printable
 from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
@@ -76,7 +77,6 @@ def redraw(picture: Path, *, files: options.Studio, over: options.Pictures, outp
     Args:
         picture: a PNG of mole draw, the app or A1111, or a recipe as a .json file.
     """
-    from mole_diffusers.lora.safe_files import printable
     from mole_diffusers.studio import infotext
     from mole_diffusers.studio.base_models import find_base
     from mole_diffusers.studio.names import model_name

@@ -14,7 +14,7 @@ from typer import Option
 from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Group, Result
 from mole_diffusers.cli.common import experts_for, grouped_values, named_values, opened
-from mole_diffusers.cli.console import note
+from mole_diffusers.cli.console import hide_loading_bars, note
 from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def evaluate(
 
     if judged:
         return Result(judging_sheet.votes(out), judging_sheet.count_answers(out))
+    hide_loading_bars()
     if wanted.search:
         _check_search(base, wanted)
     check_names(wanted.arm)

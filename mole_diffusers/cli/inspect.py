@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mole_diffusers.cli.commands import Result
 from mole_diffusers.cli.common import opened
 from mole_diffusers.cli.options import Machine
+from mole_diffusers.options import printable
 
 if TYPE_CHECKING:
     from mole_diffusers.lora import Expert
@@ -21,9 +22,6 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
         files (FILE): LoRA files.
         base (MODEL): a pipeline to match the layers with.
     """
-    from mole_diffusers.lora import read_expert
-    from mole_diffusers.lora.safe_files import printable
-
     models = {}
     if base:
         from mole_diffusers.patching.host.denoiser_inputs import models_of
@@ -32,6 +30,10 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
     reports, failed = list[dict[str, Any]](), False
     for path in files:
         try:
+            if not path.exists():
+                raise FileNotFoundError(f"no LoRA file at {path}")
+            from mole_diffusers.lora import read_expert  # which takes seconds
+
             reports.append(describe(read_expert(path), path, models))
         except (ValueError, FileNotFoundError) as error:
             failed = True

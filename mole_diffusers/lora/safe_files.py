@@ -19,6 +19,10 @@ from typing import Any
 import psutil
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+
+from mole_diffusers.options import printable
 
 MAX_HEADER = 8 << 20  # bytes; far more than a LoRA's header with all training tags and a thumbnail
 MAX_TENSORS = 20_000
@@ -32,11 +36,7 @@ PICTURE_ERRORS = (  # what Pillow raises for a broken picture: of its parts afte
     OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, struct.error, Image.DecompressionBombError,
 )  # fmt: skip
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 class RefusedFileError(ValueError):
@@ -45,11 +45,6 @@ class RefusedFileError(ValueError):
     def __init__(self, message: str):
         # The message quotes the file, which may contain anything, at any length.
         super().__init__(printable(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."))
-
-
-def printable(text: str) -> str:
-    """Untrusted text on one line, without terminal control codes."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 @dataclass(frozen=True)
@@ -61,48 +56,53 @@ class TensorFile:
     sha256: str  # of the tensor bytes after the header, so that edited metadata does not change it
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor of a header: where its bytes are and what they mean."""
-
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
 def read_safetensors(path: str | Path) -> TensorFile:
     """Read a whole safetensors file; the content decides, not the suffix. Pickle is never loaded.
 
     Raises:
         FileNotFoundError: no such file.
-        RefusedFileError: empty, truncated, a Git LFS pointer, an HTML page, a zip or pickle; a header too large, with
-            too many tensors, duplicate keys or broken JSON; offsets that overlap, leave gaps or pass the end; more
-            than the free memory.
+        RefusedFileError: empty, a Git LFS pointer, an HTML page, a zip or pickle; a header too large, with too many tensors
+            or duplicate keys; what safetensors itself refuses, such as a truncated file; more than the free memory.
     """
     path = Path(path)
-    with _open(path) as file:
-        entries, metadata = _header(file, path)
-        stacked = sum(4 * math.prod(entry.shape) for entry in entries)  # experts are stacked in fp32
-        check_memory(path.stat().st_size + stacked, f"{path}, once read and once stacked for the host, takes")
-        digest, tensors = hashlib.sha256(), {}
-        for entry in entries:
-            data = bytearray(entry.end - entry.begin)
-            if file.readinto(data) != len(data):
-                raise RefusedFileError(f"{path} changed while it was read")
-            digest.update(data)
-            flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
-            tensors[entry.key] = flat.reshape(entry.shape)
-    return TensorFile(tensors, metadata, digest.hexdigest())
+    shapes, metadata = read_header(path)
+    size = path.stat().st_size
+    stacked = sum(4 * math.prod(shape) for shape in shapes.values())  # experts are stacked in fp32
+    check_memory(size + stacked, f"{path}, once read and once stacked for the host, takes")
+    data = path.read_bytes()
+    try:
+        tensors = load(data)  # in any order
+    except SafetensorError:
+        tensors = {}
+    if tensors.keys() != shapes.keys():
+        raise RefusedFileError(f"{path} changed while it was read")
+    start = 8 + int.from_bytes(data[:8], "little")
+    return TensorFile({key: tensors[key] for key in shapes}, metadata, hashlib.sha256(memoryview(data)[start:]).hexdigest())
 
 
 def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The shape of every tensor of a safetensors file of any size, and its metadata. Raises like `read_safetensors`."""
+    """The shape of every tensor of a safetensors file of any size, in the order of their bytes, and its metadata. Raises
+    like `read_safetensors`."""
     path = Path(path)
-    with _open(path) as file:
-        entries, metadata = _header(file, path)
-    return {entry.key: entry.shape for entry in entries}, metadata
+    values = _header(path)
+    try:
+        with safe_open(path, "numpy") as file:  # checks types, shapes and offsets
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        why = str(error).removeprefix("Error while deserializing header: ")
+        raise RefusedFileError(f"{path} is damaged or truncated: {why}") from None
+    values.pop("__metadata__", None)
+    if len(values) > MAX_TENSORS:
+        raise RefusedFileError(f"{path}: its header lists {len(values)} tensors; at most {MAX_TENSORS} are read")
+    for key, about in values.items():
+        if len(key) > MAX_NAME:
+            raise RefusedFileError(f"{path}: the name of a tensor has {len(key)} characters; at most {MAX_NAME} are read")
+        if len(about["shape"]) > MAX_DIMS:
+            raise RefusedFileError(f"{path}: tensor {key!r} has {len(about['shape'])} sides; at most {MAX_DIMS} are read")
+        if about["dtype"] not in DTYPES:
+            raise RefusedFileError(f"{path}: tensor {key!r} has dtype {about['dtype']!r}; known: {list(DTYPES)}")
+    in_order = sorted(values.items(), key=lambda each: each[1]["data_offsets"])
+    return {key: tuple(about["shape"]) for key, about in in_order}, metadata
 
 
 def read_json(path: str | Path, *, limit: int = 1 << 20) -> Any:
@@ -214,31 +214,25 @@ def _open(path: Path) -> BufferedReader:
 # ---- the header
 
 
-def _header(file: BufferedReader, path: Path) -> tuple[list[_Entry], dict[str, str]]:
-    """The checked entries in the order of their bytes, and the metadata."""
-    head, size = file.read(64), path.stat().st_size
-    length = int.from_bytes(head[:8], "little")
-    if len(head) < 9 or head[8:9] != b"{":
-        raise RefusedFileError(f"{path} is {_kind(head)}")
-    if length > MAX_HEADER:
-        raise RefusedFileError(f"{path}: its header claims {length} bytes; at most {MAX_HEADER} are read")
-    if length > size - 8:
-        raise RefusedFileError(f"{path} is truncated: its header has {length} bytes, the whole file {size}")
-    file.seek(8)
-    raw = file.read(length)
+def _header(path: Path) -> dict[str, Any]:
+    """The header's JSON, of limited size and without duplicate keys, which safetensors does not refuse."""
+    with _open(path) as file:
+        head, size = file.read(64), path.stat().st_size
+        length = int.from_bytes(head[:8], "little")
+        if len(head) < 9 or head[8:9] != b"{":
+            raise RefusedFileError(f"{path} is {_kind(head)}")
+        if length > MAX_HEADER:
+            raise RefusedFileError(f"{path}: its header claims {length} bytes; at most {MAX_HEADER} are read")
+        if length > size - 8:
+            raise RefusedFileError(f"{path} is truncated: its header has {length} bytes, the whole file {size}")
+        file.seek(8)
+        raw = file.read(length)
     if (marks := raw.count(b"[") + raw.count(b"{") + raw.count(b":")) > MAX_MARKS:
         raise RefusedFileError(f"{path}: its header has {marks} brackets and colons; at most {MAX_MARKS} are read")
     values = parse_json(raw, f"{path}: its header")
     if not isinstance(values, dict):
         raise RefusedFileError(f"{path}: its header is not a JSON object")
-    metadata = values.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise RefusedFileError(f"{path}: its metadata is not a flat object of strings")
-    if len(values) > MAX_TENSORS:
-        raise RefusedFileError(f"{path}: its header lists {len(values)} tensors; at most {MAX_TENSORS} are read")
-    entries = sorted((_entry(k, v, path) for k, v in values.items()), key=lambda e: (e.begin, e.end))
-    _check_layout(entries, size - 8 - length, path)
-    return entries, metadata
+    return values
 
 
 def _kind(head: bytes) -> str:
@@ -257,43 +251,6 @@ def _kind(head: bytes) -> str:
     if len(head) < 9:
         return f"truncated: it has {len(head)} bytes"
     return "not a safetensors file, the only format that is read"
-
-
-def _entry(key: str, value: Any, path: Path) -> _Entry:
-    if len(key) > MAX_NAME:
-        raise RefusedFileError(f"{path}: the name of a tensor has {len(key)} characters; at most {MAX_NAME} are read")
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise RefusedFileError(f"{path}: tensor {key!r} lacks a plain dtype, shape and data_offsets")
-    name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(name, str) or name not in DTYPES:
-        raise RefusedFileError(f"{path}: tensor {key!r} has dtype {name!r}; known: {list(DTYPES)}")
-    if not _naturals(shape) or len(shape) > MAX_DIMS:
-        raise RefusedFileError(f"{path}: tensor {key!r} has a shape that is not a list of at most {MAX_DIMS} whole numbers")
-    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise RefusedFileError(f"{path}: tensor {key!r} has offsets that are not a begin and an end")
-    if math.prod(max(1, side) for side in shape) >= 1 << 63:
-        raise RefusedFileError(f"{path}: tensor {key!r} has shape {shape}, which no memory could hold")
-    if (wanted := math.prod(shape) * DTYPES[name].itemsize) != offsets[1] - offsets[0]:
-        raise RefusedFileError(f"{path}: tensor {key!r} of shape {shape} takes {wanted} bytes, its offsets say otherwise")
-    return _Entry(key, DTYPES[name], tuple(shape), *offsets)
-
-
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-
-
-def _check_layout(entries: list[_Entry], present: int, path: Path) -> None:
-    """Check that the tensors' bytes are contiguous, without overlap or gap, from 0 to the end of the file."""
-    end = 0
-    for entry in entries:
-        if entry.begin != end:
-            how = "overlaps the one before it" if entry.begin < end else "leaves a gap before it"
-            raise RefusedFileError(f"{path}: tensor {entry.key!r} {how}: it begins at byte {entry.begin}, not {end}")
-        end = entry.end
-    if end > present:
-        raise RefusedFileError(f"{path} is truncated: its tensors need {end} bytes, {present} are there")
-    if end < present:
-        raise RefusedFileError(f"{path}: {present - end} bytes after the last tensor belong to none")
 
 
 def check_memory(size: int, what: str) -> None:

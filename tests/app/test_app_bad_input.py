@@ -82,7 +82,7 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
         ("owl.safetensors", other, "already another LoRA 'owl'"),
         ("OWL.safetensors", other, "already another LoRA 'OWL'"),
         ("Fox.safetensors", other, "already another LoRA 'Fox'"),
-        ("new.safetensors", other[:-1], "new.safetensors is truncated"),
+        ("new.safetensors", other[:-1], "new.safetensors is damaged or truncated"),
         ("page.safetensors", b"<html>", "page.safetensors is an HTML page"),
     ):
         path = sent(name, data)
@@ -202,7 +202,7 @@ def test_a_lora_that_cannot_be_read_hides_no_other(loras, tmp_path):
     (listed,) = [event.fn for event in blocks.fns.values() if event.fn and event.fn.__name__ == "loras"]
     fox, cut, gone = asyncio.run(listed())
     assert (fox["layers"], fox["problem"], gone["problem"]) == (40, "", "no LoRA file at gone.safetensors")
-    assert cut["problem"].startswith("cut.safetensors is truncated")
+    assert cut["problem"].startswith("cut.safetensors is damaged or truncated")
     (add,) = [one for one in blocks.blocks.values() if getattr(one, "elem_id", None) == "add"]
     assert [label for label, _ in add.choices] == ["fox", "cut (cannot be read)", "gone (cannot be read)"]
     text = "a fox <lora:fox:1> <lora:cut:1> <lora:gone:1>"

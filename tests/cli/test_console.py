@@ -27,6 +27,13 @@ def test_help_loads_no_model_library(argv):
     assert len(out.splitlines()) > 1
 
 
+def test_inspect_loads_what_it_reads_files_with_and_nothing_for_a_file_that_is_missing(loras):
+    for path, loaded in (("gone.safetensors", []), (loras["fox"], ["torch"])):
+        asked = f"from mole_diffusers.cli import main; import sys; main(['inspect', '{path}']); "
+        out, _ = shell(f"{asked}print([name for name in {SLOW} if name in sys.modules])")
+        assert out.splitlines()[-1] == str(loaded)
+
+
 def test_importing_the_package_loads_no_model_library():
     out, err = shell(f"import sys, mole_diffusers; print([name for name in {SLOW} if name in sys.modules])")
     assert (out, err) == ("[]\n", "")
