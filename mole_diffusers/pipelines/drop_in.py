@@ -223,14 +223,20 @@ class DropIn:
         attach_kept(self, folder)
 
     @_one_at_a_time
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """Save the pipeline in diffusers' format, together with experts, gates and strengths.
 
         What holds only inside a `with` block of the mixture is not saved.
 
         Any diffusers pipeline of this kind opens the folder without them. The folder's pipeline.py is for
         `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`; call `load_mixture` after that.
+
+        Raises ValueError for `safe_serialization=False`: pickled weights are not read by default.
         """
+        if not safe_serialization:
+            raise ValueError("a drop-in saves safetensors, since it opens no pickled weights: leave safe_serialization out")
         folder, mixture = Path(save_directory), self.mixture
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.name)
@@ -239,7 +245,7 @@ class DropIn:
                 keep(mixture, part / KEPT)
             (part / "pipeline.py").write_text(CUSTOM.format(name=type(self).__name__))
             with nullcontext() if mixture is None else mixture.lifted():
-                super().save_pretrained(str(part), *args, **kwargs)
+                super().save_pretrained(str(part), safe_serialization, *args, **kwargs)
             if (before := whole_folder(folder)).is_dir():
                 copy_missing(before, part, without=KEPT)  # such as the weights in another precision
 

@@ -140,8 +140,14 @@ def saved(tmp_path_factory):
 
 
 def test_pickled_weights_are_read_only_if_asked_for(saved, tmp_path):
-    pipe, options, _, image = saved
-    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    pipe, options, folder, image = saved
+    for how in ({"safe_serialization": False}, [False]):
+        with pytest.raises(ValueError, match="saves safetensors, since it opens no pickled weights"):
+            pipe.save_pretrained(tmp_path, *how) if isinstance(how, list) else pipe.save_pretrained(tmp_path, **how)
+    assert not list(tmp_path.iterdir())
+    with pipe.mixture.lifted():
+        diffusers.StableDiffusionPipeline.save_pretrained(pipe, tmp_path, safe_serialization=False)
+    shutil.copytree(folder, tmp_path / "mole")
     with pytest.raises(OSError, match=r"no file named .*\.safetensors .* only if you give use_safetensors=None"):
         mole.MoLEPipeline.from_pretrained(tmp_path)
     again = hosts.quiet(mole.MoLEPipeline.from_pretrained(tmp_path, use_safetensors=None))

@@ -24,6 +24,10 @@ MERGED = (
     "LoRAs cannot be fused under a mixture, whose gated experts would be off in the layers; fuse them before attach, or "
     "use mixture.collapsed() or mixture.export_lora() for the experts"
 )
+SWAPPED = (
+    "enable_lora_hotswap must come before attach, and before the first load_lora_weights of a drop-in: it prepares layers "
+    "for the LoRAs that are loaded afterwards; detach first"
+)
 PARTIAL = "{name} carries the experts of a mixture; take its weights inside `with mixture.lifted():`"
 PICKLE = "a {kind} with a mixture on it cannot be pickled or copied by parts; do that inside `with mixture.lifted():`"
 
@@ -62,6 +66,7 @@ def guard(
         _wrap(model, "delete_adapters", partial(_deleted, remove), undo)
         _wrap(model, "fuse_qkv_projections", partial(_refused, FUSED), undo)
         _wrap(model, "fuse_lora", partial(_refused, MERGED), undo)
+        _wrap(model, "enable_lora_hotswap", partial(_refused, SWAPPED), undo)
         for layer in adapted(model):
             _wrap(layer, "merge", partial(_refused, MERGED), undo)
             if ADAPTER in layer.lora_A:

@@ -85,6 +85,22 @@ def test_hotswap_changes_the_ordinary_lora_and_leaves_the_mixture(pipe, loras, l
         pipe.load_lora_weights(lcm[1], adapter_name="none", hotswap=True)
 
 
+def test_hotswap_is_prepared_before_attach(pipe, loras, lcm, draw):
+    mole.attach(pipe, {"fox": loras["fox"]})
+    picture = draw(pipe)
+    for each in (pipe, pipe.unet):
+        with pytest.raises(ValueError, match="enable_lora_hotswap must come before attach"):
+            each.enable_lora_hotswap(target_rank=16)
+    assert torch.equal(draw(pipe), picture)
+    mole.detach(pipe)
+    pipe.enable_lora_hotswap(target_rank=16)
+    mole.attach(pipe, {"fox": loras["fox"]})
+    pipe.load_lora_weights(lcm[0], adapter_name="lcm")
+    pipe.load_lora_weights(lcm[1], adapter_name="lcm", hotswap=True)
+    plain = theirs({"fox": loras["fox"], "lcm": lcm[1]}, [1.0, 1.0])
+    torch.testing.assert_close(draw(pipe), draw(plain), **CLOSE)
+
+
 @pytest.mark.thorough
 def test_fusing_under_a_mixture_is_refused(pipe, loras, lcm, draw):
     pipe.load_lora_weights(lcm[0], adapter_name="lcm")
