@@ -115,6 +115,13 @@ class Mixture:
         parts = {name for name in models if models[name] is self._denoiser} | self.banks.keys()
         self._models = {name: model for name, model in models.items() if name in parts}  # those that it changes
 
+    def __repr__(self) -> str:
+        strengths = zip(self.experts, self._runtime.strength, self._runtime.active, strict=True)
+        experts = ", ".join(f"{name} {strength:g}{'' if on else ' (off)'}" for name, strength, on in strengths)
+        bound = "not bound" if self.binding is None else "bound"
+        where = "on" if attached(self._pipe) is self else "lifted off" if self._is_lifted else "not attached any more to"
+        return f"<Mixture of {experts}; gates {self.config.family!r}, {bound}; {where} {type(self._pipe).__name__}>"
+
     # ---- for users
 
     def strength(self, name: str, value: float | None = None) -> float:
@@ -125,6 +132,7 @@ class Mixture:
         index = self._index(name)
         with self._lock.held():
             if value is not None:
+                self._check_in_use()
                 self._runtime.set_strength(index, finite(name, value))
             return self._runtime.strength[index]
 
@@ -153,6 +161,7 @@ class Mixture:
             self._index(name)
             finite(name, value)
         with self._lock.held():
+            self._check_in_use()
             now = [strengths.get(name, old) for name, old in zip(self.experts, self._runtime.strength, strict=True)]
             self._runtime.set(strength=now, active=[name in strengths for name in self.experts], plan=plan)
 
@@ -375,7 +384,7 @@ class Mixture:
         """
         models = [part.model for part in self._components]
         with self._lock.held():
-            if _lifted.get(self._denoiser) is self:
+            if self._is_lifted:
                 yield
                 return
             self._check_attached()
@@ -501,6 +510,7 @@ class Mixture:
         `experts` are the files that the gates will be loaded with, by default those of the mixture.
         """
         with self._lock.held(), loaded(self._pipe):  # between calls, offloaded gates have no values
+            self._check_in_use()
             checkpoint.save(folder, self.banks, self.config, experts=experts or self.experts, dtype=dtype)
 
     @contextmanager
@@ -509,8 +519,7 @@ class Mixture:
         with self._changed_while(**values):
             if self._runtime.collapsed:
                 raise ValueError("inside `collapsed` the experts are folded into the weights, and cannot be changed")
-            if _lifted.get(self._denoiser) is not self:
-                self._check_attached()
+            self._check_in_use()
             yield
 
     @contextmanager
@@ -521,7 +530,16 @@ class Mixture:
 
     def _check_attached(self) -> None:
         if attached(self._pipe) is not self:
-            raise ValueError("this mixture is not attached any more")
+            raise ValueError("this mixture is not attached any more: attach again, or use what is, mole.attached(pipe)")
+
+    @property
+    def _is_lifted(self) -> bool:
+        return _lifted.get(self._denoiser) is self
+
+    def _check_in_use(self) -> None:
+        """Raise ValueError for a mixture that is not attached: a change would have no effect. `lifted` puts it back."""
+        if not self._is_lifted:
+            self._check_attached()
 
     def _index(self, name: str) -> int:
         if name not in self.experts:
@@ -547,9 +565,10 @@ class Mixture:
 
         Inside a `bound` block, all of it holds until the block ends.
 
-        Raises ValueError for an unknown name or region; nothing changes then.
+        Raises ValueError for an unknown name or region; nothing changes then. So does a mixture that is not attached.
         """
         with self._lock.held():
+            self._check_in_use()
             self._runtime.set(binding=self._masks(self._bound(binding)))
 
     @property
@@ -636,12 +655,16 @@ class Mixture:
         masks = self._runtime.of_step("binding")
         return [] if masks is None else list(masks.warned)
 
-    def _bound(self, binding: Mapping[str, Any] | None) -> dict[str, Bound] | None:
+    def _bound(self, binding: Mapping[str, Any] | str | None) -> dict[str, Bound] | None:
         if binding is None:
             return None
         return bindings(binding, self.experts, self.binding or files_bindings(self.experts))
 
     # ---- install on the models and uninstall
+
+    def _set_up(self, strengths: Sequence[float], binding: Mapping[str, Any] | str | None) -> None:
+        """What it begins with: strengths [N], and a binding as `bind` takes it."""
+        self._runtime.set(strength=list(strengths), binding=self._masks(self._bound(binding)))
 
     def _replace(self, before: Mixture | None) -> None:
         """Take the place of `before`. If that fails, put `before` back.
@@ -762,6 +785,7 @@ def attach(
         ValueError, FileNotFoundError: a bad file, layer, family or gate folder, or LoRAs that `disable_lora` has switched
             off, the mixture's or others; the pipeline stays as it was.
     """
+    denoiser(pipe)  # so that nothing else is taken for a pipeline
     with _held(pipe) as before:
         mixture = _prepared(pipe, experts, gates, binding)
         mixture._replace(before)
@@ -781,6 +805,9 @@ def _prepared(
     if not read:
         raise ValueError("attach needs at least one expert")
     files = {name: expert for name, (expert, _) in read.items()}
+    if not isinstance(gates, str | Path | GateConfig):
+        known = ", ".join(FAMILIES)
+        raise TypeError(f"gates are a family, a GateConfig, a folder or a hub id, got {gates!r}; families: {known}")
     # "sum" is the default, so the current folder must not change what it means.
     if gates in FAMILIES and gates != "sum" and (Path(str(gates)) / checkpoint.WEIGHTS).is_file():
         raise ValueError(
@@ -794,11 +821,7 @@ def _prepared(
         saved = checkpoint.load(gates)
         mixture = Mixture(pipe, {name: files[name] for name in saved.order(files)}, saved.config)
         saved.fill(mixture.banks)
-    for name, (_, strength) in read.items():
-        mixture.strength(name, strength)
-    if isinstance(binding, str) and binding != AUTO:
-        raise ValueError(f"binding is {AUTO!r}, a mapping from experts to words, or None, got {binding!r}")
-    mixture.bind({} if isinstance(binding, str) else binding)
+    mixture._set_up([read[name][1] for name in mixture.experts], {} if binding == AUTO else binding)
     return mixture
 
 
@@ -832,4 +855,4 @@ def _held(pipe: Any) -> Iterator[Mixture | None]:
 def lock_of_pipeline(pipe: Any) -> PipelineLock:
     """The lock of a pipeline's denoiser, or of the mixture that its text encoders still hold."""
     found = attached(pipe)
-    return lock_of(next(iter(denoisers(pipe)), pipe)) if found is None else found._lock
+    return lock_of(denoiser(pipe)) if found is None else found._lock

@@ -350,6 +350,57 @@ def test_a_text_encoder_with_another_pipelines_mixture_is_refused(pipe, loras, d
     mole.attach(other, {"ink": loras["ink"]})
 
 
+def test_a_mixture_that_was_taken_off_says_so(pipe, loras, draw, tmp_path):
+    mixture = mole.attach(pipe, {"fox": loras["fox"], "ink": (loras["ink"], 0.5)}, binding=None)
+    assert repr(mixture) == "<Mixture of fox 1, ink 0.5; gates 'sum', not bound; on StableDiffusionPipeline>"
+    with mixture.lifted():
+        assert "lifted off" in repr(mixture)
+        mixture.strength("ink", 0.25)
+        mixture.bind({"fox": ("fox", "left")})
+    assert mixture.strength("ink") == 0.25
+    mole.detach(pipe)
+    assert (
+        repr(mixture) == "<Mixture of fox 1, ink 0.25; gates 'sum', bound; not attached any more to StableDiffusionPipeline>"
+    )
+    calls = [
+        lambda: mixture.strength("fox", 2.0),
+        lambda: mixture.bind({"fox": "a fox"}),
+        lambda: mixture.bind(None),
+        lambda: mixture.choose({"fox": 1.0}),
+        lambda: mixture.save_pretrained(tmp_path / "gates"),
+        lambda: mixture.push_to_hub("me/gates"),
+    ]
+    other = mole.attach(pipe, {"fox": loras["fox"]})
+    for call in calls:
+        with pytest.raises(ValueError, match="not attached any more: attach again, or use what is"):
+            call()
+    assert not (tmp_path / "gates").exists()
+    assert (mixture.strength("fox"), other.strength("fox")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe, files: mole.attach("me/fox", files), "on a loaded pipeline, such as .*from_pretrained.'me/fox'"),
+        (lambda pipe, files: mole.attach(None, files), "a unet or a transformer, and NoneType has neither"),
+        (lambda pipe, files: mole.attach(pipe.unet, files), "a unet or a transformer, and UNet2DConditionModel has neither"),
+        (lambda pipe, files: mole.detach("me/fox"), "on a loaded pipeline"),
+        (lambda pipe, files: mole.detach(None), "NoneType has neither"),
+        (lambda pipe, files: mole.attach(pipe, files, gates="mol"), "'mol' is no gate family.*families: sum, mean.*mole"),
+        (lambda pipe, files: mole.attach(pipe, files, gates=3), "gates are a family.*got 3; families: sum"),
+        (
+            lambda pipe, files: mole.attach(pipe, files, binding="fox"),
+            'as {"fox": "a fox"}, or is None, got .fox.; only attach',
+        ),
+        (lambda pipe, files: mole.attach(pipe, files).bind("auto"), 'as {"fox": "a fox"}, or is None, got .auto.'),
+        (lambda pipe, files: mole.attach(pipe, files).bind(["fox"]), "got .'fox'."),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_is_taken(pipe, loras, call, message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        call(pipe, {"fox": loras["fox"]})
+
+
 def test_a_pipeline_can_be_saved_while_lifted(pipe, loras, draw, tmp_path):
     base = draw(pipe)
     mixture = mole.attach(pipe, loras)

@@ -100,8 +100,13 @@ def _without_article(phrase: str) -> str:
     return rest.strip() if first.lower() in ("a", "an", "the") and rest.strip() else phrase.strip()
 
 
-def bindings(given: Mapping[str, Any], experts: Mapping[str, Expert], before: Mapping[str, Bound]) -> dict[str, Bound]:
-    """`before`, updated by `given`. Raises ValueError for an unknown expert."""
+def bindings(given: Mapping[str, Any] | str, experts: Mapping[str, Expert], before: Mapping[str, Bound]) -> dict[str, Bound]:
+    """`before`, updated by `given`. Raises ValueError for an unknown expert, or anything but a mapping."""
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f'a binding names experts with their words, as {{"fox": "a fox"}}, or is None, got {given!r}; only attach takes '
+            f"{AUTO!r} for all of them, and for one of them (None, {AUTO!r}) says the same"
+        )
     if unknown := [name for name in given if name not in experts]:
         raise ValueError(f"unknown expert {unknown[0]!r}; attached: {list(experts)}")
     return {name: bound(given[name], name, experts[name]) if name in given else before[name] for name in experts}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.gates import GateBank, GateConfig
+from mole_diffusers.gates import FAMILIES, GateBank, GateConfig
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.safe_files import RefusedFileError, parse_json, read_json, read_safetensors
 from mole_diffusers.lora.whole_files import check_no_file, write_text
@@ -147,9 +147,10 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    nothing = f"{name!r} is no gate family, no folder here and no hub repository that can be reached"
+    if "/" not in name:
+        raise FileNotFoundError(f"{nothing}; families: {', '.join(FAMILIES)}")
     try:
         return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{name!r} is no gate family, no folder here and no hub repository that can be reached"
-        ) from error
+        raise FileNotFoundError(f"{nothing}; families: {', '.join(FAMILIES)}") from error

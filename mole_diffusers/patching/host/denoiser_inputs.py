@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,9 +117,13 @@ def denoisers(pipe: Any) -> list[nn.Module]:
 
 
 def denoiser(pipe: Any) -> nn.Module:
-    """The UNet or transformer of a pipeline; ValueError if it has none."""
+    """The UNet or transformer of a pipeline; ValueError for anything else."""
+    if isinstance(pipe, str | Path):
+        raise ValueError(f"a mixture is on a loaded pipeline, such as DiffusionPipeline.from_pretrained({str(pipe)!r})")
     if not (found := denoisers(pipe)):
-        raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to attach experts to")
+        raise ValueError(
+            f"a mixture is on a diffusers pipeline with a unet or a transformer, and {type(pipe).__name__} has neither"
+        )
     return found[0]
 
 
