@@ -99,6 +99,7 @@ def evaluate(
         sheet: write a sheet on which people choose between two arms.
         judged: count the answers on the sheet in --out, and stop.
     """
+    _check_pandas()
     from accelerate import PartialState
 
     from mole_diffusers import emoji
@@ -140,11 +141,16 @@ def evaluate(
     if sheet:
         note(f"{judging_sheet.write_sheet(out, rows)} questions in {out / 'sheet'}")
     if find_spec("matplotlib") is None:
-        note("figures need matplotlib: pip install 'mole-diffusers[plot]'")
+        note("figures need matplotlib: pip install 'mole-diffusers[evaluation]'")
     else:
         _figures(out, rows, report, attached=bool(wanted.attached), share=bool(wanted.share))
         _heat_map(out / "gates.png", setup, arms, cases)
     return Result(rows, text)
+
+
+def _check_pandas() -> None:
+    if find_spec("pandas") is None:
+        raise ValueError("this needs pandas: pip install 'mole-diffusers[evaluation]'")
 
 
 def _check_search(base: str, wanted: ArmOptions) -> None:

@@ -1,7 +1,7 @@
 """Prompts with weights (see `weight_syntax`) and of any length -> arguments of a pipeline call.
 
-compel (https://github.com/damian0815/compel) applies the weights to the states of the words. A prompt that is too long for
-the text encoder is encoded in chunks.
+compel (https://github.com/damian0815/compel) applies the weights to the states of the words; it is only imported where a
+prompt has weights. A prompt that is too long for the text encoder is encoded in chunks.
 """
 
 from __future__ import annotations
@@ -228,7 +228,10 @@ class _Runs:
 
 
 def _weigh(pipe: Any, name: str, chunk: Chunk) -> WeightedStates:
-    from compel.embeddings_provider import EmbeddingsProvider
+    try:
+        from compel.embeddings_provider import EmbeddingsProvider
+    except ImportError as error:
+        raise ValueError(f"weights in prompts need {error.name}: pip install 'mole-diffusers[weights]'") from error
 
     tokenizer, encoder, device = getattr(pipe, name), _encoder(pipe, name), pipe._execution_device
     # Textual inversions of several vectors become several tokens, as in `encode_prompt`.
