@@ -51,8 +51,10 @@ def value_of(given):
 
 def kept_fields(blocks):
     """The components whose values a browser keeps."""
-    (event,) = [event for event in blocks.fns.values() if event.fn is not None and event.fn.__name__ == "keep"]
-    return event.inputs[1:]
+    from mole_diffusers.app.page import KEEP
+
+    (event,) = [event for event in blocks.fns.values() if event.js == KEEP]
+    return event.inputs[2:]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from rich.markup import escape
 from typer import Argument, Context, Option
@@ -100,21 +100,61 @@ def help_of(command: Callable[..., Any]) -> str:
     return re.sub(r"(?<!\n)\n(?!\n)", " ", (inspect.getdoc(command) or "").partition("\n\nArgs:\n")[0])
 
 
-def settings_of(config: type, *, without: Collection[str]) -> Callable[[type[T]], type[T]]:
-    """Add the fields of a config to a group, with help from its docstring. Options that are not given are None."""
-    kinds = {name: kind for name, kind in get_type_hints(config).items() if name not in without}
+def settings_of(
+    *configs: type, only: Collection[str] | None = None, without: Collection[str] = ()
+) -> Callable[[type[T]], type[T]]:
+    """Add the fields of configs to a group: their types are the options' types, their docstrings the help.
+
+    Options that are not given are None. What the group's own docstring says of a field comes before what the config's says.
+    A field that several configs have is one option, whose help says for each what it means there; such configs have a
+    `name`.
+
+    Args:
+        only: names of fields; by default all but those in `without`.
+    """
+    found: dict[str, list[tuple[type, Any]]] = {}  # option -> the configs that have it, and its types there
+    for config in configs:
+        for name, kind in get_type_hints(config, include_extras=True).items():
+            if name not in without and (only is None or name in only) and get_origin(kind) is not ClassVar:
+                found.setdefault(name, []).append((config, kind))
 
     def added(group: type[T]) -> type[T]:
-        for name, kind in kinds.items():
-            default, several = getattr(config, name), get_origin(kind) is Sequence
-            shown = Option(show_default=False if default is None else ", ".join(default) if several else str(default))
-            kinds[name] = Annotated[kind if several else kind | None, shown]
+        own = _entries(group)
+        about = [inspect.getdoc(group) or "", *(() if own else ("\nAttributes:",))]
+        for name, places in found.items():
+            group.__annotations__ = inspect.get_annotations(group) | {name: _setting(name, places)}
             setattr(group, name, None)
-        group.__annotations__ = inspect.get_annotations(group) | kinds
-        group.__doc__ = f"{inspect.getdoc(group)}\n\n{inspect.getdoc(config)}"
+            if name not in own:
+                about.append(f"    {name}: {_help(name, [config for config, _ in places])}")
+        group.__doc__ = "\n".join(about)
         return dataclass(group)
 
     return added
+
+
+def _setting(name: str, places: Sequence[tuple[type, Any]]) -> Any:
+    """The type of an option: that of a field, or the values of several, or None."""
+    kind = places[0][1]
+    if get_origin(kind) is Literal:
+        kind = Literal[tuple(dict.fromkeys(value for _, each in places for value in get_args(each)))]  # type: ignore[valid-type]
+    least, most = None, None
+    if get_origin(kind) is Annotated:
+        kind, least, most = get_args(kind)
+    defaults = {repr(getattr(config, name)): getattr(config, name) for config, _ in places}
+    default = next(iter(defaults.values())) if len(defaults) == 1 else None
+    several = get_origin(kind) is Sequence
+    shown = False if default is None or default == "" else ", ".join(default) if several else str(default)
+    return Annotated[kind if several else kind | None, Option(show_default=shown, min=least, max=most)]
+
+
+def _help(name: str, configs: Sequence[Any]) -> str:
+    """The help of a field; if several configs have it, after their names."""
+    if len(configs) == 1 and not hasattr(configs[0], "name"):
+        return _entries(configs[0])[name][1]
+    said: dict[str, list[str]] = {}
+    for config in configs:
+        said.setdefault(_entries(config)[name][1], []).append(config.name)
+    return " ".join(f"{', '.join(names)}: {text}" for text, names in said.items())
 
 
 def _options(group: type[Group]) -> list[inspect.Parameter]:

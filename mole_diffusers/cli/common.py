@@ -38,7 +38,8 @@ def opened(base: str, machine: Machine, *, says: bool = False, **memory: Any) ->
     from mole_diffusers.studio.base_models import open_base
     from mole_diffusers.studio.memory import Memory
 
-    memory |= {field.name: getattr(machine, field.name) for field in fields(Memory) if hasattr(machine, field.name)}
+    asked = vars(machine)
+    memory |= {field.name: asked[field.name] for field in fields(Memory) if asked.get(field.name) is not None}
     with busy(f"loading {base}"):
         found = open_base(base, config=machine.base_config, memory=Memory(**memory))
     found.pipe.set_progress_bar_config(delay=2, leave=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,7 +116,7 @@ class PromptSheet:
 
         base = opened(how.base, how, says=True)
         studio = Studio(base.pipe, Catalog({}, {}), base.name)
-        drawing = {field.name: getattr(how, field.name) for field in fields(options.Drawing)}
+        drawing = {name: vars(how)[name] for name in options.DRAWING}
         recipe = completed(studio, first_recipe(studio, prompt=prompt, seed=how.seed, gates="sum", **drawing))
         self.pipe, self.recipe, self.seeds = base.pipe, recipe, list(range(recipe.seed, recipe.seed + how.rows))
         self.pipe.scheduler = sampler(recipe.sampler, self.pipe.scheduler, self.seeds)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Option
+from typing import TYPE_CHECKING, Any
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.commands import Result
+from mole_diffusers.cli.commands import Result, settings_of
 from mole_diffusers.cli.common import completed, first_recipe, open_catalog, opened, target
 from mole_diffusers.cli.console import note
 from mole_diffusers.options import printable
@@ -21,40 +18,21 @@ if TYPE_CHECKING:
     from mole_diffusers.studio.render import Studio
 
 
-@dataclass
+@settings_of(options.RECIPE, only=("strength", "hires", "hires_strength"))
 class OverOptions(options.Pictures):
-    """How much to draw over.
-
-    Attributes:
-        strength: how much of --image to redraw. Default: 0.6.
-        hires: enlarge the picture by this factor, and draw over it once more.
-        hires_strength: how much of the enlarged picture to redraw. Default: 0.5.
-    """
+    """How much to draw over."""
 
     panel = "Drawing over a picture"
-    strength: options.Share | None = None
-    hires: Annotated[float, Option(min=1, max=4)] = 1.0
-    hires_strength: options.Share | None = None
 
 
-@dataclass
+@settings_of(options.RECIPE, only=("gates", "seed", "binding", "clip_skip"))
 class RecipeOptions(options.Drawing, OverOptions):
     """The settings of a recipe, apart from its prompt.
 
     Attributes:
-        gates: trained gates by name or folder, sum or mean; auto takes your own gates for these LoRAs if there are any,
+        gates: trained gates by name or folder, sum or mean. Default: auto, your own gates for these LoRAs if there are any,
             else sum.
-        seed: the same seed gives the same picture; -1 is a random one.
-        binding (HOW): bound: each LoRA acts on its own words and in its own place; tiles: each subject is also first
-            drawn by itself in its place; auto: tiles if each has room, else bound; none: every LoRA acts everywhere.
-        clip_skip: the last layer of the text encoder to read, counted from the end; many checkpoints for drawings want 2.
-            For Stable Diffusion 1.x and 2.x.
     """
-
-    gates: str = "auto"
-    seed: options.Seed = 0
-    binding: str = "auto"
-    clip_skip: options.AtLeastOne = 1
 
 
 def draw(prompt: str, *, files: options.Studio, settings: RecipeOptions, output: options.Output) -> Result:
@@ -143,21 +121,24 @@ def grid(
 
 def _check_strengths(settings: RecipeOptions, *, is_larger: bool) -> None:
     """Raises ValueError for a strength that nothing is drawn over at; `is_larger`: some pictures are, by an axis."""
-    if settings.strength is not None and settings.image is None:
+    asked = vars(settings)
+    if asked["strength"] is not None and settings.image is None:
         raise ValueError("--strength says how much of a picture is redrawn: give --image")
-    if settings.hires_strength is not None and settings.hires == 1 and not is_larger:
+    if asked["hires_strength"] is not None and asked["hires"] in (None, 1) and not is_larger:
         raise ValueError("--hires-strength says how much of the enlarged picture is redrawn: give --hires")
 
 
 def open_recipe(prompt: str, files: options.Studio, settings: RecipeOptions) -> tuple[Studio, Recipe, dict[str, Any]]:
     """The studio, the recipe from the options, and the pictures to draw over."""
+    from mole_diffusers.binding.regions import AUTO
     from mole_diffusers.gates import checkpoint
     from mole_diffusers.studio.picture_passes import with_pictures
 
     pictures = open_pictures(settings)
     studio = open_studio(files)
-    folder, asked = Path(settings.gates), {**vars(settings), "image": None, "mask": None}
-    if settings.gates not in studio.catalog.gates and (folder / checkpoint.CONFIG).is_file():  # it has no name yet
+    asked = {**vars(settings), "image": None, "mask": None}
+    folder = Path(gates := asked["gates"] or AUTO)
+    if gates not in studio.catalog.gates and (folder / checkpoint.CONFIG).is_file():  # it has no name yet
         asked["gates"] = folder.resolve().name
         studio.catalog.add_gates(asked["gates"], folder)
     return studio, with_pictures(first_recipe(studio, prompt=prompt, **asked), **pictures), pictures

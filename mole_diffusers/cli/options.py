@@ -9,7 +9,8 @@ from typing import Annotated
 
 from typer import Option
 
-from mole_diffusers.cli.commands import Group
+from mole_diffusers.cli.commands import Group, settings_of
+from mole_diffusers.cli.declared import declared
 from mole_diffusers.studio.names import WORLD
 
 Base = Annotated[
@@ -24,7 +25,6 @@ Experts = Annotated[Sequence[str], Option(metavar="NAME=FILE[:STRENGTH]", help="
 Steps = Annotated[int, Option(min=1, help="steps of the sampler: more take longer.")]
 Seed = Annotated[int, Option(min=-1)]
 AtLeastOne = Annotated[int, Option(min=1)]
-Share = Annotated[float, Option(min=0, max=1)]
 
 
 @dataclass
@@ -42,23 +42,15 @@ class Machine(Group):
     base_config: str | None = None
 
 
-@dataclass
+@settings_of(declared("studio/memory.py")["Memory"], without=("device", "compiled"))
 class Opening(Machine):
-    """How a base is loaded, as in `studio.memory.Memory`.
+    """How a base is loaded.
 
     Attributes:
-        dtype: float32, float16 or bfloat16. Default: float32 on a CPU, half precision on a GPU.
-        offload: none, model or sequential: what to move off the GPU while it is not used. Default: what fits.
-        slicing: compute attention head by head: less memory, more time.
-        tiling: decode large pictures in tiles. Default: if memory is short.
         compiled: compile the model: the first picture takes minutes, later ones are faster.
     """
 
     panel = "The base model on this machine"
-    dtype: str | None = None
-    offload: str | None = None
-    slicing: bool = False
-    tiling: bool | None = None
     compiled: Annotated[bool, Option("--compile")] = False
 
 
@@ -102,29 +94,17 @@ class Output(Group):
     overwrite: bool = False
 
 
-@dataclass
+RECIPE = declared("studio/recipe.py")["Recipe"]
+DRAWING = ("negative", "prompt_2", "negative_2", "steps", "guidance", "sampler", "width", "height")
+
+
+@settings_of(RECIPE, only=DRAWING)
 class Drawing(Group):
     """How pictures are drawn.
 
     Attributes:
-        negative (PROMPT): what should not be in the picture.
-        prompt_2 (PROMPT): for the second text encoder of SDXL, SD 3 or Flux. Default: the same as the first.
-        negative_2 (PROMPT): the negative prompt for the encoder of --prompt-2.
         guidance: how strictly to follow the prompt. Default: 7; Flux 3.5, Stable Diffusion 3 5, the emoji world 3.
-        sampler (NAME): Euler a, DPM++ 2M Karras, UniPC, LCM, ...; a wrong name lists all. Default: the base's own.
-        width: pixels, rounded to what the base can draw. Default: the base's size for such a prompt, or
-            that of the picture to draw over.
-        height: as --width.
     """
-
-    negative: str = ""
-    prompt_2: str = ""
-    negative_2: str = ""
-    steps: Steps = 20
-    guidance: float | None = None
-    sampler: str = ""
-    width: int | None = None
-    height: int | None = None
 
 
 @dataclass

@@ -23,6 +23,7 @@ from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Group, Result, settings_of
 from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, named_values, once, opened
 from mole_diffusers.cli.console import note
+from mole_diffusers.cli.declared import declared
 from mole_diffusers.options import check_kinds, check_options
 from mole_diffusers.studio.names import WORLD
 from mole_diffusers.training.config import GateTraining, LoraTraining
@@ -40,7 +41,6 @@ READ_BY = {  # an option of `mole train` -> the terms that learn from it
     "clip": ("clip", "rollout"),
 }
 RECOMMENDED = "factors"  # the best on validation compositions, see docs/training.md
-Switch = Annotated[Any, Option(parser=json_or_text)]
 
 # ---- what both commands share
 
@@ -190,44 +190,20 @@ def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Result
 # ---- gates
 
 
-@dataclass
-class Gates(Group):
-    """Fields of `GateConfig`, repeated here since that one needs torch.
+FAMILIES: list[Any] = [family for family in declared("gates/families").values() if getattr(family, "learns", True)]
+KINDS = " ".join(f"{family.name}: {family.__doc__.partition(chr(10))[0]}" for family in FAMILIES)
+if TYPE_CHECKING:
+    Name = str
+else:
+    Name = Literal[tuple(family.name for family in FAMILIES)]
 
-    Attributes:
-        family: factors, flow, mole, static, prompt, rank, retrieval. Default: factors.
-        granularity: static, mole: one gate per model, block, layer or matrix.
-        total: what the weights add up to: 1, N, sigmoid, linear or none, depending on the family.
-        inputs: mole: read the hidden state, or the experts' outputs.
-        features: mole: read tokens pooled or flattened.
-        bias (true|false): mole: add a number per LoRA.
-        bins: static: number of sets of weights over the noise levels.
-        start: flow: weights before training: sum, mean or faithful.
-        axis: prompt: share weight among LoRAs (concept), layers (module) or both.
-        top: prompt, rank: how many have weight; 0 is all.
-        rank: retrieval: rank of the router.
-        scores: retrieval: weights per token or per image.
-        partition: rank: ranks that share a weight; 0 is all of a LoRA.
-        refactor (true|false): rank: turn ranks to singular directions first.
-        rate: rank: how fast the load is evened out.
-    """
+
+@settings_of(*FAMILIES)
+class Gates(Group):
+    """Which gates: a family and its options."""
 
     panel = "Which gates"
-    family: str | None = None
-    granularity: str | None = None
-    total: str | None = None
-    inputs: str | None = None
-    features: str | None = None
-    bias: Switch = None
-    bins: int | None = None
-    start: str | None = None
-    axis: str | None = None
-    top: int | None = None
-    rank: int | None = None
-    scores: str | None = None
-    partition: int | None = None
-    refactor: Switch = None
-    rate: float | None = None
+    family: Annotated[Name | None, Option(help=f"{KINDS} Default: {RECOMMENDED}.")] = None
 
 
 @dataclass

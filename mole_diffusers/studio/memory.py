@@ -23,14 +23,13 @@ class Memory:
     """How a pipeline is put on a machine. `completed` and `fitted` choose what is None.
 
     Attributes:
-        device: "cpu", "cuda", "cuda:1", "mps", ...; by default a GPU if there is one.
-        dtype: one of DTYPES. The default is float32 on a CPU; on a GPU it is bfloat16 for Flux and SD 3, and otherwise
-            float16.
-        offload: one of OFFLOADS: what waits in main memory until it is used. "model" moves whole models; "sequential" moves
-            single layers, which is slow. The default is the first that fits into the GPU's free memory.
-        slicing: compute attention one head at a time. This takes less memory and more time.
-        tiling: let the VAE work on large pictures in tiles; by default on if the GPU's memory is short.
-        compiled: compile the denoiser at the first picture. This takes minutes, and later pictures are faster.
+        device: cpu, cuda, cuda:1, mps, ... Default: a GPU if there is one.
+        dtype: float32, float16 or bfloat16. Default: float32 on a CPU; on a GPU bfloat16 for Flux and SD 3, else float16.
+        offload: what waits in main memory until it is used: none, model (whole models) or sequential (single layers,
+            which is slow). Default: the first that fits into the GPU's free memory.
+        slicing: compute attention head by head: less memory, more time.
+        tiling: decode large pictures in tiles. Default: if the GPU's memory is short.
+        compiled: compile the model: the first picture takes minutes, later ones are faster.
     """
 
     device: str | None = None

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from mole_diffusers.binding.as_text import parse_phrases, read_mask
 from mole_diffusers.binding.regions import AUTO
@@ -19,17 +19,6 @@ from mole_diffusers.studio.prompt_syntax import MAX_PROMPT, PAINTED, LoraTag, co
 from mole_diffusers.studio.weight_syntax import plain_text
 
 FORMAT, VERSION = "mole_diffusers.studio.recipe", 1
-RANGES = {
-    "seed": (-1, 2**63 - 1),
-    "steps": (1, 150),
-    "guidance": (0.0, 50.0),
-    "width": (16, 4096),
-    "height": (16, 4096),
-    "strength": (0.0, 1.0),
-    "hires": (1.0, 4.0),
-    "hires_strength": (0.0, 1.0),
-    "clip_skip": (1, 12),
-}
 PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
 OPEN = ("width", "height")  # 0 leaves these numbers open
 BOUND, TILES = "bound", "tiles"
@@ -42,35 +31,37 @@ ARMS = ("gates", "sum", "base", "alone", "merge")
 class Recipe:
     """Everything that determines a picture: the same recipe gives the same pixels on the same machine.
 
+    `Studio.complete` and `picture_passes.with_pictures` fill in a width or height of 0, a seed of -1 and "auto" gates.
+
     Attributes:
         prompt: the prompt, with a `<lora:...>` tag for every LoRA.
-        negative: the negative prompt.
-        prompt_2, negative_2: what the second text encoder reads, without tags, if the base has two; "" means the same as the
-            first.
-        seed: the seed of a generator on the CPU, whatever the device. -1 means a random one, chosen by `Studio.complete`.
-        steps, guidance: arguments of the pipeline call.
-        width, height: the size in pixels. 0 means the usual size of the base model for the prompt, or the size of the
-            picture that is drawn over. `Studio.complete` and `picture_passes.with_pictures` fill it in.
-        sampler: a name in `samplers.SAMPLERS`; "" means the pipeline's own.
-        gates: an untrained family ("sum", "mean"), the name of trained gates, or "auto", which `Studio.complete` resolves.
+        negative: what should not be in the picture.
+        prompt_2: what the second text encoder of SDXL, SD 3 or Flux reads, without tags. Default: the same as the first.
+        negative_2: the negative prompt for that encoder.
+        seed: the same seed gives the same picture, whatever the device; -1 is a random one.
+        steps: steps of the sampler: more take longer.
+        guidance: how strictly to follow the prompt.
+        width, height: pixels, rounded to what the base can draw. Default: the base's size for such a prompt, or that of the
+            picture to draw over.
+        sampler: Euler a, DPM++ 2M Karras, UniPC, LCM, ...; a wrong name lists all. Default: the base's own.
+        gates: an untrained family (sum, mean), the name of trained gates, or auto: your own gates for these LoRAs if there
+            are any, else sum.
         arm: how the LoRAs are combined: "gates", or for comparison "sum", "base" (no LoRA), "alone NAME" or "merge METHOD"
             (see `merging.merge`).
         locks: gate site -> {LoRA: weight}, used instead of the gate there.
         experts: LoRA -> sha256 of its tensors. A file is found again by it, whatever its name.
         gates_sha256: the hash of the trained gates; "" for a family.
         base: the base pipeline's name; in a file, its `shared_name`.
-        binding: how the LoRAs are bound:
-
-            - "bound": each LoRA acts on its own words and in its own place.
-            - "tiles": the same, but the first steps draw each thing as a picture of its own.
-            - "auto": in tiles if each thing has enough room, see `Mixture.tiled`; otherwise bound.
-            - "none": not at all.
+        binding: bound: each LoRA acts on its own words and in its own place; tiles: each subject is also first drawn by
+            itself in its place; auto: tiles if each has room, else bound; none: every LoRA acts everywhere. Default: auto.
         masks: LoRA whose tag says region=painted -> its mask picture, as `binding.as_text.mask_text` writes it.
         image, mask: sha256 of the pixels of the picture that is drawn over and of its mask, which is white where the picture
             is redrawn; "" for none.
-        strength: how much of that picture is redrawn, in 0..1. This is the fraction of the steps that run.
-        hires: a factor. Above 1, the picture is enlarged by it and drawn over again, at `hires_strength`.
-        clip_skip: the last layer of the text encoder that is read, counted from the end as in A1111; 1 means all layers.
+        strength: how much of that picture to redraw: the fraction of the steps that run.
+        hires: enlarge the picture by this factor, and draw over it once more.
+        hires_strength: how much of the enlarged picture to redraw.
+        clip_skip: the last layer of the text encoder to read, counted from the end as in A1111; many checkpoints for
+            drawings want 2. For Stable Diffusion 1.x and 2.x.
     """
 
     prompt: str
@@ -78,8 +69,8 @@ class Recipe:
     prompt_2: str = ""
     negative_2: str = ""
     seed: int = 0
-    steps: int = 20
-    guidance: float = 3.0
+    steps: Annotated[int, 1, 150] = 20
+    guidance: Annotated[float, 0.0, 50.0] = 3.0
     width: int = 0
     height: int = 0
     sampler: str = ""
@@ -93,10 +84,10 @@ class Recipe:
     masks: Mapping[str, str] = field(default_factory=dict)
     image: str = ""
     mask: str = ""
-    strength: float = 0.6
-    hires: float = 1.0
-    hires_strength: float = 0.5
-    clip_skip: int = 1
+    strength: Annotated[float, 0.0, 1.0] = 0.6
+    hires: Annotated[float, 1.0, 4.0] = 1.0
+    hires_strength: Annotated[float, 0.0, 1.0] = 0.5
+    clip_skip: Annotated[int, 1, 12] = 1
 
     def __post_init__(self) -> None:
         check_options(vars(self), FIELD_TYPES, "a recipe")
@@ -202,6 +193,11 @@ class Recipe:
 
 
 FIELD_TYPES = get_type_hints(Recipe)  # field -> its type
+RANGES = {  # name -> (least, most)
+    **{n: get_args(k)[1:] for n, k in get_type_hints(Recipe, include_extras=True).items() if get_origin(k) is Annotated},
+    **dict.fromkeys(OPEN, (16, 4096)),
+    "seed": (-1, 2**63 - 1),
+}
 
 
 def load(path: str | Path) -> Recipe:

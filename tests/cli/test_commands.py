@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
+import pytest
 import typer
 
 from mole_diffusers.cli.commands import Group, Result, as_command, help_of, settings_of
@@ -80,3 +82,60 @@ def test_a_command_gets_groups_and_prints_what_it_returns(capsys):
     command().main([*argv, "--json"], standalone_mode=False)
     said = json.loads(capsys.readouterr().out)
     assert (said["times"], said["hot"], said["minutes"], said["oven"]) == ([1, 2], False, 5, None)
+
+
+@dataclass
+class Oven:
+    """In the wall.
+
+    Attributes:
+        heat: of the air.
+        fan: whether air moves.
+        mode: where it is hot.
+    """
+
+    name = "oven"
+    heat: Annotated[int, 50, 250] = 180
+    fan: bool = False
+    mode: Literal["top", "both"] = "both"
+
+
+@dataclass
+class Pan:
+    """On the stove.
+
+    Attributes:
+        heat: of the plate.
+        mode: with or without a lid.
+    """
+
+    name = "pan"
+    heat: Annotated[int, 50, 250] = 3
+    mode: Literal["lid", "both"] = "both"
+
+
+@settings_of(Oven, Pan)
+class Heat(Group):
+    """How."""
+
+
+def cook(*, how: Heat) -> Result:
+    """Cook."""
+    return Result(vars(how), str(vars(how)))
+
+
+def test_configs_that_share_an_option_say_what_it_means_in_each(capsys):
+    whole = typer.Typer()
+    whole.command()(as_command(cook))
+    found = {option.name: option for option in typer.main.get_command(whole).params}
+    assert found["heat"].help == "oven: of the air. pan: of the plate."
+    assert not found["heat"].show_default
+    assert found["fan"].help == "oven: whether air moves."
+    assert found["mode"].show_default == "both"
+    command = typer.main.get_command(whole)
+    command.main(["--heat", "200", "--mode", "lid", "--no-fan"], standalone_mode=False)
+    assert capsys.readouterr().out == "{'heat': 200, 'fan': False, 'mode': 'lid'}\n"
+    for argv, said in ((["--heat", "251"], "less than or equal to 250"), (["--mode", "x"], "'top', 'both', 'lid'")):
+        with pytest.raises(typer.TyperException) as refused:
+            command.main(argv, standalone_mode=False)
+        assert said in refused.value.format_message()

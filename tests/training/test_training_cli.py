@@ -59,7 +59,7 @@ def test_the_emoji_world_trains_at_a_size_with_room_for_each_composed_prompt():
 def test_settings_are_written_whole_over_nothing_and_only_if_they_can_run(tmp_path, capsys):
     file = tmp_path / "new" / "run.yaml"
     for argv, message in (
-        (["train", "--family", "nonsense"], "unknown gate family 'nonsense'; known: "),
+        (["train", "--family", "nonsense"], "'nonsense' is not one of 'factors', "),
         (["train", "--term", "bogus"], "unknown term 'bogus'; known: "),
         (["train", "--batch", "-3"], "batch of the training must be 1 or more, got -3"),
         (["train-lora", "--rank", "0"], "rank of the training must be 1 or more, got 0"),
@@ -284,7 +284,8 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
         ("gates: {family: moe}", [], "unknown gate family 'moe'; known: "),
         ("experts: {hat: 'hat.safetensors:big'}", [], "the strength 'big' is not a number"),
         ("{}", ["--lr", "fast"], "Invalid value for '--lr'"),
-        ("{}", ["--family", "mole", "--bias", "yes"], "must be true or false, got 'yes'"),
+        ("gates: {family: mole, bias: 'yes'}", [], "must be true or false, got 'yes'"),
+        ("{}", ["--family", "flow", "--no-bias"], "'flow' gates have no option 'bias'; their options: ['start']"),
         ("{}", ["--term", "single,seeds"], "--term 'seeds' is not NAME=VALUE"),
         ("{}", ["--term", "single=much"], "weight of the single term must be a number, got 'much'"),
         ("experts: [a, b]", [], "experts of "),

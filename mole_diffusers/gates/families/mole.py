@@ -19,7 +19,7 @@ class MoLE(Family, name="mole"):
 
     Attributes:
         granularity: one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
-        total: what the weights sum to, see `functional.gate_weights`; the paper has "1".
+        total: weights sum to "1" (the paper), or to their number "N"; or they do not, each a "sigmoid" or "linear".
         inputs: read the "hidden" state (the authors' code) or the outputs of the "experts" (the paper).
         features: tokens are "pooled" (any resolution) or "flattened" (the paper; one resolution).
         bias: add a learned number per LoRA, which the paper does not have. Needed to start at unequal weights.

@@ -18,7 +18,7 @@ class Static(Family, name="static"):
 
     Attributes:
         granularity: one gate per "model", "block", "layer" (attention or feed-forward) or "matrix".
-        total: what the weights sum to, see `functional.gate_weights`.
+        total: weights sum to "1", or to their number "N"; or they do not, each a "sigmoid" or "linear".
         bins: number of sets of weights over the noise levels, 1 to 1000.
     """
 
