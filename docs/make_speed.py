@@ -57,7 +57,7 @@ ABOUT_DISPATCH = """
 Beside the host's own product, a layer makes one down product, one product with the factor and one `addmm`. These are 5
 operations more than the host's 4 (before: 9). A step of the base has 1,616 of PyTorch's operations. `sum` adds 644
 (before: 1,156), `mole` 980 (1,348), and `flow` 825 (1,412, and 932 when the table was measured). The layers cache
-nothing. `tests/benchmarks/test_bench.py::test_what_a_step_asks_of_pytorch` counts the operations at N=3.
+nothing. A test counts the operations at N=3.
 
 The goals are not met. Trials on `sum` at N=3 show what is left:
 
