@@ -21,6 +21,7 @@ from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert
+from mole_diffusers.lora.own_words import own_words
 from mole_diffusers.lora.stacking import match, stack_all
 from mole_diffusers.lora.strengths import Source, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
@@ -92,6 +93,7 @@ class Mixture:
     Attributes:
         experts: name -> Expert, in the order of the gates' columns.
         config: the gates' configuration.
+        file_words: name -> the words that its file gives it beside the others, see `lora.own_words`.
         unmatched: name -> layer keys of the file that the pipeline does not have.
         banks: part -> GateBank.
     """
@@ -100,6 +102,7 @@ class Mixture:
         self._pipe, models = pipe, hosts(pipe)
         matches = [match(expert, models) for expert in experts.values()]
         self.experts, self.config = dict(experts), config
+        self.file_words = files_bindings(experts)
         self.unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
         self._denoiser = denoiser(pipe)
         self._runtime = Runtime(DenoiserInputs(self._denoiser), [True] * len(experts), [1.0] * len(experts))
@@ -303,7 +306,7 @@ class Mixture:
         runtime = self._runtime
         binding, tiling = runtime.binding, runtime.tiling
         if binding is None and tiling.always and tiling.until:
-            binding = self._masks(files_bindings(self.experts))
+            binding = self._masks(self.file_words)
         # Weights by hand hold everywhere, and rows of sets belong to other prompts.
         if call is None or binding is None or runtime.fixed is not None or runtime.rows is not None:
             return nullcontext()
@@ -479,7 +482,8 @@ class Mixture:
         if rank is not None:
             layers, error = truncated(layers, rank)
         about = {"mole.experts": ", ".join(self.experts), "mole.relative_error": f"{error:.3g}"}
-        about |= trigger_phrase(expert for i, expert in enumerate(self.experts.values()) if i in acting)
+        words = [own.words for own in own_words(self.experts).values()]
+        about |= trigger_phrase([word for i in sorted(acting) for word in words[i]])
         write_lora(layers, path, format=format, dtype=dtype, metadata=about)
         return error
 
@@ -658,7 +662,7 @@ class Mixture:
     def _bound(self, binding: Mapping[str, Any] | str | None) -> dict[str, Bound] | None:
         if binding is None:
             return None
-        return bindings(binding, self.experts, self.binding or files_bindings(self.experts))
+        return bindings(binding, self.file_words, self.binding or self.file_words)
 
     # ---- install on the models and uninstall
 

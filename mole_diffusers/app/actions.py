@@ -26,6 +26,7 @@ from mole_diffusers.app.sentences import without_folders
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
+from mole_diffusers.lora.own_words import words_of
 from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import FOLDED, Mixture
@@ -228,7 +229,7 @@ class Actions:
             low, high = expert.ranks
             total = sum(len(layers) for layers in expert.layers.values())
             facts |= {"base": expert.base, "format": expert.format, "sha256": expert.sha256}
-            facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(expert.triggers)}
+            facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(words_of(expert).words)}
             facts["layers"] = total
             return facts | {"matched": total - len(match(expert, models_of(self.studio.pipe)).unmatched)}
         except (ValueError, OSError) as error:

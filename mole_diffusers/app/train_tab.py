@@ -19,7 +19,7 @@ from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure, gallery, row, status_line
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
 from mole_diffusers.binding.as_text import parse_phrases
-from mole_diffusers.binding.config import Bound, bindings
+from mole_diffusers.binding.config import Bound, bindings, files_bindings
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.inspection import gate_figures
 from mole_diffusers.patching.subjects.things import Things
@@ -89,7 +89,7 @@ def _fields(page: Page) -> None:
         parsed = parse_named(text, catalog.loras)
         experts = {tag.name: catalog.expert(tag.name) for tag in parsed.tags}
         text, everywhere = plain_text(parsed.text), [tag.name for tag in parsed.tags if tag.region == EVERYWHERE]
-        own = bindings({tag.name: (parse_phrases(tag.word), AUTO) for tag in parsed.tags}, experts, {})
+        own = bindings({tag.name: (parse_phrases(tag.word), AUTO) for tag in parsed.tags}, files_bindings(experts), {})
         singles, found, silent = suggested(text, own, [*styles, *everywhere], way)
         names = ", ".join(f"**{markdown(name)}**" for name in found if name not in styles)
         words = [f"added to Styles, which act on the whole picture: {names}"] if names else []

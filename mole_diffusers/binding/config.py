@@ -12,7 +12,8 @@ from mole_diffusers.binding.as_text import MASK, mask_text, read_mask
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region
 from mole_diffusers.binding.words import Thing
 from mole_diffusers.lora import Expert
-from mole_diffusers.lora.metadata import as_read, guessed
+from mole_diffusers.lora.metadata import as_read
+from mole_diffusers.lora.own_words import own_words
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Bound:
         words: the phrases that belong to it. Without any, it acts on every word that belongs to no other expert.
         region: where it acts. "auto" is found from attention, if it has words that name a thing. "everywhere" is the
             whole picture, and without words also every word, including those of other experts.
-        required: whether it is silent if the text has none of its words. Words that were only guessed from training tags
-            are not required: without them, it acts as if it had none.
+        required: whether it is silent if the text has none of its words. Words from training tags are not required:
+            without them, it acts as if it had none.
     """
 
     words: tuple[str, ...] = ()
@@ -52,23 +53,21 @@ def with_region(bound: Sequence[Bound]) -> list[int]:
     return [k for k, own in enumerate(bound) if own.region != AUTO]
 
 
-def from_file(expert: Expert) -> Bound:
-    """The words that an expert's file gives: its trigger words, otherwise its most frequent training tags.
+def files_bindings(experts: Mapping[str, Expert]) -> dict[str, Bound]:
+    """Bind every expert to the words that its file gives beside the others'.
 
     They count as the file writes them, and without A1111's weights and backslashes.
     """
-    return Bound(as_read(expert.triggers), required=not guessed(expert.triggers, expert.metadata))
+    return {
+        name: Bound(as_read(own.words), required=own.stated or not own.words) for name, own in own_words(experts).items()
+    }
 
 
-def files_bindings(experts: Mapping[str, Expert]) -> dict[str, Bound]:
-    """Bind every expert as its file says."""
-    return {name: from_file(expert) for name, expert in experts.items()}
-
-
-def bound(given: Any, name: str, expert: Expert) -> Bound:
+def bound(given: Any, name: str, own: Bound) -> Bound:
     """The user's setting for one expert, as `Bound`.
 
     Args:
+        own: what its file gives.
         given: words, "a fox" or ["a fox", "foxes"]; or (words, region), with None for the words that the file gives; or
             "everywhere": on every word and in the whole picture.
 
@@ -85,7 +84,6 @@ def bound(given: Any, name: str, expert: Expert) -> Bound:
         if len(given) != 2:
             raise ValueError(f"the binding of {name!r} is words, or (words, region), got {given!r}")
         words, region = given
-    own = from_file(expert)
     region = checked_region(region, name)
     if words is None:
         return Bound(own.words, region, own.required)
@@ -100,16 +98,19 @@ def _without_article(phrase: str) -> str:
     return rest.strip() if first.lower() in ("a", "an", "the") and rest.strip() else phrase.strip()
 
 
-def bindings(given: Mapping[str, Any] | str, experts: Mapping[str, Expert], before: Mapping[str, Bound]) -> dict[str, Bound]:
-    """`before`, updated by `given`. Raises ValueError for an unknown expert, or anything but a mapping."""
+def bindings(given: Mapping[str, Any] | str, own: Mapping[str, Bound], before: Mapping[str, Bound]) -> dict[str, Bound]:
+    """`before`, updated by `given`; `own` is what the files give.
+
+    Raises ValueError for an unknown expert, or anything but a mapping.
+    """
     if not isinstance(given, Mapping):
         raise ValueError(
             f'a binding names experts with their words, as {{"fox": "a fox"}}, or is None, got {given!r}; only attach takes '
             f"{AUTO!r} for all of them, and for one of them (None, {AUTO!r}) says the same"
         )
-    if unknown := [name for name in given if name not in experts]:
-        raise ValueError(f"unknown expert {unknown[0]!r}; attached: {list(experts)}")
-    return {name: bound(given[name], name, experts[name]) if name in given else before[name] for name in experts}
+    if unknown := [name for name in given if name not in own]:
+        raise ValueError(f"unknown expert {unknown[0]!r}; attached: {list(own)}")
+    return {name: bound(given[name], name, own[name]) if name in given else before[name] for name in own}
 
 
 def to_json(bound: Bound) -> dict[str, Any]:

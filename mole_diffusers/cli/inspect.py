@@ -45,9 +45,10 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
 def describe(expert: Expert, path: Path, models: dict[str, Any]) -> dict[str, Any]:
     """The contents of one file. With `models`, also how many layers match them, and why the others do not."""
     from mole_diffusers.lora import COMPONENTS, stated_base, summarize
+    from mole_diffusers.lora.own_words import words_of
     from mole_diffusers.lora.stacking import match
 
-    low, high = expert.ranks
+    (low, high), own = expert.ranks, words_of(expert)
     stated = stated_base(expert.metadata)
     error = max(w.error for layers in expert.layers.values() for w in layers.values())
     report: dict[str, Any] = {
@@ -57,7 +58,9 @@ def describe(expert: Expert, path: Path, models: dict[str, Any]) -> dict[str, An
         "algorithm": ", ".join(f"{name} {count}" for name, count in expert.algorithms.items()),
         "ranks": str(low) if low == high else f"{low}..{high}",
         "parts": ", ".join(f"{part} {len(expert.layers[part])}" for part in COMPONENTS if part in expert.layers),
-        "triggers": ", ".join(expert.triggers) or "none stated",
+        "triggers": ", ".join(own.words) + ("" if own.stated else ", from its training tags")
+        if own.words
+        else "none stated",
         "sha256": expert.sha256,
         **summarize(expert.metadata),
     }

@@ -43,6 +43,7 @@ def merge(
         base (MODEL): the pipeline to run the LoRAs on.
         own (NAME=PROMPT): a prompt for one LoRA alone. Default: its trigger words.
     """
+    from mole_diffusers.lora.own_words import own_words
     from mole_diffusers.lora.writing import save_expert
     from mole_diffusers.merging.activations import Activations
     from mole_diffusers.merging.merge import METHODS, by_activations, resolved
@@ -59,7 +60,8 @@ def merge(
     experts = read_experts(by_name(files))
     settings = {key: json_or_text(value) for key, value in named_values(option, "--option").items()}
     resolved(method, settings)
-    prompts = {name: [" ".join(expert.triggers)] for name, (expert, _) in experts.items() if expert.triggers}
+    own_of = own_words({name: expert for name, (expert, _) in experts.items()})
+    prompts = {name: [" ".join(each.words)] for name, each in own_of.items() if each.words}
     prompts |= grouped_values(own, "--own", known=experts)
     activations = None
     if runs:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mole_diffusers.binding.config import Bound, from_file
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.picture_layout import Side, side_of
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, region_mask
 from mole_diffusers.evaluation.sampling_composers import read_by, texts_apart
@@ -122,7 +122,7 @@ def masked_blend(
 
 def _reading(mixture: Mixture, name: str) -> dict[str, Any]:
     """A binding under which a single expert acts as if unbound, while the maps of its words are read."""
-    words = from_file(mixture.experts[name]).words
+    words = mixture.file_words[name].words
     return dict.fromkeys(mixture.experts, EVERYWHERE) | {name: Bound(words, EVERYWHERE, required=False)}
 
 

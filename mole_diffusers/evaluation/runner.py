@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from mole_diffusers.binding.config import Bound, from_file, to_json
+from mole_diffusers.binding.config import Bound, files_bindings, to_json
 from mole_diffusers.evaluation.rows import Row, Rows, digest_texts, key, picture_path, save_picture
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora import Expert
@@ -111,7 +111,7 @@ class Setup:
         strengths = {name: self.strengths.get(name, 1.0) for name in weights}
         factors = {"strengths": strengths, "expert_weights": dict(weights)}
         found |= {key: values for key, values in factors.items() if set(values.values()) - {1.0}}
-        own = {name: from_file(self.experts[name]) for name in weights} if words else {}
+        own = files_bindings({name: self.experts[name] for name in weights}) if words else {}
         others = {name: to_json(said) for name, said in own.items() if said != Bound((name,))}
         return found | ({"words": others} if others else {})
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.lora import Expert
+from mole_diffusers.lora.own_words import own_words
 from mole_diffusers.lora.whole_files import write_text
 
 CARD = "README.md"
@@ -63,10 +64,11 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    prompt = prompt or " ".join(t for expert, _ in experts.values() for t in expert.triggers[:1]) or "a prompt"
+    words = own_words({name: expert for name, (expert, _) in experts.items()})
+    prompt = prompt or " ".join(word for own in words.values() for word in own.words[:1]) or "a prompt"
     files = ", ".join(f'"{name}": "{name}.safetensors"' for name in experts)
     rows = (
-        f"| {name} | {strength:g} | {', '.join(e.triggers)} | {e.base} | `{e.sha256}` |"
+        f"| {name} | {strength:g} | {', '.join(words[name].words)} | {e.base} | `{e.sha256}` |"
         for name, (e, strength) in experts.items()
     )
     granularity = config.to_dict().get("granularity")

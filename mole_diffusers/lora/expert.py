@@ -45,10 +45,11 @@ class Expert:
     layers: dict[str, dict[str, LoraWeights]] = field(repr=False)  # megabytes of numbers
     format: str  # "diffusers", "peft", "kohya", "onetrainer", "omi" or "comfy"
     base: str  # the model family by shapes, else by metadata: "SD 1.x", "SDXL", "Flux", ..., "unknown"
-    triggers: tuple[str, ...]
+    triggers: tuple[str, ...]  # those that are stated; see `own_words` for all words that call it
     source: str  # the file
     sha256: str  # of the tensor bytes after the header, so that edited metadata does not change it
     metadata: dict[str, str] = field(default_factory=dict, repr=False)
+    preferred_weight: float | None = None  # that a note says; for cards and tags without a strength, never for `attach`
     algorithms: dict[str, int] = field(default_factory=dict)  # "LoRA", "LoCon", "LoHa", "LoKr" -> layers
     left_out: dict[str, str] = field(default_factory=dict)  # key or layer of the file -> why it is not used
 

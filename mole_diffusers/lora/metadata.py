@@ -44,45 +44,53 @@ def summarize(metadata: Mapping[str, str]) -> dict[str, str]:
     return {name: text for name, text in found.items() if text and text != "None"}
 
 
-def triggers(metadata: Mapping[str, str], note: Mapping[str, Any]) -> tuple[str, ...]:
-    """Trigger words: the note's, else ModelSpec's trigger phrase, else kohya's three most frequent training tags."""
-    for text in (note.get("activation text"), metadata.get("modelspec.trigger_phrase")):
-        if isinstance(text, str) and (phrase := TAG.sub("", text)).strip():
-            words = (word.strip()[:200] for word in phrase.split(",", MOST_TRIGGERS)[:MOST_TRIGGERS])
-            return tuple(word for word in words if word)
-    return training_tags(metadata)[:3]
-
-
-def guessed(words: Sequence[str], metadata: Mapping[str, str]) -> bool:
-    """Whether trigger words are only kohya's most frequent training tags, which may say anything."""
-    return bool(words) and tuple(words) == training_tags(metadata)[:3]
-
-
 def as_read(phrases: Sequence[str]) -> tuple[str, ...]:
     """Phrases as they are written, and then as a prompt with weights is read: "(miku:1.2)" is "miku" there."""
-    plain = (MARK.sub(lambda mark: mark[1] or "", phrase).strip() for phrase in phrases)
-    return tuple(dict.fromkeys((*phrases, *(phrase for phrase in plain if re.search(r"\w", phrase)))))
+    read = map(plain, phrases)
+    return tuple(dict.fromkeys((*phrases, *(phrase for phrase in read if re.search(r"\w", phrase)))))
+
+
+def plain(phrase: str) -> str:
+    """A phrase without A1111's brackets and weights."""
+    return MARK.sub(lambda mark: mark[1] or "", phrase).strip()
 
 
 def training_tags(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """kohya's training tags, the most frequent first."""
-    try:
-        folders = parse_json(metadata.get("ss_tag_frequency", "{}"), "ss_tag_frequency")
-    except RefusedFileError:
-        return ()
+    return tuple(tag_counts(metadata)[0])
+
+
+def tag_counts(metadata: Mapping[str, str]) -> tuple[dict[str, int], int]:
+    """kohya's training tags, the most frequent first -> how many captions have them; and how many captions there are.
+
+    Where a header does not tell a folder's pictures, its most frequent tag counts as being in each caption. Folders of
+    regularisation are left out.
+    """
+    folders, pictures, others = (
+        _object(metadata, key) for key in ("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs")
+    )
     counts: Counter[str] = Counter()
-    for tags in folders.values() if isinstance(folders, dict) else ():
-        counts.update({tag.strip(): n for tag, n in tags.items() if type(n) is int} if isinstance(tags, dict) else {})
-    return tuple(tag[:200] for tag, _ in counts.most_common() if tag)
+    captions = 0
+    for folder, tags in folders.items():
+        if not isinstance(tags, dict) or (folder in others and folder not in pictures):
+            continue
+        own: Counter[str] = Counter()
+        for tag, count in tags.items():
+            if type(count) is int and count > 0 and tag.strip():
+                own[tag.strip()[:200]] += count
+        told = pictures[folder].get("img_count") if isinstance(pictures.get(folder), dict) else None
+        captions += max([told if type(told) is int else 0, *own.values()])
+        counts.update(own)
+    return dict(counts.most_common()), captions
 
 
-def read_note(path: Path) -> Mapping[str, Any]:
-    """STEM.json next to a LoRA file, where A1111 stores its user's notes; empty if there is none."""
+def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """A JSON object of a header; empty if there is none."""
     try:
-        note = read_json(path.with_suffix(".json"))
-    except (FileNotFoundError, RefusedFileError):
+        found = parse_json(metadata.get(key, "{}"), key)
+    except RefusedFileError:
         return {}
-    return note if isinstance(note, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 # ---- PEFT's config

@@ -13,9 +13,11 @@ from mole_diffusers.lora.algorithms import Budget, alpha_value, layer_weights
 from mole_diffusers.lora.expert import Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import TRIGGER_EMBEDDING, Key, is_flux, parse_key
-from mole_diffusers.lora.metadata import Scaling, read_note, read_peft_config, scalings, triggers
+from mole_diffusers.lora.metadata import Scaling, read_peft_config, scalings
 from mole_diffusers.lora.original_names import split_fused
+from mole_diffusers.lora.own_words import stated_words
 from mole_diffusers.lora.safe_files import RefusedFileError, TensorFile, read_safetensors
+from mole_diffusers.lora.sidecars import preferred_weight, stated_beside
 
 TOLERANCE = 0.01
 
@@ -82,7 +84,8 @@ def _expert(path: Path, name: str, contents: TensorFile, *, tolerance: float, dr
         layers=layers,
         format=Counter(key.format for key in keys.values()).most_common(1)[0][0],
         base=base_of(layers, contents.metadata),
-        triggers=triggers(contents.metadata, read_note(path)),
+        triggers=stated_words(stated_beside(path), contents.metadata),
+        preferred_weight=preferred_weight(path),
         source=str(path),
         sha256=contents.sha256,
         metadata=contents.metadata,

@@ -6,7 +6,7 @@ diffusers, tools for kohya's format and `read_expert` load the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def save_expert(expert: Expert, path: str | Path, *, format: str = "diffusers", 
         for component, found in expert.layers.items()
     }
     metadata = {key: value for key, value in expert.metadata.items() if key not in OUTDATED}
-    write_lora(layers, path, format=format, dtype=dtype, metadata=metadata | trigger_phrase([expert]))
+    write_lora(layers, path, format=format, dtype=dtype, metadata=metadata | trigger_phrase(expert.triggers))
 
 
 def _as_convolution(key: str, weights: LoraWeights, base: str) -> LoraWeights:
@@ -125,10 +125,9 @@ def _as_convolution(key: str, weights: LoraWeights, base: str) -> LoraWeights:
     return replace(weights, down=weights.down.reshape(weights.rank, -1, side, side), up=weights.up[..., None, None])
 
 
-def trigger_phrase(experts: Iterable[Expert]) -> dict[str, str]:
-    """The trigger words of all these experts as metadata for a header; empty if they have none."""
-    words = dict.fromkeys(word for expert in experts for word in expert.triggers)
-    return {TRIGGERS: ", ".join(words)} if words else {}
+def trigger_phrase(words: Sequence[str]) -> dict[str, str]:
+    """Trigger words as metadata for a header; empty if there are none."""
+    return {TRIGGERS: ", ".join(dict.fromkeys(words))} if words else {}
 
 
 def module_name(key: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from mole_diffusers.lora import Expert, LoraWeights, layer_key
+from mole_diffusers.lora.own_words import own_words
 from mole_diffusers.merging.factors import Merged, Pair
 
 WeightedExperts = Mapping[str, tuple[Expert, float]]  # name -> expert and strength
@@ -55,13 +56,14 @@ def as_expert(merged: Merged, experts: WeightedExperts, *, name: str, metadata: 
         inputs = max((own[key].down.shape[1:] for own in found if key in own), key=len)
         up = (pair.up * pair.scale).float().reshape(-1, pair.rank, *(1,) * (len(inputs) - 1))
         parts.setdefault(part, {})[layer] = LoraWeights(pair.down.float().reshape(-1, *inputs), up, 1.0)
+    alone = {name: expert for name, (expert, _) in experts.items()}
     families = [expert.base for expert, _ in experts.values() if expert.base != "unknown"]
     return Expert(
         name=name,
         layers=parts,
         format="diffusers",
         base=next(iter(families), "unknown"),
-        triggers=tuple(dict.fromkeys(word for expert, _ in experts.values() for word in expert.triggers)),
+        triggers=tuple(dict.fromkeys(word for own in own_words(alone).values() for word in own.words)),
         source=f"merge of {', '.join(experts)}",
         sha256=_hash(merged),
         metadata=dict(metadata),

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from mole_diffusers.lora import Expert, read_expert
-from mole_diffusers.lora.metadata import guessed, summarize, training_tags
+from mole_diffusers.lora.metadata import summarize, training_tags
 from mole_diffusers.lora.safe_files import RefusedFileError, path_inside
+from mole_diffusers.lora.sidecars import NOTES
 from mole_diffusers.options import check_kinds
 
 SAMPLES = 20  # texts per LoRA at most, as in LoraRetriever's code
@@ -29,7 +30,7 @@ class LibraryEntry:
         triggers: its trigger words; none if its file only gives training tags, which are in `samples`.
         samples: texts it was trained with, or that describe it.
         sha256: of its tensors.
-        stamps: of the LoRA file, its captions file and its note: a cheap way to notice changes.
+        stamps: of the LoRA file, its captions file and its notes: a cheap way to notice changes.
     """
 
     name: str
@@ -66,13 +67,14 @@ def read_entry(folder: Path, file: str) -> tuple[LibraryEntry, Expert]:
         or expert.triggers
         or (name.rpartition("/")[2].replace("_", " ").replace("-", " "),)
     )
-    triggers = () if guessed(expert.triggers, expert.metadata) else expert.triggers
-    return LibraryEntry(name, file, expert.base, triggers, samples[:SAMPLES], expert.sha256, before), expert
+    return LibraryEntry(name, file, expert.base, expert.triggers, samples[:SAMPLES], expert.sha256, before), expert
 
 
 def stamps(folder: Path, file: str) -> Stamps:
-    """The stamps of a LoRA, of its captions (.txt), and of A1111's note with its triggers (.json)."""
-    return _stamp(path_inside(folder, file)), _stamp(_beside(folder, file, ".txt")), _stamp(_beside(folder, file, ".json"))
+    """The stamps of a LoRA, of its captions (.txt), and of the notes beside it (see `lora.sidecars`), all together."""
+    notes = [_stamp(_beside(folder, file, ending)) for ending in NOTES]
+    together = sum(size for size, _ in notes), max(time for _, time in notes)
+    return _stamp(path_inside(folder, file)), _stamp(_beside(folder, file, ".txt")), together
 
 
 def _beside(folder: Path, file: str, suffix: str) -> Path:

@@ -338,7 +338,7 @@ class Studio:
         binding = recipe.tag_bindings() if recipe.binding != "none" and not method else None
         if key == self._attached_key and (attached(pipe) is None) == (not recipe.experts):
             if (mixture := attached(pipe)) is not None:
-                mixture.bind(None if binding is None else files_bindings(mixture.experts) | binding)
+                mixture.bind(None if binding is None else mixture.file_words | binding)
             return mixture
         self.forget_attached()
         # Keep the order of the tags, which does not depend on file names: the order decides the last bits of a sum.
@@ -368,7 +368,8 @@ class Studio:
     def _bound_call(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Bound], dict[str, Expert]] | None:
         """The first arguments of `draws_in_tiles` after the pipeline; None if a prompt is too long."""
         experts = {name: self.catalog.expert(name) for name in recipe.experts}
-        bound = bindings(recipe.tag_bindings(), experts, files_bindings(experts))
+        own = files_bindings(experts)
+        bound = bindings(recipe.tag_bindings(), own, own)
         texts = plain_texts(self.pipe, **recipe.call)
         size = {"width": recipe.width, "height": recipe.height}
         return None if texts is None else (texts | size, bound, experts)

@@ -73,7 +73,7 @@ def triggers(mixture: Mixture, expert: str) -> list[str]:
     bound = (mixture.binding or {}).get(expert)
     if bound is not None and bound.needs_words:
         return list(bound.words)
-    return [*dict.fromkeys((*mixture.experts[expert].triggers, expert))]
+    return [*dict.fromkeys((*mixture.file_words[expert].words, expert))]
 
 
 def experts_in(mixture: Mixture, prompt: str) -> list[str]:

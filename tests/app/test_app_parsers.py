@@ -8,7 +8,8 @@ import pytest
 
 from mole_diffusers.app.mixer_cards import cards_of, parse_lock, with_triggers
 from mole_diffusers.binding import words
-from mole_diffusers.lora.metadata import training_tags, triggers
+from mole_diffusers.lora.metadata import training_tags
+from mole_diffusers.lora.own_words import is_generic, stated_words
 from mole_diffusers.lora.safe_files import parse_json
 from mole_diffusers.retrieval.phrases import phrases, tokenize
 from mole_diffusers.studio import infotext
@@ -39,7 +40,8 @@ PARSERS = {
     "cards": lambda text: cards_of(text, [], ["fox"]),
     "weights by hand": lambda text: parse_lock(text, ["fox"]),
     "an axis": parse_axis,
-    "trigger phrase": lambda text: triggers({"modelspec.trigger_phrase": text}, {}),
+    "trigger phrase": lambda text: stated_words([], {"modelspec.trigger_phrase": text}),
+    "generic words": is_generic,
     "training tags": lambda text: training_tags({"ss_tag_frequency": text}),
     "switched triggers": lambda text: with_triggers(text, [text[:200] or "x"], [], []),
     "phrases": lambda text: phrases(tokenize(text)),
