@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mole_diffusers.binding.picture_warning import PictureWarning
     from mole_diffusers.emoji.world import EmojiWorld, emoji_world
     from mole_diffusers.gates import GateConfig
     from mole_diffusers.gates.transforms import Strongest
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from mole_diffusers.merging.activations import Activations
     from mole_diffusers.merging.merge import merge
     from mole_diffusers.mixture import Mixture, attach, attached, detach
-    from mole_diffusers.patching.gating.picture_warning import PictureWarning
     from mole_diffusers.patching.gating.trace import Trace
     from mole_diffusers.patching.install.processor import MoLEAttnProcessor
     from mole_diffusers.pipelines.classes import (
@@ -81,7 +81,7 @@ _MODULES = {
     "merging.activations": ("Activations",),
     "merging.merge": ("merge",),
     "mixture": ("Mixture", "attach", "attached", "detach"),
-    "patching.gating.picture_warning": ("PictureWarning",),
+    "binding.picture_warning": ("PictureWarning",),
     "patching.install.processor": ("MoLEAttnProcessor",),
     "patching.gating.trace": ("Trace",),
     "pipelines.classes": tuple(name for name in __all__ if name.endswith("Pipeline")),

@@ -146,7 +146,7 @@ def add_low_rank(result: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, 
         factor: [R], [B T, R] or [B, 1, R].
         up: B, [Cout, R].
     """
-    tokens = low if factor.dim() < 3 else low.view(len(factor), -1, low.shape[1])  # [B, T, R]
+    tokens = low if factor.dim() < 3 else low.view(factor.shape[0], -1, low.shape[1])  # [B, T, R]
     if result.dtype != up.dtype:  # autocast
         return result + F.linear((tokens * factor).view_as(low), up)
     if torch.is_grad_enabled():

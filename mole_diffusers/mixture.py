@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import partial
@@ -17,7 +17,8 @@ from torch import nn
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
-from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
+from mole_diffusers.binding.words import ThingKey
+from mole_diffusers.gates import FAMILIES, GateBank, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert
@@ -25,8 +26,10 @@ from mole_diffusers.lora.own_words import own_words
 from mole_diffusers.lora.stacking import match, stack_all
 from mole_diffusers.lora.strengths import Source, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
-from mole_diffusers.patching.gating import cross_attention, joint_attention
-from mole_diffusers.patching.gating.runtime import Decision, Plan, Runtime
+from mole_diffusers.patching.gating.decision import Decision
+from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
+from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.gating.settings import Change, Plan, Rows, Settings
 from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.gating.trace import Trace
 from mole_diffusers.patching.host.denoiser_inputs import (
@@ -37,8 +40,10 @@ from mole_diffusers.patching.host.denoiser_inputs import (
     hosts,
     lora_scale,
     models_of,
+    tokenizers_of,
 )
 from mole_diffusers.patching.host.offloading import loaded
+from mole_diffusers.patching.install.all_hooks import all_hooks
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.install.folding import (
     Averages,
@@ -95,7 +100,6 @@ class Mixture:
         config: the gates' configuration.
         file_words: name -> the words that its file gives it beside the others, see `lora.own_words`.
         unmatched: name -> layer keys of the file that the pipeline does not have.
-        banks: part -> GateBank.
     """
 
     def __init__(self, pipe: Any, experts: Mapping[str, Expert], config: GateConfig):
@@ -104,26 +108,36 @@ class Mixture:
         self.experts, self.config = dict(experts), config
         self.file_words = files_bindings(experts)
         self.unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
-        self._denoiser = denoiser(pipe)
-        self._runtime = Runtime(DenoiserInputs(self._denoiser), [True] * len(experts), [1.0] * len(experts))
-        names = {name: name.replace("text_encoder", "tokenizer") for name in models if name not in DENOISERS}
-        self._tokenizers = {name: getattr(pipe, tokenizer, None) for name, tokenizer in names.items()}
+        unet = denoiser(pipe)
+        self._sampling = Sampling.of(len(experts), DenoiserInputs(unet), PromptTokens(tokenizers_of(pipe)))
         self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
-        self._lock = lock_of(self._denoiser)
+        self._lock = lock_of(unet)
         self._components = [
-            Component(name, models[name], stacks, family=config.options, runtime=self._runtime)
+            Component(name, models[name], stacks, family=config.options, sampling=self._sampling)
             for name, stacks in stack_all(matches, models).items()
         ]
-        self.banks = {part.name: part.bank for part in self._components}
-        parts = {name for name in models if models[name] is self._denoiser} | self.banks.keys()
+        parts = {name for name in models if models[name] is unet} | self.banks.keys()
         self._models = {name: model for name, model in models.items() if name in parts}  # those that it changes
 
     def __repr__(self) -> str:
-        strengths = zip(self.experts, self._runtime.strength, self._runtime.active, strict=True)
+        strengths = zip(self.experts, self._settings.strengths.now, self._settings.active.now, strict=True)
         experts = ", ".join(f"{name} {strength:g}{'' if on else ' (off)'}" for name, strength, on in strengths)
         bound = "not bound" if self.binding is None else "bound"
         where = "on" if attached(self._pipe) is self else "lifted off" if self._is_lifted else "not attached any more to"
         return f"<Mixture of {experts}; gates {self.config.family!r}, {bound}; {where} {type(self._pipe).__name__}>"
+
+    @property
+    def banks(self) -> dict[str, GateBank]:
+        """Part -> the gates of that model."""
+        return {part.name: part.bank for part in self._components}
+
+    @property
+    def _denoiser(self) -> nn.Module:
+        return next(model for name, model in self._models.items() if name in DENOISERS)
+
+    @property
+    def _settings(self) -> Settings:
+        return self._sampling.settings
 
     # ---- for users
 
@@ -136,23 +150,30 @@ class Mixture:
         with self._lock.held():
             if value is not None:
                 self._check_in_use()
-                self._runtime.set_strength(index, finite(name, value))
-            return self._runtime.strength[index]
+                self._set_strength(index, finite(name, value))
+            return self._settings.strengths.now[index]
+
+    def _set_strength(self, index: int, value: float) -> None:
+        strengths = self._settings.strengths.now
+        strengths[index] = value  # in this list, so that a block of `strengths` knows it from what `choose` sets
+        self._sampling.set(self._settings.strengths, strengths)
 
     @property
     def active(self) -> set[str]:
         """The experts that are switched on, whatever their strength."""
-        return {name for name, on in zip(self.experts, self._runtime.of_step("active"), strict=True) if on}
+        return {name for name, on in zip(self.experts, self._settings.active.now, strict=True) if on}
 
     @property
     def acting(self) -> set[str]:
         """The experts that are switched on, and not at strength 0."""
-        return {name for name, strength in zip(self.experts, self._runtime.strength, strict=True) if strength} & self.active
+        return {
+            name for name, strength in zip(self.experts, self._settings.strengths.now, strict=True) if strength
+        } & self.active
 
     @property
     def plan(self) -> Plan | None:
         """The plan that `choose` or `planned` has set, if any."""
-        return self._runtime.plan
+        return self._settings.plan.now
 
     def choose(self, strengths: Mapping[str, float], plan: Plan | None = None) -> None:
         """Switch on exactly these experts, at these strengths. `plan` adds factors on top, by component and block.
@@ -165,28 +186,33 @@ class Mixture:
             finite(name, value)
         with self._lock.held():
             self._check_in_use()
-            now = [strengths.get(name, old) for name, old in zip(self.experts, self._runtime.strength, strict=True)]
-            self._runtime.set(strength=now, active=[name in strengths for name in self.experts], plan=plan)
+            now = [strengths.get(name, old) for name, old in zip(self.experts, self._settings.strengths.now, strict=True)]
+            self._set(now, strengths, plan)
+
+    def _set(self, strengths: list[float], active: Container[str], plan: Plan | None) -> None:
+        self._sampling.set(self._settings.strengths, strengths)
+        self._sampling.set(self._settings.active, [name in active for name in self.experts])
+        self._sampling.set(self._settings.plan, plan)
 
     @contextmanager
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
         """Use these strengths inside the block. Experts that are not named keep theirs, and what `strength` gives them."""
         changed = {self._index(name): finite(name, value) for name, value in values.items()}
         with self._lock.held():
-            before = list(self._runtime.strength)
+            before = list(self._settings.strengths.now)
             inside = [changed.get(i, s) for i, s in enumerate(before)]
             try:
-                with self._with_settings(strength=inside):
+                with self._with_settings(self._settings.strengths.to(inside)):
                     yield
             finally:
                 for i, now in enumerate(inside):
                     if i not in changed and now != before[i]:  # set by `strength` inside
-                        self._runtime.set_strength(i, now)
+                        self._set_strength(i, now)
 
     def only(self, *names: str) -> AbstractContextManager[None]:
         """Mask all other experts and renormalise the gates inside the block (MoLE's second inference mode)."""
         kept = {self._index(name) for name in names}
-        return self._with_settings(active=[i in kept for i in range(len(self.experts))])
+        return self._with_settings(self._settings.active.to([i in kept for i in range(len(self.experts))]))
 
     def fixed(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
         """Replace every gate by these weights inside the block.
@@ -196,7 +222,7 @@ class Mixture:
         values = [0.0] * len(self.experts)
         for name, weight in weights.items():
             values[self._index(name)] = finite(name, weight)
-        return self._with_settings(fixed=values)
+        return self._with_settings(self._settings.fixed.to(values))
 
     def rows(self, sets: Sequence[Mapping[str, float]], *, images: int = 1) -> AbstractContextManager[None]:
         """Give each prompt of a batch its own set of experts, by one mapping matrix (LoraRetriever, Zhao et al., 2024).
@@ -217,20 +243,20 @@ class Mixture:
                 raise ValueError(f'each prompt has experts with their factors, as {{"fox": 1.0}}, got {chosen!r}')
             for name, factor in chosen.items():
                 table[row, self._index(name)] = finite(name, factor)
-        return self._with_settings(rows=table, images=images)
+        return self._with_settings(self._settings.rows.to(Rows(table, images)))
 
     def planned(self, plan: Plan) -> AbstractContextManager[None]:
         """Set strengths by component, block and step, or gates by hand, inside the block, see
-        `patching.gating.runtime.Plan`.
+        `patching.gating.settings.Plan`.
         """
-        return self._with_settings(plan=plan)
+        return self._with_settings(self._settings.plan.to(plan))
 
     def adjusted(self, control: Control) -> AbstractContextManager[None]:
         """Transform the gates inside the block, before strengths apply: `control(place, gates, mask) -> gates`.
 
         See `gates.transforms`.
         """
-        return self._with_settings(control=control)
+        return self._with_settings(self._settings.control.to(control))
 
     def every(self, calls: int) -> AbstractContextManager[None]:
         """Evaluate the denoiser's gates only in every `calls`-th of its calls, and reuse their weights in between.
@@ -240,12 +266,13 @@ class Mixture:
         """
         if not isinstance(calls, int) or calls < 1:
             raise ValueError(f"gates can be evaluated in one of 1 or more calls, got {calls}")
-        return self._with_settings(every=calls)
+        return self._with_settings(self._settings.every.to(calls))
 
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
         """Call `listener(decision)` with each gate's live weights, whenever it computes them."""
-        with self._lock.held(), self._with_settings(listeners=[*self._runtime.listeners, listener]):
+        heard = self._sampling.listeners.decisions
+        with self._lock.held(), self._with_settings(heard.to((*heard.now, listener))):
             yield
 
     @contextmanager
@@ -259,10 +286,12 @@ class Mixture:
                 1024.
         """
         with self._lock.held():
-            runtime = self._runtime
-            trace = Trace(list(self.experts), runtime, runtime.step + 1)
-            watchers = [*runtime.map_watchers, *([trace.record_maps] if maps else [])]
-            with self.listen(trace.record), self._with_settings(traces=[*runtime.traces, trace], map_watchers=watchers):
+            step, listeners = self._sampling.step, self._sampling.listeners
+            trace = Trace(list(self.experts), step, step.number + 1)
+            changes: list[Change[Any]] = [listeners.layouts.to((*listeners.layouts.now, trace.record_layouts))]
+            if maps:
+                changes.append(listeners.maps.to((*listeners.maps.now, trace.record_maps)))
+            with self.listen(trace.record), self._with_settings(*changes):
                 yield trace
 
     @contextmanager
@@ -284,45 +313,53 @@ class Mixture:
                 with nullcontext() if now is None else now.drawing(call, pipe=pipe):
                     yield
                 return
-            runtime, binding, done = self._runtime, self._runtime.binding, False
+            sampling, binding, done = self._sampling, self._settings.binding.now, False
             if binding is not None:
                 binding.begin()
-            off: dict[str, Any] = {}
+            changes: list[Change[Any]] = [sampling.step.pipe.to(pipe)]
             if self._is_off(lora_scale(call or {})):  # nothing that belongs to experts acts without them
-                off = {"binding": None, "tiling": Tiling(0)}
+                changes += [self._settings.binding.to(None), self._settings.tiling.to(Tiling(0))]
             try:
-                with runtime.changed_while(calling=pipe, **off), self._by_things(call, pipe):
+                with sampling.changed_while(*changes), self._by_things(call, pipe):
                     yield
                 done = True
             finally:
-                runtime.leave()
-                for trace in runtime.traces:
-                    trace.record_layouts(self.layouts)
+                sampling.entered.leave()
+                for hears in sampling.listeners.layouts.now:
+                    hears(self.layouts)
                 if binding is not None:
-                    binding.end(warns=done and runtime.masks is binding)
+                    binding.end(warns=done and sampling.acting.masks is binding)
 
     def _by_things(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
         """How to call the denoiser for single things: to draw them in tiles at first, or to find them in a given picture."""
-        runtime = self._runtime
-        binding, tiling = runtime.binding, runtime.tiling
+        settings = self._settings
+        binding, tiling = settings.binding.now, settings.tiling.now
         if binding is None and tiling.always and tiling.until:
             binding = self._masks(self.file_words)
         # Weights by hand hold everywhere, and rows of sets belong to other prompts.
-        if call is None or binding is None or runtime.fixed is not None or runtime.rows is not None:
+        if call is None or binding is None or settings.fixed.now is not None or settings.rows.now is not None:
             return nullcontext()
         asked = Asked(pipe, tiling, call, binding.bound, self.acting)
         if tiling.until and (things := things_for_tiles(asked)) is not None:
-            return Tiles(asked, things, alone=self._alone, set_places=binding.plan).drawn()
-        if (over := drawn_over(asked, alone=partial(self._alone, listeners=[]), set_places=binding.plan)) is not None:
+            return Tiles(asked, things, alone=self._alone, set_places=partial(self._set_places, binding)).drawn()
+        over = drawn_over(asked, alone=self._alone_unheard, set_places=partial(self._set_places, binding))
+        if over is not None:
             return over.placed()
         return nullcontext()
 
-    @contextmanager
-    def _alone(self, names: Sequence[str], **settings: Any) -> Iterator[None]:
+    def _alone(self, names: Sequence[str]) -> AbstractContextManager[None]:
         """Only these experts, on every word, for calls of the denoiser that are parts of a step."""
-        active = [name in names for name in self.experts]
-        with self._changed_while(binding=None, active=active, alone=tuple(names), **settings):
-            yield
+        return self._changed_while(self._sampling.step.part.to(tuple(name in names for name in self.experts)))
+
+    def _alone_unheard(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """The same for calls that draw nothing, which listeners do not hear."""
+        part = self._sampling.step.part.to(tuple(name in names for name in self.experts))
+        return self._changed_while(part, self._sampling.listeners.decisions.to(()))
+
+    def _set_places(self, masks: TokenMasks, places: Mapping[ThingKey, torch.Tensor]) -> bool:
+        done = masks.plan(places)
+        self._sampling.acting.changed()
+        return done
 
     def _refuse_replaced(self, pipe: Any) -> None:
         """Raise ValueError if another model is in the place of one that has experts: only a part of them would act."""
@@ -345,7 +382,7 @@ class Mixture:
 
         They then need not be read back from the device.
         """
-        self._runtime.tokens.announce(ids)
+        self._sampling.tokens.announce(ids)
 
     def weighed(self) -> dict[str, tuple[Expert, float]]:
         """name -> (expert, strength), as `attach` takes them."""
@@ -354,11 +391,12 @@ class Mixture:
     def lasting(self) -> Lasting:
         """The settings outside of all `with` blocks, those of other threads included: what is copied and saved."""
         with self._lock.held():
-            strength, active, plan, binding = map(self._runtime.outside, ("strength", "active", "plan", "binding"))
+            settings = self._settings
+            strengths, active, binding = settings.strengths.outside, settings.active.outside, settings.binding.outside
             return Lasting(
-                {name: (expert, s) for (name, expert), s in zip(self.experts.items(), strength, strict=True)},
+                {name: (expert, s) for (name, expert), s in zip(self.experts.items(), strengths, strict=True)},
                 {name for name, on in zip(self.experts, active, strict=True) if on},
-                plan,
+                settings.plan.outside,
                 None if binding is None else dict(binding.bound),
             )
 
@@ -444,10 +482,10 @@ class Mixture:
                 folded already, or not attached any more.
         """
         with self._lock.held():
-            if self._runtime.collapsed:
+            if self._settings.folded.now:
                 raise ValueError("this mixture is already folded into the pipeline's weights, by an outer `collapsed` block")
             layers, _ = self._one_lora(prompt, call)
-            with self._changed_while(collapsed=True), self.lifted(), folded(self._components, layers):
+            with self._changed_while(self._settings.folded.to(True)), self.lifted(), folded(self._components, layers):
                 yield
 
     def export_lora(
@@ -491,8 +529,11 @@ class Mixture:
         averages = Averages()
         if self.is_bound:
             warnings.warn(FOLDED, stacklevel=4)
-        settings: dict[str, Any] = {"tiling": Tiling(0)} | ({"binding": None} if prompt is None else {})
-        with self._lock.held(), self._changed_while(listeners=[*self._runtime.listeners, averages], **settings):
+        heard = self._sampling.listeners.decisions
+        changes: list[Change[Any]] = [self._settings.tiling.to(Tiling(0)), heard.to((*heard.now, averages))]
+        if prompt is None:
+            changes.append(self._settings.binding.to(None))
+        with self._lock.held(), self._changed_while(*changes):
             if prompt is not None and not reads_nothing(self._components):
                 self._check_attached()
             evaluate_gates(self._pipe, self._components, prompt, **call)
@@ -518,18 +559,18 @@ class Mixture:
             checkpoint.save(folder, self.banks, self.config, experts=experts or self.experts, dtype=dtype)
 
     @contextmanager
-    def _with_settings(self, **values: Any) -> Iterator[None]:
+    def _with_settings(self, *changes: Change[Any]) -> Iterator[None]:
         """`_changed_while`, for a user. Raises ValueError for a mixture that is not attached: it would change nothing."""
-        with self._changed_while(**values):
-            if self._runtime.collapsed:
+        with self._changed_while(*changes):
+            if self._settings.folded.now:
                 raise ValueError("inside `collapsed` the experts are folded into the weights, and cannot be changed")
             self._check_in_use()
             yield
 
     @contextmanager
-    def _changed_while(self, **values: Any) -> Iterator[None]:
-        """Keep other threads out and change the runtime's settings while the block runs."""
-        with self._lock.held(), self._runtime.changed_while(**values):
+    def _changed_while(self, *changes: Change[Any]) -> Iterator[None]:
+        """Keep other threads out and change settings while the block runs."""
+        with self._lock.held(), self._sampling.changed_while(*changes):
             yield
 
     def _check_attached(self) -> None:
@@ -555,7 +596,7 @@ class Mixture:
     @property
     def binding(self) -> dict[str, Bound] | None:
         """Each expert's words and region; None if nothing is bound."""
-        masks = self._runtime.of_step("binding")
+        masks = self._settings.binding.now
         return None if masks is None else dict(masks.bound)
 
     def bind(self, binding: Mapping[str, Any] | None) -> None:
@@ -573,7 +614,7 @@ class Mixture:
         """
         with self._lock.held():
             self._check_in_use()
-            self._runtime.set(binding=self._masks(self._bound(binding)))
+            self._sampling.set(self._settings.binding, self._masks(self._bound(binding)))
 
     @property
     def is_bound(self) -> bool:
@@ -584,7 +625,7 @@ class Mixture:
     @contextmanager
     def bound(self, binding: Mapping[str, Any] | None) -> Iterator[None]:
         """`bind` while the block runs."""
-        with self._lock.held(), self._with_settings(binding=self._masks(self._bound(binding))):
+        with self._lock.held(), self._with_settings(self._settings.binding.to(self._masks(self._bound(binding)))):
             yield
 
     def restore_point(self) -> Callable[[], None]:
@@ -593,14 +634,16 @@ class Mixture:
         It is for gradient checkpointing, which runs blocks of the model again after the `with` blocks that set these
         have ended. Call it inside `settings_kept`, which then restores what was there before.
         """
-        return partial(self._runtime.set, **self._now())
+        return partial(self._restore, self._settings.binding.now, list(self._settings.active.now))
+
+    def _restore(self, binding: TokenMasks | None, active: list[bool]) -> None:
+        self._sampling.set(self._settings.binding, binding)
+        self._sampling.set(self._settings.active, active)
 
     def settings_kept(self) -> AbstractContextManager[None]:
         """Restore the binding and the active experts at the end of the block."""
-        return self._with_settings(**self._now())
-
-    def _now(self) -> dict[str, Any]:
-        return {"binding": self._runtime.binding, "active": list(self._runtime.active)}
+        settings = self._settings
+        return self._with_settings(settings.binding.to(settings.binding.now), settings.active.to(settings.active.now))
 
     def tiled(
         self, until: float = UNTIL, *, always: bool = True, prompt: str | None = None, encode: Encode | None = None
@@ -641,12 +684,12 @@ class Mixture:
         """
         if not 0 <= until <= 1:
             raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")
-        return self._with_settings(tiling=Tiling(until, always, prompt, encode))
+        return self._with_settings(self._settings.tiling.to(Tiling(until, always, prompt, encode)))
 
     @property
     def layouts(self) -> list[Layout]:
         """Where each expert acts in the last pictures, or in those being drawn now: one layout per picture."""
-        masks = self._runtime.of_step("binding")
+        masks = self._settings.binding.now
         return [] if masks is None else masks.layouts
 
     @property
@@ -656,7 +699,7 @@ class Mixture:
         Warnings are about experts whose words are not in the prompt, several experts in one place, places that are
         undecided, and places that no expert got. They are also given as Python warnings, once in each call.
         """
-        masks = self._runtime.of_step("binding")
+        masks = self._settings.binding.now
         return [] if masks is None else list(masks.warned)
 
     def _bound(self, binding: Mapping[str, Any] | str | None) -> dict[str, Bound] | None:
@@ -668,7 +711,8 @@ class Mixture:
 
     def _set_up(self, strengths: Sequence[float], binding: Mapping[str, Any] | str | None) -> None:
         """What it begins with: strengths [N], and a binding as `bind` takes it."""
-        self._runtime.set(strength=list(strengths), binding=self._masks(self._bound(binding)))
+        self._sampling.set(self._settings.strengths, list(strengths))
+        self._sampling.set(self._settings.binding, self._masks(self._bound(binding)))
 
     def _replace(self, before: Mixture | None) -> None:
         """Take the place of `before`. If that fails, put `before` back.
@@ -706,12 +750,11 @@ class Mixture:
                 for model in self._models.values():
                     undo.callback(model.__dict__.pop, HANDLE, None)
                     object.__setattr__(model, HANDLE, self)
-                # The first hooks of all: the network's own gate already needs the time of this call.
-                self._runtime.watch(self._denoiser, hosts(self._pipe), self._tokenizers, self._is_off, undo)
-                cross_attention.hook(self._denoiser, self._runtime, undo)
-                joint_attention.hook(self._denoiser, self._runtime, undo)
                 for part in self._components:
                     part.install(undo)
+                encoders = {name: model for name, model in hosts(self._pipe).items() if name not in DENOISERS}
+                for module, hook in all_hooks(self._denoiser, encoders, self._components, self._sampling, self._is_off):
+                    hook.register(module, undo)
                 models = [part.model for part in self._components]
                 guard(self._pipe, models, lift=self.lifted, remove=lambda: detach(self._pipe), copy=self._copied, undo=undo)
         except BaseException:
@@ -728,12 +771,8 @@ class Mixture:
                 mixture.banks[name].load_state_dict(bank.state_dict())
         models = [getattr(twin, name) for name in off]
         kept = self.lasting()
-        mixture._runtime.set(
-            strength=[strength for _, strength in kept.experts.values()],
-            active=[name in kept.active for name in self.experts],
-            plan=copy(kept.plan),
-            binding=mixture._masks(kept.binding),
-        )
+        mixture._set([strength for _, strength in kept.experts.values()], kept.active, copy(kept.plan))
+        mixture._sampling.set(mixture._settings.binding, mixture._masks(kept.binding))
         switch(models, on=True)
         mixture._replace(None)
         switch(models, on=False)
@@ -761,7 +800,7 @@ class Mixture:
             self._undo.close()
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
-        return None if binding is None else TokenMasks(binding, self._tokenizers, self._runtime)
+        return None if binding is None else TokenMasks(binding, self._sampling.tokens)
 
 
 def attach(

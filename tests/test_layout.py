@@ -1,6 +1,7 @@
 """Folders are stages of the flow, and a stage imports only from those above it."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "mole_diffusers"
@@ -24,6 +25,7 @@ STAGES = (
     "app",
     "cli",
 )
+PARTS_OF_PATCHING = ("undo", "hooks", "host", "subjects", "gating", "install")
 TORCH_ONLY = (
     "functional.py",
     "lora/factors.py",
@@ -44,12 +46,13 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            own = node.module == "mole_diffusers"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names) if own else (node.module,)
+            folder = PACKAGE.parent.joinpath(*node.module.split("."))
+            of_folder = node.module.startswith("mole_diffusers") and folder.is_dir()
+            yield from (f"{node.module}.{alias.name}" for alias in node.names) if of_folder else (node.module,)
 
 
-def files(stage):
-    return [path] if (path := PACKAGE / f"{stage}.py").exists() else sorted((PACKAGE / stage).rglob("*.py"))
+def files(stage, folder=PACKAGE):
+    return [path] if (path := folder / f"{stage}.py").exists() else sorted((folder / stage).rglob("*.py"))
 
 
 def test_every_folder_and_file_is_a_stage():
@@ -63,6 +66,24 @@ def test_a_stage_imports_only_from_those_above_it():
             own = (name.split(".")[1] for name in imports(path) if name.startswith("mole_diffusers."))
             below = [name for name in own if name in STAGES[i + 1 :]]
             assert not below, f"{path.relative_to(PACKAGE)} imports {below}"
+
+
+def test_a_part_of_patching_imports_only_from_those_above_it():
+    folder, before = PACKAGE / "patching", "mole_diffusers.patching."
+    assert {p.stem for p in folder.iterdir() if p.name[0] != "_"} == set(PARTS_OF_PATCHING)
+    for i, part in enumerate(PARTS_OF_PATCHING):
+        for path in files(part, folder):
+            own = (name.removeprefix(before).split(".")[0] for name in imports(path) if name.startswith(before))
+            below = [name for name in own if name in PARTS_OF_PATCHING[i + 1 :]]
+            assert not below, f"{path.relative_to(PACKAGE)} imports {below}"
+
+
+def test_no_files_import_each_other():
+    """Not even for annotations: `TopologicalSorter` raises CycleError, which names the circle."""
+    modules = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+    named = {name: path for name, path in modules.items() if not name.endswith("__init__")}
+    graph = {name: {other for other in imports(path) if other in named} for name, path in named.items()}
+    TopologicalSorter(graph).prepare()
 
 
 def test_maths_imports_torch_only():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.gating.runtime import PlainSum
+from mole_diffusers.patching.gating.settings import PlainSum
 from mole_diffusers.patching.subjects.tiles import draws_in_tiles
 
 MARGIN = 6  # pixels around a cell of a sheet

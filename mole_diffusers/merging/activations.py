@@ -16,8 +16,8 @@ from mole_diffusers import functional
 from mole_diffusers.lora import Expert, layer_key
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import attach, attached, detach
-from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
-from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, DenoiserInputs, models_of
+from mole_diffusers.patching.gating.prompt_tokens import PromptTokens, TextHook
+from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, DenoiserInputs, models_of, tokenizers_of
 from mole_diffusers.patching.host.placement import stream_of
 from mole_diffusers.patching.undo import Undo, undoing
 
@@ -107,19 +107,16 @@ class RecordedTokens:
     """Which tokens of the texts that a pipeline's models read are recorded: those from a text's start to its end."""
 
     def __init__(self, pipe: Any):
-        self._pipe, self._encoded = pipe, PromptTokens()
+        self._encoded = PromptTokens(tokenizers_of(pipe))
         self._own: dict[str, torch.Tensor] = {}  # model -> [B, S] bool, for the text that it reads
 
     def watch_encoders(self, models: Mapping[str, nn.Module], undo: Undo) -> None:
         for part in (part for part in models if part not in DENOISERS):
-            self._encoded.watch(part, models[part], self._tokenizer(part), undo, self._encodes)
-
-    def _tokenizer(self, encoder: str) -> Any:
-        return getattr(self._pipe, encoder.replace("text_encoder", "tokenizer"))
+            TextHook(part, self._encoded, self._encodes).register(models[part], undo)
 
     def _to_end(self, encoder: str, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [P, S] -> bool [P, S]: the tokens up to the end token, included."""
-        tokenizer, ids = self._tokenizer(encoder), ids.cpu()
+        tokenizer, ids = self._encoded.tokenizers[encoder], ids.cpu()
         ends = ids == tokenizer.eos_token_id
         return (ids != tokenizer.bos_token_id) & (ends.cumsum(1) - ends.long() == 0)
 

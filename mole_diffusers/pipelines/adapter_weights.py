@@ -10,11 +10,11 @@ from typing import Any
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
 from mole_diffusers.lora import COMPONENTS
-from mole_diffusers.patching.gating.runtime import Plan
+from mole_diffusers.patching.gating.settings import Plan
 
 
 class AdapterWeights:
-    """A strength schedule that never changes: a strength per expert, model and block; see `runtime.Plan`.
+    """A strength schedule that never changes: a strength per expert, model and block; see `settings.Plan`.
 
     Args:
         names: the experts, in the order of the gates' columns.

@@ -23,7 +23,7 @@ from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.cross_attention import cross_attentions
-from mole_diffusers.patching.gating.runtime import PlainSum
+from mole_diffusers.patching.gating.settings import PlainSum
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training.config import DistillationTerm, SeparateTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, require, triggers

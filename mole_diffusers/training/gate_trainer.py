@@ -24,7 +24,7 @@ from mole_diffusers.gates import Gate
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.gating.runtime import Decision
+from mole_diffusers.patching.gating.decision import Decision
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import BALANCE, GateTraining

@@ -11,10 +11,10 @@ from mole_diffusers import functional
 from mole_diffusers.binding.picture_layout import PictureLayout, Side, side_of, sides
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
+from mole_diffusers.patching.gating.text_reader import Silence
 
 CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
-Silent = tuple[bool, ...]
 Made = dict[tuple, torch.Tensor | None]  # masks and biases, by a layer's request
 
 
@@ -26,7 +26,7 @@ class BoundText:
         text: its states, [B, S, C], which count as the same as long as nothing changes them (`version`).
         shape: of the latents that were drawn with it.
         acts: [B, S, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
-        silent: [N]: the experts that are silent in all rows. row_silent: [B, N], if rows differ.
+        silence: the experts whose words are not in it.
         prompt: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a
             separate call names no expert, and takes over those of the prompt.
         image: [B, N, H, W] in 0..1, the places that each expert acts on; None if all act everywhere.
@@ -39,8 +39,7 @@ class BoundText:
     shape: torch.Size
     picture: PictureLayout
     acts: torch.Tensor | None
-    silent: Silent
-    row_silent: torch.Tensor | None
+    silence: Silence
     prompt: BoundText | None = None
     image: torch.Tensor | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)

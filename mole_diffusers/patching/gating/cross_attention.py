@@ -6,28 +6,30 @@ These are hooks, since other tools replace processors (IP-Adapter, attention sli
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
+from torch import nn
 
-from mole_diffusers.patching.gating.runtime import Runtime
+from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.hooks import Call, ForwardHook
 from mole_diffusers.patching.host.placement import tokens_of
-from mole_diffusers.patching.host.uncompiled import run_uncompiled
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.host.uncompiled import Uncompiled
 
 MAP_TOKENS = 256  # maps are read in layers with about this many tokens: 16 x 16 in SD 1.5 at 512 pixels
 
 
-def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
-    """Hook every cross-attention of a UNet."""
+def hooks(model: Any, sampling: Sampling) -> Iterator[tuple[nn.Module, ForwardHook]]:
+    """Hooks for every cross-attention of a UNet, and for the UNet, whose compiled blocks cannot be read."""
     reading = map_layers(model)
-    for name, module in cross_attentions(model).items():
-        undo.before_forward(module, _attend(runtime, name in reading), with_kwargs=True)
     around = [
         module for name, module in model.named_modules() if any(each.startswith(f"{name}.") for each in reading if name)
     ]
-    run_uncompiled(model, around, runtime, lambda masks: masks.wants_maps, undo)
+    yield model, Uncompiled(sampling.entered, around, lambda: sampling.wants_maps)
+    for name, module in cross_attentions(model).items():
+        yield module, CrossAttention(sampling, reads_maps=name in reading)
 
 
 def cross_attentions(model: Any) -> dict[str, Attention]:
@@ -46,9 +48,14 @@ def map_layers(model: Any) -> list[str]:
     return [name for name, size in sizes.items() if size and abs(math.log(size / MAP_TOKENS)) == nearest]
 
 
-def _attend(runtime: Runtime, reads_maps: bool) -> Any:
-    def before(attention: Attention, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        masks = runtime.masks
+class CrossAttention(ForwardHook):
+    """On a cross-attention: reads how much attention words get, if its maps are read, and closes words."""
+
+    def __init__(self, sampling: Sampling, *, reads_maps: bool):
+        self.sampling, self.reads_maps = sampling, reads_maps
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+        masks = self.sampling.acting.masks
         if masks is None or (bound := masks.text) is None or not bound.binds:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -56,25 +63,23 @@ def _attend(runtime: Runtime, reads_maps: bool) -> Any:
         text = text[0] if isinstance(text, tuple) else text  # IP-Adapter passes its pictures along with the text
         if text is None or hidden.dim() != 3:
             return None
-        if reads_maps and not torch.compiler.is_compiling() and masks.wants_maps:
+        if self.reads_maps and not torch.compiler.is_compiling() and self.sampling.wants_maps:
             frames, rest = divmod(len(hidden), bound.rows)
             if frames and not rest:
                 drawn = [row * frames + frame for row in bound.picture.picture_rows for frame in range(frames)]
-                shares = _probabilities(attention, hidden[drawn], text[drawn])
-                masks.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a video has one layout
-        if not runtime.closes:
+                shares = _probabilities(module, hidden[drawn], text[drawn])
+                self.sampling.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a video has one layout
+        if not self.sampling.acting.closes:
             return None
         given = kwargs.get("attention_mask")
         if given is None and not torch.compiler.is_compiling():
-            bias = bound.bias_of_heads(hidden.shape[1], hidden.shape[0], attention.heads, hidden.dtype)
+            bias = bound.bias_of_heads(hidden.shape[1], hidden.shape[0], module.heads, hidden.dtype)
         else:
             bias = bound.bias(hidden.shape[1], hidden.shape[0])
         if bias is None or bias.shape[2] != text.shape[1]:
             return None
         bias = bias.to(hidden.dtype)
         return args, {**kwargs, "attention_mask": bias if given is None else given + bias}
-
-    return before
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,72 @@ from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates import Context, Gate, Layer
 from mole_diffusers.gates.seen import Seen, version
-from mole_diffusers.patching.gating.runtime import ActiveExperts, Decision, Present, Runtime
+from mole_diffusers.patching.gating.acting import ActiveExperts
+from mole_diffusers.patching.gating.decision import Decision, Present
+from mole_diffusers.patching.gating.sampling import Sampling
 
-if TYPE_CHECKING:
-    from mole_diffusers.patching.gating.gated_experts import GatedExperts
+NEVER = -1  # rows for which a site's weights never hold without asking it
+
+
+@dataclass(frozen=True)
+class WeighedLayer:
+    """A layer whose experts take the weights of a site.
+
+    Attributes:
+        name: component first.
+        present: which experts it has; `ranks` [N] says how many ranks each has.
+        stream: which tokens it reads, see `placement.stream_of`.
+        down, up: the modules that hold A [R, Cin] and B [Cout, R].
+    """
+
+    name: str
+    present: Present
+    ranks: tuple[int, ...]
+    stream: str | None
+    down: Any
+    up: Any
+
+    @property
+    def segment(self) -> torch.Tensor:
+        """[R] -> index of the expert that each rank belongs to."""
+        return self.down._buffers["segment"]
+
+    def described(self, low: torch.Tensor) -> Layer:
+        """What a gate at this layer gets to know about it, with A x."""
+        return Layer(low, self.up._parameters["weight"], self.segment)
+
+
+@dataclass(eq=False)
+class Decided:
+    """Decisions of a gate, and the factors that were made of them, by what layers have in common."""
+
+    decisions: list[Decision] = field(default_factory=list)
+    factors: dict[tuple, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Kept:
+    """What a gate decided in earlier calls, as long as it holds.
+
+    Attributes:
+        valid_for: what all of it depends on.
+        decided: by what else each depends on.
+    """
+
+    valid_for: tuple | None = None
+    decided: dict[tuple, Decided] = field(default_factory=dict)
+
+    def find(self, validity: tuple[tuple, tuple] | None, decide: Callable[[], list[Decision]]) -> Decided:
+        """What was decided for `validity`, see `GateSite._validity`; or what `decide` decides now."""
+        if validity is None:
+            self.valid_for, self.decided = None, {}
+            return Decided(decide())
+        valid_for, of = validity
+        if valid_for != self.valid_for:
+            self.valid_for, self.decided = valid_for, {}
+        if of not in self.decided:
+            self.decided[of] = Decided(decide())
+        return self.decided[of]
 
 
 class GateSite(ABC):
@@ -47,19 +110,17 @@ class GateSite(ABC):
         self,
         name: str,
         gate: Gate,
-        runtime: Runtime,
+        sampling: Sampling,
         *,
         presents: Sequence[Present],
         timed: bool,
         scope: Present | None,
         probe: Callable[[torch.Tensor], torch.Tensor] | None,
     ):
-        self.name, self.gate, self.runtime = name, gate, runtime
+        self.name, self.gate, self.sampling = name, gate, sampling
         self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
-        self._decisions: list[Decision] = []
-        self._factors: dict[tuple, torch.Tensor] = {}  # of these decisions, by what layers have in common, see `factor`
-        self._kept: dict[tuple, tuple[list[Decision], dict[tuple, torch.Tensor]]] = {}  # both, as long as `_kept_for` holds
-        self._kept_for: tuple = ()
+        self.rows = NEVER  # of a layer's input, for which the last weights hold
+        self._decided, self._kept = Decided(), Kept()
 
     # ---- evaluating
 
@@ -70,14 +131,9 @@ class GateSite(ABC):
             layer: given if the gate sits at one layer.
             tokens: [B, T] bool, the tokens of a text that count.
         """
-        valid_for, of = self._validity(hidden) or (None, ())
-        if valid_for is None or valid_for != self._kept_for:
-            self._kept, self._kept_for = {}, valid_for or ()
-        if of not in self._kept:
-            self._kept[of] = self._decide(hidden, layer, tokens), {}
-        self._decisions, self._factors = self._kept[of]
-        for listener in self.runtime.listeners:
-            for decision in self._decisions:
+        self._decided = self._kept.find(self._validity(hidden), lambda: self._decide(hidden, layer, tokens))
+        for listener in self.sampling.listeners.decisions.now:
+            for decision in self._decided.decisions:
                 listener(decision)
 
     def _validity(self, hidden: torch.Tensor) -> tuple[tuple, tuple] | None:
@@ -85,36 +141,35 @@ class GateSite(ABC):
 
         None: they hold for this call only.
         """
-        runtime = self.runtime
+        step, every = self.sampling.step, self.sampling.settings.every.now
         if not self._may_keep():
             return None
-        of = runtime.alone, hidden.device, hidden.shape[0]
+        of = step.part.now, hidden.device, hidden.shape[0]
         if self.gate.input_free:
             return (*self._settings(), self._gate_version()), of
-        if self.timed and runtime.every > 1:
-            times = runtime.texts, runtime.calls_of_text // runtime.every
-            return (*self._settings(), *times), (*of, hidden.shape[1])
+        if self.timed and every > 1:
+            return (*self._settings(), step.texts, step.calls_of_text // every), (*of, hidden.shape[1])
         return None
 
     def _may_keep(self) -> bool:
         """Whether decisions may hold beyond this call at all."""
-        return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.runtime.control is None
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.sampling.settings.control.now is None
 
     def _settings(self) -> tuple[Any, ...]:
         """What the decisions depend on besides the gate and its input."""
-        runtime = self.runtime
-        if (plan := runtime.plan) is None:
-            return (runtime.changes,)
-        return runtime.changes, tuple(self._strengths()), None if (own := plan.gates(self.name)) is None else tuple(own)
+        changes, plan = self.sampling.acting.changes, self.sampling.settings.plan.now
+        if plan is None:
+            return (changes,)
+        return changes, tuple(self._strengths()), None if (own := plan.gates(self.name)) is None else tuple(own)
 
     def _gate_version(self) -> int:
         return sum(version(p) for p in self.gate.parameters())
 
     def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> list[Decision]:
         """One decision for each set of experts among the site's layers."""
-        fixed: Sequence[float] | None = self.runtime.fixed  # weights by hand for all gates, or a schedule's for this one
-        if fixed is None and self.runtime.plan is not None:
-            fixed = self.runtime.plan.gates(self.name)
+        fixed, plan = self.sampling.settings.fixed.now, self.sampling.settings.plan.now  # weights by hand for all gates,
+        if fixed is None and plan is not None:  # or a schedule's for this one
+            fixed = plan.gates(self.name)
         segment = layer.segment if layer is not None and self.gate.ranked else None
         if fixed is not None:
             return [self._by_hand(present, fixed, hidden, segment) for present in self.presents]
@@ -126,8 +181,8 @@ class GateSite(ABC):
     def _by_gate(
         self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None, segment: torch.Tensor | None
     ) -> list[Decision]:
-        runtime = self.runtime
-        time = runtime.time.to(hidden.device) if self.timed else torch.zeros(1, device=hidden.device)
+        control = self.sampling.settings.control.now
+        time = self.sampling.step.time.to(hidden.device) if self.timed else torch.zeros(1, device=hidden.device)
         # PAG passes single layers a part of the batch, videos pass their frames.
         time = functional.resample_rows(time, len(hidden))
         features = hidden if self.probe is None else self.probe(hidden.float())
@@ -137,8 +192,8 @@ class GateSite(ABC):
             among = active if self.scope is None else self._active_experts(self.scope, hidden)
             all_active = not torch.compiler.is_compiling() and among.all_active  # a flag would be part of compiled code
             gates = self.gate(features, Context(among.mask, time, layer, tokens, all_active))
-            if runtime.control is not None:
-                gates = runtime.control(self.name, gates, active.mask if segment is None else active.mask[..., segment])
+            if control is not None:
+                gates = control(self.name, gates, active.mask if segment is None else active.mask[..., segment])
             decisions.append(self._decision(present, gates, active, segment))
         return decisions
 
@@ -157,33 +212,33 @@ class GateSite(ABC):
     ) -> Decision:
         gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), hidden.device)
         active = self._active_experts(present, hidden)
-        if self.runtime.fixed is None:  # weights by hand for one gate; an expert may be absent
+        if self.sampling.settings.fixed.now is None:  # weights by hand for one gate; an expert may be absent
             gates = gates * active.mask
         return self._decision(present, gates if segment is None else gates[..., segment], active, segment)
 
     def _active_experts(self, present: Present, hidden: torch.Tensor) -> ActiveExperts:
         """The experts that the gate weighs at this step: first those of the whole batch, then what differs by row."""
-        runtime, batch = self.runtime, len(hidden)
-        if runtime.fixed is None and runtime.plan is None:
-            active = runtime.active_experts(present, hidden.device)
+        settings, acting, batch = self.sampling.settings, self.sampling.acting, len(hidden)
+        if settings.fixed.now is None and settings.plan.now is None:
+            active = acting.experts(present, hidden.device)
         else:
-            active = runtime.compute_active(present, self._strengths(), hidden.device)
-        silent = None if runtime.masks is None else runtime.masks.row_silent
-        if silent is None and runtime.rows is None:
+            active = acting.of_strengths(present, self._strengths(), hidden.device)
+        silent = None if acting.masks is None else acting.masks.silence.rows
+        if silent is None and settings.rows.now is None:
             return active
         mask, strengths = active.mask, active.strengths
         if silent is not None:
             mask = mask & ~functional.rows_for_layer(silent, batch)  # [B, N]
-        if runtime.rows is not None:
-            images = runtime.images if self.timed else 1  # a text encoder sees a prompt once for all its pictures
-            factors = functional.rows_per_prompt(onto(runtime.rows, hidden.device), batch, images)  # [B, N]
+        if (rows := settings.rows.now) is not None:
+            images = rows.images if self.timed else 1  # a text encoder sees a prompt once for all its pictures
+            factors = functional.rows_per_prompt(onto(rows.factors, hidden.device), batch, images)  # [B, N]
             mask, strengths = mask & (factors != 0), strengths * factors
         return ActiveExperts(mask, strengths, all_active=False, unit_strengths=False)
 
     def _strengths(self) -> Sequence[float]:
         """[N]: the user's strengths, or 1 each beside weights by hand; times the schedule's."""
-        runtime, plan = self.runtime, self.runtime.plan
-        strengths = runtime.strength if runtime.fixed is None else [1.0] * len(runtime.strength)
+        settings, plan = self.sampling.settings, self.sampling.settings.plan.now
+        strengths = settings.strengths.now if settings.fixed.now is None else [1.0] * len(settings.strengths.now)
         if plan is None:
             return strengths
         part = plan.part(self.name.partition(".")[0])
@@ -192,7 +247,7 @@ class GateSite(ABC):
 
     # ---- reading
 
-    def factor(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    def factor(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """The factor for A x of a layer, rank by rank.
 
         Until the gate is evaluated again, it is kept for layers of the same ranks and, if bound, of the same tokens.
@@ -204,36 +259,37 @@ class GateSite(ABC):
         Returns:
             A tensor in its dtype that broadcasts over `low`; for rows [R], [B T, R] or [B, 1, R].
         """
-        self._make_ready(layer, x, low)
+        if self.rows != x.shape[0]:
+            self._make_ready(layer, x, low)
         if x.dim() != 3 or not self.shares_factors:
             return self._new_factor(layer, x, low)
-        masks = self.runtime.masks
+        masks = self.sampling.acting.masks
         tokens = (layer.stream, x.shape[:2]) if masks is not None and masks.binds else ()  # PAG passes a part of the rows
         in_common = layer.ranks, low.dim(), low.dtype, *tokens
-        if (factor := self._factors.get(in_common)) is None:
+        if (factor := self._decided.factors.get(in_common)) is None:
             factor = self._new_factor(layer, x, low)
             if not factor.requires_grad:  # a checkpointed block that is computed again must save the same tensors
-                self._factors[in_common] = factor
+                self._decided.factors[in_common] = factor
         return factor
 
-    def _new_factor(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    def _new_factor(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """The weights of a layer's experts over their ranks, times the masks of its tokens if experts are bound."""
         segment, low_of_tokens = layer.segment, _of_tokens(low, x)
         weights = self._weights_of(layer, len(x))
         factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low_of_tokens)
-        if (masks := self.runtime.masks) is not None and masks.binds:
+        if (masks := self.sampling.acting.masks) is not None and masks.binds:
             mask = masks.over_ranks(layer.stream, low_of_tokens, segment, layer.ranks)
             factor = factor if mask is None else factor * mask
         differs_by_token = factor.dim() == 3 and factor.shape[1] > 1
         return factor.flatten(0, 1) if differs_by_token and low.dim() < x.dim() else factor
 
     @abstractmethod
-    def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
-        """Evaluate the gate if its weights are not those of this call, or of this layer."""
+    def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
+        """Evaluate the gate, unless its weights are those of this call and this layer. Called if `rows` are others."""
 
-    def _weights_of(self, layer: GatedExperts, rows: int) -> torch.Tensor:
+    def _weights_of(self, layer: WeighedLayer, rows: int) -> torch.Tensor:
         """The weights of a layer's experts, [N] or [R], [B, ...] or [B, T, ...]; `rows` of the batch reach it."""
-        return next(d.applied for d in self._decisions if d.present == layer.present)
+        return next(d.applied for d in self._decided.decisions if d.present == layer.present)
 
 
 class BlockSite(GateSite):
@@ -248,34 +304,42 @@ class BlockSite(GateSite):
 
     def __init__(self, *args: Any, reads_text: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.reads_text = reads_text
-        self._text, self._texts = Seen(), 0  # the gate's last text, and the number of texts so far
-        self._batch = 0  # rows that the gate was evaluated on since the block began
+        self._texts = Texts() if reads_text else None
 
     def begin_block(self) -> None:
         """The gate must be evaluated again, except for decisions that hold beyond a call (`_validity`)."""
-        self._batch = 0
+        self.rows = NEVER
 
     def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
         super().evaluate(hidden, layer, tokens=tokens)
-        self._batch = hidden.shape[0]
+        self.rows = hidden.shape[0]
 
     def _validity(self, hidden: torch.Tensor) -> tuple[tuple, tuple] | None:
         found = super()._validity(hidden)
-        if found is None and self.reads_text and self._may_keep():
-            self._texts += not self._text.again(hidden)
-            found = (*self._settings(), self._texts, self._gate_version()), (self.runtime.alone,)
+        if found is None and self._texts is not None and self._may_keep():
+            found = (*self._settings(), self._texts.number(hidden), self._gate_version()), (self.sampling.step.part.now,)
         return found
 
-    def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
-        if self._batch != x.shape[0]:
-            self.evaluate(_as_input(x, low))
+    def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
+        self.evaluate(_as_input(x, low))
+
+
+class Texts:
+    """Numbers the texts that a gate reads one after the other."""
+
+    def __init__(self) -> None:
+        self._last, self._number = Seen(), 0
+
+    def number(self, text: torch.Tensor) -> int:
+        """The number of a text, which is that of the last one if it is the same."""
+        self._number += not self._last.again(text)
+        return self._number
 
 
 class LayerSite(GateSite):
     """A gate that is evaluated on its layer's input whenever that layer runs."""
 
-    def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
+    def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
         low = _of_tokens(low, x)
         self.evaluate(_as_input(x, low), layer.described(low))
 
@@ -310,16 +374,16 @@ class ModelSite(GateSite):
             (hidden, tokens), self._deferred = self._deferred, None
             self.evaluate(hidden, tokens=tokens)
 
-    def _make_ready(self, layer: GatedExperts, x: torch.Tensor, low: torch.Tensor) -> None:
+    def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
         self.evaluate_deferred()
 
-    def _weights_of(self, layer: GatedExperts, rows: int) -> torch.Tensor:
+    def _weights_of(self, layer: WeighedLayer, rows: int) -> torch.Tensor:
         weights = super()._weights_of(layer, rows)
         if weights.dim() > 1:
             weights = functional.rows_for_layer(weights, rows)
-        if self.spans_blocks and self.runtime.plan is not None:
+        if self.spans_blocks and (plan := self.sampling.settings.plan.now) is not None:
             # The name is read here alone: torch.compile would compile every block anew.
-            weights = weights * onto(torch.tensor(self.runtime.plan.block(layer.name)), weights.device)  # [N]
+            weights = weights * onto(torch.tensor(plan.block(layer.name)), weights.device)  # [N]
         return weights
 
 

@@ -5,6 +5,7 @@ They act where the model calls PyTorch's attention, so that its norms and rotary
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,63 +17,68 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mole_diffusers.patching.gating.bound_text import BoundText
-from mole_diffusers.patching.gating.runtime import Runtime
-from mole_diffusers.patching.gating.token_masks import TokenMasks
+from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.hooks import AroundForward, ForwardHook
 from mole_diffusers.patching.host.placement import blocks
-from mole_diffusers.patching.host.uncompiled import run_uncompiled
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.host.uncompiled import Uncompiled
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of PyTorch's attention, by position
 
 
-def hook(model: Any, runtime: Runtime, undo: Undo) -> None:
-    """Hook the joint attention of every block of a transformer. Maps are read in the middle half of the blocks."""
+def hooks(model: Any, sampling: Sampling) -> Iterator[tuple[nn.Module, ForwardHook]]:
+    """Hooks for the joint attention of every block of a transformer, and for the transformer, whose compiled blocks cannot
+    be read. Maps are read in the middle half of the blocks.
+    """
     found = [getattr(model.get_submodule(block), "attn", None) for block in blocks(model)]
     layers = [layer for layer in found if isinstance(layer, nn.Module)]
     if layers:
-        run_uncompiled(model, list(model.modules()), runtime, lambda m: m.wants_maps or _closes(m, runtime), undo)
+        around = list(model.modules())
+        yield model, Uncompiled(sampling.entered, around, lambda: sampling.wants_maps or _closes(sampling))
     for i, layer in enumerate(layers):
-        _watch(layer, runtime, undo, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))
+        yield layer, JointAttention(sampling, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))
 
 
-def _closes(masks: TokenMasks, runtime: Runtime) -> bool:
-    return runtime.closes and masks.text is not None and masks.text.image is not None
+def _closes(sampling: Sampling) -> bool:
+    masks = sampling.acting.masks
+    return sampling.acting.closes and masks is not None and masks.text is not None and masks.text.image is not None
 
 
-def _watch(layer: Any, runtime: Runtime, undo: Undo, *, reads_maps: bool) -> None:
-    """Watch PyTorch's attention while one layer runs, with the one implementation that takes any mask."""
-    picture_first = isinstance(layer, Attention)  # in SD 3; Flux and similar models have the text first
+class JointAttention(AroundForward):
+    """On an attention: watches PyTorch's attention while it runs, with the one implementation that takes any mask."""
 
-    def watch(stack: ExitStack) -> None:
-        masks = runtime.masks
-        if masks is None or torch.compiler.is_compiling():
+    def __init__(self, sampling: Sampling, *, reads_maps: bool):
+        super().__init__(sampling.entered)
+        self.sampling, self.reads_maps = sampling, reads_maps
+
+    def enter(self, module: Any, stack: ExitStack) -> None:
+        if self.sampling.acting.masks is None or torch.compiler.is_compiling():
             return
-        closes, reads = _closes(masks, runtime), reads_maps and masks.wants_maps
+        closes, reads = _closes(self.sampling), self.reads_maps and self.sampling.wants_maps
         if not (closes or reads):
             return
-        processor = layer.processor
+        processor = module.processor
         if (backend := getattr(processor, "_attention_backend", None)) is not None:
             stack.callback(setattr, processor, "_attention_backend", backend)
             processor._attention_backend = None
         stack.enter_context(attention_backend("native"))
-        stack.enter_context(_Watched(masks, picture_first, closes=closes, reads_maps=reads))
-
-    runtime.around_forward(layer, watch, undo)
+        picture_first = isinstance(module, Attention)  # in SD 3; Flux and similar models have the text first
+        stack.enter_context(_Watched(self.sampling, picture_first, closes=closes, reads_maps=reads))
 
 
 class _Watched(TorchFunctionMode):
     """`scaled_dot_product_attention` with maps read from its queries and keys, and a bias added to its logits."""
 
-    def __init__(self, masks: TokenMasks, picture_first: bool, *, closes: bool, reads_maps: bool):
+    def __init__(self, sampling: Sampling, picture_first: bool, *, closes: bool, reads_maps: bool):
         super().__init__()
-        self.masks, self.picture_first, self.closes, self.reads_maps = masks, picture_first, closes, reads_maps
+        self.sampling, self.picture_first, self.closes, self.reads_maps = sampling, picture_first, closes, reads_maps
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         given = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
         query, key = given["query"], given["key"]  # [B, heads, S, D]
-        bound = self.masks.text
+        masks = self.sampling.acting.masks
+        bound = None if masks is None else masks.text
         words = 0 if bound is None else bound.tokens
         picture = slice(0, -words) if self.picture_first else slice(words, None)
         text = slice(-words, None) if self.picture_first else slice(0, words)
@@ -96,4 +102,4 @@ class _Watched(TorchFunctionMode):
         for head in range(heads):  # all heads at once would be as large as the full attention matrix that models avoid
             logits = query[rows, head] @ key[rows, head].transpose(1, 2) / query.shape[-1] ** 0.5
             total += logits.softmax(-1) / heads
-        self.masks.add_maps(total)
+        self.sampling.add_maps(total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mole_diffusers.gates.seen import Seen
+from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.undo import Undo
 
 LEAST_RUNS, MOST_BYTES = 8, 32 << 20  # keep this many of the encoders' last runs, and more up to this size
@@ -42,7 +43,6 @@ class Encoded:
     states: tuple[torch.Tensor, ...]
 
 
-OnText = Callable[[str, torch.Tensor, torch.device], None]  # (encoder, ids [B, T], where the encoder is)
 Run = tuple[Encoded, int]  # and the row in it
 # The parts of one row of a text, token after token. A part has a run for each encoder whose channels lie side by side
 # there. The rest of the text is zeros.
@@ -53,10 +53,12 @@ class PromptTokens:
     """The last texts that were encoded.
 
     Attributes:
+        tokenizers: name of a text encoder -> its tokenizer. If it is None, its words are not known.
         current: [B, T] bool, the words of the text that a text encoder is reading or read last; None before the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizers: Mapping[str, Any]) -> None:
+        self.tokenizers = dict(tokenizers)
         self.current: torch.Tensor | None = None
         self._announced: torch.Tensor | None = None
         self._known: deque[Encoded] = deque()
@@ -67,34 +69,17 @@ class PromptTokens:
         """Announce the input of a text encoder, [B, T] on the CPU, so that nothing waits for a device to read it."""
         self._announced = ids
 
-    def watch(self, name: str, encoder: Any, tokenizer: Any, undo: Undo, on_text: OnText) -> None:
-        """Record the token ids that `encoder` reads and the states that it returns; `on_text` is called first."""
-        # Prefer the tokenizer: CLIP's published configurations say 2, which is another token.
-        end = getattr(encoder.config if tokenizer is None else tokenizer, "eos_token_id", None)
-        reading: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def begin(self, ids: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """A text encoder begins to read `ids` [B, T], of which `words` [B, T] are words. Returns the ids."""
+        self.current = words
+        announced, self._announced = self._announced, None
+        return ids if announced is None or announced.shape != ids.shape else announced
 
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            ids = args[0] if args else kwargs["input_ids"]
-            attended = kwargs.get("attention_mask")
-            self.current = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended.bool()
-            announced, self._announced = self._announced, None
-            known = ids if announced is None or announced.shape != ids.shape else announced
-            reading[:] = [(known, self.current)]
-            on_text(name, known, ids.device)
-
-        def after(_: nn.Module, __: tuple, output: Any) -> None:
-            hidden = (getattr(output, "hidden_states", None) or ())[-4:]
-            norm = getattr(getattr(encoder, "text_model", encoder), "final_layer_norm", None)
-            skipped = [norm(states) for states in hidden] if norm is not None else []  # as `clip_skip` passes them on
-            states = [output[0], *hidden, *skipped]
-            texts = tuple(s.detach() for s in states if s.dim() == 3)
-            if reading and texts:
-                self._known.append(Encoded(name, *reading[0], texts))
-                while len(self._known) > LEAST_RUNS and sum(s.nbytes for e in self._known for s in e.states) > MOST_BYTES:
-                    self._known.popleft()
-
-        undo.before_forward(encoder, before, with_kwargs=True)
-        undo.after_forward(encoder, after)
+    def keep(self, encoded: Encoded) -> None:
+        """Keep a run of a text encoder, instead of the oldest ones."""
+        self._known.append(encoded)
+        while len(self._known) > LEAST_RUNS and sum(s.nbytes for e in self._known for s in e.states) > MOST_BYTES:
+            self._known.popleft()
 
     def of(self, text: torch.Tensor, tokens: Callable[[Encoded], torch.Tensor] = attrgetter("words")) -> torch.Tensor | None:
         """The words in states [B, T, C] as a denoiser gets them: [B, T] bool, or None if a row is not known.
@@ -152,6 +137,46 @@ class PromptTokens:
             part.append(run)
             rest = rest[: run[0].ids.shape[1], run[0].states[0].shape[2] :]
         return part
+
+
+class TextHook(ForwardHook):
+    """Records the token ids that a text encoder reads, and the states that it returns.
+
+    Args:
+        name: of the text encoder in the pipeline.
+        on_text: called first, with that name, ids [B, T] and where the encoder is.
+    """
+
+    def __init__(
+        self, name: str, tokens: PromptTokens, on_text: Callable[[str, torch.Tensor, torch.device], None] | None = None
+    ):
+        self.name, self.tokens, self.on_text = name, tokens, on_text
+        self._reading: tuple[torch.Tensor, torch.Tensor] | None = None  # ids and words
+
+    def register(self, module: nn.Module, undo: Undo) -> None:
+        super().register(module, undo)
+        undo.after_forward(module, self.after)
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        # Prefer the tokenizer: CLIP's published configurations say 2, which is another token.
+        tokenizer = self.tokens.tokenizers[self.name]
+        end = getattr(module.config if tokenizer is None else tokenizer, "eos_token_id", None)
+        ids, attended = args[0] if args else kwargs["input_ids"], kwargs.get("attention_mask")
+        words = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended.bool()
+        known = self.tokens.begin(ids, words)
+        self._reading = known, words
+        if self.on_text is not None:
+            self.on_text(self.name, known, ids.device)
+
+    def after(self, module: Any, args: tuple, output: Any) -> None:
+        """Called after the forward."""
+        hidden = (getattr(output, "hidden_states", None) or ())[-4:]
+        norm = getattr(getattr(module, "text_model", module), "final_layer_norm", None)
+        skipped = [norm(states) for states in hidden] if norm is not None else []  # as `clip_skip` passes them on
+        states = [output[0], *hidden, *skipped]
+        texts = tuple(s.detach() for s in states if s.dim() == 3)
+        if self._reading is not None and texts:
+            self.tokens.keep(Encoded(self.name, *self._reading, texts))
 
 
 def _candidates(known: Sequence[Encoded], rest: torch.Tensor) -> list[tuple[Encoded, torch.Tensor]]:

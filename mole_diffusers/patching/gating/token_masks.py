@@ -10,63 +10,82 @@ In the order of a call of the pipeline:
     end            warn of what got no place
 
 Tiles, img2img and inpainting plan the layout without maps, by `plan`, before the first step.
+
+Nothing here knows gates, layers or settings: whoever calls says what is needed, and passes on what has changed.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mole_diffusers import functional
-from mole_diffusers.binding.config import Bound, with_region
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.picture_layout import Layout, PictureLayout, Side
-from mole_diffusers.binding.regions import EVERYWHERE
-from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
+from mole_diffusers.binding.picture_warning import PictureWarning
+from mole_diffusers.binding.words import Reading, ThingKey
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
-from mole_diffusers.patching.gating.bound_text import BoundText, Made, Silent
-from mole_diffusers.patching.gating.picture_warning import PictureWarning
+from mole_diffusers.patching.gating.bound_text import BoundText, Made
+from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
+from mole_diffusers.patching.gating.text_reader import Silence, TextReader
 from mole_diffusers.patching.host.denoiser_inputs import Groups, groups_of, repeats
 
-if TYPE_CHECKING:
-    from mole_diffusers.patching.gating.runtime import Runtime
-
-Watcher = Callable[[list[dict[str, torch.Tensor]]], None]  # called with name -> map [h, w], for each picture
 MOST_TEXTS = 5  # texts that are kept: pictures of one call may be drawn with several, in turn
+UNKNOWN = (
+    "the text's words are not known, so every expert acts everywhere: its states come from elsewhere, or were made before "
+    "LoRAs or gates were last attached, or too many texts ago"
+)
+
+
+@dataclass
+class EncoderText:
+    """The text that a text encoder reads, or read last.
+
+    Attributes:
+        acts: [B, T, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
+        made: what layers have asked for.
+    """
+
+    acts: torch.Tensor | None = None
+    made: Made = field(default_factory=dict)
 
 
 class TokenMasks:
     """Masks per expert and token, from the user's binding, the texts' words and the layout of the picture.
 
+    Attributes:
+        silence: the experts whose words are not in the current text.
+        text: the denoiser's current text.
+        binds: whether any expert is kept off any token, of the text encoder or of the denoiser.
+        warned: the warnings since the call of the pipeline began.
+
     Args:
         bound: each expert's binding, in the order of the gates' columns.
-        tokenizers: text encoder -> its tokenizer. If it is None, the words are not known.
-        runtime: is told when masks change, or which experts are present. With any `map_watchers`, every step is read.
+        tokens: knows the tokens of texts that were encoded.
     """
 
-    def __init__(self, bound: Mapping[str, Bound], tokenizers: Mapping[str, Any], runtime: Runtime):
-        self.bound, self.tokenizers, self._runtime = dict(bound), dict(tokenizers), runtime
-        self.has_words = any(b.words for b in bound.values())  # if not, no text need be read
-        self.silent: Silent = (False,) * len(bound)  # experts whose words are not in the current text
-        self.row_silent: torch.Tensor | None = None  # [B, N], if rows differ
-        self._encoding: torch.Tensor | None = None  # [B, T, N] bool, for the last text of an encoder
-        self._encoded: Made = {}
+    def __init__(self, bound: Mapping[str, Bound], tokens: PromptTokens):
+        self.reader = TextReader(bound, tokens)
+        self.silence, self.binds = self.reader.nobody, False
+        self.text: BoundText | None = None
+        self.warned: list[str] = []
+        self._encoder_text = EncoderText()
         self._texts: list[BoundText] = []  # of the current pictures
         self._planned: Mapping[ThingKey, torch.Tensor] = {}  # places of their things, if planned without maps
-        self.text: BoundText | None = None  # the denoiser's current text
         self._level = 0.0  # of noise at the last step, outside of calls
-        self.warned: list[str] = []  # warnings since the call of the pipeline began
-
-    # ---- what layers ask
 
     @property
-    def binds(self) -> bool:
-        """Whether any expert is kept off any token, of the text encoder or of the denoiser."""
-        return self._encoding is not None or (self.text is not None and self.text.binds)
+    def bound(self) -> dict[str, Bound]:
+        """Each expert's binding, in the order of the gates' columns."""
+        return self.reader.bound
+
+    # ---- what layers ask
 
     def over_ranks(
         self, stream: str | None, low: torch.Tensor, segment: torch.Tensor, ranks: tuple[int, ...]
@@ -81,7 +100,7 @@ class TokenMasks:
         if stream is None or low.dim() == 2:
             return None
         if stream == "encoding":
-            made, mask = self._encoded, lambda: self._encoding
+            made, mask = self._encoder_text.made, lambda: self._encoder_text.acts
         elif self.text is None or (stream == "image" and self.text.image is None):
             return None
         else:
@@ -94,22 +113,23 @@ class TokenMasks:
             made[key] = factor
         return made[key]
 
-    @property
-    def wants_maps(self) -> bool:
-        """Whether attention must be read at this step."""
+    # ---- what attention hooks report
+
+    def wants_maps(self, *, is_heard: bool) -> bool:
+        """Whether attention must be read at this step. `is_heard`: maps are wanted of all steps."""
         if self.text is None or torch.is_grad_enabled():
             return False
-        return self.text.picture.wants_maps or (bool(self._runtime.map_watchers) and self.text.picture.has_things)
+        return self.text.picture.wants_maps or (is_heard and self.text.picture.has_things)
 
-    def add_maps(self, shares: torch.Tensor) -> None:
-        """Add what a layer attends to in each picture: shares [P, T, S] of its text's tokens, mean over heads."""
-        if self.text is None or (side := self.text.side_of(shares.shape[1])) is None:
-            return
-        picture = self.text.picture
-        if picture.wants_maps:
-            picture.add_maps(shares, side)
-        for watcher in self._runtime.map_watchers:
-            watcher(picture.named_maps(shares, side))
+    def add_maps(self, shares: torch.Tensor) -> Side | None:
+        """Add what a layer attends to in each picture: shares [P, T, S] of its text's tokens, mean over heads.
+
+        Returns the layer's height and width; None if its tokens are not those of the picture.
+        """
+        side = None if self.text is None else self.text.side_of(shares.shape[1])
+        if self.text is not None and side is not None and self.text.picture.wants_maps:
+            self.text.picture.add_maps(shares, side)
+        return side
 
     @property
     def layouts(self) -> list[Layout]:
@@ -117,77 +137,76 @@ class TokenMasks:
         texts = self._prompts or self._texts
         return texts[-1].picture.layouts() if texts else []
 
-    # ---- texts
-
-    def on_text(self, encoder: str, ids: torch.Tensor, device: torch.device) -> None:
-        """A text encoder on `device` is about to read `ids` [B, T]. Outside of a call, this begins another picture."""
-        if self._runtime.calling is None:
-            self._texts = []
-        if not self.has_words:
-            return
-        acts, mentioned = None, [(True,) * len(self.bound)]  # if words are not known, every expert acts on every token
-        if self.tokenizers[encoder] is not None:
-            readings = self._readings([[[(encoder, row)]] for row in ids.tolist()])
-            acts, mentioned = onto(self._acting_tokens(readings), device), [reading.mentioned for reading in readings]
-        self._encoding, self._encoded = acts, {}
-        self.silent, self.row_silent = self._silent(mentioned, device)
-        self._runtime.changed()
-
-    def _readings(self, rows: Sequence[Sequence[Sequence[tuple[str, list[int]]]]], tokens: int = 0) -> list[Reading]:
-        """Read texts by their tokens.
-
-        A row consists of parts, token after token. A part consists of (encoder, its ids), whose channels lie side by
-        side. The rest of `tokens` has no words.
-        """
-        known: dict[tuple, Reading] = {}
-        phrases = [bound.words for bound in self.bound.values()]
-        of_row = partial(read, phrases=phrases, whole=with_region(list(self.bound.values())))
-        readings = []
-        for row in rows:
-            key = tuple(tuple((encoder, *ids) for encoder, ids in part) for part in row)
-            if key not in known:
-                texts = [overlaid([of_row(ids, self.tokenizers[encoder]) for encoder, ids in part]) for part in row]
-                left = max(0, tokens - sum(len(text.own[0]) for text in texts))
-                known[key] = joined([*texts, Reading(((False,) * left,) * len(phrases))] if left else texts)
-            readings.append(known[key])
-        return readings
-
-    def _acting_tokens(self, readings: Sequence[Reading]) -> torch.Tensor:
-        """[B, T, N] bool: an expert acts on a text that has its words, but not on the words of others in it.
-
-        An expert that acts everywhere acts on those, too.
-        """
-        bounds, rows = list(self.bound.values()), []
-        everywhere = torch.tensor([not b.words and b.region == EVERYWHERE for b in bounds])
-        for reading in readings:
-            own = torch.tensor(reading.own).T  # [T, N]
-            acts = torch.tensor([there or not b.needs_words for b, there in zip(bounds, reading.mentioned, strict=True)])
-            nobodys = ~own.any(1, keepdim=True)  # [T, 1]
-            rows.append(acts & (own | nobodys | everywhere))
-        return torch.stack(rows)
-
-    def _silent(self, mentioned: Sequence[Sequence[bool]], device: torch.device) -> tuple[Silent, torch.Tensor | None]:
-        """Experts that require words which the text does not have count as at strength 0.
-
-        Args:
-            mentioned: [B][N], whether each row has the expert's words.
-
-        Returns:
-            [N], the experts that are silent in all rows; and [B, N] on `device` if rows differ.
-        """
-        bounds = list(self.bound.values())
-        rows = [tuple(b.needs_words and not there for b, there in zip(bounds, row, strict=True)) for row in mentioned]
-        if len(set(rows)) == 1:
-            return rows[0], None
-        return tuple(map(all, zip(*rows, strict=True))), onto(torch.tensor(rows), device)
-
-    # ---- the picture
+    # ---- texts and pictures
 
     def begin(self) -> None:
         """A call of the pipeline begins: its texts are read again, and its layout is planned again."""
         self._texts, self.text, self.warned, self._planned = [], None, [], {}
-        self.silent, self.row_silent = (False,) * len(self.bound), None
-        self._runtime.changed()
+        self._hold(None, self.reader.nobody)
+
+    def on_text(self, encoder: str, ids: torch.Tensor, device: torch.device, *, in_call: bool) -> bool:
+        """A text encoder on `device` is about to read `ids` [B, T]. Outside of a call, this begins another picture.
+
+        Returns whether anything may have changed for layers.
+        """
+        if not in_call:
+            self._texts = []
+        if not self.reader.has_words:
+            return False
+        readings = self.reader.encoder_text(encoder, ids)
+        acts = None if readings is None else onto(self.reader.acting_tokens(readings), device)
+        self._encoder_text = EncoderText(acts)
+        mentioned = [(True,) * len(self.bound)] if readings is None else [reading.mentioned for reading in readings]
+        self._hold(self.text, self.reader.silence(mentioned, device))
+        return True
+
+    def on_denoiser(
+        self,
+        text: torch.Tensor,
+        latents: torch.Tensor,
+        side: Callable[[], Side | None],
+        *,
+        pipe: Any,
+        time: torch.Tensor,
+        acting: Sequence[bool],
+    ) -> bool:
+        """The denoiser is about to run.
+
+        Args:
+            text: its states, [B, S, C].
+            latents: the denoiser's input.
+            side: of the latents; None if it is not known, and nothing has a place. It may wait for the device, so it is
+                called only if needed.
+            pipe: the pipeline, while a call of it runs.
+            time: [B], the noise level.
+            acting: [N], the experts that are on.
+
+        Returns whether anything has changed for layers.
+        """
+        if pipe is None:
+            self._begin_if_noisier(time)
+        state = next((known for known in self._texts if known.is_of(text, latents)), None)
+        if state is None:
+            state = self._new(text, latents, side(), pipe)
+            self._texts = [*self._texts, state][-MOST_TEXTS:]
+            # Training prompts name single experts.
+            wanted = [False] * len(self.bound) if pipe is None else acting
+            for (name, bound), silent, wants in zip(self.bound.items(), state.silence.experts, wanted, strict=True):
+                if silent and wants:
+                    self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
+            for warning in [*state.picture.crowded(wanted), *state.picture.tags(wanted)]:
+                self._warn(warning)
+        places = state.image
+        if state.picture.can_plan:
+            for warning in state.picture.plan():
+                self._warn(warning)
+            state.place()
+        state.follow_prompt()
+        others_are_silent = self.silence.experts != state.silence.experts or self.silence.rows is not state.silence.rows
+        changes = self.text is not state or state.image is not places or others_are_silent
+        if changes:
+            self._hold(state, state.silence)
+        return changes
 
     def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
         """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read.
@@ -200,7 +219,7 @@ class TokenMasks:
         for state in self._texts:
             if state.picture.put(regions):
                 state.place()
-        self._runtime.changed()
+        self._hold(self.text, self.silence)
         return True
 
     def end(self, *, warns: bool) -> None:
@@ -212,86 +231,51 @@ class TokenMasks:
             named = " and ".join(map(repr, dict.fromkeys(unplaced)))
             self._warn(f"{named} got no places of their own: there was a single step, or no attention to read; give regions")
 
-    def on_denoiser(self, text: torch.Tensor, latents: torch.Tensor, side: Callable[[], Side | None]) -> None:
-        """The denoiser is about to run.
+    def _hold(self, text: BoundText | None, silence: Silence) -> None:
+        """Hold a text for the layers that run now."""
+        self.text, self.silence = text, silence
+        self.binds = self._encoder_text.acts is not None or (text is not None and text.binds)
 
-        Args:
-            text: its states, [B, S, C].
-            latents: the denoiser's input.
-            side: of the latents; None if it is not known, and nothing has a place. It may wait for the device, so it is
-                called only if needed.
-        """
-        runtime = self._runtime
-        self._begin_if_noisier()
-        state = next((known for known in self._texts if known.is_of(text, latents)), None)
-        if state is None:
-            groups = None if runtime.calling is None else groups_of(runtime.calling, text, latents)
-            state = self._new(text, latents, side(), groups)
-            self._texts = [*self._texts, state][-MOST_TEXTS:]
-            # Training prompts name single experts.
-            wanted = [False] * len(self.bound) if runtime.calling is None else runtime.acting
-            for (name, bound), silent, wants in zip(self.bound.items(), state.silent, wanted, strict=True):
-                if silent and wants:
-                    self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
-            for warning in [*state.picture.crowded(wanted), *state.picture.tags(wanted)]:
-                self._warn(warning)
-        places = state.image
-        if state.picture.can_plan:
-            for warning in state.picture.plan():
-                self._warn(warning)
-            state.place()
-        state.follow_prompt()
-        others_are_silent = self.silent != state.silent or self.row_silent is not state.row_silent
-        if self.text is not state or state.image is not places or others_are_silent:
-            self.text, self.silent, self.row_silent = state, state.silent, state.row_silent
-            self._runtime.changed()
-
-    def _begin_if_noisier(self) -> None:
+    def _begin_if_noisier(self, time: torch.Tensor) -> None:
         """Outside of a call, a rise of the noise level is all that says that another picture begins."""
-        runtime = self._runtime
-        if runtime.calling is None and self.has_words and not torch.is_grad_enabled():
-            before, self._level = self._level, float(runtime.time.max())
+        if self.reader.has_words and not torch.is_grad_enabled():
+            before, self._level = self._level, float(time.max())
             if self._level > before:
                 self._texts = []
 
-    def _new(self, text: torch.Tensor, latents: torch.Tensor, side: Side | None, groups: Groups | None) -> BoundText:
+    def _new(self, text: torch.Tensor, latents: torch.Tensor, side: Side | None, pipe: Any) -> BoundText:
         """What follows from a new text. Within a call, it keeps the layout of the last prompt if the things are the same.
 
         If it is not known whether the text is a prompt, a text without any expert's words counts as the unconditional
         one of guidance that calls the denoiser separately. It then has the experts and places of the last prompt.
         """
+        groups = None if pipe is None else groups_of(pipe, text, latents)
         readings = self._read(text)
         frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings, latents), frames=frames, side=side)
-        acts = onto(self._acting_tokens(readings), text.device) if readings else None
+        acts = onto(self.reader.acting_tokens(readings), text.device) if readings else None
         words = text.detach(), version(text), latents.shape, picture, acts
         prompt = next(reversed(self._prompts), None)
         is_prompt = groups is not None or _names_an_expert(readings)
         if not is_prompt and prompt is not None and len(prompt.text) == len(text):
-            return BoundText(*words, prompt.silent, prompt.row_silent, prompt)
+            return BoundText(*words, prompt.silence, prompt)
         mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
-        state = BoundText(*words, *self._silent(mentioned, text.device))
+        state = BoundText(*words, self.reader.silence(mentioned, text.device))
         if self._planned:
             picture.put(self._planned)
-        elif prompt is not None and self._runtime.calling is not None:
+        elif prompt is not None and pipe is not None:
             picture.keep(prompt.picture)
         state.place()
         return state
 
     def _read(self, text: torch.Tensor) -> list[Reading]:
         """Read each row of the denoiser's text. [] if no expert has words, or the text's words are not known."""
-        if not self.has_words:
+        if not self.reader.has_words:
             return []
-        found = self._runtime.tokens.rows(text)
-        encoders = {run.encoder for row in found or () for part in row for run, _ in part}
-        if found is None or any(self.tokenizers[encoder] is None for encoder in encoders):
-            self._warn(
-                "the text's words are not known, so every expert acts everywhere: its states come from elsewhere, or were "
-                "made before LoRAs or gates were last attached, or too many texts ago"
-            )
-            return []
-        rows = [[[(run.encoder, run.ids[i].tolist()) for run, i in part] for part in row] for row in found]
-        return self._readings(rows, tokens=text.shape[1])
+        readings = self.reader.denoiser_text(text)
+        if readings is None:
+            self._warn(UNKNOWN)
+        return readings or []
 
     @property
     def _prompts(self) -> list[BoundText]:

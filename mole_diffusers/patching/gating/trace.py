@@ -9,7 +9,8 @@ import torch
 
 from mole_diffusers import functional
 from mole_diffusers.binding.picture_layout import Layout
-from mole_diffusers.patching.gating.runtime import Decision, Present, Runtime
+from mole_diffusers.patching.gating.decision import Decision, Present
+from mole_diffusers.patching.gating.step import Step
 
 
 @dataclass(eq=False)
@@ -18,7 +19,8 @@ class Trace:
 
     Attributes:
         experts: names, in the order of the last axis.
-        before: the runtime's number of calls when the block began; a trace counts its own.
+        step: where sampling is.
+        before: its number when the block began; a trace counts its own.
         records: (place, step, applied weights [N] or [B, N] on the CPU). Step -1 is before the first denoiser call, when
             text encoders run. If some layers of a place have fewer of the experts, they are recorded separately, as
             "PLACE (fox, ink)". Layers outside of blocks share one record, without a plan's strengths by block.
@@ -29,7 +31,7 @@ class Trace:
     """
 
     experts: list[str]
-    runtime: Runtime = field(repr=False)
+    step: Step = field(repr=False)
     before: int = field(repr=False)
     records: list[tuple[str, int, torch.Tensor]] = field(default_factory=list, repr=False)
     layouts: list[Layout] = field(default_factory=list, repr=False)
@@ -43,7 +45,7 @@ class Trace:
         if decision.present != largest:
             names = [name for name, there in zip(self.experts, decision.present, strict=True) if there]
             place = f"{place} ({', '.join(names)})"
-        self.records.append((place, self.runtime.step - self.before, decision.weights.detach().float().cpu()))
+        self.records.append((place, self.step.number - self.before, decision.weights.detach().float().cpu()))
 
     def record_layouts(self, layouts: list[Layout]) -> None:
         """Keep where each expert acted in a call."""
@@ -51,7 +53,7 @@ class Trace:
 
     def record_maps(self, pictures: list[dict[str, torch.Tensor]]) -> None:
         """Add the maps of one layer."""
-        kept = self.maps.setdefault(self.runtime.step - self.before, [{} for _ in pictures])
+        kept = self.maps.setdefault(self.step.number - self.before, [{} for _ in pictures])
         for maps, layer in zip(kept, pictures, strict=True):
             maps |= {name: maps.get(name, 0) + map_ for name, map_ in layer.items()}
 

@@ -139,6 +139,12 @@ def models_of(pipe: Any) -> dict[str, nn.Module]:
     return {part: compiled_from(model) for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
 
 
+def tokenizers_of(pipe: Any) -> dict[str, Any]:
+    """Text encoder -> its tokenizer, or None."""
+    encoders = [part for part in models_of(pipe) if part not in DENOISERS]
+    return {part: getattr(pipe, part.replace("text_encoder", "tokenizer"), None) for part in encoders}
+
+
 def hosts(pipe: Any) -> dict[str, nn.Module]:
     """Part -> model, for the models of a pipeline that get experts; ValueError if experts could not act there."""
     unet = denoiser(pipe)

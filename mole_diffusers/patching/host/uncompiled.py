@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
 
-from mole_diffusers.patching.gating.runtime import Runtime
-from mole_diffusers.patching.gating.token_masks import TokenMasks
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.hooks import AroundForward, Entered
 
 
-def run_uncompiled(
-    model: nn.Module, blocks: Sequence[nn.Module], runtime: Runtime, needed: Callable[[TokenMasks], bool], undo: Undo
-) -> None:
-    """Run `blocks` uncompiled in the calls of `model` that begin while `needed(masks)` is true."""
+class Uncompiled(AroundForward):
+    """On a model: runs blocks uncompiled in the calls of the model that begin while `needed()` is true."""
 
-    def uncompile(stack: ExitStack) -> None:
-        masks = runtime.masks
-        if torch.compiler.is_compiling() or masks is None or not needed(masks):
+    def __init__(self, entered: Entered, blocks: Sequence[nn.Module], needed: Callable[[], bool]):
+        super().__init__(entered)
+        self.blocks, self.needed = blocks, needed
+
+    def enter(self, module: Any, stack: ExitStack) -> None:
+        if torch.compiler.is_compiling() or not self.needed():
             return
-        for block in blocks:
+        for block in self.blocks:
             if (call := getattr(block, "_compiled_call_impl", None)) is not None:
                 stack.callback(setattr, block, "_compiled_call_impl", call)
                 block._compiled_call_impl = None
-
-    runtime.around_forward(model, uncompile, undo)

@@ -5,7 +5,7 @@ The LoRAs themselves are put on by peft, see peft_injection.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,11 @@ from torch import nn
 from mole_diffusers import functional
 from mole_diffusers.gates import Family, Gate, GateBank, GatePlace, Layer
 from mole_diffusers.lora.stacking import Stack
+from mole_diffusers.patching.gating.decision import Present
 from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, LayerSite, ModelSite
-from mole_diffusers.patching.gating.runtime import Present, Runtime
+from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
+from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.host.placement import (
     NETWORK,
@@ -43,15 +46,13 @@ class Component:
     Building checks everything and changes nothing; `install` changes the model.
     """
 
-    def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, runtime: Runtime):
-        self.name, self.model, self.family, self.runtime = name, model, family, runtime
-        self.denoises = name in DENOISERS
+    def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, sampling: Sampling):
+        self.name, self.model, self.family, self.sampling = name, model, family, sampling
         self.stacks = {layer: family.prepared(stack) for layer, stack in stacks.items()}
         entries, per = blocks(model), family.one_gate_per
-        self._gate_of = {layer: place_name(layer, per, entries) for layer in stacks}  # layer -> name of its gate's place
-        self._layers_of: dict[str, list[str]] = {}  # the inverse
-        for layer, of in self._gate_of.items():
-            self._layers_of.setdefault(of, []).append(layer)
+        self._layers_of: dict[str, list[str]] = {}  # name of a gate's place -> its layers
+        for layer in stacks:
+            self._layers_of.setdefault(place_name(layer, per, entries), []).append(layer)
         per = "matrix" if family.weighs_layers_apart else per
         self.owners = {layer: place_name(layer, per, entries) for layer in stacks}  # layer -> name of its site's place
         describe = partial(describe_place, denoises=self.denoises, reads_prompt=family.reads_prompt)
@@ -60,16 +61,35 @@ class Component:
         self.sites = {name: self._site(at) for name, at in self.places.items()}
 
     def install(self, undo: Undo) -> None:
-        """Put experts, gates and hooks on the model. The undo step of each change is recorded in `undo` before the
-        change.
+        """Put experts, gates and attention processors on the model. The undo step of each change is recorded in `undo`
+        before the change. The hooks are `hooks`.
         """
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
         peft_injection.inject(self.model, self.stacks, {layer: self.site_of(layer) for layer in self.stacks}, undo)
-        if self.denoises and (sites := self._model_sites):
-            self._hook_inputs(sites, undo)
         for name, at in self.places.items():
-            self._hook(at, self.sites[name], undo)
+            if isinstance(entry := self._entry(at), Attention):
+                _replace_processor(entry, self.sites[name], undo)
+
+    def hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
+        """The hooks that let sites know when sampling enters their places, and what enters."""
+        if self.denoises and (sites := self._model_sites):
+            yield self.model, ModelInput(sites, self.sampling, reads_prompt=self.family.reads_prompt)
+        for name, at in self.places.items():
+            site, entry = self.sites[name], self._entry(at)
+            if isinstance(site, BlockSite) and at.block is not None:
+                yield self.model.get_submodule(at.block), BlockBegins(site)
+            if entry is not None and not isinstance(entry, Attention):  # there, the processor does the same
+                yield entry, GateInput(site, None if site.timed else self.sampling.tokens)
+
+    def _entry(self, at: Place) -> nn.Module | None:
+        """The module whose input the gate of a place reads when it runs."""
+        return None if at.entry in (None, NETWORK) else self.model.get_submodule(str(at.entry))
+
+    @property
+    def denoises(self) -> bool:
+        """Whether it is the denoiser, not a text encoder."""
+        return self.name in DENOISERS
 
     @property
     def is_off(self) -> bool:
@@ -103,10 +123,10 @@ class Component:
         device = next(self.model.parameters()).device
         for name, at in self.places.items():
             site = self.sites[name]
-            if self.runtime.fixed is None and not site.gate.input_free:
+            if self.sampling.settings.fixed.now is None and not site.gate.input_free:
                 reads = "prompt" if site.gate.step_invariant else "picture"
                 raise ValueError(f"the gate of {site.name} depends on the {reads}; give a prompt to average over")
-            rows = self.runtime.rows_of_prompts
+            rows = self.sampling.acting.rows_of_prompts
             layer = None
             if site.gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
                 stack = self.stacks[name]
@@ -124,7 +144,7 @@ class Component:
     # ---- building
 
     def _gate(self, name: str, layers: Sequence[str]) -> Gate:
-        at, experts = self.places[self.owners[layers[0]]], len(self.runtime.active)
+        at, experts = self.places[self.owners[layers[0]]], len(self.sampling.settings.active.now)
         width, presents = at.width, [(True,) * experts]
         if self.family.reads_experts and at.name != NETWORK:
             width = experts * sum(self.stacks[layer].out for layer in probed(at, self.stacks))
@@ -143,7 +163,7 @@ class Component:
             "scope": scope,
             "probe": self._probe(at),
         }
-        about = f"{self.name}.{at.name}" if at.name else self.name, gate, self.runtime
+        about = f"{self.name}.{at.name}" if at.name else self.name, gate, self.sampling
         if NETWORK in (at.name, at.entry):
             return ModelSite(*about, spans_blocks=at.name == NETWORK, **common)
         if at.entry is None and at.block is None:
@@ -155,7 +175,7 @@ class Component:
         """The gate of a site, and the experts it shares among if it weighs each of its layers."""
         if not self.family.weighs_layers_apart:
             return self.bank[at.name], None
-        layers = self._layers_of[name := self._gate_of[at.name]]
+        name, layers = next((name, layers) for name, layers in self._layers_of.items() if at.name in layers)
         scope = tuple(map(any, zip(*(self.stacks[layer].present for layer in layers), strict=True)))
         return self.bank[name].for_layer(layers.index(at.name)), scope
 
@@ -175,42 +195,50 @@ class Component:
 
         return outputs
 
-    # ---- hooks
 
-    def _hook(self, at: Place, site: GateSite, undo: Undo) -> None:
-        """Let a site know when sampling enters its place, and what enters."""
-        if isinstance(site, BlockSite) and at.block is not None:
-            undo.before_forward(self.model.get_submodule(at.block), lambda *_: site.begin_block())
-        if at.entry is None or at.entry == NETWORK:
-            return
+class BlockBegins(ForwardHook):
+    """On a block: its gate must be evaluated again."""
 
-        def evaluate(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            tokens = None if site.timed else self.runtime.tokens.current
-            site.evaluate(args[0] if args else kwargs["hidden_states"], tokens=tokens)
+    def __init__(self, site: BlockSite):
+        self.site = site
 
-        entry = self.model.get_submodule(at.entry)
-        if isinstance(entry, Attention):
-            _replace_processor(entry, site, undo)
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.site.begin_block()
+
+
+class GateInput(ForwardHook):
+    """On a module whose input a gate reads, if it has no attention processor.
+
+    Args:
+        tokens: in a text encoder, knows which tokens are words.
+    """
+
+    def __init__(self, site: GateSite, tokens: PromptTokens | None):
+        self.site, self.tokens = site, tokens
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        words = None if self.tokens is None else self.tokens.current
+        self.site.evaluate(args[0] if args else kwargs["hidden_states"], tokens=words)
+
+
+class ModelInput(ForwardHook):
+    """On the denoiser: gives sites the text if they read the prompt, otherwise its mean and the noise level."""
+
+    def __init__(self, sites: Sequence[ModelSite], sampling: Sampling, *, reads_prompt: bool):
+        self.sites, self.sampling, self.reads_prompt = sites, sampling, reads_prompt
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = self.sampling.inputs
+        hidden, tokens = inputs.text(args, kwargs), None  # [B, T, C]
+        if self.reads_prompt:
+            tokens = self.sampling.tokens.of(hidden)
         else:
-            undo.before_forward(entry, evaluate, with_kwargs=True)
-
-    def _hook_inputs(self, sites: Sequence[ModelSite], undo: Undo) -> None:
-        """Give sites what enters the denoiser: the text if they read the prompt, otherwise its mean and the noise level."""
-        inputs, reads_prompt = self.runtime.inputs, self.family.reads_prompt
-
-        def defer(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden, tokens = inputs.text(args, kwargs), None  # [B, T, C]
-            if reads_prompt:
-                tokens = self.runtime.tokens.of(hidden)
-            else:
-                time = inputs.time(args, kwargs)  # [B]
-                text = functional.resample_rows(hidden, len(time)).float()  # a video repeats it for each frame
-                time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
-                hidden = torch.cat([text.mean(1), time], -1)[:, None]  # [B, 1, C + TIME_WIDTH]
-            for site in sites:
-                site.defer(hidden, tokens=tokens)
-
-        undo.before_forward(self.model, defer, with_kwargs=True)
+            time = inputs.time(args, kwargs)  # [B]
+            text = functional.resample_rows(hidden, len(time)).float()  # a video repeats it for each frame
+            time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
+            hidden = torch.cat([text.mean(1), time], -1)[:, None]  # [B, 1, C + TIME_WIDTH]
+        for site in self.sites:
+            site.defer(hidden, tokens=tokens)
 
 
 def _replace_processor(attention: Attention, site: GateSite, undo: Undo) -> None:

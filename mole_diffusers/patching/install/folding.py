@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 
 from mole_diffusers import functional
 from mole_diffusers.lora import LoraWeights
-from mole_diffusers.patching.gating.runtime import Decision, Present
+from mole_diffusers.patching.gating.decision import Decision, Present
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.undo import undoing
@@ -59,8 +59,9 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
 
 def reads_nothing(parts: Sequence[Component]) -> bool:
     """Whether all weights are known without a prompt."""
-    runtime = parts[0].runtime
-    reads_text = runtime.rows is not None or (runtime.masks is not None and runtime.masks.has_words)
+    sampling = parts[0].sampling
+    masks = sampling.acting.masks
+    reads_text = sampling.settings.rows.now is not None or (masks is not None and masks.reader.has_words)
     return all(part.input_free for part in parts) and not reads_text
 
 
@@ -112,7 +113,7 @@ def one_lora(parts: Iterable[Component], weights: Weights) -> tuple[Folded, set[
             if (site.name, stack.present) not in weights:
                 continue
             factor = weights[site.name, stack.present].cpu()
-            if site.spans_blocks and (plan := part.runtime.plan) is not None:
+            if site.spans_blocks and (plan := part.sampling.settings.plan.now) is not None:
                 factor = factor * torch.tensor(plan.block(f"{part.name}.{name}"))  # [N]
             factor = factor if site.gate.ranked else factor[stack.segment]  # [R]
             if (kept := factor != 0).any():

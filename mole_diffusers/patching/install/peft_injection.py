@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.gating.gated_experts import ADAPTER, GatedExperts
+from mole_diffusers.patching.hooks import Call, ForwardHook
 from mole_diffusers.patching.host.placement import stream_of
 from mole_diffusers.patching.undo import Undo
 
@@ -29,10 +30,8 @@ class GatedLinear(lora.Linear):
     """peft's linear layer. If only the experts are added to a plain weight, it only runs their arithmetic."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        experts = self.lora_variant[ADAPTER]
-        if experts.are_alone(self, x):
-            return experts.linear(self, x)
-        return super().forward(x, *args, **kwargs)
+        y = self.lora_variant[ADAPTER].linear(self, x)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
 
 def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite], undo: Undo) -> None:
@@ -46,7 +45,7 @@ def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite
     for name, stack in stacks.items():
         _fill(model.get_submodule(name), stack, sites[name], name)
         if isinstance(model.get_submodule(name.rpartition(".")[0]), AnimateDiffTransformer3D):
-            undo.before_forward(model.get_submodule(name), _by_position, with_kwargs=True)
+            ByPosition().register(model.get_submodule(name), undo)
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the model, but its own parameters are up to the user
         p.requires_grad_(flag)
@@ -65,9 +64,11 @@ class _Empty(TorchFunctionMode):
         return call(*args, **(kwargs or {}) | place)
 
 
-def _by_position(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+class ByPosition(ForwardHook):
     """AnimateDiff's motion modules pass `input` to their projections by name; peft's layers have another name for it."""
-    return ((kwargs["input"],), {}) if "input" in kwargs else None
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+        return ((kwargs["input"],), {}) if "input" in kwargs else None
 
 
 def inject_trainable(model: Any, adapter: str, undo: Undo, *, pattern: str, rank: int, alpha: float) -> None:

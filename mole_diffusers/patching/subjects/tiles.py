@@ -17,8 +17,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding.picture_warning import PictureWarning
 from mole_diffusers.gates.seen import Seen
-from mole_diffusers.patching.gating.picture_warning import PictureWarning
 from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, prompted_rows
 from mole_diffusers.patching.subjects.things import Alone, Asked, SetPlaces, Things, Tiling
 from mole_diffusers.patching.undo import replaced_forward

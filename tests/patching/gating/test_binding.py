@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import mole_diffusers as mole
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.patching.gating import bound_text
-from mole_diffusers.patching.gating.runtime import PlainSum
+from mole_diffusers.patching.gating.settings import PlainSum
 from mole_diffusers.patching.install.folding import Averages, evaluate_gates
 from mole_diffusers.testing import tiny_lora
 
@@ -46,7 +46,7 @@ def own_words(tokens=16):
 
 def now(mixture):
     """What binding knows of the text that was drawn last."""
-    return mixture._runtime.binding.text
+    return mixture._settings.binding.now.text
 
 
 # ---- nothing is bound
@@ -262,11 +262,12 @@ def test_permuting_experts_changes_nothing(attach, pipe, draw):
 def test_a_map_is_the_mean_attention_to_its_words(pipe, attach):
     mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
     pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)
-    masks = mixture._runtime.binding
+    masks = mixture._settings.binding.now
     probabilities = torch.rand(1, 64, 16, generator=torch.Generator().manual_seed(0))
-    text, latents = mixture._runtime.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
+    text, latents = mixture._sampling.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
     masks.begin()
-    masks.on_denoiser(text, latents, lambda: (8, 8))
+    now = {"pipe": None, "time": torch.ones(1), "acting": [True, True]}
+    masks.on_denoiser(text, latents, lambda: (8, 8), **now)
     masks.add_maps(probabilities)
     by_hand = torch.stack([probabilities[0, :, list(words)].mean(1) for words in (FOX, OWL)]).reshape(2, 8, 8)
     low, high = by_hand.amin((1, 2), keepdim=True), by_hand.amax((1, 2), keepdim=True)
@@ -283,7 +284,7 @@ def test_maps_are_the_hosts_own_attention(pipe, attach):
     def keep(_, args, kwargs):
         inputs.append((args[0], kwargs["encoder_hidden_states"]))
 
-    mixture._runtime.binding.add_maps = lambda probabilities: read.append(probabilities)
+    mixture._settings.binding.now.add_maps = lambda probabilities: read.append(probabilities)
     attention = pipe.unet.get_submodule("down_blocks.1.attentions.0.transformer_blocks.0.attn2")
     hook = attention.register_forward_pre_hook(keep, with_kwargs=True)
     pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)
@@ -337,7 +338,7 @@ def test_a_trace_keeps_the_maps_of_every_step(pipe, attach, draw, binding):
     if binding["ink"] == "owl":
         for name, map_ in mixture.layouts[0].maps.items():
             assert torch.equal(map_, trace.maps[0][0][name])
-    assert not mixture._runtime.map_watchers
+    assert not mixture._sampling.listeners.maps.now
     with mixture.trace(maps=True) as trace, mixture.bound(None):
         draw(pipe, PROMPT)
     assert trace.maps == {}
@@ -674,7 +675,7 @@ def test_a_prompt_that_loses_its_words_midway_silences_their_experts(attach, pip
     with pytest.warns(UserWarning, match="'fox' is silent"):
         pipe(PROMPT, num_inference_steps=3, output_type="latent", callback_on_step_end=change,
              callback_on_step_end_tensor_inputs=["prompt_embeds"])  # fmt: skip
-    assert now(mixture).silent == (True, True)
+    assert now(mixture).silence.experts == (True, True)
 
 
 @pytest.mark.thorough
@@ -816,7 +817,7 @@ def test_words_of_two_prompts_share_the_tokens_of_both(name, tmp_path):
         hosts.draw(pipe, options | {"prompt_2": "an owl"}, "a fox", steps=3)
         assert torch.equal(now(mixture).acts[1], own)  # whichever text has which
         hosts.draw(pipe, options, "an owl", steps=1)
-        assert now(mixture).silent == (True, False)
+        assert now(mixture).silence.experts == (True, False)
     fox, owl = {2, 3, 4}, {3, 4, 5}
     for k, others in ((0, owl - fox), (1, fox - owl)):
         assert (~own[:, k]).nonzero().flatten().tolist() == sorted(others)
@@ -986,10 +987,10 @@ def test_guidance_by_a_second_text_has_one_layout(other):
     options = {"max_sequence_length": 16, "negative_prompt": "a cat", "true_cfg_scale": 2.0, "num_inference_steps": 3}
     other.pipe(PROMPT, output_type="latent", **hosts.SIZE, **options)
     assert set(mixture.layouts[0].regions) == {"fox", "ink"}
-    spoken, negative = mixture._runtime.binding._texts
+    spoken, negative = mixture._settings.binding.now._texts
     assert spoken.image is not None
     assert negative.image is spoken.image
-    assert negative.silent == spoken.silent == (False, False)
+    assert negative.silence.experts == spoken.silence.experts == (False, False)
 
 
 @pytest.mark.thorough
@@ -1114,7 +1115,7 @@ def test_a_unet_compiled_whole_is_bound_in_the_text_alone(attach, pipe, draw):
     draw(pipe, PROMPT)
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="eager")
     whole = draw(pipe, PROMPT)
-    masks = mixture._runtime.binding
+    masks = mixture._settings.binding.now
     masks.on_denoiser = lambda *_, **__: None
     pipe.unet = pipe.unet._orig_mod
     torch.testing.assert_close(draw(pipe, PROMPT), whole, atol=2e-5, rtol=0)

@@ -491,7 +491,7 @@ def test_nouns_keep_the_places_of_their_tiles(pipe, experts):
     for prompt, things in (("fox+hat,a b,a b", 4), ("fox+hat,a t-x", 3)):
         with mixture.tiled():
             latent(pipe, prompt, noise(16, 48), steps=2)
-        (regions,) = mixture._runtime.binding._texts[-1].picture._regions.values()
+        (regions,) = mixture._settings.binding.now._texts[-1].picture._regions.values()
         assert torch.equal(regions, strips(things, 16, 48))
         assert not mixture.binding_warnings
 
