@@ -70,7 +70,7 @@ class PipelineLock:
                 for opened in list(self._open):
                     opened.refuse_endless_wait(block)
                 if not self._lock.acquire(timeout=WARN_AFTER):
-                    if outermost == self._open[:1] and not any(opened.draws for opened in self._open):
+                    if outermost and outermost == self._open[:1] and not any(opened.draws for opened in self._open):
                         about = {"thread": outermost[0].thread.name, "at": outermost[0].entered_at}
                         warnings.warn(WAITING.format(seconds=WARN_AFTER, **about), stacklevel=3)
                     self._lock.acquire()
