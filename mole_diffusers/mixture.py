@@ -22,8 +22,9 @@ from mole_diffusers.gates import FAMILIES, GateBank, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert
+from mole_diffusers.lora.host_names import with_host_names
 from mole_diffusers.lora.own_words import own_words
-from mole_diffusers.lora.stacking import match, stack_all
+from mole_diffusers.lora.stacking import check_share, match, stack_all
 from mole_diffusers.lora.strengths import Source, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
 from mole_diffusers.patching.gating.decision import Decision
@@ -809,6 +810,7 @@ def attach(
     gates: Gates = "sum",
     *,
     binding: Mapping[str, Any] | str | None = "auto",
+    allow_missing_layers: bool = False,
 ) -> Mixture:
     """Put concept LoRAs on a pipeline, weighed by gates. Attaching again replaces them; `detach` restores the original.
 
@@ -820,6 +822,8 @@ def attach(
             "./flow" if it has a family's name), or a hub id.
         binding: each expert's words and place, as `Mixture.bind` takes them. "auto" takes the trigger words from the
             files and finds places from attention. None binds nothing, so that `gates="sum"` is the plain sum.
+        allow_missing_layers: also attach LoRAs of which the pipeline lacks more than a tenth of the layers, for example on
+            a pruned model.
 
     Returns:
         The mixture: the handle for strengths, masks, traces, training and saving.
@@ -831,6 +835,10 @@ def attach(
     denoiser(pipe)  # so that nothing else is taken for a pipeline
     with _held(pipe) as before:
         mixture = _prepared(pipe, experts, gates, binding)
+        for name, expert in mixture.experts.items():
+            # An expert that is on the pipeline has been accepted before.
+            if not allow_missing_layers and (before is None or before.experts.get(name) is not expert):
+                check_share(expert, mixture.unmatched[name], models_of(pipe))
         mixture._replace(before)
     for name, keys in mixture.unmatched.items():
         if keys:
@@ -847,7 +855,7 @@ def _prepared(
     read = read_weighed(experts)
     if not read:
         raise ValueError("attach needs at least one expert")
-    files = {name: expert for name, (expert, _) in read.items()}
+    files = {name: with_host_names(expert, pipe, models_of(pipe)) for name, (expert, _) in read.items()}
     if not isinstance(gates, str | Path | GateConfig):
         known = ", ".join(FAMILIES)
         raise TypeError(f"gates are a family, a GateConfig, a folder or a hub id, got {gates!r}; families: {known}")

@@ -26,6 +26,7 @@ from mole_diffusers.app.sentences import without_folders
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
+from mole_diffusers.lora.host_names import with_host_names
 from mole_diffusers.lora.own_words import words_of
 from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.lora.stacking import match
@@ -231,7 +232,8 @@ class Actions:
             facts |= {"base": expert.base, "format": expert.format, "sha256": expert.sha256}
             facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(words_of(expert).words)}
             facts["layers"] = total
-            return facts | {"matched": total - len(match(expert, models_of(self.studio.pipe)).unmatched)}
+            pipe, models = self.studio.pipe, models_of(self.studio.pipe)
+            return facts | {"matched": total - len(match(with_host_names(expert, pipe, models), models).unmatched)}
         except (ValueError, OSError) as error:
             return facts | {"problem": without_folders(str(error))}
 

@@ -22,11 +22,7 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
         files (FILE): LoRA files.
         base (MODEL): a pipeline to match the layers with.
     """
-    models = {}
-    if base:
-        from mole_diffusers.patching.host.denoiser_inputs import models_of
-
-        models = models_of(opened(base, machine).pipe)
+    pipe = opened(base, machine).pipe if base else None
     reports, failed = list[dict[str, Any]](), False
     for path in files:
         try:
@@ -34,7 +30,7 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
                 raise FileNotFoundError(f"no LoRA file at {path}")
             from mole_diffusers.lora import read_expert  # which takes seconds
 
-            reports.append(describe(read_expert(path), path, models))
+            reports.append(describe(read_expert(path), path, pipe))
         except (ValueError, FileNotFoundError) as error:
             failed = True
             reports.append({"file": str(path), "error": str(error)})
@@ -42,11 +38,10 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
     return Result(reports, "\n\n".join(words), status=int(failed))
 
 
-def describe(expert: Expert, path: Path, models: dict[str, Any]) -> dict[str, Any]:
-    """The contents of one file. With `models`, also how many layers match them, and why the others do not."""
+def describe(expert: Expert, path: Path, pipe: Any) -> dict[str, Any]:
+    """The contents of one file. With a pipeline, also how many layers match its models, and why the others do not."""
     from mole_diffusers.lora import COMPONENTS, stated_base, summarize
     from mole_diffusers.lora.own_words import words_of
-    from mole_diffusers.lora.stacking import match
 
     (low, high), own = expert.ranks, words_of(expert)
     stated = stated_base(expert.metadata)
@@ -68,8 +63,13 @@ def describe(expert: Expert, path: Path, models: dict[str, Any]) -> dict[str, An
         report["cut"] = f"LoHa and LoKr layers to lower ranks, relative error at most {error:.2g}"
     if expert.left_out:
         report["left out"] = _reasons(expert.left_out)
-    if models:
-        missing = match(expert, models).unmatched
+    if pipe is not None:
+        from mole_diffusers.lora.host_names import with_host_names
+        from mole_diffusers.lora.stacking import match
+        from mole_diffusers.patching.host.denoiser_inputs import models_of
+
+        models = models_of(pipe)
+        missing = match(with_host_names(expert, pipe, models), models).unmatched
         total = sum(len(layers) for layers in expert.layers.values())
         report["matched"] = f"{total - len(missing)} of {total} layers"
         if missing:

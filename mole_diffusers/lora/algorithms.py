@@ -19,8 +19,8 @@ Tensors = Mapping[str, torch.Tensor]  # role -> tensor
 Scale = Callable[[int | None], float]  # rank of the file's own factors, None if there are none -> alpha / r
 
 MAX_RANK = 4096
-MAX_SIDE = 1 << 17  # of a weight matrix; the largest layers of today's models have a sixth of it
-MAX_WEIGHT = 1 << 27  # numbers in a layer's change of weight
+MAX_SIDE = 1 << 17  # of a weight matrix; the largest layers of today's models have two fifths of it
+MAX_WEIGHT = 1 << 29  # numbers in a layer's change of weight; Flux.2 dev has layers of 55296 x 6144
 MAX_MADE = 1 << 29  # numbers in the factors that LoHa and LoKr layers of one file become, 2 GiB
 MAX_OPERATIONS = 1e13  # of their decompositions, about a minute
 MAX_LOHA_RANK = 1024  # of the product of its halves, 32 x 32; the cost of cutting it grows with the cube
@@ -64,11 +64,14 @@ def layer_weights(tensors: Tensors, scale: Scale, tolerance: float, budget: Budg
     else:
         weights = _lora(tensors, scale)
         algorithm = "LoCon" if weights.down.dim() == 4 and weights.down.shape[2:] != (1, 1) else "LoRA"
-    if not weights.largest() <= MAX_NUMBER:
-        raise ValueError(
-            f"its numbers go up to {weights.largest():.2g}, too large for a weight: at most {MAX_NUMBER:g} is accepted"
-        )
+    check_largest(weights)
     return algorithm, weights
+
+
+def check_largest(weights: LoraWeights) -> None:
+    """Raises ValueError if the numbers of a layer are too large, or not finite."""
+    if not (largest := weights.largest()) <= MAX_NUMBER:
+        raise ValueError(f"its numbers go up to {largest:.2g}, too large for a weight: at most {MAX_NUMBER:g} is accepted")
 
 
 def alpha_value(tensor: torch.Tensor) -> float:

@@ -19,6 +19,7 @@ KOHYA_PREFIXES = {
 ONETRAINER_PREFIX = "lora_transformer_"
 PREFIXES = {  # how a key begins -> component, and the files' format; diffusers' and PEFT's have the components' names
     ONETRAINER_PREFIX: ("transformer", "onetrainer"),
+    "lycoris_": ("unet", "kohya"),
     **{prefix: (component, "kohya") for prefix, component in KOHYA_PREFIXES.items()},
     "clip_l.": ("text_encoder", "omi"),
     "clip_g.": ("text_encoder_2", "omi"),
@@ -32,7 +33,9 @@ LAYER_STARTS = {  # component -> how its layer keys begin
     "unet": ("down_blocks_", "mid_block_", "up_blocks_", "conv_in", "conv_out", "time_embedding_", "add_embedding_"),
     "transformer": (
         "transformer_blocks_", "single_transformer_blocks_", "x_embedder", "context_embedder", "time_text_embed_",
-        "norm_out_", "proj_out", "pos_embed_",
+        "norm_out_", "proj_out", "pos_embed_", "img_in", "txt_in", "time_guidance_embed_", "blocks_", "layers_",
+        "noise_refiner_", "context_refiner_", "double_blocks_", "single_blocks_", "joint_blocks_", "double_stream_blocks_",
+        "single_stream_blocks_", "text_fusion_", "txtfusion_",
     ),
     "text_encoder": ("encoder_layers_",),
 }  # fmt: skip
@@ -42,11 +45,12 @@ ROLES = {  # what a tensor is -> how its key ends
     "up": r"lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight",
     "mid": r"lora_mid\.weight",
     "alpha": r"alpha",
+    "dora_scale": r"dora_scale",
+    "magnitude": r"lora_magnitude_vector(?:\.\w+)?(?:\.weight)?",
     "lycoris": r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2",  # the ending is its role
 }
 ROLE = re.compile("|".join(rf"(?:^|[._])(?P<{role}>{ends})$" for role, ends in ROLES.items()))
 UNSUPPORTED = {  # how a key ends -> what it belongs to
-    r"dora_scale|lora_magnitude_vector(?:\.\w+)?(?:\.weight)?": "DoRA, whose change depends on the base's own weights",
     r"diff": "a full weight difference",
     r"diff_b|lora_B(?:\.\w+)?\.bias|lora_up\.bias": "a trained bias",
     r"w_norm|b_norm": "a trained normalisation",
@@ -67,9 +71,9 @@ class Key:
 
     Attributes:
         component: "unet", "text_encoder", ...
-        layer: the layer key. For a transformer it may still be an original name that stands for several layers.
+        layer: the layer key. For a transformer it may be an original name, which may stand for several layers.
         module: the layer's name in the file, without the component: dotted in files of diffusers and PEFT.
-        role: "down", "up", "mid", "alpha", or LyCORIS's own name ("hada_w1_a", ...).
+        role: "down", "up", "mid", "alpha", "magnitude" (PEFT's), "dora_scale", or LyCORIS's own name ("hada_w1_a", ...).
         format: of the file, as in `Expert.format`.
     """
 
@@ -85,7 +89,7 @@ def parse_key(key: str) -> Key:
     if not (found := ROLE.search(key)):
         for end, what in UNSUPPORTED.items():
             if re.search(rf"(?:^|[._])(?:{end})$", key):
-                raise ValueError(f"{key!r} is of {what}; LoRA, LoCon, LoHa and LoKr are read")
+                raise ValueError(f"{key!r} is of {what}; LoRA, LoCon, LoHa, LoKr and DoRA are read")
         raise ValueError(f"{key!r} is not a LoRA key")
     role = found["lycoris"] or str(found.lastgroup)
     component, module, form = _located(key[: found.start()])
@@ -96,6 +100,8 @@ def parse_key(key: str) -> Key:
         component = "transformer"
     elif component == "unet":
         layer = unet_name(plain)
+        if form and not layer.startswith(LAYER_STARTS["unet"]):
+            component = "transformer"
     if not form and (original or layer != plain):
         form = "omi"
     elif not form:
@@ -108,11 +114,12 @@ def _located(stem: str) -> tuple[str, str, str]:
     for prefix, (component, form) in PREFIXES.items():
         if stem.startswith(prefix):
             return component, stem.removeprefix(prefix), form
-    stem = stem.removeprefix("base_model.model.")
+    named, stem = stem, stem.removeprefix("base_model.model.")
     component, _, module = stem.partition(".")
     if component not in COMPONENTS:  # saved from a single model: the layer's name tells the component
         module, layer = stem, layer_key(stem)
-        component = next((c for c, starts in LAYER_STARTS.items() if layer.startswith(starts)), "")
+        other = "transformer" if named != stem else ""  # PEFT's own files may be of any transformer
+        component = next((c for c, starts in LAYER_STARTS.items() if layer.startswith(starts)), other)
     if not component:
         raise ValueError(f"{stem!r} begins with none of {[*(f'{c}.' for c in COMPONENTS), *PREFIXES]}")
     if ".processor." in module:  # old diffusers files name the attention processor, and to_out_lora for to_out.0

@@ -107,6 +107,7 @@ class Scaling:
         root: divide by sqrt(r), as rsLoRA does.
         rank: of layers whose matrices do not tell it, LoKr's with two whole ones; None: their scale is 1.
         ranks: patterns like those of alphas -> place, and rank.
+        dora: whether the layers are DoRA.
     """
 
     alpha: float | None = None
@@ -114,6 +115,7 @@ class Scaling:
     root: bool = False
     rank: float | None = None
     ranks: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    dora: bool = False
 
     def __call__(self, module: str, told: int | None) -> float:
         """The scale of a layer whose matrices tell this rank."""
@@ -134,7 +136,7 @@ def _named(patterns: Mapping[str, tuple[int, float]], module: str, default: floa
 def scalings(metadata: Mapping[str, str], config: Mapping[str, Any] | None = None) -> dict[str, Scaling]:
     """{component: Scaling} from diffusers' header metadata {"unet.lora_alpha": ..}, else from the `config` next to the file.
 
-    Raises ValueError if it is not in PEFT's format, or says DoRA.
+    Raises ValueError if it is not in PEFT's format.
     """
     if PEFT_METADATA not in metadata:
         return {} if config is None else dict.fromkeys(COMPONENTS, _scaling(config, PEFT_CONFIG))
@@ -158,13 +160,11 @@ def read_peft_config(path: Path) -> Mapping[str, Any] | None:
 
 
 def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
-    if config.get("use_dora"):
-        raise ValueError(f"its {where} says DoRA, whose change depends on the base's own weights")
     # PEFT calls the alpha of LoRA lora_alpha, and that of LoHa and LoKr alpha
     alpha, named = _numbers(config.get("lora_alpha", config.get("alpha")), config.get("alpha_pattern"), "an alpha", where)
     root = bool(config.get("use_rslora"))
     if config.get("peft_type") != "LOKR":
-        return Scaling(alpha, named, root)
+        return Scaling(alpha, named, root, dora=bool(config.get("use_dora")))
     rank, ranks = _numbers(config.get("r"), config.get("rank_pattern"), "a rank", where)
     if any(number < 1 for _, number in ranks.values()) or (rank is not None and rank < 1):
         raise ValueError(f"its {where} holds a rank below 1")

@@ -60,6 +60,7 @@ def unet_name(layer: str) -> str:
 
 # ---- the transformers
 
+HAVE_ORIGINAL_NAMES = ("Flux", "Chroma", "SD 3")  # the families whose names these are
 TRANSFORMER_OUTSIDE_BLOCKS = {
     "img_in": "x_embedder", "img_in_proj": "x_embedder", "txt_in": "context_embedder", "x_embedder_proj": "pos_embed_proj",
     "final_layer_linear": "proj_out",
@@ -153,24 +154,16 @@ def _square_then_rest(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
 
 
 def _rows(weights: LoraWeights, sizes: dict[str, int]) -> Layers:
-    """Divide the up matrix's rows.
-
-    If a trainer kept q, k and v apart, the ranks of the others left columns of zeros. These are dropped.
-    """
-    layers = {}
-    for name, up in zip(sizes, weights.up.split(list(sizes.values())), strict=True):
-        used = up.float().transpose(0, 1).flatten(1).any(1)  # [r]
-        used[0] |= not used.any()
-        layers[name] = LoraWeights(weights.down[used].clone(), up[:, used].clone(), weights.scale, weights.error)
-    return layers
+    rows = torch.arange(len(weights.up)).split(list(sizes.values()))
+    return {name: weights.of_rows(part) for name, part in zip(sizes, rows, strict=True)}
 
 
 def _swapped(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
     """diffusers has scale before shift in its last normalisation."""
     if len(weights.up) % 2:
         raise ValueError(f"{len(weights.up)} rows are not 2 equal parts")
-    shift, scale = weights.up.chunk(2)
-    return {names[0]: LoraWeights(weights.down, torch.cat([scale, shift]), weights.scale, weights.error)}
+    shift, scale = torch.arange(len(weights.up)).chunk(2)
+    return {names[0]: weights.of_rows(torch.cat([scale, shift]))}
 
 
 def _modulation(weights: LoraWeights, names: tuple[str, ...]) -> Layers:

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from mole_diffusers.lora.algorithms import Budget, alpha_value, layer_weights
+from mole_diffusers.lora.dora import SHAPES, with_magnitude
 from mole_diffusers.lora.expert import Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import TRIGGER_EMBEDDING, Key, is_flux, parse_key
 from mole_diffusers.lora.metadata import Scaling, read_peft_config, scalings
-from mole_diffusers.lora.original_names import split_fused
+from mole_diffusers.lora.original_names import HAVE_ORIGINAL_NAMES, split_fused
 from mole_diffusers.lora.own_words import stated_words
 from mole_diffusers.lora.safe_files import RefusedFileError, TensorFile, read_safetensors
 from mole_diffusers.lora.sidecars import preferred_weight, stated_beside
@@ -55,6 +56,7 @@ def _expert(path: Path, name: str, contents: TensorFile, *, tolerance: float, dr
     left_out = dict.fromkeys(embedded, "an embedding of a trigger word, which is no part of the LoRA")
     keys = {key: parse_key(key) for key in contents.tensors if key not in left_out}
     layers: dict[str, dict[str, LoraWeights]] = {}
+    file_names: dict[str, str] = {}
     algorithms: Counter[str] = Counter()
     for (component, layer), (module, roles) in _grouped(keys, contents.tensors).items():
         where = f"{component}.{layer}"
@@ -67,23 +69,29 @@ def _expert(path: Path, name: str, contents: TensorFile, *, tolerance: float, dr
             if why:
                 raise ValueError(why)
             alpha = roles.pop("alpha", None)
-            scaling = Scaling(alpha_value(alpha)) if alpha is not None else stated.get(component, Scaling())
+            magnitudes = {role: roles.pop(role) for role in SHAPES if role in roles}
+            of_config = stated.get(component, Scaling())
+            scaling = of_config if alpha is None else Scaling(alpha_value(alpha))
             algorithm, weights = layer_weights(roles, partial(scaling, module), tolerance, budget)
-            made = split_fused(layer, weights) if component == "transformer" else {layer: weights}
+            for role, magnitude in magnitudes.items():
+                algorithm, weights = "DoRA", with_magnitude(weights, role, magnitude)
+            if of_config.dora and not magnitudes:
+                raise ValueError("its PEFT config says DoRA, and it has no magnitudes")
         except ValueError as error:
             raise ValueError(f"layer {where!r}: {error}") from None
         algorithms[algorithm] += 1
-        known = layers.setdefault(component, {})
-        if twice := sorted(set(made) & set(known)):
-            raise ValueError(f"layer {f'{component}.{twice[0]}'!r} is there twice under different keys")
-        known.update(made)
+        layers.setdefault(component, {})[layer] = weights
+        file_names[where] = module
     if not layers:
         raise ValueError("it holds no LoRA layers")
+    base = base_of(layers, contents.metadata)
+    if base in (*HAVE_ORIGINAL_NAMES, "unknown") and "transformer" in layers:
+        layers["transformer"] = _with_diffusers_names(layers["transformer"])
     return Expert(
         name=name,
         layers=layers,
         format=Counter(key.format for key in keys.values()).most_common(1)[0][0],
-        base=base_of(layers, contents.metadata),
+        base=base,
         triggers=stated_words(stated_beside(path), contents.metadata),
         preferred_weight=preferred_weight(path),
         source=str(path),
@@ -91,7 +99,21 @@ def _expert(path: Path, name: str, contents: TensorFile, *, tolerance: float, dr
         metadata=contents.metadata,
         algorithms=dict(algorithms),
         left_out=left_out,
+        file_names=file_names,
     )
+
+
+def _with_diffusers_names(layers: Mapping[str, LoraWeights]) -> dict[str, LoraWeights]:
+    named: dict[str, LoraWeights] = {}
+    for layer, weights in layers.items():
+        try:
+            made = split_fused(layer, weights)
+        except ValueError as error:
+            raise ValueError(f"layer {f'transformer.{layer}'!r}: {error}") from None
+        if twice := sorted(set(made) & set(named)):
+            raise ValueError(f"layer {f'transformer.{twice[0]}'!r} is there twice under different keys")
+        named |= made
+    return named
 
 
 def _grouped(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,12 @@ import torch
 from torch import nn
 
 from mole_diffusers.lora import Expert, LoraWeights, check_family, layer_key
+from mole_diffusers.lora.algorithms import check_largest
+from mole_diffusers.lora.dora import on_base
+from mole_diffusers.lora.families import MODEL_FAMILIES
 from mole_diffusers.lora.safe_files import RefusedFileError, check_memory
+
+SHARE = 0.9  # of an expert's layers that a pipeline must have
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Stack:
 class Match:
     """How one expert's layers match a pipeline's."""
 
+    about: str  # the expert, for error messages
     layers: dict[str, dict[str, LoraWeights]]  # component -> {module name in the host: weights}
     unmatched: dict[str, str]  # layer key, component first -> why the host has no such layer
 
@@ -85,7 +91,7 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
         if (host := hosts.get(component)) is None:
             unmatched |= {f"{component}.{key}": f"there is no {component}" for key in layers}
             continue
-        modules, kinds = _modules_by_key(host), {layer_key(name): type(m).__name__ for name, m in host.named_modules()}
+        modules, kinds = modules_by_key(host), {layer_key(name): type(m).__name__ for name, m in host.named_modules()}
         for key, weights in layers.items():
             if key not in modules:
                 has = f"has a {kinds[key]} there, which takes no LoRA" if key in kinds else "has no such layer"
@@ -97,10 +103,21 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
     if not found:
         key, why = next(iter(unmatched.items()))
         raise RefusedFileError(f"{about}: none of its {len(unmatched)} layers is in this pipeline, {key} since {why}")
-    return Match(found, unmatched)
+    return Match(about, found, unmatched)
 
 
-def _modules_by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
+def check_share(expert: Expert, unmatched: Collection[str], hosts: Mapping[str, nn.Module]) -> None:
+    """Raises RefusedFileError if the models that the pipeline has lack more than a tenth of an expert's layers for them."""
+    keys = [f"{component}.{key}" for component, layers in expert.layers.items() if component in hosts for key in layers]
+    if (fitting := len(set(keys) - set(unmatched))) < SHARE * len(keys):
+        like = expert.base if expert.base in MODEL_FAMILIES else "another model"
+        raise RefusedFileError(
+            f"expert {expert.name!r} ({expert.source}, {expert.base}): the pipeline has only {fitting} of its {len(keys)} "
+            f"layers, so it looks like a LoRA for {like}, of another size; allow_missing_layers=True uses those that fit"
+        )
+
+
+def modules_by_key(host: nn.Module) -> dict[str, tuple[str, Any]]:
     """{layer key: (module name, module)} of every layer that can have a LoRA, unwrapped from peft's own layers."""
     layers: dict[str, tuple[str, Any]] = {}
     for name, module in host.named_modules():
@@ -129,6 +146,10 @@ def _check_fits(about: str, layer: str, weights: LoraWeights, module: Any) -> No
             f"{about} does not fit layer {layer}: "
             f"the host's weight is {list(host)}, the LoRA's down is {list(down)} and up is {list(up)}"
         )
+    _check_numbers(about, layer, weights, module)
+
+
+def _check_numbers(about: str, layer: str, weights: LoraWeights, module: Any) -> None:
     if module.weight.dtype == torch.float16 and (largest := weights.largest()) > torch.finfo(torch.float16).max:
         raise RefusedFileError(
             f"{about}: the numbers of layer {layer} go up to {largest:.2g}, which float16 cannot hold; use the pipeline in "
@@ -137,13 +158,36 @@ def _check_fits(about: str, layer: str, weights: LoraWeights, module: Any) -> No
 
 
 def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:
-    """component -> {module name: Stack} for every layer that any expert has, in the model's order."""
+    """component -> {module name: Stack} for every layer that any expert has, in the model's order.
+
+    Raises RefusedFileError if memory does not suffice, or if an expert is DoRA and the base's own weights are packed or
+    elsewhere.
+    """
     all_weights = [w for m in matches for layers in m.layers.values() for w in layers.values()]
     check_memory(sum(4 * (w.down.numel() + w.up.numel()) for w in all_weights), "the experts, stacked for the host, take")
     stacks: dict[str, dict[str, Stack]] = {}
     for component, host in hosts.items():
-        for name, module in _modules_by_key(host).values():
-            rows = tuple(m.layers.get(component, {}).get(name) for m in matches)
+        for name, module in modules_by_key(host).values():
+            rows = tuple(_on_base(m, component, name, module) for m in matches)
             if any(rows):
                 stacks.setdefault(component, {})[name] = Stack(rows, _shape(module)[1:])
     return stacks
+
+
+def _on_base(match: Match, component: str, name: str, module: Any) -> LoraWeights | None:
+    """An expert's weights for a layer as up @ down, if it has the layer."""
+    weights = match.layers.get(component, {}).get(name)
+    if weights is None or weights.magnitude is None:
+        return weights
+    base, about = module.weight, f"{match.about}: layer {component}.{name} is DoRA, whose change"
+    if type(base) is not nn.Parameter or not base.is_floating_point() or base.shape != _shape(module):
+        raise RefusedFileError(f"{about} depends on the base's own weights, and they are quantised")
+    if base.is_meta:
+        raise RefusedFileError(f"{about} depends on the base's own weights, and they are offloaded; attach it before that")
+    try:
+        made = on_base(weights, weights.magnitude, base)
+        check_largest(made)
+    except ValueError as error:
+        raise RefusedFileError(f"{match.about}: layer {component}.{name}: {error}") from None
+    _check_numbers(match.about, f"{component}.{name}", made, module)
+    return made

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from mole_diffusers.lora.dora import SHAPES
 from mole_diffusers.lora.expert import Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import KOHYA_PREFIXES, ONETRAINER_PREFIX, layer_key
@@ -82,6 +83,10 @@ def write_lora(
                 if not matrix.abs().max() <= torch.finfo(dtype).max:  # NaN, too
                     raise ValueError(f"the layer {component}.{module} holds numbers that {dtype} cannot; use a wider dtype")
                 tensors[f"{stem}.{half}.weight"] = matrix.to(dtype).contiguous()
+            if weights.magnitude is not None:
+                end, role = ("dora_scale",) * 2 if format == "kohya" else ("lora_magnitude_vector", "magnitude")
+                shape = SHAPES[role][weights.down.dim() == 4]
+                tensors[f"{stem}.{end}"] = weights.magnitude.to(dtype).reshape(shape)
     if not tensors:
         raise ValueError(f"there is no layer to write to {path}")
     save_atomically(tensors, path, {"format": "pt", **(metadata or {})})

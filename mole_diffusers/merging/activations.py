@@ -14,6 +14,7 @@ from torch import nn
 
 from mole_diffusers import functional
 from mole_diffusers.lora import Expert, layer_key
+from mole_diffusers.lora.host_names import with_host_names
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import attach, attached, detach
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens, TextHook
@@ -93,7 +94,7 @@ class Activations:
 
         with undoing() as undo:
             texts.watch_encoders(models, undo)
-            for part, modules in match(expert, models).layers.items():
+            for part, modules in match(with_host_names(expert, self.pipe, models), models).layers.items():
                 streams = {module: stream_of(part, module) for module in modules}
                 if part in DENOISERS and not WITH_TEXT.isdisjoint(streams.values()):
                     undo.before_forward(models[part], partial(texts.denoises, name, part), with_kwargs=True)

@@ -17,8 +17,12 @@ WeightedExperts = Mapping[str, tuple[Expert, float]]  # name -> expert and stren
 def layers_of(experts: WeightedExperts) -> dict[str, list[Pair | None]]:
     """Layer key "unet.LAYER" -> one float64 pair per expert, with its strength in the scale.
 
-    Raises ValueError if experts are for different models: known families differ, or sizes of a layer.
+    Raises ValueError if experts are for different models: known families differ, or sizes of a layer; and if one is DoRA.
     """
+    if of_base := [name for name, (expert, _) in experts.items() if expert.needs_base]:
+        raise ValueError(
+            f"expert {of_base[0]!r} is DoRA, whose change depends on the base's own weights; it cannot be merged"
+        )
     families = {name: expert.base for name, (expert, _) in experts.items() if expert.base != "unknown"}
     if len(set(families.values())) > 1:
         raise ValueError(f"the experts do not fit one model: {', '.join(f'{n!r} is for {f}' for n, f in families.items())}")
@@ -67,6 +71,7 @@ def as_expert(merged: Merged, experts: WeightedExperts, *, name: str, metadata: 
         source=f"merge of {', '.join(experts)}",
         sha256=_hash(merged),
         metadata=dict(metadata),
+        file_names={key: name for expert, _ in experts.values() for key, name in expert.file_names.items()},
     )
 
 

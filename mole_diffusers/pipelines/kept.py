@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from mole_diffusers.binding.config import Bound, from_json, to_json
-from mole_diffusers.lora import Expert, read_expert
+from mole_diffusers.lora import Expert, LoraWeights, read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.strengths import finite
 from mole_diffusers.lora.whole_files import new_folder, whole_folder
@@ -69,9 +69,16 @@ def _keep_expert(expert: Expert, path: Path) -> Expert:
 def _same_weights(copy: Expert, expert: Expert) -> bool:
     mine, theirs = weights_by_key(copy), weights_by_key(expert)
     return mine.keys() == theirs.keys() and all(
-        w.scale == theirs[key].scale and torch.equal(w.down, theirs[key].down) and torch.equal(w.up, theirs[key].up)
+        w.scale == theirs[key].scale
+        and torch.equal(w.down, theirs[key].down)
+        and torch.equal(w.up, theirs[key].up)
+        and torch.equal(_magnitude(w), _magnitude(theirs[key]))
         for key, w in mine.items()
     )
+
+
+def _magnitude(weights: LoraWeights) -> torch.Tensor:
+    return torch.empty(0) if weights.magnitude is None else weights.magnitude
 
 
 def attach_kept(pipe: Any, folder: str | Path) -> Mixture:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from mole_diffusers.lora import Expert
-from mole_diffusers.lora.families import MODEL_FAMILIES
+from mole_diffusers.lora.families import fits
 from mole_diffusers.lora.metadata import as_read
 from mole_diffusers.retrieval import store
 from mole_diffusers.retrieval.encoders import Encoder
@@ -139,8 +139,7 @@ class LoraLibrary:
         """
         if k < 1:
             raise ValueError(f"k must be 1 or more, got {k}")
-        other_families = MODEL_FAMILIES - {base} if base is not None else ()
-        allowed = [entry.base not in other_families for entry in self.entries]
+        allowed = [base is None or fits(entry.base, base) for entry in self.entries]
 
         def selects(words: Words) -> bool:
             return 1 <= sum(allowed[row] for row in self._trigger_rows.get(words, ())) <= k

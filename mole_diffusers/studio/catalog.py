@@ -208,15 +208,18 @@ def preview(path: Path) -> Path | None:
 def family_of_file(path: Path) -> str:
     """The model family of a LoRA file, as `read_expert` finds it, but from the header. Raises what `read_header` raises."""
     shapes, metadata = read_header(path)
-    layers: dict[str, dict[str, LoraWeights]] = {}
+    halves: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, shape in shapes.items():
         try:
             key = parse_key(name)
         except ValueError:  # `read_expert` reports it
             continue
-        if key.role in ("down", "hada_w1_b"):
-            down = torch.empty(shape, device="meta")
-            layers.setdefault(key.component, {})[key.layer] = LoraWeights(down, torch.empty(0, device="meta"), 1.0)
+        halves.setdefault((key.component, key.layer), {})[key.role] = torch.empty(shape, device="meta")
+    layers: dict[str, dict[str, LoraWeights]] = {}
+    for (component, layer), roles in halves.items():
+        for down, up in (("down", "up"), ("hada_w1_b", "hada_w1_a")):
+            if roles.keys() >= {down, up}:
+                layers.setdefault(component, {})[layer] = LoraWeights(roles[down], roles[up], 1.0)
     return base_of(layers, metadata)
 
 

@@ -126,7 +126,15 @@ def flux(part, name, shape):
     return {f"{stem}.lora_down.weight": torch.randn(2, 4), f"{stem}.lora_up.weight": torch.randn(12, 2)}
 
 
-LAYERS = {"diffusers": diffusers, "peft": peft, "kohya": kohya, "locon": locon, "loha": loha, "lokr": lokr, "flux": flux}
+def dora(part, name, shape):
+    magnitude = {f"{of_kohya(part, name)}.dora_scale": torch.rand(shape[0], *(1,) * (len(shape) - 1))}
+    return kohya(part, name, shape) | magnitude
+
+
+LAYERS = {
+    "diffusers": diffusers, "peft": peft, "kohya": kohya, "locon": locon, "loha": loha, "lokr": lokr, "flux": flux,
+    "dora": dora,
+}  # fmt: skip
 
 
 # ---- one broken file of each kind, and what is done with it; `change(file, other)` breaks a file where it lies

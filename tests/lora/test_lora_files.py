@@ -142,14 +142,17 @@ def pair(rank, rows, columns):
         (GOOD | {f"{STEM}.lora_B.weight": torch.ones(16, 3)}, "are not a low-rank pair"),
         (GOOD | {f"{STEM}.lora_B.weight": torch.full((16, 2), torch.nan)}, f"layer '{KEY}': its up holds NaN"),
         (GOOD | {f"{STEM}.lora_A.weight": torch.full((2, 16), -torch.inf)}, f"layer '{KEY}': its down holds NaN"),
-        (GOOD | {f"{STEM}.dora_scale": torch.ones(16)}, "is of DoRA, whose change depends on the base's own weights"),
-        (GOOD | {f"{STEM}.lora_magnitude_vector.default.weight": torch.ones(16)}, "is of DoRA"),
+        (
+            GOOD | {f"{STEM}.dora_scale": torch.ones(1, 16)},
+            r"its magnitudes \[1, 16\] are not one number for each of its 16 rows",
+        ),
+        (GOOD | {f"{STEM}.lora_magnitude_vector.default.weight": torch.ones(9)}, r"its magnitudes \[9\] are not one number"),
         (GOOD | {f"{STEM}.diff": torch.ones(16, 16)}, "is of a full weight difference"),
         (GOOD | {f"{STEM}.lora_B.bias": torch.ones(16)}, "is of a trained bias"),
         ({"lora_unet_x.w_norm": torch.ones(2)}, "is of a trained normalisation"),
         ({"lora_unet_x.oft_blocks": torch.ones(2, 2)}, "is of OFT"),
         ({"lora_unet_x.on_input": torch.ones(2)}, "is of IA3"),
-        ({"lora_unet_x.a1.weight": torch.ones(2, 2)}, "is of GLoRA; LoRA, LoCon, LoHa and LoKr are read"),
+        ({"lora_unet_x.a1.weight": torch.ones(2, 2)}, "is of GLoRA; LoRA, LoCon, LoHa, LoKr and DoRA are read"),
         ({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, "it has no hada_w1_b matrix"),
         (HADA | {"lora_unet_x.hada_w2_b": torch.ones(2, 3)}, "its halves change weights of 4 x 4 and 4 x 3"),
         (HADA | {"lora_unet_x.hada_t1": torch.ones(2, 2, 1, 1)}, "one of hada_t1 and hada_t2"),
@@ -165,7 +168,7 @@ def pair(rank, rows, columns):
         ({k: v[:0] for k, v in GOOD.items()}, "which is not the shape of a LoRA factor"),
         (pair(5000, 8, 8), "its rank 5000 is too large"),
         (pair(1, 1 << 18, 1), "a weight of 262144 x 1, larger than any layer has"),
-        (pair(1, 1 << 14, 1 << 14), "a weight of 16384 x 16384, larger than any layer has"),
+        (pair(1, 1 << 15, 1 << 15), "a weight of 32768 x 32768, larger than any layer has"),
         (LOKR | {"lora_unet_x.lokr_w2": torch.ones(1 << 10, 1 << 10)} | SQUARE, "larger than any layer has"),
         (
             {
@@ -201,7 +204,7 @@ def test_bad_contents_are_named(tmp_path, tensors, message):
         (json.dumps({"unet.lora_alpha": "8"}), "an alpha that is not a finite number"),
         (json.dumps({"unet.alpha_pattern": {"a": 1e300}}), "an alpha that is not a finite number"),
         (json.dumps({"unet.alpha_pattern": [1]}), "an alpha that is not a finite number"),
-        (json.dumps({"unet.use_dora": True}), "says DoRA"),
+        (json.dumps({"unet.use_dora": True}), "says DoRA, and it has no magnitudes"),
     ],
 )
 def test_a_config_that_scales_hang_on_must_be_right(tmp_path, metadata, message):

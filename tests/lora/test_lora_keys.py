@@ -224,7 +224,7 @@ def test_what_peft_itself_saves_of_loha_and_lokr(tmp_path, algorithm):
         ('{"alpha": "8"}', "its adapter_config.json holds an alpha that is not a finite number"),
         ('{"peft_type": "LOKR", "r": 0}', "its adapter_config.json holds a rank below 1"),
         ('{"peft_type": "LOKR", "rank_pattern": {"q|k": 8}}', "its adapter_config.json has a rank for 'q.k', which is not"),
-        ('{"use_dora": true}', "its adapter_config.json says DoRA"),
+        ('{"use_dora": true}', "its PEFT config says DoRA, and it has no magnitudes"),
     ],
 )
 def test_a_broken_config_beside_a_file_is_refused(tmp_path, config, message):
