@@ -51,10 +51,8 @@ def value_of(given):
 
 def kept_fields(blocks):
     """The components whose values a browser keeps."""
-    from mole_diffusers.app.page import KEEP
-
-    (event,) = [event for event in blocks.fns.values() if event.js == KEEP]
-    return event.inputs[2:]
+    (event,) = [event for event in blocks.fns.values() if event.fn is not None and event.fn.__name__ == "keep"]
+    return event.inputs[1:]
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -31,15 +30,8 @@ MOST_SEED = 2**53  # browsers keep numbers as doubles
 MAX_WATCHED = 256  # jobs that pages show; of pages that were closed, some are among them
 OF_BASE = ("width", "height", "guidance")  # fields that change with the base model
 Values = dict[Any, Any]  # component -> its value, or a `gr.update`
-
-# JavaScript for the browser. It stores the fields there whenever one changes, once the page has been filled. Calls to the
-# app could overtake each other, so this runs in the browser. A new page is filled only in fields that were not changed yet.
-KEEP = "(filled, kept, ...fields) => [filled ? fields : kept]"
-FILL = """(filled, ...fields) => {
-  const first = %s, same = (a, b) => JSON.stringify(a ?? "") === JSON.stringify(b ?? "");
-  const now = fields.map((field, i) => filled[i] === null || !same(field, first[i]) ? field : filled[i]);
-  return [now, ...now];
-}"""
+# For events whose functions take values as the browser has them: a component refuses what is not among its choices yet.
+RAW: dict[str, Any] = {"preprocess": False, "show_progress": "hidden"}
 
 
 class Page:
@@ -277,7 +269,21 @@ class Page:
         """Keep the fields in the browser, and fill a page when it is opened. Returns the event of filling."""
         fields, kept = self._fields, gr.BrowserState(None, storage_key="mole-fields", **STORED)
         filling = gr.JSON(None, visible=False)  # values for the fields of an opened page; None leaves a field as it is
-        gr.on([field.change for field in fields], None, [filling, kept, *fields], kept, js=KEEP)
+        first = [field.value for field in fields]
+
+        def keep(filling: Any, *now: Any) -> Any:
+            return gr.skip() if filling is None else list(now)
+
+        def fill(filling: list[Any], *now: Any) -> list[Any]:
+            shown, updates = list(now), [gr.skip()] * len(now)
+            for i, value in enumerate(filling):
+                is_typed = (now[i] or "") != (first[i] or "")  # while the page opened
+                if value is not None and not is_typed:
+                    shown[i] = updates[i] = value
+            return [shown, *updates]
+
+        changes = [field.change for field in fields]
+        gr.on(changes, keep, [filling, *fields], kept, trigger_mode="always_last", queue=False, **RAW)
 
         def listed() -> Values:
             return {self.base: self.actions.base} | self.now()
@@ -289,8 +295,7 @@ class Page:
 
         loaded = self.blocks.load(listed, None, [self.base, *self.lists])
         known = loaded.then(enter, [self.visitor, kept], [self.visitor, filling])
-        first = json.dumps([field.value for field in fields])
-        filled = known.then(None, [filling, *fields], [kept, *fields], js=FILL % first)
+        filled = known.then(fill, [filling, *fields], [kept, *fields], concurrency_limit=None, **RAW)
         cards = [self.cards, self.shown, self.rewrites]
         filled.then(self.cards_for, self.controls["prompt"], cards, **ORDERED)
 

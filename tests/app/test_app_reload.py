@@ -96,6 +96,19 @@ def test_fields_come_back_and_each_that_does_not_fit_is_as_on_a_fresh_page(funct
     assert enter("me", ["a <lora:gone:1>", *saved[1:]])[1][0] == "a <lora:gone:1>"
 
 
+def test_what_is_typed_while_a_page_opens_stays_and_the_browser_keeps_the_fields_as_of_then(functions):
+    (fill, _), (keep, _), first = functions["fill"], functions["keep"], values(functions)
+    filling = [None] * len(first)
+    filling[0], filling[1] = "kept", "blurred"
+    assert is_left(keep(None, *first))  # which would replace what the browser has
+    shown, *updates = fill(filling, *first)
+    assert (shown[:2], updates[:2]) == (["kept", "blurred"], ["kept", "blurred"])
+    shown, *updates = fill(filling, "typed", *first[1:])
+    assert (shown[:2], updates[1]) == (["typed", "blurred"], "blurred")
+    assert all(map(is_left, [updates[0], *updates[2:]]))
+    assert keep(filling, *shown) == shown
+
+
 def test_no_two_fields_have_one_name(functions):
     named = [label for label in labels(functions) if label]
     assert len(named) > 20
