@@ -44,6 +44,7 @@ MARGINS = {"style margin": "style", "subject margin": "subject"}  # column of th
 def verdicts(name: str) -> pd.DataFrame:
     """A row per picture, as `tables.as_frame` gives them."""
     rows = pd.read_csv(HERE / "results" / f"{name}.csv.gz", dtype={"setting": str}, keep_default_na=False)
+    rows["success"] = rows["success"].astype(bool)
     case, group = rows["concepts"], rows["split" if "split" in rows else "kind"]
     return rows.assign(case=case, prompt=case, concepts=case.str.split("+"), composer=rows["arm"], group=group)
 

@@ -13,6 +13,7 @@ from tiers import thorough
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ["torch", "diffusers", "transformers", "peft", "safetensors", "accelerate", "numpy", "pillow"]
+EVALUATE = "krippendorff, matplotlib, open_clip, pandas, scipy, timm, torchmetrics, torchvision"
 SCRIPT = """
 import mole_diffusers as mole
 
@@ -76,7 +77,7 @@ def test_attach_draw_and_save_work_with_few_packages(bare, tmp_path):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["evaluate"], "mole evaluate: this needs pandas: pip install 'mole-diffusers[evaluation]'"),
+        (["evaluate"], f"mole evaluate: this needs {EVALUATE}: pip install 'mole-diffusers[evaluate]'"),
         (["app"], "mole app: this needs gradio: pip install 'mole-diffusers[app]'"),
         *thorough(
             (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,13 +14,19 @@ from typer import Option
 from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Group, Result
 from mole_diffusers.cli.common import experts_for, grouped_values, named_values, opened
-from mole_diffusers.cli.console import hide_loading_bars, note
+from mole_diffusers.cli.console import note
 from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from mole_diffusers.evaluation.report import EvaluationReport
-    from mole_diffusers.evaluation.rows import Row
-    from mole_diffusers.evaluation.runner import Arm, Case, Setup
+    from mole_diffusers.evaluation.rows import Row, Rows
+    from mole_diffusers.evaluation.runner import Arm, Case, Metrics, Setup
+
+NEEDED = ("jinja2", "krippendorff", "matplotlib", "open_clip", "pandas", "scipy", "timm", "torchmetrics", "torchvision")
+DEFAULT_ARMS = ("base", "alone", "sum", "bound", "tiles")  # on a checkpoint, where pictures take long
+LIMIT = 24  # cases of each kind on a checkpoint
 
 
 @dataclass
@@ -30,10 +36,11 @@ class ArmOptions(Group):
     Attributes:
         arm (NAME): a composer: base, alone, sum, mean, bound, 'words only', tiles, 'grid search', the methods of merge,
             switch, composite, k-lora, 'masked blend', freefuse, gates, 'bound gates', 'gates uniform', 'gates random',
-            'gates hardened', 'gates averaged'. Default: all of them.
+            'gates hardened', 'gates averaged'. Default: all of them; on a checkpoint base, alone, sum, bound, tiles, and
+            with --gates also gates and 'bound gates'.
         gates (FOLDER): trained gates, one folder per case, named a+b. The emoji world has its own.
         split: which cases of the emoji world. Choose on validation; run test once.
-        limit: cases per kind. Default: all.
+        limit: cases per kind. Default: all; of prompts made from trigger words, 24.
         attached (N): attach N LoRAs, some of which the prompt does not name.
         share (SHARE): move strength from subjects, 0, to styles, 1. For sum, gates and merges.
         weights (FILE): strengths for the arm 'grid search', in the format of weights.json.
@@ -55,22 +62,34 @@ class CheckpointOptions(Group):
     """Data to evaluate a checkpoint on; the emoji world has its own.
 
     Attributes:
-        cases (FILE): JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.
-        images (NAME=FOLDER): pictures of a concept.
-        own (NAME=PROMPT): a prompt for one concept alone.
-        style (NAME): a concept that is a style.
-        clip (MODEL): a CLIP to measure with.
-        dino (MODEL): a DINO to measure with.
+        loras (FOLDER): the LoRAs, in subfolders too. A subfolder or the start of a name may say what one draws:
+            character, object, clothing, style or background.
+        protocol (NAME): prompts made from the trigger words: composlora, pairs, triples, styles, neutral, occlusion,
+            interaction, scenes, contact. Default: all that the LoRAs allow.
+        cases (FILE): prompts of your own, as JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.
+        images (NAME=FOLDER): pictures of a concept. Default: pictures that its LoRA draws alone.
+        own (NAME=PROMPT): a prompt for one concept alone. Default: one from its trigger words.
+        kind (NAME=KIND): what a LoRA draws, if neither folder nor name says it.
+        thing (NAME=WORDS): what the detector looks for. Default: the trigger words.
+        clip (MODEL): a CLIP of open_clip, a folder or hf-hub:NAME. Default: ViT-B-32 of LAION.
+        dino (MODEL): a DINO of timm, a name or folder. Default: vit_base_patch14_dinov2.lvd142m.
+        detector (MODEL): an open-vocabulary detector, a folder or hub id. Default: google/owlv2-base-patch16-ensemble.
+        lpips (NETWORK): alex, vgg or squeeze. Default: alex.
     """
 
     panel = "A checkpoint of your own"
+    loras: Path | None = None
     expert: options.Experts = ()
+    protocol: Sequence[str] = ()
     cases: Path | None = None
     images: Sequence[str] = ()
     own: Sequence[str] = ()
-    style: Sequence[str] = ()
+    kind: Sequence[str] = ()
+    thing: Sequence[str] = ()
     clip: str | None = None
     dino: str | None = None
+    detector: str | None = None
+    lpips: Literal["alex", "vgg", "squeeze"] | None = None
 
 
 def evaluate(
@@ -99,58 +118,65 @@ def evaluate(
         sheet: write a sheet on which people choose between two arms.
         judged: count the answers on the sheet in --out, and stop.
     """
-    _check_pandas()
+    _check_installed()
+    from datetime import timedelta
+
     from accelerate import PartialState
 
     from mole_diffusers import emoji
-    from mole_diffusers.evaluation import checkpoint_protocol, emoji_protocol, judging_sheet, runner
+    from mole_diffusers.evaluation import judging_sheet, runner
     from mole_diffusers.evaluation.arms import check_names
     from mole_diffusers.evaluation.rows import Rows
-    from mole_diffusers.evaluation.strength_search import best_weights, search_arms
-    from mole_diffusers.lora.whole_files import write_text
+    from mole_diffusers.evaluation.strength_search import search_arms
 
     if judged:
         return Result(judging_sheet.votes(out), judging_sheet.count_answers(out))
-    hide_loading_bars()
     if wanted.search:
         _check_search(base, wanted)
     check_names(wanted.arm)
-    state = PartialState(cpu=machine.device == "cpu")
+    # Processes wait for one another, and their shares of the work differ by more than torch's usual half an hour.
+    state = PartialState(cpu=machine.device == "cpu", timeout=timedelta(days=30))
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     if base == WORLD:
-        setup, cases, metrics = _world(wanted, own, call, machine)
+        work = _world(wanted, own, call, machine)
         wanted = replace(wanted, gates=wanted.gates or emoji.default_folder() / "gates")
     else:
-        setup, cases, metrics = _checkpoint(wanted, own, call, base, machine)
+        work = _checkpoint(wanted, own, call, base, machine)
+    setup, cases = work.setup, work.cases
     if wanted.attached:
         cases = runner.add_idle_experts(cases, sorted(setup.experts), wanted.attached)
-    arms = search_arms(setup) if wanted.search else _arms(wanted, setup, cases)
+    arms = search_arms(setup) if wanted.search else _arms(wanted, work, cases)
     if sheet and all(sum(arm.covers(case) for arm in arms) < 2 for case in cases):
         raise ValueError("a sheet needs two arms or more that draw the same case")
+    if state.is_main_process:
+        count = seeds * sum(arm.covers(case) for arm in arms for case in cases)
+        note(f"{count} pictures: {len(arms)} arms, {len(cases)} cases, {seeds} seeds")
     asked: Any = {"seeds": range(seed, seed + seeds), "rows": Rows(out, state.process_index)}
-    runner.evaluate(setup, arms, cases, metrics, **asked, processes=state.num_processes)
+    runner.evaluate(setup, arms, cases, work.metrics, **asked, processes=state.num_processes)
     state.wait_for_everyone()
+    rows = work.measured(runner.requested_rows(setup, arms, cases, **asked), asked["rows"], state)
     if not state.is_main_process:
         return None
-    rows = runner.requested_rows(setup, arms, cases, **asked)
-    report = emoji_protocol.REPORT if base == WORLD else checkpoint_protocol.report(setup.styles)
-    text = report.text(rows)
-    write_text(out / "table.md", text + "\n")
-    if wanted.search:
-        (out / "weights.json").write_text(json.dumps(best_weights(rows), indent=1) + "\n")
+    text = _written(out, rows, work, arms, cases, wanted)
     if sheet:
         note(f"{judging_sheet.write_sheet(out, rows)} questions in {out / 'sheet'}")
-    if find_spec("matplotlib") is None:
-        note("figures need matplotlib: pip install 'mole-diffusers[evaluation]'")
-    else:
-        _figures(out, rows, report, attached=bool(wanted.attached), share=bool(wanted.share))
-        _heat_map(out / "gates.png", setup, arms, cases)
     return Result(rows, text)
 
 
-def _check_pandas() -> None:
-    if find_spec("pandas") is None:
-        raise ValueError("this needs pandas: pip install 'mole-diffusers[evaluation]'")
+def _written(out: Path, rows: list[Row], work: Work, arms: Sequence[Arm], cases: Sequence[Case], wanted: ArmOptions) -> str:
+    """Write tables, figures and the page. Returns the tables."""
+    from mole_diffusers.evaluation.page import write_page
+    from mole_diffusers.evaluation.strength_search import best_weights
+    from mole_diffusers.lora.whole_files import write_text
+
+    text = work.report.text(rows)
+    write_text(out / "table.md", text + "\n")
+    if wanted.search:
+        (out / "weights.json").write_text(json.dumps(best_weights(rows), indent=1) + "\n")
+    _figures(out, rows, work.report, attached=bool(wanted.attached), share=bool(wanted.share))
+    _heat_map(out / "gates.png", work.setup, arms, cases)
+    note(f"the page: {write_page(out, rows, work.report, work.about)}")
+    return text
 
 
 def _check_search(base: str, wanted: ArmOptions) -> None:
@@ -163,13 +189,38 @@ def _check_search(base: str, wanted: ArmOptions) -> None:
         raise ValueError("--search chooses strengths, and nothing is chosen on the test split: use --split validation")
 
 
-def _world(
-    wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], machine: options.Machine
-) -> tuple[Setup, list[Case], Any]:
-    """Experts, cases and judge of the emoji world. Raises ValueError for options that are for another base."""
+@dataclass(frozen=True)
+class Work:
+    """What is evaluated: the embedded world, or a checkpoint.
+
+    Attributes:
+        metrics: measures pictures as they are drawn.
+        measured: the rows with what is measured once all are drawn.
+        default: arms that are drawn if none is named.
+        about: what measures the pictures, for the page.
+    """
+
+    setup: Setup
+    cases: list[Case]
+    metrics: Metrics
+    measured: Callable[[list[Row], Rows, PartialState], list[Row]]
+    report: EvaluationReport
+    default: Sequence[str]
+    about: Mapping[str, Any]
+
+
+def _check_installed() -> None:
+    """Raises ValueError naming what this command needs and is not there."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise ValueError(f"this needs {', '.join(missing)}: pip install 'mole-diffusers[evaluate]'")
+
+
+def _world(wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], machine: options.Machine) -> Work:
+    """The emoji world with its judge. Raises ValueError for options that are for another base."""
     from mole_diffusers import emoji
     from mole_diffusers.emoji.world import emoji_world
     from mole_diffusers.evaluation import emoji_protocol
+    from mole_diffusers.evaluation.arms import ARMS
 
     others = {**vars(own), "base-config": machine.base_config}
     if ignored := [f"--{name}" for name, value in others.items() if value]:
@@ -177,8 +228,11 @@ def _world(
     world = emoji_world(device=_device(machine))
     groups = emoji.TEST if wanted.split == "test" else emoji.VALIDATION
     found = emoji_protocol.cases({kind: group[: wanted.limit] for kind, group in groups.items()})
-    metrics = emoji_protocol.JudgeMetrics(world.judge(), found)
-    return emoji_protocol.setup(world, call), [case for case, _ in found], metrics
+    metrics, setup = emoji_protocol.JudgeMetrics(world.judge(), found), emoji_protocol.setup(world, call)
+    cases = [case for case, _ in found]
+    return Work(
+        setup, cases, metrics, lambda rows, store, state: rows, emoji_protocol.REPORT, ARMS, {"judge": "the world's own"}
+    )
 
 
 def _device(machine: options.Machine) -> str:
@@ -192,38 +246,82 @@ def _device(machine: options.Machine) -> str:
 
 def _checkpoint(
     wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], base: str, machine: options.Machine
-) -> tuple[Setup, list[Case], Any]:
-    """Experts, cases and measures of the user's own checkpoint."""
-    from mole_diffusers.evaluation.checkpoint_protocol import ClipDinoMetrics, read_cases
-    from mole_diffusers.evaluation.runner import Setup
+) -> Work:
+    """The user's own checkpoint. What measures the pictures is loaded first, so that a wrong name is known at once."""
+    from mole_diffusers.evaluation import arms as known
+    from mole_diffusers.evaluation import checkpoint_protocol, prompts, runner
+    from mole_diffusers.evaluation.measures import Models
+    from mole_diffusers.evaluation.rows import Rows
+    from mole_diffusers.studio.catalog import folder_loras
+    from mole_diffusers.training.data import read_folder
 
-    chosen = experts_for(base, named_values(own.expert, "--expert"), "")
-    cases = read_cases(own.cases, list(chosen)) if own.cases is not None else []
-    if own.cases is None or own.clip is None or own.dino is None:
-        missing = [f"--{name}" for name in ("cases", "clip", "dino") if getattr(own, name) is None]
-        raise ValueError(f"evaluating a real checkpoint needs {', '.join(missing)}")
-    folders = {name: Path(folder) for name, folder in named_values(own.images, "--images", chosen).items()}
-    prompts = grouped_values(own.own, "--own", chosen)
-    metrics = ClipDinoMetrics(own.clip, own.dino, folders, device=_device(machine))
-    if unknown := set(own.style) - set(chosen):
-        raise ValueError(f"--style {sorted(unknown)}: no such experts; known: {sorted(chosen)}")
-    experts = {name: expert for name, (expert, _) in chosen.items()}
-    about: dict[str, Any] = {"prompts": prompts, "styles": frozenset(own.style), "metrics": metrics.settings}
+    files = {name: str(path) for name, path in folder_loras(own.loras).items()} if own.loras is not None else {}
+    chosen = experts_for(base, files | named_values(own.expert, "--expert"), "")
+    kinds, things = (named_values(getattr(own, name), f"--{name}", chosen) for name in ("kind", "thing"))
+    concepts = {
+        name: prompts.concept_of(expert, kind=kinds.get(name, ""), thing=things.get(name, ""))
+        for name, (expert, _) in chosen.items()
+    }
+    if own.cases is None:
+        cases = prompts.cases(list(concepts.values()), own.protocol, limit=wanted.limit or LIMIT)
+    elif own.protocol:
+        raise ValueError("--cases and --protocol exclude each other")
+    else:
+        cases = _limited(checkpoint_protocol.read_cases(own.cases, list(chosen)), wanted.limit)
+    folders = named_values(own.images, "--images", chosen)
+    pictures = {name: read_folder(Path(folder), prompt=name)[0] for name, folder in folders.items()}
+    own_prompts = {name: [prompts.own_prompt(concept)] for name, concept in concepts.items()}
+    own_prompts |= grouped_values(own.own, "--own", chosen)
+    named = {name: value for name in ("clip", "dino", "detector", "lpips") if (value := getattr(own, name)) is not None}
+    models = Models(**named, device=_device(machine))
+    about: dict[str, Any] = {"prompts": own_prompts}
+    about["styles"] = frozenset(name for name, concept in concepts.items() if concept.kind not in prompts.THINGS)
     about["strengths"] = {name: strength for name, (_, strength) in chosen.items() if strength != 1}
-    setup = Setup(opened(base, machine).pipe, experts, call, base, **about)
+    setup = runner.Setup(
+        opened(base, machine).pipe, {name: expert for name, (expert, _) in chosen.items()}, call, base, **about
+    )
+
+    def measured(rows: list[Row], store: Rows, state: PartialState) -> list[Row]:
+        used = {name for row in rows for name in row["concepts"]}
+        drawn = [name for name in concepts if name in used and name not in pictures]
+        seen = checkpoint_protocol.References(setup, drawn, store)
+        seen.draw(state.num_processes)
+        state.wait_for_everyone()
+        measures = checkpoint_protocol.Measures(models, concepts, pictures | seen.pictures())
+        found = Rows(store.folder, store.process, name="measures", fields=checkpoint_protocol.MEASURED)
+        checkpoint_protocol.measure(rows, measures, found, processes=state.num_processes)
+        state.wait_for_everyone()
+        return checkpoint_protocol.measured(rows, measures, found)
+
+    default = [*DEFAULT_ARMS, *(("gates", known.BOUND_GATES) if wanted.gates else ())]
+    seen = {"pictures of each concept alone": "given" if pictures else "drawn by its LoRA"}
+    return Work(
+        setup,
+        cases,
+        checkpoint_protocol.unmeasured,
+        measured,
+        checkpoint_protocol.report(setup.styles),
+        default,
+        models.names | seen,
+    )
+
+
+def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
+    """The first cases of each kind."""
     kinds: dict[str, list[Case]] = {}
     for case in cases:
         kinds.setdefault(case.kind, []).append(case)
-    return setup, [case for group in kinds.values() for case in group[: wanted.limit]], metrics
+    return [case for group in kinds.values() for case in group[:limit]]
 
 
-def _arms(wanted: ArmOptions, setup: Setup, cases: Sequence[Case]) -> list[Arm]:
-    """The arms of --arm, or all that can be drawn; a note lists those that are left out."""
+def _arms(wanted: ArmOptions, work: Work, cases: Sequence[Case]) -> list[Arm]:
+    """The arms of --arm, or the usual ones that can be drawn; a note lists those that are left out."""
     from mole_diffusers.evaluation import arms as known
     from mole_diffusers.evaluation.strength_search import read_weights
 
-    gates, shares, strengths = wanted.gates, wanted.share, read_weights(wanted.weights) if wanted.weights else None
-    names = list(wanted.arm) or (["sum", "gates"] if shares else list(known.ARMS))
+    setup, gates, shares = work.setup, wanted.gates, wanted.share
+    strengths = read_weights(wanted.weights) if wanted.weights else None
+    names = list(wanted.arm) or (["sum", "gates"] if shares else list(work.default))
     if strengths and "grid search" not in names:
         raise ValueError("--weights are for the arm 'grid search', which is not drawn here")
     if not wanted.arm:

@@ -1,29 +1,36 @@
-"""The protocol for real checkpoints: CLIP-T, CLIP-I and DINO of every concept against pictures of that concept.
+"""The protocol for real checkpoints: is every concept in the picture, as itself, and in one scene?
 
-CLIP scores do not follow human judgement of composition (ComposLoRA reports r = -0.006). `judging_sheet` is for that.
+A detector finds the things of a prompt, and DINOv2 compares what it found with pictures of each concept. CLIP scores hardly
+follow what people see in compositions (ComposLoRA reports r = -0.006); `judging_sheet` is for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
 
+from mole_diffusers.evaluation.arms import alone
+from mole_diffusers.evaluation.measures import Models, seam
+from mole_diffusers.evaluation.prompts import THINGS, Concept
 from mole_diffusers.evaluation.report import EvaluationReport
-from mole_diffusers.evaluation.rows import Row, digest
-from mole_diffusers.evaluation.runner import Case
+from mole_diffusers.evaluation.rows import SAME_NOISE, Row, Rows, digest, digest_texts, key, picture_path
+from mole_diffusers.evaluation.runner import Case, Setup, evaluate, requested_rows
 from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean
 from mole_diffusers.lora.safe_files import json_lines
 from mole_diffusers.options import check_options
-from mole_diffusers.training.clip import read_clip
-from mole_diffusers.training.data import read_folder
 
-SCORES = ("CLIP-T", "CLIP-I", "DINO")
+MEASURED = ("picture", "by")  # what makes a row of measures unique
+REFERENCE_SEEDS = range(4)
+SCORES = ("collapse", "DINO", "CLIP-T", "LPIPS", "SSIM", "seam")
 DINO_BY_ROLE = ("DINO of subjects", "DINO of styles")
 
 
@@ -61,73 +68,129 @@ def _case(found: object) -> Case:
     return Case(tuple(concepts), kind, found["prompt"], size=(size[0], size[1]) if size else None)
 
 
-def windows(image: Image.Image) -> list[Image.Image]:
-    """The whole picture and nine crops of half its side. A concept is scored in the one that fits it best.
-
-    All are squares, because the models' processors cut off what is beside a square. Other pictures get grey bars.
-    """
-    side = max(image.size)
-    square = image if image.size == (side, side) else ImageOps.pad(image, (side, side), color="grey")
-    corners = [(x * side // 4, y * side // 4) for y in range(3) for x in range(3)]
-    return [square, *(square.crop((x, y, x + side // 2, y + side // 2)) for x, y in corners)]
+def unmeasured(case: Case, images: Sequence[Image.Image]) -> list[Row]:
+    """Nothing yet: pictures are measured once all of them are drawn."""
+    return [{} for _ in images]
 
 
-class ClipDinoMetrics:
-    """Measures `clip_t`, `clip_i` and `dino`.
-
-    `clip_t` is the cosine of picture and prompt. `clip_i` and `dino` map each concept to the best window's mean cosine
-    with the concept's own pictures.
+class References:
+    """Pictures that LoRAs draw of their concepts alone, with the first of each one's own prompts.
 
     Args:
-        clip: a CLIP model, folder or hub name.
-        dino: a DINO model, folder or hub name.
-        folders: concept -> a folder of its pictures.
+        rows: where they are kept, next to the pictures that are measured.
     """
 
-    def __init__(self, clip: str, dino: str, folders: Mapping[str, Path], *, device: str = "cpu"):
-        from transformers import AutoImageProcessor, AutoModel
+    def __init__(self, setup: Setup, names: Sequence[str], rows: Rows):
+        self.setup, self.names, self.rows = setup, names, rows
 
-        self.clip = read_clip(clip, device=device)
-        self.clip_pixels = AutoImageProcessor.from_pretrained(clip)
-        self.dino = AutoModel.from_pretrained(dino).eval().to(device)
-        self.dino_pixels = AutoImageProcessor.from_pretrained(dino)
-        pictures = {name: read_folder(folder, prompt=name)[0] for name, folder in folders.items()}
-        own = digest(part for name, images in pictures.items() for part in (name.encode(), *(i.tobytes() for i in images)))
-        self.settings = {"clip": clip, "dino": dino, "own_pictures": own}  # what the scores depend on, for the rows
-        self.own_clip = {name: self._clip(images) for name, images in pictures.items()}  # [P, D]
-        self.own_dino = {name: self._dino(images) for name, images in pictures.items()}
+    def draw(self, processes: int = 1) -> None:
+        """Draw this process's share of those that are not there yet."""
+        for name in self.names:
+            self._with_rows(evaluate, name, metrics=unmeasured, processes=processes)
 
-    def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
-        text = self.clip.text([case.prompt])[0]  # [D]
-        rows: list[Row] = []
+    def pictures(self) -> dict[str, list[Image.Image]]:
+        """Concept -> its pictures, once all processes have drawn."""
+        found = {name: self._with_rows(requested_rows, name) for name in self.names}
+        return {name: [_picture(self.rows.folder, row) for row in own] for name, own in found.items()}
 
-        def likeness(crops: torch.Tensor, own: Mapping[str, torch.Tensor]) -> dict[str, float]:
-            return {c: (crops @ own[c].T).mean(1).max().item() for c in case.concepts if c in own}
+    def _with_rows(self, run: Callable[..., list[Row]], name: str, **options: Any) -> list[Row]:
+        case = Case((name,), "reference", self.setup.prompts[name][0])
+        return run(self.setup, [alone(name)], [case], seeds=REFERENCE_SEEDS, rows=self.rows, **options)
 
-        for image in images:
-            crops = windows(image)
-            clip, dino = self._clip(crops), self._dino(crops)  # [10, D]
-            found = {"clip_i": likeness(clip, self.own_clip), "dino": likeness(dino, self.own_dino)}
-            rows.append({"clip_t": (clip[0] @ text).item(), **found})
-        return rows
 
-    @torch.no_grad()
-    def _clip(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        return self.clip.features(self.clip_pixels(list(images), return_tensors="pt").pixel_values)  # [B, D]
+class Measures:
+    """Measures pictures of several concepts.
 
-    @torch.no_grad()
-    def _dino(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        x = self.dino_pixels(list(images), return_tensors="pt").pixel_values.to(self.dino.device)
-        return F.normalize(self.dino(pixel_values=x).last_hidden_state[:, 0], dim=-1)  # [B, D], the class token
+    Each row has: `dino` (concept -> cosine of its crop with its own pictures; 0 if no crop is left for it; of styles and
+    backgrounds, the whole picture), `collapse` (whether a thing is missing, or is more like another of the prompt's things
+    than like itself; None for fewer than two things), `clip_t` (cosine of picture and prompt), `seam`, and, with the base's
+    picture of the same noise, `lpips` and `ssim` to that.
+
+    Args:
+        references: concept -> pictures of it alone.
+    """
+
+    def __init__(self, models: Models, concepts: Mapping[str, Concept], references: Mapping[str, Sequence[Image.Image]]):
+        self.models, self.concepts = models, concepts
+        pictures = digest(part for name, own in references.items() for part in (name.encode(), *(i.tobytes() for i in own)))
+        things = digest_texts(*(f"{name}: {concepts[name].kind}, {concepts[name].thing}" for name in references))
+        self.settings = models.names | {"references": pictures, "things": things}
+        self.references = {name: self._reference(concepts[name], own) for name, own in references.items()}  # [P, D]
+
+    def _reference(self, concept: Concept, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """Features of a concept's own pictures; of things, of the crop that the detector is surest of."""
+        if concept.kind not in THINGS:
+            return self.models.features(pictures)
+        boxes = [self.models.detector.boxes(picture, [concept.thing])[:1] for picture in pictures]
+        return self.models.features(
+            [own[0].crop(picture) if own else picture for picture, own in zip(pictures, boxes, strict=True)]
+        )
+
+    def __call__(self, names: Sequence[str], prompt: str, image: Image.Image, base: Image.Image | None) -> Row:
+        things = [name for name in names if self.concepts[name].kind in THINGS]
+        whole = [name for name in names if name not in things]
+        dino = dict.fromkeys(things, 0.0)
+        kept = 0
+        boxes = self.models.detector.boxes(image, [self.concepts[name].thing for name in things]) if things else []
+        if boxes:
+            crops = self.models.features([box.crop(image) for box in boxes])  # [boxes, D]
+            like = torch.stack([self._like(name, crops) for name in things])  # [things, boxes]
+            for i, box in zip(*linear_sum_assignment(-like), strict=True):  # each thing has a box of its own
+                dino[things[i]] = like[i, box].item()
+                kept += bool(like[i, box] >= like[:, box].max())
+        if whole:
+            features = self.models.features([image])
+            dino |= {name: self._like(name, features).item() for name in whole}
+        collapse = kept < len(things) if len(things) > 1 else None
+        lpips, ssim = (None, None) if base is None else self.models.change(image, base)
+        found = {"dino": dino, "collapse": collapse, "clip_t": self.models.fit(image, prompt), "seam": seam(image)}
+        return found | {"lpips": lpips, "ssim": ssim}
+
+    def _like(self, name: str, features: torch.Tensor) -> torch.Tensor:
+        """[B, D] -> [B], the mean cosine with a concept's own pictures."""
+        return (features @ self.references[name].T).mean(1)
+
+
+def measure(rows: Sequence[Row], measures: Measures, store: Rows, *, processes: int = 1) -> None:
+    """Measure this process's share of the pictures of `rows`, as far as `store` does not have them."""
+    done = {key(row, MEASURED) for row in store.read()}
+    bases = {_noise(row): row for row in rows if row["arm"] == "base"}
+    for row in tqdm(rows, desc="measure", mininterval=5):
+        about = _about(row, measures, bases)
+        if zlib.crc32(about["picture"].encode()) % processes == store.process and key(about, MEASURED) not in done:
+            base = _picture(store.folder, bases[_noise(row)]) if about["by"]["base"] else None
+            store.append([about | measures(row["concepts"], row["prompt"], _picture(store.folder, row), base)])
+
+
+def measured(rows: Sequence[Row], measures: Measures, store: Rows) -> list[Row]:
+    """The rows with their measures, without those that are not measured."""
+    found = {key(row, MEASURED): row for row in store.read()}
+    bases = {_noise(row): row for row in rows if row["arm"] == "base"}
+    keys = [key(_about(row, measures, bases), MEASURED) for row in rows]
+    return [row | found[name] for row, name in zip(rows, keys, strict=True) if name in found]
+
+
+def _noise(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in SAME_NOISE)
+
+
+def _about(row: Row, measures: Measures, bases: Mapping[tuple[Any, ...], Row]) -> Row:
+    """What the measures of a picture depend on, besides the picture: the models, and the base's picture if it is another."""
+    base = None if row["arm"] == "base" else bases.get(_noise(row))
+    by = measures.settings | {"base": digest_texts(key(base)) if base else None}
+    return {"picture": digest_texts(key(row)), "by": by}
+
+
+def _picture(folder: Path, row: Row) -> Image.Image:
+    with Image.open(picture_path(folder, row)) as file:
+        return file.convert("RGB")
 
 
 def frame(rows: Sequence[Row], styles: Collection[str] = ()) -> pd.DataFrame:
-    """Rows as a table with `SCORES` as means over a case's concepts, and DINO for its subjects and for its styles.
-
-    A score is NaN if none of the concepts has pictures.
-    """
+    """Rows as a table with `SCORES`, and DINO for the case's things and for its styles. A score that a row lacks is NaN."""
     found = as_frame(rows)
-    found["CLIP-T"], found["CLIP-I"] = found["clip_t"], concept_mean(found["clip_i"])
+    named = {"clip_t": "CLIP-T", "lpips": "LPIPS", "ssim": "SSIM"}
+    found = found.assign(**{score: found[name].astype(float) for name, score in named.items()})
     found["DINO"] = concept_mean(found["dino"])
     found["DINO of subjects"] = concept_mean(found["dino"], lambda concept: concept not in styles)
     found["DINO of styles"] = concept_mean(found["dino"], lambda concept: concept in styles)
@@ -135,11 +198,13 @@ def frame(rows: Sequence[Row], styles: Collection[str] = ()) -> pd.DataFrame:
 
 
 def report(styles: Collection[str]) -> EvaluationReport:
-    """The report, with scores instead of success, which nothing can judge here."""
+    """The report. LPIPS, SSIM and CLIP-T say nothing better: LoRAs are to change the base's picture."""
     return EvaluationReport(
         frame=partial(frame, styles=styles),
         tables=(partial(by_kind, scores=SCORES),),
         values=SCORES,
+        judged={"collapse": "lower", "DINO": "higher", "seam": "lower"},
+        counted="DINO",
         roles=DINO_BY_ROLE,
         limits=(None, None),
         styles=styles,

@@ -116,6 +116,8 @@ REPORT = EvaluationReport(
         partial(by_kind, scores=("concepts seen", "style", "background", "apart"), digits=2),
     ),
     values=("success",),
+    judged={"success": "higher"},
+    counted="success",
     roles=("subjects", "style"),
     limits=(0, 1),
     styles=emoji.words.STYLES,

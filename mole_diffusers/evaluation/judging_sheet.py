@@ -6,30 +6,33 @@ import csv
 import json
 from collections.abc import Sequence
 from itertools import permutations
+from math import nan
 from pathlib import Path
 from typing import Any
 
+import krippendorff
 import pandas as pd
 import torch
 from PIL import Image
 
 from mole_diffusers.evaluation.rows import SAME_NOISE, Row, picture_path, save_picture
-from mole_diffusers.evaluation.tables import markdown
+from mole_diffusers.evaluation.tables import interval, markdown
 from mole_diffusers.inspection.compare import image_grid
 
 ANSWERS = ("left", "right", "same")
-COLUMNS = ("first arm", "second arm", "first better", "second better", "same", "orders agree")
+COLUMNS = ("first arm", "second arm", "first better", "second better", "same", "share of the first", "orders agree")
 
 
 def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
     """Write pairs of arms on the same prompt and noise, each in both orders: sheet/NNNN.png, answers.csv to fill in,
     key.json.
 
-    Returns the number of questions. Only key.json names the arms, so you can give away the rest.
+    Returns the number of questions. Only key.json names the arms, so you can give away the rest. Each judge fills in a copy,
+    answers-NAME.csv, beside or instead of answers.csv.
 
     Raises ValueError for rows of only one arm, or if there already is a sheet with answers.
     """
-    if (folder / "sheet" / "answers.csv").exists() and any(answer for _, answer in _answers(folder)):
+    if any(answer for path in (folder / "sheet").glob("answers*.csv") for _, answer in _answers(path)):
         raise ValueError(f"{folder / 'sheet'} holds answers: count them with --judged, or move it before a new one is made")
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -52,44 +55,75 @@ def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
 
 
 def count_answers(folder: Path) -> str:
-    """`votes` as a table, "-" for None."""
-    rows = (
-        [*map(str, counts), "-" if agree is None else f"{agree:.2f}"] for *counts, agree in map(dict.values, votes(folder))
-    )
-    return markdown(COLUMNS, rows)
+    """`votes` as a table, "-" for None, with the agreement of the judges below if there are several."""
+    rows = [
+        [*map(str, counts), share or "-", "-" if agree is None else f"{agree:.2f}"]
+        for *counts, share, agree in map(dict.values, votes(folder))
+    ]
+    text, alpha = markdown(COLUMNS, rows), agreement(folder)
+    said = "Agreement of the judges by Krippendorff's alpha (1: full, 0: as by chance):"
+    return text if alpha is None else f"{text}\n\n{said} {alpha:.2f}"
 
 
 def votes(folder: Path) -> list[dict[str, Any]]:
-    """The answers on a sheet: `COLUMNS` for each pair of arms.
+    """The answers of all judges on a sheet: `COLUMNS` for each pair of arms.
 
-    These say how often each arm was better, and how often both orders of the same two pictures got the same answer; None
-    if no pair was answered in both orders.
+    These say how often each arm was better, the share of the first among these with its interval over cases, and how often
+    both orders of the same two pictures got the same answer of a judge; None if there are no such answers.
 
     Raises ValueError for an answer that is not in `ANSWERS`, and for a table that is not the sheet's.
     """
-    questions, answers = json.loads((folder / "sheet" / "key.json").read_text()), _answers(folder)
-    if [number for number, _ in answers] != list(range(len(questions))):
-        raise ValueError(f"answers.csv is to have a row for each question from 0000 to {len(questions) - 1:04}, each once")
-    found = []
-    for (number, answer), question in zip(answers, questions, strict=True):
-        if answer not in (*ANSWERS, ""):
-            raise ValueError(f"answers.csv, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
-        if answer:
-            arms = tuple(sorted((question["left"], question["right"])))
-            found.append(question | {"arms": arms, "better": question.get(answer, "same")})
+    found = [own | {"judge": judge} for judge, given in _by_judge(folder).items() for own in given if own["better"]]
     counted = []
-    for arms, own in pd.DataFrame(found, columns=["arms", "better", *SAME_NOISE]).groupby("arms", sort=False):
-        twice = [pair for _, pair in own.groupby(list(SAME_NOISE))["better"] if len(pair) == 2]
+    for arms, own in pd.DataFrame(found, columns=["arms", "better", "judge", *SAME_NOISE]).groupby("arms", sort=False):
+        twice = [pair for _, pair in own.groupby(["judge", *SAME_NOISE])["better"] if len(pair) == 2]
         agree = sum(pair.nunique() == 1 for pair in twice) / len(twice) if twice else None
         counts = [int((own["better"] == better).sum()) for better in (*arms, "same")]
-        counted.append(dict(zip(COLUMNS, [*arms, *counts, agree], strict=True)))
+        decided = own[own["better"] != "same"]
+        first = decided.assign(first=decided["better"] == arms[0])
+        share = interval(first, "first") if len(first) else None
+        counted.append(dict(zip(COLUMNS, [*arms, *counts, share, agree], strict=True)))
     return counted
 
 
-def _answers(folder: Path) -> list[tuple[int, str]]:
+def agreement(folder: Path) -> float | None:
+    """Krippendorff's alpha (2011) of the judges' choices between arms; None for one judge, or if all answers are the same.
+
+    A question is a unit. Judges may leave out questions.
+    """
+    judges = [[own["better"] or None for own in given] for given in _by_judge(folder).values()]
+    named = sorted({choice for given in judges for choice in given if choice})
+    if len(judges) < 2 or len(named) < 2:
+        return None
+    data = [[nan if choice is None else named.index(choice) for choice in given] for given in judges]
+    return float(krippendorff.alpha(data, level_of_measurement="nominal"))
+
+
+def _by_judge(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Judge -> every question of the sheet with its two arms and the better of them, "same", or "" if unanswered."""
+    questions = json.loads((folder / "sheet" / "key.json").read_text())
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((folder / "sheet").glob("answers*.csv")):
+        answers = _answers(path)
+        if [number for number, _ in answers] != list(range(len(questions))):
+            raise ValueError(
+                f"{path.name} is to have a row for each question from 0000 to {len(questions) - 1:04}, each once"
+            )
+        found[path.stem] = []
+        for (number, answer), question in zip(answers, questions, strict=True):
+            if answer not in (*ANSWERS, ""):
+                raise ValueError(f"{path.name}, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
+            better = question.get(answer, "same") if answer else ""
+            found[path.stem].append(
+                question | {"arms": tuple(sorted((question["left"], question["right"]))), "better": better}
+            )
+    return found
+
+
+def _answers(path: Path) -> list[tuple[int, str]]:
     """The numbers of a sheet's questions, each with its answer or ""; the table may have them in any order."""
-    with (folder / "sheet" / "answers.csv").open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.reader(file) if row]
     if wrong := next((row for row in rows[1:] if len(row) < 3 or not row[0].strip().isdecimal()), None):
-        raise ValueError(f"answers.csv: {wrong} is not question, prompt and answer, with commas between them")
+        raise ValueError(f"{path.name}: {wrong} is not question, prompt and answer, with commas between them")
     return sorted((int(row[0]), row[2].strip().lower()) for row in rows[1:])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from mole_diffusers.evaluation.plots import Limits, bars, curves, frontier
 from mole_diffusers.evaluation.rows import Row
+from mole_diffusers.evaluation.statistics import ENOUGH
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class EvaluationReport:
     Attributes:
         frame: rows as a table with the protocol's values.
         tables: of all arms. The first one also takes `against`, an arm to subtract, and `resample`.
-        values: shown as bars; the last one is also drawn against the number of experts.
+        values: shown as bars and on the page.
+        judged: value -> "higher" or "lower", whichever is better.
+        counted: the value that is drawn against the number of experts.
         roles: shown in the frontier, for subjects and for styles.
         limits: of the figures' axes.
         styles: the concepts that are styles.
@@ -30,6 +33,8 @@ class EvaluationReport:
     frame: Callable[[Sequence[Row]], pd.DataFrame]
     tables: Sequence[Callable[..., str]]
     values: Sequence[str]
+    judged: Mapping[str, Literal["higher", "lower"]]
+    counted: str
     roles: tuple[str, str]
     limits: Limits
     styles: Collection[str]
@@ -42,6 +47,9 @@ class EvaluationReport:
             by_concepts = "With concepts drawn in the place of the cases that share them, which errs on the wide side:"
             less = partial(self.tables[0], frame, against="sum")
             parts += [less(), by_concepts, less(resample="concepts")]
+            counts = frame.groupby("group", sort=False)["case"].nunique()
+            if few := [f"{kind} ({count})" for kind, count in counts.items() if count < ENOUGH]:
+                parts.append(f"Too few cases to call any arm better, which takes {ENOUGH}: {', '.join(few)}.")
         return "\n\n".join(parts)
 
     def draw_bars(self, rows: Sequence[Row], path: Path) -> Any:
@@ -50,15 +58,14 @@ class EvaluationReport:
         return bars(frame, path, [value for value in self.values if frame[value].notna().any()], limits=self.limits)
 
     def draw_count(self, rows: Sequence[Row], path: Path) -> Any:
-        """The last value against the number of attached experts.
+        """`counted` against the number of attached experts.
 
         Raises ValueError if no row has the value.
         """
-        value = self.values[-1]
-        shown = self.frame(rows).dropna(subset=[value])
+        shown = self.frame(rows).dropna(subset=[self.counted])
         if shown.empty:
-            raise ValueError(f"no picture has {value}")
-        return curves(shown, path, value, at="attached", limits=self.limits)
+            raise ValueError(f"no picture has {self.counted}")
+        return curves(shown, path, self.counted, at="attached", limits=self.limits)
 
     def draw_frontier(self, rows: Sequence[Row], path: Path) -> Any:
         """Styles against subjects, for the cases that have both.

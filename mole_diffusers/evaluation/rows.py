@@ -38,19 +38,23 @@ def digest_texts(*texts: str) -> str:
     return digest(text.encode() for text in texts)
 
 
-def key(row: Mapping[str, Any]) -> str:
+def key(row: Mapping[str, Any], fields: Sequence[str] = KEY) -> str:
     """What makes a row unique, as text."""
-    return json.dumps([row[name] for name in KEY], sort_keys=True)
+    return json.dumps([row[name] for name in fields], sort_keys=True)
 
 
 class Rows:
     """The rows in a folder: reads those of all processes, and appends to the file of this one.
 
     Processes never share a file, so they may run on several machines with a common folder.
+
+    Args:
+        name: the files are NAME-0.jsonl, NAME-1.jsonl, ...
+        fields: what makes a row unique.
     """
 
-    def __init__(self, folder: Path, process: int = 0):
-        self.folder, self.process = folder, process
+    def __init__(self, folder: Path, process: int = 0, *, name: str = "rows", fields: Sequence[str] = KEY):
+        self.folder, self.process, self.name, self.fields = folder, process, name, fields
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> list[Row]:
@@ -59,18 +63,18 @@ class Rows:
         Raises ValueError naming a line that is not a row.
         """
         found: dict[str, Row] = {}
-        for path in sorted(self.folder.glob("rows-*.jsonl")):
+        for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
             for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
                 try:
                     row = json.loads(line)
-                    found.setdefault(key(row), row)
+                    found.setdefault(key(row, self.fields), row)
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{path}, line {number}: not a row with {', '.join(KEY)}: {error}") from error
+                    raise ValueError(f"{path}, line {number}: not a row with {', '.join(self.fields)}: {error}") from error
         return list(found.values())
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add rows in one write, after removing an unfinished line that a killed run may have left."""
-        path = self.folder / f"rows-{self.process}.jsonl"
+        path = self.folder / f"{self.name}-{self.process}.jsonl"
         kept = path.read_bytes() if path.exists() else b""
         if kept and not kept.endswith(b"\n"):
             path.write_bytes(kept[: kept.rfind(b"\n") + 1])

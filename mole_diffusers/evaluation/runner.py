@@ -72,7 +72,6 @@ class Setup:
         experts: concept -> its LoRA.
         options: of the pipeline call: num_inference_steps, guidance_scale, ...
         base: name of the base model, for the rows.
-        metrics: models and references that measure pictures, for the rows.
         prompts: concept -> prompts for it alone.
         styles: the concepts that are styles.
         strengths: the user's own, by concept, 1 by default; multiplied with the arm's weights.
@@ -85,7 +84,6 @@ class Setup:
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     styles: frozenset[str] = frozenset()
     strengths: Mapping[str, float] = field(default_factory=dict)
-    metrics: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def activations(self) -> Activations:
@@ -190,6 +188,6 @@ def _unmeasured(setup: Setup, arm: Arm, case: Case, *, seeds: Sequence[int]) -> 
         "arm": arm.name,
         "prompt": case.prompt,
         "idle": list(case.idle),
-        "settings": {"base": setup.base, **setup.metrics, **setup.call_of(case), **arm.settings(setup, case)},
+        "settings": {"base": setup.base, **setup.call_of(case), **arm.settings(setup, case)},
     }
     return [{**facts, "seed": seed} for seed in dict.fromkeys(seeds)]

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from mole_diffusers.evaluation import statistics
 from mole_diffusers.evaluation.rows import SAME_NOISE, Row
-from mole_diffusers.evaluation.statistics import as_table, bootstrap
 
-Estimate = tuple[float, float, float]  # a mean and both ends of its interval
+REFERENCE = " of the reference"  # end of the columns that `differences` keeps
 Resample = Literal["cases", "concepts"]  # the units that `statistics.bootstrap` draws
 
 
@@ -43,26 +43,48 @@ def differences(rows: pd.DataFrame, against: str, values: Sequence[str]) -> pd.D
     """The rows of other arms whose prompt and noise `against` has, too, with their values minus those of `against`."""
     is_reference = rows["arm"] == against
     reference = rows.loc[is_reference, [*SAME_NOISE, *values]]
-    pairs = rows[~is_reference].merge(reference, on=list(SAME_NOISE), suffixes=("", " of the reference"))
+    pairs = rows[~is_reference].merge(reference, on=list(SAME_NOISE), suffixes=("", REFERENCE))
     for value in values:
-        pairs[value] = pairs[value].astype(float) - pairs[f"{value} of the reference"].astype(float)
+        pairs[value] = pairs[value].astype(float) - pairs[value + REFERENCE].astype(float)
     return pairs
 
 
-def estimate(rows: pd.DataFrame, value: str, *, resample: Resample = "cases") -> Estimate:
-    """The mean of a column over cases and seeds, with its 95 % bootstrap interval."""
+def estimate(rows: pd.DataFrame, value: str, *, resample: Resample = "cases") -> statistics.Estimate:
+    """The mean of a column over cases and seeds, with its 95 % interval; also of a column from `differences`."""
     cases = dict(iter(rows.groupby("case", sort=False)))
     units = [[name] if resample == "cases" else case["concepts"].iloc[0] for name, case in cases.items()]
-    return bootstrap(as_table([case[value].astype(float).tolist() for case in cases.values()]), units)
+    values = statistics.as_table([case[value].astype(float).tolist() for case in cases.values()])
+    return statistics.estimate(values, units, _kind(rows, value))
+
+
+def _kind(rows: pd.DataFrame, value: str) -> statistics.Kind:
+    """What a column holds: yes and no, the difference of two such columns, or other numbers."""
+    reference = value + REFERENCE
+    yes_and_no = rows[reference if reference in rows else value].map(lambda found: isinstance(found, bool)).all()
+    return ("change" if reference in rows else "share") if yes_and_no else "measure"
 
 
 def interval(rows: pd.DataFrame, value: str, *, digits: int = 2, resample: Resample = "cases") -> str:
-    """`estimate` as "0.52 [0.28, 0.75]", over the rows that have the value; "-" if none does."""
+    """`estimate` as "0.52 [0.28, 0.75]", over the rows that have the value; "-" if none does.
+
+    A mean without an interval has the number of its cases: "0.52 (n = 1)".
+    """
     rows = rows.dropna(subset=[value])
     if rows.empty:
         return "-"
     mean, low, high = (f"{number:.{digits}f}" for number in estimate(rows, value, resample=resample))
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} (n = {rows['case'].nunique()})" if low == "nan" else f"{mean} [{low}, {high}]"
+
+
+def verdict(rows: pd.DataFrame, value: str, better: Literal["higher", "lower"]) -> str:
+    """What may be said of a column from `differences`: "better", "worse", "no difference shown", or "too few cases"."""
+    rows = rows.dropna(subset=[value])
+    if rows["case"].nunique() < statistics.ENOUGH:
+        return "too few cases"
+    _, low, high = estimate(rows, value)
+    if not (low > 0 or high < 0):
+        return "no difference shown"
+    return "better" if (better == "lower") == (high < 0) else "worse"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:

@@ -1,54 +1,50 @@
-"""The protocol for real checkpoints, with tiny random CLIP and DINOv2 models: scores against the models' own calls."""
+"""The protocol for real checkpoints, with tiny random models in every role: scores against the models' own calls."""
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import open_clip
 import pytest
+import timm
+import tiny_models
 import torch
-import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from single_file import save_single_file
-from transformers import (
-    AutoModel,
-    BitImageProcessor,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    Dinov2Config,
-    Dinov2Model,
-)
+from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
+import mole_diffusers
 from mole_diffusers import attach
 from mole_diffusers.cli import main
-from mole_diffusers.evaluation.checkpoint_protocol import ClipDinoMetrics, read_cases, windows
-from mole_diffusers.evaluation.judging_sheet import count_answers, write_sheet
-from mole_diffusers.evaluation.rows import picture_path, save_picture
+from mole_diffusers.evaluation import measures
+from mole_diffusers.evaluation.checkpoint_protocol import Measures, read_cases
+from mole_diffusers.evaluation.judging_sheet import agreement, count_answers, votes, write_sheet
+from mole_diffusers.evaluation.measures import Box, Models, seam
+from mole_diffusers.evaluation.prompts import Concept
+from mole_diffusers.evaluation.rows import Rows, picture_path, save_picture
 from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.inspection.gate_figures import block_places, heat_map
-from mole_diffusers.testing import tiny_pipeline, tiny_tokenizer
+from mole_diffusers.testing import tiny_pipeline
+
+COMMAND = sys.modules["mole_diffusers.cli.evaluate"]  # the package of the commands has a function of this name
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of a CLIP and a DINOv2 with random weights, as the hub has them."""
-    torch.manual_seed(0)
-    clip, dino, tokenizer = tmp_path_factory.mktemp("clip"), tmp_path_factory.mktemp("dino"), tiny_tokenizer()
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    marks = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = sizes | marks | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    config = CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, projection_dim=8)
-    CLIPModel(config).save_pretrained(clip)
-    tokenizer.save_pretrained(clip)
-    pixels = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    CLIPImageProcessor(**pixels).save_pretrained(clip)
-    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28)).save_pretrained(
-        dino
-    )
-    BitImageProcessor(**pixels).save_pretrained(dino)
-    return str(clip), str(dino)
+    """Options for a folder of each model, with random weights."""
+    folder, before = tmp_path_factory.mktemp("models"), os.environ.get("TORCH_HOME")
+    os.environ["TORCH_HOME"] = str(tiny_models.save_squeezenet(folder / "torch"))
+    saved = {name: getattr(tiny_models, f"save_{name}")(folder / name) for name in ("clip", "dino", "detector")}
+    yield {name: str(path) for name, path in saved.items()} | {"lpips": "squeeze"}
+    os.environ.pop("TORCH_HOME")
+    os.environ |= {"TORCH_HOME": before} if before else {}
 
 
 def noise(seed, size=56):
@@ -67,52 +63,100 @@ def own(tmp_path_factory):
     return folders
 
 
-def test_scores_are_the_models_own(models, own):
-    clip, metrics = CLIPModel.from_pretrained(models[0]), ClipDinoMetrics(*models, own)
-    picture, case = noise(99), Case(("fox", "ink", "hat"), "three", "a fox in ink")
-    (scores,) = metrics(case, [picture])
-    pixels = CLIPImageProcessor.from_pretrained(models[0])
-    joint = clip(
-        **metrics.clip.tokenizer(["a fox in ink"], return_tensors="pt"),
-        pixel_values=pixels(picture, return_tensors="pt").pixel_values,
-    )
-    assert scores["clip_t"] == pytest.approx((joint.logits_per_image / clip.logit_scale.exp()).item(), abs=1e-5)
-    dino, processor = AutoModel.from_pretrained(models[1]), BitImageProcessor.from_pretrained(models[1])
-
-    def features(images):
-        return F.normalize(dino(processor(images, return_tensors="pt").pixel_values).last_hidden_state[:, 0], dim=-1)
-
-    wanted = (features(windows(picture)) @ features([noise(0), noise(1)]).T).mean(1).max().item()
-    assert scores["dino"]["fox"] == pytest.approx(wanted, abs=1e-5)
-    assert set(scores["clip_i"]) == set(scores["dino"]) == {"fox", "ink"}  # hat has no pictures of its own
-
-
-def test_a_concept_is_found_where_it_is(models, own):
-    """A concept's own picture in a corner scores as the picture alone does, by the window that holds it."""
-    metrics = ClipDinoMetrics(*models, own)
-    canvas = Image.new("RGB", (112, 112), "grey")
-    canvas.paste(noise(0), (56, 56))
-    (corner,) = metrics(Case(("fox",), "one", "a fox"), [canvas])
-    whole, itself = (metrics._dino([image]) @ metrics.own_dino["fox"].T for image in (canvas, noise(0)))  # [1, own pictures]
-    assert corner["dino"]["fox"] >= itself.mean().item() - 1e-5
-    assert corner["dino"]["fox"] > whole.mean().item() + 1e-3  # a score of the whole alone would miss it
-    assert [w.size for w in windows(canvas)] == [(112, 112)] + [(56, 56)] * 9
-    assert windows(canvas)[-1].tobytes() == noise(0).tobytes()
+def test_scores_are_the_models_own(models):
+    """Of a wide picture, which becomes a square with grey bars."""
+    loaded = Models(**models)
+    picture, other = noise(99).resize((56, 28)), noise(98).resize((56, 28))
+    square = Image.new("RGB", (56, 56), "grey")
+    square.paste(picture, (0, 14))
+    clip, transform = open_clip.create_model_from_pretrained(f"local-dir:{models['clip']}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{models['clip']}")(["a fox in ink"])
+    image, text, _ = clip.eval()(transform(square)[None], tokens)
+    assert loaded.fit(picture, "a fox in ink") == pytest.approx((image @ text.T).item(), abs=1e-5)
+    dino = timm.create_model(f"local-dir:{models['dino']}", pretrained=True).eval()
+    small = torch.tensor(list(square.resize((28, 28), Image.Resampling.BICUBIC).getdata())).T.reshape(1, 3, 28, 28)
+    feature = dino(small / 127.5 - 1)
+    assert torch.cosine_similarity(loaded.features([picture]), feature).item() == pytest.approx(1, abs=1e-3)
+    x, y = (torch.tensor(list(each.getdata())).T.reshape(1, 3, 28, 56) / 127.5 - 1 for each in (picture, other))
+    lpips = learned_perceptual_image_patch_similarity(x, y, net_type="squeeze").item()
+    assert loaded.change(picture, other)[0] == pytest.approx(lpips, abs=1e-5)
+    assert loaded.change(picture, picture) == pytest.approx((0, 1))
 
 
-@pytest.mark.parametrize(("size", "place"), [((112, 56), (56, 0)), ((56, 112), (0, 0))])
-def test_a_concept_is_found_at_the_end_of_a_wide_or_tall_picture(models, own, size, place):
-    """Where its square is a window, and none of the picture is cut off by the models' processors."""
-    metrics = ClipDinoMetrics(*models, own)
-    canvas = Image.new("RGB", size, "white")
-    canvas.paste(noise(0), place)
-    (found,) = metrics(Case(("fox",), "one", "a fox"), [canvas])
-    alone = metrics._dino([noise(0)]) @ metrics.own_dino["fox"].T  # [1, own pictures]
-    assert found["dino"]["fox"] >= alone.mean().item() - 1e-5
-    assert all(width == height for width, height in (window.size for window in windows(canvas)))
-    bars = Image.new("RGB", (112, 112), "grey")
-    bars.paste(canvas, (0, 28) if size[0] > size[1] else (28, 0))
-    assert windows(canvas)[0].tobytes() == bars.tobytes()
+def test_a_box_is_inside_of_the_picture_and_counts_once(models):
+    """Of boxes that nearly cover each other, the surest is left, whatever was looked for."""
+    detector, found = Models(**models).detector, []
+    given = [(-5, 0, 20, 20, 0.9), (0, 0, 21, 20, 0.8), (30, 30, 90, 50, 0.7), (60, 0, 70, 9, 0.6)]
+    raw = [{"score": score, "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))} for *box, score in given]
+    detector.run = lambda image, candidate_labels, top_k: found.extend(candidate_labels) or raw
+    boxes = detector.boxes(noise(0), ["a fox", "a hat"])
+    assert boxes == [Box(0, 0, 20, 20, 0.9), Box(30, 30, 56, 50, 0.7)]
+    assert found == ["a fox", "a hat"]
+
+
+COLOURS = {"fox": "red", "hat": "blue", "owl": "lime"}
+
+
+class ByColour:
+    """Models that see coloured squares: a detector of all squares, and features that are the mean colour."""
+
+    names = {}
+    squares = ((0, 0), (32, 0), (0, 32))
+
+    def __init__(self):
+        self.detector, self.fit, self.change = SimpleNamespace(boxes=self.boxes), lambda *_: 0.5, lambda *_: (0.25, 0.75)
+
+    def boxes(self, image, things):
+        return [Box(x, y, x + 24, y + 24, 0.5) for x, y in self.squares if image.getpixel((x, y)) != (255, 255, 255)]
+
+    def features(self, images):
+        means = [torch.tensor(list(image.convert("RGB").getdata())).float().mean(0) for image in images]
+        return torch.nn.functional.normalize(torch.stack(means), dim=-1)
+
+
+def squares(*colours):
+    picture = Image.new("RGB", (64, 64), "white")
+    for (x, y), colour in zip(ByColour.squares, colours, strict=False):
+        picture.paste(Image.new("RGB", (24, 24), colour), (x, y))
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("drawn", "collapse", "like"),
+    [
+        (("red", "blue"), False, (1, 1)),  # in any order
+        (("blue", "red"), False, (1, 1)),
+        (("red",), True, (1, 0)),  # one is missing
+        (("red", "red"), True, (1, 0)),  # a second fox in the place of the hat
+        (("#a00060", "#a00060"), True, (0.8575, 0.5145)),  # both are a blend, and more of a fox
+        ((), True, (0, 0)),
+        (("lime", "red", "blue"), False, (1, 1)),  # something else is there, too
+    ],
+)
+def test_a_picture_collapses_if_a_thing_is_missing_or_is_another(drawn, collapse, like):
+    references = {name: [squares(colour)] for name, colour in COLOURS.items()}
+    concepts = {name: Concept(name, (name,), "object", name) for name in COLOURS}
+    found = Measures(ByColour(), concepts, references)(["fox", "hat"], "a fox and a hat", squares(*drawn), None)
+    assert found["collapse"] == collapse
+    assert list(found["dino"].values()) == pytest.approx(list(like), abs=1e-4)
+    assert (found["lpips"], found["ssim"], found["clip_t"]) == (None, None, 0.5)
+
+
+def test_a_style_is_in_the_whole_picture_and_one_thing_cannot_collapse():
+    concepts = {name: Concept(name, (name,), kind, name) for name, kind in (("fox", "object"), ("ink", "style"))}
+    references, picture = {"fox": [squares("red")], "ink": [Image.new("RGB", (64, 64), "white")]}, squares("red")
+    found = Measures(ByColour(), concepts, references)(["fox", "ink"], "a fox in ink", picture, picture)
+    whole = ByColour().features([picture]) @ ByColour().features(references["ink"]).T
+    assert found["dino"] == pytest.approx({"fox": 1.0, "ink": whole.item()})
+    assert (found["collapse"], found["lpips"], found["ssim"]) == (None, 0.25, 0.75)
+
+
+def test_a_seam_is_a_line_through_the_whole_picture():
+    half, box = Image.new("RGB", (64, 48), "black"), Image.new("RGB", (64, 48), "black")
+    half.paste("#646464", (32, 0, 64, 48))
+    box.paste("#646464", (20, 20, 40, 40))
+    assert seam(half) == seam(half.rotate(90, expand=True)) == 100
+    assert seam(box) == 0  # its edges run along 20 of 48 pixels
 
 
 def test_cases_are_read_and_checked(tmp_path, ascii_locale):
@@ -176,8 +220,10 @@ def test_a_sheet_is_in_utf_8_whatever_the_locale(tmp_path, ascii_locale):
     assert count_answers(tmp_path)
 
 
-def answer(sheet, choose):
-    path = sheet / "sheet" / "answers.csv"
+def answer(sheet, choose, judge=""):
+    path = sheet / "sheet" / f"answers{judge}.csv"
+    if judge:
+        shutil.copy(sheet / "sheet" / "answers.csv", path)
     lines = list(csv.reader(path.open()))
     for line, question in zip(lines[1:], json.loads((sheet / "sheet" / "key.json").read_text()), strict=True):
         line[2] = choose(question)
@@ -193,19 +239,38 @@ def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
 
     answer(sheet, choose)
     lines = count_answers(sheet).splitlines()
-    assert "| gates | sum | 4 | 0 | 0 | 1.00 |" in lines
-    assert "| gates | mean | 4 | 0 | 0 | 1.00 |" in lines
-    assert "| mean | sum | 1 | 1 | 0 | 0.00 |" in lines
+    assert "| gates | sum | 4 | 0 | 0 | 1.00 [0.21, 1.00] | 1.00 |" in lines
+    assert "| gates | mean | 4 | 0 | 0 | 1.00 [0.21, 1.00] | 1.00 |" in lines
+    assert "| mean | sum | 1 | 1 | 0 | 0.50 [0.00, 1.00] | 0.00 |" in lines
     assert main(["evaluate", "--judged", "--out", str(sheet)]) == 0
     assert capsys.readouterr().out.splitlines() == lines
     assert main(["evaluate", "--judged", "--json", "--out", str(sheet)]) == 0
-    pair = {"first arm": "gates", "second arm": "sum", "first better": 4, "second better": 0, "same": 0, "orders agree": 1.0}
+    pair = {"first arm": "gates", "second arm": "sum", "first better": 4, "second better": 0, "same": 0}
+    pair |= {"share of the first": "1.00 [0.21, 1.00]", "orders agree": 1.0}
     assert pair in json.loads(capsys.readouterr().out)
     with pytest.raises(ValueError, match="holds answers: count them with --judged"):
         write_sheet(sheet, [])
     answer(sheet, lambda q: "both")
     with pytest.raises(ValueError, match="question 0000: 'both' is none of"):
         count_answers(sheet)
+
+
+def test_the_agreement_of_judges_is_krippendorffs_alpha(sheet):
+    """Of two judges on twelve questions, by hand: alpha = 1 - observed / expected disagreement."""
+    assert agreement(sheet) is None  # one judge, who has not answered
+    answer(sheet, lambda q: max(("left", "right"), key=q.get), "-anna")
+    answer(sheet, lambda q: max(("left", "right"), key=q.get), "-bob")
+    assert agreement(sheet) == 1
+    assert {(own["first better"], own["second better"]) for own in votes(sheet)} == {(0, 8)}  # "sum" is the last name
+    first = json.loads((sheet / "sheet" / "key.json").read_text())[0]
+    answer(sheet, lambda q: "same" if q == first else max(("left", "right"), key=q.get), "-bob")
+    given = [max((q["left"], q["right"])) for q in json.loads((sheet / "sheet" / "key.json").read_text())]
+    values = [*given, *given[1:], "same"]
+    pairs = sum(a != b for i, a in enumerate(values) for j, b in enumerate(values) if i != j)
+    assert agreement(sheet) == pytest.approx(1 - (2 / 24) / (pairs / (24 * 23)))
+    assert f"Krippendorff's alpha (1: full, 0: as by chance): {agreement(sheet):.2f}" in count_answers(sheet)
+    with pytest.raises(ValueError, match="holds answers"):
+        write_sheet(sheet, [])
 
 
 def test_a_sheet_that_was_edited_by_hand_is_counted_or_says_what_is_wrong(sheet):
@@ -232,6 +297,11 @@ def test_a_sheet_that_was_edited_by_hand_is_counted_or_says_what_is_wrong(sheet)
             count_answers(sheet)
 
 
+def named(models):
+    """The options of the models."""
+    return [word for name, value in models.items() for word in (f"--{name}", value)]
+
+
 @pytest.fixture
 def checkpoint(models, own, loras, tmp_path):
     """`mole evaluate` on a tiny checkpoint file, with what a real one needs."""
@@ -242,8 +312,8 @@ def checkpoint(models, own, loras, tmp_path):
     args += ["--steps", "1", "--seeds", "2"]
     for name in ("fox", "ink"):
         args += ["--images", f"{name}={own[name]}"]
-    args += ["--cases", str(tmp_path / "cases.jsonl"), "--clip", models[0], "--dino", models[1]]
-    return [*args, "--expert", f"ink={loras['ink']}", "--style", "ink", "--out", str(tmp_path / "out")]
+    args += ["--cases", str(tmp_path / "cases.jsonl"), *named(models)]
+    return [*args, "--expert", f"ink={loras['ink']}", "--kind", "ink=style", "--out", str(tmp_path / "out")]
 
 
 def test_bad_cases_and_arms_are_refused_before_models_are_asked_for(loras, tmp_path, capsys):
@@ -261,7 +331,7 @@ def test_evaluate_on_any_checkpoint(checkpoint, loras, tmp_path, capsys):
     args += [word for arm in ("base", "np", "ssr", "k-lora", "sum") for word in ("--arm", arm)]
     assert main(args) == 0
     text, said = capsys.readouterr()
-    assert text.startswith("| arm | CLIP-T | CLIP-I | DINO |")
+    assert text.startswith("| arm | collapse | DINO | CLIP-T | LPIPS | SSIM | seam |")
     names = ["| base", "| np", "| ssr", "| k-lora"]
     assert [line.split(" | ")[0] for line in text.splitlines()[2:7]] == [*names, "| sum"]
     paired = text.splitlines()[8:]
@@ -271,8 +341,14 @@ def test_evaluate_on_any_checkpoint(checkpoint, loras, tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)) == 10
     assert (tmp_path / "out" / "samples.png").exists()
     assert main([*args, "--search"]) == 1
-    assert main([*args, "--style", "cat"]) == 1
-    assert "no such experts" in capsys.readouterr().err
+    assert main([*args, "--kind", "cat=style"]) == 1
+    assert "--kind 'cat': no such LoRA; known: ['fox', 'ink']" in capsys.readouterr().err
+    assert main([*args, "--kind", "fox=animal"]) == 1
+    assert (
+        "the kind of 'fox' is one of character, object, clothing, style, background, got 'animal'" in capsys.readouterr().err
+    )
+    assert main([*args, "--protocol", "pairs"]) == 1
+    assert "--cases and --protocol exclude each other" in capsys.readouterr().err
 
 
 def test_a_checkpoint_has_every_figure(checkpoint, loras, awake, tmp_path, capsys):
@@ -302,7 +378,7 @@ def test_a_frontier_is_drawn_where_subjects_and_styles_are_asked_for(checkpoint,
     moved = ["--arm", "sum", "--share", "0.3", "--share", "0.7"]
     assert main([*args, *moved]) == 0
     assert (tmp_path / "out" / "frontier.png").exists()
-    at = args.index("--style")
+    at = args.index("--kind")
     assert main([*args[:at], *args[at + 2 :], *moved, "--out", str(tmp_path / "other")]) == 0
     assert "no frontier.png: no picture asks for both a subject and a style" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "other").glob("*.png")} == {"samples.png", "bars.png"}
@@ -348,10 +424,9 @@ def test_strengths_reach_the_pictures_and_the_rows(checkpoint, loras, tmp_path, 
 
 def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, loras, tmp_path, capsys, monkeypatch):
     fox = ["--expert", f"fox={loras['fox']}"]
-    several = ["'ssr' runs every expert on prompts of its own, and there are none for ['fox', 'ink']"]
-    several += ["'grid search' needs the weights of a search", "'gates' needs a folder of trained gates"]
+    several = ["'grid search' needs the weights of a search", "'gates' needs a folder of trained gates"]
     for asked, message in (
-        (["--arm", "ssr", "--arm", "grid search", "--arm", "gates"], "; ".join(several)),
+        (["--arm", "grid search", "--arm", "gates"], "; ".join(several)),
         (["--images", f"typo={tmp_path}"], "--images 'typo': no such LoRA; known: ['fox', 'ink']"),
         (["--own", "typo=a fox"], "--own 'typo': no such LoRA; known: ['fox', 'ink']"),
         (["--arm", "gates", "--gates", str(tmp_path / "none")], "['gates'] can draw none of the cases"),
@@ -359,31 +434,31 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
         assert main([*checkpoint, *fox, "--arm", "sum", *asked]) == 1
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("rows*"))
-    monkeypatch.setattr("mole_diffusers.evaluation.arms.ARMS", ("base", "ssr", "switch", "gates", "k-lora"))
+    monkeypatch.setattr(COMMAND, "DEFAULT_ARMS", ("base", "grid search", "k-lora"))
     assert main([*checkpoint, *fox, "--gates", str(tmp_path / "none"), "--seeds", "1", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert {row["arm"] for row in json.loads(out)} == {"base", "switch", "k-lora"}
-    assert "left out: 'ssr' runs every expert" in err
-    assert "left out: ['gates'] can draw none of the cases" in err
+    assert {row["arm"] for row in json.loads(out)} == {"base", "k-lora"}
+    assert "left out: 'grid search' needs the weights of a search" in err
+    assert "left out: ['gates', 'bound gates'] can draw none of the cases" in err
 
 
 @pytest.mark.thorough
-def test_pictures_measured_by_other_models_are_other_rows(checkpoint, models, loras, tmp_path, capsys):
-    """A second CLIP, or another picture of a concept, does not answer with the first one's scores."""
+def test_other_models_and_references_measure_anew_what_is_drawn_once(checkpoint, models, loras, tmp_path, capsys):
+    """A second detector, or another picture of a concept, does not answer with the first one's scores."""
     args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--arm", "base", "--seeds", "1", "--json"]
-    shutil.copytree(models[0], tmp_path / "clip")
+    shutil.copytree(models["detector"], tmp_path / "detector")
     (tmp_path / "fox").mkdir()
     noise(7).save(tmp_path / "fox" / "0.png")
-    other = f"fox={tmp_path / 'fox'}"
     pictured = [*args]
-    pictured[args.index("--images") + 1] = other  # of the fox
+    pictured[args.index("--images") + 1] = f"fox={tmp_path / 'fox'}"
     scores = []
-    for given in (args, [*args, "--clip", str(tmp_path / "clip")], pictured, args):
+    for given in (args, [*args, "--detector", str(tmp_path / "detector")], pictured, args):
         assert main(given) == 0
         scores.append(json.loads(capsys.readouterr().out))
     assert scores[0] == scores[3]
     assert scores[0][0]["dino"]["fox"] != scores[2][0]["dino"]["fox"]
-    assert len((tmp_path / "out" / "rows-0.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "out" / "rows-0.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "out" / "measures-0.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_limit_is_of_each_kind(checkpoint, loras, tmp_path, capsys):
@@ -408,13 +483,13 @@ def test_the_card_is_taken_where_there_is_one(checkpoint, loras, monkeypatch):
     """The pipeline and what measures alike; what they are put on is all that is looked at, since there may be no card."""
     places = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("accelerate.PartialState", lambda cpu: None)
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: None)
 
     def put(_, device):
         places.append(device)
         raise ValueError("far enough")
 
-    monkeypatch.setattr(CLIPModel, "to", put)
+    monkeypatch.setattr(measures, "Detector", lambda _, device: put(_, device))
     monkeypatch.setattr(StableDiffusionPipeline, "to", put)
     given = [arg for arg in checkpoint if arg not in ("--device", "cpu")]
     for command in ([*given, "--expert", f"fox={loras['fox']}"], ["evaluate"]):
@@ -430,3 +505,110 @@ def test_the_embedded_world_takes_no_parts_of_another(loras, capsys, monkeypatch
     assert "--base-config: the embedded world has its own" in capsys.readouterr().err
     assert main(["evaluate", "--search", "--arm", "sum", "--share", "0.5"]) == 1
     assert "--search draws arms of its own: leave out --arm, --share" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def folders(loras, tmp_path_factory):
+    """A base and a folder of LoRAs: two subjects and a style."""
+    folder = tmp_path_factory.mktemp("given")
+    tiny_pipeline().save_pretrained(folder / "base")
+    for name, kind in (("fox", "objects"), ("hat", "objects"), ("ink", "style")):
+        (folder / "loras" / kind).mkdir(parents=True, exist_ok=True)
+        shutil.copy(loras[name], folder / "loras" / kind)
+    return folder
+
+
+@pytest.fixture
+def command(folders, models):
+    command = [
+        "evaluate",
+        "--base",
+        str(folders / "base"),
+        "--loras",
+        str(folders / "loras"),
+        *named(models),
+        "--device",
+        "cpu",
+    ]
+    return [*command, "--seeds", "2", "--steps", "1", "--protocol", "pairs", "--protocol", "styles"]
+
+
+ARMS = ["--arm", "base", "--arm", "alone", "--arm", "sum", "--arm", "bound"]
+
+
+def test_a_base_and_a_folder_of_loras_are_enough_and_a_killed_run_goes_on(command, tmp_path, monkeypatch, capsys):
+    """Killed while pictures are drawn, and while they are measured: the page is byte for byte that of one run."""
+    assert main([*command, *ARMS, "--out", str(tmp_path / "whole")]) == 0
+    text, said = capsys.readouterr()
+    assert "note: 30 pictures: 6 arms, 3 cases, 2 seeds" in said
+    assert [line for line in text.splitlines() if line in ("pairs:", "styles:")] == ["pairs:", "styles:"] * 3
+    assert text.splitlines()[4].startswith("| base | ")
+    assert text.rstrip().endswith("Too few cases to call any arm better, which takes 20: pairs (1), styles (2).")
+    page = (tmp_path / "whole" / "index.html").read_text()
+    assert page.count("<img") == len(set((tmp_path / "whole" / "pictures").rglob("*.png"))) - 12  # four references of each
+
+    class Killed(BaseException):
+        pass
+
+    def fails_after(count, what):
+        calls = []
+
+        def run(*given, **options):
+            calls.append(given)
+            if len(calls) > count:
+                raise Killed
+            return what(*given, **options)
+
+        return run
+
+    again = [*command, *ARMS, "--out", str(tmp_path / "again")]
+    for name, count, what in (
+        ("mole_diffusers.evaluation.runner.save_picture", 9, save_picture),
+        ("mole_diffusers.evaluation.checkpoint_protocol.seam", 5, seam),
+    ):
+        with monkeypatch.context() as broken:
+            broken.setattr(name, fails_after(count, what))
+            with pytest.raises(Killed):
+                main(again)
+    with (tmp_path / "again" / "measures-0.jsonl").open("a") as file:
+        file.write('{"picture": "0')  # the line that was being written
+    drawn = len(Rows(tmp_path / "again").read())
+    assert drawn == 30 + 12
+    assert main(again) == 0
+    assert len(Rows(tmp_path / "again").read()) == drawn
+    assert capsys.readouterr().out == text
+    for name in ("index.html", "table.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.thorough
+def test_two_processes_make_the_page_of_one(command, tmp_path, capsys):
+    """Without a GPU, what accelerate calls several GPUs are processes on the CPU."""
+    assert main([*command, *ARMS, "--out", str(tmp_path / "one")]) == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "mole_diffusers"]
+    root = str(Path(mole_diffusers.__file__).parent.parent)
+    subprocess.run([*launch, *command, *ARMS, "--out", str(tmp_path / "two")], check=True, cwd=root)
+    for name in ("rows", "measures"):
+        counts = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "two").glob(f"{name}-*.jsonl"))]
+        assert len(counts) == 2
+        assert min(counts) > 0
+        assert sum(counts) == (42 if name == "rows" else 30)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name in ("index.html", "table.md"):
+        assert (two / name).read_text() == (one / name).read_text()
+
+
+def test_a_missing_library_is_named_with_its_extra(command, monkeypatch, capsys):
+    monkeypatch.setattr(COMMAND, "NEEDED", ("pandas", "timmy", "open_clap"))
+    assert main(command) == 1
+    assert "mole evaluate: this needs timmy, open_clap: pip install 'mole-diffusers[evaluate]'" in capsys.readouterr().err

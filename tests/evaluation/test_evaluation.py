@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from mole_diffusers.cli import main
 from mole_diffusers.evaluation import arms, checkpoint_protocol, emoji_protocol, strength_search, tables
 from mole_diffusers.evaluation.rows import Rows, picture_path
 from mole_diffusers.evaluation.runner import Case, Setup, evaluate, requested_rows
-from mole_diffusers.evaluation.statistics import as_table, bootstrap
+from mole_diffusers.evaluation.statistics import as_table, bootstrap, estimate
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora import read_expert
 
@@ -68,6 +69,45 @@ def test_a_case_counts_as_often_as_all_of_its_concepts_came():
     assert (mean, [low, high]) == (0.5, pytest.approx(every))
 
 
+@pytest.mark.parametrize("count", [1, 2, 8, 24])
+def test_no_interval_has_no_width(count):
+    """What all cases agree on is not certain; Wilson's interval of k of k starts at k / (k + 1.96 squared)."""
+    mean, low, high = estimate(torch.ones(count, 3), apart(count), "share")
+    assert (mean, high) == (1.0, pytest.approx(1.0))
+    assert low == pytest.approx(count / (count + 1.96**2), abs=1e-4)
+    assert estimate(torch.zeros(count, 3), apart(count), "share")[2] == pytest.approx(1 - low)
+    _, low, high = estimate(torch.zeros(count, 3), apart(count), "change")
+    assert high == pytest.approx(-low)
+    assert high == pytest.approx(1 - count / (count + 1.96**2), abs=1e-4)
+    assert all(map(math.isnan, estimate(torch.full((count, 3), 0.25), apart(count), "measure")[1:]))
+
+
+def test_few_measures_have_students_interval():
+    """Two means that lie 1 apart: half the distance times the quantile of one degree of freedom, 12.706."""
+    mean, low, high = estimate(torch.tensor([[0.0], [1.0]]), apart(2), "measure")
+    assert (mean, low, high) == (0.5, pytest.approx(0.5 - 6.353, abs=1e-3), pytest.approx(0.5 + 6.353, abs=1e-3))
+
+
+def test_an_interval_holds_that_of_the_bootstrap():
+    """Cases that share a concept say less than their number."""
+    values, units = torch.tensor([[1.0]] * 20 + [[0.0]] * 20), [[side, str(i)] for side in "ab" for i in range(20)]
+    assert estimate(values, units, "share") == bootstrap(values, units) == (0.5, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "cases", "said"),
+    [(19, 0, 19, "too few cases"), (20, 0, 20, "better"), (0, 20, 20, "worse"), (1, 0, 20, "no difference shown")],
+)
+def test_no_arm_is_called_better_for_few_cases_or_a_small_difference(better, worse, cases, said):
+    won = [True] * better + [False] * (cases - better)
+    lost = [False] * (cases - worse) + [True] * worse
+    rows = rows_of(*((arm, f"a{i}", {"a": x}) for arm, all in (("sum", lost), ("mean", won)) for i, x in enumerate(all)))
+    less = tables.differences(emoji_protocol.frame(rows), "sum", ["success"])
+    assert tables.verdict(less, "success", "higher") == said
+    other = {"better": "worse", "worse": "better"}.get(said, said)
+    assert tables.verdict(less, "success", "lower") == other
+
+
 def test_cases_of_fewer_seeds_are_padded():
     assert torch.isnan(as_table([[1.0], [1.0, 2.0]])).tolist() == [[False, True], [False, False]]
 
@@ -101,11 +141,12 @@ def test_tables_by_hand():
     _, concept_table = emoji_protocol.REPORT.tables
     lines = concept_table(frame).splitlines()
     assert lines[0] == "| arm | concepts seen | style | background | apart |"
-    assert lines[2] == "| alone | 0.25 [0.00, 0.50] | 1.00 [1.00, 1.00] | 0.00 [0.00, 0.00] | - |"
-    assert lines[3].startswith("| sum | 0.75 [0.50, 1.00] | 1.00 [1.00, 1.00] |")  # fox in one of two, ink in both
-    assert lines[4].startswith("| mean | 1.00 [1.00, 1.00] |")
+    # One case: Wilson's interval of 1 of 1 starts at 1 / (1 + 1.96 squared).
+    assert lines[2] == "| alone | 0.25 (n = 1) | 1.00 [0.21, 1.00] | 0.00 [0.00, 0.79] | - |"
+    assert lines[3].startswith("| sum | 0.75 (n = 1) | 1.00 [0.21, 1.00] |")  # fox in one of two, ink in both
+    assert lines[4].startswith("| mean | 1.00 (n = 1) | 1.00 [0.21, 1.00] |")
     assert "| sum | 0.50 [0.00, 1.00] |" in tables.success_table(frame)
-    assert "| mean | 0.50 [0.00, 1.00] |" in tables.success_table(frame, against="sum")
+    assert "| mean | 0.50 [-0.41, 1.00] |" in tables.success_table(frame, against="sum")
 
 
 def test_standing_apart_is_of_the_cases_with_several_subjects():
@@ -122,18 +163,22 @@ def test_scores_are_compared_on_the_same_noise():
     rows = []
     for i, (case, seed) in enumerate(itertools.product(("a", "b", "c"), (1, 2))):
         shared = {"case": case, "concepts": [case], "idle": [], "kind": "one", "prompt": "p", "seed": seed}
-        scores = {"clip_t": 0.1 * i, "clip_i": {"fox": 0.2 * i, "ink": 0.0}, "dino": {}}
-        rows.append(shared | scores | {"arm": "sum"})
-        better = {"clip_t": 0.1 * i + 0.012, "clip_i": {"fox": 0.2 * i, "ink": -0.03}, "dino": {}}
+        shared |= {"lpips": None, "ssim": None, "collapse": i % 2 == 0}
+        rows.append(shared | {"clip_t": 0.1 * i, "seam": 0.0, "dino": {"fox": 0.2 * i, "ink": 0.0}, "arm": "sum"})
+        better = {"clip_t": 0.1 * i + 0.012, "seam": 0.1 * i, "dino": {"fox": 0.2 * i, "ink": -0.03}}
         rows.append(shared | better | {"arm": "gates"})
     odd = shared | {"arm": "gates", "case": "d", "concepts": ["d"], "seed": 1}
-    rows.append(odd | {"clip_t": 9.0, "clip_i": {}, "dino": {}})
+    rows.append(odd | {"clip_t": 9.0, "seam": 9.0, "dino": {}})
     frame = checkpoint_protocol.frame(rows)
     (table,) = checkpoint_protocol.report(()).tables
     lines = table(frame, against="sum").splitlines()
-    assert lines[0] == "| arm, less sum | CLIP-T | CLIP-I | DINO |"
-    assert lines[2:] == ["| gates | 0.012 [0.012, 0.012] | -0.015 [-0.015, -0.015] | - |"]
-    assert "| sum | 0.250 [" in tables.score_table(frame, checkpoint_protocol.SCORES)
+    assert lines[0] == "| arm, less sum | collapse | DINO | CLIP-T | LPIPS | SSIM | seam |"
+    # No case of three changed: as likely as not by Wilson's 1.96 squared / (3 + 1.96 squared). Steps of 0.2 between cases
+    # have Student's interval 4.303 * 0.2 / sqrt(3).
+    assert lines[2:] == [
+        "| gates | 0.000 [-0.561, 0.561] | -0.015 (n = 3) | 0.012 (n = 3) | - | - | 0.250 [-0.247, 0.747] |"
+    ]
+    assert "| sum | 0.250 [" in tables.score_table(frame, ["CLIP-T"])
 
 
 @pytest.fixture

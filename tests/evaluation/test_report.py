@@ -1,6 +1,7 @@
 """What `mole evaluate` shows of the rows of each protocol: tables that keep kinds apart, and figures of its own values."""
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ def row(arm, case, kind="pair", *, idle=(), seed=0, **values):
     return {
         "arm": arm, "case": name, "concepts": concepts, "idle": list(idle), "kind": kind, "prompt": "p", "seed": seed,
         "success": True, "seen": dict.fromkeys(concepts, True), "subjects": 1.0, "style": True, "background": True,
-        "apart": None, "clip_t": 0.25, "clip_i": {}, "dino": {},
+        "apart": None, "clip_t": 0.25, "dino": {}, "collapse": None, "lpips": None, "ssim": None, "seam": None,
     } | values  # fmt: skip
 
 
@@ -30,7 +31,7 @@ CROWD = [
 
 
 def body(table):
-    return [[cell.split(" [")[0] for cell in line.strip("| ").split(" | ")] for line in table.splitlines()]
+    return [[re.split(r" [\[(]", cell)[0] for cell in line.strip("| ").split(" | ")] for line in table.splitlines()]
 
 
 def test_success_is_told_by_kind_and_by_how_many_are_attached():
@@ -50,16 +51,16 @@ def test_success_is_told_by_kind_and_by_how_many_are_attached():
 def test_scores_are_told_by_kind_and_by_how_many_are_attached():
     report = checkpoint_protocol.report(["ink"])
     frame = report.frame(CROWD)
-    (table,) = report.tables
+    (table,), none = report.tables, ["-"] * 3
     less = body(table(frame, against="sum"))
     lines = [line for line in body(table(frame)) if line[0] not in ("", "arm", "---")]
     assert lines == [
-        ["pair:"], ["sum", "0.250", "-", "-"], ["mean", "0.500", "-", "-"],
-        ["pair, 4 LoRAs:"], ["sum", "0.750", "-", "-"], ["mean", "0.500", "-", "-"],
-        ["three:"], ["sum", "0.500", "-", "-"], ["mean", "0.750", "-", "-"],
+        ["pair:"], ["sum", *none[:2], "0.250", *none], ["mean", *none[:2], "0.500", *none],
+        ["pair, 4 LoRAs:"], ["sum", *none[:2], "0.750", *none], ["mean", *none[:2], "0.500", *none],
+        ["three:"], ["sum", *none[:2], "0.500", *none], ["mean", *none[:2], "0.750", *none],
     ]  # fmt: skip
-    assert [line[:2] for line in less if line[0] == "mean"] == [["mean", "0.250"], ["mean", "-0.250"], ["mean", "0.250"]]
-    assert table(report.frame(CROWD[2:3])).startswith("| arm | CLIP-T |")  # one kind needs no name
+    assert [line[3] for line in less if line[0] == "mean"] == ["0.250", "-0.250", "0.250"]
+    assert table(report.frame(CROWD[2:3])).startswith("| arm | collapse | DINO | CLIP-T |")  # one kind needs no name
 
 
 @pytest.mark.parametrize("report", [EMOJI, checkpoint_protocol.report(["ink"])])
@@ -70,7 +71,8 @@ def test_differences_are_told_with_cases_and_with_concepts_drawn(report):
     rows = [row("sum", case, **worse) for case in cases]
     rows += [row("mean", case, **(better if case.startswith("fox") else worse)) for case in cases]
     text, less = report.text(rows), partial(report.tables[0], report.frame(rows), against="sum")
-    assert text.endswith(less(resample="concepts"))
+    few = "\n\nToo few cases to call any arm better, which takes 20: pair (6)."
+    assert text.endswith(less(resample="concepts") + few)
     by_cases, by_concepts = text.split("With concepts drawn in the place of the cases that share them")
     assert less() in by_cases
     assert less() not in by_concepts
@@ -109,7 +111,7 @@ def test_the_count_and_the_bars_of_scores_are_of_what_is_measured(tmp_path):
     assert axes.get_lines()[0].get_xydata().tolist() == [[2, pytest.approx(0.3)], [3, 0.2]]
     assert axes.get_ylabel() == "DINO"
     panels = report.draw_bars(rows, tmp_path / "bars.png").axes
-    assert [panel.get_ylabel() for panel in panels] == ["CLIP-T", "DINO"]  # no row has CLIP-I
+    assert [panel.get_ylabel() for panel in panels] == ["DINO", "CLIP-T"]  # no row has another
     assert not any(math.isnan(bar.get_height()) for panel in panels for bar in panel.patches)
     with pytest.raises(ValueError, match="no picture has DINO"):
         report.draw_count(rows[2:], tmp_path / "none.png")
