@@ -46,6 +46,7 @@ from mole_diffusers.patching.host.denoiser_inputs import (
 from mole_diffusers.patching.host.offloading import loaded
 from mole_diffusers.patching.install.all_hooks import all_hooks
 from mole_diffusers.patching.install.component import Component
+from mole_diffusers.patching.install.embeddings import add_words, embedded, left_out
 from mole_diffusers.patching.install.folding import (
     Averages,
     Folded,
@@ -101,6 +102,7 @@ class Mixture:
         config: the gates' configuration.
         file_words: name -> the words that its file gives it beside the others, see `lora.own_words`.
         unmatched: name -> layer keys of the file that the pipeline does not have.
+        without_embedding: a sentence for each trained embedding of the files that the pipeline's text encoders cannot take.
     """
 
     def __init__(self, pipe: Any, experts: Mapping[str, Expert], config: GateConfig):
@@ -113,11 +115,13 @@ class Mixture:
         self._sampling = Sampling.of(len(experts), DenoiserInputs(unet), PromptTokens(tokenizers_of(pipe)))
         self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
         self._lock = lock_of(unet)
+        self.without_embedding: list[str] = []
         self._components = [
             Component(name, models[name], stacks, family=config.options, sampling=self._sampling)
             for name, stacks in stack_all(matches, models).items()
         ]
-        parts = {name for name in models if models[name] is unet} | self.banks.keys()
+        self._embedded = embedded(experts)
+        parts = {name for name in models if models[name] is unet} | self.banks.keys() | self._embedded.keys()
         self._models = {name: model for name, model in models.items() if name in parts}  # those that it changes
 
     def __repr__(self) -> str:
@@ -745,9 +749,9 @@ class Mixture:
         undo.close()  # what an interruption may have left
         try:
             with loaded(self._pipe):
-                for part in self._components:
-                    if vars(part.model).get(HANDLE, self) is not self:
-                        raise ValueError(f"another pipeline's mixture is on its {part.name}; detach that one first")
+                for name, model in self._models.items():
+                    if vars(model).get(HANDLE, self) is not self:
+                        raise ValueError(f"another pipeline's mixture is on its {name}; detach that one first")
                 for model in self._models.values():
                     undo.callback(model.__dict__.pop, HANDLE, None)
                     object.__setattr__(model, HANDLE, self)
@@ -756,7 +760,10 @@ class Mixture:
                 encoders = {name: model for name, model in hosts(self._pipe).items() if name not in DENOISERS}
                 for module, hook in all_hooks(self._denoiser, encoders, self._components, self._sampling, self._is_off):
                     hook.register(module, undo)
-                models = [part.model for part in self._components]
+                self.without_embedding = left_out(self.experts) + [
+                    why for part, words in self._embedded.items() for why in add_words(self._pipe, part, words, undo)
+                ]
+                models = [model for name, model in self._models.items() if name in self.banks or name in self._embedded]
                 guard(self._pipe, models, lift=self.lifted, remove=lambda: detach(self._pipe), copy=self._copied, undo=undo)
         except BaseException:
             self._uninstall()
@@ -840,6 +847,8 @@ def attach(
             if not allow_missing_layers and (before is None or before.experts.get(name) is not expert):
                 check_share(expert, mixture.unmatched[name], models_of(pipe))
         mixture._replace(before)
+    for why in mixture.without_embedding:
+        warnings.warn(why, stacklevel=2)
     for name, keys in mixture.unmatched.items():
         if keys:
             warnings.warn(

@@ -66,6 +66,8 @@ class Expert:
     metadata: dict[str, str] = field(default_factory=dict, repr=False)
     preferred_weight: float | None = None  # that a note says; for cards and tags without a strength, never for `attach`
     algorithms: dict[str, int] = field(default_factory=dict)  # "LoRA", "LoCon", "LoHa", "LoKr", "DoRA" -> layers
+    # a word that was trained with it -> text encoder -> its vectors [n, C]
+    embeddings: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     left_out: dict[str, str] = field(default_factory=dict)  # key or layer of the file -> why it is not used
     file_names: dict[str, str] = field(default_factory=dict, repr=False)  # "component.layer" -> its name in the file
 

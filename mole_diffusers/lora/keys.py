@@ -62,7 +62,12 @@ UNSUPPORTED = {  # how a key ends -> what it belongs to
     r"lora_embedding_[AB](?:\.\w+)?": "a LoRA of an embedding",
     r"set_weight": "a replaced weight",
 }
-TRIGGER_EMBEDDING = "bundle_emb."  # how the keys of embeddings of trigger words begin, which are no part of the LoRA
+# An embedding that was trained with a LoRA: of A1111 and OneTrainer with its word, of ai-toolkit without.
+EMBEDDING = re.compile(r"bundle_emb\.(?P<word>.+?)\.(?P<of>string_to_param(?:\.\*)?|[^.]+)|(?P<bare>emb_params|clip_[lg])")
+EMBEDDED_IN = {  # how a key of an embedding ends -> the text encoder
+    "string_to_param": "text_encoder", "string_to_param.*": "text_encoder", "emb_params": "text_encoder",
+    "clip_l": "text_encoder", "clip_g": "text_encoder_2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

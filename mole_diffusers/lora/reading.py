@@ -13,7 +13,7 @@ from mole_diffusers.lora.algorithms import Budget, alpha_value, layer_weights
 from mole_diffusers.lora.dora import SHAPES, with_magnitude
 from mole_diffusers.lora.expert import Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
-from mole_diffusers.lora.keys import TRIGGER_EMBEDDING, Key, is_flux, parse_key
+from mole_diffusers.lora.keys import EMBEDDED_IN, EMBEDDING, Key, is_flux, parse_key
 from mole_diffusers.lora.metadata import Scaling, read_peft_config, scalings
 from mole_diffusers.lora.original_names import HAVE_ORIGINAL_NAMES, split_fused
 from mole_diffusers.lora.own_words import stated_words
@@ -52,9 +52,9 @@ def read_expert(
 
 def _expert(path: Path, name: str, contents: TensorFile, *, tolerance: float, drop_nonfinite: bool) -> Expert:
     stated, budget = scalings(contents.metadata, read_peft_config(path)), Budget()
-    embedded = [key for key in contents.tensors if key.startswith(TRIGGER_EMBEDDING)]
-    left_out = dict.fromkeys(embedded, "an embedding of a trigger word, which is no part of the LoRA")
-    keys = {key: parse_key(key) for key in contents.tensors if key not in left_out}
+    triggers = stated_words(stated_beside(path), contents.metadata)
+    embeddings, left_out = _embeddings(contents.tensors, (triggers or (path.stem,))[0])
+    keys = {key: parse_key(key) for key in contents.tensors if not EMBEDDING.fullmatch(key)}
     layers: dict[str, dict[str, LoraWeights]] = {}
     file_names: dict[str, str] = {}
     algorithms: Counter[str] = Counter()
@@ -92,12 +92,13 @@ def _expert(path: Path, name: str, contents: TensorFile, *, tolerance: float, dr
         layers=layers,
         format=Counter(key.format for key in keys.values()).most_common(1)[0][0],
         base=base,
-        triggers=stated_words(stated_beside(path), contents.metadata),
+        triggers=triggers or tuple(embeddings),
         preferred_weight=preferred_weight(path),
         source=str(path),
         sha256=contents.sha256,
         metadata=contents.metadata,
         algorithms=dict(algorithms),
+        embeddings=embeddings,
         left_out=left_out,
         file_names=file_names,
     )
@@ -114,6 +115,25 @@ def _with_diffusers_names(layers: Mapping[str, LoraWeights]) -> dict[str, LoraWe
             raise ValueError(f"layer {f'transformer.{twice[0]}'!r} is there twice under different keys")
         named |= made
     return named
+
+
+def _embeddings(tensors: Mapping[str, torch.Tensor], word: str) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """The embeddings that were trained with a LoRA, as in `Expert.embeddings`; and key -> why it is left out.
+
+    Args:
+        word: of embeddings without one.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    left_out = {}
+    for key, match in ((key, match) for key in tensors if (match := EMBEDDING.fullmatch(key))):
+        vectors, part = tensors[key], EMBEDDED_IN.get(match["of"] or match["bare"])
+        if part is None:
+            left_out[key] = "an embedding for a text encoder that takes no new words"
+        elif vectors.dim() not in (1, 2) or not vectors.is_floating_point() or not torch.isfinite(vectors.float()).all():
+            left_out[key] = "an embedding that is no list of vectors of finite numbers"
+        else:
+            found.setdefault(match["word"] or word, {})[part] = vectors.reshape(-1, vectors.shape[-1])
+    return found, left_out
 
 
 def _grouped(

@@ -238,11 +238,17 @@ TOOLS = {
 def test_other_tools(read, tool):
     made = {stem: kohya(stem, 4, 4) for stem in TOOLS[tool]}
     tensors = {k: v for one, _ in made.values() for k, v in one.items()}
-    expert = read(tensors | {"bundle_emb.zwx.string_to_param": torch.ones(1, 4)})
+    embeddings = {"zwx.string_to_param.*": torch.ones(1, 4), "zw.x.clip_g": torch.ones(3), "zwx.t5": torch.ones(1, 4)}
+    embeddings["nan.clip_l"] = torch.full((1, 4), torch.nan)
+    expert = read(tensors | {f"bundle_emb.{name}": vectors for name, vectors in embeddings.items()})
     assert expert.format == tool.split()[0]
     assert expert.left_out == {
-        "bundle_emb.zwx.string_to_param": "an embedding of a trigger word, which is no part of the LoRA"
+        "bundle_emb.zwx.t5": "an embedding for a text encoder that takes no new words",
+        "bundle_emb.nan.clip_l": "an embedding that is no list of vectors of finite numbers",
     }
+    shapes = {word: {part: v.shape for part, v in parts.items()} for word, parts in expert.embeddings.items()}
+    assert shapes == {"zwx": {"text_encoder": (1, 4)}, "zw.x": {"text_encoder_2": (1, 3)}}
+    assert set(expert.triggers) == {"zwx", "zw.x"}
     for stem, (part, layer) in TOOLS[tool].items():
         torch.testing.assert_close(expert.layers[part][layer].delta(), made[stem][1])
 

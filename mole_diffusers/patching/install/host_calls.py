@@ -54,6 +54,9 @@ def guard(
     Another pipeline over the same models is not watched, and diffusers accesses a text encoder's layers directly. So the
     layers themselves keep the mixture's adapter active, and refuse to be fused.
     """
+    for name in vars(pipe):
+        if name.startswith("tokenizer") and getattr(pipe, name) is not None:  # it may have words of the experts
+            _wrap(getattr(pipe, name), "save_pretrained", partial(_on_the_original, lift), undo)
     _wrap(pipe, "fuse_lora", partial(_refused, MERGED), undo)
     undo.override(pipe, "__deepcopy__", copy)
     undo.override(pipe, "__reduce_ex__", partial(_not_pickled, pipe))

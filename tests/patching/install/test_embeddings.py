@@ -1,0 +1,86 @@
+"""Embeddings that were trained with a LoRA, against diffusers' own loading of the same vectors."""
+
+import hosts
+import pytest
+import torch
+from hosts import assert_same, snapshot
+from safetensors.torch import load_file, save_file
+from tiers import thorough
+
+import mole_diffusers as mole
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
+
+TRAINED = torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
+
+
+def with_embedding(source, path, **embeddings):
+    save_file(load_file(source) | {f"bundle_emb.{name}": vectors for name, vectors in embeddings.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_words_are_loaded_and_taken_out_again(pipe, loras, draw, tmp_path, vectors):
+    prompt, own = "a zwx in ink", TRAINED[:vectors]
+    before, plain, ids = snapshot(pipe), draw(pipe, prompt), pipe.tokenizer(prompt).input_ids
+    file = with_embedding(loras["fox"], tmp_path / "fox.safetensors", **{"zwx.string_to_param.*": own})
+    mixture = mole.attach(pipe, {"fox": file}, binding=None)
+    found = draw(pipe, prompt)
+    theirs = tiny_pipeline()
+    theirs.load_textual_inversion(own, token="zwx")
+    mole.attach(theirs, {"fox": loras["fox"]}, binding=None)
+    assert torch.equal(found, draw(theirs, prompt))
+    with mixture.lifted():
+        assert torch.equal(draw(pipe, prompt), plain)
+    assert torch.equal(draw(pipe, prompt), found)
+    again = mole.attach(pipe, {"fox": file}, binding=None)  # in the place of itself
+    assert (again.file_words["fox"].words, again.without_embedding) == (("zwx",), [])
+    assert torch.equal(draw(pipe, prompt), found)
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = type(pipe).from_pretrained(tmp_path / "saved")
+    rows = len(saved.text_encoder.get_input_embeddings().weight)
+    assert len(saved.tokenizer) == rows == len(pipe.text_encoder.get_input_embeddings().weight) - vectors
+    mole.detach(pipe)
+    assert_same(before, snapshot(pipe))
+    assert pipe.tokenizer(prompt).input_ids == ids
+    assert "zwx" not in pipe.tokenizer.get_added_vocab()
+    assert torch.equal(draw(pipe, prompt), plain)
+
+
+def test_what_others_load_meanwhile_stays(pipe, loras, draw, tmp_path):
+    mole.attach(pipe, {"fox": with_embedding(loras["fox"], tmp_path / "fox.safetensors", **{"zwx.clip_l": TRAINED})})
+    pipe.load_textual_inversion(TRAINED[0] + 1, token="other")
+    mole.detach(pipe)
+    theirs = tiny_pipeline()
+    theirs.load_textual_inversion(TRAINED[0] + 1, token="other")
+    assert torch.equal(draw(pipe, "an other"), draw(theirs, "an other"))
+
+
+@pytest.mark.parametrize("host", ["sdxl", *thorough("flux", "sd3")])
+def test_each_text_encoder_has_its_own(host, tmp_path):
+    pipe, options = hosts.HOSTS[host]()
+    plain = hosts.draw(pipe, options, "a zwx")
+    file = tiny_lora(pipe, tmp_path / "fox.safetensors", ends=("attn2.to_k", "attn.to_k"))
+    file = with_embedding(file, tmp_path / "zwx.safetensors", **{"zwx.clip_l": TRAINED[:1], "zwx.clip_g": TRAINED[1:]})
+    if host == "flux":  # its second text encoder is T5
+        with pytest.warns(UserWarning, match="'zwx' is not used in the text_encoder_2"):
+            mixture = mole.attach(pipe, {"fox": file}, binding=None)
+    else:
+        mixture = mole.attach(pipe, {"fox": file}, binding=None)
+    assert not [part for part in mixture.banks if part.startswith("text")]
+    assert not torch.equal(hosts.draw(pipe, options, "a zwx"), plain)
+    mole.detach(pipe)
+    assert torch.equal(hosts.draw(pipe, options, "a zwx"), plain)
+
+
+def test_what_a_text_encoder_cannot_take_is_said(pipe, loras, tmp_path):
+    for own, why in (
+        ({"zwx.clip_l": TRAINED[:, :4].contiguous()}, "text_encoder: its vectors have 4 numbers, and the encoder's 16"),
+        ({"zwx.clip_g": TRAINED}, "text_encoder_2: the pipeline has none"),
+        ({"a</w>.clip_l": TRAINED[:1]}, "text_encoder: the tokenizer or another LoRA has that word already"),
+        ({"zwx.t5": TRAINED}, "an embedding for a text encoder that takes no new words"),
+    ):
+        file = with_embedding(loras["fox"], tmp_path / "fox.safetensors", **own)
+        with pytest.warns(UserWarning, match=f"expert 'fox': .* is not used.* {why}"):
+            mixture = mole.attach(pipe, {"fox": file})
+        assert len(mixture.without_embedding) == 1
+        mole.detach(pipe)
