@@ -13,7 +13,6 @@ from mole_diffusers.binding.picture_layout import Side, side_of
 from mole_diffusers.functional import as_tokens
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of, repeats
-from mole_diffusers.patching.host.placement import stream_of
 from mole_diffusers.patching.install import peft_injection
 from mole_diffusers.patching.undo import undoing
 
@@ -88,7 +87,7 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
     with undoing() as undo:
         undo.before_forward(model, count, with_kwargs=True)
         for name, (up, segment) in peft_injection.ups(model).items():
-            stream = stream_of("denoiser", name)
+            stream = inputs.record.stream_of(name)
             if stream in ("image", "joint") and not name.endswith(NOT_IMAGE):
                 undo.before_forward(up, measuring(up, segment, has_text=stream == "joint"))
         yield found

@@ -95,7 +95,7 @@ class Activations:
         with undoing() as undo:
             texts.watch_encoders(models, undo)
             for part, modules in match(with_host_names(expert, self.pipe, models), models).layers.items():
-                streams = {module: stream_of(part, module) for module in modules}
+                streams = {module: stream_of(part, models[part], module) for module in modules}
                 if part in DENOISERS and not WITH_TEXT.isdisjoint(streams.values()):
                     undo.before_forward(models[part], partial(texts.denoises, name, part), with_kwargs=True)
                 for module, stream in streams.items():

@@ -14,7 +14,7 @@ import mole_diffusers as mole
 from mole_diffusers.lora import layer_key, read_expert, safe_files
 from mole_diffusers.merging.activations import as_rows
 from mole_diffusers.merging.merge import METHODS
-from mole_diffusers.patching.host.placement import stream_of
+from mole_diffusers.patching.host.denoisers import record
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 PROMPTS = {"fox": ["a fox", "the fox"], "ink": ["in ink"], "hat": ["a hat"]}
@@ -200,7 +200,7 @@ def test_padding_is_left_out_of_what_reads_a_text_and_nothing_of_pictures_and_fr
     seen = {}
     for name, module in hosts.denoiser(pipe).named_modules():
         if name.endswith(ends):
-            assert (stream_of("unet", name) is None) == ("motion_modules" in name)
+            assert (record(hosts.denoiser(pipe)).stream_of(name) is None) == ("motion_modules" in name)
             module.register_forward_pre_hook(lambda _, args, name=name: seen.update({layer_key(name): args[0]}))
     found = mole.Activations(pipe, {"a": prompts}, steps=1, rows=10**6).own("a", expert)
     tokenizer, start, whole = (pipe.tokenizer_2, 0, 512) if host == "flux" else (pipe.tokenizer, 1, 0)

@@ -95,9 +95,7 @@ class BoundText:
         tokens = low.shape[1]
         if stream == "joint":
             return self._joint(tokens)
-        # In SD 3.5, a second attention of the picture has the name that cross-attention has elsewhere.
-        reads_picture = low.dim() == 3 and self.acts is not None and tokens != self.tokens
-        if stream == "text" and not reads_picture:
+        if stream == "text":
             return self.acts
         side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(tokens)
         return None if side is None else self._image_tokens(side)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import attention_backend
-from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -29,11 +28,9 @@ def hooks(model: Any, sampling: Sampling) -> Iterator[tuple[nn.Module, ForwardHo
     """Hooks for the joint attention of every block of a transformer, and for the transformer, whose compiled blocks cannot
     be read. Maps are read in the middle half of the blocks.
     """
-    found = [getattr(model.get_submodule(block), "attn", None) for block in blocks(model)]
-    layers = [layer for layer in found if isinstance(layer, nn.Module)]
-    if layers:
-        around = list(model.modules())
-        yield model, Uncompiled(sampling.entered, around, lambda: sampling.wants_maps or _closes(sampling))
+    around = list(model.modules())
+    yield model, Uncompiled(sampling.entered, around, lambda: sampling.wants_maps or _closes(sampling))
+    layers = [model.get_submodule(block).attn for block in blocks(model, sampling.inputs.record.entries)]
     for i, layer in enumerate(layers):
         yield layer, JointAttention(sampling, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))
 
@@ -61,7 +58,7 @@ class JointAttention(AroundForward):
             stack.callback(setattr, processor, "_attention_backend", backend)
             processor._attention_backend = None
         stack.enter_context(attention_backend("native"))
-        picture_first = isinstance(module, Attention)  # in SD 3; Flux and similar models have the text first
+        picture_first = self.sampling.inputs.record.order == "picture"
         stack.enter_context(_Watched(self.sampling, picture_first, closes=closes, reads_maps=reads))
 
 

@@ -13,15 +13,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from mole_diffusers.lora import COMPONENTS
+from mole_diffusers.patching.host.denoisers import Side, record
 
 DENOISERS = ("unet", "transformer")
-UP_TO_1 = {  # transformers whose pipelines pass a timestep in 0..1
-    f"{name}Transformer2DModel"
-    for name in (
-        "AuraFlow", "Chroma", "Flux", "Flux2", "Flux3", "LongCatImage", "NucleusMoEImage", "OvisImage", "QwenImage",
-        "QwenImage21",
-    )
-}  # fmt: skip
 # What ControlNets and T2I-Adapters give a UNet, in the size of the whole picture.
 OF_WHOLE_SIZE = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
 # What pipelines and denoisers call the arguments for attention; LoRAs are multiplied by their "scale".
@@ -35,14 +29,12 @@ def lora_scale(call: Mapping[str, Any]) -> float:
 
 
 class DenoiserInputs:
-    """Reads the arguments of a denoiser's forward, given by position or by name; ValueError if it takes no such argument."""
+    """Reads the arguments of a denoiser's forward, given by position or by name; ValueError if its class has no record."""
 
     def __init__(self, denoiser: nn.Module):
+        self.record = record(denoiser)
         self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-        if missing := [name for name in ("timestep", "encoder_hidden_states") if name not in self.names]:
-            raise ValueError(f"{type(denoiser).__name__} is not given {missing[0]!r}, which gates need")
-        self.patch = getattr(getattr(denoiser, "config", None), "patch_size", 1)
-        self.pure_noise = 1 if type(denoiser).__name__ in UP_TO_1 else 1000  # the timestep of pure noise
+        self._config = getattr(denoiser, "config", None)
 
     def _read(self, name: str, args: tuple, kwargs: dict) -> Any:
         return kwargs[name] if name in kwargs else args[self.names.index(name)]
@@ -50,32 +42,20 @@ class DenoiserInputs:
     def time(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The noise level [B], 0..1, where 1 is pure noise."""
         sample = self.latents(args, kwargs)
-        time = torch.as_tensor(self._read("timestep", args, kwargs), device=sample.device)
-        return time.float().reshape(-1).expand(sample.shape[0]) / self.pure_noise
+        time = torch.as_tensor(self._read(self.record.time, args, kwargs), device=sample.device)
+        return time.float().reshape(-1).expand(sample.shape[0]) / self.record.pure_noise
 
-    def side(self, args: tuple, kwargs: dict) -> tuple[int, int] | None:
+    def side(self, args: tuple, kwargs: dict) -> Side | None:
         """Height and width of the latents, in the denoiser's tokens; None if their layout is not known."""
-        if "sample" in self.names:
-            height, width = self._read("sample", args, kwargs).shape[-2:]
-            return height, width
-        hidden = self._read("hidden_states", args, kwargs)
-        if hidden.dim() == 4:
-            return hidden.shape[2] // self.patch, hidden.shape[3] // self.patch
-        if "img_ids" not in self.names:
-            return None
-        ids = self._read("img_ids", args, kwargs)
-        # Row and column come after the picture's number. Flux 2 has one number more, and LongCat starts after its text.
-        places = ids.flatten(0, -2)[:, 1:3]
-        height, width = (places.amax(0) - places.amin(0) + 1).long().tolist()
-        return height, width
+        return self.record.side(lambda name: self._read(name, args, kwargs), self._config)
 
     def latents(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The denoiser's input: [B, C, H, W], [B, C, F, H, W] for a video, or tokens [B, T, C]."""
-        return self._read("sample" if "sample" in self.names else "hidden_states", args, kwargs)
+        return self._read(self.record.latents, args, kwargs)
 
     def text(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The text states [B, T, C]. For videos, B may be a multiple of the number of samples."""
-        return self._read("encoder_hidden_states", args, kwargs)
+        return self._read(self.record.text, args, kwargs)
 
 
 def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from mole_diffusers.lora.stacking import Stack
+from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
+from mole_diffusers.patching.host.denoisers import TEXT_LAYERS, record
 
 NETWORK = ""  # the place of layers outside any block: resnets, time embedding, proj_in and proj_out
-TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # layers of a block that read the text instead of the block's own tokens
-TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder")
-# The module that a block's input enters first. In UNets, CLIP and T5, layers read one stream of tokens, except TEXT_LAYERS.
-# In Flux's single blocks, SD 3 and Flux, picture and text are read together.
-ONE_STREAM = ("attn1", "self_attn", "SelfAttention")
-JOINT_STREAM = ("proj_mlp", "attn")
-TEXT_WIDTH = ("cross_attention_dim", "joint_attention_dim")  # names for the text's channels in a denoiser's config
+ENCODER_ENTRIES = ("self_attn", "SelfAttention")  # in blocks of text encoders, the module that their input enters first
 TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's gate reads beside the text
 
 
@@ -50,17 +46,17 @@ class Place:
     tokens: int
 
 
-def blocks(model: nn.Module) -> dict[str, str]:
-    """{name of a transformer block: name of the module that its input enters}, in UNets, transformers, text encoders.
+def blocks(model: nn.Module, entries: Sequence[str]) -> dict[str, str]:
+    """{name of a transformer block: name of the module that its input enters first}.
 
-    That module is the first attention. The single blocks of Flux and similar models run a feed-forward layer beside it.
+    Args:
+        entries: names of that module in a block, see `Denoiser.entries`; a block is what has one.
     """
-    return {name: f"{name}.{first}" for name, module in model.named_modules() if (first := _first_attention(module))}
-
-
-def _first_attention(module: nn.Module) -> str | None:
-    """The name of a transformer block's first attention; None for any other module."""
-    return next((name for name in (*ONE_STREAM, *JOINT_STREAM) if hasattr(module, name)), None)
+    return {
+        name: f"{name}.{first}"
+        for name, module in model.named_modules()
+        if (first := next((entry for entry in entries if hasattr(module, entry)), None))
+    }
 
 
 def place_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str:
@@ -97,33 +93,22 @@ def describe_place(
     if reads_prompt and not denoises and block is not None:
         return Place(name, block, block, _in_width(model.get_submodule(block)), 0)
     if reads_prompt or name == NETWORK:
-        width = text_width(model) + (TIME_WIDTH if denoises and not reads_prompt else 0)
+        width = text_width(model, denoises=denoises) + (TIME_WIDTH if denoises and not reads_prompt else 0)
         return Place(name, NETWORK if denoises else next(iter(entries)), None, width, 0)
     width = _in_width(model.get_submodule(name))
     if one_gate_per == "matrix":
         return Place(name, None, None, width, 0)
     if one_gate_per == "stream":
-        if block is not None and not entries[block].endswith(ONE_STREAM):
+        if block is not None and denoises and record(model).order:
             raise ValueError(f"gates per token need blocks that keep text and picture apart, which {block} does not")
         return Place(name, name if name == block else None, block, width, 0)
     entry = entries[name] if one_gate_per == "block" else name
     return Place(name, entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
 
 
-def stream_of(component: str, layer: str) -> str | None:
-    """The tokens that a layer reads.
-
-    "encoding" in a text encoder. In a denoiser "image", "text" (keys and values of cross-attention, and the text's own
-    layers in SD 3 and Flux), or "joint": the text's tokens and then the picture's. None if its tokens are neither (the
-    frames of a video).
-    """
-    if component.startswith("text_encoder"):
-        return "encoding"
-    if "motion_modules" in layer:  # both attentions read frames
-        return None
-    if layer.endswith(TEXT_LAYERS) or any(f".{name}" in f".{layer}" for name in TEXT_STREAM):
-        return "text"
-    return "joint" if layer.startswith("single_transformer_blocks.") else "image"
+def stream_of(part: str, model: nn.Module, layer: str) -> str | None:
+    """The tokens that a layer of a part of a pipeline reads: "encoding" in a text encoder, else see `Denoiser.stream_of`."""
+    return record(model).stream_of(layer) if part in DENOISERS else "encoding"
 
 
 def _in_width(module: nn.Module) -> int:
@@ -136,12 +121,9 @@ def _in_width(module: nn.Module) -> int:
     raise ValueError(f"{type(module).__name__} has no layer that an expert could gate")
 
 
-def text_width(model: Any) -> int:
+def text_width(model: Any, *, denoises: bool) -> int:
     """The number of channels of the text that a denoiser reads, or of a text encoder's states."""
-    for name in (*TEXT_WIDTH, "hidden_size"):
-        if width := getattr(model.config, name, None):
-            return width
-    raise ValueError(f"a gate outside the blocks of {type(model).__name__} has no text states of known width to read")
+    return getattr(model.config, record(model).text_width if denoises else "hidden_size")
 
 
 def tokens_of(name: str, model: Any) -> int:

@@ -33,8 +33,8 @@ def all_hooks(
     for name, encoder in encoders.items():
         yield encoder, TextHook(name, sampling.tokens, sampling.on_text)
     # Attention that is read or closed must not be compiled in this call.
-    yield from cross_attention.hooks(denoiser, sampling)
-    yield from joint_attention.hooks(denoiser, sampling)
+    attention = joint_attention if sampling.inputs.record.order else cross_attention
+    yield from attention.hooks(denoiser, sampling)
     # What gates read: first what enters the denoiser, then what enters each block and each place in it.
     for part in parts:
         yield from part.hooks()

@@ -23,15 +23,17 @@ from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.gating.sampling import Sampling
 from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
+from mole_diffusers.patching.host.denoisers import TEXT_LAYERS, record
 from mole_diffusers.patching.host.placement import (
+    ENCODER_ENTRIES,
     NETWORK,
-    TEXT_LAYERS,
     TIME_WIDTH,
     Place,
     blocks,
     describe_place,
     place_name,
     probed,
+    stream_of,
 )
 from mole_diffusers.patching.install import peft_injection
 from mole_diffusers.patching.install.processor import MoLEAttnProcessor
@@ -49,7 +51,8 @@ class Component:
     def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, sampling: Sampling):
         self.name, self.model, self.family, self.sampling = name, model, family, sampling
         self.stacks = {layer: family.prepared(stack) for layer, stack in stacks.items()}
-        entries, per = blocks(model), family.one_gate_per
+        entries = blocks(model, record(model).entries if self.denoises else ENCODER_ENTRIES)
+        per = family.one_gate_per
         self._layers_of: dict[str, list[str]] = {}  # name of a gate's place -> its layers
         for layer in stacks:
             self._layers_of.setdefault(place_name(layer, per, entries), []).append(layer)
@@ -66,7 +69,8 @@ class Component:
         """
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
-        peft_injection.inject(self.model, self.stacks, {layer: self.site_of(layer) for layer in self.stacks}, undo)
+        layers = {layer: (self.site_of(layer), stream_of(self.name, self.model, layer)) for layer in self.stacks}
+        peft_injection.inject(self.model, self.stacks, layers, undo)
         for name, at in self.places.items():
             if isinstance(entry := self._entry(at), Attention):
                 _replace_processor(entry, self.sites[name], undo)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
@@ -22,8 +21,9 @@ from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.gating.gated_experts import ADAPTER, GatedExperts
 from mole_diffusers.patching.hooks import Call, ForwardHook
-from mole_diffusers.patching.host.placement import stream_of
 from mole_diffusers.patching.undo import Undo
+
+BY_NAME = ("proj_in", "proj_out")  # layers of AnimateDiff's motion modules that get their input as `input=`
 
 
 class GatedLinear(lora.Linear):
@@ -34,8 +34,12 @@ class GatedLinear(lora.Linear):
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
-def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite], undo: Undo) -> None:
-    """Put the stacked experts on the named layers of `model`. The undo step of each change is recorded in `undo` first."""
+def inject(model: Any, stacks: Mapping[str, Stack], layers: Mapping[str, tuple[GateSite, str | None]], undo: Undo) -> None:
+    """Put the stacked experts on the named layers of `model`. The undo step of each change is recorded in `undo` first.
+
+    Args:
+        layers: name of a layer -> the site of its gate, and what it reads, see `placement.stream_of`.
+    """
     before, active = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)
     config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, init_lora_weights=False)
@@ -43,8 +47,8 @@ def inject(model: Any, stacks: Mapping[str, Stack], sites: Mapping[str, GateSite
         inject_adapter_in_model(config, model, ADAPTER)
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
-        _fill(model.get_submodule(name), stack, sites[name], name)
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), AnimateDiffTransformer3D):
+        _fill(model.get_submodule(name), stack, *layers[name], name)
+        if layers[name][1] is None and name.endswith(BY_NAME):
             ByPosition().register(model.get_submodule(name), undo)
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the model, but its own parameters are up to the user
@@ -65,7 +69,7 @@ class _Empty(TorchFunctionMode):
 
 
 class ByPosition(ForwardHook):
-    """AnimateDiff's motion modules pass `input` to their projections by name; peft's layers have another name for it."""
+    """On a layer that gets its input as `input=`; peft's layers have another name for it."""
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         return ((kwargs["input"],), {}) if "input" in kwargs else None
@@ -101,7 +105,7 @@ def _record(model: Any, adapter: str, undo: Undo) -> tuple[dict[nn.Parameter, bo
     return gradients, active
 
 
-def _fill(layer: Any, stack: Stack, site: GateSite, name: str) -> None:
+def _fill(layer: Any, stack: Stack, site: GateSite, stream: str | None, name: str) -> None:
     weight, dtype = layer.get_base_layer().weight, _computed_in(layer.get_base_layer())
     for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
         half[ADAPTER].weight = nn.Parameter(matrix.to(weight.device, dtype), requires_grad=False)
@@ -109,7 +113,7 @@ def _fill(layer: Any, stack: Stack, site: GateSite, name: str) -> None:
     rank = len(stack.segment)
     layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, rank, 1.0
     component = site.name.partition(".")[0]
-    layer.lora_variant[ADAPTER] = GatedExperts(site, stack, layer, f"{component}.{name}", stream_of(component, name))
+    layer.lora_variant[ADAPTER] = GatedExperts(site, stack, layer, f"{component}.{name}", stream)
     if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear:
         layer.__class__ = GatedLinear
     # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.

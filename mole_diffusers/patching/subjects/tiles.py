@@ -177,7 +177,7 @@ class Tiles:
     def _is_early(self, args: tuple, kwargs: dict) -> bool:
         """Whether this step is drawn in tiles. The last step is not, unless all steps are."""
         now, times = self.reader.time(args, kwargs)[0].cpu(), self.pipe.scheduler.timesteps.float().cpu()
-        until_here = int((times / self.reader.pure_noise > now - 1e-5).sum())  # Heun's method has most of them twice
+        until_here = int((times / self.reader.record.pure_noise > now - 1e-5).sum())  # Heun's method has most of them twice
         return until_here <= self.tiling.until * len(times) + 1e-5
 
     def _tiles(self, args: tuple, kwargs: dict) -> list[Tile]:

@@ -1,0 +1,139 @@
+"""What differs between denoisers: one record for each class.
+
+To add a denoiser, add its record to `RECORDS`, and a tiny pipeline to the tests' hosts. What a record says can be read in
+diffusers' source: the arguments of the class's `forward`, what its pipeline passes as the noise level, the attention
+processor, and the names of the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+Side = tuple[int, int]  # height and width of a picture, in the denoiser's tokens
+Read = Callable[[str], Any]  # the name of an argument of a call -> its value
+
+
+class Layers(NamedTuple):
+    """Which tokens layers read, by their names. All others read the picture's.
+
+    Attributes:
+        text: a name, or dotted part of one, of layers that read the text's tokens.
+        joint: what the names of layers begin with that read the text's tokens and then the picture's.
+        frames: parts of names of layers that read the frames of a video at one place of the picture.
+    """
+
+    text: tuple[str, ...]
+    joint: tuple[str, ...] = ()
+    frames: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """What is special about one class.
+
+    Attributes:
+        latents: name of the argument for what is denoised: [B, C, H, W], [B, C, F, H, W] for a video, or tokens [B, T, C].
+        text, time: names of the arguments for the text's states [B, S, C] and the noise level.
+        pure_noise: what its pipelines pass as the noise level of pure noise.
+        side: height and width of the picture, from a call's arguments and the model's config; None if the call does not
+            say it. Then nothing has a place.
+        text_width: name in its config of the text's channels.
+        entries: of a block, the module that its input enters first: the first of these that it has.
+        order: what comes first in attention over text and picture together, "text" or "picture". "" if attention is over
+            one of them at a time: then cross-attention takes a mask; otherwise PyTorch's attention inside the processor
+            does.
+        layers: which tokens layers read.
+    """
+
+    latents: str
+    pure_noise: float
+    side: Callable[[Read, Any], Side | None]
+    text_width: str
+    entries: tuple[str, ...]
+    order: str
+    layers: Layers
+    text: str = "encoder_hidden_states"
+    time: str = "timestep"
+
+    def stream_of(self, layer: str) -> str | None:
+        """The tokens that a layer reads: "image", "text", or "joint", the text's and then the picture's.
+
+        None if its tokens are neither (the frames of a video).
+        """
+        name = f".{layer}."
+        if any(f".{part}." in name for part in self.layers.frames):
+            return None
+        if any(f".{part}." in name for part in self.layers.text):
+            return "text"
+        return "joint" if layer.startswith(self.layers.joint) else "image"
+
+
+def _of_sample(read: Read, config: Any) -> Side:
+    height, width = read("sample").shape[-2:]
+    return height, width
+
+
+def _of_patches(read: Read, config: Any) -> Side:
+    height, width = read("hidden_states").shape[2:]
+    return height // config.patch_size, width // config.patch_size
+
+
+def _of_ids(read: Read, config: Any) -> Side:
+    """Row and column come after the picture's number. Flux 2 has one number more, and LongCat starts after its text."""
+    places = read("img_ids").flatten(0, -2)[:, 1:3]
+    height, width = (places.amax(0) - places.amin(0) + 1).long().tolist()
+    return height, width
+
+
+def _of_shapes(read: Read, config: Any) -> Side | None:
+    """Frames, height and width of each picture of each row; those after the first are given pictures."""
+    frames, height, width = read("img_shapes")[0][0]
+    return (height, width) if frames == 1 and len(read("img_shapes")[0]) == 1 else None
+
+
+TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # of a block with cross-attention: its keys and values
+JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder")
+UNET = Denoiser("sample", 1000, _of_sample, "cross_attention_dim", ("attn1",), "", Layers(TEXT_LAYERS))
+# In single blocks, which read text and picture, `proj_mlp` runs beside the attention, on the same input.
+FLUX = Denoiser(
+    "hidden_states",
+    1,
+    _of_ids,
+    "joint_attention_dim",
+    ("proj_mlp", "attn"),
+    "text",
+    Layers(JOINT, joint=("single_transformer_blocks.",)),
+)
+RECORDS: Mapping[str, Denoiser] = {
+    "UNet2DConditionModel": UNET,
+    "UNetMotionModel": replace(UNET, layers=Layers(TEXT_LAYERS, frames=("motion_modules",))),
+    "SD3Transformer2DModel": Denoiser(
+        "hidden_states", 1000, _of_patches, "joint_attention_dim", ("attn",), "picture", Layers(JOINT)
+    ),
+    "FluxTransformer2DModel": FLUX,
+    "Flux2Transformer2DModel": FLUX,
+    "ChromaTransformer2DModel": FLUX,
+    "LongCatImageTransformer2DModel": FLUX,
+    "OvisImageTransformer2DModel": FLUX,
+    "QwenImageTransformer2DModel": Denoiser(
+        "hidden_states",
+        1,
+        _of_shapes,
+        "joint_attention_dim",
+        ("attn",),
+        "text",
+        Layers((*JOINT, "txt_mod", "txt_mlp", "txt_in")),
+    ),
+}
+
+
+def record(denoiser: nn.Module) -> Denoiser:
+    """The record of a denoiser's class, or of the nearest one that it inherits from; ValueError if there is none."""
+    found = next((RECORDS[kind.__name__] for kind in type(denoiser).__mro__ if kind.__name__ in RECORDS), None)
+    if found is None:
+        raise ValueError(f"experts cannot act in a {type(denoiser).__name__}; known denoisers: {', '.join(RECORDS)}")
+    return found

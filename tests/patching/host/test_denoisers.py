@@ -1,0 +1,106 @@
+"""The record of each denoiser against diffusers' own class."""
+
+import inspect
+from functools import partial
+
+import diffusers
+import hosts
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+import mole_diffusers as mole
+from mole_diffusers.patching.host.denoisers import RECORDS, record
+from mole_diffusers.testing import tiny_lora
+
+
+class Keys(TorchFunctionMode):
+    """Keeps the keys of PyTorch's attention, [B, heads, S, D] of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.kept.append(args[1] if len(args) > 1 else kwargs["key"])
+        return func(*args, **(kwargs or {}))
+
+
+def qwen():
+    torch.manual_seed(0)
+    shape = {"patch_size": 1, "in_channels": 16, "out_channels": 16, "num_layers": 2, "attention_head_dim": 8}
+    size = {"num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": (2, 2, 4)}
+    return diffusers.QwenImageTransformer2DModel(**shape, **size).eval()
+
+
+def qwen_call(height=4, width=8, words=5):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(1, height * width, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(1, words, 16, generator=generator),
+        "encoder_hidden_states_mask": torch.ones(1, words, dtype=torch.bool),
+        "timestep": torch.ones(1),
+        "img_shapes": [[(1, height, width)]],
+    }
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_class_takes_the_arguments_of_its_record(name):
+    kind, known = getattr(diffusers, name), RECORDS[name]
+    assert {known.latents, known.text, known.time} <= set(inspect.signature(kind.forward).parameters)
+    assert known.text_width in inspect.signature(kind.__init__).parameters
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "qwen"])
+def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
+    """The keys of the first attention that follow the text are the text's, and they come first or last."""
+    if name == "qwen":
+        model, runs = qwen(), lambda: model(**qwen_call())
+    else:
+        pipe, options = hosts.HOSTS[name]()
+        model, runs = hosts.denoiser(pipe), lambda: hosts.draw(pipe, options, steps=1)
+    attention, found, words = model.transformer_blocks[0].attn, [], set()
+    forward = attention.forward
+
+    def watched(*args, **kwargs):
+        with Keys() as keys:
+            out = forward(*args, **kwargs)
+        found.append(keys.kept[0])
+        return out
+
+    def changed(_, args, kwargs, by):
+        words.add(kwargs["encoder_hidden_states"].shape[1])
+        return args, {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"] + by}
+
+    attention.forward = watched
+    for by in (0, 1):
+        handle = model.register_forward_pre_hook(partial(changed, by=by), with_kwargs=True)
+        runs()
+        handle.remove()
+    found = [found[0], found[len(found) // 2]]  # guidance calls the denoiser twice in a run
+    (count,) = words
+    differs = (found[0] != found[1]).any(-1).any(1)[0]  # [S]
+    wanted = torch.zeros_like(differs)
+    wanted[slice(0, count) if record(model).order == "text" else slice(-count, None)] = True
+    assert 0 < count < len(differs)
+    assert torch.equal(differs, wanted)
+
+
+@torch.no_grad()
+def test_a_region_on_qwen_image_acts(tmp_path):
+    """Its pipeline says the picture's rows and columns, but not which words the text's tokens are."""
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": hosts.flow()}
+    pipe = diffusers.QwenImagePipeline(transformer=qwen(), **parts)
+    files = {n: tiny_lora(pipe, tmp_path / n, seed=i, ends=("to_q", "to_k", "to_v")) for i, n in enumerate(("fox", "ink"))}
+    mixture, outputs = mole.attach(pipe, files), []
+    for region in ("left", (0.0, 0.0, 0.5, 1.0), "right"):
+        mixture.bind({"fox": (None, region)})
+        outputs.append(pipe.transformer(**qwen_call()).sample)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-4)
+    mixture.bind(None)
+    alone = pipe.transformer(**qwen_call()).sample
+    assert not torch.allclose(outputs[0], alone, atol=1e-4)
