@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
+from mole_diffusers.binding.explaining import Explanation, Role, roles
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.binding.words import ThingKey
@@ -61,8 +62,8 @@ from mole_diffusers.patching.install.peft_injection import off_after, refuse_swi
 from mole_diffusers.patching.install.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
 from mole_diffusers.patching.install.pipeline_lock import PipelineLock, lock_of
 from mole_diffusers.patching.subjects.drawn_over import drawn_over
-from mole_diffusers.patching.subjects.things import UNTIL, Asked, Encode, Tiling
-from mole_diffusers.patching.subjects.tiles import Tiles, things_for_tiles
+from mole_diffusers.patching.subjects.things import UNTIL, Asked, Encode, Things, Tiling
+from mole_diffusers.patching.subjects.tiles import Tiles, things_for_tiles, why_no_tiles
 from mole_diffusers.patching.undo import Undo, undoing
 
 Gates = str | Path | GateConfig
@@ -678,7 +679,7 @@ class Mixture:
             until: share of the steps in 0..1, from pure noise, that are drawn in tiles.
             always: draw in tiles whatever the size and the prompt. False: only if the mixture would do so by itself.
             prompt: the text of the pictures, if the call gives text states instead of it.
-            encode: function from a part of that prompt (`binding.parts.Part`) to its text states [1, S, C], and to the
+            encode: function from a part of that prompt (`binding.sentence.Part`) to its text states [1, S, C], and to the
                 pooled states that SDXL reads, [1, P], None for other models. By default the pipeline encodes the part.
                 `studio.prompt_weights.tiled_prompt` makes `prompt` and `encode` for a prompt with weights.
 
@@ -706,6 +707,28 @@ class Mixture:
         """
         masks = self._settings.binding.now
         return [] if masks is None else list(masks.warned)
+
+    def explain(self, prompt: str, width: int | None = None, height: int | None = None) -> Explanation:
+        """Who acts on a prompt, where and why, and the prompts of its tiles, before anything is drawn. Print it.
+
+        Args:
+            prompt: as the pipeline gets it.
+            width, height: of the picture in pixels. Without them, tiles are told as if there were room on a UNet.
+
+        Raises ValueError if only one of the two is given.
+        """
+        if (width is None) != (height is None):
+            raise ValueError("a picture has a width and a height: give both, or none")
+        bound, names = self.binding, list(self.experts)
+        if bound is None:
+            role = Role("everywhere", (), "nothing is bound")
+            return Explanation(dict.fromkeys(names, role), None, "nothing is bound")
+        call = {"prompt": prompt, "width": width, "height": height}
+        asked = Asked(self._pipe, self._settings.tiling.now, call, bound, self.acting)
+        things = Things(prompt, bound, self.acting)
+        found = roles(names, things.bound, [name in self.acting for name in names], things.sentence)
+        why = why_no_tiles(asked)
+        return Explanation(found, None if why else [part.text for part in things.prompts.values()], why)
 
     def _bound(self, binding: Mapping[str, Any] | str | None) -> dict[str, Bound] | None:
         if binding is None:

@@ -139,3 +139,9 @@ def client(loras, tmp_path_factory):
 
     with served(loras, tmp_path_factory.mktemp("app")) as found:
         yield found
+
+
+@pytest.fixture
+def decided(monkeypatch):
+    """Random models attend to no word more than to another, so that no layout would be certain."""
+    monkeypatch.setattr("mole_diffusers.binding.picture_layout.UNDECIDED", -1.0)

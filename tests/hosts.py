@@ -3,6 +3,9 @@
 `HOSTS` maps a host's name to a function that returns (pipe, what its call needs beside a prompt).
 """
 
+import re
+from pathlib import Path
+
 import diffusers as d
 import torch
 from accelerate import cpu_offload
@@ -19,6 +22,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from mole_diffusers.binding.vocabulary import DETERMINERS
 from mole_diffusers.patching.host.denoiser_inputs import models_of
 from mole_diffusers.testing import tiny_tokenizer
 
@@ -317,3 +321,15 @@ def breaking(error, at):
         return given[-1]
 
     return call
+
+
+def real_prompts():
+    """A third of the PartiPrompts of at least five words."""
+    lines = (Path(__file__).parent / "binding" / "data" / "parti_third.txt").read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def first_noun(prompt):
+    """About the first noun of a prompt."""
+    words = [word for word in re.findall(r"[A-Za-z][a-z]+", prompt) if word.lower() not in DETERMINERS | {"photo", "of"}]
+    return words[0]

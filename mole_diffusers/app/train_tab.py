@@ -123,18 +123,23 @@ def suggested(
     """
     bound = {}
     for name, each in own.items():
-        words = each.words if each.needs_words else (*each.words, name)  # as in `training.context.triggers`
-        bound[name] = Bound(words, EVERYWHERE if name in styles else AUTO, required=each.needs_words)
+        words = each.words or (name,)  # as in `training.context.triggers`
+        bound[name] = Bound(words, EVERYWHERE if name in styles else AUTO)
     things = Things(text, bound, bound)
-    subjects: dict[str, list[str]] = {}
-    for i, prompt in things.prompts.items():
-        for name in things.experts(i):
-            subjects.setdefault(name, []).append(prompt.text)
-    found = [name for k, name in enumerate(bound) if k in things.everywhere or name in styles]
-    silent = [name for name in bound if name not in subjects and name not in found]
-    if way == "collage":
-        return subjects, found, silent
+    sentence, names = things.sentence, list(bound)
+    found = [name for k, name in enumerate(names) if k in sentence.styles or name in styles]
+    silent = [name for name, said in zip(names, sentence.mentioned, strict=True) if not said and name not in found]
     others = {name: [word for other in bound if other != name for word in bound[other].words] for name in bound}
+    if way == "collage":
+        subjects: dict[str, list[str]] = {}
+        for i, prompt in things.prompts.items():
+            for name in things.experts(i):
+                subjects.setdefault(name, []).append(prompt.text)
+        for name in names:  # those that the prompt does not list side by side
+            if name not in (*subjects, *found, *silent):
+                rest = [word for other in names if other not in (name, *found) for word in bound[other].words]
+                subjects[name] = [single_prompt(text, rest, keep=bound[name].words)]
+        return subjects, found, silent
     return {name: [single_prompt(text, others[name], keep=bound[name].words)] for name in bound}, found, silent
 
 

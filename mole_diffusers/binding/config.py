@@ -10,6 +10,7 @@ from PIL import Image
 
 from mole_diffusers.binding.as_text import MASK, mask_text, read_mask
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region
+from mole_diffusers.binding.sentence import Mention
 from mole_diffusers.binding.words import Thing
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.metadata import as_read
@@ -22,15 +23,15 @@ class Bound:
 
     Attributes:
         words: the phrases that belong to it. Without any, it acts on every word that belongs to no other expert.
-        region: where it acts. "auto" is found from attention, if it has words that name a thing. "everywhere" is the
-            whole picture, and without words also every word, including those of other experts.
-        required: whether it is silent if the text has none of its words. Words from training tags are not required:
-            without them, it acts as if it had none.
+        region: where it acts. "auto" is a place of its own if the prompt lists its thing beside others, otherwise the
+            whole picture. "everywhere" is the whole picture, and without words also every word, including those of others.
+        required: whether it is silent if the text has none of its words, as one of a whole folder is. One that a user
+            chose acts everywhere then.
     """
 
     words: tuple[str, ...] = ()
     region: Region = AUTO
-    required: bool = True
+    required: bool = False
 
     @property
     def given(self) -> Region | None:
@@ -43,14 +44,9 @@ class Bound:
         return self.required and bool(self.words)
 
 
-def given_region(thing: Thing, bound: Sequence[Bound]) -> Region | None:
+def given_region(thing: Thing | Mention, bound: Sequence[Bound]) -> Region | None:
     """The region that the user gave for a thing, through one of its experts; None if there is none."""
     return next((given for k in thing.experts if (given := bound[k].given) is not None), None)
-
-
-def with_region(bound: Sequence[Bound]) -> list[int]:
-    """The indices of the experts with a given place (or everywhere). Their words name one thing, see `words.read`."""
-    return [k for k, own in enumerate(bound) if own.region != AUTO]
 
 
 def files_bindings(experts: Mapping[str, Expert]) -> dict[str, Bound]:
@@ -58,9 +54,7 @@ def files_bindings(experts: Mapping[str, Expert]) -> dict[str, Bound]:
 
     They count as the file writes them, and without A1111's weights and backslashes.
     """
-    return {
-        name: Bound(as_read(own.words), required=own.stated or not own.words) for name, own in own_words(experts).items()
-    }
+    return {name: Bound(as_read(own.words)) for name, own in own_words(experts).items()}
 
 
 def bound(given: Any, name: str, own: Bound) -> Bound:

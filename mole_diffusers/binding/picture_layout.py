@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from mole_diffusers.binding import layout
 from mole_diffusers.binding.config import Bound, given_region
-from mole_diffusers.binding.regions import EVERYWHERE, region_mask
-from mole_diffusers.binding.words import Reading, Thing, ThingKey, keys
+from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.binding.sentence import Mention, Sentence
+from mole_diffusers.binding.words import Marks, Reading, Thing, ThingKey, keys
 from mole_diffusers.functional import onto
 
 UNDECIDED = 0.02  # share of attention by which the best layout should be better than the next
@@ -63,51 +64,63 @@ class PictureLayout:
         self.picture_rows = sorted(set(self.prompt_of))  # for each picture, the row whose prompt says what is in it
         self._is_prompt = [groups[min(row // pictures, len(groups) - 1)] for row in range(len(readings))]
         self._maps: dict[int, torch.Tensor] = {}  # row -> [K, h, w], attention to each thing's words
-        self._regions: dict[int, torch.Tensor] = {}  # row -> [K, H, W], once planned
+        self._regions: dict[int, torch.Tensor] = {}  # row -> [K, H, W], if its things have places
+        self._decided: set[int] = set()  # rows whose layout is decided: with places, or without any
 
     # ---- planning
 
     @property
     def wants_maps(self) -> bool:
-        """Whether there is something to place that has no place yet."""
-        return not self._regions and any(map(self._placed, self.picture_rows))
+        """Whether there is something to place that no decision was made about."""
+        return not self._decided and any(map(self._placed, self.picture_rows))
 
     @property
     def can_plan(self) -> bool:
-        """Whether maps have been read and the layout has not been planned."""
-        return bool(self._maps) and not self._regions
+        """Whether maps have been read and the layout has not been decided."""
+        return bool(self._maps) and not self._decided
 
     def add_maps(self, shares: torch.Tensor, side: Side) -> None:
         """Add what a layer of this height and width attends to in each picture: shares [P, T, S] of its text's tokens."""
         for share, row in zip(shares, self.picture_rows, strict=True):
             if things := self._placed(row):
-                maps = _attended(share, things, side)
+                maps = _attended(share, [thing.tokens for thing in things], side)
                 self._maps[row] = self._maps.get(row, torch.zeros_like(maps)) + maps
 
     @property
-    def has_things(self) -> bool:
-        """Whether any picture shows something that the texts name, with or without a place."""
-        return any(self.readings[row].things for row in self.picture_rows)
+    def has_words(self) -> bool:
+        """Whether the text of any picture has words that belong to somebody or have a place."""
+        return any(map(self._spoken, self.picture_rows))
 
     def named_maps(self, shares: torch.Tensor, side: Side) -> list[dict[str, torch.Tensor]]:
-        """The maps of all things in one layer, from the arguments of `add_maps`: per picture, name -> [h, w] on the CPU."""
+        """The maps of all words in one layer, from the arguments of `add_maps`: per picture, name -> [h, w] on the CPU."""
         named = []
         for share, row in zip(shares, self.picture_rows, strict=True):
-            things = self.readings[row].things
-            maps = _attended(share, things, side).cpu() if things else ()
-            named.append(self._by_label(zip(things, maps, strict=True)))
+            spoken = self._spoken(row)
+            maps = _attended(share, list(spoken.values()), side).cpu() if spoken else ()
+            named.append(dict(zip(spoken, maps, strict=True)))
         return named
 
+    def _spoken(self, row: int) -> dict[str, Marks]:
+        """The tokens of each expert's words in a row's text, and of each noun with a place that belongs to nobody."""
+        reading = self.readings[row]
+        spoken = {name: own for name, own in zip(self.names, reading.own, strict=True) if any(own)}
+        return spoken | {self._label(thing): thing.tokens for thing in reading.things if not thing.experts}
+
     def plan(self) -> list[str]:
-        """Decide the layout of every picture. Returns warnings."""
+        """Decide the layout of every picture. What is not decided for sure has no place. Returns warnings."""
         warned = []
         for row, maps in self._maps.items():
             if self.side is not None:
                 things = self._placed(row)
-                self._regions[row], margin = planned_regions(self.readings[row], things, maps.cpu(), self.bound, self.side)
-                if margin < UNDECIDED and len(things) > 1:
-                    named = _listed([thing.name for thing in things])
-                    warned.append(f"the places of {named} are undecided; give a region")
+                regions, margin = planned_regions(self.readings[row], things, maps.cpu(), self.bound, self.side)
+                named = _listed([thing.name for thing in things])
+                if not regions.flatten(1).any(1).all():
+                    warned.append(f"the given regions leave {named} no place: they act in the whole picture")
+                elif margin < UNDECIDED and len(things) > 1:
+                    warned.append(f"the places of {named} are undecided, so they act in the whole picture: give a region")
+                else:
+                    self._regions[row] = regions
+                self._decided.add(row)
         return warned
 
     def put(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
@@ -120,16 +133,12 @@ class PictureLayout:
             if not fitting or len(fitting) < len(given):
                 return False
             found[row] = torch.stack(fitting)
-        self._regions = found
+        self._regions, self._decided = found, set(found)
         return True
 
     def names_only(self, wanted: Collection[ThingKey]) -> bool:
-        """Whether each picture's text names exactly these things, by `words.keys`, apart from tags and styles."""
-        return all(
-            {key for key, t in zip(keys(things), things, strict=True) if not (t.is_tag or self._is_everywhere(t))}
-            == set(wanted)
-            for things in (self.readings[row].things for row in self.picture_rows)
-        )
+        """Whether each picture's text names exactly these things, by `words.keys`."""
+        return all(set(keys(self.readings[row].things)) == set(wanted) for row in self.picture_rows)
 
     def keep(self, before: PictureLayout) -> None:
         """Keep the layouts of the previous text if it names the same things: the prompt may change while drawing."""
@@ -137,31 +146,32 @@ class PictureLayout:
         if self.side != before.side or len(rows) != len(others):
             return
         for row, other in zip(rows, others, strict=True):
-            if other in before._regions and self._named(row) == before._named(other):
-                self._regions[row] = before._regions[other]
-                if other in before._maps:
-                    self._maps[row] = before._maps[other]
+            if other in before._decided and self._named(row) == before._named(other):
+                self._decided.add(row)
+                for ours, theirs in ((self._regions, before._regions), (self._maps, before._maps)):
+                    if other in theirs:
+                        ours[row] = theirs[other]
 
     def _named(self, row: int) -> list[str]:
         return [thing.name for thing in self.readings[row].things]
 
     @property
     def unplaced(self) -> list[str]:
-        """The things that should have their own place but have none."""
-        rows = [row for row in self.picture_rows if row not in self._regions]
+        """The things that should have their own place, and that nothing was decided about."""
+        rows = [row for row in self.picture_rows if row not in self._decided]
         return list(dict.fromkeys(thing.name for row in rows for thing in self._placed(row)))
 
-    def crowded(self, wanted: Sequence[bool]) -> list[str]:
-        """Warnings if several of the `wanted` experts, [N], have one place.
+    def crowded(self, acting: Sequence[bool]) -> list[str]:
+        """Warnings if several of the acting experts, [N], have one place.
 
         They then share words, or have the same given region.
         """
         warned = []
         for row in self.picture_rows:
-            things = [thing for thing in self.readings[row].things if any(wanted[k] for k in thing.experts)]
+            things = [thing for thing in self.readings[row].things if any(acting[k] for k in thing.experts)]
             for thing in things:
                 place = given_region(thing, self.bound)
-                own = [self.names[k] for k in thing.experts if wanted[k] and (self.bound[k].given or place) == place]
+                own = [self.names[k] for k in thing.experts if acting[k] and (self.bound[k].given or place) == place]
                 if len(own) > 1:
                     warned.append(f"{_listed(own)} share the words {thing.name!r} and a place: their strengths add up there")
             given = [(thing.name, region) for thing in things if (region := given_region(thing, self.bound)) is not None]
@@ -171,30 +181,26 @@ class PictureLayout:
                     warned.append(f"{_listed(same)} were given the same region: they are drawn there one over the other")
         return list(dict.fromkeys(warned))
 
-    def tags(self, wanted: Sequence[bool]) -> list[str]:
-        """Warnings if several of the `wanted` experts, [N], are named as tags."""
-        warned = []
-        for row in self.picture_rows:
-            things = [t for t in self.readings[row].things if t.is_tag and any(wanted[k] for k in t.experts)]
-            if len(names := list(dict.fromkeys(thing.name for thing in things if not self._is_everywhere(thing)))) > 1:
-                warned.append(
-                    f"{_listed(names)} are named as tags, so they act in the whole picture: "
-                    "join those that are things with 'and' to give each a place, or give regions"
-                )
-        return list(dict.fromkeys(warned))
+    def lost_regions(self, acting: Sequence[bool]) -> list[str]:
+        """Warnings of the given regions of acting experts, [N], that cannot act."""
+        given = [(n, b.given) for n, b, on in zip(self.names, self.bound, acting, strict=True) if on and b.given is not None]
+        if self.side is None:
+            return [
+                f"the region of {name!r} does not act: where tokens of this model's pictures are is not known"
+                for name, _ in given
+            ]
+        empty = [name for name, region in given if not region_mask(region, *self.side).any()]
+        return [f"expert {name!r} acts nowhere: its region is empty" for name in empty]
 
     def _placed(self, row: int) -> list[Thing]:
         """The things of a row's text that get a place from attention.
 
         These are the things without a given region, if there are several things, and at least one has an expert.
         """
-        things = [thing for thing in self.readings[row].things if not (thing.is_tag or self._is_everywhere(thing))]
+        things = self.readings[row].things
         free = [thing for thing in things if given_region(thing, self.bound) is None]
         wanted = len(things) > 1 and any(thing.experts for thing in free)
         return free[: layout.MOST_THINGS] if wanted else []
-
-    def _is_everywhere(self, thing: Thing) -> bool:
-        return bool(thing.experts) and all(self.bound[k].region == EVERYWHERE for k in thing.experts)
 
     # ---- what it gives
 
@@ -208,10 +214,13 @@ class PictureLayout:
             mask = torch.ones(len(self.bound), *self.side)
             for k, region in given.items():
                 mask[k] = region_mask(region, *self.side)
-            places = self._by_label(self._located(row))
-            for k, name in enumerate(self.names):
-                if k not in given and name in places:
-                    mask[k] = places[name]
+            found: dict[int, torch.Tensor] = {}
+            for thing, place in self._located(row):
+                for k in (*thing.experts, *thing.worn):
+                    found[k] = torch.maximum(found[k], place) if k in found else place
+            for k, place in found.items():
+                if k not in given:
+                    mask[k] = place
             rows.append(mask)
         return torch.stack(rows)
 
@@ -256,10 +265,12 @@ class PictureLayout:
         """
         by_label: dict[str, torch.Tensor] = {}
         for thing, place in found:
-            noun = f"{thing.name} (no LoRA)" if thing.name in self.names else thing.name
-            for label in [self.names[k] for k in thing.experts] or [noun]:
+            for label in [self.names[k] for k in thing.experts] or [self._label(thing)]:
                 by_label[label] = torch.maximum(by_label[label], place) if label in by_label else place
         return by_label
+
+    def _label(self, noun: Thing) -> str:
+        return f"{noun.name} (no LoRA)" if noun.name in self.names else noun.name
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -267,25 +278,30 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def planned_regions(
-    reading: Reading, free: Sequence[Thing], maps: torch.Tensor | None, bound: Sequence[Bound], side: Side
+    reading: Reading | Sentence,
+    free: Sequence[Thing | Mention],
+    maps: torch.Tensor | None,
+    bound: Sequence[Bound],
+    side: Side,
 ) -> tuple[torch.Tensor, float]:
     """Regions [K, H, W] for the things of a text without a given one, and how certain they are, see `layout.planned`.
 
     Args:
         maps: [K, h, w], what the words of each attend to; None for regions in the order of `free`.
     """
-    given = [given_region(thing, bound) for thing in reading.things]
+    things: Sequence[Thing | Mention] = reading.things
+    given = [given_region(thing, bound) for thing in things]
     taken = [region_mask(region, *side) for region in given if region is not None]
-    index = {reading.things.index(thing): i for i, thing in enumerate(free)}
+    index = {things.index(thing): i for i, thing in enumerate(free)}
     relations = [(index[a], index[b], axis) for a, b, axis in reading.relations if a in index and b in index]
     if maps is None:
         maps = layout.partition(len(free), *side, [axis for _, _, axis in relations])[: len(free)]
     return layout.planned(maps, *side, relations, taken=taken)
 
 
-def _attended(share: torch.Tensor, things: Sequence[Thing], side: Side) -> torch.Tensor:
-    """The attention to each thing's words, scaled from 0 at the lowest place to 1: share [T, S] -> [K, h, w]."""
-    own = onto(torch.tensor([t.tokens for t in things], dtype=torch.float32), share.device)  # [K, S]
+def _attended(share: torch.Tensor, words: Sequence[Marks], side: Side) -> torch.Tensor:
+    """The attention to some words each, scaled from 0 at the lowest place to 1: share [T, S] -> [K, h, w]."""
+    own = onto(torch.tensor(words, dtype=torch.float32), share.device)  # [K, S]
     maps = (own / own.sum(1, keepdim=True)) @ share.float().T  # [K, T]
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
     return ((maps - low) / (high - low).clamp_min(1e-12)).reshape(-1, *side)

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mole_diffusers.binding.sentence import Sentence, Span, parse
+from mole_diffusers.binding.finding import Phrase, Span
+from mole_diffusers.binding.sentence import ALL, Mention, Sentence, Who, parse
 
-BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()} | {" ": ord(" ")}
-ThingKey = tuple[tuple[int, ...], str, int]  # experts, or the noun, and how many of the same come before
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
+ThingKey = tuple[tuple[int, ...], str]  # experts, and the noun, or the phrase that sets it apart from their other things
+Marks = tuple[bool, ...]  # [T]
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something that, according to the text, is in the picture.
+    """Something with a place in the picture.
 
     Attributes:
-        name: its words in the text.
-        experts, phrases, is_tag: see `sentence.Mention`.
+        name, experts, phrases, worn: see `sentence.Mention`.
         tokens: [T] bool, the tokens of its words.
     """
 
     name: str
     experts: tuple[int, ...]
-    tokens: tuple[bool, ...]
+    tokens: Marks
     phrases: tuple[int, ...] = ()
-    is_tag: bool = False
+    worn: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,15 @@ class Reading:
 
     Attributes:
         own: [N][T] bool: the tokens of each expert's words.
-        things: what has a place in the picture: experts' words that do not describe the whole picture, and nouns next to
-            them that belong to no expert.
+        things: those that the text lists side by side, and those with a region that a user gave.
         relations: (first thing, second thing, "x" or "y"): the first has the smaller coordinate.
+        said: a phrase of an expert -> [T] bool, its tokens.
     """
 
-    own: tuple[tuple[bool, ...], ...]
+    own: tuple[Marks, ...]
     things: tuple[Thing, ...] = ()
     relations: tuple[tuple[int, int, str], ...] = ()
+    said: Mapping[Phrase, Marks] = field(default_factory=dict)
 
     @property
     def mentioned(self) -> tuple[bool, ...]:
@@ -54,44 +56,41 @@ class Reading:
         return tuple(any(tokens) for tokens in self.own)
 
 
-def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]], *, whole: Collection[int] = ()) -> Reading:
-    """Find the words of every expert in a tokenised text: whole words in any case, or their plurals.
-
-    If phrases of two experts overlap, the longer one counts. A word that two experts name belongs to both. Phrases of
-    one expert name one thing, unless they are separate items of a plain list with "and": "a fox and an owl" are two.
-
-    Args:
-        ids: of one row, [T].
-        phrases: [N], each expert's words; empty for an expert that has none.
-        whole: the experts whose words always name one thing: those for which the user gave a region, or the whole picture.
-    """
+def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Reading:
+    """Read a tokenised text: `ids` of one row, [T]. The other arguments are those of `sentence.parse`."""
     special, added = set(tokenizer.all_special_tokens), set(tokenizer.get_added_vocab())
     pieces = ["\n" if t in special else _as_text(t, added) for t in tokenizer.convert_ids_to_tokens(list(ids))]
-    surfaces = [[_surface(phrase, tokenizer, added) for phrase in each] for each in phrases]
-    return reading_of(parse("".join(pieces), surfaces, whole), pieces)
+    text, origin = _decoded(pieces)
+    sentence = parse(text, phrases, who)
+    return _by_pieces(sentence, pieces, origin)
 
 
-def reading_of(sentence: Sentence, pieces: Sequence[str]) -> Reading:
-    """Turn a sentence into a reading by tokens; `pieces` are the tokens' texts."""
+def _by_pieces(sentence: Sentence, pieces: Sequence[str], origin: Sequence[int]) -> Reading:
+    """A reading by tokens. `origin` has the place in the joined pieces of each character of the sentence's text."""
     ends = list(accumulate(map(len, pieces)))
 
-    def tokens(spans: Iterable[Span]) -> tuple[bool, ...]:
-        return tuple(
-            piece.strip() != "" and any(end > start and end - len(piece) < stop for start, stop in spans)
-            for piece, end in zip(pieces, ends, strict=True)
-        )
+    def tokens(spans: Iterable[Span]) -> Marks:
+        marks, at = [False] * len(pieces), 0
+        for start, stop in sorted((origin[a], origin[b]) for a, b in spans):
+            while at < len(ends) and ends[at] <= start:
+                at += 1
+            t = at
+            while t < len(ends) and ends[t] - len(pieces[t]) < stop:
+                marks[t] = marks[t] or pieces[t].strip() != ""
+                t += 1
+        return tuple(marks)
 
-    things = [
-        Thing(sentence.text[slice(*each.spans[0])].strip(), each.experts, tokens(each.spans), each.phrases, each.is_tag)
-        for each in sentence.mentions
-    ]
-    return Reading(tuple(tokens(each) for each in sentence.words), tuple(things), sentence.relations)
+    things = [Thing(each.name, each.experts, tokens(each.spans), each.phrases, each.worn) for each in sentence.things]
+    by_phrase: dict[Phrase, list[Span]] = {}
+    for k, words in enumerate(sentence.words):
+        for span, i in words.items():
+            by_phrase.setdefault((k, i), []).append(span)
+    said = {phrase: tokens(spans) for phrase, spans in by_phrase.items()}
+    return Reading(tuple(tokens(each) for each in sentence.words), tuple(things), sentence.relations, said)
 
 
 def joined(readings: Sequence[Reading]) -> Reading:
-    """Join texts whose tokens follow each other: of several encoders, or chunks of a long prompt. What both name is one
-    thing.
-    """
+    """Join texts whose tokens follow each other: of several encoders, or chunks of a long prompt."""
     lengths = [len(reading.own[0]) for reading in readings]
     starts = [0, *accumulate(lengths[:-1])]
     return _merged([_padded(reading, at, sum(lengths)) for reading, at in zip(readings, starts, strict=True)])
@@ -106,100 +105,105 @@ def overlaid(readings: Sequence[Reading]) -> Reading:
 def _padded(reading: Reading, start: int, length: int) -> Reading:
     """A text whose tokens begin at `start` among `length`."""
 
-    def padded(tokens: tuple[bool, ...]) -> tuple[bool, ...]:
+    def padded(tokens: Marks) -> Marks:
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
     things = tuple(replace(thing, tokens=padded(thing.tokens)) for thing in reading.things)
-    return replace(reading, own=tuple(map(padded, reading.own)), things=things)
+    said = {phrase: padded(tokens) for phrase, tokens in reading.said.items()}
+    return Reading(tuple(map(padded, reading.own)), things, reading.relations, said)
 
 
 def _merged(readings: Sequence[Reading]) -> Reading:
-    """One reading of several texts that have the same tokens."""
+    """One reading of several texts that have the same tokens. The longest list counts; none, if another one differs."""
     if len(readings) == 1:
         return readings[0]
-    same: dict[ThingKey, list[Thing]] = {}  # key -> the same thing in each text
-    relations: dict[tuple[int, int, str], None] = {}
-    separate = _separate_names(reading.things for reading in readings)
+    own = tuple(map(_union, zip(*(reading.own for reading in readings), strict=True)))
+    said: dict[Phrase, Marks] = {}
     for reading in readings:
-        common = _common_keys(reading.things, separate)
-        for thing, its_keys in zip(reading.things, common, strict=True):
-            for key in its_keys:
-                same.setdefault(key, []).append(thing)
-        index = [list(same).index(its_keys[0]) for its_keys in common]
-        relations |= {(index[a], index[b], axis): None for a, b, axis in reading.relations}
+        for phrase, tokens in reading.said.items():
+            said[phrase] = _union((said[phrase], tokens)) if phrase in said else tokens
+    longest = max(readings, key=lambda reading: len(reading.things))
+    experts = {thing.experts for thing in longest.things}
+    if any(thing.experts not in experts for reading in readings for thing in reading.things if thing.experts):
+        return Reading(own, (), (), said)
     things = [
-        Thing(
-            each[0].name,
-            experts,
-            _union(thing.tokens for thing in each),
-            tuple(dict.fromkeys(phrase for thing in each for phrase in thing.phrases)),
-            all(thing.is_tag for thing in each),
+        replace(thing, tokens=_union((*_same(thing, key, readings), *_claimed(thing, longest.things, own, said))))
+        for thing, key in zip(longest.things, keys(longest.things), strict=True)
+    ]
+    relations = dict.fromkeys(longest.relations)
+    place = {key: i for i, key in enumerate(keys(longest.things))}
+    for reading in readings:
+        theirs = keys(reading.things)
+        for a, b, axis in reading.relations:
+            if theirs[a] in place and theirs[b] in place:
+                relations[place[theirs[a]], place[theirs[b]], axis] = None
+    return Reading(own, tuple(things), tuple(relations), said)
+
+
+def _same(thing: Thing, key: ThingKey, readings: Sequence[Reading]) -> Iterator[Marks]:
+    """The tokens of this thing in each text that lists it."""
+    yield thing.tokens
+    for reading in readings:
+        for other, its_key in zip(reading.things, keys(reading.things), strict=True):
+            if its_key == key:
+                yield other.tokens
+
+
+def _claimed(thing: Thing, things: Sequence[Thing], own: Sequence[Marks], said: Mapping[Phrase, Marks]) -> Iterator[Marks]:
+    """The tokens of its words in all texts, whether these list it or not."""
+    for k in (*thing.experts, *thing.worn):
+        if sum(k in other.experts for other in things) < 2:
+            yield own[k]
+        else:
+            yield from (tokens for (j, phrase), tokens in said.items() if j == k and phrase in thing.phrases)
+
+
+def keys(things: Sequence[Thing | Mention]) -> list[ThingKey]:
+    """Keys that match things of two texts, or of one text in other tokens."""
+    experts = [thing.experts for thing in things]
+    return [
+        (
+            t.experts,
+            (str(t.phrases[0]) if experts.count(t.experts) > 1 else "") if t.experts else re.sub(r"\W", "", t.name.lower()),
         )
-        for (experts, *_), each in same.items()
+        for t in things
     ]
-    own = zip(*(reading.own for reading in readings), strict=True)  # [N] of the tokens in each text
-    return Reading(tuple(map(_union, own)), tuple(things), tuple(relations))
-
-
-def _separate_names(texts: Iterable[Sequence[Thing]]) -> dict[tuple[int, ...], list[int]]:
-    """Experts that name several things in one text -> the phrases that name these, in the text that names most."""
-    most: dict[tuple[int, ...], list[int]] = {}
-    for things in texts:
-        names: dict[tuple[int, ...], list[int]] = {}
-        for thing in things:
-            if thing.experts:
-                names.setdefault(thing.experts, []).append(thing.phrases[0])
-        for experts, phrases in names.items():
-            if len(phrases) > max(1, len(most.get(experts, ()))):
-                most[experts] = phrases
-    return most
-
-
-def _common_keys(things: Sequence[Thing], separate: Mapping[tuple[int, ...], Sequence[int]]) -> list[list[ThingKey]]:
-    """[thing of one text] -> its keys in all the texts together, given the `_separate_names` of these.
-
-    There is one key, or several if another text names separately what this text treats as one. For the same LoRA, "a fox
-    and an owl" in `prompt` are two things with keys [[fox], [owl]]; "fox, owl" in `prompt_2` is one with [[fox, owl]].
-    """
-    common = [[key] for key in keys(things)]
-    for i, thing in enumerate(things):
-        if phrases := separate.get(thing.experts):
-            said = [phrase for phrase in phrases if phrase in thing.phrases] or phrases[:1]
-            common[i] = [(thing.experts, str(phrase), 0) for phrase in said]
-    return common
-
-
-def keys(things: Sequence[Thing]) -> list[ThingKey]:
-    """Keys that match things of two texts, or of one text in other tokens: the second lemon of one is the second of the
-    other.
-    """
-    separate = _separate_names([things])
-    names = [
-        (str(t.phrases[0]) if t.experts in separate else "") if t.experts else re.sub(r"\W", "", t.name) for t in things
-    ]
-    called = [(thing.experts, name) for thing, name in zip(things, names, strict=True)]
-    return [(*name, called[:i].count(name)) for i, name in enumerate(called)]
 
 
 def _as_text(token: str, added: Collection[str]) -> str:
     """The text of a token. CLIP marks the end of a word, T5 and byte-level tokenizers its beginning.
 
-    Added tokens, such as those of a textual inversion, are words without a mark. CLIP and others write "ñ" as its
-    bytes, "Ã±".
+    Added tokens, such as those of a textual inversion, are words without a mark.
     """
-    if token in added:
-        return f" {token} "
-    text = token.replace("</w>", " ").replace("▁", " ").replace("Ġ", " ")
-    try:
-        decoded = bytes(BYTES[letter] for letter in text).decode()
-    except (KeyError, UnicodeDecodeError):  # T5's "ñ", or a part of a letter
-        return text
-    return decoded if decoded.strip().isalpha() else text
+    return f" {token} " if token in added else token.replace("</w>", " ").replace("▁", " ").replace("Ġ", " ")
 
 
-def _surface(phrase: str, tokenizer: Any, added: Collection[str]) -> str:
-    return "".join(_as_text(token, added) for token in tokenizer.tokenize(phrase)).strip().lower()
+def _decoded(pieces: Sequence[str]) -> tuple[str, list[int]]:
+    """The text of pieces, and the place in the joined pieces of each of its characters.
+
+    CLIP and others write "ñ" as its bytes, "Ã±". A word whose letters are not the bytes of a text stays as it is, as "ñ"
+    of T5 does.
+    """
+    raw = "".join(pieces)
+    text: list[str] = []
+    origin: list[int] = []
+    for match in re.finditer(r"\s+|\S+", raw):
+        word, at = match[0], match.start()
+        decoded = word
+        if not word.isascii():
+            try:
+                decoded = bytes(BYTES[letter] for letter in word).decode()
+            except (KeyError, UnicodeDecodeError):
+                decoded = word
+        if decoded is not word:
+            for letter in decoded:
+                origin.append(at)
+                at += len(letter.encode())
+        else:
+            origin.extend(range(at, at + len(word)))
+        text.append(decoded)
+    return "".join(text), [*origin, len(raw)]
 
 
-def _union(masks: Iterable[tuple[bool, ...]]) -> tuple[bool, ...]:
+def _union(masks: Iterable[Marks]) -> Marks:
     return tuple(map(any, zip(*masks, strict=True)))

@@ -35,13 +35,20 @@ class RecipeOptions(options.Drawing, OverOptions):
     """
 
 
-def draw(prompt: str, *, files: options.Studio, settings: RecipeOptions, output: options.Output) -> Result:
+def draw(
+    prompt: str, *, explain: bool = False, files: options.Studio, settings: RecipeOptions, output: options.Output
+) -> Result:
     """Draw one picture of a prompt with <lora:...> tags. The PNG holds its recipe, for mole redraw and other tools.
 
     Args:
         prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), [fox] and BREAK work as in A1111.
+        explain: draw nothing, and say which LoRA would act on which words, where, and why.
     """
     _check_strengths(settings, is_larger=False)
+    if explain:
+        studio, asked, pictures = open_recipe(prompt, files, settings)
+        recipe = completed(studio, asked, pictures.get("image"))
+        return Result({"explanation": (table := str(studio.explain(recipe))), **recipe.to_dict()}, table)
     path = target(output, "picture.png")
     return draw_recipe(*open_recipe(prompt, files, settings), path)
 

@@ -89,9 +89,7 @@ def composed(
     # in its file. So does a LoRA that it was fused into.
     otherwise = {each.name for row in found for each in row if each.trigger not in library.file_triggers(each.name)}
     otherwise |= {_fused_name(row) for row in names if otherwise & set(row)}
-    binding = {
-        name: replace(b, required=b.required and name not in otherwise) for name, b in files_bindings(experts).items()
-    }
+    binding = {name: replace(b, required=name not in otherwise) for name, b in files_bindings(experts).items()}
     one = sets[0] if len(sets) == 1 else {}  # its factors become strengths: rows of several prompts are not drawn in tiles
     weighed = {name: (expert, one.get(name, 1.0)) for name, expert in experts.items()}
     mixture = attach(pipe, weighed, gates, binding=binding) if experts else None

@@ -20,7 +20,7 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from mole_diffusers.binding.parts import Part
+from mole_diffusers.binding.sentence import Part
 from mole_diffusers.studio.weight_syntax import NOTHING, Chunk, parse_weights
 
 BACK = 20  # most tokens that move to the next chunk, to cut after a comma or between words
@@ -159,7 +159,7 @@ def tiled_prompt(pipe: Any, prompt: str, *, prompt_2: str = "") -> dict[str, Any
 
     @torch.no_grad()
     def encode(part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
-        chunk = Chunk(part.text, tuple(1.0 if i is None else of_text[i] for i in part.source))
+        chunk = Chunk(part.text, tuple(of_text[i] for i in part.source))
         states = _states(pipe, {"prompt": [chunk]}, guided=False)
         return states["prompt_embeds"], states.get("pooled_prompt_embeds")
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
+from mole_diffusers.binding.explaining import Explanation
 from mole_diffusers.binding.regions import AUTO, region_picture
 from mole_diffusers.gates.checkpoint import UnfitGatesError
 from mole_diffusers.lora import Expert, check_family
@@ -364,6 +365,15 @@ class Studio:
         """Whether a completed recipe would be drawn in tiles with binding "auto"."""
         asked = self._bound_call(recipe)
         return asked is not None and draws_in_tiles(self.pipe, *asked)
+
+    def explain(self, recipe: Recipe) -> Explanation:
+        """Who acts on the prompt of a completed recipe, where and why; see `Mixture.explain`."""
+        with self.lock.held():
+            if (mixture := self.attach_for(recipe)) is None:
+                return Explanation({}, None, "the prompt has no LoRA")
+            if mixture.binding is not None:
+                mixture.choose(dict.fromkeys(recipe.experts, 1.0))
+            return mixture.explain(recipe.plain_text, recipe.width, recipe.height)
 
     def _bound_call(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Bound], dict[str, Expert]] | None:
         """The first arguments of `draws_in_tiles` after the pipeline; None if a prompt is too long."""

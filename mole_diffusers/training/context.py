@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from tqdm import tqdm
 
-from mole_diffusers.binding.sentence import pattern
+from mole_diffusers.binding.finding import spans
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining
@@ -21,6 +21,8 @@ from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import latent_shape
 
 LossFn = Callable[[RandomBatch], torch.Tensor]  # the value of one term on a share of a batch
+
+ARTICLE = re.compile(r"\ban? $", re.IGNORECASE)
 
 
 @dataclass
@@ -67,18 +69,16 @@ def require(found: Any, term: str, what: str) -> Any:
 
 
 def triggers(mixture: Mixture, expert: str) -> list[str]:
-    """The words that call an expert: its bound words if it is silent without them, otherwise those of its file and its
-    name.
-    """
+    """The words that call an expert: its bound words, or those of its file and its name."""
     bound = (mixture.binding or {}).get(expert)
-    if bound is not None and bound.needs_words:
+    if bound is not None and bound.words:
         return list(bound.words)
     return [*dict.fromkeys((*mixture.file_words[expert].words, expert))]
 
 
 def experts_in(mixture: Mixture, prompt: str) -> list[str]:
     """The experts whose trigger words are in a prompt: in any case, or in the plural."""
-    return [e for e in mixture.experts if any(pattern(word).search(prompt) for word in triggers(mixture, e))]
+    return [e for e in mixture.experts if any(spans(prompt, word) for word in triggers(mixture, e))]
 
 
 def warn_of_missing_triggers(context: TrainingContext) -> None:
@@ -113,9 +113,7 @@ def negatives(context: TrainingContext, prompt: str) -> list[str]:
 
 def replace_word(prompt: str, word: str, other: str) -> str:
     """`prompt` with `other` instead of `word`, and its article adjusted; unchanged if it lacks the word."""
-
-    def put(found: re.Match) -> str:
-        article = found[1] and ("an " if other[0].lower() in "aeiou" else "a ")
-        return f"{article or ''}{other}"
-
-    return re.sub(rf"(?:\b(an? ))?{pattern(word).pattern}", put, prompt, flags=re.IGNORECASE)
+    for begin, end in reversed(spans(prompt, word)):
+        before = ARTICLE.sub("an " if other[0].lower() in "aeiou" else "a ", prompt[:begin])
+        prompt = f"{before}{other}{prompt[end:]}"
+    return prompt

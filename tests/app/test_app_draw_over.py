@@ -332,9 +332,9 @@ def test_what_was_changed_is_said_and_a_random_seed_is_shared(actions):
 def test_what_binding_warns_of_is_said_of_every_job(actions):
     """Python gives each of these warnings once, on the terminal."""
     silent = dataclasses.replace(RECIPE, prompt="a hen <lora:fox:1:word=fox>", steps=1)
-    unplaced = dataclasses.replace(RECIPE, prompt="a fox and a hat <lora:fox:1:word=fox> <lora:hat:1:word=hat>", steps=1)
+    unplaced = dataclasses.replace(RECIPE, prompt="a fox and a hen <lora:fox:1:word=fox> <lora:hat:1:word=hen>", steps=1)
     for recipe, wanted in (
-        (silent, "expert 'fox' is silent: the prompt has none"),
+        (silent, "expert 'fox' acts everywhere: the prompt has none"),
         (unplaced, "got no places of their own"),
     ):
         for _ in range(2):
@@ -450,9 +450,9 @@ def test_paint_that_is_not_used_yet_stays_when_its_panel_is_opened_again(actions
     assert "value" not in plain(event)(request, begun, "fox", {}, PROMPT, 64, 32)[0]
 
 
-def test_regions_that_were_found_can_be_taken_over(actions):
+def test_regions_that_were_found_can_be_taken_over(actions, decided):
     picture = drawn(
-        actions, dataclasses.replace(RECIPE, prompt="a fox and a hat <lora:fox:1:word=fox> <lora:hat:1:word=hat>")
+        actions, dataclasses.replace(RECIPE, prompt="a fox and a hen <lora:fox:1:word=fox> <lora:hat:1:word=hen>")
     )
     assert set(picture.layout.regions) == {"fox", "hat"}
     found = paint.current_region(picture.recipe.tags, "fox", {}, picture)

@@ -40,10 +40,10 @@ def test_what_a_comma_cuts_apart_and_a_face_keep_their_words():
     assert words == ("(miku", "vocaloid:1.2)", ":)", "3:1", "miku", "vocaloid")
 
 
-def test_words_from_training_tags_do_not_silence():
+def test_words_of_files_do_not_silence():
     tags = json.dumps({"folder": {"1girl": 10, "hat": 9, "solo": 8, "smile": 1}})
     assert files_bindings({"girl": expert("girl", ss_tag_frequency=tags)})["girl"] == Bound(("hat",), required=False)
-    assert files_bindings({"girl": expert("girl", ("hat",), ss_tag_frequency=tags)})["girl"].required is True
+    assert files_bindings({"girl": expert("girl", ("hat",), ss_tag_frequency=tags)})["girl"].required is False
 
 
 def test_experts_that_are_not_named_keep_theirs():

@@ -13,15 +13,17 @@ from mole_diffusers.lora import read_expert
 
 def test_a_comparison_shows_what_a_call_gives_by_default(pipe, loras):
     """The column "tiles" was missing, though a call was drawn in tiles."""
-    mixture = mole.attach(pipe, {n: replace(read_expert(loras[n], n), triggers=(n,)) for n in ("fox", "hat")})
+    mixture = mole.attach(
+        pipe, {n: replace(read_expert(loras[n], n), triggers=(word,)) for n, word in (("fox", "fox"), ("hat", "hen"))}
+    )
     call = {"num_inference_steps": 2, "width": 64, "height": 32}
-    found = compare(pipe, mixture, "a fox, a hat", seeds=[1], **call)
+    found = compare(pipe, mixture, "a fox and a hen", seeds=[1], **call)
     assert list(found) == ["base", "fox alone", "hat alone", "sum", "bound", "tiles"]
-    assert found["tiles"] == sample(pipe, "a fox, a hat", [1], **call)
+    assert found["tiles"] == sample(pipe, "a fox and a hen", [1], **call)
     assert found["tiles"] != found["bound"]
-    assert "tiles" not in compare(pipe, mixture, "a fox, a hat", seeds=[1], **call | {"width": 32})
+    assert "tiles" not in compare(pipe, mixture, "a fox and a hen", seeds=[1], **call | {"width": 32})
     mixture.strength("hat", 0)
-    assert "tiles" not in compare(pipe, mixture, "a fox, a hat", seeds=[1], **call)
+    assert "tiles" not in compare(pipe, mixture, "a fox and a hen", seeds=[1], **call)
 
 
 def test_a_label_of_several_lines_is_as_wide_as_its_longest():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiers import thorough
 
 import mole_diffusers as mole
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.testing import tiny_lora
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -270,7 +271,8 @@ def test_models_of_several_precisions_keep_them():
 
 def test_a_lora_that_needs_its_words_is_fused_with_a_warning(both):
     ours, _, options, files = both
-    ours.load_lora_weights(replace(mole.read_expert(files["fox"]), triggers=("cat",)), adapter_name="fox")
+    ours.load_lora_weights(files["fox"], adapter_name="fox")
+    ours.mixture.bind({"fox": Bound(("cat",), required=True)})
     silent = hosts.draw(ours, options)
     with ours.mixture.bound(None):
         acts = hosts.draw(ours, options)

@@ -64,7 +64,7 @@ def test_each_call_says_what_is_attached(pipe, modular, experts):
 
 
 def test_a_loop_of_ones_own_is_a_call_in_drawing(pipe, experts, recwarn):
-    """`pipe.__call__` as diffusers wrote it, without what attach puts around it: a call says who is silent."""
+    """`pipe.__call__` as diffusers wrote it, without what attach puts around it: a call says whose words are missing."""
     binding = {"fox": ("fox", "left"), "ink": "a hat"}
     mixture = mole.attach(pipe, experts, binding=binding)
     call = type(pipe).__call__.__wrapped__
@@ -74,7 +74,7 @@ def test_a_loop_of_ones_own_is_a_call_in_drawing(pipe, experts, recwarn):
         return call(pipe, "a fox in ink", guidance_scale=5.0, generator=generator, **CALL).images
 
     loop()
-    assert not [w for w in recwarn if "is silent" in str(w.message)]
-    with mixture.drawing(), pytest.warns(UserWarning, match="expert 'ink' is silent"):
+    assert not [w for w in recwarn if "acts everywhere" in str(w.message)]
+    with mixture.drawing(), pytest.warns(UserWarning, match="expert 'ink' acts everywhere"):
         picture = loop()
     np.testing.assert_allclose(picture, reference(pipe, experts, binding=binding), atol=1e-6)

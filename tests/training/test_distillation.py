@@ -5,6 +5,7 @@ import torch
 from tiers import thorough
 
 import mole_diffusers as mole
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.training.config import DistillationTerm
 from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import RandomBatch, TrainingData
@@ -136,7 +137,11 @@ def test_one_expert_is_perfect_and_none_is_one(pipe, loras):
 
 
 @pytest.mark.parametrize(
-    "binding", [*thorough({"fox": "fox", "ink": "ink"}), {"fox": ("fox", "left"), "ink": ("ink", "right")}]
+    "binding",
+    [
+        *thorough({n: Bound((n,), required=True) for n in ("fox", "ink")}),
+        {n: Bound((n,), side, required=True) for n, side in (("fox", "left"), ("ink", "right"))},
+    ],
 )
 def test_bound_experts_can_reach_their_teachers(pipe, loras, binding):
     """At weights of 1 an expert on its own words errs by nothing, with a prompt and without; unbound teachers would leave

@@ -25,6 +25,7 @@ class BoundText:
     Attributes:
         text: its states, [B, S, C], which count as the same as long as nothing changes them (`version`).
         shape: of the latents that were drawn with it.
+        acting: [N], the experts that were on.
         acts: [B, S, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
         silence: the experts whose words are not in it.
         prompt: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a
@@ -37,6 +38,7 @@ class BoundText:
     text: torch.Tensor
     version: int
     shape: torch.Size
+    acting: tuple[bool, ...]
     picture: PictureLayout
     acts: torch.Tensor | None
     silence: Silence
@@ -87,8 +89,8 @@ class BoundText:
 
     @property
     def tokens(self) -> int:
-        """S; 0 if its words are not known."""
-        return 0 if self.acts is None else self.acts.shape[1]
+        """S."""
+        return self.text.shape[1]
 
     def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
         """[B, T, N] for a layer whose tokens are those of `low`; None if its tokens are others."""
@@ -107,12 +109,15 @@ class BoundText:
 
     def _joint(self, tokens: int) -> torch.Tensor | None:
         """Text, then picture."""
-        if self.acts is None or (side := self.side_of(tokens - self.tokens)) is None:
+        if not self.binds or (side := self.side_of(tokens - self.tokens)) is None:
             return None
-        image = self._image_tokens(side)
+        acts, image = self.acts, self._image_tokens(side)
+        rows, experts = len(self.text) if acts is None else len(acts), len(self.acting)
+        if acts is None:
+            acts = self.text.new_ones(rows, self.tokens, experts, dtype=torch.bool)
         if image is None:
-            image = self.acts.new_ones(len(self.acts), tokens - self.tokens, self.acts.shape[2], dtype=torch.float32)
-        return torch.cat([self.acts.float(), image.to(self.acts.device)], 1)
+            image = self.text.new_ones(rows, tokens - self.tokens, experts, dtype=torch.float32)
+        return torch.cat([acts.float(), functional.rows_for_layer(image, rows).to(acts.device)], 1)
 
     def side_of(self, tokens: int) -> Side | None:
         """Height and width of a layer with this many tokens of the picture; None if its tokens are others."""

@@ -56,7 +56,7 @@ class CrossAttention(ForwardHook):
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         masks = self.sampling.acting.masks
-        if masks is None or (bound := masks.text) is None or not bound.binds:
+        if masks is None or (bound := masks.text) is None or not (bound.binds or self.sampling.wants_maps):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")

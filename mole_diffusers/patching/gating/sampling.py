@@ -87,8 +87,8 @@ class Sampling:
 
     def on_text(self, encoder: str, ids: torch.Tensor, device: torch.device) -> None:
         """A text encoder on `device` is about to read `ids` [B, T]."""
-        masks = self.acting.masks
-        if masks is not None and masks.on_text(encoder, ids, device, in_call=self.step.pipe.now is not None):
+        masks, in_call = self.acting.masks, self.step.pipe.now is not None
+        if masks is not None and masks.on_text(encoder, ids, device, in_call=in_call, acting=self.settings.acting):
             self.acting.changed()
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from mole_diffusers.binding.config import Bound, with_region
-from mole_diffusers.binding.regions import EVERYWHERE
+from mole_diffusers.binding.acting import acting_tokens, who_counts
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.words import Reading, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
@@ -42,29 +42,33 @@ class TextReader:
         self.has_words = any(b.words for b in bound.values())  # if not, no text need be read
         self.nobody = Silence((False,) * len(bound))
 
-    def encoder_text(self, encoder: str, ids: torch.Tensor) -> list[Reading] | None:
-        """What a text encoder is about to read, ids [B, T], row by row; None if its tokenizer is not known."""
+    def encoder_text(self, encoder: str, ids: torch.Tensor, acting: Sequence[bool]) -> list[Reading] | None:
+        """What a text encoder is about to read, ids [B, T], row by row; None if its tokenizer is not known.
+
+        `acting` [N] are the experts that are on.
+        """
         if self.tokens.tokenizers[encoder] is None:
             return None
-        return self._readings([[[(encoder, row)]] for row in ids.tolist()])
+        return self._readings([[[(encoder, row)]] for row in ids.tolist()], acting)
 
-    def denoiser_text(self, text: torch.Tensor) -> list[Reading] | None:
+    def denoiser_text(self, text: torch.Tensor, acting: Sequence[bool]) -> list[Reading] | None:
         """The texts of the denoiser's states [B, S, C], row by row; None if their words are not known."""
         found = self.tokens.rows(text)
         encoders = {run.encoder for row in found or () for part in row for run, _ in part}
         if found is None or any(self.tokens.tokenizers[encoder] is None for encoder in encoders):
             return None
         rows = [[[(run.encoder, run.ids[i].tolist()) for run, i in part] for part in row] for row in found]
-        return self._readings(rows, tokens=text.shape[1])
+        return self._readings(rows, acting, tokens=text.shape[1])
 
-    def _readings(self, rows: Sequence[Sequence[Part]], tokens: int = 0) -> list[Reading]:
+    def _readings(self, rows: Sequence[Sequence[Part]], acting: Sequence[bool], tokens: int = 0) -> list[Reading]:
         """Read texts by their tokens.
 
         A row consists of parts, token after token. The rest of `tokens` has no words.
         """
         known: dict[tuple, Reading] = {}
-        phrases = [bound.words for bound in self.bound.values()]
-        of_row = partial(read, phrases=phrases, whole=with_region(list(self.bound.values())))
+        bounds = list(self.bound.values())
+        phrases = [bound.words for bound in bounds]
+        of_row = partial(read, phrases=phrases, who=who_counts(bounds, acting))
         readings = []
         for row in rows:
             key = tuple(tuple((encoder, *ids) for encoder, ids in part) for part in row)
@@ -75,19 +79,12 @@ class TextReader:
             readings.append(known[key])
         return readings
 
-    def acting_tokens(self, readings: Sequence[Reading]) -> torch.Tensor:
-        """[B, T, N] bool: an expert acts on a text that has its words, but not on the words of others in it.
-
-        An expert that acts everywhere acts on those, too.
-        """
-        bounds, rows = list(self.bound.values()), []
-        everywhere = torch.tensor([not b.words and b.region == EVERYWHERE for b in bounds])
-        for reading in readings:
-            own = torch.tensor(reading.own).T  # [T, N]
-            acts = torch.tensor([there or not b.needs_words for b, there in zip(bounds, reading.mentioned, strict=True)])
-            nobodys = ~own.any(1, keepdim=True)  # [T, 1]
-            rows.append(acts & (own | nobodys | everywhere))
-        return torch.stack(rows)
+    def acting_tokens(
+        self, readings: Sequence[Reading], acting: Sequence[bool], device: torch.device
+    ) -> torch.Tensor | None:
+        """[B, T, N] bool, the tokens that each expert acts on; None if every expert acts on every token."""
+        acts = acting_tokens(list(self.bound.values()), acting, readings)
+        return None if acts is None else onto(acts, device)
 
     def silence(self, mentioned: Sequence[Sequence[bool]], device: torch.device) -> Silence:
         """Who requires words that the text does not have.

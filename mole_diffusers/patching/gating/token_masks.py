@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from mole_diffusers import functional
+from mole_diffusers.binding.acting import notices
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.picture_layout import Layout, PictureLayout, Side
 from mole_diffusers.binding.picture_warning import PictureWarning
 from mole_diffusers.binding.words import Reading, ThingKey
-from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.gating.bound_text import BoundText, Made
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
@@ -119,7 +119,7 @@ class TokenMasks:
         """Whether attention must be read at this step. `is_heard`: maps are wanted of all steps."""
         if self.text is None or torch.is_grad_enabled():
             return False
-        return self.text.picture.wants_maps or (is_heard and self.text.picture.has_things)
+        return self.text.picture.wants_maps or (is_heard and self.text.picture.has_words)
 
     def add_maps(self, shares: torch.Tensor) -> Side | None:
         """Add what a layer attends to in each picture: shares [P, T, S] of its text's tokens, mean over heads.
@@ -144,17 +144,19 @@ class TokenMasks:
         self._texts, self.text, self.warned, self._planned = [], None, [], {}
         self._hold(None, self.reader.nobody)
 
-    def on_text(self, encoder: str, ids: torch.Tensor, device: torch.device, *, in_call: bool) -> bool:
+    def on_text(
+        self, encoder: str, ids: torch.Tensor, device: torch.device, *, in_call: bool, acting: Sequence[bool]
+    ) -> bool:
         """A text encoder on `device` is about to read `ids` [B, T]. Outside of a call, this begins another picture.
 
-        Returns whether anything may have changed for layers.
+        `acting` [N] are the experts that are on. Returns whether anything may have changed for layers.
         """
         if not in_call:
             self._texts = []
         if not self.reader.has_words:
             return False
-        readings = self.reader.encoder_text(encoder, ids)
-        acts = None if readings is None else onto(self.reader.acting_tokens(readings), device)
+        readings = self.reader.encoder_text(encoder, ids, acting)
+        acts = None if readings is None else self.reader.acting_tokens(readings, acting, device)
         self._encoder_text = EncoderText(acts)
         mentioned = [(True,) * len(self.bound)] if readings is None else [reading.mentioned for reading in readings]
         self._hold(self.text, self.reader.silence(mentioned, device))
@@ -185,17 +187,13 @@ class TokenMasks:
         """
         if pipe is None:
             self._begin_if_noisier(time)
-        state = next((known for known in self._texts if known.is_of(text, latents)), None)
+        acting = tuple(acting)
+        state = next((known for known in self._texts if known.acting == acting and known.is_of(text, latents)), None)
         if state is None:
-            state = self._new(text, latents, side(), pipe)
+            state = self._new(text, latents, side(), pipe, acting)
             self._texts = [*self._texts, state][-MOST_TEXTS:]
-            # Training prompts name single experts.
-            wanted = [False] * len(self.bound) if pipe is None else acting
-            for (name, bound), silent, wants in zip(self.bound.items(), state.silence.experts, wanted, strict=True):
-                if silent and wants:
-                    self._warn(f"expert {name!r} is silent: the prompt has none of its words, {', '.join(bound.words)}")
-            for warning in [*state.picture.crowded(wanted), *state.picture.tags(wanted)]:
-                self._warn(warning)
+            if pipe is not None:  # training prompts name single experts
+                self._tell_of(state)
         places = state.image
         if state.picture.can_plan:
             for warning in state.picture.plan():
@@ -207,6 +205,17 @@ class TokenMasks:
         if changes:
             self._hold(state, state.silence)
         return changes
+
+    def _tell_of(self, state: BoundText) -> None:
+        """Warn of what a user may not expect of the pictures of a text."""
+        picture, acting = state.picture, state.acting
+        if picture.readings and state.prompt is None:
+            rows = [picture.readings[row].mentioned for row in picture.picture_rows]
+            mentioned = tuple(map(any, zip(*rows, strict=True)))
+            for notice in notices(list(self.bound), list(self.bound.values()), acting, mentioned):
+                self._warn(notice)
+        for warning in (*picture.crowded(acting), *picture.lost_regions(acting)):
+            self._warn(warning)
 
     def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
         """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read.
@@ -243,18 +252,20 @@ class TokenMasks:
             if self._level > before:
                 self._texts = []
 
-    def _new(self, text: torch.Tensor, latents: torch.Tensor, side: Side | None, pipe: Any) -> BoundText:
+    def _new(
+        self, text: torch.Tensor, latents: torch.Tensor, side: Side | None, pipe: Any, acting: tuple[bool, ...]
+    ) -> BoundText:
         """What follows from a new text. Within a call, it keeps the layout of the last prompt if the things are the same.
 
         If it is not known whether the text is a prompt, a text without any expert's words counts as the unconditional
         one of guidance that calls the denoiser separately. It then has the experts and places of the last prompt.
         """
         groups = None if pipe is None else groups_of(pipe, text, latents)
-        readings = self._read(text)
+        readings = self._read(text, acting)
         frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings, latents), frames=frames, side=side)
-        acts = onto(self.reader.acting_tokens(readings), text.device) if readings else None
-        words = text.detach(), version(text), latents.shape, picture, acts
+        acts = self.reader.acting_tokens(readings, acting, text.device) if readings else None
+        words = text.detach(), version(text), latents.shape, acting, picture, acts
         prompt = next(reversed(self._prompts), None)
         is_prompt = groups is not None or _names_an_expert(readings)
         if not is_prompt and prompt is not None and len(prompt.text) == len(text):
@@ -268,12 +279,12 @@ class TokenMasks:
         state.place()
         return state
 
-    def _read(self, text: torch.Tensor) -> list[Reading]:
+    def _read(self, text: torch.Tensor, acting: Sequence[bool]) -> list[Reading]:
         """Read each row of the denoiser's text. [] if no expert has words, or the text's words are not known."""
         if not self.reader.has_words:
             return []
-        readings = self.reader.denoiser_text(text)
-        if readings is None:
+        readings = self.reader.denoiser_text(text, acting)
+        if readings is None and sum(acting) > 1:
             self._warn(UNKNOWN)
         return readings or []
 

@@ -86,7 +86,7 @@ class DrawnOver:
         self._has_begun = True
         things, picture, reader = self.things, self._picture, DenoiserInputs(self.pipe.unet)
         latents, call = reader.latents(args, kwargs), dict(zip(reader.names, args, strict=False)) | kwargs
-        free = [i for i in things.prompts if given_region(things.reading.things[i], things.bound) is None]
+        free = [i for i in things.prompts if given_region(things.sentence.things[i], things.bound) is None]
         if len(free) < 2 or picture is None or latents.shape[1:] != picture.shape[1:]:
             return
         # Latents of one picture differ if each has its own generator.
@@ -94,8 +94,8 @@ class DrawnOver:
         if not all(torch.equal(each, given[0]) for each in given):
             return
         errors = torch.stack([self._errors(i, picture[:1], latents, call) for i in free]).cpu()  # [K, H, W]
-        chosen, (height, width) = [things.reading.things[i] for i in free], errors.shape[1:]
-        regions, margin = planned_regions(things.reading, chosen, errors.amax(0) - errors, things.bound, (height, width))
+        chosen, (height, width) = [things.sentence.things[i] for i in free], errors.shape[1:]
+        regions, margin = planned_regions(things.sentence, chosen, errors.amax(0) - errors, things.bound, (height, width))
         if margin >= UNDECIDED:
             self.set_places({things.keys[i]: region for i, region in zip(free, regions, strict=True)})
 

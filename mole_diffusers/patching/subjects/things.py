@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.binding.config import Bound, given_region, with_region
-from mole_diffusers.binding.layout import MOST_THINGS
-from mole_diffusers.binding.parts import Part, prompts_apart
+from mole_diffusers.binding.acting import present, read_prompt
+from mole_diffusers.binding.config import Bound, given_region
 from mole_diffusers.binding.picture_layout import planned_regions
-from mole_diffusers.binding.regions import EVERYWHERE, region_mask
+from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.binding.sentence import Part
 from mole_diffusers.binding.words import ThingKey, keys
 from mole_diffusers.patching.host.denoiser_inputs import is_one_graph, lora_scale
 
@@ -44,52 +44,47 @@ class Tiling:
 
 
 class Things:
-    """The things that a prompt names.
+    """The things that a prompt lists.
 
     Attributes:
-        prompts: index of a thing in the reading, in the order of naming -> the prompt for it alone.
-        keys: index of a thing in the reading -> its key, see `words.keys`.
-        everywhere: the indices of the experts that act in the whole picture, such as a style.
+        sentence: what the prompt says.
+        prompts: index of a listed thing in the sentence, in the order of naming -> the prompt for it alone.
+        keys: index of a thing in the sentence -> its key, see `words.keys`.
+        everywhere: the indices of the experts that act besides those of the listed things, such as a style.
         outside: the names of those of them that the user gave a region.
-        are_listed: whether the prompt lists several things (see `prompts_apart`), at least one of them with an expert,
-            and all experts of these things are on.
+        why_not_apart: why the things may not be drawn apart; "" if they may.
     """
 
     def __init__(self, prompt: str, bound: Mapping[str, Bound], acting: Collection[str]):
-        self.names, self.bound, self.acting = list(bound), list(bound.values()), acting
-        phrases = [b.words for b in self.bound]
-        styles = [k for k, b in enumerate(self.bound) if b.region == EVERYWHERE]
-        self.reading, self.prompts, side_by_side = prompts_apart(prompt, phrases, styles, whole=with_region(self.bound))
-        self.keys = dict(enumerate(keys(self.reading.things)))
-        placed = {k for i in self.prompts for k in self.reading.things[i].experts}
-        self.everywhere = [
-            k
-            for k, b in enumerate(self.bound)
-            if self.names[k] in acting and k not in placed and (self.reading.mentioned[k] or not b.needs_words)
-        ]
+        self.names, self.bound = list(bound), list(bound.values())
+        on = [name in acting for name in self.names]
+        self.sentence = read_prompt(prompt, self.bound, on)
+        self.prompts = dict(enumerate(self.sentence.parts))
+        self.keys = dict(enumerate(keys(self.sentence.things)))
+        there = present(self.bound, on, self.sentence.mentioned)
+        placed = {k for i in self.prompts for k in self.sentence.things[i].experts}
+        self.everywhere = [k for k, acts in enumerate(there) if acts and k not in placed]
         self.outside = [self.names[k] for k in self.everywhere if self.bound[k].given is not None]
-        owned = [i for i in self.prompts if self.reading.things[i].experts]
-        self.are_listed = side_by_side and len(self.prompts) > 1 and bool(owned) and all(map(self.experts, owned))
+        self.why_not_apart = self.sentence.why_no_tiles
 
     def experts(self, thing: int) -> tuple[str, ...]:
-        """The experts of a thing that are on."""
-        return tuple(name for k in self.reading.things[thing].experts if (name := self.names[k]) in self.acting)
+        """The experts of a thing."""
+        return tuple(self.names[k] for k in self.sentence.things[thing].experts)
 
     def drawing(self, thing: int) -> tuple[str, ...]:
-        """The experts that draw a thing alone: its own, and those that act everywhere, if its prompt has their words."""
-        said = [i for i in self.prompts[thing].source if i is not None]
-        own, bound = self.reading.own, self.bound
-        spoken = [k for k in self.everywhere if any(own[k][i] for i in said) or not bound[k].needs_words]
+        """The experts that draw a thing alone: its own, and the others, unless their words stand elsewhere."""
+        part, words = self.prompts[thing], self.sentence.words
+        spoken = [k for k in self.everywhere if not words[k] or any(part.has(begin) for begin, _ in words[k])]
         return (*self.experts(thing), *(self.names[k] for k in spoken))
 
     def masks(self, height: int, width: int) -> torch.Tensor:
         """[K, height, width] in 0..1: the place of each thing, as given, or a cell of the rest, in the order of naming."""
-        things, side = self.reading.things, (height, width)
+        things, side = self.sentence.things, (height, width)
         regions = {i: given_region(things[i], self.bound) for i in self.prompts}
         masks = {i: region_mask(region, *side) for i, region in regions.items() if region is not None}
         free = [i for i in self.prompts if i not in masks]
         if free:
-            places, _ = planned_regions(self.reading, [things[i] for i in free], None, self.bound, side)
+            places, _ = planned_regions(self.sentence, [things[i] for i in free], None, self.bound, side)
             masks |= dict(zip(free, places, strict=True))
         return torch.stack([masks[i] for i in self.prompts])
 
@@ -136,9 +131,7 @@ class Asked:
             return "tiles have other sizes than the picture, and the unet is compiled as one graph"
         if things is None:
             return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
-        if (count := len(things.prompts)) > MOST_THINGS:
-            return f"{MOST_THINGS} things can have tiles of their own, and the prompt names {count}"
-        if count > 1 and things.outside:
+        if things.prompts and things.outside:
             return f"{things.outside[0]!r} has a region, but is no thing that could be drawn in a tile there"
         return ""
 

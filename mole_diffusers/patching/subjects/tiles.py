@@ -85,6 +85,22 @@ def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound
     return _has_room(pipe.unet, things.masks(height, width))
 
 
+def why_no_tiles(asked: Asked) -> str:
+    """Why the picture of a call is drawn as one; "" if it is drawn in tiles. Without a size, as if there were room."""
+    things = asked.things
+    if asked.tiling.until == 0:
+        return "tiles are off"
+    if things is None or things.why_not_apart:
+        return asked.obstacle if things is None else things.why_not_apart
+    if asked.call.get("width") is None:
+        return ""
+    if asked.obstacle:
+        return asked.obstacle
+    width, height = (asked.call[side] for side in ("width", "height"))
+    masks = things.masks(*(side // asked.pipe.vae_scale_factor for side in (height, width)))
+    return "" if _has_room(asked.pipe.unet, masks) else f"{width} x {height} pixels are too small to draw each thing apart"
+
+
 def size_for_tiles(
     pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str], most: int
 ) -> tuple[int, int] | None:
@@ -117,7 +133,7 @@ def things_for_tiles(asked: Asked) -> Things | None:
     if always and asked.for_processors:
         raise ValueError(f"{SCALE_ONLY.format(asked.for_processors[0])}: draw without it, or without tiles")
     allowed = OF_A_PROMPT | OF_STATES if asked.gives_states else OF_A_PROMPT
-    return things if always or (things.are_listed and given <= allowed) else None
+    return things if always or (not things.why_not_apart and given <= allowed) else None
 
 
 def _has_room(unet: Any, masks: torch.Tensor) -> bool:
@@ -208,7 +224,7 @@ class Tiles:
             return []
         for i, mask in zip(things.prompts, masks, strict=True):
             if not mask.any():
-                raise ValueError(f"the regions leave no place for {things.reading.things[i].name!r}")
+                raise ValueError(f"the regions leave no place for {things.sentence.things[i].name!r}")
         tiles: list[Tile] = []
         for (i, prompt), mask in zip(things.prompts.items(), masks, strict=True):
             names = things.drawing(i)
@@ -222,7 +238,7 @@ class Tiles:
         if self.set_places({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)}):
             return tiles
         if self.tiling.always:
-            named = " and ".join(repr(things.reading.things[i].name) for i in things.prompts)
+            named = " and ".join(repr(things.sentence.things[i].name) for i in things.prompts)
             raise ValueError(f"the text encoder reads other things in this prompt than {named}: shorten or reword it")
         return []
 

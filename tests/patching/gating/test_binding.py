@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import hosts
 import pytest
@@ -16,16 +17,21 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import mole_diffusers as mole
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.patching.gating import bound_text
 from mole_diffusers.patching.gating.settings import PlainSum
 from mole_diffusers.patching.install.folding import Averages, evaluate_gates
 from mole_diffusers.testing import tiny_lora
 
-PROMPT = "a fox an owl"  # the tiny tokenizer has a token per letter; "fox" is tokens 2..4, "owl" 7..9
-FOX, OWL = range(2, 5), range(7, 10)
+PROMPT = "a fox+an owl"  # the tiny tokenizer has a token per letter; "fox" is tokens 2..4, "owl" 8..10
+FOX, OWL = range(2, 5), range(8, 11)
 WORDS = {"fox": "fox", "ink": "owl", "hat": "everywhere"}
+IN_A_FOLDER = {"fox": Bound(("fox",), required=True), "ink": Bound(("owl",), required=True)}
 HALVES = {"fox": ("fox", "left"), "ink": ("owl", "right"), "hat": "everywhere"}
+
+
+pytestmark = pytest.mark.usefixtures("decided")
 
 
 @pytest.fixture
@@ -78,41 +84,50 @@ def test_weights_by_hand_hold_on_every_token(attach, pipe, draw):
 
 
 SHARED = "'fox' and 'ink' share the words 'fox' and a place"
+SAME = "'fox' and 'fox' were given the same region"
 
 
 @pytest.mark.parametrize(
     ("binding", "warned"),
     [
         *thorough(({"fox": "fox", "ink": "fox", "hat": "owl"}, SHARED)),
-        ({"fox": ("fox", "left"), "ink": ("fox", "left"), "hat": "owl"}, SHARED),
+        ({"fox": ("fox", "left"), "ink": ("fox", "left"), "hat": "owl"}, SAME),
         ({"fox": ("fox", "left"), "ink": ("fox", "right"), "hat": "owl"}, ""),
-        ({"fox": ("fox", "left"), "ink": ("owl", "left"), "hat": "cat"}, "'fox' and 'owl' were given the same region"),
+        ({"fox": ("fox", "left"), "ink": ("owl", "left"), "hat": "fox"}, "'fox' and 'owl' were given the same region"),
         *thorough((HALVES, "")),
     ],
 )
 def test_several_experts_in_one_place_are_told_of(attach, pipe, draw, binding, warned):
     mixture = attach(binding)
-    mixture.strength("hat", 0)
+    if warned != SHARED:
+        mixture.strength("hat", 0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):  # the warning comes once in each call, and is kept
             draw(pipe, PROMPT)
-    told = [text for text in mixture.binding_warnings if "undecided" not in text]
+    told = mixture.binding_warnings
     assert [text.partition(":")[0] for text in told] == ([warned] if warned else [])
     assert [str(w.message) for w in caught].count(told[0] if told else "") == 2 * len(told)
     with mixture.only("fox"):
         draw(pipe, PROMPT)
-    assert not [text for text in mixture.binding_warnings if "undecided" not in text]
+    assert not mixture.binding_warnings
 
 
-def test_tags_are_told_of_until_those_that_are_things_are_joined(attach, pipe):
-    mixture = attach({"fox": "fox", "ink": "owl", "hat": "ink"})
-    with pytest.warns(UserWarning, match="'fox' and 'owl' and 'ink' are named as tags, .*: join those .* with 'and'"):
-        pipe("fox,owl,ink", num_inference_steps=2, output_type="latent")
-    assert not mixture.layouts[0].regions
-    pipe("fox and owl,ink", num_inference_steps=2, output_type="latent")
-    assert not [text for text in mixture.binding_warnings if "tags" in text]
-    assert [*mixture.layouts[0].regions] == ["fox", "ink"]
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        ({"fox": ("fox", Image.new("L", (8, 8), 0)), "ink": "owl"}, "expert 'fox' acts nowhere: its region is empty"),
+        ({"fox": ("fox", (0, 0, 1, 1)), "ink": "owl"}, "the given regions leave 'owl' no place"),
+        ({"fox": ("cat", "left"), "ink": "owl"}, ""),
+    ],
+)
+def test_a_region_that_leaves_somebody_no_place_is_told_of_at_every_call(attach, pipe, draw, given, warned):
+    mixture = attach(given, names=("fox", "ink"))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=warned) if warned else nullcontext():
+            draw(pipe, PROMPT)
+    assert len(mixture.binding_warnings) == bool(warned)
+    assert now(mixture).image[:, 1].min() == (warned != "expert")  # the owl acts in the whole picture
 
 
 # ---- words
@@ -127,14 +142,14 @@ def test_without_an_expert_the_base_is_drawn_and_its_attention_read(attach, pipe
             assert torch.equal(draw(pipe, PROMPT, num_inference_steps=4), base)
         assert [*trace.maps] == [0, 1, 2, 3]
     assert torch.equal(draw(pipe, PROMPT, num_inference_steps=4), bound)
-    with mixture.only("hat"):  # the others' words stay closed
+    with mixture.only("hat"):  # one alone is the plain LoRA
         beside = draw(pipe, PROMPT)
-    assert not torch.equal(beside, draw(attach({"hat": "everywhere"}, names=["hat"])._pipe, PROMPT))
+    torch.testing.assert_close(beside, draw(attach(None, names=["hat"])._pipe, PROMPT), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("gates", families("mole", among=["sum", *LEARNED]))
-def test_an_absent_word_is_strength_0(attach, pipe, draw, awake, gates):
-    mixture = awake(attach({"fox": "fox", "ink": "cat", "hat": "everywhere"}, gates))
+def test_an_absent_word_is_strength_0_in_a_folder(attach, pipe, draw, awake, gates):
+    mixture = awake(attach({"fox": "fox", "ink": Bound(("cat",), required=True), "hat": "everywhere"}, gates))
     with pytest.warns(UserWarning, match="expert 'ink' is silent: the prompt has none of its words, cat"):
         absent = draw(pipe, PROMPT)
     mixture.bind({"ink": "everywhere"})
@@ -144,7 +159,7 @@ def test_an_absent_word_is_strength_0(attach, pipe, draw, awake, gates):
 
 def test_prompts_of_a_batch_silence_experts_row_by_row(attach, pipe, draw):
     """The same pictures as one by one, whichever words each prompt has."""
-    attach({"fox": "fox", "ink": "owl", "hat": "cat"})
+    attach({name: Bound((word,), required=True) for name, word in {"fox": "fox", "ink": "owl", "hat": "cat"}.items()})
     generators = [torch.Generator().manual_seed(0) for _ in range(3)]
     prompts = ["a fox", "a cat owl", "a house"]
     options = {"num_inference_steps": 2, "output_type": "np"}
@@ -178,19 +193,20 @@ def test_a_second_pipeline_draws_each_picture_of_a_batch_as_alone(attach, pipe, 
 
 
 def test_a_word_of_two_experts_is_shared(attach, pipe):
-    mixture = attach({"fox": "fox", "ink": "fox", "hat": "everywhere"})
+    mixture = attach({"fox": "fox", "ink": "fox", "hat": "owl"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe(PROMPT, num_inference_steps=1, output_type="latent")
     text = now(mixture).acts[-1]
     assert torch.equal(text[:, 0], text[:, 1])
+    assert not text[list(FOX), 2].any()
     assert text[list(FOX), 0].all()
 
 
 def test_each_text_is_encoded_with_its_own_masks(attach, pipe):
     """Two texts in one call, whose words stand in other places; the same states as each alone."""
     attach(WORDS)
-    texts, found = [PROMPT, "an owl a fox"], []
+    texts, found = [PROMPT, "an owl+a fox"], []
     with torch.no_grad():
         for text in (*texts, *texts):
             ids = pipe.tokenizer(text, padding="max_length", return_tensors="pt").input_ids
@@ -209,7 +225,8 @@ def test_negative_prompts_are_read_by_their_own_words(attach, pipe):
     pipe(PROMPT, negative_prompt="an owl", num_inference_steps=1, output_type="latent")
     negative, positive = now(mixture).acts.float()
     torch.testing.assert_close(positive, own_words())
-    assert negative[:, 0].sum() == 0  # no fox there
+    assert not negative[list(range(3, 6)), 0].any()  # the owl's word there
+    assert negative[:, 0].sum() == len(negative) - 3
     assert negative[:, 1].all()
 
 
@@ -233,12 +250,12 @@ def test_outside_its_half_an_expert_changes_no_layer(attach, pipe):
 
 
 def test_swapping_two_experts_words_swaps_their_maps_and_regions(attach, pipe):
-    """At strength 0, so that the pictures are the same."""
+    """Hardly any strength, so that the pictures are the same."""
     layouts = []
     for words in ({"fox": "fox", "ink": "owl"}, {"fox": "owl", "ink": "fox"}):
         mixture = attach(words, names=("fox", "ink"))
         for name in words:
-            mixture.strength(name, 0)
+            mixture.strength(name, 1e-30)
         generator = torch.Generator().manual_seed(0)
         pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=generator, guidance_scale=1)
         layouts += mixture.layouts
@@ -366,7 +383,7 @@ def test_a_trace_inside_a_trace_counts_its_own_calls(pipe, attach, draw):
 
 def test_maps_of_several_pictures_are_those_of_each_alone(pipe, attach):
     mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
-    prompts = [PROMPT, "an owl a fox", "a hen"]
+    prompts = [PROMPT, "an owl+a fox", "a hen"]
     noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def maps(chosen):
@@ -399,7 +416,7 @@ def test_a_lora_of_two_things_has_the_places_of_both(attach, pipe):
     for binding in ({"fox": "fox", "ink": "owl"}, {"fox": ["fox", "owl"]}):
         mixture = attach(binding, names=tuple(binding))
         for name in binding:
-            mixture.strength(name, 0)
+            mixture.strength(name, 1e-30)
         pipe("a fox and an owl", num_inference_steps=2, output_type="latent", generator=generator.manual_seed(0))
         found.append((now(mixture), mixture.layouts[0]))
     (two, places), (one, place) = found
@@ -413,7 +430,7 @@ def test_a_lora_of_two_things_has_the_places_of_both(attach, pipe):
 def test_one_thing_alone_has_the_whole_picture(attach, pipe):
     mixture = attach({"fox": "fox"}, names=("fox",))
     pipe("a fox", num_inference_steps=2, output_type="latent")
-    assert now(mixture).image is None
+    assert not now(mixture).binds
 
 
 # ---- the same sums written out
@@ -485,9 +502,7 @@ def test_a_bound_picture_is_the_sums_written_out(attach, pipe, loras, draw, clos
     monkeypatch.setattr(bound_text, "CLOSING", closing)
     attach(HALVES)
     bound = draw(pipe, PROMPT)
-    empty = torch.zeros(16, 3)
-    empty[:, 2] = 1
-    reference = Reference(host, loras, [empty, own_words()], ["left", "right", (0.0, 0.0, 1.0, 1.0)], closing)
+    reference = Reference(host, loras, [torch.ones(16, 3), own_words()], ["left", "right", (0.0, 0.0, 1.0, 1.0)], closing)
     torch.testing.assert_close(bound, reference(draw), atol=2e-5, rtol=0)
 
 
@@ -631,7 +646,7 @@ def test_detach_is_exact_after_bound_pictures(attach, pipe, draw):
 
 def test_a_second_pipeline_draws_each_picture_anew(attach, pipe):
     """Its calls are not watched: what was known of the picture before does not stay."""
-    attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
     second = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     second.set_progress_bar_config(disable=True)
 
@@ -640,7 +655,8 @@ def test_a_second_pipeline_draws_each_picture_anew(attach, pipe):
         return torch.from_numpy(of(PROMPT, num_inference_steps=3, output_type="np", generator=generator, **size).images)
 
     wide, tall = {"width": 64, "height": 32}, {"width": 32, "height": 64}
-    expected = {str(size): picture(pipe, **size) for size in (wide, tall)}
+    with mixture.tiled(0):
+        expected = {str(size): picture(pipe, **size) for size in (wide, tall)}
     for size in (wide, wide, tall, wide):
         torch.testing.assert_close(picture(second, **size), expected[str(size)], atol=1e-5, rtol=0)
 
@@ -666,7 +682,7 @@ def test_steps_by_hand_after_a_call_are_another_picture(attach, pipe):
 
 def test_a_prompt_that_loses_its_words_midway_silences_their_experts(attach, pipe):
     """Guidance's rows stand beside it, so it is no negative prompt of a call of its own."""
-    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    mixture = attach(IN_A_FOLDER, names=("fox", "ink"))
     prompt, empty = pipe.encode_prompt("a tree", "cpu", 1, True, "")
 
     def change(pipe, step, timestep, kwargs):
@@ -703,7 +719,7 @@ def test_a_word_of_two_experts_is_open_where_either_stands(attach, pipe):
 @pytest.mark.parametrize("given", ["left", *thorough("top", ((0.3, 0.3, 0.7, 0.7),))])
 def test_beside_a_given_region_everyone_has_a_place(attach, pipe, given):
     mixture = attach({"fox": ("fox", given), "ink": "owl", "hat": "a"})
-    pipe("fox owl a", num_inference_steps=2, output_type="latent", guidance_scale=1)
+    pipe("fox+owl+a", num_inference_steps=2, output_type="latent", guidance_scale=1)
     regions = mixture.layouts[0].regions
     assert min(regions[name].mean() for name in ("fox", "ink", "hat")) > 0.1
     assert sum(regions.values()).max() <= 1
@@ -773,11 +789,11 @@ def test_words_of_a_second_prompt_are_found_in_its_own_text(name, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
     options |= {"guidance_scale": 1.0, "prompt_2": "a fox"}
-    mixture = mole.attach(pipe, files, binding={"fox": "fox", "ink": "everywhere"})
+    mixture = mole.attach(pipe, files, binding=IN_A_FOLDER | {"ink": "everywhere"})
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # that it is silent, say
         bound = hosts.draw(pipe, options, "a hen")
-    mixture.bind({"ink": "owl"})  # in neither text
+    mixture.bind({"ink": IN_A_FOLDER["ink"]})  # in neither text
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         alone = hosts.draw(pipe, options, "a hen")
@@ -808,11 +824,11 @@ def test_weights_by_hand_know_which_texts_of_a_batch_have_whose_words(attach, pi
 def test_words_of_two_prompts_share_the_tokens_of_both(name, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
-    mixture = mole.attach(pipe, files, binding={"fox": "fox", "ink": "owl"})
+    mixture = mole.attach(pipe, files, binding=IN_A_FOLDER)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hosts.draw(pipe, options | {"prompt_2": "a fox"}, "an owl", steps=3)
-        assert set(mixture.layouts[0].regions) == {"fox", "ink"}
+        assert not mixture.layouts[0].regions  # neither prompt lists them
         own = now(mixture).acts[1].clone()
         hosts.draw(pipe, options | {"prompt_2": "an owl"}, "a fox", steps=3)
         assert torch.equal(now(mixture).acts[1], own)  # whichever text has which
@@ -825,7 +841,7 @@ def test_words_of_two_prompts_share_the_tokens_of_both(name, tmp_path):
 
 def draw_other(other, steps=2):
     words = {"max_sequence_length": 16} if other.name == "flux" else {}  # T5 has a token per letter, too
-    return hosts.draw(other.pipe, other.options | words, PROMPT, steps=steps)
+    return hosts.draw(other.pipe, other.options | words, "fox and owl", steps=steps)
 
 
 def bound_pictures(other, binding, steps=2):
@@ -844,7 +860,7 @@ def test_all_words_and_places_are_no_binding_on_any_host(other):
 
 
 def test_an_absent_word_is_strength_0_on_any_host(other):
-    mixture, absent = bound_pictures(other, {"fox": "fox", "ink": "cat"})
+    mixture, absent = bound_pictures(other, {"fox": "fox", "ink": Bound(("cat",), required=True)})
     mixture.bind({"ink": "everywhere"})
     mixture.strength("ink", 0)
     torch.testing.assert_close(draw_other(other), absent, atol=1e-5, rtol=0)
@@ -872,7 +888,8 @@ def test_a_layout_is_planned_on_any_host(other):
     assert (picture - unbound).abs().max() > 1e-3
     mole.detach(other.pipe)
     base = draw_other(other, steps=3)
-    mole.attach(other.pipe, other.files, binding={"fox": "cat", "ink": "dog"})
+    absent = {name: Bound((word,), required=True) for name, word in {"fox": "cat", "ink": "dog"}.items()}
+    mole.attach(other.pipe, other.files, binding=absent)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(draw_other(other, steps=3), base, atol=1e-5, rtol=0)
@@ -985,7 +1002,7 @@ def test_guidance_by_a_second_text_has_one_layout(other):
     """Flux's true guidance calls the transformer twice a step."""
     mixture = mole.attach(other.pipe, other.files, binding={"fox": "fox", "ink": "owl"})
     options = {"max_sequence_length": 16, "negative_prompt": "a cat", "true_cfg_scale": 2.0, "num_inference_steps": 3}
-    other.pipe(PROMPT, output_type="latent", **hosts.SIZE, **options)
+    other.pipe("fox and owl", output_type="latent", **hosts.SIZE, **options)
     assert set(mixture.layouts[0].regions) == {"fox", "ink"}
     spoken, negative = mixture._settings.binding.now._texts
     assert spoken.image is not None
@@ -1048,12 +1065,12 @@ def test_binding_is_drawn_under_what_hosts_add(name, tmp_path):
     mixture = mole.attach(pipe, files, binding={"fox": "fox", "ink": "owl"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        bound = hosts.draw(pipe, options, "a fox an owl", steps=3)
+        bound = hosts.draw(pipe, options, PROMPT, steps=3)
         assert set(mixture.layouts[0].regions) == {"fox", "ink"}
         with mixture.bound(dict.fromkeys(files, "everywhere")):
-            everywhere = hosts.draw(pipe, options, "a fox an owl", steps=3)
+            everywhere = hosts.draw(pipe, options, PROMPT, steps=3)
         with mixture.bound(None):
-            unbound = hosts.draw(pipe, options, "a fox an owl", steps=3)
+            unbound = hosts.draw(pipe, options, PROMPT, steps=3)
     assert torch.equal(everywhere, unbound)
     assert not torch.equal(bound, unbound)
 
@@ -1064,7 +1081,7 @@ def test_an_edit_that_cannot_see_its_picture_is_an_ordinary_drawing(edits, plain
     """Pix2Pix has the prompts' rows first, and two groups of other texts; where the picture counts for nothing in the UNet
     its guidance is the ordinary one."""
     (pipe, options), (other, _) = hosts.HOSTS[edits](), hosts.HOSTS[plain]()
-    prompts = ["an owl a fox", "a hen a fox", "a fox an owl"][-count:]
+    prompts = ["an owl+a fox", "a hen a fox", PROMPT][-count:]
     with torch.no_grad():
         pipe.unet.conv_in.weight[:, 4:] = 0
         states = pipe.unet.state_dict() | {"conv_in.weight": pipe.unet.conv_in.weight[:, :4]}

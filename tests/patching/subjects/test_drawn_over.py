@@ -77,7 +77,7 @@ def test_what_is_found_is_drawn_as_what_is_given(world, over, picture):
 def test_a_place_fits_the_thing_whose_model_errs_least_there(pipe, loras, monkeypatch):
     """The errors, by hand, of a model that predicts the noise."""
     over = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    mixture = mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hat"})
+    mixture = mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hen"})
     image = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(3))
     seen = []
     monkeypatch.setattr(
@@ -86,13 +86,13 @@ def test_a_place_fits_the_thing_whose_model_errs_least_there(pipe, loras, monkey
     with torch.no_grad():
         latents = over.vae.encode(2 * image - 1).latent_dist.mode() * over.vae.config.scaling_factor
     monkeypatch.setattr(type(over.vae), "encode", lambda *_, **__: Fixed(latents / over.vae.config.scaling_factor))
-    drawn(over, "a fox, a hat", image)
+    drawn(over, "a fox+a hen", image)
     alpha = over.scheduler.alphas_cumprod[500]
     noise = torch.randn(2, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
     errors = []
-    for name in ("fox", "hat"):
+    for name, word in (("fox", "fox"), ("hat", "hen")):
         with torch.no_grad(), mixture.bound(None), mixture.only(name):
-            text = over.encode_prompt(f"a {name}", "cpu", 1, False)[0].expand(2, -1, -1)
+            text = over.encode_prompt(f"a {word}", "cpu", 1, False)[0].expand(2, -1, -1)
             found = over.unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, 500, text).sample
         errors.append((found - noise).square().mean((0, 1)))
     by_hand = torch.stack(errors)
@@ -114,19 +114,19 @@ SEEDS = [torch.Generator().manual_seed(seed) for seed in range(2)]
     [
         ("Img2Img", {}, True),
         ("Img2Img", {"prompt": "a fox"}, False),  # one thing
-        ("Img2Img", {"image": torch.rand(2, 3, 32, 64), "prompt": ["a fox, a hat"] * 2}, False),  # two pictures
-        ("Img2Img", {"prompt": ["a fox, a hat"] * 2, "generator": SEEDS}, True),
+        ("Img2Img", {"image": torch.rand(2, 3, 32, 64), "prompt": ["a fox+a hen"] * 2}, False),  # two pictures
+        ("Img2Img", {"prompt": ["a fox+a hen"] * 2, "generator": SEEDS}, True),
         *thorough(("Inpaint", {"mask_image": torch.ones(1, 1, 32, 64)}, True)),
         ("Inpaint", {"mask_image": torch.ones(1, 1, 32, 64), "strength": 1.0}, False),  # nothing of the picture is kept
     ],
 )
 def test_the_unet_is_called_for_each_thing_of_one_picture(pipe, loras, kind, options, finds):
     over = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**pipe.components, requires_safety_checker=False)
-    mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hat"})
+    mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hen"})
     calls = []
     hook = over.unet.conv_in.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
     size = {"height": 32, "width": 64} if kind == "Inpaint" else {}
-    options = {"prompt": "a fox, a hat", "image": torch.rand(1, 3, 32, 64)} | size | options
+    options = {"prompt": "a fox+a hen", "image": torch.rand(1, 3, 32, 64)} | size | options
     drawn(over, **options)
     hook.remove()
     steps = max(1, int(4 * options.get("strength", 0.5)))
@@ -136,10 +136,10 @@ def test_the_unet_is_called_for_each_thing_of_one_picture(pipe, loras, kind, opt
 def test_what_else_the_unet_is_given_stays(pipe, loras):
     over = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     ip_adapter(over)
-    mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hat"})
+    mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hen"})
     shown, calls = torch.rand(1, 3, 32, 32), []
     over.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
-    drawn(over, "a fox, a hat", torch.rand(1, 3, 32, 64), ip_adapter_image=shown)
+    drawn(over, "a fox+a hen", torch.rand(1, 3, 32, 64), ip_adapter_image=shown)
     embeds = [call["added_cond_kwargs"]["image_embeds"][0] for call in calls]
     assert len(embeds) == 4
     assert all(torch.equal(each, embeds[-1]) for each in embeds)
@@ -151,10 +151,10 @@ def test_sdxl_reads_the_whole_prompt_of_each_thing_too(tmp_path):
     for seed, path in enumerate((fox, ink)):
         tiny_lora(pipe, path, seed=seed)
     over = diffusers.StableDiffusionXLImg2ImgPipeline(**pipe.components)
-    mole.attach(over, {"fox": fox, "hat": ink}, binding={"fox": "fox", "hat": "hat"})
+    mole.attach(over, {"fox": fox, "hat": ink}, binding={"fox": "fox", "hat": "hen"})
     calls = []
     over.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["added_cond_kwargs"]), with_kwargs=True)
-    drawn(over, "a fox, a hat", torch.rand(1, 3, 32, 64))
+    drawn(over, "a fox+a hen", torch.rand(1, 3, 32, 64))
     fox_alone, hat_alone, step, _ = (added["text_embeds"] for added in calls)
     assert len(fox_alone) == len(step) == 2
     assert torch.equal(fox_alone[0], fox_alone[1])

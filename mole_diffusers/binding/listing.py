@@ -1,0 +1,225 @@
+"""The things that a prompt lists side by side: "a fox and an owl", "a fox, a lemon and an owl", "a fox next to an owl".
+
+Neighbouring segments of a sentence make a list if each clearly names a thing. What is unclear makes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mole_diffusers.binding import vocabulary as known
+from mole_diffusers.binding.finding import Match, Span, Tokens
+from mole_diffusers.binding.layout import MOST_THINGS
+from mole_diffusers.binding.marking import MARKER, SIDE, kind, marked, sentences
+from mole_diffusers.binding.segments import Segment, segments_of
+
+CLOSING = ("and", ", and", "beside")  # joints of which a list has one
+NOTHING_LISTED = "the prompt lists it beside no other LoRA's thing"
+UNCLEAR = "the prompt does not say clearly who stands beside whom"
+TOO_MANY = "the prompt lists more things than can have places"
+TWO_LISTS = "the prompt has several lists"
+Found = tuple[list[Segment], list[tuple[int, int, str]]]  # items, and their relations
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a text says of who is where.
+
+    Attributes:
+        items: the segments of its list, from left to right; none if it lists nothing, or if that is unclear.
+        relations: (first item, second item, axis): the first has the smaller coordinate.
+        sides: words for a side of the picture, such as "on the left".
+        styles: the matches that name a style, a medium or a setting.
+        why: why there is no list.
+    """
+
+    items: tuple[Segment, ...] = ()
+    relations: tuple[tuple[int, int, str], ...] = ()
+    sides: tuple[Span, ...] = ()
+    styles: tuple[Match, ...] = ()
+    why: str = ""
+
+
+def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int] = ()) -> Listing:
+    """The list of a text's things. Experts in `placeless` act in the whole picture, so their words name no thing."""
+    sides, styles, found, why = list[Span](), list[Match](), list[Found](), NOTHING_LISTED
+    placed = [match for match in matches if not {k for k, _ in match.of} <= set(placeless)]
+    for begin, end, named in sentences(tokens, placed):
+        marks = marked(tokens, begin, end, named)
+        sides += [tokens.span(mark.begin, mark.end) for mark in marks if mark.kind == SIDE]
+        segments = segments_of(marks)
+        for segment in segments:
+            styles += segment.styles
+            if segment.name is not None and segment.is_scenery:
+                styles.append(segment.name)
+        for run in _runs(segments) if sum(segment.is_thing for segment in segments) > 1 else ():
+            items = _kept(run)
+            if items and (objection := _objection(items, run[: run.index(items[0])])):
+                why = objection
+            elif items:
+                found.append((items, list(dict.fromkeys([*_relations(items), *_side_relations(items)]))))
+    items, relations = max(found, key=lambda each: len(each[0]), default=([], []))
+    if any(not _names(each) <= _names(items) for each, _ in found):
+        items, relations, why = [], [], TWO_LISTS
+    return Listing(tuple(items), tuple(relations), tuple(sides), tuple(styles), "" if items else why)
+
+
+def _names(items: Sequence[Segment]) -> set[Any]:
+    return set(map(_name, items))
+
+
+def _name(item: Segment) -> Any:
+    return item.name.of if item.name is not None else item.head
+
+
+def _runs(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Neighbouring segments that may be items of one list. What is said of an item becomes part of it."""
+    run: list[Segment] = []
+    after_comma = False  # whether a comma has ended what is said of the last item
+    is_closed = False  # whether the run has an "and", or the like
+    for segment in segments:
+        if segment.joint == "," and run and run[-1].side and segment.side:
+            segment.joint = "and"
+        verdict = _verdict(run[-1], segment, is_closed, after_comma) if run else "begin"
+        if verdict == "part":
+            run[-1].absorb(segment)
+            after_comma = after_comma if not segment.is_said else segment.joint == ","
+            continue
+        after_comma = False
+        if verdict == "item":
+            run.append(segment)
+            is_closed = is_closed or segment.joint in CLOSING
+            continue
+        if verdict != "unclear":
+            yield run
+        run, is_closed = [segment] if verdict == "begin" else [], False
+    yield run
+
+
+def _verdict(last: Segment, segment: Segment, is_closed: bool, after_comma: bool) -> str:
+    """What a segment is: an "item" of the run that ends with `last`, a "part" of that item, or the "begin" of another run.
+
+    It may also "end" the run without being a part of any, or make the whole run "unclear".
+    """
+    joint = segment.joint
+    if segment.is_introduced or joint in ("", "or"):
+        return "begin"
+    if segment.is_said:
+        return "end" if joint == "," and is_closed else "part"
+    if joint == ",":
+        return "begin" if is_closed else "item"
+    verdict = "item"
+    if joint == ", and" and is_closed and not segment.is_thing:
+        verdict = "begin"
+    elif joint == ", and" and last.is_clause and not after_comma:
+        verdict = "item" if segment.is_person else "unclear"
+    elif (last.marker or last.is_of) and joint != ", and" and not after_comma:
+        verdict = _beside_said(last, segment) if joint == "beside" else _after_said(last, segment)
+    return "end" if verdict == "unclear" and is_closed else verdict
+
+
+def _after_said(item: Segment, segment: Segment) -> str:
+    """What "and" adds after what is said of an item: another "item", a "part" of what is said, or something "unclear"."""
+    if not item.is_thing or segment.name is None or segment.is_scenery or segment.is_clothing or segment.is_mixed:
+        return "part"
+    if item.marker in known.CLAUSES - known.RELATIVES or (item.is_of and not item.marker):
+        return "item" if segment.is_person else "unclear"
+    if not item.has_object:  # "smiling and"
+        return "item"
+    if item.is_determined and not (item.object_is_determined or segment.is_determined):  # "a parade with cars and people"
+        return "unclear"
+    takes_two = item.marker in known.TWO_PARTY or item.marker in known.HOLDING or item.marker not in known.HAVING
+    if segment.is_person and item.marker not in known.TWO_PARTY:
+        return "item"
+    parallel = segment.marker in known.HAVING
+    if item.marker not in known.WEARING:
+        parallel = parallel or (kind(segment.marker) == MARKER and segment.marker not in known.PREPOSITIONS)
+    if parallel and not (takes_two and item.others):  # each has what is said of it
+        return "item"
+    if takes_two and (item.others or item.marker in known.TWO_PARTY or item.marker in known.PREPOSITIONS - known.HAVING):
+        return "unclear"
+    if item.marker not in known.WEARING and (item.object in known.GARMENTS or not takes_two):
+        return "item"
+    # "sks dog with a ball and xyz cat", but not "a sloth with a staff and a book"
+    return "item" if item.object_is_determined and not (item.is_determined or segment.is_determined) else "unclear"
+
+
+def _beside_said(item: Segment, segment: Segment) -> str:
+    """The same after words such as "next to"."""
+    if not item.is_thing:
+        return "part"
+    if item.marker not in known.HAVING and (item.others or item.marker in known.TWO_PARTY):
+        return "unclear"
+    if segment.relation is not None and segment.relation[0] == "y" and item.has_object:  # "holding an arrow above its head"
+        return "unclear"
+    return "item" if segment.is_thing or segment.is_noun else "part"
+
+
+def _kept(run: Sequence[Segment]) -> list[Segment]:
+    """The items of a run that are listed: those before its last "and" that name things; none if fewer than two do."""
+    items = list(run)
+    things = [item for item in items if item.is_thing]
+    while items and items[-1].joint == ",":
+        items.pop()
+    while items and not (items[-1].is_thing or _is_member(items[-1], things, is_last=True)):
+        items.pop()
+    kept: list[Segment] = []
+    for item in reversed(items):
+        if not (item.is_thing or _is_member(item, things, is_last=not kept)):
+            break
+        kept.insert(0, item)
+    while len(kept) > 2 and kept[1].joint == "," and not kept[0].is_determined:  # "ink, a fox and an owl"
+        if not all(item.is_determined for item in kept[1:]):
+            break
+        kept.pop(0)
+    is_closed = any(item.joint in CLOSING for item in kept[1:])
+    once: dict[Any, Segment] = {}
+    for item in kept:
+        once.setdefault(_name(item), item)
+    return list(once.values()) if is_closed and sum(item.is_thing for item in once.values()) > 1 else []
+
+
+def _objection(items: Sequence[Segment], before: Sequence[Segment]) -> str:
+    """Why items have no places, although they are listed; "" if they have."""
+    if len(items) > MOST_THINGS:
+        return TOO_MANY
+    has = known.WEARING | known.HOLDING
+    if not items[0].is_person and any(item.marker in has for item in before):  # "wearing goggles, a shirt and a jacket"
+        return UNCLEAR
+    clothes = [item.is_clothing for item in items]
+    return UNCLEAR if any(clothes) and not all(clothes) else ""
+
+
+def _is_member(item: Segment, things: Sequence[Segment], *, is_last: bool) -> bool:
+    """Whether a noun of nobody counts in a list of things.
+
+    As the last one it needs an article. Before others it has one if they have, and a list does not begin with it otherwise.
+    """
+    if not item.is_noun or item.is_clothing or known.QUALITIES.issuperset(item.words):
+        return False
+    if is_last:
+        return item.is_determined and not item.is_behind
+    if item.marker:
+        return False
+    if item.is_determined:
+        return all(thing.is_determined for thing in things)
+    return item.joint == "," and len(item.words) < 3 and not things[0].begin > item.begin
+
+
+def _relations(items: Sequence[Segment]) -> Iterator[tuple[int, int, str]]:
+    for i, item in enumerate(items[1:]):
+        if item.joint == "beside" and item.relation is not None:
+            axis, first_is_smaller = item.relation
+            yield (i, i + 1, axis) if first_is_smaller else (i + 1, i, axis)
+
+
+def _side_relations(items: Sequence[Segment]) -> Iterator[tuple[int, int, str]]:
+    """A thing on the left is left of things on the right and of things without a side."""
+    for i, item in enumerate(items):
+        for j, other in enumerate(items):
+            if i != j and item.side is not None:
+                axis, is_first = item.side
+                if other.side is None or other.side == (axis, not is_first):
+                    yield (i, j, axis) if is_first else (j, i, axis)

@@ -1,0 +1,116 @@
+"""The English that binding knows: the few words that decide where a list of things begins and ends.
+
+Everything else counts as a noun or an adjective. Words are in lower case; nouns are also known in the plural.
+"""
+
+from __future__ import annotations
+
+
+def words(*texts: str) -> frozenset[str]:
+    """The words of some texts."""
+    return frozenset(" ".join(texts).split())
+
+
+def _plural(*texts: str) -> frozenset[str]:
+    found = words(*texts)
+    return found | {f"{word}s" for word in found} | {f"{word}es" for word in found if word.endswith(("s", "x", "ch", "sh"))}
+
+
+def _verbs(*texts: str) -> frozenset[str]:
+    """Verbs as they are, in the third person and with -ing: hug hugs hugging."""
+    found = set[str]()
+    for verb in words(*texts):
+        stem = verb.removesuffix("e") if verb.endswith("e") and not verb.endswith("ee") else verb
+        doubled = verb + verb[-1] if verb in DOUBLING else stem
+        third = (
+            f"{verb}es" if verb.endswith(("s", "sh", "ch", "x")) else f"{verb[:-1]}ies" if verb in ("carry",) else f"{verb}s"
+        )
+        found |= {third, f"{doubled}ing"}
+    return frozenset(found)
+
+
+DOUBLING = words("hug sit run put cut pet grab swim spin clap nap step hit chat")
+
+DETERMINERS = words(
+    "a an the this that these those some his her their its my your our another one two three four five six seven",
+    "eight each",
+)
+PREPOSITIONS = words(
+    "in on at with of from by to into onto over under beneath underneath behind before between among amongst amid",
+    "near around across through against along inside outside within without off up down during after toward",
+    "towards upon like as via for about beyond past atop per",
+)
+RELATIVES = words("who whom whose which")
+CLAUSES = RELATIVES | words("where while when because but then so if")  # what follows is said of what precedes
+HAVING = words("in with without wearing wears holding holds carrying carries having has had dressed clad sporting") | CLAUSES
+WEARING = words("wearing wears dressed clad sporting")
+HOLDING = words(
+    "with holding holds carrying carries has have having had"
+)  # what can be done with a thing as well as with clothes
+IS = words("is are was were be being stands stand sits sit")
+POSTURES = IS | _verbs("stand sit walk pose lie wait rest smile laugh") | words("lying seated located placed parked")
+# What two do with one another. Then each alone would be another picture.
+CONTACT = _verbs(
+    "hug kiss embrace ride dance cuddle wrestle fight carry lift touch snuggle spoon hold grab chase push pull",
+    "feed pet lick bite catch share shake clasp"
+) - words("holds holding carries carrying shares sharing") | words("embrace hug kiss embraced hugged kissed")  # fmt: skip
+TWO_PARTY = CONTACT | _verbs(
+    "watch follow meet greet face lead teach paint draw photograph film help attack guard surround catch see look",
+    "talk wave point",
+)
+VERBS = TWO_PARTY | POSTURES | _verbs(
+    "wear hold carry have do make eat drink play read run jump fly swim look gaze stare talk sing sleep cook",
+    "drive work show write use take give throw kick hang fall float hover lean kneel climb cross enter leave",
+    "reach open close turn go come sip love like want need cry shout scream perform enjoy put cut spin clap nap",
+    "step hit chat share pour ring say"
+) - words("drawing painting playing like likes looks painter")  # fmt: skip
+NO_VERBS = _plural(  # these end like verbs, and are nouns
+    "ring king wing string thing building painting drawing evening morning spring sibling ceiling wedding",
+    "clothing pudding earring dumpling duckling viking sting being lightning sling swing bling lettering",
+    "rendering etching engraving icing"
+) | words("during something nothing anything everything darling charming amazing stunning interesting beijing")  # fmt: skip
+
+MEDIA = _plural(
+    "drawing painting photo photograph picture image illustration sketch render rendering portrait poster sticker",
+    "icon print comic cartoon artwork art style view shot close-up closeup scene screenshot snapshot selfie",
+    "photography wallpaper statue sculpture depiction composition collage concept design graffiti mosaic fresco",
+    "watercolor watercolour aesthetic theme background foreground emoji anime manga"
+)  # fmt: skip
+GATHERINGS = words("group pair couple duo trio team band set pack")
+INTRODUCING = words("of with featuring showing depicting containing including starring portraying about")
+SETTINGS = _plural(
+    "beach forest room city street park garden cafe house home castle mountain hill field sky sea ocean lake",
+    "river sunset sunrise night day evening morning light lighting landscape scenery environment world space",
+    "desert jungle island town village building tower temple church school classroom kitchen bedroom office bar",
+    "restaurant stage road bridge window wall floor ground snow rain fog mist cloud storm moon sun star weather",
+    "alley skyline cityscape backdrop meadow valley cave ruin station shop store library museum palace pool shore",
+    "coast horizon distance bokeh blur focus depth quality masterpiece detail colour color palette mood",
+    "atmosphere camera lens"
+)  # fmt: skip
+GARMENTS = _plural(
+    "dress suit hat cap shirt t-shirt coat jacket cape cloak scarf glove boot shoe sock skirt trouser pant jean",
+    "short hoodie sweater uniform costume outfit armor armour kimono bikini swimsuit lingerie robe gown tuxedo",
+    "tie bowtie belt vest apron glasses sunglasses goggle helmet mask crown tiara necklace earring bracelet",
+    "jewelry ribbon bow veil hair hairstyle eye head chest neck shoulder back mouth foot feet knee body belly paw",
+    "beak nose eyes ear tail wing horn beard mustache moustache face smile skin tattoo makeup lip nail leg arm",
+    "hand finger clothes clothing attire collar choker backpack bag headphone stocking legging leggings pants",
+    "jeans shorts trousers"
+)  # fmt: skip
+PERSONS = words(
+    "man men woman women girl girls boy boys person people lady ladies guy guys kid kids child children baby",
+    "toddler couple friend friends character characters human humans male males female females others adult",
+    "adults teenager teenagers brother sister mother father wife husband son daughter king queen prince princess",
+    "knight soldier wizard witch nurse doctor"
+)  # fmt: skip
+QUALITIES = words(  # adjectives that are joined as in "black and white"
+    "black white red green blue yellow orange purple pink brown grey gray golden silver dark light big small",
+    "large little old young tall short cute beautiful happy sad strong warm cold bright soft hard rough clean",
+    "simple detailed realistic"
+)  # fmt: skip
+SEVERAL = words("2 3 4 5 6 7 8 9 two three four five six seven several many multiple both some")  # how many
+COUNTED = words(
+    "people persons men women girls boys ladies guys kids children friends characters humans males females others",
+    "adults subjects figures brothers sisters twins lovers heroes"
+)  # fmt: skip
+GROUPS = words("couple duo trio twins both together them they their theirs themselves everyone everybody")
+SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}  # axis, and whether first

@@ -1,0 +1,161 @@
+"""What prompts say: places and tiles of real prompts, as people read them, and how long reading takes."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import hosts
+import pytest
+from transformers import CLIPTokenizer
+
+from mole_diffusers.binding.acting import read_prompt
+from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding.explaining import Explanation, roles
+from mole_diffusers.binding.sentence import parse
+from mole_diffusers.emoji import default_folder
+
+DATA = Path(__file__).parent / "data"
+FILES = ("readings", "more_readings")
+READINGS = [json.loads(line) for name in FILES for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+PAIRS = [json.loads(line) for line in (DATA / "pairs.jsonl").read_text().splitlines()]
+
+
+def explained(prompt, loras, *, acting=None, required=False, regions=()):
+    """The roles and the tiles of a prompt, for LoRAs with these words."""
+    names = list(loras)
+    bound = [
+        Bound(tuple([words] if isinstance(words, str) else words), dict(regions).get(name, "auto"), required)
+        for name, words in loras.items()
+    ]
+    on = [acting is None or name in acting for name in names]
+    sentence = read_prompt(prompt, bound, on)
+    tiles = None if sentence.why_no_tiles else [part.text for part in sentence.parts]
+    return Explanation(roles(names, bound, on, sentence), tiles, sentence.why_no_tiles)
+
+
+@pytest.mark.parametrize("case", READINGS, ids=[case["prompt"][:60] for case in READINGS])
+def test_a_prompt_is_read_as_people_read_it(case):
+    found = explained(case["prompt"], case["loras"], required=case.get("required", False))
+    places = {name: role.place for name, role in found.experts.items()}
+    assert {name for name, place in places.items() if place == "own"} == set(case["places"])
+    assert {n: p.removeprefix("with ") for n, p in places.items() if p.startswith("with ")} == case.get("with", {})
+    assert [name for name, place in places.items() if place == "silent"] == case.get("silent", [])
+    assert found.tiles == case["tiles"]
+    assert all(role.why for role in found.experts.values())
+    assert (found.tiles is None) == bool(found.why_no_tiles)
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=[f"{' and '.join(case['words'])} in {case['prompt'][:40]}" for case in PAIRS])
+def test_two_words_of_a_real_prompt_have_places_only_if_it_lists_them(case):
+    """Checked by hand."""
+    for words in (case["words"], case["words"][::-1]):
+        found = explained(case["prompt"], {word: word for word in words})
+        assert [role.place for role in found.experts.values()] == ["own" if case["listed"] else "everywhere"] * 2
+
+
+def test_a_lora_alone_acts_everywhere_in_every_real_prompt():
+    for prompt in hosts.real_prompts():
+        found = explained(prompt, {"it": hosts.first_noun(prompt)})
+        assert (found.experts["it"].place, found.tiles) == ("everywhere", None), prompt
+
+
+def test_a_folder_is_silent_but_for_what_the_prompt_names():
+    loras = {"fox": "fox", "owl": "owl", "ink": "ink", "none": ()}
+    found = explained("a fox in a forest", loras, required=True)
+    assert {name: role.place for name, role in found.experts.items()} == {
+        "fox": "everywhere", "owl": "silent", "ink": "silent", "none": "everywhere"
+    }  # fmt: skip
+    chosen = explained("a fox in a forest", loras)
+    assert {role.place for role in chosen.experts.values()} == {"everywhere"}
+    assert chosen.experts["owl"].why == "the prompt has none of its words: owl"
+    assert chosen.experts["fox"].words == ("fox",)
+
+
+def test_who_is_off_is_nobody():
+    loras = {"fox": "fox", "owl": "owl", "bear": "bear"}
+    found = explained("a fox, an owl and a bear", loras, acting={"fox", "bear"})
+    assert [role.place for role in found.experts.values()] == ["own", "silent", "own"]
+    assert found.tiles == ["a fox", "an owl", "a bear"]  # the owl is one that the model draws by itself
+    found = explained("a fox, an owl and a bear", loras, acting={"fox"})
+    assert [role.place for role in found.experts.values()] == ["everywhere", "silent", "silent"]
+    assert found.tiles is None
+
+
+def test_a_region_counts_wherever_words_stand():
+    found = explained(
+        "a fox riding an owl", {"fox": "fox", "owl": "owl", "ink": "ink"}, regions={"fox": "left", "ink": "top"}
+    )
+    assert [role.place for role in found.experts.values()] == ["own", "everywhere", "own"]
+    assert found.experts["fox"].why == "you gave it the region 'left'"
+
+
+def test_an_explanation_is_a_table():
+    table = str(explained("ink drawing of a fox and an owl", {"fox": "fox", "owl": "owl", "ink": "ink"}))
+    assert [line.split("  ")[0].strip() for line in table.splitlines()] == [
+        "LoRA", "fox", "owl", "ink", "tile 1: ink drawing of a fox", "tile 2: ink drawing of an owl"
+    ]  # fmt: skip
+    assert str(explained("a fox", {"fox": "fox"})).endswith("no tiles: the prompt lists it beside no other LoRA's thing")
+
+
+WORDS = [["fox"], ["owl"], ["a"]]
+LONG = {
+    "a word": lambda n: "fox " * (n // 4),
+    "two words": lambda n: "fox and owl and " * (n // 16),
+    "nouns": lambda n: ", ".join(f"a {chr(97 + i % 26)}{chr(97 + i // 26 % 26)}n and an owl" for i in range(n // 17)),
+    "spaces": lambda n: f"a fox{' ' * n}and an owl",
+    "spaces before": lambda n: f"{' ' * n}a fox and an owl",
+    "commas": lambda n: f"fox and owl{',' * n}",
+    "brackets": lambda n: f"{'(' * (n // 2)}fox and owl{')' * (n // 2)}",
+    "digits": lambda n: f"fox and owl {'1' * n}",
+    "sentences": lambda n: "fox and owl. " * (n // 13),
+    "sides": lambda n: "a fox on the left, an owl on the right, " * (n // 40),
+    "quotes": lambda n: f"{chr(39) * n}fox and owl",
+    "colons": lambda n: f"{':1' * (n // 2)}fox and owl",
+    "hyphens": lambda n: f"{'fox-' * (n // 4)} and owl",
+}
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return CLIPTokenizer.from_pretrained(default_folder() / "base" / "tokenizer")
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_reading_takes_time_in_proportion_to_the_prompt_and_less_than_its_tokenizer(clip, name):
+    def seconds(act):
+        begun = time.process_time()
+        act()
+        return time.process_time() - begun
+
+    def least(size):
+        return min(seconds(lambda: parse(LONG[name](size), WORDS)) for _ in range(5))
+
+    tokenizing = min(seconds(lambda: clip(LONG[name](100_000))) for _ in range(2))
+    half, whole = least(50_000), least(100_000)
+    assert whole < tokenizing
+    assert whole < max(2.2 * half, 0.02)
+
+
+def test_any_text_can_be_read():
+    """And a tile's prompt is made of pieces of the prompt."""
+    rng = random.Random(0)
+    pieces = [
+        "fox", "owl", "fox", "owl", "and", "a", "an", "the", "and", ",", ".", "(", ")", ":1.2", "in", "with", "of", "photo",
+        "next to", "left of", "on the left", "on the right", "is", "holding", "'s", "-", "_", "2", "girl", "riding", "who",
+        "there", "background", "\n", "BREAK", "狐", "ñ", "&", "hat", "man", " ", "both", "in front of",
+    ]  # fmt: skip
+    listed = 0
+    for _ in range(3000):
+        text = " ".join(rng.choices(pieces, k=rng.randrange(3, 9)))
+        sentence = parse(text, [["fox"], ["owl", "hat"], ["in front"], ["狐"]])
+        for part in sentence.parts:
+            assert part.text == "".join(text[i] for i in part.source)
+            assert part.source == sorted(set(part.source))
+        for thing in sentence.things:
+            for begin, end in thing.spans:
+                assert 0 <= begin < end <= len(text)
+        owners = [k for thing in sentence.things for k in thing.experts]
+        assert not sentence.things or len(owners) > 1
+        listed += bool(sentence.things)
+    assert listed > 20

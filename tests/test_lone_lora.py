@@ -1,0 +1,76 @@
+"""One LoRA alone is the plain LoRA: what diffusers' `set_adapters` draws, whatever the prompt."""
+
+import hosts
+import pytest
+import torch
+from tiers import thorough
+
+import mole_diffusers as mole
+from mole_diffusers.testing import tiny_lora
+
+PARTI = hosts.real_prompts()
+SOME = PARTI[:: len(PARTI) // 20]
+
+
+def drawn(pipe, options, prompt):
+    options = {"guidance_scale": 3.0} | options | {"height": 32, "width": 64}
+    return hosts.draw(pipe, options, prompt, steps=2)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("prompts", [SOME, *thorough(PARTI)], ids=["some", *(["all"] if thorough(PARTI) else [])])
+def test_a_lora_alone_is_drawn_as_diffusers_draws_it(name, prompts, tmp_path):
+    """Bound to about the first noun of each prompt, on a canvas with room for tiles."""
+    pipe, options = hosts.HOSTS[name]()
+    if hasattr(pipe, "unet"):
+        pipe.unet.register_to_config(sample_size=8)
+    file = tiny_lora(pipe, tmp_path / "it.safetensors", seed=1)
+    base = drawn(pipe, options, prompts[0])
+    pipe.load_lora_weights(file, adapter_name="it")
+    pipe.set_adapters(["it"], [1.0])
+    plain = [drawn(pipe, options, prompt) for prompt in prompts]
+    pipe.unload_lora_weights()
+    assert (plain[0] - base).abs().max() > 1e-3
+    mixture = mole.attach(pipe, {"it": file})
+    for prompt, wanted in zip(prompts, plain, strict=True):
+        mixture.bind({"it": hosts.first_noun(prompt)})
+        torch.testing.assert_close(drawn(pipe, options, prompt), wanted, atol=1e-5, rtol=0)
+        assert mixture.explain(prompt, 64, 32).experts["it"].place == "everywhere"
+
+
+def test_one_of_several_that_acts_alone_is_the_plain_lora(tmp_path):
+    """The others are switched off, at strength 0, or came with a folder and are not named."""
+    pipe, options = hosts.HOSTS["sd15"]()
+    prompt, files = "fox and owl", {}
+    for seed, name in enumerate(("fox", "owl", "hen")):
+        files[name] = tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=seed)
+    pipe.load_lora_weights(files["fox"], adapter_name="fox")
+    wanted, wanted_alone = (drawn(pipe, options, text) for text in (prompt, "a fox"))
+    pipe.unload_lora_weights()
+    mixture = mole.attach(pipe, files, binding={name: name for name in files})
+    with mixture.only("fox"):
+        torch.testing.assert_close(drawn(pipe, options, prompt), wanted, atol=1e-5, rtol=0)
+    with mixture.strengths({"owl": 0, "hen": 0}):
+        torch.testing.assert_close(drawn(pipe, options, prompt), wanted, atol=1e-5, rtol=0)
+        assert mixture.explain(prompt).experts["owl"].place == "silent"
+    assert (drawn(pipe, options, prompt) - wanted).abs().max() > 1e-3
+    mixture.bind({"fox": ("fox", "left"), "owl": "owl"})
+    with mixture.only("fox"):  # with a region it is kept there
+        assert (drawn(pipe, options, prompt) - wanted).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd15", *thorough("sdxl", "sd3", "flux")])
+def test_two_loras_without_places_are_closed_on_each_others_words_and_nowhere_else(name, tmp_path):
+    pipe, options = hosts.HOSTS[name]()
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "owl"))}
+    mixture = mole.attach(pipe, files, binding={"fox": "fox", "owl": "owl"})
+    for prompt in ("fox on owl", "owl hugs fox", "fox,owl"):
+        with mixture.trace(maps=True) as trace:
+            drawn(pipe, options, prompt)
+        text = mixture._settings.binding.now.text
+        assert text.acts is not None
+        assert text.image is None
+        assert not text.biases
+        assert not mixture.layouts[0].regions
+        assert trace.maps or name != "sd15"
+        assert {role.place for role in mixture.explain(prompt, 64, 32).experts.values()} == {"everywhere"}
