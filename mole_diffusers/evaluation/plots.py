@@ -1,4 +1,4 @@
-"""Figures of an evaluation, saved and returned. They need matplotlib, in the extra `evaluation`.
+"""Figures of an evaluation, saved and returned. They need matplotlib, in the extra `evaluate`.
 
 Rows are a table as from `tables.as_frame`; values are names of its columns.
 """

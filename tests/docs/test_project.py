@@ -35,7 +35,15 @@ def test_ci_runs_the_two_commands_of_the_readme():
     ran = list(commands(yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())))
     assert SEE.endswith(".venv/bin/mole compose")
     assert (ROOT / ".ci" / "run").read_text().strip().endswith(TEST)
-    assert {".ci/run", SEE, ".venv/bin/pytest -m thorough"} == set(ran)
+    assert {".ci/run", SEE, ".venv/bin/pytest -m thorough"} <= set(ran)
+
+
+def test_every_requirement_states_the_lowest_version_and_ci_tries_them():
+    optional = PROJECT["optional-dependencies"]
+    requirements = [*PROJECT["dependencies"], *optional["app"], *optional["weights"], *optional["evaluate"]]
+    assert [each for each in requirements if ">=" not in each and not each.startswith("mole-diffusers[")] == []
+    ran = " ".join(commands(yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())))
+    assert "--resolution lowest-direct" in ran
 
 
 def test_pre_commit_runs_the_checks_of_the_readmes_test_command():
