@@ -47,7 +47,8 @@ def build(page: Page) -> None:
 
     @errors_to(page.problem)
     def changed(prompt: str, cards: list[MixerCard]) -> Values:
-        new = cards_of(prompt, cards, page.actions.studio.catalog.loras)
+        catalog = page.actions.studio.catalog
+        new = cards_of(prompt, cards, catalog.loras, catalog.preferred_weight)
         return ({} if new == cards else page.redraw(new)) | {page.rewrites: []}
 
     starts, outputs = [compose.click, prompt.submit], [status, preview, page.pictures]

@@ -6,7 +6,7 @@ The prompt is the source of truth. A card that is switched off remembers its who
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, Parsed, number, pa
 MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
 
 
-def parse_named(prompt: str, known: Collection[str]) -> Parsed:
-    """The parsed prompt. Its tags have the known names of their LoRAs, however these were typed.
+def parse_named(prompt: str, known: Collection[str], preferred: Callable[[str], float | None] = lambda _: None) -> Parsed:
+    """The parsed prompt. Its tags have the known names of their LoRAs, however these were typed, and a `preferred` strength
+    if they were typed without one.
 
     Raises ValueError for two tags of one LoRA, and what `parse` raises.
     """
@@ -27,12 +28,17 @@ def parse_named(prompt: str, known: Collection[str]) -> Parsed:
     tags = {name: replace(tag, name=name) for tag in parsed.tags for name in [matching_lora(tag.name, known) or tag.name]}
     if len(tags) < len(parsed.tags):
         raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(tag.name for tag in parsed.tags)}")
-    return replace(parsed, tags=tuple(tags.values()))
+    return replace(parsed, tags=tuple(tag.or_at(preferred) for tag in tags.values()))
 
 
-def cards_of(prompt: str, cards: Sequence[MixerCard], known: Collection[str]) -> list[MixerCard]:
+def cards_of(
+    prompt: str,
+    cards: Sequence[MixerCard],
+    known: Collection[str],
+    preferred: Callable[[str], float | None] = lambda _: None,
+) -> list[MixerCard]:
     """The cards after the prompt has changed. Each takes its tag from the prompt; a card without a tag there is off."""
-    tags = {tag.name: str(tag) for tag in parse_named(prompt, known).tags}
+    tags = {tag.name: str(tag) for tag in parse_named(prompt, known, preferred).tags}
     if unknown := [name for name in tags if name not in known]:
         raise ValueError(f"there is no LoRA {unknown[0]!r}; {known_names(unknown[0], known)}")
     found = [{**card, "on": card["name"] in tags, "tag": tags.get(card["name"], card["tag"])} for card in cards]

@@ -210,7 +210,8 @@ class Page:
         """The cards for a prompt that fills the page. There are none if it cannot be read or has an unknown LoRA; composing
         reports that."""
         try:
-            cards = cards_of(prompt, [], self.actions.studio.catalog.loras)
+            catalog = self.actions.studio.catalog
+            cards = cards_of(prompt, [], catalog.loras, catalog.preferred_weight)
         except ValueError:
             cards = []
         return self.redraw(cards) | {self.rewrites: []}
@@ -223,9 +224,11 @@ class Page:
 
     def edited(self, names: Iterable[str], text: str, cards: list[MixerCard], rewrites: list[str], **edits: Any) -> Values:
         """Updates that edit these LoRAs in the prompt and the cards, from values of `written`; see `mixer_cards.edit`."""
-        new = newest(text, rewrites)
+        new, catalog = newest(text, rewrites), self.actions.studio.catalog
         for name in names:
-            new, cards = edit(new, cards, name, self.actions.studio.catalog.loras, **edits)
+            weight = None if any(card["name"] == name for card in cards) else catalog.preferred_weight(name)
+            first = {} if weight is None else {"te": f"{weight:g}", "unet": f"{weight:g}"}
+            new, cards = edit(new, cards, name, catalog.loras, **first | edits)
         return self.rewrite(text, new, rewrites) | self.redraw(cards)
 
     def redraw(self, cards: list[MixerCard]) -> Values:

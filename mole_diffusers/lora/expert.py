@@ -64,7 +64,6 @@ class Expert:
     source: str  # the file
     sha256: str  # of the tensor bytes after the header, so that edited metadata does not change it
     metadata: dict[str, str] = field(default_factory=dict, repr=False)
-    preferred_weight: float | None = None  # that a note says; for cards and tags without a strength, never for `attach`
     algorithms: dict[str, int] = field(default_factory=dict)  # "LoRA", "LoCon", "LoHa", "LoKr", "DoRA" -> layers
     # a word that was trained with it -> text encoder -> its vectors [n, C]
     embeddings: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)

@@ -18,7 +18,7 @@ from mole_diffusers.lora.metadata import Scaling, read_peft_config, scalings
 from mole_diffusers.lora.original_names import HAVE_ORIGINAL_NAMES, split_fused
 from mole_diffusers.lora.own_words import stated_words
 from mole_diffusers.lora.safe_files import RefusedFileError, TensorFile, read_safetensors
-from mole_diffusers.lora.sidecars import preferred_weight, stated_beside
+from mole_diffusers.lora.sidecars import stated_beside
 
 TOLERANCE = 0.01
 
@@ -93,7 +93,6 @@ def _expert(path: Path, name: str, contents: TensorFile, *, tolerance: float, dr
         format=Counter(key.format for key in keys.values()).most_common(1)[0][0],
         base=base,
         triggers=triggers or tuple(embeddings),
-        preferred_weight=preferred_weight(path),
         source=str(path),
         sha256=contents.sha256,
         metadata=contents.metadata,

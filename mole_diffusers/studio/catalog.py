@@ -17,6 +17,7 @@ from mole_diffusers.lora import Expert, LoraWeights, read_expert
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.lora.sidecars import preferred_weight
 from mole_diffusers.studio.names import by_name, files_below, is_text, known_names, matching, matching_lora
 
 UNTRAINED = tuple(name for name, family in FAMILIES.items() if not family.learns)
@@ -80,6 +81,11 @@ class Catalog:
         name = self.name(name)
         known = self._experts.get(name)
         return self._family_of(self.loras[name]) if known is None else known.base
+
+    def preferred_weight(self, name: str) -> float | None:
+        """The strength at which the notes beside a LoRA say it is used; None if they do not, or for an unknown name."""
+        found = matching_lora(name, self.loras)
+        return None if found is None else preferred_weight(self.loras[found])
 
     def add_lora(self, name: str, path: Path, expert: Expert | None = None) -> None:
         """Add a file. It is read at once, and refused if it is not a good LoRA or the name is taken.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any
@@ -60,6 +60,7 @@ class LoraTag:
         lbw: block weights as typed: a preset's name or numbers, see `block_weights`. "" leaves every block at 1.
         start, stop: the denoiser uses the LoRA in steps start <= step < stop, counted from 0; None means to the end.
         word: phrases of the prompt that the LoRA is bound to, separated by |. "" takes those in its file.
+        is_weighed: whether it was typed with a strength. If not, its file's note may say one.
         region: where the LoRA acts, see `binding.as_text.parse_region`, or "painted". "" finds the place from attention.
     """
 
@@ -71,6 +72,7 @@ class LoraTag:
     stop: int | None = None
     word: str = ""
     region: str = ""
+    is_weighed: bool = field(default=True, compare=False)
 
     def strength(self, component: str, step: int, steps: int) -> float:
         """The strength in a component ("unet", "text_encoder", ...) at `step` of `steps`; 0 outside start..stop."""
@@ -87,6 +89,12 @@ class LoraTag:
         if self.region == EVERYWHERE and not self.word:
             return EVERYWHERE
         return parse_phrases(self.word), parse_region(self.region or AUTO)
+
+    def or_at(self, preferred: Callable[[str], float | None]) -> LoraTag:
+        """The tag; one that was typed without a strength, at the strength that `preferred` says for its LoRA, if any."""
+        if self.is_weighed or (weight := preferred(self.name)) is None:
+            return self
+        return replace(self, te=constant(weight), unet=constant(weight), is_weighed=True)
 
     def __str__(self) -> str:
         named = {"unet": None if self.unet == self.te else self.unet, "lbw": self.lbw, "start": self.start or None}
@@ -161,7 +169,8 @@ def _tag(body: str, known: Iterable[str]) -> LoraTag:
     word, region = given.get("word", ""), given.get("region", "")
     if region not in ("", PAINTED):
         checked_region(parse_region(region), name)
-    return LoraTag(name, te, unet, given.get("lbw", ""), start, stop, word, region)
+    is_weighed = bool(given.keys() & {"te", "unet"})
+    return LoraTag(name, te, unet, given.get("lbw", ""), start, stop, word, region, is_weighed)
 
 
 def _steps(given: dict[str, str], where: str) -> tuple[int, int | None]:

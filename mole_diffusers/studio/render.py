@@ -144,9 +144,9 @@ class Studio:
     def complete(self, recipe: Recipe) -> Recipe:
         """Fill in everything that a recipe leaves open.
 
-        This chooses a random seed, a size that can be drawn and the gates for "auto". It adds the base, the hashes, and the
-        LoRAs' names in this catalog. It drops locks of LoRAs that are not in the prompt, and clip skip if the base does not
-        support it.
+        This chooses a random seed, a size that can be drawn, the gates for "auto", and for tags without a strength the one
+        in the note beside the LoRA. It adds the base, the hashes, and the LoRAs' names in this catalog. It drops locks of
+        LoRAs that are not in the prompt, and clip skip if the base does not support it.
 
         Raises ValueError if something is missing here or does not fit.
         """
@@ -156,7 +156,8 @@ class Studio:
         if len(set(names.values())) < len(names):
             raise ValueError(f"two tags of the prompt mean the same LoRA: {', '.join(names)}")
         self.check_fit(names.values())
-        tags = tuple(dataclasses.replace(tag, name=names[tag.name]) for tag in given.tags)
+        here_as = (dataclasses.replace(tag, name=names[tag.name]) for tag in given.tags)
+        tags = tuple(tag.or_at(self.catalog.preferred_weight) for tag in here_as)
         here = {name: name for name in names.values()} | names  # a name in the recipe may be another LoRA's name here
         rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
         gates = self.catalog.gates_for(names.values(), unfit=self._unfit) if recipe.gates == "auto" else recipe.gates

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
 from mole_diffusers.lora.own_words import is_generic, own_words, words_of
+from mole_diffusers.lora.sidecars import preferred_weight
 
 CASES = json.loads(Path(__file__).with_name("own_words.json").read_text())  # as trainers and tools write them; read by hand
 
@@ -72,7 +73,8 @@ def test_generic_words_are_no_ones(word, generic):
     ],
 )
 def test_the_strength_that_a_note_says(tmp_path, notes, weight):
-    assert written(tmp_path / "fox.safetensors", {}, notes).preferred_weight == weight
+    written(tmp_path / "fox.safetensors", {}, notes)
+    assert preferred_weight(tmp_path / "fox.safetensors") == weight
 
 
 def test_words_of_attached_files_depend_on_each_other(pipe, loras, tmp_path):

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from safetensors.torch import save_file
 
 from mole_diffusers import attach, attached
+from mole_diffusers.app.mixer_cards import cards_of
 from mole_diffusers.binding.as_text import mask_text
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.cli.common import open_catalog
@@ -38,6 +39,23 @@ def recipe(studio):
 
 def same(a, b):
     return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_tags_and_cards_without_a_strength_take_that_of_the_note(studio, loras, tmp_path):
+    catalog = Catalog({name: tmp_path / f"{name}.safetensors" for name in ("fox", "ink")}, {})
+    for name, path in catalog.loras.items():
+        shutil.copy(loras[name], path)
+    (tmp_path / "fox.json").write_text('{"activation text": "fox", "preferred weight": 0.6}')
+    asked = Recipe("a fox <lora:Fox> <lora:ink>", steps=1, width=32, height=32)
+    found = Studio(studio.pipe, catalog, "tiny").complete(asked)
+    assert found.prompt == "a fox <lora:fox:0.6> <lora:ink:1>"
+    for typed in ("<lora:fox:1>", "<lora:fox:te=1>", "<lora:fox:unet=0.2>"):
+        (tag,) = Studio(studio.pipe, catalog, "tiny").complete(dataclasses.replace(asked, prompt=typed)).tags
+        assert tag.te(0, 1) == 1, typed
+    cards = cards_of(asked.prompt, [], catalog.loras, catalog.preferred_weight)
+    assert [card["tag"] for card in cards] == ["<lora:fox:0.6>", "<lora:ink:1>"]
+    mixture = attach(tiny_pipeline(), {"fox": catalog.loras["fox"]})
+    assert mixture.strength("fox") == 1
 
 
 def test_a_picture_re_creates_itself(studio, recipe, loras, tmp_path):
