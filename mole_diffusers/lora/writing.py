@@ -33,14 +33,17 @@ MODULE_WORDS = (
     "proj_mlp", "conv_in", "conv_out", "conv_shortcut", "time_embedding", "add_embedding", "time_emb_proj", "linear_1",
     "linear_2", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "text_projection", "ff_context", "norm1_context",
     "norm_out", "x_embedder", "pos_embed", "context_embedder", "time_text_embed", "timestep_embedder", "text_embedder",
-    "guidance_embedder",
+    "guidance_embedder", "time_guidance_embed", "single_stream_modulation", "double_stream_modulation_img",
+    "double_stream_modulation_txt", "to_qkv_mlp_proj", "linear_in", "linear_out", "img_in", "txt_in", "img_mod", "txt_mod",
+    "img_mlp", "txt_mlp", "noise_refiner", "context_refiner", "attention", "feed_forward", "w1", "w2", "w3",
+    "adaLN_modulation", "t_embedder", "cap_embedder", "all_x_embedder", "all_final_layer",
     "attentions", "resnets", "downsamplers", "upsamplers", "attn", "attn1", "attn2", "ff", "net", "proj", "conv", "conv1",
     "conv2", "norm", "norm1", "linear", "encoder", "layers", "mlp", "fc1", "fc2",
     "block", "layer", "SelfAttention", "DenseReluDense", "q", "k", "v", "o", "wi_0", "wi_1", "wo",
 )  # fmt: skip
 # Ends of layer keys of UNets whose convolutions have a kernel of 3 x 3
 KERNEL_3 = ("_conv1", "_conv2", "conv_in", "conv_out", "samplers_0_conv")
-_WORD = f"(?:{'|'.join(sorted(MODULE_WORDS, key=len, reverse=True))}|\\d+)"
+_WORD = f"(?:{'|'.join(sorted(MODULE_WORDS, key=len, reverse=True))}|\\d+(?:-\\d+)?)"
 
 
 def write_lora(

@@ -91,7 +91,8 @@ def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
     binding = {expert.name: expert.binding for expert in kept if expert.binding is not None}
     experts = {expert.name: (expert.source, expert.strength) for expert in kept}
     with lock_of_pipeline(pipe).held():  # so that nothing is drawn with experts that are off
-        mixture = attach(pipe, experts, folder / GATES_FOLDER, binding=binding or None)
+        # What was kept had been attached, so missing layers were asked for.
+        mixture = attach(pipe, experts, folder / GATES_FOLDER, binding=binding or None, allow_missing_layers=True)
         choose(pipe, {e.name: e.strength for e in kept if e.active}, {e.name: e.weights for e in kept if e.weights})
     return mixture
 

@@ -18,6 +18,7 @@ from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.lora.writing import save_expert
 from mole_diffusers.patching.host.denoiser_inputs import models_of
+from mole_diffusers.pipelines.kept import attach_kept, keep
 from mole_diffusers.studio.catalog import family_of_file
 from tests import hosts
 
@@ -393,8 +394,10 @@ def test_a_file_that_fits_in_part_is_refused_unless_asked_for(pipelines, tmp_pat
     assert mole.attached(pipe) is None
     with pytest.warns(UserWarning, match="'x': the pipeline lacks 3 of its layers"):
         mixture = mole.attach(pipe, {"x": path}, binding=None, allow_missing_layers=True)
-    with pytest.warns(UserWarning, match="'x': the pipeline lacks 3 of its layers"):  # accepted before
-        mole.attach(pipe, mixture.experts, binding=None)
+    keep(mixture, tmp_path / "kept")
+    for again in (lambda: mole.attach(pipe, mixture.experts, binding=None), lambda: attach_kept(pipe, tmp_path / "kept")):
+        with pytest.warns(UserWarning, match="'x': the pipeline lacks 3 of its layers"):  # accepted before
+            again()
     mole.detach(pipe)
 
 
@@ -456,6 +459,25 @@ def test_the_largest_layers_of_flux_2_are_read(tmp_path, size):
     assert read_expert(tmp_path / "x").base == "Flux.2"
 
 
+# ---- writing
+
+
+@pytest.mark.parametrize("host", ["flux", "flux2", "qwen", "z_image"])
+def test_a_written_file_has_the_names_of_every_layer(pipelines, tmp_path, host):
+    pipe = pipelines(host)
+    names = [n for n, m in pipe.transformer.named_modules() if isinstance(m, nn.Linear)]
+    path = write(pipe, ("transformer.", AB, same(*names)), tmp_path / "x.safetensors")
+    for form in ("diffusers", "kohya"):
+        found = matched(save_as(read_expert(path), tmp_path, form), pipe)
+        assert not found.unmatched
+        assert set(found.layers["transformer"]) == set(names)
+
+
+def save_as(expert, folder, form):
+    save_expert(expert, folder / form, format=form, dtype=torch.float32)
+    return folder / form
+
+
 # ---- DoRA
 
 
@@ -497,11 +519,6 @@ def test_dora_draws_the_picture_that_diffusers_draws(pipelines, tmp_path, host):
         finally:
             mole.detach(pipe)
     assert torch.equal(see(pipe, host), plain)
-
-
-def save_as(expert, folder, form):
-    save_expert(expert, folder / form, format=form, dtype=torch.float32)
-    return folder / form
 
 
 def test_kohyas_dora_of_fused_layers_is_that_of_their_parts(pipelines, tmp_path):
