@@ -430,6 +430,32 @@ def test_each_layer_keeps_its_own_alpha_and_algorithm_through_the_pipelines_name
     assert not layers
 
 
+LOKR = {
+    "flux2": ("lycoris_transformer_blocks_0_attn_to_q", "lycoris_single_transformer_blocks_1_attn_to_qkv_mlp_proj"),
+    "z_image": ("diffusion_model.layers.0.attention.to_q", "diffusion_model.layers.1.attention.to_out.0"),
+}
+
+
+@pytest.mark.parametrize("host", LOKR)
+def test_lokr_of_lycoris_and_ai_toolkit_is_what_diffusers_loads(pipelines, tmp_path, host):
+    pipe, tensors = pipelines(host), {}
+    for stem in LOKR[host]:
+        layer = stem.removeprefix("lycoris_").removeprefix("diffusion_model.").replace(".", "_")
+        rows, columns = weight_of(pipe, layer).shape
+        tensors |= {f"{stem}.lokr_w1": random(4, 4), f"{stem}.alpha": torch.tensor(1.0)}
+        tensors |= {f"{stem}.lokr_w2_a": random(rows // 4, 2), f"{stem}.lokr_w2_b": random(2, columns // 4)}
+    save_file(tensors, path := tmp_path / "x.safetensors")
+    try:
+        pipe.load_lora_weights(path, adapter_name="x")
+        theirs = loaded_by_diffusers(pipe)
+    finally:
+        pipe.unload_lora_weights()
+    ours = matched(path, pipe, tolerance=0).layers["transformer"]
+    assert {("transformer", name) for name in ours} == theirs.keys()
+    for name, weights in ours.items():
+        torch.testing.assert_close(weights.delta(), theirs["transformer", name], rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_that_the_pipeline_does_not_know_leaves_the_others_their_names(pipelines, tmp_path):
     """diffusers' conversion raises at the first of them."""
     pipe = pipelines("flux2")
