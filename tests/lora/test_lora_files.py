@@ -186,7 +186,7 @@ def pair(rank, rows, columns):
         ),
         (GOOD | {"unet.conv_in.weight": torch.ones(2)}, "is not a LoRA key"),
         ({"vision.x.lora_A.weight": torch.ones(2, 2)}, "begins with none of"),
-        ({"emb_params": torch.ones(2, 8)}, "is not a LoRA key"),
+        ({"emb_params": torch.ones(2, 8)}, "it holds no LoRA layers"),
         ({}, "holds no LoRA layers"),
     ],
 )
