@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mole_diffusers.binding.finding import spans
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.gate_figures import COLOURS
 from mole_diffusers.studio.names import known_names, matching_lora
@@ -117,19 +118,21 @@ def with_tag(prompt: str, name: str, tag: LoraTag | None, known: Collection[str]
 
 
 def triggers_in(prompt: str, triggers: Collection[str]) -> list[str]:
-    """The trigger words that are in the prompt, outside its tags, as whole words in any case."""
-    text = TAG.sub("", prompt)
-    return [trigger for trigger in triggers if re.search(_whole(trigger), text, re.IGNORECASE)]
+    """The trigger words that are in the prompt, outside its tags, found as binding finds them."""
+    text = _without_tags(prompt)
+    return [trigger for trigger in triggers if spans(text, trigger)]
 
 
 def with_triggers(prompt: str, before: Collection[str], chosen: Collection[str], known: Collection[str]) -> str:
     """The prompt with newly chosen trigger words added, and with those that are no longer chosen removed."""
     missing = [each for each in chosen if each not in (*before, *triggers_in(parse(prompt, known).text, chosen))]
-    for word in (_whole(each) for each in before if each not in chosen):
-        space = r"[^\S\n]*"  # within a line
-        unwanted = rf"{TAG.pattern}|^{word}{space},?{space}|,?{space}{word}"
-        kept = re.sub(unwanted, lambda found: found[0] if found[1] else "", prompt, flags=re.IGNORECASE | re.MULTILINE)
-        prompt = kept.strip(" ,")
+    for word in (each for each in before if each not in chosen):
+        for begin, end in reversed(spans(_without_tags(prompt), word)):
+            kept, rest = re.sub(r",?[^\S\n]*\Z", "", prompt[:begin]), prompt[end:]  # without the comma before it
+            if not kept or kept.endswith("\n"):
+                rest = re.sub(r"^[^\S\n]*,?[^\S\n]*", "", rest)  # or, at the start of a line, after it
+            prompt = kept + rest
+        prompt = prompt.strip(" ,")
     if not missing:
         return prompt
     text = re.sub(rf"(?:\s*{TAG.pattern})*\s*$", "", prompt)  # without its last tags
@@ -137,9 +140,9 @@ def with_triggers(prompt: str, before: Collection[str], chosen: Collection[str],
     return (", ".join([*filter(None, [text.rstrip(" ,")]), *missing]) + end).rstrip()
 
 
-def _whole(words: str) -> str:
-    """A pattern that matches these words as whole words."""
-    return r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)"
+def _without_tags(prompt: str) -> str:
+    """The prompt with marks in place of its tags, as long as they are."""
+    return TAG.sub(lambda tag: "|" * len(tag[0]), prompt)
 
 
 def parse_lock(text: str, experts: Collection[str]) -> dict[str, float]:

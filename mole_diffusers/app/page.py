@@ -298,7 +298,7 @@ class Page:
 
         loaded = self.blocks.load(listed, None, [self.base, *self.lists])
         known = loaded.then(enter, [self.visitor, kept], [self.visitor, filling])
-        filled = known.then(fill, [filling, *fields], [kept, *fields], concurrency_limit=None, **RAW)
+        filled = known.then(fill, [filling, *fields], [kept, *fields], **RAW, **ORDERED)
         cards = [self.cards, self.shown, self.rewrites]
         filled.then(self.cards_for, self.controls["prompt"], cards, **ORDERED)
 

@@ -6,13 +6,13 @@ Nothing here or in a command imports torch before the command runs, so that `mol
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mole_diffusers.binding.finding import spans
 from mole_diffusers.cli.console import busy, hide_loading_bars, note
 from mole_diffusers.cli.options import Files, Machine, Output
 from mole_diffusers.studio.names import WORLD
@@ -119,8 +119,7 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
     from mole_diffusers.emoji.world import concept_files
 
     known = concept_files()
-    words = {name: re.search(rf"\b{re.escape(name)}\b", prompt, re.IGNORECASE) for name in known}
-    at = {name: word.start() for name, word in words.items() if word}
+    at = {name: found[0] for name in known if (found := spans(prompt, name))}
     if not at:
         raise ValueError(f"the prompt names none of the world's concepts: {', '.join(known)}")
     return read_experts({name: str(known[name]) for name in sorted(at, key=at.__getitem__)})

@@ -96,6 +96,11 @@ def test_trigger_words_come_and_go(text, before, chosen, wanted):
     assert cards.with_triggers(text, before, chosen, KNOWN) == wanted
 
 
+def test_words_are_ticked_and_removed_in_the_plural_too_as_binding_finds_them():
+    assert cards.triggers_in("two foxes, a hat", ["fox", "red fox"]) == ["fox"]
+    assert cards.with_triggers("two foxes, a hat <lora:foxes:1>", ["fox"], [], KNOWN) == "two, a hat <lora:foxes:1>"
+
+
 def test_a_trigger_word_is_ticked_where_the_prompt_says_it_beside_its_tags():
     assert cards.triggers_in(
         "a FOX <lora:hat:1> <lora:ink",

@@ -195,7 +195,7 @@ def test_events_that_write_the_prompt_or_its_cards_wait_for_each_other(drawn):
     visit, (renderable,) = Visit(drawn), drawn[3].default_config.renderables
     ours = {visit.prompt, visit.cards, visit.rewrites}
     events = [event for event in visit.events if ours & {*event.outputs}]
-    names = "cards_for changed chosen add write switched removed used load reuse redraw"
+    names = "fill cards_for changed chosen add write switched removed used load reuse redraw"
     assert {event.fn.__name__ for event in events} == set(names.split())
     events += [event for event in drawn[3].fns.values() if event.renderable is renderable]
     assert {(event.concurrency_id, event.concurrency_limit) for event in events} == {("prompt", 1)}
