@@ -127,8 +127,8 @@ def with_triggers(prompt: str, before: Collection[str], chosen: Collection[str],
     """The prompt with newly chosen trigger words added, and with those that are no longer chosen removed."""
     missing = [each for each in chosen if each not in (*before, *triggers_in(parse(prompt, known).text, chosen))]
     for word in (each for each in before if each not in chosen):
-        for begin, end in reversed(spans(_without_tags(prompt), word)):
-            kept, rest = re.sub(r",?[^\S\n]*\Z", "", prompt[:begin]), prompt[end:]  # without the comma before it
+        for begin, after in reversed(spans(_without_tags(prompt), word)):
+            kept, rest = re.sub(r",?[^\S\n]*\Z", "", prompt[:begin]), prompt[after:]  # without the comma before it
             if not kept or kept.endswith("\n"):
                 rest = re.sub(r"^[^\S\n]*,?[^\S\n]*", "", rest)  # or, at the start of a line, after it
             prompt = kept + rest
