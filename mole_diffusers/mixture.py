@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,7 +27,7 @@ from mole_diffusers.lora import Expert
 from mole_diffusers.lora.host_names import with_host_names
 from mole_diffusers.lora.own_words import own_words
 from mole_diffusers.lora.stacking import check_share, match, stack_all
-from mole_diffusers.lora.strengths import Source, finite, read_weighed
+from mole_diffusers.lora.strengths import Source, files_of, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
 from mole_diffusers.patching.gating.decision import Decision
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
@@ -836,7 +837,7 @@ class Mixture:
 
 def attach(
     pipe: Any,
-    experts: Mapping[str, Source | tuple[Source, float]],
+    experts: Mapping[str, Source | tuple[Source, float]] | str | Path,
     gates: Gates = "sum",
     *,
     binding: Mapping[str, Any] | str | None = "auto",
@@ -847,11 +848,12 @@ def attach(
     Args:
         pipe: any pipeline with a `unet` or a `transformer`.
         experts: name -> file, or (file, strength). Strength is your own factor: any sign and size, 1 by default, 0 means
-            absent.
+            absent. Or a folder: all LoRA files in it, each silent unless the prompt has its words.
         gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote (a Path, or
             "./flow" if it has a family's name), or a hub id.
         binding: each expert's words and place, as `Mixture.bind` takes them. "auto" takes the trigger words from the
-            files and finds places from attention. None binds nothing, so that `gates="sum"` is the plain sum.
+            files, and finds places for the things that a prompt lists. None binds nothing, so that `gates="sum"` is the
+            plain sum.
         allow_missing_layers: also attach LoRAs of which the pipeline lacks more than a tenth of the layers, for example on
             a pruned model.
 
@@ -881,10 +883,14 @@ def attach(
 
 
 def _prepared(
-    pipe: Any, experts: Mapping[str, Source | tuple[Source, float]], gates: Gates, binding: Mapping[str, Any] | str | None
+    pipe: Any,
+    experts: Mapping[str, Source | tuple[Source, float]] | str | Path,
+    gates: Gates,
+    binding: Mapping[str, Any] | str | None,
 ) -> Mixture:
     """Read and check everything, without changing the pipeline."""
-    read = read_weighed(experts)
+    is_folder = isinstance(experts, str | Path)
+    read = read_weighed(files_of(experts) if isinstance(experts, str | Path) else experts)
     if not read:
         raise ValueError("attach needs at least one expert")
     files = {name: with_host_names(expert, pipe, models_of(pipe)) for name, (expert, _) in read.items()}
@@ -904,7 +910,11 @@ def _prepared(
         saved = checkpoint.load(gates)
         mixture = Mixture(pipe, {name: files[name] for name in saved.order(files)}, saved.config)
         saved.fill(mixture.banks)
-    mixture._set_up([read[name][1] for name in mixture.experts], {} if binding == AUTO else binding)
+    said: Any = {} if binding == AUTO else binding
+    if is_folder and isinstance(said, Mapping):
+        own = files_bindings(mixture.experts)
+        said = {name: dataclasses.replace(each, required=True) for name, each in own.items()} | dict(said)
+    mixture._set_up([read[name][1] for name in mixture.experts], said)
     return mixture
 
 

@@ -3,9 +3,11 @@
 import hosts
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiers import thorough
 
 import mole_diffusers as mole
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.testing import tiny_lora
 
 PARTI = hosts.real_prompts()
@@ -74,3 +76,24 @@ def test_two_loras_without_places_are_closed_on_each_others_words_and_nowhere_el
         assert not mixture.layouts[0].regions
         assert trace.maps or name != "sd15"
         assert {role.place for role in mixture.explain(prompt, 64, 32).experts.values()} == {"everywhere"}
+
+
+def test_of_a_folder_only_those_act_that_the_prompt_names(tmp_path):
+    """Strangers change nothing, however many there are."""
+    pipe, options = hosts.HOSTS["sd15"]()
+    for seed, name in enumerate(("fox", "owl", "hen", "elk")):
+        path = tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=seed)
+        tensors = load_file(path)
+        save_file(tensors, path, {"modelspec.trigger_phrase": name})
+    with pytest.raises(FileNotFoundError, match="no folder with LoRA files"):
+        mole.attach(pipe, tmp_path / "none")
+    mixture = mole.attach(pipe, tmp_path)
+    with pytest.warns(UserWarning, match="expert 'elk' is silent"):
+        found = drawn(pipe, options, "fox and owl")
+    places = {name: role.place for name, role in mixture.explain("fox on owl").experts.items()}
+    assert places == {"fox": "everywhere", "owl": "everywhere", "hen": "silent", "elk": "silent"}
+    two = {name: tmp_path / f"{name}.safetensors" for name in ("fox", "owl")}
+    mixture = mole.attach(pipe, two, binding={name: Bound((name,), required=True) for name in two})
+    torch.testing.assert_close(drawn(pipe, options, "fox and owl"), found, atol=1e-5, rtol=0)
+    mixture = mole.attach(pipe, tmp_path, binding={"hen": "hen"})  # chosen, so it acts
+    assert mixture.explain("fox").experts["hen"].place == "everywhere"

@@ -14,6 +14,14 @@ Source = str | Path | Expert
 MAX_STRENGTH = 1e6  # far more than any picture survives; in fp32, products stay finite (fp16 ends at 65504)
 
 
+def files_of(folder: str | os.PathLike) -> dict[str, Path]:
+    """The LoRA files of a folder by their names. Raises FileNotFoundError if there are none."""
+    found = {path.stem: path for path in sorted(Path(folder).glob("*.safetensors"))}
+    if not found:
+        raise FileNotFoundError(f"{folder} is no folder with LoRA files (*.safetensors)")
+    return found
+
+
 def read_weighed(experts: Mapping[str, Source | tuple[Source, float]]) -> dict[str, tuple[Expert, float]]:
     """The experts that `attach` and `merge` take, name -> (expert, strength). Raises TypeError or ValueError for others."""
     if not isinstance(experts, Mapping):

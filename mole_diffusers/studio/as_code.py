@@ -59,7 +59,7 @@ def _not_embedded(recipe: Recipe) -> tuple[bool, bool]:
 
 
 def _arguments(recipe: Recipe) -> str:
-    """Code of the recipe's fields that have another value than a fresh recipe, a line each. The base is the studio's."""
+    """Code of the recipe's fields that have another value than a fresh recipe, a line each. The studio has the rest."""
     fresh: dict[str, Any] = vars(Recipe(""))
-    changed = {field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name != "base"}
+    changed = {field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name not in ("base", "defaults")}
     return "".join(f"    {name}={value!r},\n" for name, value in changed.items() if value != fresh[name])

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.lora.safe_files import PICTURE_ERRORS, RefusedFileError, parse_json
 from mole_diffusers.studio.names import matching, model_name
-from mole_diffusers.studio.recipe import Recipe, load
+from mole_diffusers.studio.recipe import DEFAULTS, Recipe, load
 from mole_diffusers.studio.samplers import SAMPLERS
 from mole_diffusers.studio.weight_syntax import balanced
 
@@ -179,11 +179,14 @@ class FoundRecipe:
         return [x, y] if isinstance(x, str) and isinstance(y, str) else []
 
     def notes(self, base: str) -> list[str]:
-        """What a user should know who draws this with a base model: another checkpoint, and settings that are left out."""
+        """What a user should know who draws this with a base model: another checkpoint or defaults, and what is left out."""
         here = model_name(base)
         is_other = self.model and self.model.casefold() != here.casefold()
         other = f"it was drawn with the model {self.model[:80]!r}, and here is {here!r}" if is_other else ""
-        return [note for note in (other, self.left_out) if note]
+        recipe = self.recipe
+        is_old = recipe.base and recipe.experts and recipe.binding != "none" and recipe.defaults != DEFAULTS
+        old = "it was drawn when prompts were read in another way, so its LoRAs may act elsewhere now" if is_old else ""
+        return [note for note in (other, old, self.left_out) if note]
 
 
 def read(path: str | Path) -> Recipe:

@@ -24,6 +24,7 @@ OPEN = ("width", "height")  # 0 leaves these numbers open
 BOUND, TILES = "bound", "tiles"
 BINDINGS = (AUTO, BOUND, TILES, "none")
 MAX_MASKS = 512 << 10  # characters of all masks; files with more than 1 MB of text are not read
+DEFAULTS = "places of lists"  # how prompts are read, under a new name whenever a recipe would give another picture
 ARMS = ("gates", "sum", "base", "alone", "merge")
 
 
@@ -62,6 +63,7 @@ class Recipe:
         hires_strength: how much of the enlarged picture to redraw.
         clip_skip: the last layer of the text encoder to read, counted from the end as in A1111; many checkpoints for
             drawings want 2. For Stable Diffusion 1.x and 2.x.
+        defaults: how prompts were read when the picture was drawn, as `DEFAULTS`; "" if nobody says.
     """
 
     prompt: str
@@ -88,6 +90,7 @@ class Recipe:
     hires: Annotated[float, 1.0, 4.0] = 1.0
     hires_strength: Annotated[float, 0.0, 1.0] = 0.5
     clip_skip: Annotated[int, 1, 12] = 1
+    defaults: str = ""
 
     def __post_init__(self) -> None:
         check_options(vars(self), FIELD_TYPES, "a recipe")

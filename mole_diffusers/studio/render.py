@@ -31,7 +31,7 @@ from mole_diffusers.studio.memory import clear_frames, release
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import call_arguments, cut_off, plain_texts, tiled_prompt, unread
-from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
+from mole_diffusers.studio.recipe import BOUND, DEFAULTS, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import parse_weights
@@ -193,6 +193,7 @@ class Studio:
             gates_sha256=digest,
             experts={name: self.catalog.expert(name).sha256 for name in names.values()},
             base=self.base,
+            defaults=DEFAULTS,
         )
 
     def notes(self, asked: Recipe, recipe: Recipe, image: Image.Image | None = None) -> list[str]:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from mole_diffusers import emoji
 from mole_diffusers.cli import main
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, load
+from mole_diffusers.studio.recipe import DEFAULTS, FORMAT, VERSION, Recipe, load
 from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 from mole_diffusers.testing import tiny_pipeline
 
@@ -32,6 +33,41 @@ def test_a_picture_re_creates_itself(tmp_path, capsys):
     assert np.array_equal(pixels(first), pixels(again))
     infotext.read(again).save(tmp_path / "r.json")
     assert load(tmp_path / "r.json") == infotext.read(first)
+
+
+def test_an_old_picture_says_that_its_prompt_was_read_in_another_way(tmp_path, capsys):
+    first = tmp_path / "a.png"
+    assert main(["draw", TAGS, "--steps", "1", "--out", str(first)]) == 0
+    recipe = infotext.read(first)
+    assert recipe.defaults == DEFAULTS
+    said = "drawn when prompts were read in another way"
+    cases = [
+        (recipe, False),
+        (replace(recipe, defaults=""), True),
+        (replace(recipe, defaults="", binding="none"), False),
+        (replace(recipe, defaults="", prompt="a fox", experts={}), False),
+    ]
+    for i, (old, is_said) in enumerate(cases):
+        again = tmp_path / f"{i}.png"
+        with Image.open(first) as opened:
+            image = opened.convert("RGB")
+        infotext.save(image, first, old)
+        capsys.readouterr()
+        assert main(["redraw", str(first), "--out", str(again)]) == 0
+        assert (said in capsys.readouterr().err) == is_said
+        assert infotext.read(again).defaults == DEFAULTS
+
+
+def test_a_prompt_is_explained_before_it_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prompt = "a (koala:1.2) and a tiger, relief <lora:koala:1> <lora:tiger:0.8> <lora:relief:0.5:region=left>"
+    assert main(["draw", prompt, "--explain"]) == 0
+    table = capsys.readouterr().out
+    said = "koala   koala   own", "relief  relief  own    you gave it the region 'left'", "no tiles: 'relief' has a region"
+    assert all(line in table for line in said)
+    assert main(["draw", "a koala", "--explain"]) == 0
+    assert "the prompt has no LoRA" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())  # nothing was drawn
 
 
 def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
