@@ -1,30 +1,23 @@
-"""What a studio draws with: samplers, sizes, seeds, pictures that are drawn over, other hosts; and LoRAs by name."""
+"""What a studio draws: sizes, seeds, tiles, pictures that are drawn over, other hosts, second prompts."""
 
 import dataclasses
-import hashlib
-import shutil
-import sys
 import warnings
-from contextlib import ExitStack, nullcontext
 
-import diffusers
 import hosts
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tiers import thorough
 
-from mole_diffusers import attach, attached, detach, read_expert
+from mole_diffusers import attach, attached, detach
 from mole_diffusers.studio.base_models import usual_size
-from mole_diffusers.studio.catalog import Catalog, family_of_file, file_hash, folder_gates, folder_loras, preview
+from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.picture_passes import drawing_over, on_white, pixels_hash, steps_drawn, with_pictures
 from mole_diffusers.studio.prompt_weights import call_arguments
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.studio.samplers import NEEDED, SAMPLERS, sampler, samplers_of
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 RECIPE = Recipe("a fox in ink <lora:fox:0.8> <lora:ink:1>", seed=7, steps=4, width=32, height=32)
@@ -55,118 +48,7 @@ def far(a, b):
     return np.abs(array(a) - array(b)).max()
 
 
-# ---- samplers, seeds, sizes
-
-
-FAST = ("DPM++ 2M Karras",)
-
-
-@pytest.mark.parametrize("name", [*FAST, *thorough(*(n for n in SAMPLERS if n not in FAST))])
-def test_each_sampler_draws_what_its_scheduler_draws(studio, name):
-    """By its name in any case; strengths by step are those of steps, also where a step has two evaluations."""
-    if package := NEEDED.get(SAMPLERS[name][0]):
-        pytest.importorskip(package)
-    recipe = studio.complete(dataclasses.replace(RECIPE, sampler=name.lower()))
-    assert recipe.sampler == name
-    seen = []
-    image = studio.draw(recipe, on_step=lambda step, _: seen.append(step))
-    assert seen == [1, 2, 3, 4]
-    assert array(image).std() > 1
-    pipe, (kind, options) = tiny_pipeline(), SAMPLERS[name]
-    options = options | ({"noise_sampler_seed": 7} if kind in NEEDED else {})
-    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
-    attach(pipe, {"fox": (studio.catalog.loras["fox"], 0.8), "ink": studio.catalog.loras["ink"]})
-    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(7)}
-    assert far(pipe("a fox in ink", **given).images[0], image) <= 1
-    detach(pipe)
-    two, plms = SAMPLERS[name][0].startswith(("Heun", "KDPM2", "DPMSolverSDE")), name == "PLMS"
-    assert evaluations(studio, recipe) == [1.0] * (7 if two else 5 if plms else 4)
-    stopping = dataclasses.replace(recipe, prompt="a fox in ink <lora:fox:1:stop=2> <lora:ink:1>")
-    on = 4 if two else 2
-    assert evaluations(studio, stopping) == [1.0] * on + [0.0] * ((7 if two else 5 if plms else 4) - on)
-
-
-@pytest.mark.parametrize("name", ["DDIM", "DDPM"])
-def test_samplers_clip_latents_only_if_the_models_scheduler_does(name):
-    said = {clip: sampler(name, hosts.noise(clip_sample=clip)).config.clip_sample for clip in (False, True)}
-    assert said == {False: False, True: True}
-    assert not sampler(name, hosts.noise(diffusers.EulerDiscreteScheduler)).config.clip_sample
-
-
-def test_a_sampler_that_needs_a_package_is_listed_where_that_is(studio, monkeypatch):
-    monkeypatch.setattr("mole_diffusers.studio.samplers.find_spec", lambda name: None)
-    assert not [name for name in studio.samplers if name.startswith("DPM++ SDE")]
-    with pytest.raises(
-        ValueError, match=r"'DPM\+\+ SDE Karras' needs the package torchsde: pip install 'mole-diffusers\[sampl"
-    ):
-        studio.complete(dataclasses.replace(RECIPE, sampler="DPM++ SDE Karras"))
-    with pytest.raises(ValueError, match=r"unknown sampler 'DPM\+\+ SDE'; known: Euler$"):  # which no package would help
-        sampler("DPM++ SDE", hosts.flow())
-    monkeypatch.setattr("mole_diffusers.studio.samplers.find_spec", lambda name: name)
-    assert [name for name in studio.samplers if name.startswith("DPM++ SDE")] == ["DPM++ SDE", "DPM++ SDE Karras"]
-    assert list(samplers_of(hosts.flow())) == ["Euler"]
-
-
-def test_noise_of_a_samplers_own_is_that_of_the_seed(studio):
-    """Alone, again, and in a batch of other seeds."""
-    pytest.importorskip("torchsde")
-    recipe = studio.complete(dataclasses.replace(RECIPE, sampler="DPM++ SDE", steps=2))
-    first = studio.draw(recipe)
-    assert far(first, studio.draw(recipe)) == 0
-    assert far(first, studio.draw(dataclasses.replace(recipe, seed=8))) > 1
-    pipe = tiny_pipeline()
-    attach(pipe, {"fox": (studio.catalog.loras["fox"], 0.8), "ink": studio.catalog.loras["ink"]})
-    pipe.scheduler = sampler("DPM++ SDE", pipe.scheduler, [3, 7])
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 7)]
-    both = pipe(["a fox in ink"] * 2, num_inference_steps=2, guidance_scale=3.0, generator=generators).images
-    assert far(both[1], first) <= 1
-
-
-def test_clip_skip_ends_the_text_encoder_earlier(studio):
-    """As diffusers' argument, which counts one less, and means the prompt alone; also where words have weights."""
-    recipe = studio.complete(dataclasses.replace(RECIPE, clip_skip=2, guidance=1.0))
-    image, layers = studio.draw(recipe), studio.pipe.text_encoder.encoder.layers
-    pipe = tiny_pipeline()
-    attach(pipe, {"fox": (studio.catalog.loras["fox"], 0.8), "ink": studio.catalog.loras["ink"]})
-    given = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(7)}
-    assert far(pipe("a fox in ink", clip_skip=1, **given).images[0], image) <= 1
-    assert far(studio.draw(dataclasses.replace(recipe, clip_skip=1)), image) > 1
-    weighted = dataclasses.replace(recipe, prompt=recipe.prompt.replace("a fox", "a (fox:1.001)"))
-    assert far(studio.draw(weighted), image) <= 2
-    with pytest.raises(ValueError, match=r"clip skip is in 1..2 with this base, got 3"):  # before anything is drawn
-        studio.complete(dataclasses.replace(recipe, clip_skip=3))
-    assert studio.pipe.text_encoder.encoder.layers is layers
-    assert len(layers) == 2
-
-
-def test_a_base_without_clip_skip_is_drawn_without_it():
-    studio = Studio(hosts.HOSTS["sdxl"]()[0], Catalog({}, {}), "xl")
-    asked = Recipe("a fox", steps=1, clip_skip=2)
-    recipe = studio.complete(asked)
-    assert recipe.clip_skip == 1
-    assert studio.notes(asked, recipe) == ["StableDiffusionXLPipeline is drawn without clip skip"]
-    assert studio.notes(recipe, recipe) == []
-
-
-def evaluations(studio, recipe):
-    """The weight of the fox each time the denoiser is evaluated."""
-    recipe = dataclasses.replace(recipe, prompt=recipe.prompt.replace("fox:0.8", "fox:1"))
-    with ExitStack() as stack:
-        traces = []
-        studio.draw(recipe, inside=lambda mixture: traces.append(stack.enter_context(mixture.trace())) or nullcontext())
-    place = next(p for p in traces[0].places if p.startswith("unet.mid_block") and "(" not in p)
-    return traces[0].weights(place)[:, 0].tolist()
-
-
-def test_samplers_differ_and_the_own_one_comes_back(studio):
-    own = studio.pipe.scheduler
-    drawn = {n: studio.draw(studio.complete(dataclasses.replace(RECIPE, sampler=n))) for n in ("Euler", "Euler Karras")}
-    assert far(*drawn.values()) > 0
-    assert studio.pipe.scheduler is own
-    pipe = tiny_pipeline()
-    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(own.config, use_karras_sigmas=True)
-    again = Studio(pipe, studio.catalog, "tiny")
-    assert far(again.draw(again.complete(dataclasses.replace(RECIPE, sampler="Euler"))), drawn["Euler"]) == 0
+# ---- seeds, sizes
 
 
 def test_a_random_seed_is_in_the_recipe(studio):
@@ -524,138 +406,6 @@ def test_other_hosts_draw_and_draw_over(host, photo, tmp_path):
         assert notes[1] == "FluxPipeline is drawn without the negative prompt"
         with pytest.raises(ValueError, match="block weights are for UNets; FluxTransformer2DModel"):
             studio.draw(studio.complete(dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1:lbw=MIDD>")))
-
-
-# ---- LoRAs by name
-
-
-def test_files_of_one_name_are_named_by_their_folder(loras, tmp_path):
-    for inside in ("people/fox", "animals/Fox", "hat"):
-        path = tmp_path / f"{inside}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        shutil.copy(loras[inside.rpartition("/")[2].lower()], path)
-    found = folder_loras(tmp_path)
-    assert found == {
-        "animals/Fox": tmp_path / "animals" / "Fox.safetensors",
-        "hat": tmp_path / "hat.safetensors",
-        "people/fox": tmp_path / "people" / "fox.safetensors",
-    }
-    studio = Studio(tiny_pipeline(), Catalog(found, {}), "tiny")
-    recipe = studio.complete(dataclasses.replace(RECIPE, prompt="a fox <lora:People/Fox:1> <lora:HAT:0.5>"))
-    assert recipe.prompt == "a fox <lora:people/fox:1> <lora:hat:0.5>"
-    assert studio.draw(recipe).size == (32, 32)
-    with pytest.raises(ValueError, match="no LoRA 'fox'; known: animals/Fox, hat, people/fox"):
-        studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:fox:1>"))
-    with pytest.raises(ValueError, match="two tags of the prompt mean the same LoRA: HAT, hat"):
-        studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:HAT:1> <lora:hat:1>"))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_names_that_are_not_utf_8_are_left_out(loras, tmp_path):
-    for inside in ("good", "caf\udce9", "caf\udce9/hat"):
-        path = tmp_path / f"{inside}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        shutil.copy(loras["fox"], path)
-        (tmp_path / "gates" / inside.replace("/", "")).mkdir(parents=True)
-        (tmp_path / "gates" / inside.replace("/", "") / "config.json").touch()
-    assert folder_loras(tmp_path) == {"good": tmp_path / "good.safetensors"}
-    assert Catalog({}, {}).find_loras([tmp_path]) == ["good"]
-    assert folder_gates(tmp_path / "gates") == {"good": tmp_path / "gates" / "good"}
-
-
-def test_the_picture_beside_a_lora_is_found(tmp_path):
-    lora = tmp_path / "dream v1.5.safetensors"
-    (tmp_path / "dream v1.png").touch()  # of another one
-    (tmp_path / "dream v1.5.jpeg").mkdir()
-    assert preview(lora) is None
-    for end in (".webp", ".preview.webp", ".jpg", ".png", ".preview.png"):  # the later ones first
-        (tmp_path / f"dream v1.5{end}").touch()
-        assert preview(lora) == tmp_path / f"dream v1.5{end}"
-
-
-def test_folders_that_are_links_have_loras_too(loras, tmp_path):
-    """Also where they lead round in a circle; each file is there once."""
-    (tmp_path / "drive" / "people").mkdir(parents=True)
-    (tmp_path / "models" / "animals").mkdir(parents=True)
-    shutil.copy(loras["fox"], tmp_path / "drive" / "people" / "fox.safetensors")
-    shutil.copy(loras["hat"], tmp_path / "models" / "animals" / "hat.safetensors")
-    (tmp_path / "models" / "a drive").symlink_to(tmp_path / "drive")
-    (tmp_path / "models" / "a link").symlink_to(tmp_path / "models" / "animals")
-    (tmp_path / "drive" / "back").symlink_to(tmp_path / "models")
-    assert folder_loras(tmp_path / "models") == {
-        "fox": tmp_path / "models" / "a drive" / "people" / "fox.safetensors",
-        "hat": tmp_path / "models" / "animals" / "hat.safetensors",
-    }
-
-
-def test_a_lora_for_another_base_is_known_before_it_is_drawn(studio, loras, tmp_path):
-    files = {}
-    for host in ("sd15", "sdxl", "flux", "sd3"):
-        pipe, _ = hosts.HOSTS[host]()
-        files[host] = tiny_lora(pipe, tmp_path / f"{host}.safetensors")
-    save_file(load_file(files["sdxl"]), tmp_path / "said.safetensors", {"modelspec.architecture": "stable-diffusion-xl-v1"})
-    files["said"] = tmp_path / "said.safetensors"
-    stem, kohya = "lora_unet_joint_blocks_0_context_block_attn_qkv", tmp_path / "kohya.safetensors"
-    save_file({f"{stem}.lora_down.weight": torch.ones(1, 1536), f"{stem}.lora_up.weight": torch.ones(4608, 1)}, kohya)
-    for path in (*files.values(), *loras.values(), kohya):
-        expert = read_expert(path)
-        assert family_of_file(path) == expert.base
-        assert file_hash(path) == expert.sha256
-    catalog = Catalog(files, {})
-    assert catalog.family("FLUX") == "Flux"
-    here = Studio(hosts.HOSTS["flux"]()[0], catalog, "flux")
-    assert here.misfit("flux") == ""
-    other = Studio(hosts.HOSTS["sd3"]()[0], catalog, "sd3")
-    assert other.misfit("flux") == "it is made for Flux and this pipeline is SD 3"
-    with pytest.raises(
-        ValueError, match="the LoRA 'flux' cannot be used here: it is made for Flux and this pipeline is SD 3"
-    ):
-        other.complete(Recipe("a <lora:flux:1>"))
-
-
-def test_a_lora_is_found_by_its_hash_among_files_that_cannot_be_read(studio, loras, tmp_path):
-    (tmp_path / "a.safetensors").write_text("<html>")
-    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
-    catalog = Catalog({**folder_loras(tmp_path), "renamed": loras["fox"]}, {})
-    there = Studio(studio.pipe, catalog, "tiny")
-    assert [bool(there.misfit(name)) for name in catalog.loras] == [True, True, False]
-    with pytest.raises(ValueError, match="the LoRA 'gone' cannot be used here: no file at"):
-        there.complete(Recipe("a <lora:gone:1>"))
-    whole = hashlib.sha256(loras["fox"].read_bytes()).hexdigest()
-    for digest in (read_expert(loras["fox"]).sha256, whole):  # A1111's, and Forge's
-        assert catalog.local_name("fox", digest[:12]) == "renamed"
-    assert catalog.local_name("renamed", whole[:12].upper()) == "renamed"
-    with pytest.raises(ValueError, match="the LoRA 'fox' with hash 000000000000 is not here"):
-        catalog.local_name("fox", "0" * 12)
-
-
-def test_loras_that_were_used_longest_ago_leave_the_memory(loras, monkeypatch):
-    made = Catalog(dict(loras), {})
-    fox, ink = made.expert("fox"), made.expert("ink")
-    assert made.expert("fox") is fox  # used again, so ink is the older one
-    monkeypatch.setattr("mole_diffusers.studio.catalog.MOST_BYTES", 0)
-    monkeypatch.setattr("mole_diffusers.studio.catalog.FEWEST", 2)
-    hat = made.expert("hat")
-    assert (made.expert("fox"), made.expert("hat")) == (fox, hat)
-    assert list(made._experts) == ["fox", "hat"]
-    assert made.expert("ink") is not ink
-    monkeypatch.setattr("mole_diffusers.studio.catalog.MOST_BYTES", sum(loras[name].stat().st_size for name in loras))
-    assert made.expert("fox") is made.expert("fox")
-    assert list(made._experts) == ["hat", "ink", "fox"]  # there is room for all
-
-
-def test_a_file_with_the_recipes_name_is_tried_before_the_others_are_read(loras, monkeypatch):
-    read = []
-
-    def noted(path, *, whole=False):
-        read.append((path, whole))
-        return file_hash(path, whole=whole)
-
-    monkeypatch.setattr("mole_diffusers.studio.catalog.file_hash", noted)
-    catalog = Catalog(dict(loras), {})
-    for _ in range(2):
-        assert catalog.local_name("HAT", hashlib.sha256(loras["hat"].read_bytes()).hexdigest()[:12]) == "hat"
-    assert read == [(loras["hat"], False), (loras["hat"], True)]  # each once
 
 
 @pytest.mark.usefixtures("decided")
