@@ -1,8 +1,7 @@
 """Hooks around the forward of a module: small named classes, as diffusers' `ModelHook` is.
 
-They are registered with PyTorch, not in diffusers' `HookRegistry`. That one puts its own `forward` on each module and stays
-there when its hooks are removed, so the model would not be restored bit for bit; offloading would take our hooks for its
-own; and each call would run two more functions.
+They are registered with PyTorch, not in a `HookRegistry` of diffusers. That one stays on a module when its hooks are
+removed, with a `forward` of its own, so the model would not be as it was; and it calls no hook after a forward that raised.
 """
 
 from __future__ import annotations
