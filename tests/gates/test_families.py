@@ -142,3 +142,18 @@ def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, dra
     for control in (transforms.hardened, transforms.frozen_random(0)):
         with mixture.adjusted(control):
             assert not torch.allclose(draw(pipe), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", families("mole", "rank"))
+def test_a_family_that_is_not_trained_says_that_it_is_the_plain_sum(pipe, loras, draw, tmp_path, recwarn, family):
+    experts = {name: loras[name] for name in ("fox", "ink")}
+    mole.attach(pipe, experts, binding=None)
+    summed = draw(pipe)
+    assert not [each for each in recwarn if "gates weigh" in str(each.message)]
+    with pytest.warns(UserWarning, match=f"{family!r} gates weigh as the plain sum until they are trained or loaded"):
+        mixture = mole.attach(pipe, experts, family, binding=None)
+    assert torch.allclose(draw(pipe), summed, atol=1e-5)
+    mixture.save_pretrained(tmp_path)
+    recwarn.clear()
+    mole.attach(pipe, experts, tmp_path)
+    assert not [each for each in recwarn if "gates weigh" in str(each.message)]
