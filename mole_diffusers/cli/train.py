@@ -313,7 +313,7 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo
     from mole_diffusers.mixture import attach
     from mole_diffusers.studio.names import is_hub_id
     from mole_diffusers.training import read_clip, train_gates
-    from mole_diffusers.training.gate_trainer import summary
+    from mole_diffusers.training.gate_trainer import mean_losses, summary
 
     base = asked["base"]
     terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(data), 1.0)
@@ -342,7 +342,10 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo
         write_text(out / hub.CARD, card)
         if repo:
             hub.upload(out, repo, allow_patterns=[checkpoint.WEIGHTS, checkpoint.CONFIG, hub.CARD])
-    return Result({"out": str(out), **log[-1]}, f"{out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f}")
+    first, last = mean_losses(log)
+    words = f"{out}: loss {first['loss']:.3f} -> {last['loss']:.3f}, means over a tenth of the updates"
+    words += f"; success in validation {last['success']:.2f}" if "success" in last else ""
+    return Result({"out": str(out), "updates": len(log), **last}, words)
 
 
 def _own_terms(data: Any) -> list[str]:

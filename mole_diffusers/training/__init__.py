@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from mole_diffusers.training.clip import Clip, read_clip
     from mole_diffusers.training.config import GateTraining, LoraTraining, Validation
     from mole_diffusers.training.data import Samples, TrainingData, encode, read_folder
-    from mole_diffusers.training.gate_trainer import train_gates
+    from mole_diffusers.training.gate_trainer import mean_losses, train_gates
     from mole_diffusers.training.lora_adapter import save_kohya, save_lora
     from mole_diffusers.training.lora_trainer import class_samples, train_lora
 
@@ -21,6 +21,7 @@ __all__ = [
     "Validation",
     "class_samples",
     "encode",
+    "mean_losses",
     "read_clip",
     "read_folder",
     "save_kohya",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -270,11 +270,21 @@ class GateTrainer:
         return {**settings, **self.data.to_dict(), **models, "gates": self.mixture.config.to_dict(), "experts": experts}
 
 
+def mean_losses(log: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Means of the log's numbers over the first and over the last tenth of the updates; that of one update is mostly chance.
+
+    The last also has the latest success in validation, if there was one.
+    """
+    names, count = [name for name in log[0] if name not in ("step", "success")], max(1, len(log) // 10)
+    first, last = ({name: sum(row[name] for row in rows) / count for name in names} for rows in (log[:count], log[-count:]))
+    return first, last | next(({"success": row["success"]} for row in reversed(log) if "success" in row), {})
+
+
 def summary(config: GateTraining, log: Sequence[dict]) -> str:
     """How gates were trained and with what result, as a sentence or two for their model card."""
     terms = ", ".join(f"{name} (weight {term.weight:g})" for name, term in config.parsed.items())
-    reached = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name != "step")
-    return f"Trained for {len(log)} updates on {terms}. Last update: {reached}."
+    reached = ", ".join(f"{name} {value:.4g}" for name, value in mean_losses(log)[1].items())
+    return f"Trained for {len(log)} updates on {terms}. Mean of the last tenth of them: {reached}."
 
 
 def drop_experts(experts: Sequence[str], drop: float, generator: torch.Generator) -> list[str]:

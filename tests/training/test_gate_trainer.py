@@ -20,7 +20,7 @@ from mole_diffusers.training import engine
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining, Validation
 from mole_diffusers.training.data import Samples, TrainingData
-from mole_diffusers.training.gate_trainer import parameter_groups, train_gates
+from mole_diffusers.training.gate_trainer import mean_losses, parameter_groups, summary, train_gates
 from mole_diffusers.training.objectives import OBJECTIVES
 
 TEACH = {"seeds": 2, "steps": 2}
@@ -525,3 +525,17 @@ def test_training_on_cuda(loras, clip, precision):
     log = train_gates(pipe, mixture, DRAWN, config=GateTraining(terms, precision=precision, **SHORT), clip=clip)
     assert all(math.isfinite(row["loss"]) for row in log)
     assert all(p.device.type == "cuda" for p in mixture.parameters())
+
+
+def test_a_run_ends_with_the_means_of_its_last_tenth():
+    """And with the latest success in validation. A short run has one update at each end."""
+    log = [{"step": i, "loss": float(100 - i), "single": i % 2} for i in range(40)]
+    log[20]["success"], log[35]["success"] = 0.25, 0.75
+    first, last = mean_losses(log)
+    assert first == {"loss": 98.5, "single": 0.5}
+    assert last == {"loss": 62.5, "single": 0.5, "success": 0.75}
+    assert mean_losses(log[:5]) == ({"loss": 100.0, "single": 0.0}, {"loss": 96.0, "single": 0.0})
+    text = summary(GateTraining({"single": 1.0}), log)
+    assert text == (
+        "Trained for 40 updates on single (weight 1). Mean of the last tenth of them: loss 62.5, single 0.5, success 0.75."
+    )

@@ -77,11 +77,14 @@ def test_settings_are_written_whole_over_nothing_and_only_if_they_can_run(tmp_pa
 
 
 @pytest.mark.parametrize("suffix", ["yaml", *thorough("json")])
-def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix):
+def test_a_file_of_settings_gives_the_run_of_its_flags(flags, tmp_path, suffix, capsys):
     file, (one, two) = tmp_path / f"run.{suffix}", (tmp_path / n for n in ("one", "two"))
     assert main(["train", *flags, "--precision", "no", "--write-config", str(file)]) == 0
     assert not one.exists()
     assert main(["train", *flags, "--out", str(one)]) == 0
+    rows = [json.loads(line) for line in (one / "log.jsonl").read_text().splitlines()]
+    ends = f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}, means over a tenth of the updates"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{one}: {ends}"
     assert main(["train", "--config", str(file), "--out", str(two)]) == 0
     assert (one / "gates.safetensors").read_bytes() == (two / "gates.safetensors").read_bytes()
     assert (one / "log.jsonl").read_text() == (two / "log.jsonl").read_text()

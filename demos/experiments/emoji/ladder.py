@@ -41,7 +41,7 @@ from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
-from mole_diffusers.training.gate_trainer import train_gates
+from mole_diffusers.training.gate_trainer import mean_losses, train_gates
 
 UPDATES = (60, 200)
 
@@ -134,8 +134,7 @@ def train(
 
 def reached(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each term over the last tenth of the updates."""
-    last = log[-max(1, len(log) // 10) :]
-    return {name: round(sum(row[name] for row in last) / len(last), 3) for name in log[0] if name != "step"}
+    return {name: round(value, 3) for name, value in mean_losses(log)[1].items()}
 
 
 # ---- drawing
