@@ -4,6 +4,7 @@ A public name is imported when it is first used (PEP 562), so that importing the
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,15 +95,24 @@ if not TYPE_CHECKING:  # a type checker reads the imports above, and should know
     def __getattr__(name: str) -> Any:
         """A public name, or a submodule such as `mole_diffusers.emoji`."""
         path = f"{__name__}.{_HOME.get(name, name)}"
+        notices = logging.getLogger("transformers.utils.import_utils")
+        notices.addFilter(_is_not_of_torchvision)
         try:
             module = importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name != path:
                 raise
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        finally:
+            notices.removeFilter(_is_not_of_torchvision)
         globals()[name] = value = getattr(module, name) if name in _HOME else module
         return value
 
 
+def _is_not_of_torchvision(record: logging.LogRecord) -> bool:
+    """False for the notice that Pillow prepares pictures if torchvision is not installed, which changes nothing."""
+    return "requires torchvision (not installed)" not in record.getMessage()
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

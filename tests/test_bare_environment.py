@@ -70,6 +70,8 @@ def test_attach_draw_and_save_work_with_few_packages(bare, tmp_path):
     assert not {"pandas", "compel", "gradio", "matplotlib"} & {path.name for path in bare.iterdir()}
     done = run(bare, "-c", SCRIPT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "torchvision" not in done.stderr
+    assert "torch_dtype" not in done.stderr
     made = {"picture.png", "one.safetensors", "gates"}
     assert {path.name for path in tmp_path.iterdir()} == made
 

@@ -52,6 +52,6 @@ def emoji_world(*, device: str = "cpu", dtype: torch.dtype = torch.float32) -> E
     Raises FileNotFoundError if the installation does not include it.
     """
     folder = emoji.default_folder()
-    pipe = StableDiffusionPipeline.from_pretrained(folder / "base", torch_dtype=dtype, local_files_only=True).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "base", dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
     return EmojiWorld(pipe, concept_files(), gate_folders(), emoji.Drawings(folder), folder)

@@ -292,7 +292,7 @@ class DropIn:
         models = [model for model in pipeline.components.values() if hasattr(model, "dtype")]
         dtypes = [model.dtype for model in models]
         widest = functools.reduce(torch.promote_types, dtypes, dtypes[0])
-        pipe = super().from_pipe(pipeline, torch_dtype=widest, **kwargs)
+        pipe = super().from_pipe(pipeline, dtype=widest, **kwargs)
         for model, dtype in zip(models, dtypes, strict=True):
             if dtype != widest:
                 model.to(dtype)

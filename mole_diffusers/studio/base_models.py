@@ -194,7 +194,7 @@ def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[A
     parts = {"text_encoder_3": None, "tokenizer_3": None} if lacks_t5 else {}
     try:
         loading = getattr(diffusers, PIPELINES[kind]).from_single_file
-        pipe = loading(str(path), config=str(source), torch_dtype=memory.torch_dtype, **parts)
+        pipe = loading(str(path), config=str(source), dtype=memory.torch_dtype, **parts)
         for part in (each for each in pipe.components.values() if isinstance(each, torch.nn.Module)):
             part.eval()  # diffusers leaves T5 in training mode, and its dropout would change every picture
             if tie := getattr(part, "tie_weights", None):  # T5 has one matrix under two names; a file has only one of them
@@ -228,7 +228,7 @@ def _open_saved(source: str, memory: Memory) -> tuple[Any, Memory]:
         memory = memory.completed(pipeline_class(index, source))
         lacking = {name: None for name, kind in index.items() if kind == [None, None]}  # for example SD 3 without T5
         loading = diffusers.DiffusionPipeline.from_pretrained
-        return loading(source, torch_dtype=memory.torch_dtype, use_safetensors=True, **lacking), memory
+        return loading(source, dtype=memory.torch_dtype, use_safetensors=True, **lacking), memory
     except OSError as error:
         here = Path(source).is_dir()
         why = str(error).strip().splitlines()[0] if here else "the hub has no such model, or cannot be reached"

@@ -17,7 +17,7 @@ def test_the_base_learns_the_latents_that_the_autoencoder_gives(script):
     drawings, rng, random = Drawings(default_folder()), np.random.default_rng(1), script("random_scenes")
     scenes = [random.draw_scene(words.SUBJECTS, words.STYLES, rng, count=1) for _ in range(6)]
     pictures = script("loop").to_tensor([random.random_picture(drawings, scene, rng) for scene in scenes])
-    autoencoder = AutoencoderKL.from_pretrained(drawings.folder / "base" / "vae", torch_dtype=torch.float32)
+    autoencoder = AutoencoderKL.from_pretrained(drawings.folder / "base" / "vae", dtype=torch.float32)
     with torch.no_grad():
         encoded = autoencoder.encode(pictures).latent_dist.mean * autoencoder.config.scaling_factor
     assert (encoded - script("encoder").patches(drawings)(pictures)).square().mean() < 1e-4

@@ -276,7 +276,7 @@ def test_from_pipe_shares_models_mixture_and_precision(kind, tmp_path):
     assert other.mixture is pipe.mixture
     assert other.unet.dtype == pipe.vae.dtype == torch.bfloat16
     assert hosts.draw(other, hosts.IMAGE).isfinite().all()
-    cast = mole.MoLEStableDiffusionPipeline.from_pipe(pipe, torch_dtype=torch.float32)
+    cast = mole.MoLEStableDiffusionPipeline.from_pipe(pipe, dtype=torch.float32)
     assert cast.unet.dtype == torch.float32
     cast.vae.to(torch.bfloat16)
     assert mole.MoLEStableDiffusionPipeline.from_pipe(cast).vae.dtype == torch.bfloat16

@@ -67,7 +67,7 @@ def trained() -> AutoencoderKL:
         autoencoder = build(Drawings(default_folder()))
         autoencoder.decoder.load_state_dict(averaged("decoder"))
     else:
-        autoencoder = AutoencoderKL.from_pretrained(default_folder() / "base" / "vae", torch_dtype=torch.float32)
+        autoencoder = AutoencoderKL.from_pretrained(default_folder() / "base" / "vae", dtype=torch.float32)
     return autoencoder.to(device(), memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

@@ -161,7 +161,7 @@ def test_from_pipe_of_diffusers_shares_the_mixture_and_casts_what_is_shared(lora
     pipe = tiny_pipeline().to(torch.bfloat16)
     mixture = awake(mole.attach(pipe, loras, "mole"))
     picture = draw(pipe)
-    other = diffusers.StableDiffusionPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
+    other = diffusers.StableDiffusionPipeline.from_pipe(pipe, dtype=torch.bfloat16)
     assert torch.equal(draw(hosts.quiet(other)), picture)
     assert mole.attached(other) is mixture
     cast = diffusers.StableDiffusionPipeline.from_pipe(pipe)  # to float32, as diffusers does unless it is told

@@ -40,7 +40,7 @@ def theirs(other, pipe, extra, weight):
 
 def test_an_ordinary_lora_is_weighed_swapped_and_deleted_beside_the_mixture(other, ordinary):
     pipe = other.pipe
-    second = hosts.quiet(type(pipe).from_pipe(pipe, torch_dtype=torch.float32))
+    second = hosts.quiet(type(pipe).from_pipe(pipe, dtype=torch.float32))
     mixture = other.attach()
     before = held(other, mixture)
     pipe.load_lora_weights(ordinary[0], adapter_name="lcm")

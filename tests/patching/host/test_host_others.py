@@ -34,7 +34,7 @@ def test_from_pipe_shares_the_mixture(other):
     kind = type(other.pipe)
     mixture = other.attach()
     picture = hosts.draw(other.pipe, other.options)
-    second = hosts.quiet(kind.from_pipe(other.pipe, torch_dtype=torch.float32))
+    second = hosts.quiet(kind.from_pipe(other.pipe, dtype=torch.float32))
     assert mole.attached(second) is mixture
     assert torch.equal(hosts.draw(second, other.options), picture)
 

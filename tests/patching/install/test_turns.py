@@ -127,7 +127,7 @@ def test_the_pipeline_keeps_its_kind_and_its_signature(pipe, loras, draw):
     mole.attach(pipe, {"ink": loras["ink"]})
     assert type(pipe) is kind
     assert inspect.signature(pipe.__call__) == signature
-    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float32)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=torch.float32)
     assert type(other) is StableDiffusionImg2ImgPipeline
     with TemporaryDirectory() as folder, mole.attached(pipe).lifted():
         pipe.save_pretrained(folder)
