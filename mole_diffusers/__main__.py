@@ -2,7 +2,7 @@
 
 import sys
 
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -283,7 +283,7 @@ def test_after_two_failures_a_page_can_choose_the_old_base_again(actions, blocks
 def test_the_command_takes_several_bases(loras, tmp_path, monkeypatch, capsys):
     """A folder of models, and one beside it; each says how it was opened, and what it cannot."""
     from mole_diffusers.app import build
-    from mole_diffusers.cli import main
+    from mole_diffusers.cli.mole import main
 
     tiny_pipeline().save_pretrained(tmp_path / "models" / "checkpoints" / "dream")
     hosts.flux().save_pretrained(tmp_path / "flux")

@@ -6,7 +6,7 @@ from base64 import b64decode
 import pytest
 from app_client import RECIPE, served
 
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 
 pytest.importorskip("gradio")
 mcp = pytest.importorskip("mcp")

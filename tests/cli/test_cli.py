@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageChops
 
 from mole_diffusers import merge, read_expert
-from mole_diffusers.cli import main, parser
 from mole_diffusers.cli.common import parse_file
 from mole_diffusers.cli.library import THRESHOLD, Mode
 from mole_diffusers.cli.merge import Method, by_name
+from mole_diffusers.cli.mole import main, parser
 from mole_diffusers.studio import infotext
 from mole_diffusers.testing import tiny_pipeline
 

@@ -10,7 +10,7 @@ from PIL import Image
 from single_file import save_single_file
 from tiers import thorough
 
-from mole_diffusers.cli import main, parser
+from mole_diffusers.cli.mole import main, parser
 from mole_diffusers.cli.options import Opening
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.base_models import find_base

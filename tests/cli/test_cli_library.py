@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 from mole_diffusers.emoji.world import concept_files
 from mole_diffusers.testing import tiny_pipeline
 

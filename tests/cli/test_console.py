@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import mole_diffusers as mole
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 
 SLOW = ("torch", "diffusers", "transformers", "matplotlib", "gradio")
 
@@ -21,7 +21,7 @@ def shell(code):
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["evaluate", "--help"]])
 def test_help_loads_no_model_library(argv):
-    asked = f"from mole_diffusers.cli import main; import sys; assert main({argv}) == 0; "
+    asked = f"from mole_diffusers.cli.mole import main; import sys; assert main({argv}) == 0; "
     out, _ = shell(f"{asked}print([name for name in {SLOW} if name in sys.modules])")
     assert out.splitlines()[-1] == "[]"
     assert len(out.splitlines()) > 1
@@ -29,7 +29,7 @@ def test_help_loads_no_model_library(argv):
 
 def test_inspect_loads_what_it_reads_files_with_and_nothing_for_a_file_that_is_missing(loras):
     for path, loaded in (("gone.safetensors", []), (loras["fox"], ["torch"])):
-        asked = f"from mole_diffusers.cli import main; import sys; main(['inspect', '{path}']); "
+        asked = f"from mole_diffusers.cli.mole import main; import sys; main(['inspect', '{path}']); "
         out, _ = shell(f"{asked}print([name for name in {SLOW} if name in sys.modules])")
         assert out.splitlines()[-1] == str(loaded)
 
@@ -58,7 +58,7 @@ def test_the_version(capsys):
 @pytest.mark.thorough
 def test_other_libraries_are_silent_unless_asked(tmp_path):
     argv = ["draw", "a fox <lora:fox:1>", "--steps", "1", "--out", f"{tmp_path}/x.png"]
-    out, err = shell(f"from mole_diffusers.cli import main; main({argv})")
+    out, err = shell(f"from mole_diffusers.cli.mole import main; main({argv})")
     assert out == f"a fox <lora:fox:1>: {tmp_path}/x.png\n"
     said = [line for line in re.split(r"[\r\n]+ *", err) if line and "%|" not in line]  # its own bar, if it took long
     assert said == ["emoji: StableDiffusionPipeline, cpu, float32"]
@@ -68,7 +68,7 @@ def test_other_libraries_are_silent_unless_asked(tmp_path):
 @pytest.mark.thorough
 def test_other_libraries_speak_where_asked(tmp_path):
     argv = ["draw", "a fox <lora:fox:1>", "--steps", "1", "--out", f"{tmp_path}/x.png", "-v"]
-    out, err = shell(f"from mole_diffusers.cli import main; main({argv})")
+    out, err = shell(f"from mole_diffusers.cli.mole import main; main({argv})")
     assert out == f"a fox <lora:fox:1>: {tmp_path}/x.png\n"
     assert "Loading pipeline components" in err
 
@@ -78,5 +78,5 @@ def test_our_own_warnings_are_one_line(tmp_path):
     for i in range(2):
         Image.new("RGB", (64, 64), (90 * i, 0, 0)).save(tmp_path / f"{i}.png")
     argv = ["train-lora", "--data", str(tmp_path), "--trigger", "sks", "--prompt", "a fox", "--steps", "1", "--batch", "1"]
-    _, err = shell(f"from mole_diffusers.cli import main; main({[*argv, '--out', str(tmp_path / 'sks')]})")
+    _, err = shell(f"from mole_diffusers.cli.mole import main; main({[*argv, '--out', str(tmp_path / 'sks')]})")
     assert err.splitlines()[0] == "warning: the caption 'a fox' lacks the trigger 'sks', 2 do"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from tiers import thorough
 
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 
 DOCS = Path(__file__).parents[2] / "docs"
 MINE = ("tutorial.md", "evaluation.md", "training.md", "speed.md")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mole_diffusers.cli import main, parser
+from mole_diffusers.cli.mole import main, parser
 from mole_diffusers.lora import read_expert
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.config import BALANCE

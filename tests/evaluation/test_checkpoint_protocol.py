@@ -21,7 +21,8 @@ from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_s
 
 import mole_diffusers
 from mole_diffusers import attach
-from mole_diffusers.cli import main
+from mole_diffusers.cli import evaluate as evaluating
+from mole_diffusers.cli.mole import main
 from mole_diffusers.evaluation import measures
 from mole_diffusers.evaluation.checkpoint_protocol import Measures, read_cases
 from mole_diffusers.evaluation.judging_sheet import agreement, count_answers, votes, write_sheet
@@ -32,8 +33,6 @@ from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.inspection.gate_figures import block_places, heat_map
 from mole_diffusers.testing import tiny_pipeline
-
-COMMAND = sys.modules["mole_diffusers.cli.evaluate"]  # the package of the commands has a function of this name
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +433,7 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
         assert main([*checkpoint, *fox, "--arm", "sum", *asked]) == 1
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("rows*"))
-    monkeypatch.setattr(COMMAND, "DEFAULT_ARMS", ("base", "grid search", "k-lora"))
+    monkeypatch.setattr(evaluating, "DEFAULT_ARMS", ("base", "grid search", "k-lora"))
     assert main([*checkpoint, *fox, "--gates", str(tmp_path / "none"), "--seeds", "1", "--json"]) == 0
     out, err = capsys.readouterr()
     assert {row["arm"] for row in json.loads(out)} == {"base", "k-lora"}
@@ -609,6 +608,6 @@ def test_two_processes_make_the_page_of_one(command, tmp_path, capsys):
 
 
 def test_a_missing_library_is_named_with_its_extra(command, monkeypatch, capsys):
-    monkeypatch.setattr(COMMAND, "NEEDED", ("pandas", "timmy", "open_clap"))
+    monkeypatch.setattr(evaluating, "NEEDED", ("pandas", "timmy", "open_clap"))
     assert main(command) == 1
     assert "mole evaluate: this needs timmy, open_clap: pip install 'mole-diffusers[evaluate]'" in capsys.readouterr().err

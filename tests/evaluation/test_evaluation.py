@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mole_diffusers import attach, detach, emoji
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 from mole_diffusers.evaluation import arms, checkpoint_protocol, emoji_protocol, strength_search, tables
 from mole_diffusers.evaluation.rows import Rows, picture_path
 from mole_diffusers.evaluation.runner import Case, Setup, evaluate, requested_rows

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mole_diffusers import emoji
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.recipe import DEFAULTS, FORMAT, VERSION, Recipe, load
 from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.weight_syntax import plain_text

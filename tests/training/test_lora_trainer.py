@@ -15,7 +15,7 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers import emoji
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 from mole_diffusers.lora import read_expert, summarize
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.testing import tiny_pipeline

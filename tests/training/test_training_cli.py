@@ -12,7 +12,7 @@ from PIL import Image
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 from mole_diffusers.cli.train import READ_BY, _canvas
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer

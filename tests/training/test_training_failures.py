@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import mole_diffusers as mole
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training import engine

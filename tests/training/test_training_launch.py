@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mole_diffusers.cli import main
+from mole_diffusers.cli.mole import main
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.engine import STATE, checkpoints
 
