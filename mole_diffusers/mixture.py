@@ -303,7 +303,7 @@ class Mixture:
 
     @contextmanager
     def drawing(self, call: Mapping[str, Any] | None = None, *, pipe: Any = None) -> Iterator[None]:
-        """The block that every call of the pipeline runs in: other threads wait, and the picture's layout is planned anew.
+        """The block that every call of the pipeline runs in: other threads wait, and the picture's layout is decided anew.
 
         Use it if you draw without calling the pipeline, for example in your own denoising loop. Pictures that are drawn
         this way are not drawn in tiles.
@@ -364,7 +364,7 @@ class Mixture:
         return self._changed_while(part, self._sampling.listeners.decisions.to(()))
 
     def _set_places(self, masks: TokenMasks, places: Mapping[ThingKey, torch.Tensor]) -> bool:
-        done = masks.plan(places)
+        done = masks.set_places(places)
         self._sampling.acting.changed()
         return done
 

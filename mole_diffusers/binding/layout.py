@@ -69,7 +69,7 @@ def _centres(cells: torch.Tensor, axis: str) -> torch.Tensor:
     return (along * torch.arange(along.shape[1])).sum(1) / along.sum(1)
 
 
-def planned(
+def assigned_regions(
     maps: torch.Tensor,
     height: int,
     width: int,

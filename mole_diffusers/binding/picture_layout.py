@@ -1,4 +1,4 @@
-"""The places of a prompt's things in the pictures of one batch: collects maps, then plans a layout and keeps it."""
+"""The places of a prompt's things in the pictures of one batch: collects maps, then decides the layout and keeps it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import torch.nn.functional as F
 
 from mole_diffusers.binding import layout
 from mole_diffusers.binding.config import Bound, given_region
-from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.binding.regions import GridSize, region_mask
 from mole_diffusers.binding.sentence import Mention, Sentence
 from mole_diffusers.binding.words import Marks, Reading, Thing, ThingKey, keys
 from mole_diffusers.functional import onto
 
 UNDECIDED = 0.02  # share of attention by which the best layout should be better than the next
-
-Side = tuple[int, int]  # height and width of the latents, or of a layer's part of them
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Layout:
     Attributes:
         regions: name of an expert, or a noun without an expert -> [H, W] in 0..1, in latent pixels. Experts that act in
             the whole picture are not included.
-        maps: the same names -> [h, w], the attention to their words from which the layout was planned.
+        maps: the same names -> [h, w], the attention to their words from which the layout was decided.
     """
 
     regions: dict[str, torch.Tensor]
@@ -53,7 +51,7 @@ class PictureLayout:
         *,
         groups: Sequence[bool],
         frames: int,
-        side: Side | None,
+        side: GridSize | None,
     ):
         self.names, self.bound = list(bound), list(bound.values())
         self.readings, self.side = readings, side
@@ -67,22 +65,22 @@ class PictureLayout:
         self._regions: dict[int, torch.Tensor] = {}  # row -> [K, H, W], if its things have places
         self._decided: set[int] = set()  # rows whose layout is decided: with places, or without any
 
-    # ---- planning
+    # ---- deciding
 
     @property
     def wants_maps(self) -> bool:
         """Whether there is something to place that no decision was made about."""
-        return not self._decided and any(map(self._placed, self.picture_rows))
+        return not self._decided and any(map(self._to_place, self.picture_rows))
 
     @property
-    def can_plan(self) -> bool:
+    def can_decide(self) -> bool:
         """Whether maps have been read and the layout has not been decided."""
         return bool(self._maps) and not self._decided
 
-    def add_maps(self, shares: torch.Tensor, side: Side) -> None:
+    def add_maps(self, shares: torch.Tensor, side: GridSize) -> None:
         """Add what a layer of this height and width attends to in each picture: shares [P, T, S] of its text's tokens."""
         for share, row in zip(shares, self.picture_rows, strict=True):
-            if things := self._placed(row):
+            if things := self._to_place(row):
                 maps = _attended(share, [thing.tokens for thing in things], side)
                 self._maps[row] = self._maps.get(row, torch.zeros_like(maps)) + maps
 
@@ -91,7 +89,7 @@ class PictureLayout:
         """Whether the text of any picture has words that belong to somebody or have a place."""
         return any(map(self._spoken, self.picture_rows))
 
-    def named_maps(self, shares: torch.Tensor, side: Side) -> list[dict[str, torch.Tensor]]:
+    def named_maps(self, shares: torch.Tensor, side: GridSize) -> list[dict[str, torch.Tensor]]:
         """The maps of all words in one layer, from the arguments of `add_maps`: per picture, name -> [h, w] on the CPU."""
         named = []
         for share, row in zip(shares, self.picture_rows, strict=True):
@@ -106,13 +104,13 @@ class PictureLayout:
         spoken = {name: own for name, own in zip(self.names, reading.own, strict=True) if any(own)}
         return spoken | {self._label(thing): thing.tokens for thing in reading.things if not thing.experts}
 
-    def plan(self) -> list[str]:
+    def decide(self) -> list[str]:
         """Decide the layout of every picture. What is not decided for sure has no place. Returns warnings."""
         warned = []
         for row, maps in self._maps.items():
             if self.side is not None:
-                things = self._placed(row)
-                regions, margin = planned_regions(self.readings[row], things, maps.cpu(), self.bound, self.side)
+                things = self._to_place(row)
+                regions, margin = regions_of_things(self.readings[row], things, maps.cpu(), self.bound, self.side)
                 named = _listed([thing.name for thing in things])
                 if not regions.flatten(1).any(1).all():
                     warned.append(f"the given regions leave {named} no place: they act in the whole picture")
@@ -123,11 +121,11 @@ class PictureLayout:
                 self._decided.add(row)
         return warned
 
-    def put(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
-        """Take places [H, W] that were planned elsewhere, by `words.keys`. Returns whether all things have one."""
+    def set_places(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
+        """Take places [H, W] that were decided elsewhere, by `words.keys`. Returns whether all things have one."""
         found = {}
         for row in self.picture_rows:
-            things, placed = self.readings[row].things, self._placed(row)
+            things, placed = self.readings[row].things, self._to_place(row)
             given = [regions.get(key) for key, thing in zip(keys(things), things, strict=True) if thing in placed]
             fitting = [region for region in given if region is not None and region.shape == self.side]
             if not fitting or len(fitting) < len(given):
@@ -159,7 +157,7 @@ class PictureLayout:
     def unplaced(self) -> list[str]:
         """The things that should have their own place, and that nothing was decided about."""
         rows = [row for row in self.picture_rows if row not in self._decided]
-        return list(dict.fromkeys(thing.name for row in rows for thing in self._placed(row)))
+        return list(dict.fromkeys(thing.name for row in rows for thing in self._to_place(row)))
 
     def crowded(self, acting: Sequence[bool]) -> list[str]:
         """Warnings if several of the acting experts, [N], have one place.
@@ -192,7 +190,7 @@ class PictureLayout:
         empty = [name for name, region in given if not region_mask(region, *self.side).any()]
         return [f"expert {name!r} acts nowhere: its region is empty" for name in empty]
 
-    def _placed(self, row: int) -> list[Thing]:
+    def _to_place(self, row: int) -> list[Thing]:
         """The things of a row's text that get a place from attention.
 
         These are the things without a given region, if there are several things, and at least one has an expert.
@@ -215,7 +213,7 @@ class PictureLayout:
             for k, region in given.items():
                 mask[k] = region_mask(region, *self.side)
             found: dict[int, torch.Tensor] = {}
-            for thing, place in self._located(row):
+            for thing, place in self._with_places(row):
                 for k in (*thing.experts, *thing.worn):
                     found[k] = torch.maximum(found[k], place) if k in found else place
             for k, place in found.items():
@@ -224,22 +222,22 @@ class PictureLayout:
             rows.append(mask)
         return torch.stack(rows)
 
-    def closed_words(self, side: Side) -> torch.Tensor:
+    def closed_words(self, side: GridSize) -> torch.Tensor:
         """[B, T, S] in 0..1: how much each word is closed to each place of a layer. Unconditional rows close nothing.
 
         A word is open at the places of all things that it names.
         """
         closed = torch.zeros(len(self.readings), side[0] * side[1], len(self.readings[0].own[0]))
         for row, prompt in enumerate(self.prompt_of):
-            if self._is_prompt[row] and (located := self._located(prompt)):
+            if self._is_prompt[row] and (located := self._with_places(prompt)):
                 inside = F.adaptive_avg_pool2d(torch.stack([region for _, region in located])[None], side)[0].flatten(1)
                 own = torch.tensor([thing.tokens for thing, _ in located], dtype=torch.float32)  # [K, S]
                 closed[row] = own.amax(0) - (inside[:, :, None] * own[:, None]).amax(0)
         return closed
 
-    def _located(self, row: int) -> list[tuple[Thing, torch.Tensor]]:
-        """The things of a row that have a region, planned or given."""
-        found = list(zip(self._placed(row), self._regions[row], strict=True)) if row in self._regions else []
+    def _with_places(self, row: int) -> list[tuple[Thing, torch.Tensor]]:
+        """The things of a row that have a region, decided or given."""
+        found = list(zip(self._to_place(row), self._regions[row], strict=True)) if row in self._regions else []
         there = [thing for thing, _ in found]
         for thing in self.readings[row].things if self.readings else ():
             if thing not in there and self.side is not None and (region := given_region(thing, self.bound)) is not None:
@@ -250,11 +248,11 @@ class PictureLayout:
         """The layout of each picture, in their order."""
         found = []
         for row in self.picture_rows:
-            regions = self._by_label(self._located(row))
+            regions = self._by_label(self._with_places(row))
             for name, bound in zip(self.names, self.bound, strict=True):
                 if self.side is not None and bound.given is not None:
                     regions.setdefault(name, region_mask(bound.given, *self.side))
-            read = zip(self._placed(row), self._maps.get(row, ()), strict=False)
+            read = zip(self._to_place(row), self._maps.get(row, ()), strict=False)
             found.append(Layout(regions, {label: map_.cpu() for label, map_ in self._by_label(read).items()}))
         return found
 
@@ -277,14 +275,16 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(map(repr, names))
 
 
-def planned_regions(
+def regions_of_things(
     reading: Reading | Sentence,
     free: Sequence[Thing | Mention],
     maps: torch.Tensor | None,
     bound: Sequence[Bound],
-    side: Side,
+    side: GridSize,
 ) -> tuple[torch.Tensor, float]:
-    """Regions [K, H, W] for the things of a text without a given one, and how certain they are, see `layout.planned`.
+    """Regions [K, H, W] for the things of a text without a given one, and how certain they are.
+
+    See `layout.assigned_regions`.
 
     Args:
         maps: [K, h, w], what the words of each attend to; None for regions in the order of `free`.
@@ -296,10 +296,10 @@ def planned_regions(
     relations = [(index[a], index[b], axis) for a, b, axis in reading.relations if a in index and b in index]
     if maps is None:
         maps = layout.partition(len(free), *side, [axis for _, _, axis in relations])[: len(free)]
-    return layout.planned(maps, *side, relations, taken=taken)
+    return layout.assigned_regions(maps, *side, relations, taken=taken)
 
 
-def _attended(share: torch.Tensor, words: Sequence[Marks], side: Side) -> torch.Tensor:
+def _attended(share: torch.Tensor, words: Sequence[Marks], side: GridSize) -> torch.Tensor:
     """The attention to some words each, scaled from 0 at the lowest place to 1: share [T, S] -> [K, h, w]."""
     own = onto(torch.tensor(words, dtype=torch.float32), share.device)  # [K, S]
     maps = (own / own.sum(1, keepdim=True)) @ share.float().T  # [K, T]
@@ -307,13 +307,13 @@ def _attended(share: torch.Tensor, words: Sequence[Marks], side: Side) -> torch.
     return ((maps - low) / (high - low).clamp_min(1e-12)).reshape(-1, *side)
 
 
-def sides(side: Side | None) -> Iterator[Side]:
+def sides(side: GridSize | None) -> Iterator[GridSize]:
     """Height and width of the latents, and after each halving."""
     while side is not None:
         yield side
         side = (-(-side[0] // 2), -(-side[1] // 2)) if max(side) > 1 else None
 
 
-def side_of(tokens: int, side: Side | None) -> Side | None:
+def side_of(tokens: int, side: GridSize | None) -> GridSize | None:
     """Height and width of a layer with this many tokens, in a picture whose latents have this side. None: it has others."""
     return next(((height, width) for height, width in sides(side) if height * width == tokens), None)

@@ -10,6 +10,7 @@ from PIL import Image
 
 Box = tuple[float, float, float, float]
 Region = str | Box | Image.Image
+GridSize = tuple[int, int]  # height and width of a picture, in latent pixels or in tokens of a layer
 
 AUTO, EVERYWHERE = "auto", "everywhere"
 BOXES: dict[str, Box] = {  # left, top, right, bottom, in shares of width and height

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.picture_layout import Side, side_of
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, region_mask
+from mole_diffusers.binding.picture_layout import side_of
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE, GridSize, Region, region_mask
 from mole_diffusers.evaluation.sampling_composers import read_by, texts_apart
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.cross_attention import cross_attentions
@@ -127,7 +127,7 @@ def _reading(mixture: Mixture, name: str) -> dict[str, Any]:
 
 
 def _masks(
-    parts: Mapping[str, RegionalPrompt], maps: Sequence[Sequence[Mapping[str, torch.Tensor]]], side: Side
+    parts: Mapping[str, RegionalPrompt], maps: Sequence[Sequence[Mapping[str, torch.Tensor]]], side: GridSize
 ) -> torch.Tensor:
     """The place of each part: [K, B, H, W] in 0..1, with B = 1 if there are no maps.
 
@@ -145,7 +145,7 @@ def _masks(
     return masks
 
 
-def _mask(region: Region, side: Side) -> torch.Tensor:
+def _mask(region: Region, side: GridSize) -> torch.Tensor:
     """[H, W] in 0..1."""
     return torch.ones(side) if region == EVERYWHERE else region_mask(region, *side)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.binding.picture_layout import Side, side_of
+from mole_diffusers.binding.picture_layout import side_of
+from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.functional import as_tokens
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of, repeats
@@ -56,7 +57,7 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
     """
     model = denoiser(pipe)
     found, inputs = Contributions(list(mixture.experts)), DenoiserInputs(model)
-    here: Side | None = None  # of the picture's tokens, in this call
+    here: GridSize | None = None  # of the picture's tokens, in this call
     tokens = whole = 0  # their number, and that of the largest call
     groups: Groups = (True,)  # of this call's rows
 

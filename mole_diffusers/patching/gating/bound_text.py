@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from mole_diffusers import functional
-from mole_diffusers.binding.picture_layout import PictureLayout, Side, side_of, sides
+from mole_diffusers.binding.picture_layout import PictureLayout, side_of, sides
+from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.gating.text_reader import Silence
@@ -67,7 +68,7 @@ class BoundText:
                 self.biases[side[0] * side[1]] = onto(bias.to(self.text.dtype), device)
 
     def follow_prompt(self) -> None:
-        """Take over the places that were planned for the prompt since then, if there were any."""
+        """Take over the places that were decided for the prompt since then, if there were any."""
         if self.prompt is not None and self.image is not self.prompt.image:
             self.image, self.made = self.prompt.image, {}
 
@@ -102,7 +103,7 @@ class BoundText:
         side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(tokens)
         return None if side is None else self._image_tokens(side)
 
-    def _image_tokens(self, side: Side) -> torch.Tensor | None:
+    def _image_tokens(self, side: GridSize) -> torch.Tensor | None:
         if self.image is None:
             return None
         return F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)  # [B, T, N]
@@ -119,7 +120,7 @@ class BoundText:
             image = self.text.new_ones(rows, tokens - self.tokens, experts, dtype=torch.float32)
         return torch.cat([acts.float(), functional.rows_for_layer(image, rows).to(acts.device)], 1)
 
-    def side_of(self, tokens: int) -> Side | None:
+    def side_of(self, tokens: int) -> GridSize | None:
         """Height and width of a layer with this many tokens of the picture; None if its tokens are others."""
         return side_of(tokens, self.picture.side)
 

@@ -6,10 +6,10 @@ In the order of a call of the pipeline:
     on_text        a text encoder reads a text: which expert each token belongs to
     on_denoiser    step 1, and any new text: the same for the denoiser, and who is silent; given regions apply
     add_maps       step 1: attention hooks report how much attention each word gets where
-    on_denoiser    step 2: the layout is planned from these maps, and stays from then on
+    on_denoiser    step 2: the layout is decided from these maps, and stays from then on
     end            warn of what got no place
 
-Tiles, img2img and inpainting plan the layout without maps, by `plan`, before the first step.
+Tiles, img2img and inpainting set the places without maps, by `set_places`, before the first step.
 
 Nothing here knows gates, layers or settings: whoever calls says what is needed, and passes on what has changed.
 """
@@ -27,8 +27,9 @@ import torch
 from mole_diffusers import functional
 from mole_diffusers.binding.acting import notices
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.picture_layout import Layout, PictureLayout, Side
+from mole_diffusers.binding.picture_layout import Layout, PictureLayout
 from mole_diffusers.binding.picture_warning import PictureWarning
+from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.binding.words import Reading, ThingKey
 from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.gating.bound_text import BoundText, Made
@@ -77,7 +78,7 @@ class TokenMasks:
         self.warned: list[str] = []
         self._encoder_text = EncoderText()
         self._texts: list[BoundText] = []  # of the current pictures
-        self._planned: Mapping[ThingKey, torch.Tensor] = {}  # places of their things, if planned without maps
+        self._places: Mapping[ThingKey, torch.Tensor] = {}  # of their things, if somebody set them
         self._level = 0.0  # of noise at the last step, outside of calls
 
     @property
@@ -121,7 +122,7 @@ class TokenMasks:
             return False
         return self.text.picture.wants_maps or (is_heard and self.text.picture.has_words)
 
-    def add_maps(self, shares: torch.Tensor) -> Side | None:
+    def add_maps(self, shares: torch.Tensor) -> GridSize | None:
         """Add what a layer attends to in each picture: shares [P, T, S] of its text's tokens, mean over heads.
 
         Returns the layer's height and width; None if its tokens are not those of the picture.
@@ -140,8 +141,8 @@ class TokenMasks:
     # ---- texts and pictures
 
     def begin(self) -> None:
-        """A call of the pipeline begins: its texts are read again, and its layout is planned again."""
-        self._texts, self.text, self.warned, self._planned = [], None, [], {}
+        """A call of the pipeline begins: its texts are read again, and its layout is decided again."""
+        self._texts, self.text, self.warned, self._places = [], None, [], {}
         self._hold(None, self.reader.nobody)
 
     def on_text(
@@ -166,7 +167,7 @@ class TokenMasks:
         self,
         text: torch.Tensor,
         latents: torch.Tensor,
-        side: Callable[[], Side | None],
+        side: Callable[[], GridSize | None],
         *,
         pipe: Any,
         time: torch.Tensor,
@@ -195,8 +196,8 @@ class TokenMasks:
             if pipe is not None:  # training prompts name single experts
                 self._tell_of(state)
         places = state.image
-        if state.picture.can_plan:
-            for warning in state.picture.plan():
+        if state.picture.can_decide:
+            for warning in state.picture.decide():
                 self._warn(warning)
             state.place()
         state.follow_prompt()
@@ -217,16 +218,16 @@ class TokenMasks:
         for warning in (*picture.crowded(acting), *picture.lost_regions(acting)):
             self._warn(warning)
 
-    def plan(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
+    def set_places(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
         """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read.
 
         Returns False, and sets nothing, if the text that the denoiser reads names other things.
         """
         if not all(state.picture.names_only(regions) for state in self._texts):
             return False
-        self._planned = regions
+        self._places = regions
         for state in self._texts:
-            if state.picture.put(regions):
+            if state.picture.set_places(regions):
                 state.place()
         self._hold(self.text, self.silence)
         return True
@@ -253,7 +254,7 @@ class TokenMasks:
                 self._texts = []
 
     def _new(
-        self, text: torch.Tensor, latents: torch.Tensor, side: Side | None, pipe: Any, acting: tuple[bool, ...]
+        self, text: torch.Tensor, latents: torch.Tensor, side: GridSize | None, pipe: Any, acting: tuple[bool, ...]
     ) -> BoundText:
         """What follows from a new text. Within a call, it keeps the layout of the last prompt if the things are the same.
 
@@ -272,8 +273,8 @@ class TokenMasks:
             return BoundText(*words, prompt.silence, prompt)
         mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
         state = BoundText(*words, self.reader.silence(mentioned, text.device))
-        if self._planned:
-            picture.put(self._planned)
+        if self._places:
+            picture.set_places(self._places)
         elif prompt is not None and pipe is not None:
             picture.keep(prompt.picture)
         state.place()

@@ -27,7 +27,7 @@ class Trace:
         layouts: where each expert acted, for each picture of the last call. Available when the block has ended.
         maps: with `maps=True`, number of the denoiser call, from 0 -> for each picture, name of an expert or noun -> [h,
             w] on the CPU. It is the attention to its words, 0..1 in each layer that is read, summed over these layers.
-            The layout is planned from those of the first call. Calls with a text that names nothing have none.
+            The layout is decided from those of the first call. Calls with a text that names nothing have none.
     """
 
     experts: list[str]

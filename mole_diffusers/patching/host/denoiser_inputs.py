@@ -12,8 +12,9 @@ from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLI
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.lora import COMPONENTS
-from mole_diffusers.patching.host.denoisers import Side, record
+from mole_diffusers.patching.host.denoisers import record
 
 DENOISERS = ("unet", "transformer")
 # What ControlNets and T2I-Adapters give a UNet, in the size of the whole picture.
@@ -45,7 +46,7 @@ class DenoiserInputs:
         time = torch.as_tensor(self._read(self.record.time, args, kwargs), device=sample.device)
         return time.float().reshape(-1).expand(sample.shape[0]) / self.record.pure_noise
 
-    def side(self, args: tuple, kwargs: dict) -> Side | None:
+    def side(self, args: tuple, kwargs: dict) -> GridSize | None:
         """Height and width of the latents, in the denoiser's tokens; None if their layout is not known."""
         return self.record.side(lambda name: self._read(name, args, kwargs), self._config)
 

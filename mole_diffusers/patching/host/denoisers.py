@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-Side = tuple[int, int]  # height and width of a picture, in the denoiser's tokens
+from mole_diffusers.binding.regions import GridSize
+
 Read = Callable[[str], Any]  # the name of an argument of a call -> its value
 
 
@@ -51,7 +52,7 @@ class Denoiser:
 
     latents: str
     pure_noise: float
-    side: Callable[[Read, Any], Side | None]
+    side: Callable[[Read, Any], GridSize | None]
     text_width: str
     entries: tuple[str, ...]
     order: str
@@ -72,24 +73,24 @@ class Denoiser:
         return "joint" if layer.startswith(self.layers.joint) else "image"
 
 
-def _of_sample(read: Read, config: Any) -> Side:
+def _of_sample(read: Read, config: Any) -> GridSize:
     height, width = read("sample").shape[-2:]
     return height, width
 
 
-def _of_patches(read: Read, config: Any) -> Side:
+def _of_patches(read: Read, config: Any) -> GridSize:
     height, width = read("hidden_states").shape[2:]
     return height // config.patch_size, width // config.patch_size
 
 
-def _of_ids(read: Read, config: Any) -> Side:
+def _of_ids(read: Read, config: Any) -> GridSize:
     """Row and column come after the picture's number. Flux 2 has one number more, and LongCat starts after its text."""
     places = read("img_ids").flatten(0, -2)[:, 1:3]
     height, width = (places.amax(0) - places.amin(0) + 1).long().tolist()
     return height, width
 
 
-def _of_shapes(read: Read, config: Any) -> Side | None:
+def _of_shapes(read: Read, config: Any) -> GridSize | None:
     """Frames, height and width of each picture of each row; those after the first are given pictures."""
     frames, height, width = read("img_shapes")[0][0]
     return (height, width) if frames == 1 and len(read("img_shapes")[0]) == 1 else None

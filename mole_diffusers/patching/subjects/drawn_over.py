@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mole_diffusers.binding.config import given_region
-from mole_diffusers.binding.picture_layout import UNDECIDED, planned_regions
+from mole_diffusers.binding.picture_layout import UNDECIDED, regions_of_things
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs
 from mole_diffusers.patching.subjects.things import Alone, Asked, SetPlaces, Things
@@ -95,7 +95,7 @@ class DrawnOver:
             return
         errors = torch.stack([self._errors(i, picture[:1], latents, call) for i in free]).cpu()  # [K, H, W]
         chosen, (height, width) = [things.sentence.things[i] for i in free], errors.shape[1:]
-        regions, margin = planned_regions(things.sentence, chosen, errors.amax(0) - errors, things.bound, (height, width))
+        regions, margin = regions_of_things(things.sentence, chosen, errors.amax(0) - errors, things.bound, (height, width))
         if margin >= UNDECIDED:
             self.set_places({things.keys[i]: region for i, region in zip(free, regions, strict=True)})
 

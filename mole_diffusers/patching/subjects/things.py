@@ -12,7 +12,7 @@ import torch
 
 from mole_diffusers.binding.acting import present, read_prompt
 from mole_diffusers.binding.config import Bound, given_region
-from mole_diffusers.binding.picture_layout import planned_regions
+from mole_diffusers.binding.picture_layout import regions_of_things
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.binding.sentence import Part
 from mole_diffusers.binding.words import ThingKey, keys
@@ -84,7 +84,7 @@ class Things:
         masks = {i: region_mask(region, *side) for i, region in regions.items() if region is not None}
         free = [i for i in self.prompts if i not in masks]
         if free:
-            places, _ = planned_regions(self.sentence, [things[i] for i in free], None, self.bound, side)
+            places, _ = regions_of_things(self.sentence, [things[i] for i in free], None, self.bound, side)
             masks |= dict(zip(free, places, strict=True))
         return torch.stack([masks[i] for i in self.prompts])
 

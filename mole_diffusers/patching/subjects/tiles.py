@@ -211,10 +211,10 @@ class Tiles:
             return []
         size = (*latents.shape[-2:], text.shape[1])
         if size not in self._found:
-            self._found[size] = self._planned(*size)
+            self._found[size] = self._make(*size)
         return self._found[size]
 
-    def _planned(self, height: int, width: int, tokens: int) -> list[Tile]:
+    def _make(self, height: int, width: int, tokens: int) -> list[Tile]:
         things, masks = self.things, self.things.masks(height, width)
         if not self.tiling.always and not _has_room(self.pipe.unet, masks):
             return []

@@ -81,7 +81,7 @@ def test_a_place_fits_the_thing_whose_model_errs_least_there(pipe, loras, monkey
     image = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(3))
     seen = []
     monkeypatch.setattr(
-        drawn_over, "planned_regions", lambda reading, free, maps, *_: (seen.append(maps), (torch.ones_like(maps), 0.0))[1]
+        drawn_over, "regions_of_things", lambda reading, free, maps, *_: (seen.append(maps), (torch.ones_like(maps), 0.0))[1]
     )
     with torch.no_grad():
         latents = over.vae.encode(2 * image - 1).latent_dist.mode() * over.vae.config.scaling_factor
