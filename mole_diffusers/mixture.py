@@ -832,7 +832,7 @@ class Mixture:
             self._undo.close()
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
-        return None if binding is None else TokenMasks(binding, self._sampling.tokens)
+        return None if binding is None else TokenMasks(binding, self._sampling.tokens, self._sampling.inputs.record)
 
 
 def attach(

@@ -17,10 +17,14 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mole_diffusers.binding.vocabulary import DETERMINERS
 from mole_diffusers.patching.host.denoiser_inputs import models_of
@@ -63,6 +67,27 @@ def t5(width=16):
     words = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *letters], model_max_length=16)
     config = T5Config(vocab_size=len(words), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     return T5EncoderModel(config).eval(), words
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def letters():
+    """Qwen's tokenizer and its template of a chat, with a token for each byte."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    ids = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
+    words = Qwen2Tokenizer(vocab=ids, merges=[], extra_special_tokens=marks[1:])
+    words.chat_template = CHAT
+    return words
+
+
+def qwen3(kind=Qwen3Model, *, width=16, layers=2):
+    words = letters()
+    shape = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
+    size = {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(words)}
+    return kind(Qwen3Config(**shape, **size)).eval(), words
 
 
 def eye():
@@ -193,6 +218,17 @@ def chroma():
     return quiet(d.ChromaPipeline(**parts, text_encoder=encoder, tokenizer=words))
 
 
+def z_image():
+    torch.manual_seed(0)
+    shape = {"dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16}
+    size = {"in_channels": 4, "axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32]}
+    encoder, words = qwen3()
+    parts = {"transformer": d.ZImageTransformer2DModel(**shape, **size).eval(), "vae": vae(), "scheduler": flow()}
+    for pad in (parts["transformer"].x_pad_token, parts["transformer"].cap_pad_token):
+        torch.nn.init.normal_(pad)
+    return quiet(d.ZImagePipeline(**parts, text_encoder=encoder, tokenizer=words))
+
+
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -253,6 +289,7 @@ HOSTS = {
     "sd3": lambda: (sd3(), {}),
     "flux": lambda: (flux(), SIZE | {"max_sequence_length": 8}),
     "chroma": lambda: (chroma(), SIZE | {"max_sequence_length": 8}),
+    "z-image": lambda: (z_image(), SIZE | {"max_sequence_length": 64}),
 }
 
 

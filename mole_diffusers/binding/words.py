@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mole_diffusers.binding.chat import of_user
 from mole_diffusers.binding.finding import Phrase, Span
 from mole_diffusers.binding.sentence import ALL, Mention, Sentence, Who, parse
 
@@ -59,7 +60,9 @@ class Reading:
 def read(ids: Sequence[int], tokenizer: Any, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Reading:
     """Read a tokenised text: `ids` of one row, [T]. The other arguments are those of `sentence.parse`."""
     special, added = set(tokenizer.all_special_tokens), set(tokenizer.get_added_vocab())
-    pieces = ["\n" if t in special else _as_text(t, added) for t in tokenizer.convert_ids_to_tokens(list(ids))]
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    users = zip(names, of_user(names), strict=True)
+    pieces = [_as_text(name, added) if is_users and name not in special else "\n" for name, is_users in users]
     text, origin = _decoded(pieces)
     sentence = parse(text, phrases, who)
     return _by_pieces(sentence, pieces, origin)

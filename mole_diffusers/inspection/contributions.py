@@ -76,7 +76,8 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
             if tokens < whole or args[0].dim() == 2:  # a part of the picture, or a layer without places
                 return
             z = as_tokens(args[0].detach())  # [B, T, R]
-            z = z[:, -tokens:] if has_text else z  # the text comes first
+            if has_text:
+                z = z[:, inputs.record.apart(tokens, z.shape[1] - inputs.record.padded(tokens))[0]]
             if (shape := side_of(z.shape[1], here or size)) is None:
                 return
             # PAG gives some layers only the first groups, and others the perturbed ones, which are not the picture.

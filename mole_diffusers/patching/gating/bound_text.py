@@ -13,6 +13,7 @@ from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.gating.text_reader import Silence
+from mole_diffusers.patching.host.denoisers import Denoiser
 
 CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
@@ -24,6 +25,7 @@ class BoundText:
     """A text that the denoiser reads, and everything that follows from it.
 
     Attributes:
+        record: of the denoiser.
         text: its states, [B, S, C], which count as the same as long as nothing changes them (`version`).
         shape: of the latents that were drawn with it.
         acting: [N], the experts that were on.
@@ -36,6 +38,7 @@ class BoundText:
         made: what layers have asked for, until places change.
     """
 
+    record: Denoiser
     text: torch.Tensor
     version: int
     shape: torch.Size
@@ -106,10 +109,11 @@ class BoundText:
     def _image_tokens(self, side: GridSize) -> torch.Tensor | None:
         if self.image is None:
             return None
-        return F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)  # [B, T, N]
+        tokens = F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)  # [B, T, N]
+        return F.pad(tokens, (0, 0, 0, self.record.padded(tokens.shape[1]) - tokens.shape[1]), value=1.0)
 
     def _joint(self, tokens: int) -> torch.Tensor | None:
-        """Text, then picture."""
+        """Text and picture, in the order of attention."""
         if not self.binds or (side := self.side_of(tokens - self.tokens)) is None:
             return None
         acts, image = self.acts, self._image_tokens(side)
@@ -118,11 +122,15 @@ class BoundText:
             acts = self.text.new_ones(rows, self.tokens, experts, dtype=torch.bool)
         if image is None:
             image = self.text.new_ones(rows, tokens - self.tokens, experts, dtype=torch.float32)
-        return torch.cat([acts.float(), functional.rows_for_layer(image, rows).to(acts.device)], 1)
+        both = [acts.float(), functional.rows_for_layer(image, rows).to(acts.device)]
+        return torch.cat(both if self.record.order == "text" else both[::-1], 1)
 
     def side_of(self, tokens: int) -> GridSize | None:
         """Height and width of a layer with this many tokens of the picture; None if its tokens are others."""
-        return side_of(tokens, self.picture.side)
+        side = self.picture.side
+        if side is not None and self.record.padded(side[0] * side[1]) == tokens:
+            return side
+        return side_of(tokens, side)
 
     def bias(self, tokens: int, rows: int) -> torch.Tensor | None:
         """[B, T, S], added to cross-attention's logits: words of a thing are closed outside its region. None: no word is
@@ -151,12 +159,22 @@ class BoundText:
             self.made[key] = bias
         return self.made[key]
 
-    def joint_bias(self, tokens: int, rows: int, picture: slice, text: slice) -> torch.Tensor | None:
-        """The same for attention over text and picture together: [B, 1, tokens, tokens]."""
-        bias = self.bias(tokens - self.tokens, rows)
+    def apart(self, tokens: int) -> tuple[slice, slice] | None:
+        """The picture's tokens and the text's in attention over so many; None if that is not over both."""
+        if (side := self.picture.side) is None:
+            return None
+        picture = side[0] * side[1]
+        return self.record.apart(picture, self.tokens) if tokens == self.record.padded(picture) + self.tokens else None
+
+    def joint_bias(self, tokens: int, rows: int) -> torch.Tensor | None:
+        """The same for attention over text and picture together, [B, 1, tokens, tokens]; None for any other attention."""
+        if (apart := self.apart(tokens)) is None:
+            return None
+        picture, text = apart
+        bias = self.bias(picture.stop - picture.start, rows)
         if bias is None:
             return None
-        key = "joint bias", tokens, rows, picture.start
+        key = "joint bias", tokens, rows
         if key not in self.made:
             whole = bias.new_zeros(rows, 1, tokens, tokens)
             whole[:, 0, picture, text] = bias

@@ -30,7 +30,8 @@ def hooks(model: Any, sampling: Sampling) -> Iterator[tuple[nn.Module, ForwardHo
     """
     around = list(model.modules())
     yield model, Uncompiled(sampling.entered, around, lambda: sampling.wants_maps or _closes(sampling))
-    layers = [model.get_submodule(block).attn for block in blocks(model, sampling.inputs.record.entries)]
+    entries = sampling.inputs.record.entries
+    layers = [model.get_submodule(f"{block}.{entries[-1]}") for block in blocks(model, entries)]
     for i, layer in enumerate(layers):
         yield layer, JointAttention(sampling, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))
 
@@ -58,16 +59,15 @@ class JointAttention(AroundForward):
             stack.callback(setattr, processor, "_attention_backend", backend)
             processor._attention_backend = None
         stack.enter_context(attention_backend("native"))
-        picture_first = self.sampling.inputs.record.order == "picture"
-        stack.enter_context(_Watched(self.sampling, picture_first, closes=closes, reads_maps=reads))
+        stack.enter_context(_Watched(self.sampling, closes=closes, reads_maps=reads))
 
 
 class _Watched(TorchFunctionMode):
     """`scaled_dot_product_attention` with maps read from its queries and keys, and a bias added to its logits."""
 
-    def __init__(self, sampling: Sampling, picture_first: bool, *, closes: bool, reads_maps: bool):
+    def __init__(self, sampling: Sampling, *, closes: bool, reads_maps: bool):
         super().__init__()
-        self.sampling, self.picture_first, self.closes, self.reads_maps = sampling, picture_first, closes, reads_maps
+        self.sampling, self.closes, self.reads_maps = sampling, closes, reads_maps
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -76,16 +76,18 @@ class _Watched(TorchFunctionMode):
         query, key = given["query"], given["key"]  # [B, heads, S, D]
         masks = self.sampling.acting.masks
         bound = None if masks is None else masks.text
-        words = 0 if bound is None else bound.tokens
-        picture = slice(0, -words) if self.picture_first else slice(words, None)
-        text = slice(-words, None) if self.picture_first else slice(0, words)
-        if bound is not None and words and query.shape[2] == key.shape[2] > words:
+        tokens = query.shape[2]
+        apart = bound.apart(tokens) if bound is not None and key.shape[2] == tokens else None
+        if bound is not None and apart is not None:
+            picture, text = apart
             if self.reads_maps:
                 self._read(bound, query[:, :, picture], key[:, :, text])
-            bias = bound.joint_bias(query.shape[2], len(query), picture, text) if self.closes else None
+            bias = bound.joint_bias(tokens, len(query)) if self.closes else None
             if bias is not None:
-                before = given.get("attn_mask")
-                given["attn_mask"] = bias.to(query.dtype) if before is None else bias.to(query.dtype) + before
+                before, bias = given.get("attn_mask"), bias.to(query.dtype)
+                if before is not None:
+                    bias = bias.masked_fill(~before, -torch.inf) if before.dtype == torch.bool else bias + before
+                given["attn_mask"] = bias
         return func(**given)
 
     @torch.no_grad()

@@ -34,12 +34,14 @@ class Encoded:
         encoder: its name in the pipeline.
         ids: [B, T].
         words: [B, T] bool, the tokens before the padding.
+        attended: [B, T] bool, the tokens that it attended to; None if that is not known.
         states: the outputs that a denoiser may get, [B, T, C] each.
     """
 
     encoder: str
     ids: torch.Tensor
     words: torch.Tensor
+    attended: torch.Tensor | None
     states: tuple[torch.Tensor, ...]
 
 
@@ -133,7 +135,7 @@ class PromptTokens:
     def _part(self, rest: torch.Tensor) -> list[Run]:
         """The runs at the start of rest [T, C]: the first one, and those of the same tokens in the channels next to it."""
         part: list[Run] = []
-        while rest.any() and (run := _same(self._known, rest) or _most_alike(self._known, rest)):
+        while rest.any() and (run := _same(self._known, rest) or _cut(self._known, rest) or _most_alike(self._known, rest)):
             part.append(run)
             rest = rest[: run[0].ids.shape[1], run[0].states[0].shape[2] :]
         return part
@@ -151,7 +153,8 @@ class TextHook(ForwardHook):
         self, name: str, tokens: PromptTokens, on_text: Callable[[str, torch.Tensor, torch.device], None] | None = None
     ):
         self.name, self.tokens, self.on_text = name, tokens, on_text
-        self._reading: tuple[torch.Tensor, torch.Tensor] | None = None  # ids and words
+        # ids, words and the tokens that are attended to
+        self._reading: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
 
     def register(self, module: nn.Module, undo: Undo) -> None:
         super().register(module, undo)
@@ -162,9 +165,10 @@ class TextHook(ForwardHook):
         tokenizer = self.tokens.tokenizers[self.name]
         end = getattr(module.config if tokenizer is None else tokenizer, "eos_token_id", None)
         ids, attended = args[0] if args else kwargs["input_ids"], kwargs.get("attention_mask")
-        words = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended.bool()
+        attended = None if attended is None else attended.bool()
+        words = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended
         known = self.tokens.begin(ids, words)
-        self._reading = known, words
+        self._reading = known, words, attended
         if self.on_text is not None:
             self.on_text(self.name, known, ids.device)
 
@@ -173,7 +177,8 @@ class TextHook(ForwardHook):
         hidden = (getattr(output, "hidden_states", None) or ())[-4:]
         norm = getattr(getattr(module, "text_model", module), "final_layer_norm", None)
         skipped = [norm(states) for states in hidden] if norm is not None else []  # as `clip_skip` passes them on
-        states = [output[0], *hidden, *skipped]
+        last = (output[0],) if getattr(output, "logits", None) is None else ()  # no denoiser reads logits
+        states = [*last, *hidden, *skipped]
         texts = tuple(s.detach() for s in states if s.dim() == 3)
         if self._reading is not None and texts:
             self.tokens.keep(Encoded(self.name, *self._reading, texts))
@@ -191,6 +196,26 @@ def _same(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
         same = (states.to(rest.device, rest.dtype) == rest[:tokens, :width]).flatten(1).all(1)  # [b]
         if same.any():
             return encoded, int(same.int().argmax())
+    return None
+
+
+def _cut(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
+    """The text whose attended tokens, from one of them on, are all of rest [T, C]: pipelines leave out padding, and the
+    beginning of a template.
+    """
+    for encoded in reversed(known):
+        for i, attended in enumerate(() if encoded.attended is None else encoded.attended):
+            for states in encoded.states:
+                if states.shape[2] > rest.shape[1]:
+                    continue
+                own = states[i][attended].to(rest.device, rest.dtype)  # [t, C]
+                beginnings = (own == rest[0, : own.shape[1]]).all(1).nonzero().flatten().tolist()
+                for start in beginnings:
+                    count = min(len(own) - start, len(rest))
+                    if torch.equal(own[start:][:count], rest[:count, : own.shape[1]]) and not rest[count:].any():
+                        kept = attended.nonzero().flatten()[start:][:count]
+                        ids, words = (each[i : i + 1, kept.to(each.device)] for each in (encoded.ids, encoded.words))
+                        return Encoded(encoded.encoder, ids, words, None, (own[None, start:][:, :count],)), 0
     return None
 
 

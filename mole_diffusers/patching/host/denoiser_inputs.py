@@ -11,8 +11,10 @@ import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mole_diffusers.binding.regions import GridSize
+from mole_diffusers.gates.seen import Seen
 from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.patching.host.denoisers import record
 
@@ -36,6 +38,8 @@ class DenoiserInputs:
         self.record = record(denoiser)
         self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._config = getattr(denoiser, "config", None)
+        self._seen: list[Seen] = []  # the texts of a list, and these side by side
+        self._padded: torch.Tensor | None = None
 
     def _read(self, name: str, args: tuple, kwargs: dict) -> Any:
         return kwargs[name] if name in kwargs else args[self.names.index(name)]
@@ -44,19 +48,40 @@ class DenoiserInputs:
         """The noise level [B], 0..1, where 1 is pure noise."""
         sample = self.latents(args, kwargs)
         time = torch.as_tensor(self._read(self.record.time, args, kwargs), device=sample.device)
-        return time.float().reshape(-1).expand(sample.shape[0]) / self.record.pure_noise
+        clean, pure_noise = self.record.clean, self.record.pure_noise
+        return (time.float().reshape(-1).expand(sample.shape[0]) - clean) / (pure_noise - clean)
 
     def side(self, args: tuple, kwargs: dict) -> GridSize | None:
         """Height and width of the latents, in the denoiser's tokens; None if their layout is not known."""
         return self.record.side(lambda name: self._read(name, args, kwargs), self._config)
 
     def latents(self, args: tuple, kwargs: dict) -> torch.Tensor:
-        """The denoiser's input: [B, C, H, W], [B, C, F, H, W] for a video, or tokens [B, T, C]."""
-        return self._read(self.record.latents, args, kwargs)
+        """The denoiser's input: [B, C, H, W], [B, C, F, H, W] for a video, or tokens [B, T, C].
+
+        Raises ValueError for a list of pictures that are not alike.
+        """
+        given = self._read(self.record.latents, args, kwargs)
+        if not isinstance(given, list):
+            return given
+        if any(not isinstance(one, torch.Tensor) or one.shape != given[0].shape for one in given):
+            raise ValueError("experts act on pictures of one size that are drawn from a text alone")
+        return torch.stack(given)
 
     def text(self, args: tuple, kwargs: dict) -> torch.Tensor:
-        """The text states [B, T, C]. For videos, B may be a multiple of the number of samples."""
-        return self._read(self.record.text, args, kwargs)
+        """The text states [B, S, C]. For videos, B may be a multiple of the number of samples.
+
+        The texts of a list are padded with zeros as in the denoiser. The same texts give the same tensor again.
+        """
+        given = self._read(self.record.text, args, kwargs)
+        if not isinstance(given, list):
+            return given
+        if len(self._seen) != len(given):
+            self._seen, self._padded = [Seen() for _ in given], None
+        again = [seen.again(text) for seen, text in zip(self._seen, given, strict=True)]
+        if self._padded is None or not all(again):
+            texts = pad_sequence(given, batch_first=True)
+            self._padded = nn.functional.pad(texts, (0, 0, 0, self.record.padded(texts.shape[1]) - texts.shape[1]))
+        return self._padded
 
 
 def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | None:
@@ -72,6 +97,8 @@ def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | 
         return None
     perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
     groups = (False,) * bool(guided) + (True,) * (1 + perturbed)
+    if record(denoiser(pipe)).prompts_first:
+        groups = groups[::-1]
     return groups if repeats(latents, len(groups)) else None
 
 

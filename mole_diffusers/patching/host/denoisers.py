@@ -23,7 +23,7 @@ class Layers(NamedTuple):
 
     Attributes:
         text: a name, or dotted part of one, of layers that read the text's tokens.
-        joint: what the names of layers begin with that read the text's tokens and then the picture's.
+        joint: what the names of layers begin with that read the tokens of both, in the order of attention.
         frames: parts of names of layers that read the frames of a video at one place of the picture.
     """
 
@@ -37,17 +37,21 @@ class Denoiser:
     """What is special about one class.
 
     Attributes:
-        latents: name of the argument for what is denoised: [B, C, H, W], [B, C, F, H, W] for a video, or tokens [B, T, C].
-        text, time: names of the arguments for the text's states [B, S, C] and the noise level.
-        pure_noise: what its pipelines pass as the noise level of pure noise.
+        latents: name of the argument for what is denoised: [B, C, H, W], [B, C, F, H, W] for a video, tokens [B, T, C], or a
+            list of B pictures [C, F, H, W].
+        text, time: names of the arguments for the text's states [B, S, C], or a list of B texts [S, C], and the noise level.
+        pure_noise, clean: what its pipelines pass as the noise level of pure noise, and of a finished picture.
         side: height and width of the picture, from a call's arguments and the model's config; None if the call does not
             say it. Then nothing has a place.
         text_width: name in its config of the text's channels.
-        entries: of a block, the module that its input enters first: the first of these that it has.
+        entries: of a block, the module that its input enters first: the first of these that it has. The last one is its
+            attention.
         order: what comes first in attention over text and picture together, "text" or "picture". "" if attention is over
             one of them at a time: then cross-attention takes a mask; otherwise PyTorch's attention inside the processor
             does.
         layers: which tokens layers read.
+        multiple: its blocks pad text and picture, each by itself, to a multiple of this number of tokens.
+        prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
     """
 
     latents: str
@@ -59,9 +63,22 @@ class Denoiser:
     layers: Layers
     text: str = "encoder_hidden_states"
     time: str = "timestep"
+    clean: float = 0
+    multiple: int = 1
+    prompts_first: bool = False
+
+    def padded(self, tokens: int) -> int:
+        """The number of tokens in blocks, of a text or a picture of so many."""
+        return -(-tokens // self.multiple) * self.multiple
+
+    def apart(self, picture: int, text: int) -> tuple[slice, slice]:
+        """The picture's tokens, and the text's, among those of both; `text` is padded."""
+        if self.order == "text":
+            return slice(text, text + picture), slice(0, text)
+        return slice(0, picture), slice(self.padded(picture), self.padded(picture) + text)
 
     def stream_of(self, layer: str) -> str | None:
-        """The tokens that a layer reads: "image", "text", or "joint", the text's and then the picture's.
+        """The tokens that a layer reads: "image", "text", or "joint", those of both in the order of attention.
 
         None if its tokens are neither (the frames of a video).
         """
@@ -96,6 +113,12 @@ def _of_shapes(read: Read, config: Any) -> GridSize | None:
     return (height, width) if frames == 1 and len(read("img_shapes")[0]) == 1 else None
 
 
+def _of_pictures(read: Read, config: Any) -> GridSize | None:
+    """Pictures [C, F, H, W], of one frame each."""
+    (frames, height, width), patch = read("x")[0].shape[1:], config.all_patch_size[0]
+    return (height // patch, width // patch) if frames == 1 else None
+
+
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # of a block with cross-attention: its keys and values
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder")
 UNET = Denoiser("sample", 1000, _of_sample, "cross_attention_dim", ("attn1",), "", Layers(TEXT_LAYERS))
@@ -128,6 +151,20 @@ RECORDS: Mapping[str, Denoiser] = {
         ("attn",),
         "text",
         Layers((*JOINT, "txt_mod", "txt_mlp", "txt_in")),
+    ),
+    "ZImageTransformer2DModel": Denoiser(
+        "x",
+        0,
+        _of_pictures,
+        "cap_feat_dim",
+        ("attention",),
+        "picture",
+        Layers(("context_refiner", "cap_embedder"), joint=("layers.", "all_final_layer.")),
+        text="cap_feats",
+        time="t",
+        clean=1,
+        multiple=32,
+        prompts_first=True,
     ),
 }
 

@@ -72,7 +72,7 @@ class Component:
         layers = {layer: (self.site_of(layer), stream_of(self.name, self.model, layer)) for layer in self.stacks}
         peft_injection.inject(self.model, self.stacks, layers, undo)
         for name, at in self.places.items():
-            if isinstance(entry := self._entry(at), Attention):
+            if isinstance(entry := self._entry(at), Attention) and not self._joint:
                 _replace_processor(entry, self.sites[name], undo)
 
     def hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
@@ -83,8 +83,13 @@ class Component:
             site, entry = self.sites[name], self._entry(at)
             if isinstance(site, BlockSite) and at.block is not None:
                 yield self.model.get_submodule(at.block), BlockBegins(site)
-            if entry is not None and not isinstance(entry, Attention):  # there, the processor does the same
+            if entry is not None and (self._joint or not isinstance(entry, Attention)):  # there, the processor does the same
                 yield entry, GateInput(site, None if site.timed else self.sampling.tokens)
+
+    @property
+    def _joint(self) -> bool:
+        """Whether it attends to text and picture together. Such processors say which backend they use, so they stay."""
+        return self.denoises and bool(record(self.model).order)
 
     def _entry(self, at: Place) -> nn.Module | None:
         """The module whose input the gate of a place reads when it runs."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import mole_diffusers as mole
+from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.host.denoisers import RECORDS, record
 from mole_diffusers.testing import tiny_lora
 
@@ -54,7 +55,7 @@ def test_a_class_takes_the_arguments_of_its_record(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "qwen"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "qwen", "z-image"])
 def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
     """The keys of the first attention that follow the text are the text's, and they come first or last."""
     if name == "qwen":
@@ -62,7 +63,8 @@ def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
     else:
         pipe, options = hosts.HOSTS[name]()
         model, runs = hosts.denoiser(pipe), lambda: hosts.draw(pipe, options, steps=1)
-    attention, found, words = model.transformer_blocks[0].attn, [], set()
+    attention = model.layers[0].attention if name == "z-image" else model.transformer_blocks[0].attn
+    found, words, call = [], set(), DenoiserInputs(model)
     forward = attention.forward
 
     def watched(*args, **kwargs):
@@ -72,8 +74,10 @@ def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
         return out
 
     def changed(_, args, kwargs, by):
-        words.add(kwargs["encoder_hidden_states"].shape[1])
-        return args, {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"] + by}
+        given = dict(zip(call.names, args, strict=False)) | kwargs
+        words.add(call.text((), given).shape[1])
+        text = given[call.record.text]
+        return (), given | {call.record.text: [each + by for each in text] if isinstance(text, list) else text + by}
 
     attention.forward = watched
     for by in (0, 1):
