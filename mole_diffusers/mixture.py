@@ -10,7 +10,6 @@ from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -36,19 +35,16 @@ from mole_diffusers.patching.gating.settings import Change, Plan, Rows, Settings
 from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.gating.trace import Trace
 from mole_diffusers.patching.host.denoiser_inputs import (
-    DENOISERS,
     DenoiserInputs,
     denoiser,
-    denoisers,
     hosts,
     lora_scale,
     models_of,
     tokenizers_of,
 )
 from mole_diffusers.patching.host.offloading import loaded
-from mole_diffusers.patching.install.all_hooks import all_hooks
 from mole_diffusers.patching.install.component import Component
-from mole_diffusers.patching.install.embeddings import add_words, embedded, left_out
+from mole_diffusers.patching.install.embeddings import embedded
 from mole_diffusers.patching.install.folding import (
     Averages,
     Folded,
@@ -58,19 +54,13 @@ from mole_diffusers.patching.install.folding import (
     reads_nothing,
     truncated,
 )
-from mole_diffusers.patching.install.host_calls import guard
-from mole_diffusers.patching.install.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches
-from mole_diffusers.patching.install.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
-from mole_diffusers.patching.install.pipeline_lock import PipelineLock, lock_of
+from mole_diffusers.patching.install.installation import Contents, Installation, held, installed, remove
 from mole_diffusers.patching.subjects.drawn_over import drawn_over
 from mole_diffusers.patching.subjects.things import UNTIL, Asked, Encode, Things, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles, things_for_tiles, why_no_tiles
-from mole_diffusers.patching.undo import Undo, undoing
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
-HANDLE = "_mole_mixture"  # attribute of the denoiser that holds the attached mixture
-_lifted: WeakKeyDictionary[Any, Mixture] = WeakKeyDictionary()  # denoiser -> the mixture that `lifted` took off it
 
 
 class Lasting(NamedTuple):
@@ -100,47 +90,54 @@ class Mixture:
     needs neither.
 
     Attributes:
-        experts: name -> Expert, in the order of the gates' columns.
         config: the gates' configuration.
-        file_words: name -> the words that its file gives it beside the others, see `lora.own_words`.
-        unmatched: name -> layer keys of the file that the pipeline does not have.
-        without_embedding: a sentence for each trained embedding of the files that the pipeline's text encoders cannot take.
     """
 
     def __init__(self, pipe: Any, experts: Mapping[str, Expert], config: GateConfig):
-        self._pipe, models = pipe, hosts(pipe)
+        models = hosts(pipe)
         matches = [match(expert, models) for expert in experts.values()]
-        self.experts, self.config = dict(experts), config
-        self.file_words = files_bindings(experts)
-        self.unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
-        unet = denoiser(pipe)
-        self._sampling = Sampling.of(len(experts), DenoiserInputs(unet), PromptTokens(tokenizers_of(pipe)))
-        self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
-        self._lock = lock_of(unet)
-        self.without_embedding: list[str] = []
+        unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
+        self.config, self._pipe = config, pipe
+        self._contents = Contents(dict(experts), files_bindings(experts), embedded(experts), unmatched)
+        self._sampling = Sampling.of(len(experts), DenoiserInputs(denoiser(pipe)), PromptTokens(tokenizers_of(pipe)))
         self._components = [
             Component(name, models[name], stacks, family=config.options, sampling=self._sampling)
             for name, stacks in stack_all(matches, models).items()
         ]
-        self._embedded = embedded(experts)
-        parts = {name for name in models if models[name] is unet} | self.banks.keys() | self._embedded.keys()
-        self._models = {name: model for name, model in models.items() if name in parts}  # those that it changes
+        self._installation = Installation(self, pipe, self._contents, self._components, self._sampling)
+        self._lock = self._installation.lock
 
     def __repr__(self) -> str:
         strengths = zip(self.experts, self._settings.strengths.now, self._settings.active.now, strict=True)
-        experts = ", ".join(f"{name} {strength:g}{'' if on else ' (off)'}" for name, strength, on in strengths)
-        bound = "not bound" if self.binding is None else "bound"
-        where = "on" if attached(self._pipe) is self else "lifted off" if self._is_lifted else "not attached any more to"
+        experts = ", ".join(f"{name} {strength:g}{'' if is_on else ' (off)'}" for name, strength, is_on in strengths)
+        on, bound = self._installation, "not bound" if self.binding is None else "bound"
+        where = "on" if on.is_on else "lifted off" if on.is_lifted else "not attached any more to"
         return f"<Mixture of {experts}; gates {self.config.family!r}, {bound}; {where} {type(self._pipe).__name__}>"
+
+    @property
+    def experts(self) -> dict[str, Expert]:
+        """name -> Expert, in the order of the gates' columns."""
+        return self._contents.experts
+
+    @property
+    def file_words(self) -> dict[str, Bound]:
+        """name -> the words that its file gives it beside the others, see `lora.own_words`."""
+        return self._contents.words
+
+    @property
+    def unmatched(self) -> dict[str, tuple[str, ...]]:
+        """name -> layer keys of the file that the pipeline does not have."""
+        return self._contents.unmatched
+
+    @property
+    def without_embedding(self) -> list[str]:
+        """A sentence for each trained embedding of the files that the pipeline's text encoders cannot take."""
+        return self._installation.without_embedding
 
     @property
     def banks(self) -> dict[str, GateBank]:
         """Part -> the gates of that model."""
         return {part.name: part.bank for part in self._components}
-
-    @property
-    def _denoiser(self) -> nn.Module:
-        return next(model for name, model in self._models.items() if name in DENOISERS)
 
     @property
     def _settings(self) -> Settings:
@@ -156,7 +153,7 @@ class Mixture:
         index = self._index(name)
         with self._lock.held():
             if value is not None:
-                self._check_in_use()
+                self._installation.check_in_use()
                 self._set_strength(index, finite(name, value))
             return self._settings.strengths.now[index]
 
@@ -192,7 +189,7 @@ class Mixture:
             self._index(name)
             finite(name, value)
         with self._lock.held():
-            self._check_in_use()
+            self._installation.check_in_use()
             now = [strengths.get(name, old) for name, old in zip(self.experts, self._settings.strengths.now, strict=True)]
             self._set(now, strengths, plan)
 
@@ -314,7 +311,7 @@ class Mixture:
         """
         pipe = self._pipe if pipe is None else pipe
         with self._lock.held(draws=True):
-            self._refuse_replaced(pipe)
+            self._installation.refuse_replaced(pipe)
             now = attached(self._pipe)
             if now is not self:  # it was replaced or taken off while this call waited
                 with nullcontext() if now is None else now.drawing(call, pipe=pipe):
@@ -324,7 +321,7 @@ class Mixture:
             if binding is not None:
                 binding.begin()
             changes: list[Change[Any]] = [sampling.step.pipe.to(pipe)]
-            if self._is_off(lora_scale(call or {})):  # nothing that belongs to experts acts without them
+            if self._installation.is_off(lora_scale(call or {})):  # nothing that belongs to experts acts without them
                 changes += [self._settings.binding.to(None), self._settings.tiling.to(Tiling(0))]
             try:
                 with sampling.changed_while(*changes), self._by_things(call, pipe):
@@ -368,22 +365,6 @@ class Mixture:
         self._sampling.acting.changed()
         return done
 
-    def _refuse_replaced(self, pipe: Any) -> None:
-        """Raise ValueError if another model is in the place of one that has experts: only a part of them would act."""
-        if vars(self._denoiser).get(HANDLE) is not self:  # it was taken off
-            return
-        for name, model in self._models.items():
-            now = getattr(pipe, name, None)
-            if now is not None and now is not model and all(part is not model for part in now.modules()):
-                raise ValueError(
-                    f"the pipeline's {name} was replaced by another while a mixture was on it, so that its experts would "
-                    f"act in part; call attach again, or detach"
-                )
-
-    def _is_off(self, scale: float) -> bool:
-        """Whether the pipeline has switched all experts off: by `disable_lora`, or by the scale of a call."""
-        return scale == 0 or all(part.is_off for part in self._components)
-
     def announce_text(self, ids: torch.Tensor) -> None:
         """Announce the token ids [B, T], on the CPU, that a text encoder is about to get.
 
@@ -420,8 +401,7 @@ class Mixture:
         """Each gate with the layers that it weighs, such as "unet.down_blocks.0.attentions.0.proj_in"."""
         return [(g, [f"{p.name}.{layer}" for layer in layers]) for p in self._components for g, layers in p.layers_by_gate()]
 
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def lifted(self) -> AbstractContextManager[None]:
         """Take the mixture off while the block runs, for example to save the original pipeline.
 
         Afterwards the mixture is put back, unless another one is attached by then, or `detach` was called inside the
@@ -430,44 +410,7 @@ class Mixture:
 
         Raises ValueError for a mixture that is not attached.
         """
-        models = [part.model for part in self._components]
-        with self._lock.held():
-            if self._is_lifted:
-                yield
-                return
-            self._check_attached()
-            off = [model for model in models if switched_off(model)]  # by `disable_lora`, and they stay off
-            before: dict[nn.Module, bool] | None = None
-            is_begun = False
-            after: list[Sequence[nn.Module]] = []  # the models to switch off; a second attempt must not read them anew
-
-            def put_back() -> None:
-                now = attached(self._pipe)
-                if _lifted.get(self._denoiser) is not self:  # `detach` was called, or this is done
-                    return
-                if now is not None and now is not self:
-                    self._locking = Undo()  # calls now belong to the other mixture
-                elif is_begun:
-                    if not after:
-                        after.append(off if before is None else off_after(models, off, before))
-                    self._put_back(after[0])
-                elif off:
-                    switch(off, on=False)
-                del _lifted[self._denoiser]
-
-            try:
-                with undoing() as undo:
-                    undo.callback(put_back)
-                    _lifted[self._denoiser] = self
-                    switch(off, on=True)
-                    is_begun = True
-                    self._uninstall()
-                    switch(off, on=False)
-                    before = switches(models)
-                    yield
-            finally:
-                if _lifted.get(self._denoiser) is self:  # it could not be put back
-                    del _lifted[self._denoiser]
+        return self._installation.lifted()
 
     @contextmanager
     def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
@@ -542,7 +485,7 @@ class Mixture:
             changes.append(self._settings.binding.to(None))
         with self._lock.held(), self._changed_while(*changes):
             if prompt is not None and not reads_nothing(self._components):
-                self._check_attached()
+                self._installation.check_on()
             evaluate_gates(self._pipe, self._components, prompt, **call)
             return one_lora(self._components, averages.weights)
 
@@ -562,7 +505,7 @@ class Mixture:
         `experts` are the files that the gates will be loaded with, by default those of the mixture.
         """
         with self._lock.held(), loaded(self._pipe):  # between calls, offloaded gates have no values
-            self._check_in_use()
+            self._installation.check_in_use()
             checkpoint.save(folder, self.banks, self.config, experts=experts or self.experts, dtype=dtype)
 
     @contextmanager
@@ -571,7 +514,7 @@ class Mixture:
         with self._changed_while(*changes):
             if self._settings.folded.now:
                 raise ValueError("inside `collapsed` the experts are folded into the weights, and cannot be changed")
-            self._check_in_use()
+            self._installation.check_in_use()
             yield
 
     @contextmanager
@@ -579,19 +522,6 @@ class Mixture:
         """Keep other threads out and change settings while the block runs."""
         with self._lock.held(), self._sampling.changed_while(*changes):
             yield
-
-    def _check_attached(self) -> None:
-        if attached(self._pipe) is not self:
-            raise ValueError("this mixture is not attached any more: attach again, or use what is, mole.attached(pipe)")
-
-    @property
-    def _is_lifted(self) -> bool:
-        return _lifted.get(self._denoiser) is self
-
-    def _check_in_use(self) -> None:
-        """Raise ValueError for a mixture that is not attached: a change would have no effect. `lifted` puts it back."""
-        if not self._is_lifted:
-            self._check_attached()
 
     def _index(self, name: str) -> int:
         if name not in self.experts:
@@ -620,7 +550,7 @@ class Mixture:
         Raises ValueError for an unknown name or region; nothing changes then. So does a mixture that is not attached.
         """
         with self._lock.held():
-            self._check_in_use()
+            self._installation.check_in_use()
             self._sampling.set(self._settings.binding, self._masks(self._bound(binding)))
 
     @property
@@ -736,100 +666,26 @@ class Mixture:
             return None
         return bindings(binding, self.file_words, self.binding or self.file_words)
 
-    # ---- install on the models and uninstall
+    # ---- begin and copy
 
     def _set_up(self, strengths: Sequence[float], binding: Mapping[str, Any] | str | None) -> None:
         """What it begins with: strengths [N], and a binding as `bind` takes it."""
         self._sampling.set(self._settings.strengths, list(strengths))
         self._sampling.set(self._settings.binding, self._masks(self._bound(binding)))
 
-    def _replace(self, before: Mixture | None) -> None:
-        """Take the place of `before`. If that fails, put `before` back.
-
-        Raises ValueError if `before` is switched off.
-        """
-        with self._lock.held():
-            for part in () if before is None else before._components:
-                refuse_switched_off(part.model)
-            try:
-                if before is not None:
-                    before._take_off()
-                lock_calls(self._pipe, self.drawing, self._locking)
-                self._install()
-            except BaseException:
-                self._take_off()
-                if before is not None:
-                    lock_calls(before._pipe, before.drawing, before._locking)
-                    before._install()
-                raise
-
-    def _take_off(self) -> None:
-        """Restore the original pipeline; if an earlier attempt was interrupted, finish it."""
-        self._uninstall()
-        self._locking.close()
-
-    def _install(self) -> None:
-        undo = self._undo
-        undo.close()  # what an interruption may have left
-        try:
-            with loaded(self._pipe):
-                for name, model in self._models.items():
-                    if vars(model).get(HANDLE, self) is not self:
-                        raise ValueError(f"another pipeline's mixture is on its {name}; detach that one first")
-                for model in self._models.values():
-                    undo.callback(model.__dict__.pop, HANDLE, None)
-                    object.__setattr__(model, HANDLE, self)
-                for part in self._components:
-                    part.install(undo)
-                encoders = {name: model for name, model in hosts(self._pipe).items() if name not in DENOISERS}
-                for module, hook in all_hooks(self._denoiser, encoders, self._components, self._sampling, self._is_off):
-                    hook.register(module, undo)
-                self.without_embedding = left_out(self.experts) + [
-                    why for part, words in self._embedded.items() for why in add_words(self._pipe, part, words, undo)
-                ]
-                models = [model for name, model in self._models.items() if name in self.banks or name in self._embedded]
-                guard(self._pipe, models, lift=self.lifted, remove=lambda: detach(self._pipe), copy=self._copied, undo=undo)
-        except BaseException:
-            self._uninstall()
-            raise
-
-    def _copied(self, memo: dict[int, Any]) -> Any:
-        """A copy of the pipeline with its own mixture, for `copy.deepcopy`."""
-        off = [part.name for part in self._components if switched_off(part.model)]
-        with self.lifted():
-            twin = deepcopy(self._pipe, memo)
-            mixture = Mixture(twin, self.experts, self.config)
-            for name, bank in self.banks.items():  # inside `lifted` it is not offloaded
-                mixture.banks[name].load_state_dict(bank.state_dict())
-        models = [getattr(twin, name) for name in off]
+    def copied_to(self, pipe: Any) -> Installation:
+        """What puts this mixture on a copy of its pipeline, with copies of its gates and settings. Call it while lifted."""
+        mixture = Mixture(pipe, self.experts, self.config)
+        for name, bank in self.banks.items():  # inside `lifted` it is not offloaded
+            mixture.banks[name].load_state_dict(bank.state_dict())
         kept = self.lasting()
         mixture._set([strength for _, strength in kept.experts.values()], kept.active, copy(kept.plan))
         mixture._sampling.set(mixture._settings.binding, mixture._masks(kept.binding))
-        switch(models, on=True)
-        mixture._replace(None)
-        switch(models, on=False)
-        return twin
+        return mixture._installation
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixture | None:
         """The mixture of the pipeline's copy."""
         return attached(deepcopy(self._pipe, memo))
-
-    def _put_back(self, off: Sequence[nn.Module]) -> None:
-        """Install again, with the adapters of the models in `off` switched off."""
-        try:
-            if not calls_are_locked(self._pipe):  # another mixture came and went
-                self._locking = Undo()
-                lock_calls(self._pipe, self.drawing, self._locking)
-            switch(off, on=True)
-            self._install()
-            switch(off, on=False)
-        except BaseException:
-            self._take_off()
-            raise
-
-    def _uninstall(self) -> None:
-        with loaded(self._pipe):
-            self._undo.close()
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
         return None if binding is None else TokenMasks(binding, self._sampling.tokens, self._sampling.inputs.record)
@@ -865,13 +721,13 @@ def attach(
             off, the mixture's or others; the pipeline stays as it was.
     """
     denoiser(pipe)  # so that nothing else is taken for a pipeline
-    with _held(pipe) as before:
+    with held(pipe) as before:
         mixture = _prepared(pipe, experts, gates, binding)
         for name, expert in mixture.experts.items():
             # An expert that is on the pipeline has been accepted before.
-            if not allow_missing_layers and (before is None or before.experts.get(name) is not expert):
+            if not allow_missing_layers and (before is None or before.contents.experts.get(name) is not expert):
                 check_share(expert, mixture.unmatched[name], models_of(pipe))
-        mixture._replace(before)
+        mixture._installation.replace(before)
     for why in mixture.without_embedding:
         warnings.warn(why, stacklevel=2)
     for name, keys in mixture.unmatched.items():
@@ -922,32 +778,10 @@ def _prepared(
 
 def detach(pipe: Any) -> None:
     """Restore the original pipeline, bit for bit. Does nothing if nothing is attached."""
-    with _held(pipe) as mixture:
-        if mixture is not None:
-            mixture._take_off()
-        else:
-            for model in denoisers(pipe):
-                if (lifted := _lifted.pop(model, None)) is not None:  # so that `lifted` does not put it back
-                    lifted._locking.close()
-            unlock_calls(pipe)  # in case an earlier detach was interrupted before this
+    remove(pipe)
 
 
 def attached(pipe: Any) -> Mixture | None:
     """The mixture on a pipeline, or None."""
-    found = {name: mixture for name, model in models_of(pipe).items() if (mixture := vars(model).get(HANDLE)) is not None}
-    by_denoiser = next((found[name] for name in DENOISERS if name in found), None)
-    # If the denoiser was replaced by another one, the text encoders still have it.
-    return by_denoiser or next((mixture for mixture in found.values() if mixture._pipe is pipe), None)
-
-
-@contextmanager
-def _held(pipe: Any) -> Iterator[Mixture | None]:
-    """The mixture on a pipeline, while all other threads wait. A mixture that replaces it takes over its lock."""
-    with lock_of_pipeline(pipe).held():
-        yield attached(pipe)
-
-
-def lock_of_pipeline(pipe: Any) -> PipelineLock:
-    """The lock of a pipeline's denoiser, or of the mixture that its text encoders still hold."""
-    found = attached(pipe)
-    return lock_of(denoiser(pipe)) if found is None else found._lock
+    found: Any = installed(pipe)
+    return None if found is None else found.mixture

@@ -22,9 +22,10 @@ from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.whole_files import copy_missing, new_folder, whole_folder
 from mole_diffusers.lora.writing import save_expert
-from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach, lock_of_pipeline
+from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
 from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.patching.host.denoiser_inputs import hosts
+from mole_diffusers.patching.install.installation import lock_of_pipeline
 from mole_diffusers.patching.install.peft_injection import adapted
 from mole_diffusers.patching.install.pipeline_calls import share_calls
 from mole_diffusers.pipelines.adapter_weights import weights_by_block

@@ -21,7 +21,8 @@ from mole_diffusers.lora.strengths import finite
 from mole_diffusers.lora.whole_files import new_folder, whole_folder
 from mole_diffusers.lora.writing import save_expert
 from mole_diffusers.merging.layers import weights_by_key
-from mole_diffusers.mixture import Mixture, attach, attached, lock_of_pipeline
+from mole_diffusers.mixture import Mixture, attach, attached
+from mole_diffusers.patching.install.installation import lock_of_pipeline
 from mole_diffusers.pipelines.adapter_weights import AdapterWeights, weights_by_block
 
 VERSION = 1

@@ -9,7 +9,8 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import StableDiffusionXLAutoBlocks
 
-from mole_diffusers.mixture import attach, attached, detach, lock_of_pipeline
+from mole_diffusers.mixture import attach, attached, detach
+from mole_diffusers.patching.install.installation import lock_of_pipeline
 
 
 class MoLEStableDiffusionXLBlocks(StableDiffusionXLAutoBlocks):

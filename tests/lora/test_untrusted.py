@@ -178,7 +178,10 @@ def test_another_family_leaves_what_is_attached(pipe, loras, draw, monkeypatch, 
     save_file(wide, tmp_path / "by_shape")
     written(tmp_path / "by_word", pair(), {"ss_base_model_version": "sdxl_base_v1-0"})
     written(tmp_path / "by_spec", pair(), {"modelspec.architecture": "flux-1-dev/lora"})
-    monkeypatch.setattr("mole_diffusers.mixture.Mixture._replace", lambda *_: pytest.fail("the pipeline was touched"))
+    monkeypatch.setattr(
+        "mole_diffusers.patching.install.installation.Installation.replace",
+        lambda *_: pytest.fail("the pipeline was touched"),
+    )
     for file, family in (("by_shape", "SDXL"), ("by_word", "SDXL"), ("by_spec", "Flux")):
         with pytest.raises(
             RefusedFileError, match=f"{file}, {family}.: it is made for {family} and this pipeline is SD 1.x"

@@ -376,7 +376,7 @@ def test_an_interrupted_block_can_be_restored(pipe, loras, draw, what, rounds):
 def test_lifting_that_is_interrupted_at_once_changes_nothing(pipe, loras, monkeypatch):
     pipe, kind = of_its_own_kind(pipe)
     mixture = mole.attach(pipe, {"fox": loras["fox"]})
-    monkeypatch.setattr("mole_diffusers.mixture.switch", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("mole_diffusers.patching.install.installation.switch", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         entered(mixture.lifted())
     assert mole.attached(pipe) is mixture

@@ -1,0 +1,283 @@
+"""What a mixture has put on the models of its pipeline: on, off, off for a while, and on a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from mole_diffusers.binding.config import Bound
+from mole_diffusers.lora import Expert
+from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser, denoisers, hosts, models_of
+from mole_diffusers.patching.host.offloading import loaded
+from mole_diffusers.patching.install.all_hooks import all_hooks
+from mole_diffusers.patching.install.component import Component
+from mole_diffusers.patching.install.embeddings import Words, add_words, left_out
+from mole_diffusers.patching.install.host_calls import guard
+from mole_diffusers.patching.install.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches
+from mole_diffusers.patching.install.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
+from mole_diffusers.patching.install.pipeline_lock import PipelineLock, lock_of
+from mole_diffusers.patching.undo import Undo, undoing
+
+HANDLE = "_mole_installation"  # attribute of each changed model that holds the installation on it
+_lifted: WeakKeyDictionary[Any, Installation] = WeakKeyDictionary()  # denoiser -> what `lifted` took off it
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the files of the experts hold.
+
+    Attributes:
+        experts: name -> Expert, in the order of the gates' columns.
+        words: name -> the words that its file gives it beside the others, see `lora.own_words`.
+        embeddings: text encoder -> expert -> its words with trained embeddings.
+        unmatched: name -> layer keys of the file that the pipeline does not have.
+    """
+
+    experts: dict[str, Expert]
+    words: dict[str, Bound]
+    embeddings: dict[str, dict[str, Words]]
+    unmatched: dict[str, tuple[str, ...]]
+
+
+class Installable(Protocol):
+    """A mixture, as far as its installation knows it."""
+
+    def drawing(self, call: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
+        """The block that a call of the pipeline runs in."""
+        ...
+
+    def copied_to(self, pipe: Any) -> Installation:
+        """What puts the same mixture on a copy of the pipeline; it is not on it yet."""
+        ...
+
+
+class Installation:
+    """The experts and gates of a mixture on the models of its pipeline. Building it changes nothing.
+
+    Attributes:
+        mixture: whose experts these are.
+        parts: the models with experts.
+        models: name -> those that it changes.
+        lock: of the pipeline's denoiser.
+        without_embedding: a sentence for each trained embedding of the files that the pipeline's text encoders cannot take.
+    """
+
+    def __init__(self, mixture: Installable, pipe: Any, contents: Contents, parts: Sequence[Component], sampling: Sampling):
+        self.mixture, self.pipe, self.contents, self.parts, self.sampling = mixture, pipe, contents, parts, sampling
+        found, unet = hosts(pipe), denoiser(pipe)
+        changed = (
+            {name for name in found if found[name] is unet} | {part.name for part in parts} | contents.embeddings.keys()
+        )
+        self.models = {name: model for name, model in found.items() if name in changed}
+        self.lock, self.without_embedding = lock_of(unet), list[str]()
+        self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The pipeline's denoiser when this was built."""
+        return next(model for name, model in self.models.items() if name in DENOISERS)
+
+    # ---- whether it is on
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it is on the pipeline now."""
+        return installed(self.pipe) is self
+
+    @property
+    def is_lifted(self) -> bool:
+        """Whether a `lifted` block runs, which puts it back."""
+        return _lifted.get(self.denoiser) is self
+
+    def is_off(self, scale: float) -> bool:
+        """Whether the pipeline has switched all experts off: by `disable_lora`, or by the scale of a call."""
+        return scale == 0 or all(part.is_off for part in self.parts)
+
+    def check_on(self) -> None:
+        """Raise ValueError if it is not on the pipeline."""
+        if not self.is_on:
+            raise ValueError("this mixture is not attached any more: attach again, or use what is, mole.attached(pipe)")
+
+    def check_in_use(self) -> None:
+        """Raise ValueError for a mixture that is not attached: a change would have no effect. `lifted` puts it back."""
+        if not self.is_lifted:
+            self.check_on()
+
+    def refuse_replaced(self, pipe: Any) -> None:
+        """Raise ValueError if another model is in the place of one that has experts: only a part of them would act."""
+        if vars(self.denoiser).get(HANDLE) is not self:  # it was taken off
+            return
+        for name, model in self.models.items():
+            now = getattr(pipe, name, None)
+            if now is not None and now is not model and all(part is not model for part in now.modules()):
+                raise ValueError(
+                    f"the pipeline's {name} was replaced by another while a mixture was on it, so that its experts would "
+                    f"act in part; call attach again, or detach"
+                )
+
+    # ---- on and off
+
+    def replace(self, before: Installation | None) -> None:
+        """Take the place of `before`. If that fails, put `before` back.
+
+        Raises ValueError if `before` is switched off.
+        """
+        with self.lock.held():
+            for part in () if before is None else before.parts:
+                refuse_switched_off(part.model)
+            try:
+                if before is not None:
+                    before.take_off()
+                self._lock_calls()
+                self._install()
+            except BaseException:
+                self.take_off()
+                if before is not None:
+                    before._lock_calls()
+                    before._install()
+                raise
+
+    def take_off(self) -> None:
+        """Restore the original pipeline; if an earlier attempt was interrupted, finish it."""
+        self._uninstall()
+        self._locking.close()
+
+    def _lock_calls(self) -> None:
+        lock_calls(self.pipe, self.mixture.drawing, self._locking)
+
+    def _install(self) -> None:
+        undo = self._undo
+        undo.close()  # what an interruption may have left
+        try:
+            with loaded(self.pipe):
+                for name, model in self.models.items():
+                    if vars(model).get(HANDLE, self) is not self:
+                        raise ValueError(f"another pipeline's mixture is on its {name}; detach that one first")
+                for model in self.models.values():
+                    undo.callback(model.__dict__.pop, HANDLE, None)
+                    object.__setattr__(model, HANDLE, self)
+                for part in self.parts:
+                    part.install(undo)
+                encoders = {name: model for name, model in hosts(self.pipe).items() if name not in DENOISERS}
+                for module, hook in all_hooks(self.denoiser, encoders, self.parts, self.sampling, self.is_off):
+                    hook.register(module, undo)
+                embeddings, with_gates = self.contents.embeddings, {part.name for part in self.parts}
+                self.without_embedding = left_out(self.contents.experts) + [
+                    why for part, words in embeddings.items() for why in add_words(self.pipe, part, words, undo)
+                ]
+                models = [model for name, model in self.models.items() if name in with_gates or name in embeddings]
+                guard(self.pipe, models, lift=self.lifted, remove=lambda: remove(self.pipe), copy=self.copied, undo=undo)
+        except BaseException:
+            self._uninstall()
+            raise
+
+    def _uninstall(self) -> None:
+        with loaded(self.pipe):
+            self._undo.close()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Take it off while the block runs, see `Mixture.lifted`."""
+        models = [part.model for part in self.parts]
+        with self.lock.held():
+            if self.is_lifted:
+                yield
+                return
+            self.check_on()
+            off = [model for model in models if switched_off(model)]  # by `disable_lora`, and they stay off
+            before: dict[nn.Module, bool] | None = None
+            is_begun = False
+            after: list[Sequence[nn.Module]] = []  # the models to switch off; a second attempt must not read them anew
+
+            def put_back() -> None:
+                now = installed(self.pipe)
+                if not self.is_lifted:  # `remove` was called, or this is done
+                    return
+                if now is not None and now is not self:
+                    self._locking = Undo()  # calls now belong to the other mixture
+                elif is_begun:
+                    if not after:
+                        after.append(off if before is None else off_after(models, off, before))
+                    self._put_back(after[0])
+                elif off:
+                    switch(off, on=False)
+                del _lifted[self.denoiser]
+
+            try:
+                with undoing() as undo:
+                    undo.callback(put_back)
+                    _lifted[self.denoiser] = self
+                    switch(off, on=True)
+                    is_begun = True
+                    self._uninstall()
+                    switch(off, on=False)
+                    before = switches(models)
+                    yield
+            finally:
+                if self.is_lifted:  # it could not be put back
+                    del _lifted[self.denoiser]
+
+    def _put_back(self, off: Sequence[nn.Module]) -> None:
+        """Install again, with the adapters of the models in `off` switched off."""
+        try:
+            if not calls_are_locked(self.pipe):  # another mixture came and went
+                self._locking = Undo()
+                self._lock_calls()
+            switch(off, on=True)
+            self._install()
+            switch(off, on=False)
+        except BaseException:
+            self.take_off()
+            raise
+
+    def copied(self, memo: dict[int, Any]) -> Any:
+        """A copy of the pipeline with its own mixture, for `copy.deepcopy`."""
+        off = [part.name for part in self.parts if switched_off(part.model)]
+        with self.lifted():
+            twin = deepcopy(self.pipe, memo)
+            installation = self.mixture.copied_to(twin)
+        models = [getattr(twin, name) for name in off]
+        switch(models, on=True)
+        installation.replace(None)
+        switch(models, on=False)
+        return twin
+
+
+def installed(pipe: Any) -> Installation | None:
+    """What is on a pipeline, or None."""
+    found = {name: on for name, model in models_of(pipe).items() if (on := vars(model).get(HANDLE)) is not None}
+    by_denoiser = next((found[name] for name in DENOISERS if name in found), None)
+    # If the denoiser was replaced by another one, the text encoders still have it.
+    return by_denoiser or next((on for on in found.values() if on.pipe is pipe), None)
+
+
+def remove(pipe: Any) -> None:
+    """Restore the original pipeline, bit for bit. Does nothing if nothing is on it."""
+    with held(pipe) as on:
+        if on is not None:
+            on.take_off()
+        else:
+            for model in denoisers(pipe):
+                if (lifted := _lifted.pop(model, None)) is not None:  # so that `lifted` does not put it back
+                    lifted._locking.close()
+            unlock_calls(pipe)  # in case an earlier removal was interrupted before this
+
+
+@contextmanager
+def held(pipe: Any) -> Iterator[Installation | None]:
+    """What is on a pipeline, while all other threads wait. What replaces it takes over its lock."""
+    with lock_of_pipeline(pipe).held():
+        yield installed(pipe)
+
+
+def lock_of_pipeline(pipe: Any) -> PipelineLock:
+    """The lock of a pipeline's denoiser, or of what its text encoders still hold."""
+    found = installed(pipe)
+    return lock_of(denoiser(pipe)) if found is None else found.lock
