@@ -17,8 +17,11 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -229,6 +232,43 @@ def z_image():
     return quiet(d.ZImagePipeline(**parts, text_encoder=encoder, tokenizer=words))
 
 
+def qwen_vl():
+    words = letters()
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {"num_key_value_heads": 1, "vocab_size": len(words)}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+    eye = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(text_config=shape | size | rope, vision_config=eye)
+    return Qwen2_5_VLForConditionalGeneration(config).eval(), words
+
+
+def qwen():
+    torch.manual_seed(0)
+    shape = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16}
+    size = {"in_channels": 16, "out_channels": 4, "axes_dims_rope": (8, 4, 4)}
+    wide = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    latents = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    encoder, words = qwen_vl()
+    parts = {"transformer": d.QwenImageTransformer2DModel(**shape, **size).eval(), "scheduler": flow()}
+    pipe = d.QwenImagePipeline(
+        **parts, vae=d.AutoencoderKLQwenImage(**wide, **latents).eval(), text_encoder=encoder, tokenizer=words
+    )
+    # The template is 34 tokens of the published tokenizer up to the prompt, and more of one for each byte.
+    pipe.prompt_template_encode_start_idx = len(words(pipe.prompt_template_encode.partition("{}")[0]).input_ids)
+    return quiet(pipe)
+
+
+def flux2(kind=d.Flux2KleinPipeline):
+    torch.manual_seed(0)
+    shape = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    size = {"in_channels": 16, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 8}
+    encoder, words = qwen3(Qwen3ForCausalLM, width=8, layers=28)  # its states after layers 9, 18 and 27 are the text
+    wide = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    parts = {"transformer": d.Flux2Transformer2DModel(**shape, **size, guidance_embeds=False).eval(), "scheduler": flow()}
+    return quiet(kind(**parts, vae=d.AutoencoderKLFlux2(**wide, **kinds).eval(), text_encoder=encoder, tokenizer=words))
+
+
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -290,13 +330,15 @@ HOSTS = {
     "flux": lambda: (flux(), SIZE | {"max_sequence_length": 8}),
     "chroma": lambda: (chroma(), SIZE | {"max_sequence_length": 8}),
     "z-image": lambda: (z_image(), SIZE | {"max_sequence_length": 64}),
+    "qwen": lambda: (qwen(), SIZE | {"negative_prompt": " ", "true_cfg_scale": 3.0}),
+    "flux2": lambda: (flux2(), SIZE | {"max_sequence_length": 64}),
 }
 
 
 def draw(pipe, options, prompt="a fox in ink", *, steps=2):
     """Pictures (or frames) of one fixed seed."""
     options = {"num_inference_steps": steps, "output_type": "np", "generator": torch.Generator().manual_seed(0)} | options
-    made = pipe(prompt, **options)
+    made = pipe(prompt=prompt, **options)
     return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images)
 
 

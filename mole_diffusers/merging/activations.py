@@ -18,7 +18,8 @@ from mole_diffusers.lora.host_names import with_host_names
 from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import attach, attached, detach
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens, TextHook
-from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, DenoiserInputs, models_of, tokenizers_of
+from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, DenoiserInputs, denoiser, models_of, tokenizers_of
+from mole_diffusers.patching.host.denoisers import record
 from mole_diffusers.patching.host.placement import stream_of
 from mole_diffusers.patching.undo import Undo, undoing
 
@@ -108,12 +109,12 @@ class RecordedTokens:
     """Which tokens of the texts that a pipeline's models read are recorded: those from a text's start to its end."""
 
     def __init__(self, pipe: Any):
-        self._encoded = PromptTokens(tokenizers_of(pipe))
+        self._encoded, self._record = PromptTokens(tokenizers_of(pipe)), record(denoiser(pipe))
         self._own: dict[str, torch.Tensor] = {}  # model -> [B, S] bool, for the text that it reads
 
     def watch_encoders(self, models: Mapping[str, nn.Module], undo: Undo) -> None:
         for part in (part for part in models if part not in DENOISERS):
-            TextHook(part, self._encoded, self._encodes).register(models[part], undo)
+            TextHook(part, self._encoded, self._record.text_layers, self._encodes).register(models[part], undo)
 
     def _to_end(self, encoder: str, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [P, S] -> bool [P, S]: the tokens up to the end token, included."""

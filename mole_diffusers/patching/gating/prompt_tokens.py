@@ -146,13 +146,18 @@ class TextHook(ForwardHook):
 
     Args:
         name: of the text encoder in the pipeline.
+        layers: the hidden states that the denoiser may get.
         on_text: called first, with that name, ids [B, T] and where the encoder is.
     """
 
     def __init__(
-        self, name: str, tokens: PromptTokens, on_text: Callable[[str, torch.Tensor, torch.device], None] | None = None
+        self,
+        name: str,
+        tokens: PromptTokens,
+        layers: Sequence[int],
+        on_text: Callable[[str, torch.Tensor, torch.device], None] | None = None,
     ):
-        self.name, self.tokens, self.on_text = name, tokens, on_text
+        self.name, self.tokens, self.layers, self.on_text = name, tokens, layers, on_text
         # ids, words and the tokens that are attended to
         self._reading: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
 
@@ -174,7 +179,8 @@ class TextHook(ForwardHook):
 
     def after(self, module: Any, args: tuple, output: Any) -> None:
         """Called after the forward."""
-        hidden = (getattr(output, "hidden_states", None) or ())[-4:]
+        given = getattr(output, "hidden_states", None) or ()
+        hidden = [given[layer] for layer in self.layers if -len(given) <= layer < len(given)]
         norm = getattr(getattr(module, "text_model", module), "final_layer_norm", None)
         skipped = [norm(states) for states in hidden] if norm is not None else []  # as `clip_skip` passes them on
         last = (output[0],) if getattr(output, "logits", None) is None else ()  # no denoiser reads logits

@@ -52,6 +52,7 @@ class Denoiser:
         layers: which tokens layers read.
         multiple: its blocks pad text and picture, each by itself, to a multiple of this number of tokens.
         prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
+        text_layers: the hidden states of text encoders that its pipelines make the text of.
     """
 
     latents: str
@@ -66,6 +67,7 @@ class Denoiser:
     clean: float = 0
     multiple: int = 1
     prompts_first: bool = False
+    text_layers: tuple[int, ...] = (-4, -3, -2, -1)
 
     def padded(self, tokens: int) -> int:
         """The number of tokens in blocks, of a text or a picture of so many."""
@@ -139,7 +141,7 @@ RECORDS: Mapping[str, Denoiser] = {
         "hidden_states", 1000, _of_patches, "joint_attention_dim", ("attn",), "picture", Layers(JOINT)
     ),
     "FluxTransformer2DModel": FLUX,
-    "Flux2Transformer2DModel": FLUX,
+    "Flux2Transformer2DModel": replace(FLUX, text_layers=(9, 18, 27, 10, 20, 30)),  # of klein, and of dev
     "ChromaTransformer2DModel": FLUX,
     "LongCatImageTransformer2DModel": FLUX,
     "OvisImageTransformer2DModel": FLUX,

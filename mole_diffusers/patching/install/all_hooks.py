@@ -31,7 +31,7 @@ def all_hooks(
     # Where sampling is and what texts say: all others need it, also the gate of the denoiser as a whole.
     yield denoiser, StepHook(sampling, is_off)
     for name, encoder in encoders.items():
-        yield encoder, TextHook(name, sampling.tokens, sampling.on_text)
+        yield encoder, TextHook(name, sampling.tokens, sampling.inputs.record.text_layers, sampling.on_text)
     # Attention that is read or closed must not be compiled in this call.
     attention = joint_attention if sampling.inputs.record.order else cross_attention
     yield from attention.hooks(denoiser, sampling)
