@@ -1,4 +1,4 @@
-"""Recognise a tensor that was seen last time, so that results for a text are not computed again at every step."""
+"""Recognise tensors that were seen last time, so that what follows from them is not computed again at every step."""
 
 from __future__ import annotations
 
@@ -26,3 +26,28 @@ class Seen:
         if not same:
             self._last, self._version = weakref.ref(tensor), version(tensor)
         return same
+
+
+class Derived:
+    """What was computed from parameters last time, kept as long as these are the same and unchanged.
+
+    With gradients, and in compiled code, it is computed anew. (A change through `parameter.data` cannot be noticed.)
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple | None = None
+        self._parameters: list[weakref.ref[torch.Tensor]] = []
+        self._value: torch.Tensor | None = None
+
+    def get(self, compute: Callable[[], torch.Tensor], *parameters: torch.Tensor, rows: int = 0) -> torch.Tensor:
+        """`compute()` of the parameters, and of a number of rows if it depends on that."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
+            return compute()
+        key = rows, *((p.data_ptr(), p._version, p.device, p.dtype) for p in parameters)
+        same = key == self._key and all(ref() is p for ref, p in zip(self._parameters, parameters, strict=True))
+        if self._value is None or not same:
+            self._key, self._parameters, self._value = key, [weakref.ref(p) for p in parameters], compute()
+        return self._value
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()  # a copy has parameters of its own

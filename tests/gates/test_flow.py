@@ -47,6 +47,31 @@ def test_states_that_lie_channel_by_channel_are_read_as_they_lie():
     assert list(hidden.shape) not in copied
 
 
+@pytest.mark.parametrize("there", [[True, True, True], [True, False, True]])
+def test_weights_and_gradients_are_those_of_the_formula_as_it_is_written(there):
+    torch.manual_seed(0)
+    gate, mask = FlowGate(3, 4, "sum"), torch.tensor(there)
+    context = Context(mask, torch.zeros(1), all_active=all(there))
+
+    def written(hidden):
+        logits = (hidden @ gate.weight.T).masked_fill(~mask, -torch.inf)
+        return (torch.softmax(logits, -1) + 1 - 1 / sum(there) + gate.offset) * mask
+
+    for rows in (2, 3):  # what is kept without gradients follows the batch, and every change of the parameters
+        for parameter in gate.parameters():
+            torch.nn.init.normal_(parameter)
+        hidden = torch.randn(rows, 5, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(gate(hidden, context), written(hidden), atol=1e-6, rtol=1e-6)
+        direction = torch.randn(rows, 5, 3)
+        found, expected = (
+            torch.autograd.grad((weights * direction).sum(), list(gate.parameters()))
+            for weights in (gate(hidden, context), written(hidden))
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
 def test_permuting_tokens_permutes_weights():
     torch.manual_seed(0)
     gate = FlowGate(2, 4, "sum")

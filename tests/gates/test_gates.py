@@ -40,6 +40,37 @@ def test_flattened_features_by_hand():
     torch.testing.assert_close(gate(hidden, ALL), torch.tensor([[share, 1 - share]]))
 
 
+@pytest.mark.parametrize("total", ["1", "N", "sigmoid", "linear"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_mole_weights_and_gradients_are_those_of_the_formula_as_it_is_written(total, bias):
+    torch.manual_seed(0)
+    gate, hidden = MoLEGate(3, 5, total, "pooled", bias=bias), torch.randn(2, 7, 5)
+    for parameter in gate.parameters():
+        torch.nn.init.normal_(parameter)
+    context = Context(torch.tensor([True, False, True]), torch.zeros(1))
+
+    def written():
+        features = torch.nn.functional.normalize(hidden.mean(1), dim=-1)
+        logits = features @ gate.matrix.T / gate.log_tau.exp() + (gate.bias if bias else 0)
+        return mole.functional.gate_weights(logits, context.mask, total)
+
+    for seed in range(3):  # what is kept without gradients follows every change of the parameters
+        with torch.no_grad():
+            torch.testing.assert_close(gate(hidden, context), written(), atol=1e-6, rtol=1e-6)
+        direction = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
+        found, expected = (
+            torch.autograd.grad((weights() * direction).sum(), list(gate.parameters()))
+            for weights in (lambda: gate(hidden, context), written)
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        with torch.no_grad():
+            for parameter, gradient in zip(gate.parameters(), found, strict=True):
+                parameter.sub_(gradient)
+    with torch.no_grad():
+        assert gate(torch.zeros_like(hidden), context).isfinite().all()
+
+
 def test_static_gate_changes_with_time_bins():
     gate = StaticGate(2, "linear", bins=2)
     with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import nn
 
 from mole_diffusers import functional
 from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
+from mole_diffusers.gates.seen import Derived
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class FlowGate(Gate):
         self.start = start
         self.weight = nn.Parameter(torch.zeros(experts, width))  # W
         self.offset = nn.Parameter(torch.zeros(experts))
+        self._columns, self._all_there = Derived(), Derived()
 
     def bias(self, mask: torch.Tensor) -> torch.Tensor:
         """b of the paper, [N] (or shaped like `mask`)."""
@@ -58,10 +60,11 @@ class FlowGate(Gate):
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         # The states of a UNet's blocks are stored channel by channel; hidden @ W^T, or any matmul, would copy them first.
-        rows = self.weight.float().expand(len(hidden), -1, -1)  # [B, N, C]
-        shares = functional.gate_weights(torch.bmm(rows, hidden.float().mT).mT, context.mask_or_none, "1")  # [B, T, N]
+        rows = len(hidden)
+        columns = self._columns.get(lambda: self.weight.float().T.expand(rows, -1, -1), self.weight, rows=rows)  # [B, C, N]
+        shares = functional.gate_weights(torch.bmm(hidden.float(), columns), context.mask_or_none, "1")  # [B, T, N]
         if context.all_active and self.start == "sum":  # the same in one operation
-            return shares + (self.offset.float() + (1 - 1 / shares.shape[-1]))
+            return shares + self._all_there.get(lambda: self.offset.float() + (1 - 1 / shares.shape[-1]), self.offset)
         mask = functional.over_tokens(context.mask, shares)
         return (shares + functional.over_tokens(self.bias(context.mask), shares)) * mask
 

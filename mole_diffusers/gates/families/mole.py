@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mole_diffusers import functional
 from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
+from mole_diffusers.gates.seen import Derived
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class MoLE(Family, name="mole"):
 class MoLEGate(Gate):
     """Eq. 9-11 of MoLE: softmax(e . normalised features / tau). tau is learned, and kept positive as exp(log_tau).
 
+    The paper leaves the normalisation open; as in the authors' code, it is L2 over the whole vector. Both divisions are made
+    where fewer numbers are: that by tau on e, once until e changes, and that by the features' length on the logits.
+
     Starts at equal weights (zero matrix). The linear map has no bias, as in the authors' code. `bias` adds a learned
     number per expert, so that the gate can start at any weights.
     """
@@ -72,19 +75,25 @@ class MoLEGate(Gate):
         self.features = functional.flattened if features == "flattened" else functional.pooled
         self.matrix = nn.Parameter(torch.zeros(experts, width))  # e, [N, D]
         self.log_tau = nn.Parameter(torch.zeros(()))
+        self._sharpened = Derived()
         self.register_parameter("bias", nn.Parameter(torch.zeros(experts)) if bias else None)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        features = functional.l2_normalized(self.features(hidden).float())  # [B, D]
+        features = self.features(hidden).float()  # [B, D]
         if features.shape[-1] != self.width:
             raise ValueError(
                 f"a gate with flattened features was built for {self.width} values and got {tuple(hidden.shape[1:])} "
                 f"(tokens x channels): it is tied to one resolution; use features='pooled' for any other"
             )
-        logits = F.linear(features, self.matrix.float()) / self.log_tau.float().exp()  # [B, N]
+        length = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-12)  # [B, 1]
+        logits = features @ self._sharpened.get(self._over_tau, self.matrix, self.log_tau) / length  # [B, N]
         if self.bias is not None:
             logits = logits + self.bias.float()
         return functional.gate_weights(logits, context.mask_or_none, self.total)
+
+    def _over_tau(self) -> torch.Tensor:
+        """e / tau, [D, N]."""
+        return (self.matrix.float() / self.log_tau.float().exp()).T
 
     def sensitivity(self) -> dict[str, float]:
         return {"matrix": self.width**0.5}  # features have length 1

@@ -265,7 +265,7 @@ class GateSite(ABC):
             return self._new_factor(layer, x, low)
         masks = self.sampling.acting.masks
         tokens = (layer.stream, x.shape[:2]) if masks is not None and masks.binds else ()  # PAG passes a part of the rows
-        in_common = layer.ranks, low.dim(), low.dtype, *tokens
+        in_common = layer.ranks, low.dim(), low.shape[0], low.dtype, *tokens
         if (factor := self._decided.factors.get(in_common)) is None:
             factor = self._new_factor(layer, x, low)
             if not factor.requires_grad:  # a checkpointed block that is computed again must save the same tensors
@@ -274,14 +274,20 @@ class GateSite(ABC):
 
     def _new_factor(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """The weights of a layer's experts over their ranks, times the masks of its tokens if experts are bound."""
-        segment, low_of_tokens = layer.segment, _of_tokens(low, x)
-        weights = self._weights_of(layer, len(x))
-        factor = functional.over_ranks(weights, None if self.gate.ranked else segment, low_of_tokens)
+        weights, batch, is_rows = self._weights_of(layer, len(x)), len(x), low.dim() < x.dim()
+        segment = None if self.gate.ranked else layer.segment
+        if is_rows:
+            factor = functional.over_rows(weights, segment, low, batch)
+        else:
+            factor = functional.over_ranks(weights, segment, low)
+        mask = None
         if (masks := self.sampling.acting.masks) is not None and masks.binds:
-            mask = masks.over_ranks(layer.stream, low_of_tokens, segment, layer.ranks)
-            factor = factor if mask is None else factor * mask
-        differs_by_token = factor.dim() == 3 and factor.shape[1] > 1
-        return factor.flatten(0, 1) if differs_by_token and low.dim() < x.dim() else factor
+            mask = masks.over_ranks(layer.stream, low, layer.segment, layer.ranks, rows_of=batch if is_rows else None)
+        if mask is None:
+            return factor
+        if is_rows and factor.dim() == 3:  # [B, 1, R]
+            return (factor * mask.view(batch, -1, mask.shape[-1])).flatten(0, 1)
+        return factor * mask
 
     @abstractmethod
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
@@ -340,7 +346,8 @@ class LayerSite(GateSite):
     """A gate that is evaluated on its layer's input whenever that layer runs."""
 
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
-        low = _of_tokens(low, x)
+        if not self.gate.input_free:
+            low = _of_tokens(low, x)
         self.evaluate(_as_input(x, low), layer.described(low))
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -92,28 +91,36 @@ class TokenMasks:
     # ---- what layers ask
 
     def over_ranks(
-        self, stream: str | None, low: torch.Tensor, segment: torch.Tensor, ranks: tuple[int, ...]
+        self,
+        stream: str | None,
+        low: torch.Tensor,
+        segment: torch.Tensor,
+        ranks: tuple[int, ...],
+        *,
+        rows_of: int | None = None,
     ) -> torch.Tensor | None:
         """A factor for A x of a layer besides the gate, in its shape; None if every expert acts on every token.
 
         Args:
             stream: which tokens the layer reads, see `placement.stream_of`.
-            low: [B, R], [B, T, R] or [B, R, H, W].
+            low: [B, R], [B, T, R] or [B, R, H, W]; or rows [B T, R].
             segment: [R], the expert of each rank; `ranks` [N] says how many each has.
+            rows_of: B if `low` are rows, else None.
         """
-        if stream is None or low.dim() == 2:
+        if stream is None or (low.dim() == 2 and rows_of is None):
             return None
         if stream == "encoding":
-            made, mask = self._encoder_text.made, lambda: self._encoder_text.acts
+            made, mask = self._encoder_text.made, lambda *_: self._encoder_text.acts
         elif self.text is None or (stream == "image" and self.text.image is None):
             return None
         else:
-            made, mask = self.text.made, partial(self.text.mask, stream, low)
-        key = stream, ranks, low.shape[0], low.shape[2:] if low.dim() == 4 else low.shape[1], low.dtype, low.device
+            made, mask = self.text.made, self.text.mask
+        key = stream, ranks, rows_of, low.shape, low.dtype, low.device
         if key not in made:
-            factor = None
-            if (found := mask()) is not None and (low.dim() == 4 or found.shape[1] == low.shape[1]):
-                factor = functional.over_ranks(functional.rows_for_layer(found, len(low)).to(low.device), segment, low)
+            factor, like = None, low if rows_of is None else low.view(rows_of, -1, low.shape[1])
+            if (found := mask(stream, like)) is not None and (like.dim() == 4 or found.shape[1] == like.shape[1]):
+                factor = functional.over_ranks(functional.rows_for_layer(found, len(like)).to(low.device), segment, like)
+                factor = factor if rows_of is None else factor.expand_as(like).flatten(0, 1)
             made[key] = factor
         return made[key]
 
