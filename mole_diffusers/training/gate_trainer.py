@@ -161,7 +161,7 @@ class GateTrainer:
         how: dict[str, Any] = {"progress": self.context.progress, "every": self.config.validation.every}
         self.engine.fit(self.update, name="gates", report=report, validate=self.validate, **how)
         if self.ema is not None:
-            self.ema.copy_to(self.mixture.parameters())
+            self._set_gates(self.ema.shadow_params)
         if folder := self.engine.writes_to:
             self.mixture.save_pretrained(folder)
         for tracker in self.accelerator.trackers:
@@ -256,10 +256,15 @@ class GateTrainer:
         """Use the gates' moving average instead of the gates, if there is one."""
         with ExitStack() as undo:
             if self.ema is not None:
-                self.ema.store(self.mixture.parameters())
-                undo.callback(self.ema.restore, self.mixture.parameters())
-                self.ema.copy_to(self.mixture.parameters())
+                undo.callback(self._set_gates, [p.detach().clone() for p in self.mixture.parameters()])
+                self._set_gates(self.ema.shadow_params)
             yield
+
+    @torch.no_grad()
+    def _set_gates(self, values: Iterable[torch.Tensor]) -> None:
+        """Set all parameters. (EMAModel would do it through `parameter.data`, and gates would not notice, see `Derived`.)"""
+        for parameter, value in zip(self.mixture.parameters(), values, strict=True):
+            parameter.copy_(value)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to resume."""
