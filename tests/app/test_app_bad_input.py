@@ -348,7 +348,7 @@ BAD = [
     ),
     ("train", (RECIPE, "one", {}, "x", 2), "composed of train must be a list of texts, got 'x'"),
     ("train", (RECIPE, "one", {}, [], 10**6), "the number of updates must be in"),
-    ("train", (RECIPE, "one", {"fox": ["x"]}, ["x"], 2, [], "best"), "unknown family 'best'; known: static"),
+    ("train", (RECIPE, "one", {"fox": ["x"]}, ["x"], 2, [], "best"), "unknown family 'best'; known: factors"),
     (
         "train",
         (RECIPE, "one", {"fox": ["x"]}, ["x"], 2, [], "flow", "by heart"),
