@@ -395,7 +395,7 @@ class Mixture:
     @property
     def sites(self) -> list[str]:
         """The names of the gates' sites, such as "unet.mid_block.attentions.0.transformer_blocks.0"."""
-        return [site.name for part in self._components for site in part.sites.values()]
+        return [site.name for part in self._components for site in part.sites]
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate with the layers that it weighs, such as "unet.down_blocks.0.attentions.0.proj_in"."""

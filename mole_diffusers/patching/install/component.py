@@ -5,8 +5,8 @@ The LoRAs themselves are put on by peft, see peft_injection.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +42,15 @@ from mole_diffusers.patching.undo import Undo
 BANK = "mole_gates"  # submodule of a model with its gates, so that they move and offload with it
 
 
+@dataclass(frozen=True)
+class PlacedSite:
+    """A site, where it is, and the layers that take its weights."""
+
+    site: GateSite
+    at: Place
+    layers: Sequence[str]
+
+
 class Component:
     """A denoiser or text encoder with the experts' stacks for it, and a gate at each place.
 
@@ -53,34 +62,42 @@ class Component:
         self.stacks = {layer: family.prepared(stack) for layer, stack in stacks.items()}
         entries = blocks(model, record(model).entries if self.denoises else ENCODER_ENTRIES)
         per = family.one_gate_per
-        self._layers_of: dict[str, list[str]] = {}  # name of a gate's place -> its layers
-        for layer in stacks:
-            self._layers_of.setdefault(place_name(layer, per, entries), []).append(layer)
-        per = "matrix" if family.weighs_layers_apart else per
-        self.owners = {layer: place_name(layer, per, entries) for layer in stacks}  # layer -> name of its site's place
-        describe = partial(describe_place, denoises=self.denoises, reads_prompt=family.reads_prompt)
-        self.places = {name: describe(name, per, model, entries) for name in dict.fromkeys(self.owners.values())}
-        self.bank = GateBank({name: self._gate(name, layers) for name, layers in self._layers_of.items()})
-        self.sites = {name: self._site(at) for name, at in self.places.items()}
+        self._gated = _by_place(stacks, per, entries)  # name of a gate -> its layers
+        per = "matrix" if family.weighs_layers_apart else per  # then a gate has a site at each of its layers
+        by_site = _by_place(stacks, per, entries)
+        places = {
+            name: describe_place(name, per, model, entries, denoises=self.denoises, reads_prompt=family.reads_prompt)
+            for name in by_site
+        }
+        at = {layer: places[name] for name, layers in by_site.items() for layer in layers}
+        self.bank = GateBank({name: self._gate(name, layers, at[layers[0]]) for name, layers in self._gated.items()})
+        self.placed = [
+            PlacedSite(self._site(places[name], layers), places[name], layers) for name, layers in by_site.items()
+        ]
+        self.site_of = {layer: each.site for each in self.placed for layer in each.layers}
 
     def install(self, undo: Undo) -> None:
         """Put experts, gates and attention processors on the model. The undo step of each change is recorded in `undo`
         before the change. The hooks are `hooks`.
+
+        A gate at a block reads what enters its attention. Where diffusers lets the processor of an attention be replaced,
+        ours does that inside the attention, so that a processor that replaces ours is seen (`BlockSite`). Everything else
+        has no processor, or one that must stay (`_joint`), and gets a hook.
         """
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
-        layers = {layer: (self.site_of(layer), stream_of(self.name, self.model, layer)) for layer in self.stacks}
+        layers = {layer: (self.site_of[layer], stream_of(self.name, self.model, layer)) for layer in self.stacks}
         peft_injection.inject(self.model, self.stacks, layers, undo)
-        for name, at in self.places.items():
-            if isinstance(entry := self._entry(at), Attention) and not self._joint:
-                _replace_processor(entry, self.sites[name], undo)
+        for each in self.placed:
+            if isinstance(entry := self._entry(each.at), Attention) and not self._joint:
+                _replace_processor(entry, each.site, undo)
 
     def hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
         """The hooks that let sites know when sampling enters their places, and what enters."""
         if self.denoises and (sites := self._model_sites):
             yield self.model, ModelInput(sites, self.sampling, reads_prompt=self.family.reads_prompt)
-        for name, at in self.places.items():
-            site, entry = self.sites[name], self._entry(at)
+        for each in self.placed:
+            site, at, entry = each.site, each.at, self._entry(each.at)
             if isinstance(site, BlockSite) and at.block is not None:
                 yield self.model.get_submodule(at.block), BlockBegins(site)
             if entry is not None and (self._joint or not isinstance(entry, Attention)):  # there, the processor does the same
@@ -96,6 +113,11 @@ class Component:
         return None if at.entry in (None, NETWORK) else self.model.get_submodule(str(at.entry))
 
     @property
+    def sites(self) -> list[GateSite]:
+        """The sites, in the order of the model's layers."""
+        return [each.site for each in self.placed]
+
+    @property
     def denoises(self) -> bool:
         """Whether it is the denoiser, not a text encoder."""
         return self.name in DENOISERS
@@ -108,12 +130,12 @@ class Component:
     @property
     def step_invariant(self) -> bool:
         """Whether no gate depends on anything that changes while sampling."""
-        return all(site.gate.step_invariant for site in self.sites.values())
+        return all(site.gate.step_invariant for site in self.sites)
 
     @property
     def input_free(self) -> bool:
         """Whether no gate depends on anything."""
-        return all(site.gate.input_free for site in self.sites.values())
+        return all(site.gate.input_free for site in self.sites)
 
     def evaluate_deferred(self) -> None:
         """Evaluate the gates that wait until a layer asks."""
@@ -122,7 +144,7 @@ class Component:
 
     @property
     def _model_sites(self) -> list[ModelSite]:
-        return [site for site in self.sites.values() if isinstance(site, ModelSite)]
+        return [site for site in self.sites if isinstance(site, ModelSite)]
 
     def evaluate_input_free(self) -> None:
         """Evaluate gates that read nothing, outside of any sampling, for the listeners.
@@ -130,30 +152,27 @@ class Component:
         Raises ValueError if a gate depends on its input.
         """
         device = next(self.model.parameters()).device
-        for name, at in self.places.items():
-            site = self.sites[name]
+        for each in self.placed:
+            site, at = each.site, each.at
             if self.sampling.settings.fixed.now is None and not site.gate.input_free:
                 reads = "prompt" if site.gate.step_invariant else "picture"
                 raise ValueError(f"the gate of {site.name} depends on the {reads}; give a prompt to average over")
             rows = self.sampling.acting.rows_of_prompts
             layer = None
             if site.gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
-                stack = self.stacks[name]
+                stack = self.stacks[at.name]
                 layer = Layer(torch.zeros(1, len(stack.segment), device=device), stack.up, stack.segment.to(device))
-            self._site(at).evaluate(torch.zeros(rows, 1, at.width, device=device), layer)
-
-    def site_of(self, layer: str) -> GateSite:
-        """The site of the gate whose weights a layer takes."""
-        return self.sites[self.owners[layer]]
+            self._site(at, each.layers).evaluate(torch.zeros(rows, 1, at.width, device=device), layer)
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate with the layers that it weighs."""
-        return [(self.bank[name], layers) for name, layers in self._layers_of.items()]
+        return [(self.bank[name], layers) for name, layers in self._gated.items()]
 
     # ---- building
 
-    def _gate(self, name: str, layers: Sequence[str]) -> Gate:
-        at, experts = self.places[self.owners[layers[0]]], len(self.sampling.settings.active.now)
+    def _gate(self, name: str, layers: Sequence[str], at: Place) -> Gate:
+        """The gate of a name for these layers, the first of which has its site at `at`."""
+        experts = len(self.sampling.settings.active.now)
         width, presents = at.width, [(True,) * experts]
         if self.family.reads_experts and at.name != NETWORK:
             width = experts * sum(self.stacks[layer].out for layer in probed(at, self.stacks))
@@ -162,9 +181,9 @@ class Component:
         place = GatePlace(experts, width, at.tokens, name == NETWORK, presents, self.stacks.get(name))
         return self.family.gate(place)
 
-    def _site(self, at: Place) -> GateSite:
+    def _site(self, at: Place, layers: Sequence[str]) -> GateSite:
         """The site of a place. What the gate reads there decides when it is evaluated, and so the kind of site."""
-        presents = {self.stacks[layer].present for layer, name in self.owners.items() if name == at.name}
+        presents = {self.stacks[layer].present for layer in layers}
         gate, scope = self._gate_at(at)
         common: dict[str, Any] = {
             "presents": sorted(presents, key=lambda present: (sum(present), present), reverse=True),
@@ -184,7 +203,7 @@ class Component:
         """The gate of a site, and the experts it shares among if it weighs each of its layers."""
         if not self.family.weighs_layers_apart:
             return self.bank[at.name], None
-        name, layers = next((name, layers) for name, layers in self._layers_of.items() if at.name in layers)
+        name, layers = next((name, layers) for name, layers in self._gated.items() if at.name in layers)
         scope = tuple(map(any, zip(*(self.stacks[layer].present for layer in layers), strict=True)))
         return self.bank[name].for_layer(layers.index(at.name)), scope
 
@@ -203,6 +222,14 @@ class Component:
             return torch.cat(parts, -1)
 
         return outputs
+
+
+def _by_place(layers: Iterable[str], per: str, entries: Iterable[str]) -> dict[str, list[str]]:
+    """The name of each place that has a gate or a site -> its layers, see `place_name`."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        found.setdefault(place_name(layer, per, entries), []).append(layer)
+    return found
 
 
 class BlockBegins(ForwardHook):

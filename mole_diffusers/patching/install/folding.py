@@ -109,7 +109,7 @@ def one_lora(parts: Iterable[Component], weights: Weights) -> tuple[Folded, set[
     acting: set[int] = set()
     for part in parts:
         for name, stack in part.stacks.items():
-            site = part.site_of(name)
+            site = part.site_of[name]
             if (site.name, stack.present) not in weights:
                 continue
             factor = weights[site.name, stack.present].cpu()
