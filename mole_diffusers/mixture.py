@@ -55,8 +55,8 @@ from mole_diffusers.patching.install.folding import (
     truncated,
 )
 from mole_diffusers.patching.install.installation import Contents, Installation, held, installed, remove
-from mole_diffusers.patching.subjects.drawn_over import drawn_over
-from mole_diffusers.patching.subjects.things import UNTIL, Asked, Encode, Things, Tiling
+from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
+from mole_diffusers.patching.subjects.things import PLACE_SOURCES, UNTIL, Asked, Encode, Things, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles, things_for_tiles, why_no_tiles
 
 Gates = str | Path | GateConfig
@@ -344,12 +344,11 @@ class Mixture:
         if call is None or binding is None or settings.fixed.now is not None or settings.rows.now is not None:
             return nullcontext()
         asked = Asked(pipe, tiling, call, binding.bound, self.acting)
+        set_places = partial(self._set_places, binding)
         if tiling.until and (things := things_for_tiles(asked)) is not None:
-            return Tiles(asked, things, alone=self._alone, set_places=partial(self._set_places, binding)).drawn()
-        over = drawn_over(asked, alone=self._alone_unheard, set_places=partial(self._set_places, binding))
-        if over is not None:
-            return over.placed()
-        return nullcontext()
+            return Tiles(asked, things, alone=self._alone, set_places=set_places).drawn()
+        found = (source(asked, alone=self._alone_unheard, set_places=set_places) for source in PLACE_SOURCES)
+        return next((placing for placing in found if placing is not None), nullcontext())
 
     def _alone(self, names: Sequence[str]) -> AbstractContextManager[None]:
         """Only these experts, on every word, for calls of the denoiser that are parts of a step."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -146,6 +146,27 @@ class Asked:
             prompt=part.text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
         )
         return made[0], made[2] if len(made) == 4 else None
+
+
+class PlaceSource(Protocol):
+    """Where places can come from before the first step, such as a given picture."""
+
+    def __call__(self, asked: Asked, *, alone: Alone, set_places: SetPlaces) -> AbstractContextManager[None] | None:
+        """A block for the call, in which the source calls `set_places` once; None if it does not know this call's places.
+
+        Args:
+            alone: a context in which only some experts act, on every word, and without listeners.
+        """
+        ...
+
+
+PLACE_SOURCES: list[PlaceSource] = []  # the first that knows a call's places sets them
+
+
+def place_source(source: PlaceSource) -> PlaceSource:
+    """Register a source of places, in a file of `subjects/place_sources/`."""
+    PLACE_SOURCES.append(source)
+    return source
 
 
 def _one_prompt(given: Any) -> str | None:

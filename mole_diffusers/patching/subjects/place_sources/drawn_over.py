@@ -7,7 +7,7 @@ does for the others. This is a diffusion classifier (Li et al. 2023, arXiv 2303.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from mole_diffusers.binding.config import given_region
 from mole_diffusers.binding.picture_layout import UNDECIDED, regions_of_things
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs
-from mole_diffusers.patching.subjects.things import Alone, Asked, SetPlaces, Things
+from mole_diffusers.patching.subjects.things import Alone, Asked, SetPlaces, Things, place_source
 from mole_diffusers.patching.undo import undoing
 
 LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places
@@ -28,8 +28,9 @@ WANTED: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
 }
 
 
-def drawn_over(asked: Asked, *, alone: Alone, set_places: SetPlaces) -> DrawnOver | None:
-    """An object that finds the things of a call in the picture that it draws over.
+@place_source
+def drawn_over(asked: Asked, *, alone: Alone, set_places: SetPlaces) -> AbstractContextManager[None] | None:
+    """Find the things of a call in the picture that it draws over.
 
     None if there is no such picture, its prompt names fewer than two things, or the model's noise is not that of DDPM.
     """
@@ -39,7 +40,7 @@ def drawn_over(asked: Asked, *, alone: Alone, set_places: SetPlaces) -> DrawnOve
     scheduler = asked.pipe.scheduler
     if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("prediction_type") not in WANTED:
         return None
-    return DrawnOver(asked, things, alone, set_places)
+    return DrawnOver(asked, things, alone, set_places).placed()
 
 
 class DrawnOver:

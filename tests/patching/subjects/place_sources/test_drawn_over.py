@@ -9,7 +9,7 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.emoji.scenes import Scene
-from mole_diffusers.patching.subjects import drawn_over
+from mole_diffusers.patching.subjects.place_sources import drawn_over
 from mole_diffusers.testing import tiny_lora
 
 CALL = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3.0}
