@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,29 +66,54 @@ class Decided:
     factors: dict[tuple, torch.Tensor] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class Kept:
-    """What a gate decided in earlier calls, as long as it holds.
+class Epoch(NamedTuple):
+    """What all kept decisions of a gate depend on: those of an earlier epoch are dropped. 0 is for what does not matter.
 
     Attributes:
-        valid_for: what all of it depends on.
-        decided: by what else each depends on.
+        settings: what the user set.
+        parameters: the version of the gate's parameters.
+        text: the number of the text that the gate reads, or that is drawn.
+        turn: the number of the calls that share one decision, see `Mixture.every`.
     """
 
-    valid_for: tuple | None = None
-    decided: dict[tuple, Decided] = field(default_factory=dict)
+    settings: tuple
+    parameters: int = 0
+    text: int = 0
+    turn: int = 0
 
-    def find(self, validity: tuple[tuple, tuple] | None, decide: Callable[[], list[Decision]]) -> Decided:
-        """What was decided for `validity`, see `GateSite._validity`; or what `decide` decides now."""
-        if validity is None:
-            self.valid_for, self.decided = None, {}
+
+class Call(NamedTuple):
+    """What differs between the calls of an epoch, whose decisions are kept side by side. None is for what does not matter.
+
+    Attributes:
+        part: the experts of a part of a step, if the call is one.
+        device, rows, tokens: of what enters the site.
+    """
+
+    part: tuple[bool, ...] | None
+    device: torch.device | None = None
+    rows: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(eq=False)
+class Kept:
+    """What a gate decided in the calls of one epoch."""
+
+    epoch: Epoch | None = None
+    decided: dict[Call, Decided] = field(default_factory=dict)
+
+    def find(self, holds: tuple[Epoch, Call] | None, decide: Callable[[], list[Decision]]) -> Decided:
+        """What was decided in a call of this epoch, or what `decide` decides now. None: nothing holds beyond this call."""
+        if holds is None:
+            self.epoch, self.decided = None, {}
             return Decided(decide())
-        valid_for, of = validity
-        if valid_for != self.valid_for:
-            self.valid_for, self.decided = valid_for, {}
-        if of not in self.decided:
-            self.decided[of] = Decided(decide())
-        return self.decided[of]
+        epoch, call = holds
+        if epoch != self.epoch:
+            self.epoch, self.decided = epoch, {}
+        if call not in self.decided:
+            self.decided[call] = Decided(decide())
+        return self.decided[call]
 
 
 class GateSite(ABC):
@@ -104,6 +129,7 @@ class GateSite(ABC):
     """
 
     shares_factors = True  # whether all layers of the same ranks have the same factor
+    rows = NEVER  # of a layer's input, for which the last weights hold without asking; only a `BlockSite` has any
     spans_blocks = False  # whether each layer multiplies its own block's strength from a schedule
 
     def __init__(
@@ -119,7 +145,6 @@ class GateSite(ABC):
     ):
         self.name, self.gate, self.sampling = name, gate, sampling
         self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
-        self.rows = NEVER  # of a layer's input, for which the last weights hold
         self._decided, self._kept = Decided(), Kept()
 
     # ---- evaluating
@@ -131,24 +156,21 @@ class GateSite(ABC):
             layer: given if the gate sits at one layer.
             tokens: [B, T] bool, the tokens of a text that count.
         """
-        self._decided = self._kept.find(self._validity(hidden), lambda: self._decide(hidden, layer, tokens))
+        self._decided = self._kept.find(self._holds_for(hidden), lambda: self._decide(hidden, layer, tokens))
         for listener in self.sampling.listeners.decisions.now:
             for decision in self._decided.decisions:
                 listener(decision)
 
-    def _validity(self, hidden: torch.Tensor) -> tuple[tuple, tuple] | None:
-        """Two keys: decisions are kept as long as the first stays equal, and hold whenever the second is as it was.
-
-        None: they hold for this call only.
-        """
+    def _holds_for(self, hidden: torch.Tensor) -> tuple[Epoch, Call] | None:
+        """The epoch and the call that decisions on `hidden` hold for; None if they hold for nothing beyond this call."""
         step, every = self.sampling.step, self.sampling.settings.every.now
         if not self._may_keep():
             return None
-        of = step.part.now, hidden.device, hidden.shape[0]
         if self.gate.input_free:
-            return (*self._settings(), self._gate_version()), of
+            return Epoch(self._settings(), self._gate_version()), Call(step.part.now, hidden.device, hidden.shape[0])
         if self.timed and every > 1:
-            return (*self._settings(), step.texts, step.calls_of_text // every), (*of, hidden.shape[1])
+            epoch = Epoch(self._settings(), text=step.texts, turn=step.calls_of_text // every)
+            return epoch, Call(step.part.now, hidden.device, *hidden.shape[:2])
         return None
 
     def _may_keep(self) -> bool:
@@ -311,19 +333,23 @@ class BlockSite(GateSite):
     def __init__(self, *args: Any, reads_text: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._texts = Texts() if reads_text else None
+        self.rows = NEVER
 
     def begin_block(self) -> None:
-        """The gate must be evaluated again, except for decisions that hold beyond a call (`_validity`)."""
+        """The gate must be evaluated again, except for decisions that hold beyond a call (`_holds_for`)."""
         self.rows = NEVER
 
     def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
         super().evaluate(hidden, layer, tokens=tokens)
         self.rows = hidden.shape[0]
 
-    def _validity(self, hidden: torch.Tensor) -> tuple[tuple, tuple] | None:
-        found = super()._validity(hidden)
+    def _holds_for(self, hidden: torch.Tensor) -> tuple[Epoch, Call] | None:
+        found = super()._holds_for(hidden)
         if found is None and self._texts is not None and self._may_keep():
-            found = (*self._settings(), self._texts.number(hidden), self._gate_version()), (self.sampling.step.part.now,)
+            found = (
+                Epoch(self._settings(), self._gate_version(), self._texts.number(hidden)),
+                Call(self.sampling.step.part.now),
+            )
         return found
 
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
