@@ -17,7 +17,33 @@ from mole_diffusers.patching.host.denoisers import Denoiser
 
 CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
-Made = dict[tuple, torch.Tensor | None]  # masks and biases, by a layer's request
+LayerCache = dict[tuple, torch.Tensor | None]  # masks and biases, by a layer's request
+
+
+@dataclass(frozen=True, eq=False)
+class TextInput:
+    """What the denoiser was called with: a text, for pictures of one size.
+
+    Attributes:
+        text: its states, [B, S, C], which count as the same as long as nothing changes them (`version`).
+        shape: of the latents.
+        acting: [N], the experts that were on.
+    """
+
+    text: torch.Tensor
+    version: int
+    shape: torch.Size
+    acting: tuple[bool, ...]
+
+    def is_of(self, text: torch.Tensor, latents: torch.Tensor, acting: tuple[bool, ...]) -> bool:
+        """Whether this is the input of such a call. A copy of the text counts: offloading makes one at every step."""
+        if self.acting != acting or self.text.shape != text.shape or self.text.device != text.device:
+            return False
+        if self.shape[1:] != latents.shape[1:] or torch.is_grad_enabled():  # in training every text is new
+            return False
+        if self.text.data_ptr() == text.data_ptr():
+            return self.version == version(text)
+        return torch.equal(self.text, text)
 
 
 @dataclass(eq=False)
@@ -26,58 +52,43 @@ class BoundText:
 
     Attributes:
         record: of the denoiser.
-        text: its states, [B, S, C], which count as the same as long as nothing changes them (`version`).
-        shape: of the latents that were drawn with it.
-        acting: [N], the experts that were on.
+        input: the text, and what was drawn with it.
         acts: [B, S, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
         silence: the experts whose words are not in it.
         prompt: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a
             separate call names no expert, and takes over those of the prompt.
         image: [B, N, H, W] in 0..1, the places that each expert acts on; None if all act everywhere.
         biases: tokens of the picture -> [B, T, S], subtracted from cross-attention's logits.
-        made: what layers have asked for, until places change.
+        cache: what layers have asked for, until places change.
     """
 
     record: Denoiser
-    text: torch.Tensor
-    version: int
-    shape: torch.Size
-    acting: tuple[bool, ...]
+    input: TextInput
     picture: PictureLayout
     acts: torch.Tensor | None
     silence: Silence
     prompt: BoundText | None = None
     image: torch.Tensor | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
-    made: Made = field(default_factory=dict)
-
-    def is_of(self, text: torch.Tensor, latents: torch.Tensor) -> bool:
-        """Whether this is that text, for a picture of that size. A copy counts: offloading makes one at every step."""
-        if self.text.shape != text.shape or self.text.device != text.device or self.shape[1:] != latents.shape[1:]:
-            return False
-        if torch.is_grad_enabled():  # in training every text is new
-            return False
-        if self.text.data_ptr() == text.data_ptr():
-            return self.version == version(text)
-        return torch.equal(self.text, text)
+    cache: LayerCache = field(default_factory=dict)
 
     def place(self) -> None:
         """Make the picture's masks from the known regions."""
-        image, device = self.picture.expert_masks(), self.text.device
-        self.image, self.biases, self.made = None if image is None else onto(image, device), {}, {}
+        image, device = self.picture.expert_masks(), self.input.text.device
+        self.image, self.biases, self.cache = None if image is None else onto(image, device), {}, {}
         if image is not None and self.picture.readings:
             for side in sides(self.picture.side):
                 bias = -CLOSING * self.picture.closed_words(side)
-                self.biases[side[0] * side[1]] = onto(bias.to(self.text.dtype), device)
+                self.biases[side[0] * side[1]] = onto(bias.to(self.input.text.dtype), device)
 
     def follow_prompt(self) -> None:
         """Take over the places that were decided for the prompt since then, if there were any."""
         if self.prompt is not None and self.image is not self.prompt.image:
-            self.image, self.made = self.prompt.image, {}
+            self.image, self.cache = self.prompt.image, {}
 
     def forget(self) -> None:
         """Drop what was computed for layers. It is computed again when they ask."""
-        self.made = {}
+        self.cache = {}
 
     # ---- what layers ask
 
@@ -94,7 +105,7 @@ class BoundText:
     @property
     def tokens(self) -> int:
         """S."""
-        return self.text.shape[1]
+        return self.input.text.shape[1]
 
     def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
         """[B, T, N] for a layer whose tokens are those of `low`; None if its tokens are others."""
@@ -117,11 +128,11 @@ class BoundText:
         if not self.binds or (side := self.side_of(tokens - self.tokens)) is None:
             return None
         acts, image = self.acts, self._image_tokens(side)
-        rows, experts = len(self.text) if acts is None else len(acts), len(self.acting)
+        rows, experts = len(self.input.text) if acts is None else len(acts), len(self.input.acting)
         if acts is None:
-            acts = self.text.new_ones(rows, self.tokens, experts, dtype=torch.bool)
+            acts = self.input.text.new_ones(rows, self.tokens, experts, dtype=torch.bool)
         if image is None:
-            image = self.text.new_ones(rows, tokens - self.tokens, experts, dtype=torch.float32)
+            image = self.input.text.new_ones(rows, tokens - self.tokens, experts, dtype=torch.float32)
         both = [acts.float(), functional.rows_for_layer(image, rows).to(acts.device)]
         return torch.cat(both if self.record.order == "text" else both[::-1], 1)
 
@@ -152,12 +163,12 @@ class BoundText:
         large, it is returned without the repetition.
         """
         key = "bias of heads", tokens, rows, heads, dtype
-        if key not in self.made:
+        if key not in self.cache:
             bias = self.bias(tokens, rows)
             if bias is not None and heads * bias.numel() * dtype.itemsize <= MOST_KEPT:
                 bias = bias.to(dtype).repeat_interleave(heads, 0)
-            self.made[key] = bias
-        return self.made[key]
+            self.cache[key] = bias
+        return self.cache[key]
 
     def apart(self, tokens: int) -> tuple[slice, slice] | None:
         """The picture's tokens and the text's in attention over so many; None if that is not over both."""
@@ -175,8 +186,8 @@ class BoundText:
         if bias is None:
             return None
         key = "joint bias", tokens, rows
-        if key not in self.made:
+        if key not in self.cache:
             whole = bias.new_zeros(rows, 1, tokens, tokens)
             whole[:, 0, picture, text] = bias
-            self.made[key] = whole
-        return self.made[key]
+            self.cache[key] = whole
+        return self.cache[key]

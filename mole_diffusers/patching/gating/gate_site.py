@@ -302,14 +302,34 @@ class GateSite(ABC):
             factor = functional.over_rows(weights, segment, low, batch)
         else:
             factor = functional.over_ranks(weights, segment, low)
-        mask = None
-        if (masks := self.sampling.acting.masks) is not None and masks.binds:
-            mask = masks.over_ranks(layer.stream, low, layer.segment, layer.ranks, rows_of=batch if is_rows else None)
+        mask = self._mask(layer, low, batch if is_rows else None)
         if mask is None:
             return factor
         if is_rows and factor.dim() == 3:  # [B, 1, R]
             return (factor * mask.view(batch, -1, mask.shape[-1])).flatten(0, 1)
         return factor * mask
+
+    def _mask(self, layer: WeighedLayer, low: torch.Tensor, rows_of: int | None) -> torch.Tensor | None:
+        """Where a layer's experts act, in the shape of its A x; None if every expert acts on every token.
+
+        Args:
+            low: [B, R], [B, T, R] or [B, R, H, W]; or rows [B T, R].
+            rows_of: B if `low` are rows, else None.
+        """
+        masks, stream = self.sampling.acting.masks, layer.stream
+        if masks is None or not masks.binds or stream is None or (low.dim() == 2 and rows_of is None):
+            return None
+        if (text := masks.text_of(stream)) is None:
+            return None
+        key = stream, layer.ranks, rows_of, low.shape, low.dtype, low.device
+        if key not in text.cache:
+            factor, like = None, low if rows_of is None else low.view(rows_of, -1, low.shape[1])
+            if (found := text.mask(stream, like)) is not None and (like.dim() == 4 or found.shape[1] == like.shape[1]):
+                rows = functional.rows_for_layer(found, len(like)).to(low.device)
+                factor = functional.over_ranks(rows, layer.segment, like)
+                factor = factor if rows_of is None else factor.expand_as(like).flatten(0, 1)
+            text.cache[key] = factor
+        return text.cache[key]
 
     @abstractmethod
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:

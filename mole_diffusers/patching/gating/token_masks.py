@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from mole_diffusers import functional
 from mole_diffusers.binding.acting import notices
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.picture_layout import Layout, PictureLayout
@@ -31,7 +30,7 @@ from mole_diffusers.binding.picture_warning import PictureWarning
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.binding.words import Reading, ThingKey
 from mole_diffusers.gates.seen import version
-from mole_diffusers.patching.gating.bound_text import BoundText, Made
+from mole_diffusers.patching.gating.bound_text import BoundText, LayerCache, TextInput
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.gating.text_reader import Silence, TextReader
 from mole_diffusers.patching.host.denoiser_inputs import Groups, groups_of, repeats
@@ -50,11 +49,15 @@ class EncoderText:
 
     Attributes:
         acts: [B, T, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
-        made: what layers have asked for.
+        cache: what layers have asked for.
     """
 
     acts: torch.Tensor | None = None
-    made: Made = field(default_factory=dict)
+    cache: LayerCache = field(default_factory=dict)
+
+    def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
+        """[B, T, N] for a layer; None if every expert acts on every token."""
+        return self.acts
 
 
 class TokenMasks:
@@ -90,39 +93,13 @@ class TokenMasks:
 
     # ---- what layers ask
 
-    def over_ranks(
-        self,
-        stream: str | None,
-        low: torch.Tensor,
-        segment: torch.Tensor,
-        ranks: tuple[int, ...],
-        *,
-        rows_of: int | None = None,
-    ) -> torch.Tensor | None:
-        """A factor for A x of a layer besides the gate, in its shape; None if every expert acts on every token.
-
-        Args:
-            stream: which tokens the layer reads, see `placement.stream_of`.
-            low: [B, R], [B, T, R] or [B, R, H, W]; or rows [B T, R].
-            segment: [R], the expert of each rank; `ranks` [N] says how many each has.
-            rows_of: B if `low` are rows, else None.
-        """
-        if stream is None or (low.dim() == 2 and rows_of is None):
-            return None
+    def text_of(self, stream: str) -> EncoderText | BoundText | None:
+        """The text with the masks of a layer that reads these tokens, see `placement.stream_of`; None if it has none."""
         if stream == "encoding":
-            made, mask = self._encoder_text.made, lambda *_: self._encoder_text.acts
-        elif self.text is None or (stream == "image" and self.text.image is None):
+            return self._encoder_text
+        if self.text is None or (stream == "image" and self.text.image is None):
             return None
-        else:
-            made, mask = self.text.made, self.text.mask
-        key = stream, ranks, rows_of, low.shape, low.dtype, low.device
-        if key not in made:
-            factor, like = None, low if rows_of is None else low.view(rows_of, -1, low.shape[1])
-            if (found := mask(stream, like)) is not None and (like.dim() == 4 or found.shape[1] == like.shape[1]):
-                factor = functional.over_ranks(functional.rows_for_layer(found, len(like)).to(low.device), segment, like)
-                factor = factor if rows_of is None else factor.expand_as(like).flatten(0, 1)
-            made[key] = factor
-        return made[key]
+        return self.text
 
     # ---- what attention hooks report
 
@@ -199,7 +176,7 @@ class TokenMasks:
         if pipe is None:
             self._begin_if_noisier(time)
         acting = tuple(acting)
-        state = next((known for known in self._texts if known.acting == acting and known.is_of(text, latents)), None)
+        state = next((known for known in self._texts if known.input.is_of(text, latents, acting)), None)
         if state is None:
             state = self._new(text, latents, side(), pipe, acting)
             self._texts = [*self._texts, state][-MOST_TEXTS:]
@@ -219,7 +196,7 @@ class TokenMasks:
 
     def _tell_of(self, state: BoundText) -> None:
         """Warn of what a user may not expect of the pictures of a text."""
-        picture, acting = state.picture, state.acting
+        picture, acting = state.picture, state.input.acting
         if picture.readings and state.prompt is None:
             rows = [picture.readings[row].mentioned for row in picture.picture_rows]
             mentioned = tuple(map(any, zip(*rows, strict=True)))
@@ -276,10 +253,10 @@ class TokenMasks:
         frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings, latents), frames=frames, side=side)
         acts = self.reader.acting_tokens(readings, acting, text.device) if readings else None
-        words = text.detach(), version(text), latents.shape, acting, picture, acts
+        words = TextInput(text.detach(), version(text), latents.shape, acting), picture, acts
         prompt = next(reversed(self._prompts), None)
         is_prompt = groups is not None or _names_an_expert(readings)
-        if not is_prompt and prompt is not None and len(prompt.text) == len(text):
+        if not is_prompt and prompt is not None and len(prompt.input.text) == len(text):
             return BoundText(self.record, *words, prompt.silence, prompt)
         mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
         state = BoundText(self.record, *words, self.reader.silence(mentioned, text.device))

@@ -623,13 +623,13 @@ def test_what_is_closed_is_kept_for_each_head_while_it_is_small_and_a_picture_is
     mixture, kept = attach(HALVES), []
 
     def rows(*_):
-        kept.append({made.shape[0] for key, made in now(mixture).made.items() if key[0] == "bias of heads"})
+        kept.append({made.shape[0] for key, made in now(mixture).cache.items() if key[0] == "bias of heads"})
 
     pipe.unet.register_forward_hook(rows)
     drawn = draw(pipe, PROMPT)
     assert all(kept)
     assert not any(2 in each for each in kept)  # of two rows, for several heads
-    assert not now(mixture).made
+    assert not now(mixture).cache
     kept.clear()
     monkeypatch.setattr(bound_text, "MOST_KEPT", 0)
     assert torch.equal(draw(pipe, PROMPT), drawn)
