@@ -44,10 +44,14 @@ class DenoiserInputs:
     def _read(self, name: str, args: tuple, kwargs: dict) -> Any:
         return kwargs[name] if name in kwargs else args[self.names.index(name)]
 
+    def timestep(self, args: tuple, kwargs: dict) -> Any:
+        """What the denoiser is given as the time: a tensor or a number."""
+        return self._read(self.record.time, args, kwargs)
+
     def time(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The noise level [B], 0..1, where 1 is pure noise."""
         sample = self.latents(args, kwargs)
-        time = torch.as_tensor(self._read(self.record.time, args, kwargs), device=sample.device)
+        time = torch.as_tensor(self.timestep(args, kwargs), device=sample.device)
         clean, pure_noise = self.record.clean, self.record.pure_noise
         return (time.float().reshape(-1).expand(sample.shape[0]) - clean) / (pure_noise - clean)
 

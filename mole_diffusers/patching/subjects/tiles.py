@@ -18,6 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.picture_warning import PictureWarning
+from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import Seen
 from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, prompted_rows
 from mole_diffusers.patching.subjects.things import Alone, Asked, SetPlaces, Things, Tiling
@@ -65,12 +66,14 @@ class Ready:
     Attributes:
         texts: what each tile reads, [B, S, C]: its own text in the rows that are prompts, and the call's in the others.
         prompted: [B] bool, the rows that are prompts.
+        sizes: what SDXL is told of each tile's size, [6]; none for other models.
         shares: [K, H, W], how much each tile counts at a place.
         outside: [H, W], how much the picture as a whole does; None if it counts nowhere.
     """
 
     texts: Sequence[torch.Tensor]
     prompted: torch.Tensor
+    sizes: Sequence[torch.Tensor]
     shares: torch.Tensor
     outside: torch.Tensor | None
 
@@ -176,6 +179,8 @@ class Tiles:
         self._found: dict[tuple[int, int, int], list[Tile]] = {}
         self._text = Seen()
         self._ready: Ready | None = None  # for this text
+        self._schedule = Seen()
+        self._levels: list[float] = []  # of noise, for each timestep of this schedule
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
@@ -192,8 +197,12 @@ class Tiles:
 
     def _is_early(self, args: tuple, kwargs: dict) -> bool:
         """Whether this step is drawn in tiles. The last step is not, unless all steps are."""
-        now, times = self.reader.time(args, kwargs)[0].cpu(), self.pipe.scheduler.timesteps.float().cpu()
-        until_here = int((times / self.reader.record.pure_noise > now - 1e-5).sum())  # Heun's method has most of them twice
+        times = self.pipe.scheduler.timesteps
+        if not self._schedule.again(times):
+            self._levels = (times.float() / self.reader.record.pure_noise).tolist()
+        index = _position(self.reader.timestep(args, kwargs), times)
+        now = float(self.reader.time(args, kwargs)[0]) if index is None else self._levels[index]
+        until_here = sum(level > now - 1e-5 for level in self._levels)  # Heun's method has most of them twice
         return until_here <= self.tiling.until * len(times) + 1e-5
 
     def _tiles(self, args: tuple, kwargs: dict) -> list[Tile]:
@@ -248,40 +257,58 @@ class Tiles:
         """
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
         if not self._text.again(text) or self._ready is None or self._ready.shares.shape[1:] != latents.shape[2:]:
-            self._ready = self._made_ready(tiles, text, latents)
+            self._ready = self._made_ready(tiles, text, latents, kwargs.get("added_cond_kwargs"))
         ready = self._ready
         call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
         channels = self.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
         out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
         if ready.outside is not None:
             out += ready.outside * whole(**call)[0]
-        for tile, own, share in zip(tiles, ready.texts, ready.shares, strict=True):
+        for i, (tile, own, share) in enumerate(zip(tiles, ready.texts, ready.shares, strict=True)):
             top, bottom, left, right = tile.box
-            changed = {
+            changed: dict[str, Any] = {
                 "sample": latents[..., top:bottom, left:right].contiguous(),
                 "encoder_hidden_states": own,
-                **self._pooled(tile, ready.prompted, kwargs.get("added_cond_kwargs")),
             }
+            if ready.sizes:
+                changed["added_cond_kwargs"] = _added(tile, ready.prompted, ready.sizes[i], kwargs["added_cond_kwargs"])
             with self.alone(tile.names):
                 part = self.pipe.unet(**call | changed)[0]
             out[..., top:bottom, left:right] += share[top:bottom, left:right] * part
         return out
 
-    def _made_ready(self, tiles: Sequence[Tile], text: torch.Tensor, latents: torch.Tensor) -> Ready:
+    def _made_ready(
+        self, tiles: Sequence[Tile], text: torch.Tensor, latents: torch.Tensor, added: Mapping[str, Any] | None
+    ) -> Ready:
         prompted = prompted_rows(self.pipe, text, latents)
         texts = [torch.where(prompted[:, None, None], tile.text.to(text), text) for tile in tiles]
         masks = torch.stack([tile.mask for tile in tiles])  # [K, H, W]
         outside = (1 - masks.sum(0)).clamp_min(0)
         shares = (masks / masks.sum(0).clamp_min(1)).to(latents)
-        return Ready(texts, prompted, shares, outside.to(latents) if outside.any() else None)
+        sizes = []
+        if added is not None and all(tile.pooled is not None for tile in tiles):
+            sizes = [onto(self._size(tile), latents.device).to(added["time_ids"].dtype) for tile in tiles]
+        return Ready(texts, prompted, sizes, shares, outside.to(latents) if outside.any() else None)
 
-    def _pooled(self, tile: Tile, prompted: torch.Tensor, whole: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What SDXL reads besides the text: the pooled states, and the sizes of a picture that is the tile."""
-        if tile.pooled is None or whole is None:
-            return {}
+    def _size(self, tile: Tile) -> torch.Tensor:
+        """What SDXL is told of the size of a picture that is the tile: its original size, crop and target size."""
         side, (top, bottom, left, right) = self.pipe.vae_scale_factor, tile.box
         size = (side * (bottom - top), side * (right - left))
-        times = whole["time_ids"]
-        own = torch.tensor((*size, 0, 0, *size)).to(times)
-        pooled = torch.where(prompted[:, None], tile.pooled.to(whole["text_embeds"]), whole["text_embeds"])
-        return {"added_cond_kwargs": {**whole, "text_embeds": pooled, "time_ids": own.expand_as(times)}}
+        return torch.tensor((*size, 0, 0, *size))
+
+
+def _added(tile: Tile, prompted: torch.Tensor, size: torch.Tensor, whole: Mapping[str, Any]) -> dict[str, Any]:
+    """What SDXL reads besides the text: the pooled states, and the size of the tile."""
+    assert tile.pooled is not None
+    pooled = torch.where(prompted[:, None], tile.pooled.to(whole["text_embeds"]), whole["text_embeds"])
+    return {**whole, "text_embeds": pooled, "time_ids": size.expand_as(whole["time_ids"])}
+
+
+def _position(timestep: Any, times: torch.Tensor) -> int | None:
+    """Where a timestep lies in a schedule that it was taken from, without asking its device; None if it was not."""
+    if not isinstance(timestep, torch.Tensor) or timestep.numel() != 1 or not times.is_contiguous():
+        return None
+    if timestep.dtype != times.dtype or timestep.untyped_storage().data_ptr() != times.untyped_storage().data_ptr():
+        return None
+    position = int(timestep.storage_offset() - times.storage_offset())
+    return position if 0 <= position < len(times) else None

@@ -10,6 +10,8 @@ import torch
 from hosts import HOSTS, draw, sd3, sdxl
 from PIL import Image
 from tiers import thorough
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
 from mole_diffusers.binding.layout import strips
@@ -17,7 +19,7 @@ from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.subjects.tiles import draws_in_tiles, size_for_tiles
-from mole_diffusers.testing import tiny_lora
+from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 PROMPT = "a fox+a hen"  # a token per letter
 WORDS = {"fox": "fox", "hat": "hen", "ink": "ink", "owl": "owl"}
@@ -452,6 +454,62 @@ def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_pa
         with mixture.strengths({"fox": 0.5, "hat": 0.5}):
             wanted = latent(pipe)
     torch.testing.assert_close(scaled, wanted, rtol=0, atol=1e-5)
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would wait for a card: values that are read, and numbers that are copied there in turn with its work."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.made = 0, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, out = kwargs or {}, None
+        out = func(*args, **kwargs)
+        if func is torch.tensor:
+            self.made.append(out)
+        moved = func is torch.Tensor.to and not kwargs.get("non_blocking") and any(args[0] is own for own in self.made)
+        self.count += moved or func in (torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist)
+        return out
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that are read, or that say what shape something has."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.is_nonzero, torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select, torch.ops.aten._unique2,
+        )  # fmt: skip
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("sampler", ["DDIMScheduler", *thorough("EulerDiscreteScheduler", "HeunDiscreteScheduler")])
+@pytest.mark.parametrize("host", ["sd", "sdxl"])
+def test_a_step_in_tiles_waits_for_nothing_that_a_step_of_the_base_does_not_wait_for(tmp_path, sampler, host):
+    pipe = sdxl() if host == "sdxl" else tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = getattr(diffusers, sampler).from_config(pipe.scheduler.config)
+
+    def waits(steps):
+        with Waits() as waits, Reads() as reads:
+            latent(pipe, steps=steps)
+        return waits.count + reads.count
+
+    base = waits(6) - waits(4)
+    experts = {
+        name: replace(read_expert(tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i), name), triggers=(name,))
+        for i, name in enumerate(("fox", "hen"))
+    }
+    mixture = mole.attach(pipe, experts, "mole")
+    with mixture.tiled(1.0):
+        assert waits(6) - waits(4) <= base
+    with mixture.tiled(0):
+        assert waits(6) - waits(4) <= base
 
 
 def test_where_there_is_no_room_a_step_is_one_call(pipe, experts):
