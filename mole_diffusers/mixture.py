@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,9 +134,9 @@ class Mixture:
         """A sentence for each trained embedding of the files that the pipeline's text encoders cannot take."""
         return self._installation.without_embedding
 
-    @property
+    @cached_property
     def banks(self) -> dict[str, GateBank]:
-        """Part -> the gates of that model."""
+        """Part -> the gates of that model. A bank that is added is trained and saved like these."""
         return {part.name: part.bank for part in self._components}
 
     @property

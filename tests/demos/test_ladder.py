@@ -56,11 +56,11 @@ def test_a_mixer_mixes_ranks_before_the_gate(ladder, pipe, experts):
     mixture = mole.attach(pipe, {"fox": (experts["fox"], 0.5), "hat": (experts["hat"], 2.0)}, binding=None)
     ladder.set_free(pipe, mixture, ladder.RUNGS["mixer"])
     part, name, layer = next(found for found in ladder.layers(pipe) if found[1].endswith("attn1.to_q"))
-    mixer = mixture.banks["layers"][f"{part}.{name}"]
+    mixer = mixture.banks["layers"][f"{part}.{name}"].module
     with torch.no_grad():
         mixer.change.copy_(torch.randn(mixer.change.shape, generator=torch.Generator().manual_seed(2)))
     a, b = layer.lora_A[ladder.ADAPTER].weight, layer.lora_B[ladder.ADAPTER].weight
-    x, ranks = torch.randn(1, 5, a.shape[1]), layer.lora_variant[ladder.ADAPTER].ranks
+    x, ranks = torch.randn(1, 5, a.shape[1]), layer.lora_variant[ladder.ADAPTER].layer.ranks
     g = torch.tensor([0.5] * ranks[0] + [2.0] * ranks[1])
     with torch.no_grad():
         written = layer.base_layer(x) + (x @ a.T @ (torch.eye(len(a)) + mixer.change).T * g) @ b.T

@@ -36,6 +36,7 @@ from mole_diffusers.evaluation.rows import Row, Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup, requested_rows
 from mole_diffusers.evaluation.tables import as_frame, success_table
 from mole_diffusers.gates import GateBank, GateConfig, checkpoint
+from mole_diffusers.gates.contract import Gate
 from mole_diffusers.lora import Expert
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.gated_experts import ADAPTER
@@ -76,6 +77,14 @@ def free_both(layer: Any) -> nn.Module:
     return nn.ModuleList([layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]])
 
 
+class Freed(Gate):
+    """What a rung frees at one layer. It weighs nothing: among the gates of a mixture it is trained and saved like them."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+
 @dataclass(frozen=True)
 class Rung:
     """What learns: gates of a family, or what `frees` returns for each layer with LoRAs.
@@ -112,7 +121,8 @@ def layers(pipe: Any) -> Iterator[tuple[str, str, Any]]:
 def set_free(pipe: Any, mixture: Mixture, rung: Rung) -> None:
     """Add what a rung frees to the mixture's gates, so that it is trained and saved. `detach` undoes this."""
     if rung.frees is not None:
-        mixture.banks["layers"] = GateBank({f"{part}.{name}": rung.frees(layer) for part, name, layer in layers(pipe)})
+        freed = {f"{part}.{name}": Freed(rung.frees(layer)) for part, name, layer in layers(pipe)}
+        mixture.banks["layers"] = GateBank(freed)
 
 
 # ---- training

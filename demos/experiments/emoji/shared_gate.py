@@ -34,6 +34,7 @@ from mole_diffusers.evaluation.rows import Rows, digest_files
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.evaluation.tables import as_frame, success_table
 from mole_diffusers.gates import GateBank
+from mole_diffusers.gates.contract import Gate
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.patching.undo import undoing
@@ -72,7 +73,7 @@ class Clock:
             yield
 
 
-class ScoreGate(nn.Module):
+class ScoreGate(Gate):
     """Weights exp(scores . numbers) of the experts at one layer, on top of the sum. All layers share the numbers."""
 
     def __init__(self, numbers: nn.Parameter, layer: Any, *, name: str, is_style: torch.Tensor, clock: Clock):
