@@ -687,7 +687,7 @@ class Mixture:
         return attached(deepcopy(self._pipe, memo))
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
-        return None if binding is None else TokenMasks(binding, self._sampling.tokens, self._sampling.inputs.record)
+        return None if binding is None else TokenMasks(binding, self._sampling.tokens, self._sampling.inputs.record.blocks)
 
 
 def attach(

@@ -77,7 +77,7 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
                 return
             z = as_tokens(args[0].detach())  # [B, T, R]
             if has_text:
-                z = z[:, inputs.record.apart(tokens, z.shape[1] - inputs.record.padded(tokens))[0]]
+                z = z[:, inputs.record.blocks.apart(tokens, z.shape[1] - inputs.record.blocks.padded(tokens))[0]]
             if (shape := side_of(z.shape[1], here or size)) is None:
                 return
             # PAG gives some layers only the first groups, and others the perturbed ones, which are not the picture.
@@ -89,7 +89,7 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
     with undoing() as undo:
         undo.before_forward(model, count, with_kwargs=True)
         for name, (up, segment) in peft_injection.ups(model).items():
-            stream = inputs.record.stream_of(name)
+            stream = inputs.record.blocks.stream_of(name)
             if stream in ("image", "joint") and not name.endswith(NOT_IMAGE):
                 undo.before_forward(up, measuring(up, segment, has_text=stream == "joint"))
         yield found

@@ -13,7 +13,7 @@ from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.gating.text_reader import Silence
-from mole_diffusers.patching.host.denoisers import Denoiser
+from mole_diffusers.patching.host.denoisers import Blocks
 
 CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
@@ -51,7 +51,7 @@ class BoundText:
     """A text that the denoiser reads, and everything that follows from it.
 
     Attributes:
-        record: of the denoiser.
+        blocks: of the denoiser.
         input: the text, and what was drawn with it.
         acts: [B, S, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
         silence: the experts whose words are not in it.
@@ -62,7 +62,7 @@ class BoundText:
         cache: what layers have asked for, until places change.
     """
 
-    record: Denoiser
+    blocks: Blocks
     input: TextInput
     picture: PictureLayout
     acts: torch.Tensor | None
@@ -121,7 +121,7 @@ class BoundText:
         if self.image is None:
             return None
         tokens = F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)  # [B, T, N]
-        return F.pad(tokens, (0, 0, 0, self.record.padded(tokens.shape[1]) - tokens.shape[1]), value=1.0)
+        return F.pad(tokens, (0, 0, 0, self.blocks.padded(tokens.shape[1]) - tokens.shape[1]), value=1.0)
 
     def _joint(self, tokens: int) -> torch.Tensor | None:
         """Text and picture, in the order of attention."""
@@ -134,12 +134,12 @@ class BoundText:
         if image is None:
             image = self.input.text.new_ones(rows, tokens - self.tokens, experts, dtype=torch.float32)
         both = [acts.float(), functional.rows_for_layer(image, rows).to(acts.device)]
-        return torch.cat(both if self.record.order == "text" else both[::-1], 1)
+        return torch.cat(both if self.blocks.attention == "text first" else both[::-1], 1)
 
     def side_of(self, tokens: int) -> GridSize | None:
         """Height and width of a layer with this many tokens of the picture; None if its tokens are others."""
         side = self.picture.side
-        if side is not None and self.record.padded(side[0] * side[1]) == tokens:
+        if side is not None and self.blocks.padded(side[0] * side[1]) == tokens:
             return side
         return side_of(tokens, side)
 
@@ -175,7 +175,7 @@ class BoundText:
         if (side := self.picture.side) is None:
             return None
         picture = side[0] * side[1]
-        return self.record.apart(picture, self.tokens) if tokens == self.record.padded(picture) + self.tokens else None
+        return self.blocks.apart(picture, self.tokens) if tokens == self.blocks.padded(picture) + self.tokens else None
 
     def joint_bias(self, tokens: int, rows: int) -> torch.Tensor | None:
         """The same for attention over text and picture together, [B, 1, tokens, tokens]; None for any other attention."""

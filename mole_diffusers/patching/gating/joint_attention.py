@@ -30,7 +30,7 @@ def hooks(model: Any, sampling: Sampling) -> Iterator[tuple[nn.Module, ForwardHo
     """
     around = list(model.modules())
     yield model, Uncompiled(sampling.entered, around, lambda: sampling.wants_maps or _closes(sampling))
-    entries = sampling.inputs.record.entries
+    entries = sampling.inputs.record.blocks.entries
     layers = [model.get_submodule(f"{block}.{entries[-1]}") for block in blocks(model, entries)]
     for i, layer in enumerate(layers):
         yield layer, JointAttention(sampling, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))

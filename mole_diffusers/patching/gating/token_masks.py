@@ -34,7 +34,7 @@ from mole_diffusers.patching.gating.bound_text import BoundText, LayerCache, Tex
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.gating.text_reader import Silence, TextReader
 from mole_diffusers.patching.host.denoiser_inputs import Groups, groups_of, repeats
-from mole_diffusers.patching.host.denoisers import Denoiser
+from mole_diffusers.patching.host.denoisers import Blocks
 
 MOST_TEXTS = 5  # texts that are kept: pictures of one call may be drawn with several, in turn
 UNKNOWN = (
@@ -72,11 +72,11 @@ class TokenMasks:
     Args:
         bound: each expert's binding, in the order of the gates' columns.
         tokens: knows the tokens of texts that were encoded.
-        record: of the denoiser.
+        blocks: of the denoiser.
     """
 
-    def __init__(self, bound: Mapping[str, Bound], tokens: PromptTokens, record: Denoiser):
-        self.record = record
+    def __init__(self, bound: Mapping[str, Bound], tokens: PromptTokens, blocks: Blocks):
+        self.blocks = blocks
         self.reader = TextReader(bound, tokens)
         self.silence, self.binds = self.reader.nobody, False
         self.text: BoundText | None = None
@@ -257,9 +257,9 @@ class TokenMasks:
         prompt = next(reversed(self._prompts), None)
         is_prompt = groups is not None or _names_an_expert(readings)
         if not is_prompt and prompt is not None and len(prompt.input.text) == len(text):
-            return BoundText(self.record, *words, prompt.silence, prompt)
+            return BoundText(self.blocks, *words, prompt.silence, prompt)
         mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
-        state = BoundText(self.record, *words, self.reader.silence(mentioned, text.device))
+        state = BoundText(self.blocks, *words, self.reader.silence(mentioned, text.device))
         if self._places:
             picture.set_places(self._places)
         elif prompt is not None and pipe is not None:

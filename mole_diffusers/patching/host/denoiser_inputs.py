@@ -84,7 +84,7 @@ class DenoiserInputs:
         again = [seen.again(text) for seen, text in zip(self._seen, given, strict=True)]
         if self._padded is None or not all(again):
             texts = pad_sequence(given, batch_first=True)
-            self._padded = nn.functional.pad(texts, (0, 0, 0, self.record.padded(texts.shape[1]) - texts.shape[1]))
+            self._padded = nn.functional.pad(texts, (0, 0, 0, self.record.blocks.padded(texts.shape[1]) - texts.shape[1]))
         return self._padded
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -33,41 +33,27 @@ class Layers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Denoiser:
-    """What is special about one class.
+class Blocks:
+    """What the blocks of a denoiser do with text and picture.
 
     Attributes:
-        latents: name of the argument for what is denoised: [B, C, H, W], [B, C, F, H, W] for a video, tokens [B, T, C], or a
-            list of B pictures [C, F, H, W].
-        text, time: names of the arguments for the text's states [B, S, C], or a list of B texts [S, C], and the noise level.
-        pure_noise, clean: what its pipelines pass as the noise level of pure noise, and of a finished picture.
-        side: height and width of the picture, from a call's arguments and the model's config; None if the call does not
-            say it. Then nothing has a place.
-        text_width: name in its config of the text's channels.
         entries: of a block, the module that its input enters first: the first of these that it has. The last one is its
             attention.
-        order: what comes first in attention over text and picture together, "text" or "picture". "" if attention is over
-            one of them at a time: then cross-attention takes a mask; otherwise PyTorch's attention inside the processor
-            does.
+        attention: "cross" if it is over text or picture, one at a time: then cross-attention takes a mask. Otherwise it is
+            over both together, with one of them first: then PyTorch's attention inside the processor takes a mask.
         layers: which tokens layers read.
-        multiple: its blocks pad text and picture, each by itself, to a multiple of this number of tokens.
-        prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
-        text_layers: the hidden states of text encoders that its pipelines make the text of.
+        multiple: text and picture, each by itself, are padded to a multiple of this number of tokens.
     """
 
-    latents: str
-    pure_noise: float
-    side: Callable[[Read, Any], GridSize | None]
-    text_width: str
     entries: tuple[str, ...]
-    order: str
+    attention: Literal["cross", "text first", "picture first"]
     layers: Layers
-    text: str = "encoder_hidden_states"
-    time: str = "timestep"
-    clean: float = 0
     multiple: int = 1
-    prompts_first: bool = False
-    text_layers: tuple[int, ...] = (-4, -3, -2, -1)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether attention is over text and picture together."""
+        return self.attention != "cross"
 
     def padded(self, tokens: int) -> int:
         """The number of tokens in blocks, of a text or a picture of so many."""
@@ -75,7 +61,7 @@ class Denoiser:
 
     def apart(self, picture: int, text: int) -> tuple[slice, slice]:
         """The picture's tokens, and the text's, among those of both; `text` is padded."""
-        if self.order == "text":
+        if self.attention == "text first":
             return slice(text, text + picture), slice(0, text)
         return slice(0, picture), slice(self.padded(picture), self.padded(picture) + text)
 
@@ -90,6 +76,35 @@ class Denoiser:
         if any(f".{part}." in name for part in self.layers.text):
             return "text"
         return "joint" if layer.startswith(self.layers.joint) else "image"
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """What is special about one class.
+
+    Attributes:
+        latents: name of the argument for what is denoised: [B, C, H, W], [B, C, F, H, W] for a video, tokens [B, T, C], or a
+            list of B pictures [C, F, H, W].
+        text, time: names of the arguments for the text's states [B, S, C], or a list of B texts [S, C], and the noise level.
+        pure_noise, clean: what its pipelines pass as the noise level of pure noise, and of a finished picture.
+        side: height and width of the picture, from a call's arguments and the model's config; None if the call does not
+            say it. Then nothing has a place.
+        text_width: name in its config of the text's channels.
+        blocks: what they do with text and picture.
+        prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
+        text_layers: the hidden states of text encoders that its pipelines make the text of.
+    """
+
+    latents: str
+    pure_noise: float
+    side: Callable[[Read, Any], GridSize | None]
+    text_width: str
+    blocks: Blocks
+    text: str = "encoder_hidden_states"
+    time: str = "timestep"
+    clean: float = 0
+    prompts_first: bool = False
+    text_layers: tuple[int, ...] = (-4, -3, -2, -1)
 
 
 def _of_sample(read: Read, config: Any) -> GridSize:
@@ -123,22 +138,20 @@ def _of_pictures(read: Read, config: Any) -> GridSize | None:
 
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # of a block with cross-attention: its keys and values
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder")
-UNET = Denoiser("sample", 1000, _of_sample, "cross_attention_dim", ("attn1",), "", Layers(TEXT_LAYERS))
+UNET = Denoiser("sample", 1000, _of_sample, "cross_attention_dim", Blocks(("attn1",), "cross", Layers(TEXT_LAYERS)))
 # In single blocks, which read text and picture, `proj_mlp` runs beside the attention, on the same input.
 FLUX = Denoiser(
     "hidden_states",
     1,
     _of_ids,
     "joint_attention_dim",
-    ("proj_mlp", "attn"),
-    "text",
-    Layers(JOINT, joint=("single_transformer_blocks.",)),
+    Blocks(("proj_mlp", "attn"), "text first", Layers(JOINT, joint=("single_transformer_blocks.",))),
 )
 RECORDS: Mapping[str, Denoiser] = {
     "UNet2DConditionModel": UNET,
-    "UNetMotionModel": replace(UNET, layers=Layers(TEXT_LAYERS, frames=("motion_modules",))),
+    "UNetMotionModel": replace(UNET, blocks=replace(UNET.blocks, layers=Layers(TEXT_LAYERS, frames=("motion_modules",)))),
     "SD3Transformer2DModel": Denoiser(
-        "hidden_states", 1000, _of_patches, "joint_attention_dim", ("attn",), "picture", Layers(JOINT)
+        "hidden_states", 1000, _of_patches, "joint_attention_dim", Blocks(("attn",), "picture first", Layers(JOINT))
     ),
     "FluxTransformer2DModel": FLUX,
     "Flux2Transformer2DModel": replace(FLUX, text_layers=(9, 18, 27, 10, 20, 30)),  # of klein, and of dev
@@ -150,22 +163,22 @@ RECORDS: Mapping[str, Denoiser] = {
         1,
         _of_shapes,
         "joint_attention_dim",
-        ("attn",),
-        "text",
-        Layers((*JOINT, "txt_mod", "txt_mlp", "txt_in")),
+        Blocks(("attn",), "text first", Layers((*JOINT, "txt_mod", "txt_mlp", "txt_in"))),
     ),
     "ZImageTransformer2DModel": Denoiser(
         "x",
         0,
         _of_pictures,
         "cap_feat_dim",
-        ("attention",),
-        "picture",
-        Layers(("context_refiner", "cap_embedder"), joint=("layers.", "all_final_layer.")),
+        Blocks(
+            ("attention",),
+            "picture first",
+            Layers(("context_refiner", "cap_embedder"), joint=("layers.", "all_final_layer.")),
+            multiple=32,
+        ),
         text="cap_feats",
         time="t",
         clean=1,
-        multiple=32,
         prompts_first=True,
     ),
 }

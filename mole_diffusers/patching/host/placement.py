@@ -50,7 +50,7 @@ def blocks(model: nn.Module, entries: Sequence[str]) -> dict[str, str]:
     """{name of a transformer block: name of the module that its input enters first}.
 
     Args:
-        entries: names of that module in a block, see `Denoiser.entries`; a block is what has one.
+        entries: names of that module in a block, see `Blocks.entries`; a block is what has one.
     """
     return {
         name: f"{name}.{first}"
@@ -99,7 +99,7 @@ def describe_place(
     if one_gate_per == "matrix":
         return Place(name, None, None, width, 0)
     if one_gate_per == "stream":
-        if block is not None and denoises and record(model).order:
+        if block is not None and denoises and record(model).blocks.is_joint:
             raise ValueError(
                 f"gates per token need attention that reads the picture alone, and a {type(model).__name__} attends to text "
                 "and picture together"
@@ -110,8 +110,8 @@ def describe_place(
 
 
 def stream_of(part: str, model: nn.Module, layer: str) -> str | None:
-    """The tokens that a layer of a part of a pipeline reads: "encoding" in a text encoder, else see `Denoiser.stream_of`."""
-    return record(model).stream_of(layer) if part in DENOISERS else "encoding"
+    """The tokens that a layer of a part of a pipeline reads: "encoding" in a text encoder, else see `Blocks.stream_of`."""
+    return record(model).blocks.stream_of(layer) if part in DENOISERS else "encoding"
 
 
 def _in_width(module: nn.Module) -> int:

@@ -33,7 +33,7 @@ def all_hooks(
     for name, encoder in encoders.items():
         yield encoder, TextHook(name, sampling.tokens, sampling.inputs.record.text_layers, sampling.on_text)
     # Attention that is read or closed must not be compiled in this call.
-    attention = joint_attention if sampling.inputs.record.order else cross_attention
+    attention = joint_attention if sampling.inputs.record.blocks.is_joint else cross_attention
     yield from attention.hooks(denoiser, sampling)
     # What gates read: first what enters the denoiser, then what enters each block and each place in it.
     for part in parts:

@@ -60,7 +60,7 @@ class Component:
     def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, sampling: Sampling):
         self.name, self.model, self.family, self.sampling = name, model, family, sampling
         self.stacks = {layer: family.prepared(stack) for layer, stack in stacks.items()}
-        entries = blocks(model, record(model).entries if self.denoises else ENCODER_ENTRIES)
+        entries = blocks(model, record(model).blocks.entries if self.denoises else ENCODER_ENTRIES)
         per = family.one_gate_per
         self._gated = _by_place(stacks, per, entries)  # name of a gate -> its layers
         per = "matrix" if family.weighs_layers_apart else per  # then a gate has a site at each of its layers
@@ -106,7 +106,7 @@ class Component:
     @property
     def _joint(self) -> bool:
         """Whether it attends to text and picture together. Such processors say which backend they use, so they stay."""
-        return self.denoises and bool(record(self.model).order)
+        return self.denoises and record(self.model).blocks.is_joint
 
     def _entry(self, at: Place) -> nn.Module | None:
         """The module whose input the gate of a place reads when it runs."""

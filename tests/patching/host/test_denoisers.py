@@ -86,7 +86,7 @@ def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
     (count,) = words
     differs = (found[0] != found[1]).any(-1).any(1)[0]  # [S]
     wanted = torch.zeros_like(differs)
-    wanted[slice(0, count) if record(model).order == "text" else slice(-count, None)] = True
+    wanted[slice(0, count) if record(model).blocks.attention == "text first" else slice(-count, None)] = True
     assert 0 < count < len(differs)
     assert torch.equal(differs, wanted)
 
