@@ -332,7 +332,7 @@ class Mixture:
                 for hears in sampling.listeners.layouts.now:
                     hears(self.layouts)
                 if binding is not None:
-                    binding.end(warns=done and sampling.acting.masks is binding)
+                    binding.end(warns=done and sampling.effective.masks is binding)
 
     def _by_things(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
         """How to call the denoiser for single things: to draw them in tiles at first, or to find them in a given picture."""
@@ -361,7 +361,7 @@ class Mixture:
 
     def _set_places(self, masks: TokenMasks, places: Mapping[ThingKey, torch.Tensor]) -> bool:
         done = masks.set_places(places)
-        self._sampling.acting.changed()
+        self._sampling.effective.changed()
         return done
 
     def announce_text(self, ids: torch.Tensor) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from mole_diffusers.binding.acting import present
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import EVERYWHERE
 from mole_diffusers.binding.sentence import Sentence
+from mole_diffusers.binding.who_acts import present
 
 EVERY_PLACE, OWN_PLACE, SILENT = "everywhere", "own", "silent"
 

@@ -53,7 +53,7 @@ class BoundText:
     Attributes:
         blocks: of the denoiser.
         input: the text, and what was drawn with it.
-        acts: [B, S, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
+        word_mask: [B, S, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
         silence: the experts whose words are not in it.
         prompt: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a
             separate call names no expert, and takes over those of the prompt.
@@ -65,7 +65,7 @@ class BoundText:
     blocks: Blocks
     input: TextInput
     picture: PictureLayout
-    acts: torch.Tensor | None
+    word_mask: torch.Tensor | None
     silence: Silence
     prompt: BoundText | None = None
     image: torch.Tensor | None = None
@@ -95,7 +95,7 @@ class BoundText:
     @property
     def binds(self) -> bool:
         """Whether any expert is kept off any token."""
-        return self.acts is not None or self.image is not None
+        return self.word_mask is not None or self.image is not None
 
     @property
     def rows(self) -> int:
@@ -113,7 +113,7 @@ class BoundText:
         if stream == "joint":
             return self._joint(tokens)
         if stream == "text":
-            return self.acts
+            return self.word_mask
         side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(tokens)
         return None if side is None else self._image_tokens(side)
 
@@ -127,7 +127,7 @@ class BoundText:
         """Text and picture, in the order of attention."""
         if not self.binds or (side := self.side_of(tokens - self.tokens)) is None:
             return None
-        acts, image = self.acts, self._image_tokens(side)
+        acts, image = self.word_mask, self._image_tokens(side)
         rows, experts = len(self.input.text) if acts is None else len(acts), len(self.input.acting)
         if acts is None:
             acts = self.input.text.new_ones(rows, self.tokens, experts, dtype=torch.bool)

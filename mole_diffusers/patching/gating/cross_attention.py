@@ -55,7 +55,7 @@ class CrossAttention(ForwardHook):
         self.sampling, self.reads_maps = sampling, reads_maps
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Call | None:
-        masks = self.sampling.acting.masks
+        masks = self.sampling.effective.masks
         if masks is None or (bound := masks.text) is None or not (bound.binds or self.sampling.wants_maps):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -69,7 +69,7 @@ class CrossAttention(ForwardHook):
                 drawn = [row * frames + frame for row in bound.picture.picture_rows for frame in range(frames)]
                 shares = _probabilities(module, hidden[drawn], text[drawn])
                 self.sampling.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a video has one layout
-        if not self.sampling.acting.closes:
+        if not self.sampling.effective.closes:
             return None
         given = kwargs.get("attention_mask")
         if given is None and not torch.compiler.is_compiling():

@@ -23,8 +23,8 @@ from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates import Context, Gate, Layer
 from mole_diffusers.gates.seen import Seen, version
-from mole_diffusers.patching.gating.acting import ActiveExperts
 from mole_diffusers.patching.gating.decision import Decision, Present
+from mole_diffusers.patching.gating.effective import ActiveExperts
 from mole_diffusers.patching.gating.sampling import Sampling
 
 NEVER = -1  # rows for which a site's weights never hold without asking it
@@ -179,7 +179,7 @@ class GateSite(ABC):
 
     def _settings(self) -> tuple[Any, ...]:
         """What the decisions depend on besides the gate and its input."""
-        changes, plan = self.sampling.acting.changes, self.sampling.settings.plan.now
+        changes, plan = self.sampling.effective.changes, self.sampling.settings.plan.now
         if plan is None:
             return (changes,)
         return changes, tuple(self._strengths()), None if (own := plan.gates(self.name)) is None else tuple(own)
@@ -240,12 +240,12 @@ class GateSite(ABC):
 
     def _active_experts(self, present: Present, hidden: torch.Tensor) -> ActiveExperts:
         """The experts that the gate weighs at this step: first those of the whole batch, then what differs by row."""
-        settings, acting, batch = self.sampling.settings, self.sampling.acting, len(hidden)
+        settings, effective, batch = self.sampling.settings, self.sampling.effective, len(hidden)
         if settings.fixed.now is None and settings.plan.now is None:
-            active = acting.experts(present, hidden.device)
+            active = effective.experts(present, hidden.device)
         else:
-            active = acting.of_strengths(present, self._strengths(), hidden.device)
-        silent = None if acting.masks is None else acting.masks.silence.rows
+            active = effective.of_strengths(present, self._strengths(), hidden.device)
+        silent = None if effective.masks is None else effective.masks.silence.rows
         if silent is None and settings.rows.now is None:
             return active
         mask, strengths = active.mask, active.strengths
@@ -285,7 +285,7 @@ class GateSite(ABC):
             self._make_ready(layer, x, low)
         if x.dim() != 3 or not self.shares_factors:
             return self._new_factor(layer, x, low)
-        masks = self.sampling.acting.masks
+        masks = self.sampling.effective.masks
         tokens = (layer.stream, x.shape[:2]) if masks is not None and masks.binds else ()  # PAG passes a part of the rows
         in_common = layer.ranks, low.dim(), low.shape[0], low.dtype, *tokens
         if (factor := self._decided.factors.get(in_common)) is None:
@@ -316,7 +316,7 @@ class GateSite(ABC):
             low: [B, R], [B, T, R] or [B, R, H, W]; or rows [B T, R].
             rows_of: B if `low` are rows, else None.
         """
-        masks, stream = self.sampling.acting.masks, layer.stream
+        masks, stream = self.sampling.effective.masks, layer.stream
         if masks is None or not masks.binds or stream is None or (low.dim() == 2 and rows_of is None):
             return None
         if (text := masks.text_of(stream)) is None:

@@ -37,8 +37,8 @@ def hooks(model: Any, sampling: Sampling) -> Iterator[tuple[nn.Module, ForwardHo
 
 
 def _closes(sampling: Sampling) -> bool:
-    masks = sampling.acting.masks
-    return sampling.acting.closes and masks is not None and masks.text is not None and masks.text.image is not None
+    masks = sampling.effective.masks
+    return sampling.effective.closes and masks is not None and masks.text is not None and masks.text.image is not None
 
 
 class JointAttention(AroundForward):
@@ -49,7 +49,7 @@ class JointAttention(AroundForward):
         self.sampling, self.reads_maps = sampling, reads_maps
 
     def enter(self, module: Any, stack: ExitStack) -> None:
-        if self.sampling.acting.masks is None or torch.compiler.is_compiling():
+        if self.sampling.effective.masks is None or torch.compiler.is_compiling():
             return
         closes, reads = _closes(self.sampling), self.reads_maps and self.sampling.wants_maps
         if not (closes or reads):
@@ -74,7 +74,7 @@ class _Watched(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         given = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
         query, key = given["query"], given["key"]  # [B, heads, S, D]
-        masks = self.sampling.acting.masks
+        masks = self.sampling.effective.masks
         bound = None if masks is None else masks.text
         tokens = query.shape[2]
         apart = bound.apart(tokens) if bound is not None and key.shape[2] == tokens else None

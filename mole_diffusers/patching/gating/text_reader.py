@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from mole_diffusers.binding.acting import acting_tokens, who_counts
 from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding.who_acts import acting_tokens, who_counts
 from mole_diffusers.binding.words import Reading, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.binding.acting import notices
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.picture_layout import Layout, PictureLayout
 from mole_diffusers.binding.picture_warning import PictureWarning
 from mole_diffusers.binding.regions import GridSize
+from mole_diffusers.binding.who_acts import notices
 from mole_diffusers.binding.words import Reading, ThingKey
 from mole_diffusers.gates.seen import version
 from mole_diffusers.patching.gating.bound_text import BoundText, LayerCache, TextInput
@@ -48,16 +48,16 @@ class EncoderText:
     """The text that a text encoder reads, or read last.
 
     Attributes:
-        acts: [B, T, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
+        word_mask: [B, T, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
         cache: what layers have asked for.
     """
 
-    acts: torch.Tensor | None = None
+    word_mask: torch.Tensor | None = None
     cache: LayerCache = field(default_factory=dict)
 
     def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
         """[B, T, N] for a layer; None if every expert acts on every token."""
-        return self.acts
+        return self.word_mask
 
 
 class TokenMasks:
@@ -231,7 +231,7 @@ class TokenMasks:
     def _hold(self, text: BoundText | None, silence: Silence) -> None:
         """Hold a text for the layers that run now."""
         self.text, self.silence = text, silence
-        self.binds = self._encoder_text.acts is not None or (text is not None and text.binds)
+        self.binds = self._encoder_text.word_mask is not None or (text is not None and text.binds)
 
     def _begin_if_noisier(self, time: torch.Tensor) -> None:
         """Outside of a call, a rise of the noise level is all that says that another picture begins."""

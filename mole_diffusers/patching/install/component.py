@@ -157,7 +157,7 @@ class Component:
             if self.sampling.settings.fixed.now is None and not site.gate.input_free:
                 reads = "prompt" if site.gate.step_invariant else "picture"
                 raise ValueError(f"the gate of {site.name} depends on the {reads}; give a prompt to average over")
-            rows = self.sampling.acting.rows_of_prompts
+            rows = self.sampling.effective.rows_of_prompts
             layer = None
             if site.gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
                 stack = self.stacks[at.name]

@@ -60,7 +60,7 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
 def reads_nothing(parts: Sequence[Component]) -> bool:
     """Whether all weights are known without a prompt."""
     sampling = parts[0].sampling
-    masks = sampling.acting.masks
+    masks = sampling.effective.masks
     reads_text = sampling.settings.rows.now is not None or (masks is not None and masks.reader.has_words)
     return all(part.input_free for part in parts) and not reads_text
 

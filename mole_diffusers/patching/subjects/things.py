@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import torch
 
-from mole_diffusers.binding.acting import present, read_prompt
 from mole_diffusers.binding.config import Bound, given_region
 from mole_diffusers.binding.picture_layout import regions_of_things
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.binding.sentence import Part
+from mole_diffusers.binding.who_acts import present, read_prompt
 from mole_diffusers.binding.words import ThingKey, keys
 from mole_diffusers.patching.host.denoiser_inputs import is_one_graph, lora_scale
 

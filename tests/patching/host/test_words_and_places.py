@@ -53,7 +53,7 @@ def test_an_unbound_sum_is_set_adapters_and_each_words_tokens_are_known(request,
         start = next(i for i in range(len(tokens)) if tokens[i : i + len(word)] == list(word))
         own = torch.zeros(prompt.tokens, dtype=torch.bool)
         own[start : start + len(word)] = True  # these tokenizers have a token for each letter
-        assert torch.equal(prompt.acts[0, :, 1 - k], ~own)
+        assert torch.equal(prompt.word_mask[0, :, 1 - k], ~own)
     mole.detach(pipe)
     hosts.assert_same(before, hosts.snapshot(pipe))
     assert torch.equal(hosts.draw(pipe, options, PROMPT), base)

@@ -30,7 +30,7 @@ class ActiveExperts(NamedTuple):
     unit_strengths: bool
 
 
-class Acting:
+class EffectiveSettings:
     """What follows from settings, step and masks for all gates and layers alike. Whoever changes one of these says so.
 
     Gates read who is active and how strong as tensors. As numbers, they would become part of compiled code, and every change
