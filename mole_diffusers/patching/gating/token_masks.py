@@ -11,7 +11,8 @@ In the order of a call of the pipeline:
 
 Tiles, img2img and inpainting set the places without maps, by `set_places`, before the first step.
 
-Nothing here knows gates, layers or settings: whoever calls says what is needed, and passes on what has changed.
+Nothing here knows gates or settings: whoever calls says what is needed, and passes on what has changed. A layer is known by
+the tokens that it reads.
 """
 
 from __future__ import annotations
