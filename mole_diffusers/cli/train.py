@@ -313,6 +313,7 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo
     from mole_diffusers.mixture import attach
     from mole_diffusers.studio.names import is_hub_id
     from mole_diffusers.training import read_clip, train_gates
+    from mole_diffusers.training.engine import save_weight_memory
     from mole_diffusers.training.gate_trainer import mean_losses, summary
 
     base = asked["base"]
@@ -330,6 +331,7 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo
     drawn = config.validation.prompts or data.composed
     success = _judge(drawn) if base == WORLD and config.validation.every else None
     pipe = trained_pipeline(asked, run.device)
+    save_weight_memory(pipe.unet, config.precision)
     mixture = attach(pipe, experts, gates)
     data = replace(data, samples=None if "data" in unread else samples(pipe, asked["data"]))
     clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] and "clip" not in unread else None
@@ -454,7 +456,7 @@ def train_lora(
 
 def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: Path) -> Result:
     from mole_diffusers.training import train_lora as fit
-    from mole_diffusers.training.engine import check_batch, join_processes
+    from mole_diffusers.training.engine import check_batch, join_processes, save_weight_memory
 
     concept = asked["concept"]
     if not asked["data"] or not (trigger := concept.get("trigger")):
@@ -468,6 +470,7 @@ def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: P
     if mute := [caption for caption in pictures.captions if trigger not in caption]:
         warnings.warn(f"the caption {mute[0]!r} lacks the trigger {trigger!r}, {len(mute)} do", stacklevel=2)
     prior = _prior(pipe, asked["prior"], out if is_main_process() else None, side=side, seed=config.seed)
+    save_weight_memory(pipe.unet, config.precision)  # the class was drawn in full precision
     name = Path(os.path.abspath(out)).name  # "." has a name, and a link keeps its own
     tensors = fit(pipe, pictures, config, prior=prior, name=name, folder=out, resume_from=run.resume)
     path = out / f"{name}.safetensors"

@@ -237,7 +237,7 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
             maps += [torch.stack(layers).mean(0)[0]] if layers else []
         if divided:
             prompted = torch.stack(maps).chunk(2, 1)[1]
-            masks[divided] = territory(prompted).repeat(1, 2, 1, 1, 1)
+            masks[divided] = territory(prompted.float()).repeat(1, 2, 1, 1, 1)
         strengths = onto(torch.tensor([mixture.strength(name) for name in names]), x.device)
         return composed_target(base, torch.stack(predictions), masks, strengths), base
 

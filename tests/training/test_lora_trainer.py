@@ -152,6 +152,18 @@ def test_accumulated_parts_equal_the_whole_batch():
         torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("precision", ["bf16", *thorough("fp16")])
+def test_a_unet_in_the_precision_of_the_run_teaches_a_lora_in_fp32(pipe, precision):
+    config, ends = replace(SHORT, steps=2, precision=precision), []
+    for unet in (lambda: None, lambda: engine.save_weight_memory(pipe.unet, precision)):
+        unet()
+        log = []
+        tensors = train_lora(pipe, PICTURES, config, report=log.append)
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+        ends.append([row["loss"] for row in log])
+    assert ends[1] == pytest.approx(ends[0], rel=0.02)
+
+
 def test_checkpointing_changes_no_number(pipe):
     whole, less = (train_lora(pipe, PICTURES, replace(SHORT, steps=2, checkpointing=on)) for on in (False, True))
     assert not pipe.unet.is_gradient_checkpointing

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import thorough
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.config import GateTraining, Term
 from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.training.engine import save_weight_memory
 from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
 from mole_diffusers.training.objectives import OBJECTIVES
 
@@ -52,6 +55,47 @@ def test_half_precision_learns_the_same_and_keeps_gates_whole(loras, device, pre
     assert all(gate.dtype == torch.float32 and torch.isfinite(gate).all() for gate in half[0].values())
     moved = {name: gate for name, gate in half[0].items() if gate.abs().sum() > 0}
     assert moved.keys() == {name for name, gate in whole[0].items() if gate.abs().sum() > 0}
+
+
+class Copies(TorchDispatchMode):
+    """Adds up the bytes of the copies of frozen weights in another precision."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad and p.dim() > 1}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func is torch.ops.aten._to_copy.default and args[0].dim() > 1 and args[0].data_ptr() in self.frozen:
+            self.bytes += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("precision", ["bf16", *thorough("fp16")])
+@pytest.mark.parametrize("term", ["denoise", *thorough("composed")])
+def test_a_unet_in_the_precision_of_the_run_has_no_copies_of_its_weights(pipe, loras, precision, term):
+    files, config = {n: loras[n] for n in ("fox", "ink")}, GateTraining({term: 1.0}, batch=2, steps=2, precision=precision)
+    data = TrainingData(composed=["a fox in ink"], samples=PICTURES)
+
+    def trained():
+        mixture = mole.attach(pipe, files, "mole")
+        trainer = GateTrainer(TrainingContext(pipe, mixture, data, None, config))
+        with trainer.only_gates_learn():
+            trainer.prepare()
+            with Copies(pipe.unet) as copies:
+                trainer.update(0)
+        mole.detach(pipe)
+        return copies.bytes, trainer.engine.read_log()["loss"], {p.dtype for p in mixture.parameters()}
+
+    weights = sum(p.numel() for p in pipe.unet.parameters() if p.dim() > 1)
+    of_whole, loss, _ = trained()
+    assert of_whole > 2 * 0.9 * weights  # each has a half copy
+    save_weight_memory(pipe.unet, precision)
+    of_half, same, dtypes = trained()
+    assert of_half == 0
+    assert same == pytest.approx(loss, rel=0.02)
+    assert dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize("device", DEVICES)
