@@ -687,7 +687,12 @@ class Mixture:
         return attached(deepcopy(self._pipe, memo))
 
     def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
-        return None if binding is None else TokenMasks(binding, self._sampling.tokens, self._sampling.inputs.record.blocks)
+        record = self._sampling.inputs.record
+        given = [name for name, bound in (binding or {}).items() if bound.given is not None]
+        if given and record.side is None:
+            named = " and ".join(map(repr, given))
+            raise ValueError(f"a {type(denoiser(self._pipe)).__name__} has no regions, and one was given for {named}")
+        return None if binding is None else TokenMasks(binding, self._sampling.tokens, record.blocks)
 
 
 def attach(

@@ -26,6 +26,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -65,11 +67,11 @@ def text(kind=CLIPTextModel, *, width=16, projected=16, activation="quick_gelu")
     return kind(CLIPTextConfig(**shape, **size, **ids, hidden_act=activation)).eval()
 
 
-def t5(width=16):
+def t5(width=16, kind=T5EncoderModel, config=T5Config):
     letters = [(chr(c), -2.0) for c in range(97, 123)]
     words = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *letters], model_max_length=16)
-    config = T5Config(vocab_size=len(words), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    return T5EncoderModel(config).eval(), words
+    shape = {"d_model": width, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return kind(config(vocab_size=len(words), **shape)).eval(), words
 
 
 CHAT = (
@@ -269,6 +271,20 @@ def flux2(kind=d.Flux2KleinPipeline):
     return quiet(kind(**parts, vae=d.AutoencoderKLFlux2(**wide, **kinds).eval(), text_encoder=encoder, tokenizer=words))
 
 
+def wan():
+    torch.manual_seed(0)
+    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32}
+    size = {"num_layers": 2, "rope_max_seq_len": 32, "in_channels": 4, "out_channels": 4}
+    wide = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    latents = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    encoder, words = t5(kind=UMT5EncoderModel, config=UMT5Config)
+    parts = {
+        "transformer": d.WanTransformer3DModel(**shape, **size).eval(),
+        "vae": d.AutoencoderKLWan(**wide, **latents).eval(),
+    }
+    return quiet(d.WanPipeline(**parts, scheduler=flow(), text_encoder=encoder, tokenizer=words))
+
+
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -329,8 +345,9 @@ HOSTS = {
     "sd3": lambda: (sd3(), {}),
     "flux": lambda: (flux(), SIZE | {"max_sequence_length": 8}),
     "chroma": lambda: (chroma(), SIZE | {"max_sequence_length": 8}),
-    "z-image": lambda: (z_image(), SIZE | {"max_sequence_length": 64}),
+    "z_image": lambda: (z_image(), SIZE | {"max_sequence_length": 64}),
     "qwen": lambda: (qwen(), SIZE | {"negative_prompt": " ", "true_cfg_scale": 3.0}),
+    "wan": lambda: (wan(), SIZE | {"num_frames": 5, "max_sequence_length": 16}),
     "flux2": lambda: (flux2(), SIZE | {"max_sequence_length": 64}),
 }
 

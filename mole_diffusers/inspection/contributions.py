@@ -59,15 +59,17 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
     found, inputs = Contributions(list(mixture.experts)), DenoiserInputs(model)
     here: GridSize | None = None  # of the picture's tokens, in this call
     tokens = whole = 0  # their number, and that of the largest call
+    words = 0  # the number of the text's tokens in this call
     groups: Groups = (True,)  # of this call's rows
 
     def count(_: Any, args: tuple, kwargs: dict) -> None:
-        nonlocal here, tokens, whole, groups
+        nonlocal here, tokens, whole, groups, words
         here = inputs.side(args, kwargs)
         tokens = 0 if here is None else here[0] * here[1]
         whole = max(whole, tokens)
         latents = inputs.latents(args, kwargs)
-        known = groups_of(pipe, inputs.text(args, kwargs), latents)
+        text = inputs.text(args, kwargs)
+        words, known = text.shape[1], groups_of(pipe, text, latents)
         # If unknown: the same pictures twice mean guidance, with the prompts' rows last.
         groups = known or ((False, True) if repeats(latents, 2) else (True,))
 
@@ -76,8 +78,8 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
             if tokens < whole or args[0].dim() == 2:  # a part of the picture, or a layer without places
                 return
             z = as_tokens(args[0].detach())  # [B, T, R]
-            if has_text:
-                z = z[:, inputs.record.blocks.apart(tokens, z.shape[1] - inputs.record.blocks.padded(tokens))[0]]
+            if inputs.record.blocks.is_joint and tokens:  # among those of text, padding and given pictures
+                z = z[:, inputs.record.blocks.apart(tokens, words if has_text else 0)[0]]
             if (shape := side_of(z.shape[1], here or size)) is None:
                 return
             # PAG gives some layers only the first groups, and others the perturbed ones, which are not the picture.

@@ -49,20 +49,6 @@ def flux2():
     return d.Flux2KleinPipeline(hosts.flow(), None, None, None, model)
 
 
-def z_image():
-    torch.manual_seed(0)
-    shape = {"dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16}
-    model = d.ZImageTransformer2DModel(**shape, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32]).eval()
-    return d.ZImagePipeline(hosts.flow(), None, None, None, model)
-
-
-def wan():
-    torch.manual_seed(0)
-    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32}
-    model = d.WanTransformer3DModel(**shape, num_layers=2, rope_max_seq_len=32).eval()
-    return d.WanPipeline(None, None, None, hosts.flow(), model)
-
-
 def krea2():
     torch.manual_seed(0)
     shape = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -76,7 +62,7 @@ def krea2():
 
 PIPELINES = {
     "sdxl": sdxl, "sd3": hosts.sd3, "flux": hosts.flux, "chroma": hosts.chroma, "flux2": flux2, "qwen": qwen,
-    "z_image": z_image, "wan": wan, "krea2": krea2,
+    "z_image": hosts.z_image, "wan": hosts.wan, "krea2": krea2,
 }  # fmt: skip
 GRID = torch.tensor([[0, row, column] for row in range(2) for column in range(2)])
 NOISE_LEVEL = torch.tensor([0.5])
@@ -327,14 +313,17 @@ def test_a_file_gives_the_weights_and_the_picture_that_diffusers_gives(pipelines
             mole.detach(pipe)
 
 
+OPTIONS = {name: hosts.SIZE | {"max_sequence_length": 32} for name in ("flux", "chroma", "z_image", "wan")}
+OPTIONS["wan"]["num_frames"] = 5
+
+
 @torch.no_grad()
 def see(pipe, host):
     """What a pipeline draws, or its denoiser gives; None for hosts that experts cannot be attached to."""
     if host in DENOISER_INPUTS:
         return pipe.transformer(**DENOISER_INPUTS[host], return_dict=False)[0]
     if host in hosts.HOSTS:
-        options = {"flux": hosts.SIZE | {"max_sequence_length": 8}, "chroma": hosts.SIZE | {"max_sequence_length": 8}}
-        return hosts.draw(pipe, options.get(host, {}), steps=1)
+        return hosts.draw(pipe, OPTIONS.get(host, {}), steps=1)
     return None
 
 

@@ -121,13 +121,22 @@ class BoundText:
         if self.image is None:
             return None
         tokens = F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)  # [B, T, N]
-        return F.pad(tokens, (0, 0, 0, self.blocks.padded(tokens.shape[1]) - tokens.shape[1]), value=1.0)
+        if side != self.picture.side:
+            return tokens
+        return F.pad(tokens, (0, 0, 0, self._tokens_of_pictures(side) - tokens.shape[1]), value=1.0)
+
+    def _tokens_of_pictures(self, side: GridSize) -> int:
+        """The number of tokens of the picture of this side, with its padding, and of given pictures behind it."""
+        own = side[0] * side[1]
+        given = self.input.shape[1] - own if len(self.input.shape) == 3 else 0
+        return self.blocks.padded(own) + given
 
     def _joint(self, tokens: int) -> torch.Tensor | None:
         """Text and picture, in the order of attention."""
-        if not self.binds or (side := self.side_of(tokens - self.tokens)) is None:
+        if not self.binds or tokens <= self.tokens:
             return None
-        acts, image = self.word_mask, self._image_tokens(side)
+        side = self.side_of(tokens - self.tokens)
+        acts, image = self.word_mask, None if side is None else self._image_tokens(side)
         rows, experts = len(self.input.text) if acts is None else len(acts), len(self.input.acting)
         if acts is None:
             acts = self.input.text.new_ones(rows, self.tokens, experts, dtype=torch.bool)
@@ -139,7 +148,7 @@ class BoundText:
     def side_of(self, tokens: int) -> GridSize | None:
         """Height and width of a layer with this many tokens of the picture; None if its tokens are others."""
         side = self.picture.side
-        if side is not None and self.blocks.padded(side[0] * side[1]) == tokens:
+        if side is not None and self._tokens_of_pictures(side) == tokens:
             return side
         return side_of(tokens, side)
 
@@ -175,7 +184,7 @@ class BoundText:
         if (side := self.picture.side) is None:
             return None
         picture = side[0] * side[1]
-        return self.blocks.apart(picture, self.tokens) if tokens == self.blocks.padded(picture) + self.tokens else None
+        return self.blocks.apart(picture, self.tokens) if tokens == self._tokens_of_pictures(side) + self.tokens else None
 
     def joint_bias(self, tokens: int, rows: int) -> torch.Tensor | None:
         """The same for attention over text and picture together, [B, 1, tokens, tokens]; None for any other attention."""

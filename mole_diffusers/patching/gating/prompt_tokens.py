@@ -169,7 +169,8 @@ class TextHook(ForwardHook):
         # Prefer the tokenizer: CLIP's published configurations say 2, which is another token.
         tokenizer = self.tokens.tokenizers[self.name]
         end = getattr(module.config if tokenizer is None else tokenizer, "eos_token_id", None)
-        ids, attended = args[0] if args else kwargs["input_ids"], kwargs.get("attention_mask")
+        ids = args[0] if args else kwargs["input_ids"]
+        attended = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         attended = None if attended is None else attended.bool()
         words = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended
         known = self.tokens.begin(ids, words)

@@ -181,6 +181,8 @@ class TokenMasks:
         if state is None:
             state = self._new(text, latents, side(), pipe, acting)
             self._texts = [*self._texts, state][-MOST_TEXTS:]
+            for warning in state.picture.lost_regions(acting):
+                self._warn(warning)
             if pipe is not None:  # training prompts name single experts
                 self._tell_of(state)
         places = state.image
@@ -203,7 +205,7 @@ class TokenMasks:
             mentioned = tuple(map(any, zip(*rows, strict=True)))
             for notice in notices(list(self.bound), list(self.bound.values()), acting, mentioned):
                 self._warn(notice)
-        for warning in (*picture.crowded(acting), *picture.lost_regions(acting)):
+        for warning in picture.crowded(acting):
             self._warn(warning)
 
     def set_places(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:

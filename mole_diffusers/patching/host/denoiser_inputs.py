@@ -53,10 +53,13 @@ class DenoiserInputs:
         sample = self.latents(args, kwargs)
         time = torch.as_tensor(self.timestep(args, kwargs), device=sample.device)
         clean, pure_noise = self.record.clean, self.record.pure_noise
-        return (time.float().reshape(-1).expand(sample.shape[0]) - clean) / (pure_noise - clean)
+        time = time.amax(1) if time.dim() == 2 else time.reshape(-1)  # of each token, 0 in a picture that is given
+        return (time.float().expand(sample.shape[0]) - clean) / (pure_noise - clean)
 
     def side(self, args: tuple, kwargs: dict) -> GridSize | None:
         """Height and width of the latents, in the denoiser's tokens; None if their layout is not known."""
+        if self.record.side is None:
+            return None
         return self.record.side(lambda name: self._read(name, args, kwargs), self._config)
 
     def latents(self, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -160,6 +163,8 @@ def tokenizers_of(pipe: Any) -> dict[str, Any]:
 def hosts(pipe: Any) -> dict[str, nn.Module]:
     """Part -> model, for the models of a pipeline that get experts; ValueError if experts could not act there."""
     unet = denoiser(pipe)
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError("a mixture acts in one denoiser, and this pipeline has two: transformer and transformer_2")
     if any(_fused(module) for module in unet.modules()):
         raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
     return models_of(pipe)

@@ -24,7 +24,8 @@ class Layers(NamedTuple):
     Attributes:
         text: a name, or dotted part of one, of layers that read the text's tokens.
         joint: what the names of layers begin with that read the tokens of both, in the order of attention.
-        frames: parts of names of layers that read the frames of a video at one place of the picture.
+        frames: parts of names of layers that read neither: the frames of a video at one place of the picture, or a picture
+            that says what to draw.
     """
 
     text: tuple[str, ...]
@@ -83,12 +84,12 @@ class Denoiser:
     """What is special about one class.
 
     Attributes:
-        latents: name of the argument for what is denoised: [B, C, H, W], [B, C, F, H, W] for a video, tokens [B, T, C], or a
-            list of B pictures [C, F, H, W].
+        latents: name of the argument for what is denoised: [B, C, H, W], [B, C, F, H, W] for a video, tokens [B, T, C], of
+            given pictures too if they follow, or a list of B pictures [C, F, H, W].
         text, time: names of the arguments for the text's states [B, S, C], or a list of B texts [S, C], and the noise level.
         pure_noise, clean: what its pipelines pass as the noise level of pure noise, and of a finished picture.
         side: height and width of the picture, from a call's arguments and the model's config; None if the call does not
-            say it. Then nothing has a place.
+            say it. Then nothing has a place. None instead of the function: nothing ever has one, and regions are refused.
         text_width: name in its config of the text's channels.
         blocks: what they do with text and picture.
         prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
@@ -97,7 +98,7 @@ class Denoiser:
 
     latents: str
     pure_noise: float
-    side: Callable[[Read, Any], GridSize | None]
+    side: Callable[[Read, Any], GridSize | None] | None
     text_width: str
     blocks: Blocks
     text: str = "encoder_hidden_states"
@@ -118,8 +119,11 @@ def _of_patches(read: Read, config: Any) -> GridSize:
 
 
 def _of_ids(read: Read, config: Any) -> GridSize:
-    """Row and column come after the picture's number. Flux 2 has one number more, and LongCat starts after its text."""
-    places = read("img_ids").flatten(0, -2)[:, 1:3]
+    """Row and column come after the picture's number; given pictures have others. Flux 2 has one number more, and LongCat
+    starts after its text.
+    """
+    ids = read("img_ids").flatten(0, -2)
+    places = ids[ids[:, 0] == ids[0, 0]][:, 1:3]
     height, width = (places.amax(0) - places.amin(0) + 1).long().tolist()
     return height, width
 
@@ -127,7 +131,7 @@ def _of_ids(read: Read, config: Any) -> GridSize:
 def _of_shapes(read: Read, config: Any) -> GridSize | None:
     """Frames, height and width of each picture of each row; those after the first are given pictures."""
     frames, height, width = read("img_shapes")[0][0]
-    return (height, width) if frames == 1 and len(read("img_shapes")[0]) == 1 else None
+    return (height, width) if frames == 1 else None
 
 
 def _of_pictures(read: Read, config: Any) -> GridSize | None:
@@ -180,6 +184,17 @@ RECORDS: Mapping[str, Denoiser] = {
         time="t",
         clean=1,
         prompts_first=True,
+    ),
+    "WanTransformer3DModel": Denoiser(
+        "hidden_states",
+        1000,
+        None,  # a token is of a few frames
+        "text_dim",
+        Blocks(
+            ("attn1",),
+            "cross",
+            Layers((*TEXT_LAYERS, "text_embedder"), frames=("add_k_proj", "add_v_proj", "image_embedder")),
+        ),
     ),
 }
 

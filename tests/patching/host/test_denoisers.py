@@ -55,13 +55,13 @@ def test_a_class_takes_the_arguments_of_its_record(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "qwen", "flux2", "z-image"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "qwen", "flux2", "z_image"])
 def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
     """The keys of the first attention that follow the text are the text's, and they come first or last."""
     pipe, options = hosts.HOSTS[name]()
     options = {key: value for key, value in options.items() if key != "negative_prompt"}  # of another length
     model = hosts.denoiser(pipe)
-    attention = model.layers[0].attention if name == "z-image" else model.transformer_blocks[0].attn
+    attention = model.layers[0].attention if name == "z_image" else model.transformer_blocks[0].attn
     found, words, call = [], set(), DenoiserInputs(model)
     forward = attention.forward
 
@@ -106,3 +106,33 @@ def test_a_region_on_qwen_image_acts(tmp_path):
     mixture.bind(None)
     alone = pipe.transformer(**qwen_call()).sample
     assert not torch.allclose(outputs[0], alone, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("region", ["left", None])
+def test_a_given_picture_behind_the_drawn_one_has_no_regions(tmp_path, region):
+    """As editing pipelines of Qwen-Image pass it on: an expert acts on all of its tokens."""
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": hosts.flow()}
+    pipe = diffusers.QwenImagePipeline(transformer=qwen(), **parts)
+    call = qwen_call() | {"img_shapes": [[(1, 4, 8), (1, 2, 2)]]}
+    call["hidden_states"] = torch.cat([call["hidden_states"], torch.ones(1, 4, 16)], 1)
+    base = pipe.transformer(**call).sample
+    file = tiny_lora(pipe, tmp_path / "fox", ends=("transformer_blocks.1.img_mlp.net.2",))
+    mixture = mole.attach(pipe, {"fox": file}, binding=None)
+    whole = pipe.transformer(**call).sample
+    mixture.bind({"fox": (None, region)} if region else None)
+    drawn, given = pipe.transformer(**call).sample.split([32, 4], 1)
+    left, right = drawn.unflatten(1, (4, 8)).chunk(2, 2)
+    assert torch.equal(given, whole[:, 32:])
+    assert torch.equal(left, whole[:, :32].unflatten(1, (4, 8))[:, :, :4])
+    assert torch.equal(right, (base if region else whole)[:, :32].unflatten(1, (4, 8))[:, :, 4:])
+    assert not torch.isclose(base, whole, atol=1e-4).all(-1).any()
+
+
+@torch.no_grad()
+def test_a_region_is_told_of_where_places_are_not_known(tmp_path):
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": hosts.flow()}
+    pipe = diffusers.QwenImagePipeline(transformer=qwen(), **parts)
+    mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox", ends=("to_q",))}, binding={"fox": (None, "left")})
+    with pytest.warns(UserWarning, match="the region of 'fox' does not act"):
+        pipe.transformer(**qwen_call() | {"img_shapes": [[(2, 4, 4)]]})  # layers of a picture

@@ -7,24 +7,26 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.patching.gating import bound_text, prompt_tokens
-from mole_diffusers.testing import ATTENTION, tiny_lora
+from mole_diffusers.patching.host.denoisers import RECORDS
+from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora
 
 PROMPT = "a fox and an owl"
 CHAT = "<|im_start|>user\na fox and an owl<|im_end|>\n<|im_start|>assistant\n"
 TEXTS = {  # that the denoiser reads
-    "z-image": CHAT,
+    "z_image": CHAT,
     "qwen": CHAT.removeprefix("<|im_start|>user\n"),
     "flux2": CHAT,
     "chroma": PROMPT,
+    "wan": PROMPT,
 }
 LAST = {
-    "z-image": "layers.1.feed_forward.w2",
+    "z_image": "layers.1.feed_forward.w2",
     "qwen": "transformer_blocks.1.img_mlp.net.2",
     "flux2": "single_transformer_blocks.1.attn.to_out",
     "chroma": "single_transformer_blocks.1.proj_out",
 }
 LAYERS = (*ATTENTION[:4], "w1", "w2", "w3", "attn.to_qkv_mlp_proj", "single_transformer_blocks.0.attn.to_out", "proj_mlp")
-LAYERS += ("img_mlp.net.2", "txt_mlp.net.2")
+LAYERS += ("ffn.net.2", "img_mlp.net.2", "txt_mlp.net.2")
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_an_unbound_sum_is_set_adapters_and_each_words_tokens_are_known(request,
     assert not torch.allclose(unbound, bound, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", thorough(*TEXTS))
+@pytest.mark.parametrize("name", thorough(*LAST))
 @pytest.mark.parametrize("words", ["fox", None])
 def test_a_given_region_acts_inside_it_alone(name, words, tmp_path, monkeypatch):
     """Of a LoRA for the last layer, which mixes no tokens: inside, it is as without a region; outside, the base is drawn."""
@@ -90,7 +92,7 @@ def test_a_given_region_acts_inside_it_alone(name, words, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("decided")
-@pytest.mark.parametrize("drawn", thorough(*TEXTS), indirect=True)
+@pytest.mark.parametrize("drawn", thorough(*LAST), indirect=True)
 def test_things_of_a_list_get_places_from_attention(drawn):
     pipe, options, files = drawn
     mixture = mole.attach(pipe, files, "sum", binding={"fox": "fox", "owl": "owl"})
@@ -99,3 +101,26 @@ def test_things_of_a_list_get_places_from_attention(drawn):
     (layout,) = trace.layouts
     assert set(layout.regions) == set(layout.maps) == {"fox", "owl"}
     assert not torch.allclose(layout.regions["fox"], layout.regions["owl"])
+
+
+ACTING = ["sd15", "sdxl", "animatediff", "sd3", "flux", *LAST]  # one of each record that is drawn here
+
+
+@pytest.mark.parametrize("name", ["wan", *thorough(*ACTING)])
+def test_a_region_acts_or_is_refused(name, tmp_path):
+    pipe, options = hosts.HOSTS[name]()
+    mixture = mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox", ends=LAYERS + FEED_FORWARD)}, "sum", binding=None)
+    unbound, bound = hosts.draw(pipe, options), {"fox": (None, "left")}
+    if name in ACTING:
+        mixture.bind(bound)
+        assert not torch.allclose(hosts.draw(pipe, options), unbound, atol=1e-4)
+    else:
+        for attempt in (mixture.bind, lambda bound: mole.attach(pipe, mixture.experts, binding=bound)):
+            with pytest.raises(ValueError, match="a WanTransformer3DModel has no regions, and one was given for 'fox'"):
+                attempt(bound)
+        assert torch.equal(hosts.draw(pipe, options), unbound)
+
+
+def test_every_record_is_drawn_here_or_is_another_of_flux():
+    drawn = {type(hosts.denoiser(hosts.HOSTS[name]()[0])).__name__ for name in (*ACTING, "wan")}
+    assert set(RECORDS) - drawn == {"LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"}
