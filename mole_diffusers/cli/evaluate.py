@@ -231,7 +231,13 @@ def _world(wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], mac
     metrics, setup = emoji_protocol.JudgeMetrics(world.judge(), found), emoji_protocol.setup(world, call)
     cases = [case for case, _ in found]
     return Work(
-        setup, cases, metrics, lambda rows, store, state: rows, emoji_protocol.REPORT, ARMS, {"judge": "the world's own"}
+        setup,
+        cases,
+        metrics,
+        lambda rows, store, state: rows,
+        emoji_protocol.REPORT,
+        list(ARMS),
+        {"judge": "the world's own"},
     )
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -299,6 +300,97 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
         yield
 
 
+# ---- arms by name
+
+
+class Asked(NamedTuple):
+    """What arms are made for.
+
+    Attributes:
+        gates: a folder with one folder of trained gates per case, see `gates_of`.
+        searches: the result of a search, see `searched`.
+        at, weights: for arms whose strengths can be moved: the end of the name, and the weights.
+    """
+
+    setup: Setup
+    gates: Path | None
+    searches: ByKind | None
+    at: str = ""
+    weights: Weights = ones
+
+
+Need = Callable[[Asked], str]  # what an arm lacks, as the end of a sentence that begins with its name; "" if nothing
+
+
+def a_unet(asked: Asked) -> str:
+    """A pipeline with a UNet."""
+    pipe = asked.setup.pipe
+    return "" if getattr(pipe, "unet", None) is not None else f"needs a unet, unlike {type(pipe).__name__}"
+
+
+def prompts_by_expert(asked: Asked) -> str:
+    """A pipeline that can read a prompt with single experts."""
+    pipe = asked.setup.pipe
+    return "" if encodes_by_expert(pipe) else f"needs a unet and one text encoder, unlike {type(pipe).__name__}"
+
+
+def own_prompts(asked: Asked) -> str:
+    """Prompts of each expert's own, to run it on."""
+    lacking = sorted(name for name in asked.setup.experts if not asked.setup.prompts.get(name))
+    return f"runs every expert on prompts of its own, and there are none for {lacking}" if lacking else ""
+
+
+def a_search(asked: Asked) -> str:
+    """The weights of a search."""
+    return "" if asked.searches is not None else "needs the weights of a search"
+
+
+def trained_gates(asked: Asked) -> str:
+    """A folder of trained gates."""
+    return "" if asked.gates is not None else "needs a folder of trained gates"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An arm that can be chosen by its name.
+
+    Attributes:
+        made: the arm, or several, if nothing is lacking.
+        needs: what it needs.
+        movable: whether its strengths can be moved from subjects to styles.
+    """
+
+    made: Callable[[Asked], Sequence[Arm]]
+    needs: Sequence[Need] = ()
+    movable: bool = False
+
+
+class Plain(NamedTuple):
+    """An arm that is the same in every setup, and what it needs."""
+
+    make: Callable[[], Arm]
+    needs: Sequence[Need] = ()
+
+    def choice(self) -> Choice:
+        """To be chosen by its name."""
+        return Choice(lambda asked: [self.make()], self.needs)
+
+
+def _merge(method: str) -> Choice:
+    needs = [own_prompts] if by_activations(method) else []
+    return Choice(lambda asked: [merged(method, method + asked.at, asked.weights)], needs, movable=True)
+
+
+def _gated(name: str, *, movable: bool = False, **how: Any) -> Choice:
+    """Trained gates; `how` as in `weighted`."""
+
+    def made(asked: Asked) -> list[Arm]:
+        return [] if asked.gates is None else [weighted(name + asked.at, asked.weights, gates=gates_of(asked.gates), **how)]
+
+    return Choice(made, [trained_gates], movable=movable)
+
+
+MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
 CONTROLS: dict[str, Context] = {
     "gates": as_they_are,
     "gates uniform": lambda setup, case, mixture: mixture.adjusted(uniform),
@@ -306,19 +398,29 @@ CONTROLS: dict[str, Context] = {
     "gates hardened": lambda setup, case, mixture: mixture.adjusted(hardened),
     "gates averaged": averaged,
 }
-
-
-# ---- arms by name
-
-MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
-PLAIN: dict[str, Callable[[], Arm]] = {
-    "base": base, "sum": summed, "mean": mean, "bound": bound, "words only": words_only, "tiles": in_tiles, "switch": switch,
-    "composite": composite, "k-lora": klora, "masked blend": blended, "freefuse": freefused,
-}  # fmt: skip
 BOUND_GATES = "bound gates"
-BY_EXPERT = ("switch", "composite", "masked blend", "freefuse")  # arms that read the prompt with single experts
-MOVABLE = ("sum", *MERGES, "gates")  # arms whose strengths can be moved
-ARMS = (*PLAIN, "alone", "grid search", *MERGES, *CONTROLS, BOUND_GATES)
+PLAIN = {
+    "base": Plain(base),
+    "sum": Plain(summed),
+    "mean": Plain(mean),
+    "bound": Plain(bound),
+    "words only": Plain(words_only),
+    "tiles": Plain(in_tiles, [a_unet]),
+    "switch": Plain(switch, [prompts_by_expert]),
+    "composite": Plain(composite, [prompts_by_expert]),
+    "k-lora": Plain(klora, [a_unet]),
+    "masked blend": Plain(blended, [prompts_by_expert]),
+    "freefuse": Plain(freefused, [prompts_by_expert]),
+}
+ARMS: dict[str, Choice] = {
+    **{name: plain.choice() for name, plain in PLAIN.items()},
+    "sum": Choice(lambda asked: [weighted("sum" + asked.at, asked.weights)], movable=True),
+    "alone": Choice(lambda asked: [alone(concept) for concept in asked.setup.experts]),
+    "grid search": Choice(lambda asked: [] if asked.searches is None else [searched(asked.searches)], [a_search]),
+    **{method: _merge(method) for method in MERGES},
+    **{name: _gated(name, context=context, movable=name == "gates") for name, context in CONTROLS.items()},
+    BOUND_GATES: _gated(BOUND_GATES, binding=from_files),
+}
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -347,44 +449,23 @@ def chosen_arms(
     moved, or a share outside 0..1.
     """
     check_names(names)
-    if shares and (fixed := [name for name in names if name not in MOVABLE]):
-        raise ValueError(f"the strengths of {fixed} cannot be moved; those of {list(MOVABLE)} can")
+    movable = [name for name, choice in ARMS.items() if choice.movable]
+    if shares and (fixed := [name for name in names if name not in movable]):
+        raise ValueError(f"the strengths of {fixed} cannot be moved; those of {movable} can")
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ValueError(f"a share must be from 0 to 1, got {wrong[0]}")
     if found := obstacles(names, setup, gates, weights=weights):
         raise ValueError("; ".join(found.values()))
     moved = [(f" @ {share:g}", by_role(2 - 2 * share, 2 * share)) for share in shares] or [("", ones)]
-    return [arm for name, each in product(names, moved) for arm in _named(name, setup, gates, weights, *each)]
-
-
-def _named(name: str, setup: Setup, gates: Path | None, searches: ByKind | None, at: str, weights: Weights) -> list[Arm]:
-    """The arm of a name without obstacles; "alone" is one per expert. `at` and `weights` are for arms in `MOVABLE`."""
-    if name == "alone":
-        return [alone(concept) for concept in setup.experts]
-    if name == "grid search" and searches is not None:
-        return [searched(searches)]
-    if gates is not None and name in (*CONTROLS, BOUND_GATES):
-        how = {"binding": from_files} if name == BOUND_GATES else {"context": CONTROLS[name]}
-        return [weighted(name + at, weights, gates=gates_of(gates), **how)]
-    if name in MERGES:
-        return [merged(name, name + at, weights)]
-    return [weighted(name + at, weights) if name == "sum" else PLAIN[name]()]
+    return [arm for name, each in product(names, moved) for arm in ARMS[name].made(Asked(setup, gates, weights, *each))]
 
 
 def obstacles(
     names: Sequence[str], setup: Setup, gates: Path | None = None, *, weights: ByKind | None = None
 ) -> dict[str, str]:
     """Named arms that cannot be drawn with this setup -> the reason, known before anything is drawn."""
-    kind, unprompted = type(setup.pipe).__name__, sorted(name for name in setup.experts if not setup.prompts.get(name))
-    own_runs = [name for name in MERGES if by_activations(name)]
-    needs = [  # what is missing, the arms that need it, and the message
-        (unprompted, own_runs, f"runs every expert on prompts of its own, and there are none for {unprompted}"),
-        (not encodes_by_expert(setup.pipe), BY_EXPERT, f"needs a unet and one text encoder, unlike {kind}"),
-        (getattr(setup.pipe, "unet", None) is None, ("tiles", "k-lora"), f"needs a unet, unlike {kind}"),
-        (weights is None, ("grid search",), "needs the weights of a search"),
-        (gates is None, (*CONTROLS, BOUND_GATES), "needs a folder of trained gates"),
-    ]
-    found = {name: f"{name!r} {why}" for name in names for lacking, arms, why in needs if lacking and name in arms}
+    asked = Asked(setup, gates, weights)
+    found = {name: f"{name!r} {why}" for name in names for need in ARMS[name].needs if (why := need(asked))}
     for name in (name for name in names if name in MERGES):
         try:
             check_fits(list(setup.experts.values()), name)

@@ -84,7 +84,7 @@ def in_file(name: str, file: Callable[[Case], Path], *, by_words: bool = False) 
 
 
 ARMS = {
-    **arms.PLAIN,
+    **{name: plain.make for name, plain in arms.PLAIN.items()},
     **{method: partial(arms.merged, method) for method in arms.MERGES},
     "grid search": lambda: arms.searched(read_weights(STRENGTHS)),
     "places only": lambda: arms.bound("places only", lambda setup, case: given(setup, case, words=False)),
