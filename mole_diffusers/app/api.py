@@ -353,18 +353,18 @@ class Endpoints:
         return recipe
 
     async def _drawing(
-        self, request: gr.Request, kind: str, plan: Callable[..., Work], recipe: dict, *more: Any, image: Any, mask: Any
+        self, request: gr.Request, kind: str, work_of: Callable[..., Work], recipe: dict, *more: Any, image: Any, mask: Any
     ) -> Any:
         """The result of a job that draws a recipe, over uploaded pictures if there are any."""
         over = {}
         for name, file in (("image", image), ("mask", mask)):
             if file is not None:
                 over[name] = await asyncio.to_thread(_picture, file)
-        return await self._job(request, kind, plan, self._recipe(recipe), *more, over)
+        return await self._job(request, kind, work_of, self._recipe(recipe), *more, over)
 
-    async def _job(self, request: gr.Request, kind: str, plan: Callable[..., Work], *given: Any) -> Any:
+    async def _job(self, request: gr.Request, kind: str, work_of: Callable[..., Work], *given: Any) -> Any:
         """The result of a job. The job is stopped if its client goes away or cancels it (`submit(...).cancel()`)."""
-        work = await asyncio.to_thread(plan, *given)
+        work = await asyncio.to_thread(work_of, *given)
         owner = session(request)
         job = self.page.jobs.submit(owner or f"call {id(request)}", kind, work)
         try:

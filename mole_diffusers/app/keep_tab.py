@@ -72,7 +72,7 @@ def _saving(page: Page) -> None:
     def script(*values: Any) -> Values:
         return {text: as_code(completed(*values), page.actions.studio.config)}
 
-    def plan(recipe: Recipe, rank: int | None, _: Any) -> Work:
+    def work_of(recipe: Recipe, rank: int | None, _: Any) -> Work:
         return page.actions.export(recipe, rank or None)
 
     def show(job: Job) -> Values:
@@ -80,7 +80,7 @@ def _saving(page: Page) -> None:
 
     save.click(recipe_file, [*page.inputs, page.over], [file, status])
     code.click(script, [*page.inputs, page.over], [text, status])
-    connect_job(page, "export", [export.click], plan, show, [status, file], more=[rank], draws=False)
+    connect_job(page, "export", [export.click], work_of, show, [status, file], more=[rank], draws=False)
 
 
 def _grid(page: Page) -> None:

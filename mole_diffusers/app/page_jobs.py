@@ -21,7 +21,7 @@ def connect_job(
     page: Page,
     kind: str,
     start: Sequence[Callable[..., Any]],
-    plan: Callable[..., Work],
+    work_of: Callable[..., Work],
     show: Show,
     outputs: Sequence[Any],
     *,
@@ -32,7 +32,7 @@ def connect_job(
     """Let events start a job on the recipe of the page.
 
     Args:
-        plan: the recipe, the values of `more`, and the pictures to draw over -> the work. The status line shows a
+        work_of: the recipe, the values of `more`, and the pictures to draw over -> the work. The status line shows a
             ValueError.
         start, show, outputs, refused: see `follow`.
         more: further components.
@@ -41,7 +41,7 @@ def connect_job(
 
     def work(*values: Any) -> Work:
         recipe, *given, over = page.asked(*values)
-        return plan(recipe, *given, over)
+        return work_of(recipe, *given, over)
 
     follow(page, kind, start, work, [*page.inputs, *more, page.over if draws else gr.State()], show, outputs, refused)
 
@@ -50,7 +50,7 @@ def follow(
     page: Page,
     kind: str,
     start: Sequence[Callable[..., Any]],
-    plan: Callable[..., Work],
+    work_of: Callable[..., Work],
     inputs: Sequence[Any],
     show: Show,
     outputs: Sequence[Any],
@@ -60,7 +60,7 @@ def follow(
 
     Args:
         start: events, for example `button.click`.
-        plan: the values of `inputs` -> the work.
+        work_of: the values of `inputs` -> the work.
         show: the job as it is now -> values for those of `outputs` that change.
         outputs: the status line, and the other components that are shown.
         refused: an error that stopped an event -> further values. The status line shows the error.
@@ -76,7 +76,7 @@ def follow(
 
     def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
         try:
-            job = page.jobs.submit(visitor or session(request), kind, plan(*values))
+            job = page.jobs.submit(visitor or session(request), kind, work_of(*values))
         except USER_ERRORS as error:
             yield {status: problem(error)} | (refused(error) if refused else {})
         else:

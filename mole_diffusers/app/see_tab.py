@@ -68,7 +68,7 @@ def _comparison(page: Page) -> None:
             right = gr.Dropdown(list(COMPARED), value=COMPARED[1], label="Right", elem_id="right")
         drawn = gr.State({})  # label -> picture file
 
-    def plan(recipe: Recipe, merges: list[str], last: int | None, over: SourcePictures) -> Work:
+    def work_of(recipe: Recipe, merges: list[str], last: int | None, over: SourcePictures) -> Work:
         recipe, notes = at_seed(recipe, last)
         return page.actions.compare(recipe, merges, over, notes=notes)
 
@@ -86,7 +86,7 @@ def _comparison(page: Page) -> None:
 
     gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last")
     outputs = [status, arms, slider, left, right, drawn]
-    connect_job(page, "compare", [compare], plan, show, outputs, more=[merges, last])
+    connect_job(page, "compare", [compare], work_of, show, outputs, more=[merges, last])
 
 
 def _gate_report(page: Page) -> None:
@@ -98,7 +98,7 @@ def _gate_report(page: Page) -> None:
         sites, gates = gr.State({}), gr.State({})  # short name of a block -> gate site, -> the gate's weights as text
         block = _by_hand(page, sites, gates)
 
-    def plan(recipe: Recipe, cards: list[MixerCard], last: int | None, over: SourcePictures) -> Work:
+    def work_of(recipe: Recipe, cards: list[MixerCard], last: int | None, over: SourcePictures) -> Work:
         recipe, notes = at_seed(recipe, last)
         return page.actions.look(recipe, shades(cards), over, notes=notes)
 
@@ -116,7 +116,7 @@ def _gate_report(page: Page) -> None:
         }
 
     outputs = [status, heat, shares, places, sites, gates, block]
-    connect_job(page, "look", [look], plan, show, outputs, more=[page.cards, last])
+    connect_job(page, "look", [look], work_of, show, outputs, more=[page.cards, last])
 
 
 def _by_hand(page: Page, sites: Any, gates: Any) -> Any:

@@ -45,7 +45,7 @@ def build(page: Page) -> None:
             _gate_files(page)
     again, hidden = gr.State(""), gr.update(visible=False)
 
-    def plan(recipe: Recipe, *given: Any) -> Work:
+    def work_of(recipe: Recipe, *given: Any) -> Work:
         *values, again, _ = given
         return page.actions.train(recipe, _request(page, values), again)
 
@@ -64,7 +64,7 @@ def build(page: Page) -> None:
         begins.append(button.click(lambda answer=answer: (hidden, answer), None, [asked, again]).then)  # type: ignore[misc]
     outputs = [status, loss, pictures, page.controls["gates"], page.trained, asked, again]
     inputs = [*page.training.values(), again]
-    connect_job(page, "train", begins, plan, show, outputs, more=inputs, draws=False, refused=refused)
+    connect_job(page, "train", begins, work_of, show, outputs, more=inputs, draws=False, refused=refused)
 
 
 def _request(page: Page, values: Sequence[Any]) -> TrainingRequest:
