@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
-from mole_diffusers.binding.explaining import Explanation, Role, roles
+from mole_diffusers.binding.explaining import Explanation
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.binding.words import ThingKey
@@ -56,8 +56,8 @@ from mole_diffusers.patching.install.folding import (
 )
 from mole_diffusers.patching.install.installation import Contents, Installation, held, installed, remove
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
-from mole_diffusers.patching.subjects.things import PLACE_SOURCES, UNTIL, Asked, Encode, Things, Tiling
-from mole_diffusers.patching.subjects.tiles import Tiles, things_for_tiles, why_no_tiles
+from mole_diffusers.patching.subjects.things import PLACE_SOURCES, UNTIL, Asked, Encode, Tiling
+from mole_diffusers.patching.subjects.tiles import Tiles, explain, things_for_tiles
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
@@ -649,16 +649,10 @@ class Mixture:
         """
         if (width is None) != (height is None):
             raise ValueError("a picture has a width and a height: give both, or none")
-        bound, names = self.binding, list(self.experts)
-        if bound is None:
-            role = Role("everywhere", (), "nothing is bound")
-            return Explanation(dict.fromkeys(names, role), None, "nothing is bound")
+        if (bound := self.binding) is None:
+            return Explanation.of_unbound(self.experts)
         call = {"prompt": prompt, "width": width, "height": height}
-        asked = Asked(self._pipe, self._settings.tiling.now, call, bound, self.acting)
-        things = Things(prompt, bound, self.acting)
-        found = roles(names, things.bound, [name in self.acting for name in names], things.sentence)
-        why = why_no_tiles(asked)
-        return Explanation(found, None if why else [part.text for part in things.prompts.values()], why)
+        return explain(self._pipe, self._settings.tiling.now, call, bound, self.acting)
 
     def _bound(self, binding: Mapping[str, Any] | str | None) -> dict[str, Bound] | None:
         if binding is None:

@@ -23,6 +23,8 @@ from mole_diffusers.app.gate_training import TrainingRequest, train
 from mole_diffusers.app.jobs import ReportProgress, StoppedError, Work
 from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.app.sentences import without_folders
+from mole_diffusers.binding.as_text import mask_text
+from mole_diffusers.binding.explaining import Role
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.inspection.contributions import contributions
@@ -41,7 +43,7 @@ from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.infotext import FoundRecipe
 from mole_diffusers.studio.names import known_names, matching, shared_name
 from mole_diffusers.studio.picture_passes import check_pictures, with_pictures
-from mole_diffusers.studio.prompt_syntax import LoraTag, parse
+from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import MAX_SIDE, MixtureContext, Studio, check_size
@@ -247,6 +249,12 @@ class Actions:
         except (ValueError, OSError):
             return " (cannot be read)"
         return " (for another model)" if self.studio.misfit(name) else ""
+
+    def roles(self, prompt: str) -> dict[str, Role]:
+        """What each LoRA of a prompt's tags would do in the picture, as the prompt is read. Nothing is drawn or attached."""
+        tags = parse(prompt, self.studio.catalog.loras).tags
+        painted = {tag.name: mask_text(Image.new("L", (1, 1), 255)) for tag in tags if tag.region == PAINTED}
+        return dict(self.studio.explain(self.studio.complete(Recipe(prompt=prompt, masks=painted))).experts)
 
     def find(self, prompt: str) -> list[RetrievedLora]:
         """The LoRAs of the catalog that a prompt asks for, not counting its tags. It contains their name or a trigger, or

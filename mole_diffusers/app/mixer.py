@@ -18,6 +18,7 @@ EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables redrawn comp
 SMALL: dict[str, Any] = {"height": 56, "min_width": 56, "scale": 0, "show_label": False, "container": False, "buttons": [],
                          "elem_classes": "thumb"}  # fmt: skip
 CHIPS: dict[str, Any] = {"container": False, "min_width": 80, "elem_classes": "chips"}
+PLACES = {"own": "in a place of its own", "silent": "nowhere"}  # as the page says them
 LOW, HIGH = -1.0, 2.0  # range of the slider; you can type any number
 
 
@@ -30,6 +31,19 @@ def build(page: Page) -> None:
             gr.Markdown("No LoRA yet: write a prompt and find the LoRAs for it, or add one.")
         for card in shown["cards"]:
             _card(page, card, prompt)
+
+    acts = gr.Markdown(elem_id="acts")
+
+    @errors_to(acts)
+    def explained(prompt: str) -> Values:
+        lines = [
+            f"- **{markdown(name)}** acts {PLACES.get(role.place, markdown(role.place))}: {markdown(role.why)}"
+            for name, role in page.actions.roles(prompt).items()
+        ]
+        return {acts: "\n".join(lines)}
+
+    prompt = page.controls["prompt"]
+    gr.on([page.shown.change, prompt.blur, prompt.submit], explained, prompt, acts, **LAST)
 
 
 def _card(page: Page, card: MixerCard, prompt: str) -> None:

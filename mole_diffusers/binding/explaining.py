@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -13,6 +13,7 @@ from mole_diffusers.binding.sentence import Sentence
 from mole_diffusers.binding.who_acts import present
 
 EVERY_PLACE, OWN_PLACE, SILENT = "everywhere", "own", "silent"
+UNBOUND = "nothing is bound"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Explanation:
     experts: Mapping[str, Role]
     tiles: list[str] | None
     why_no_tiles: str = ""
+
+    @classmethod
+    def of_unbound(cls, names: Iterable[str]) -> Explanation:
+        """If nothing is bound: all act everywhere."""
+        return cls(dict.fromkeys(names, Role(EVERY_PLACE, (), UNBOUND)), None, UNBOUND)
 
     def __str__(self) -> str:
         rows = [("LoRA", "words", "place", "why")]

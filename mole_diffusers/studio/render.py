@@ -22,7 +22,8 @@ from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.install.pipeline_lock import PipelineLock
-from mole_diffusers.patching.subjects.tiles import draws_in_tiles, size_for_tiles
+from mole_diffusers.patching.subjects.things import Tiling
+from mole_diffusers.patching.subjects.tiles import draws_in_tiles, explain, size_for_tiles
 from mole_diffusers.studio import picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
@@ -370,21 +371,25 @@ class Studio:
 
     def explain(self, recipe: Recipe) -> Explanation:
         """Who acts on the prompt of a completed recipe, where and why; see `Mixture.explain`."""
-        with self.lock.held():
-            if (mixture := self.attach_for(recipe)) is None:
-                return Explanation({}, None, "the prompt has no LoRA")
-            if mixture.binding is not None:
-                mixture.choose(dict.fromkeys(recipe.experts, 1.0))
-            return mixture.explain(recipe.plain_text, recipe.width, recipe.height)
+        if not recipe.experts:
+            return Explanation({}, None, "the prompt has no LoRA")
+        if recipe.binding_of_pass() == "none":
+            return Explanation.of_unbound(recipe.experts)
+        call = {"prompt": recipe.plain_text, "width": recipe.width, "height": recipe.height}
+        tiling = Tiling(until=0) if recipe.binding == BOUND else Tiling()
+        return explain(self.pipe, tiling, call, self._bound(recipe), list(recipe.experts))
 
     def _bound_call(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Bound], dict[str, Expert]] | None:
         """The first arguments of `draws_in_tiles` after the pipeline; None if a prompt is too long."""
         experts = {name: self.catalog.expert(name) for name in recipe.experts}
-        own = files_bindings(experts)
-        bound = bindings(recipe.tag_bindings(), own, own)
         texts = plain_texts(self.pipe, **recipe.call)
         size = {"width": recipe.width, "height": recipe.height}
-        return None if texts is None else (texts | size, bound, experts)
+        return None if texts is None else (texts | size, self._bound(recipe), experts)
+
+    def _bound(self, recipe: Recipe) -> dict[str, Bound]:
+        """The words and region of each LoRA of a completed recipe: from its tag, otherwise from its file."""
+        own = files_bindings({name: self.catalog.expert(name) for name in recipe.experts})
+        return bindings(recipe.tag_bindings(), own, own)
 
     def forget_attached(self) -> None:
         """Call this after you attach something else to the pipeline. The next picture then attaches its own LoRAs again."""

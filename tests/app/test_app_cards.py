@@ -145,3 +145,40 @@ def test_weights_set_by_hand_are_numbers_of_loras(text, message):
     assert cards.parse_lock("fox=1, ink = -0.5", ["fox", "ink"]) == {"fox": 1.0, "ink": -0.5}
     with pytest.raises(ValueError, match=message):
         cards.parse_lock(text, ["fox", "ink"])
+
+
+@pytest.fixture
+def actions(loras, tmp_path):
+    pytest.importorskip("gradio")
+    from mole_diffusers.app.actions import Actions
+    from mole_diffusers.studio.catalog import Catalog
+    from mole_diffusers.studio.render import Studio
+    from mole_diffusers.testing import tiny_pipeline
+
+    return Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), home=tmp_path / "gates")
+
+
+def test_the_page_says_what_a_mixture_says_of_each_lora(actions, loras):
+    import mole_diffusers as mole
+    from mole_diffusers.testing import tiny_pipeline
+
+    prompt = "a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl> <lora:ink:1:region=painted>"
+    found = actions.roles(prompt)
+    mixture = mole.attach(tiny_pipeline(), dict(loras), binding={"fox": "fox", "hat": "owl"})
+    said = mixture.explain("a fox and an owl").experts
+    assert {name: role.place for name, role in found.items()} == {"fox": "own", "hat": "own", "ink": "own"}
+    assert [found[name] for name in ("fox", "hat")] == [said[name] for name in ("fox", "hat")]
+    assert "region" in found["ink"].why  # its mask is in the page alone
+    assert mole.mixture.attached(actions.studio.pipe) is None  # and nothing was attached
+
+
+def test_the_page_lists_who_acts_where(actions):
+    from mole_diffusers.app.build import build
+    from mole_diffusers.studio.recipe import Recipe
+
+    blocks = build(actions, Recipe("a fox and an owl", gates="sum"))
+    (explained,) = (each for each in blocks.fns.values() if getattr(each.fn, "__name__", "") == "explained")
+    prompt = "a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl>"
+    (text,) = explained.fn(prompt).values()
+    assert "**fox** acts in a place of its own: the prompt lists it beside 'owl'" in text
+    assert "no LoRA" in str(*explained.fn("a fox <lora:nobody:1>").values())

@@ -17,6 +17,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding.explaining import Explanation, roles
 from mole_diffusers.binding.picture_warning import PictureWarning
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import Seen
@@ -102,6 +103,16 @@ def why_no_tiles(asked: Asked) -> str:
     width, height = (asked.call[side] for side in ("width", "height"))
     masks = things.masks(*(side // asked.pipe.vae_scale_factor for side in (height, width)))
     return "" if _has_room(asked.pipe.unet, masks) else f"{width} x {height} pixels are too small to draw each thing apart"
+
+
+def explain(
+    pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
+) -> Explanation:
+    """Who acts on the prompt of a call, where and why, and the prompts of its tiles. See `Mixture.explain`."""
+    asked, things = Asked(pipe, tiling, call, bound, acting), Things(call["prompt"], bound, acting)
+    found = roles(list(bound), things.bound, [name in acting for name in bound], things.sentence)
+    why = why_no_tiles(asked)
+    return Explanation(found, None if why else [part.text for part in things.prompts.values()], why)
 
 
 def size_for_tiles(
