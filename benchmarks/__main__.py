@@ -17,13 +17,17 @@ from benchmarks.clock import CLOCKS
 from benchmarks.hosts import SIZES
 from benchmarks.once import attaching, collapsing, once_costs, updating
 from benchmarks.settings import COMPILED, DTYPES, Settings
-from benchmarks.steps import memory_costs, step_costs
+from benchmarks.steps import memory_costs, operation_counts, step_costs
 from mole_diffusers.gates import FAMILIES, GateConfig
 
+COUNTED = ("sum", "mole", "flow", "gated", "bound sum", "bound mole")
 DISPATCH = ("base", "again", "set_adapters", "sum", "mole", "flow", "bound sum", "bound mole")
 WHAT: Mapping[str, Callable[[Settings, Sequence[str], Sequence[int]], list[Any]]] = {
     "step": step_costs,
     "dispatch": lambda settings, _, experts: step_costs(replace(settings, size="thin", rank=4), DISPATCH, experts),
+    "operations": lambda settings, _, experts: operation_counts(
+        replace(settings, size="thin", rank=4, pixels=64), COUNTED, experts
+    ),
     "attach": lambda settings, _, experts: once_costs(settings, attaching, experts),
     "collapse": lambda settings, _, experts: once_costs(settings, collapsing, experts),
     "update": lambda settings, _, experts: once_costs(settings, updating, experts),
@@ -35,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     what = "default: one step; dispatch: one step of a very narrow UNet (use --threads 1 --clock cpu)"
+    what += "; operations: how many it has"
     command.add_argument("--what", default="step", choices=list(WHAT), help=what)
     command.add_argument("--size", default="tiny", choices=list(SIZES))
     command.add_argument("--dtype", default="fp32", choices=list(DTYPES))

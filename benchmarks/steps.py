@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch._dynamo
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.arms import entered, own_pipeline
+from benchmarks.arms import entered, own_pipeline, twin
 from benchmarks.clock import interleaved, seconds
 from benchmarks.settings import COMPILED, Cost, Settings
 
@@ -36,6 +37,45 @@ def step_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) 
             measures[f"{arm} {n}"] = partial(seconds, step, clock=settings.clock)
         times = interleaved(measures, repeats=settings.repeats, warmup=2)  # a text is kept when it comes again
     return [Cost.of(arm, n, seconds=times[f"{arm} {n}"], base=times["base 0"]) for arm, n in wanted]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return operation(*args, **kwargs or {})
+
+
+@dataclass(frozen=True)
+class Count:
+    """Operations of PyTorch in one step of an arm, and how many more these are than the base's."""
+
+    arm: str
+    experts: int
+    operations: int
+    more: int
+
+
+@torch.no_grad()
+def operation_counts(settings: Settings, arms: Sequence[str], experts: Sequence[int]) -> list[Count]:
+    """Count the operations in a step of `arms` (see `arms.ARMS`) with each number of experts. The base comes first."""
+    rows: list[Count] = []
+    with settings.host([0, *experts]) as (pipe, given, files):
+        for arm, n in [("base", 0), *((arm, n) for n in experts for arm in arms if arm != "base")]:
+            with ExitStack() as stack:
+                step = entered(stack, arm, own_pipeline(arm, twin(pipe)), files[n], settings.gates, given)
+                step()  # a text is read when it comes first
+                with Operations() as operations:
+                    step()
+            rows.append(
+                Count(arm, n, operations.count, operations.count - (rows[0].operations if rows else operations.count))
+            )
+    return rows
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,18 @@
 
 import json
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
 from tiers import thorough
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
 from benchmarks import clock, hosts, once, settings
 from benchmarks.__main__ import main
 from benchmarks.arms import ARMS, entered, own_pipeline, twin
 from benchmarks.hosts import inputs, lora_files
+from benchmarks.steps import operation_counts
 
 SUM = mole.GateConfig("sum")
 
@@ -35,18 +36,6 @@ def outputs(pipe, tmp_path):
     return run
 
 
-class Operations(TorchDispatchMode):
-    """Counts what PyTorch is asked to do while it is on."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += 1
-        return operation(*args, **kwargs or {})
-
-
 MORE = {  # than another arm: at most so many operations
     "sum": ("base", 644),
     "mole": ("base", 783),
@@ -57,22 +46,20 @@ MORE = {  # than another arm: at most so many operations
 }
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("arm", ["bound sum", *thorough("sum", "mole", "flow", "gated", "bound mole")])
-def test_what_a_step_asks_of_pytorch(tmp_path, arm):
+def test_what_a_step_asks_of_pytorch(arm):
     """docs/speed.md has these counts: binding adds no operation to the 128 layers."""
     less, most = MORE[arm]
-    pipe = hosts.SIZES["thin"].build(torch.float32)
-    given, files = inputs(pipe, pixels=64), lora_files(pipe.unet, tmp_path, 3, rank=4)
-    counts = {}
-    with ExitStack() as stack:
-        for name in (less, arm):
-            step = entered(stack, name, twin(pipe), files, mole.GateConfig("factors"), given)
-            step()  # a text is read when it comes first
-            with Operations() as operations:
-                step()
-            counts[name] = operations.count
+    small = settings.Settings(size="thin", rank=4, pixels=64, gates=mole.GateConfig("factors"))
+    counts = {row.arm: row.operations for row in operation_counts(small, (less, arm), [3])}
     assert counts[arm] - counts[less] <= most
+
+
+@pytest.mark.thorough
+def test_the_page_has_the_operations_of_this_code(capsys):
+    assert main(["--what", "operations", "--gates", "factors", "--experts", "3", "8", "--json"]) == 0
+    kept = Path(__file__).parents[2] / "docs/speed/operations.json"
+    assert json.loads(capsys.readouterr().out)["rows"] == json.loads(kept.read_text())["rows"]
 
 
 def test_every_arm_of_equal_gates_computes_the_same_step(outputs):

@@ -54,7 +54,8 @@ class DenoiserInputs:
         time = torch.as_tensor(self.timestep(args, kwargs), device=sample.device)
         clean, pure_noise = self.record.clean, self.record.pure_noise
         time = time.amax(1) if time.dim() == 2 else time.reshape(-1)  # of each token, 0 in a picture that is given
-        return (time.float().expand(sample.shape[0]) - clean) / (pure_noise - clean)
+        time = time.float().expand(sample.shape[0])
+        return (time - clean if clean else time) / (pure_noise - clean)
 
     def side(self, args: tuple, kwargs: dict) -> GridSize | None:
         """Height and width of the latents, in the denoiser's tokens; None if their layout is not known."""
