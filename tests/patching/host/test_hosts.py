@@ -74,7 +74,10 @@ def test_attach_train_save_reload_detach(host, experts, tmp_path):
     assert torch.equal(hosts.draw(pipe, options), base)
 
 
-@pytest.mark.parametrize("name", ["sd15", "flux", "chroma", *thorough("animatediff", "sd3")])
+LEVELS = ["sd15", "flux", "chroma", *thorough("animatediff", "sd3", "z_image", "qwen", "flux2", "wan")]
+
+
+@pytest.mark.parametrize("name", LEVELS)
 def test_noise_levels_fall_from_one_whatever_the_denoiser_counts_in(name):
     pipe, options = hosts.HOSTS[name]()
     denoiser, levels = hosts.denoiser(pipe), []
