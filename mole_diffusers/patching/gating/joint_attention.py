@@ -81,7 +81,9 @@ class _Watched(TorchFunctionMode):
         if bound is not None and apart is not None:
             picture, text = apart
             if self.reads_maps:
-                self._read(bound, query[:, :, picture], key[:, :, text])
+                mask = given.get("attn_mask")
+                shown = mask[..., text] if mask is not None and mask.dtype == torch.bool else None
+                self._read(bound, query[:, :, picture], key[:, :, text], shown)
             bias = bound.joint_bias(tokens, len(query)) if self.closes else None
             if bias is not None:
                 before, bias = given.get("attn_mask"), bias.to(query.dtype)
@@ -91,7 +93,7 @@ class _Watched(TorchFunctionMode):
         return func(**given)
 
     @torch.no_grad()
-    def _read(self, bound: BoundText, query: torch.Tensor, key: torch.Tensor) -> None:
+    def _read(self, bound: BoundText, query: torch.Tensor, key: torch.Tensor, shown: torch.Tensor | None) -> None:
         """The text tokens' shares in what the picture's tokens attend to: query [B, heads, T, D], key [B, heads, S, D]."""
         rows = bound.picture.picture_rows
         if len(query) != bound.rows:
@@ -100,5 +102,7 @@ class _Watched(TorchFunctionMode):
         total = query.new_zeros(len(rows), query.shape[2], key.shape[2])
         for head in range(heads):  # all heads at once would be as large as the full attention matrix that models avoid
             logits = query[rows, head] @ key[rows, head].transpose(1, 2) / query.shape[-1] ** 0.5
+            if shown is not None:  # [B, 1, 1, S]: padding is hidden
+                logits = logits.masked_fill(~shown[rows, 0], -torch.inf)
             total += logits.softmax(-1) / heads
         self.sampling.add_maps(total)
