@@ -7,13 +7,14 @@ by a mask, `cpu()`) fails, where it would make the CPU wait for a card. Copies t
 import pytest
 import torch
 from gate_families import LEARNED
+from hosts import sdxl
 from tiers import thorough
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
 from mole_diffusers.patching.undo import undoing
-from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
+from mole_diffusers.testing import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import TERMS, ClipTerm, GateTraining, LoraTraining
 from mole_diffusers.training.context import TrainingContext
@@ -118,6 +119,23 @@ def test_an_update_of_gates_waits_for_nothing(meta, loras, term, family):
     with trainer.only_gates_learn():
         assert waits(lambda i: trainer.update(i)) == []
     assert len(trainer.engine.pending) == 2
+
+
+@pytest.mark.parametrize("options", [{}, *thorough({"checkpointing": True})])
+def test_an_update_of_gates_on_sdxl_waits_for_nothing(monkeypatch, tmp_path, options):
+    pipe = sdxl()
+    monkeypatch.setattr("mole_diffusers.training.gate_trainer.digest", lambda _: "of values")
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    mixture = mole.attach(pipe, files, "mole")
+    config = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=2, steps=2, drop=0.5, ema=0.9, **options)
+    context = TrainingContext(pipe, mixture, TrainingData(samples=PICTURES), None, config)
+    for model in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
+        model.to("meta")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # meta has no autocast to ask for
+    trainer = GateTrainer(context)
+    trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, TERMS["denoise"]())}
+    with trainer.only_gates_learn():
+        assert waits(lambda i: trainer.update(i)) == []
 
 
 @pytest.mark.thorough
