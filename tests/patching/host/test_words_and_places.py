@@ -132,10 +132,13 @@ def test_a_prompt_beside_a_longer_one_is_drawn_as_alone(drawn):
     """The model pads the shorter text, and hides that padding from attention: places are read without it."""
     pipe, options, files = drawn
     options |= {"max_sequence_length": 128}
-    mole.attach(pipe, files, "sum", binding={"fox": "fox", "owl": "owl"})
+    mixture = mole.attach(pipe, files, "sum", binding={"fox": "fox", "owl": "owl"})
     prompts = [PROMPT, "a fox, standing in the deep forest and an owl on the moon with a red hat"]
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    both = hosts.draw(pipe, options | {"latents": latents, "negative_prompt": ["", ""]}, list(prompts))
+    with mixture.trace(maps=True) as beside:
+        both = hosts.draw(pipe, options | {"latents": latents, "negative_prompt": ["", ""]}, list(prompts))
     for i, prompt in enumerate(prompts):
-        alone = hosts.draw(pipe, options | {"latents": latents[i : i + 1]}, prompt)
+        with mixture.trace(maps=True) as trace:
+            alone = hosts.draw(pipe, options | {"latents": latents[i : i + 1]}, prompt)
         torch.testing.assert_close(both[i : i + 1], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(beside.maps[0][i], trace.maps[0][0], atol=1e-5, rtol=0)
