@@ -185,7 +185,7 @@ class Tiles:
 
     def __init__(self, asked: Asked, things: Things, alone: Alone, set_places: SetPlaces):
         self.asked, self.things, self.alone, self.set_places = asked, things, alone, set_places
-        self.pipe, self.tiling, self.reader = asked.pipe, asked.tiling, DenoiserInputs(asked.pipe.unet)
+        self.reader = DenoiserInputs(asked.pipe.unet)
         # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
         self._found: dict[tuple[int, int, int], list[Tile]] = {}
         self._text = Seen()
@@ -196,7 +196,7 @@ class Tiles:
     @contextmanager
     def drawn(self) -> Iterator[None]:
         """While the block runs, the UNet is called for each tile in the first steps."""
-        with replaced_forward(self.pipe.unet, partial(self._denoise, self.pipe.unet.forward)):
+        with replaced_forward(self.asked.pipe.unet, partial(self._denoise, self.asked.pipe.unet.forward)):
             yield
 
     def _denoise(self, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -208,13 +208,13 @@ class Tiles:
 
     def _is_early(self, args: tuple, kwargs: dict) -> bool:
         """Whether this step is drawn in tiles. The last step is not, unless all steps are."""
-        times = self.pipe.scheduler.timesteps
+        times = self.asked.pipe.scheduler.timesteps
         if not self._schedule.again(times):
             self._levels = (times.float() / self.reader.record.pure_noise).tolist()
         index = _position(self.reader.timestep(args, kwargs), times)
         now = float(self.reader.time(args, kwargs)[0]) if index is None else self._levels[index]
         until_here = sum(level > now - 1e-5 for level in self._levels)  # Heun's method has most of them twice
-        return until_here <= self.tiling.until * len(times) + 1e-5
+        return until_here <= self.asked.tiling.until * len(times) + 1e-5
 
     def _tiles(self, args: tuple, kwargs: dict) -> list[Tile]:
         """The tiles of a call; none if it draws the picture as one."""
@@ -225,7 +225,7 @@ class Tiles:
             reason = "tiles are parts of a picture, and this is a video"
         elif (ids := (kwargs.get("added_cond_kwargs") or {}).get("time_ids")) is not None and ids.shape[-1] != SIZES:
             reason = f"tiles tell SDXL their size in {SIZES} numbers, and this UNet reads {ids.shape[-1]}, as refiners do"
-        if reason and self.tiling.always:
+        if reason and self.asked.tiling.always:
             raise ValueError(reason)
         if reason:
             return []
@@ -236,7 +236,7 @@ class Tiles:
 
     def _make(self, height: int, width: int, tokens: int) -> list[Tile]:
         things, masks = self.things, self.things.masks(height, width)
-        if not self.tiling.always and not _has_room(self.pipe.unet, masks):
+        if not self.asked.tiling.always and not _has_room(self.asked.pipe.unet, masks):
             return []
         if self.asked.for_processors:
             why = SCALE_ONLY.format(self.asked.for_processors[0])
@@ -251,13 +251,13 @@ class Tiles:
             with torch.no_grad(), self.alone(names):
                 text, pooled = self.asked.encode(prompt)
             if (short := text.shape[1]) != tokens:
-                if self.tiling.always:
+                if self.asked.tiling.always:
                     raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
                 return []
-            tiles.append(Tile(names, text, pooled, mask, _box(mask, self.pipe.unet)))
+            tiles.append(Tile(names, text, pooled, mask, _box(mask, self.asked.pipe.unet)))
         if self.set_places({things.keys[i]: mask for i, mask in zip(things.prompts, masks, strict=True)}):
             return tiles
-        if self.tiling.always:
+        if self.asked.tiling.always:
             named = " and ".join(repr(things.sentence.things[i].name) for i in things.prompts)
             raise ValueError(f"the text encoder reads other things in this prompt than {named}: shorten or reword it")
         return []
@@ -271,7 +271,7 @@ class Tiles:
             self._ready = self._made_ready(tiles, text, latents, kwargs.get("added_cond_kwargs"))
         ready = self._ready
         call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
-        channels = self.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
+        channels = self.asked.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
         out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
         if ready.outside is not None:
             out += ready.outside * whole(**call)[0]
@@ -284,14 +284,14 @@ class Tiles:
             if ready.sizes:
                 changed["added_cond_kwargs"] = _added(tile, ready.prompted, ready.sizes[i], kwargs["added_cond_kwargs"])
             with self.alone(tile.names):
-                part = self.pipe.unet(**call | changed)[0]
+                part = self.asked.pipe.unet(**call | changed)[0]
             out[..., top:bottom, left:right] += share[top:bottom, left:right] * part
         return out
 
     def _made_ready(
         self, tiles: Sequence[Tile], text: torch.Tensor, latents: torch.Tensor, added: Mapping[str, Any] | None
     ) -> Ready:
-        prompted = prompted_rows(self.pipe, text, latents)
+        prompted = prompted_rows(self.asked.pipe, text, latents)
         texts = [torch.where(prompted[:, None, None], tile.text.to(text), text) for tile in tiles]
         masks = torch.stack([tile.mask for tile in tiles])  # [K, H, W]
         outside = (1 - masks.sum(0)).clamp_min(0)
@@ -303,7 +303,7 @@ class Tiles:
 
     def _size(self, tile: Tile) -> torch.Tensor:
         """What SDXL is told of the size of a picture that is the tile: its original size, crop and target size."""
-        side, (top, bottom, left, right) = self.pipe.vae_scale_factor, tile.box
+        side, (top, bottom, left, right) = self.asked.pipe.vae_scale_factor, tile.box
         size = (side * (bottom - top), side * (right - left))
         return torch.tensor((*size, 0, 0, *size))
 
