@@ -120,7 +120,7 @@ so you cannot tell whether a value near the goal meets it.
 "Before" is an older version, measured in 150 rounds after the first run. Each layer looked at its masks by token again,
 and diffusers repeated the biases of cross-attention for every head at every step. That took 210 operations more with `sum`
 and 162 with `mole`. When the table was measured it took 24 and 7. Now it takes MORE_SUM and MORE_MOLE, of
-which none is in every layer, and `mole` without binding takes 196 fewer than then ([counted](#dispatch)).
+which none is in every layer, and `mole` without binding takes 197 fewer than then ([counted](#dispatch)).
 
 | | gates | N | not bound | bound | more | before |
 |---|---|---|---|---|---|---|
