@@ -84,10 +84,13 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
 
 @pytest.mark.thorough
 def test_the_page_of_binding_runs(tmp_path, monkeypatch, capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "bind.md").read_text(), re.DOTALL)
+    names: dict = {}
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "bind.md", "exec"), {})
-    assert capsys.readouterr().out.strip() == "{'doughnut': 0.5, 'tiger': 0.5}"  # in the order of the prompt
+    for block in blocks("bind.md", "python"):
+        exec(compile(block, "bind.md", "exec"), names)
+    explained, regions = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert "tile 1: relief drawing of a koala" in explained
+    assert regions == "{'doughnut': 0.5, 'tiger': 0.5}"  # in the order of the prompt
 
 
 @pytest.mark.thorough

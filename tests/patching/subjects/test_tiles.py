@@ -342,7 +342,7 @@ def test_prompts_of_tiles_skip_the_layers_that_the_call_skips(pipe, experts):
     assert not torch.equal(skipped, latent(pipe))
     empty = pipe.encode_prompt("", "cpu", 1, False, clip_skip=1)[0]
     parts = []
-    for name, part in (("fox", x[..., :8]), ("hen", x[..., 8:])):
+    for name, part in (("fox", x[..., :8]), ("hat", x[..., 8:])):
         mole.attach(pipe, {name: experts[name]}, binding=None)
         parts.append(latent(pipe, f"a {WORDS[name]}", part, negative_prompt_embeds=empty, clip_skip=1))
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
