@@ -105,8 +105,9 @@ def buttons(page: Page, kind: str, start: str, stop: str = "Cancel") -> tuple[An
     status = status_line(elem_id=f"{kind}-status")
 
     def cancel(request: gr.Request, visitor: str) -> Any:
-        is_any = page.jobs.stop_all(visitor or session(request), kind)
-        return gr.skip() if is_any else "nothing of yours is running"  # else the job itself reports that it stops
+        owners = {visitor or session(request), session(request)}  # a job that began while the page opened is its session's
+        stopped = [page.jobs.stop_all(owner, kind) for owner in owners]
+        return gr.skip() if any(stopped) else "nothing of yours is running"  # else the job itself reports that it stops
 
     stops.click(cancel, page.visitor, status, concurrency_limit=None)
     return starts, status
