@@ -7,7 +7,7 @@ read as it is written or from the pieces that a tokenizer made of it, and "sks" 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
@@ -59,8 +59,12 @@ class Phrases:
                     for first in before[:1] or forms:
                         self._by_first.setdefault(first, []).append((tuple(before), forms, (k, i)))
 
-    def find(self, words: Sequence[str]) -> list[Match]:
-        """The matches in a text, from left to right. A phrase inside a longer one, of any expert, does not count."""
+    def find(self, words: Sequence[str], counts: Callable[[Sequence[Phrase]], bool] = bool) -> list[Match]:
+        """The matches in a text, from left to right. A phrase inside a longer one, of any expert, does not count.
+
+        Args:
+            counts: whether the phrases that stand at one place count. By default all do.
+        """
         found: list[Match] = []
         furthest = 0
         for begin, first in enumerate(words):
@@ -71,7 +75,8 @@ class Phrases:
                 last = begin + len(before)
                 if last < len(words) and words[last] in forms and tuple(words[begin:last]) == before:
                     here.setdefault(last + 1, []).append(phrase)
-            if here and (end := max(here)) > furthest:
+            end = max((end for end, phrases in here.items() if counts(phrases)), default=0)
+            if end > furthest:
                 furthest = end
                 found.append(Match(begin, end, tuple(here[end])))
         return found

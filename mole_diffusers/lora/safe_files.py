@@ -29,6 +29,7 @@ MAX_TENSORS = 20_000
 MAX_MARKS = 500_000  # opening brackets and colons; keeps parsing a header cheap whatever it contains
 MAX_NAME = 500  # characters of a tensor's name; keeps reading a name cheap
 MAX_DIMS = 8
+MOST_NUMBERS = 1 << 56  # of a tensor without its empty sides; PyTorch can make no strides for more
 MAX_MESSAGE = 1000  # characters of an error message
 MAX_DEPTH = 8  # of nested lists and objects in a JSON file
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]  # of pictures
@@ -99,6 +100,8 @@ def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str,
             raise RefusedFileError(f"{path}: the name of a tensor has {len(key)} characters; at most {MAX_NAME} are read")
         if len(about["shape"]) > MAX_DIMS:
             raise RefusedFileError(f"{path}: tensor {key!r} has {len(about['shape'])} sides; at most {MAX_DIMS} are read")
+        if math.prod(side or 1 for side in about["shape"]) > MOST_NUMBERS:  # one side may be 0, so that it has no bytes
+            raise RefusedFileError(f"{path}: tensor {key!r} has the sides {about['shape']}, as no tensor can have")
         if about["dtype"] not in DTYPES:
             raise RefusedFileError(f"{path}: tensor {key!r} has dtype {about['dtype']!r}; known: {list(DTYPES)}")
     in_order = sorted(values.items(), key=lambda each: each[1]["data_offsets"])

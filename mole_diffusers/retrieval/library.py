@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mole_diffusers.binding.finding import Match, Phrase, Phrases, Tokens
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.families import fits
 from mole_diffusers.lora.metadata import as_read
 from mole_diffusers.retrieval import store
 from mole_diffusers.retrieval.encoders import Encoder
 from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, read_entry, stamps
-from mole_diffusers.retrieval.phrases import Words, find_triggers, phrases, tokenize
+from mole_diffusers.retrieval.phrases import phrases
 from mole_diffusers.retrieval.ranking import centroid, similarity, top
 
 THRESHOLD = 0.8  # in steps of .05, the lowest at which nine of ten base subjects of the emoji world find nothing
@@ -68,12 +69,9 @@ class LoraLibrary:
         self.folder, self.encoder = Path(folder), encoder
         self.entries, self.embeddings, self.skipped = index.entries, index.embeddings, index.skipped
         self._rows = {entry.name: row for row, entry in enumerate(self.entries)}
-        self._trigger_rows: dict[Words, list[int]] = {}  # a trigger's words -> rows of the LoRAs that have it
-        called = [(trigger, row) for row, entry in enumerate(self.entries) for trigger in as_read(entry.triggers)]
-        called += [(name, row) for row, entry in enumerate(self.entries) for name in (names or {}).get(entry.file, ())]
-        for trigger, row in called:
-            if (words := tokenize(trigger)) and row not in (rows := self._trigger_rows.setdefault(words, [])):
-                rows.append(row)
+        called = names or {}
+        self._triggers = [(*as_read(entry.triggers), *called.get(entry.file, ())) for entry in self.entries]
+        self._searched = Phrases(self._triggers)
 
     @classmethod
     def index(cls, folder: str | Path, encoder: Encoder) -> LoraLibrary:
@@ -128,6 +126,8 @@ class LoraLibrary:
     ) -> list[RetrievedLora]:
         """The LoRAs that a prompt asks for: first those whose trigger it contains, in its order, then the most similar.
 
+        A trigger is found as binding finds the words of a LoRA: in upper or lower case, and in the plural.
+
         If several LoRAs share a trigger, the one most similar to the prompt is selected, and it lists the others as
         passed over. A trigger that more than k LoRAs share ("1girl") selects none. Triggers are then removed from the
         prompt, and each remaining phrase is compared with every LoRA.
@@ -141,15 +141,15 @@ class LoraLibrary:
             raise ValueError(f"k must be 1 or more, got {k}")
         allowed = [base is None or fits(entry.base, base) for entry in self.entries]
 
-        def selects(words: Words) -> bool:
-            return 1 <= sum(allowed[row] for row in self._trigger_rows.get(words, ())) <= k
+        def selects(triggers: Sequence[Phrase]) -> bool:
+            return 1 <= len({row for row, _ in triggers if allowed[row]}) <= k
 
-        tokens = tokenize(prompt)
-        triggers, rest = find_triggers(tokens, selects)
-        found = self._by_trigger(triggers, phrases(tokens), allowed)
+        tokens = Tokens(prompt)
+        triggers = self._searched.find(tokens.words, selects)
+        found = self._by_trigger(prompt, triggers, allowed)
         free = torch.tensor(allowed)
         free[[self._rows[each.name] for each in found]] = False
-        left = phrases(rest)
+        left = phrases(_without(tokens, triggers))
         if left and len(found) < k:
             scores, best = similarity(self.encoder(left), self.embeddings)
             rows = top(scores, free, k - len(found), threshold)
@@ -157,24 +157,24 @@ class LoraLibrary:
         names = {each.name for each in found}
         return [replace(each, passed_over=tuple(n for n in each.passed_over if n not in names)) for each in found]
 
-    def _by_trigger(self, triggers: Sequence[Words], spoken: list[str], allowed: Sequence[bool]) -> list[RetrievedLora]:
-        """The LoRA for each trigger, the most similar one if several have it; `spoken` are the prompt's phrases."""
+    def _by_trigger(self, prompt: str, triggers: Sequence[Match], allowed: Sequence[bool]) -> list[RetrievedLora]:
+        """The LoRA for each trigger, the most similar one if several have it."""
         if not triggers:
             return []
-        spoken = spoken or [" ".join(triggers[0])]
+        spoken = phrases(prompt) or [prompt]
         scores, best = similarity(self.encoder(spoken), self.embeddings)
         found: dict[str, RetrievedLora] = {}
         for trigger in triggers:
-            rows = [i for i in self._trigger_rows[trigger] if allowed[i]]
-            row = max(rows, key=lambda i: scores[i].item())
-            name, others = self.entries[row].name, [self.entries[i].name for i in rows if i != row]
-            first = found.get(name) or RetrievedLora(name, scores[row].item(), spoken[int(best[row])], " ".join(trigger))
+            called = {row: self._triggers[row][i] for row, i in reversed(trigger.of) if allowed[row]}  # the first of each
+            row = max(sorted(called), key=lambda i: scores[i].item())
+            name, others = self.entries[row].name, [self.entries[i].name for i in sorted(called) if i != row]
+            first = found.get(name) or RetrievedLora(name, scores[row].item(), spoken[int(best[row])], called[row])
             found[name] = replace(first, passed_over=tuple(dict.fromkeys((*first.passed_over, *others))))
         return list(found.values())
 
     def file_triggers(self, name: str) -> set[str]:
         """The trigger words in a LoRA's file, in the form that `RetrievedLora` uses."""
-        return {" ".join(tokenize(trigger)) for trigger in as_read(self.entries[self._rows[name]].triggers)}
+        return set(as_read(self.entries[self._rows[name]].triggers))
 
     def expert(self, name: str) -> Expert:
         """Read a LoRA of the library; ValueError if the name is unknown or the file has changed since it was indexed."""
@@ -185,6 +185,16 @@ class LoraLibrary:
         if not now.same_content(entry):
             raise store.reindex_error(self.folder, f"is stale: {entry.file!r} has changed")
         return expert
+
+
+def _without(tokens: Tokens, triggers: Sequence[Match]) -> str:
+    """A prompt with a comma for each trigger in it."""
+    pieces, at = list[str](), 0
+    for match in triggers:  # they may overlap
+        begin, end = tokens.span(match.begin, match.end)
+        pieces.append(tokens.text[at : max(at, begin)])
+        at = end
+    return ",".join([*pieces, tokens.text[at:]])
 
 
 def _build_index(
@@ -233,6 +243,6 @@ def embedding(samples: Sequence[str], encoder: Encoder) -> torch.Tensor:
     Each phrase is weighted by the square of the number of samples that contain it; the paper takes a plain mean. What
     the samples share is what the LoRA is about. What few contain just happened to be in the picture.
     """
-    parts = [phrase for sample in samples for phrase in dict.fromkeys(phrases(tokenize(sample)))] or list(samples)
+    parts = [phrase for sample in samples for phrase in dict.fromkeys(phrases(sample))] or list(samples)
     texts = list(dict.fromkeys(parts))
     return centroid(encoder(texts), torch.tensor([float(parts.count(text) ** 2) for text in texts]))

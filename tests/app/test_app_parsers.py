@@ -11,7 +11,7 @@ from mole_diffusers.binding import words
 from mole_diffusers.lora.metadata import training_tags
 from mole_diffusers.lora.own_words import is_generic, stated_words
 from mole_diffusers.lora.safe_files import parse_json
-from mole_diffusers.retrieval.phrases import phrases, tokenize
+from mole_diffusers.retrieval.phrases import phrases
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
@@ -44,7 +44,7 @@ PARSERS = {
     "generic words": is_generic,
     "training tags": lambda text: training_tags({"ss_tag_frequency": text}),
     "switched triggers": lambda text: with_triggers(text, [text[:200] or "x"], [], []),
-    "phrases": lambda text: phrases(tokenize(text)),
+    "phrases": phrases,
     "bound words": words_of,
 }
 

@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 from collections import Counter
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -149,7 +150,9 @@ def some_loras(draw, change, host, folder):
         change(broken, "ink.safetensors")
     expert = read_expert(folder / file, drop_nonfinite=draw(st.booleans()))
     for layers in expert.layers.values():
-        assert all(w.delta().isfinite().all() for w in layers.values())
+        # what DoRA makes of the change of weight depends on the base
+        assert all(replace(w, magnitude=None).delta().isfinite().all() for w in layers.values())
+        assert all(w.magnitude is None or w.magnitude.isfinite().all() for w in layers.values())
     attach(host, {"x": expert}, draw(st.sampled_from(["sum", *LEARNED])))
     step(host)
 

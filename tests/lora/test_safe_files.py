@@ -91,6 +91,10 @@ BAD = {
     "long name": (raw({"oft_" * 150: ONE}), "the name of a tensor has 600 characters; at most 500 are read"),
     "negative shape": (raw({"a": ONE | {"shape": [-2]}}), "expected usize"),
     "boolean shape": (raw({"a": ONE | {"shape": [True, 2]}}), "expected usize"),
+    "sides without a stride": (
+        raw({"a": ONE | {"shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]}}, b""),
+        "as no tensor can have",
+    ),
     "many dimensions": (raw({"a": ONE | {"shape": [1] * 99 + [2]}}), "has 100 sides; at most 8 are read"),
     "backward offsets": (raw({"a": ONE | {"data_offsets": [8, 0]}}), "invalid offset for tensor `a`"),
     "dtype": (raw({"a": ONE | {"dtype": "U32"}}), "has dtype 'U32'"),

@@ -21,7 +21,7 @@ from mole_diffusers.retrieval import ranking, store
 from mole_diffusers.retrieval.encoders import PipelineText, SentenceText
 from mole_diffusers.retrieval.entries import read_entry
 from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, RetrievedLora, embedding
-from mole_diffusers.retrieval.phrases import find_triggers, phrases, tokenize
+from mole_diffusers.retrieval.phrases import phrases
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 SAMPLES = {
@@ -51,16 +51,9 @@ def names(found):
 
 
 def test_phrases_are_what_stands_between_small_words_and_punctuation():
-    assert phrases(tokenize("Ink drawing of a FOX, and <new1> at night!")) == ["ink drawing", "fox", "<new1>", "night"]
-    assert phrases(tokenize("a fox asleep under an oak, seen from behind")) == ["fox asleep", "oak", "seen"]
-    assert phrases(tokenize("photo of a person, painting style, fox style")) == ["fox style"]
-
-
-def test_named_takes_the_longest_run_and_leaves_a_break():
-    known = {("birthday", "cake"), ("cake",), ("fox",)}
-    found, rest = find_triggers(tokenize("a foxy birthday cake with cake"), known.__contains__)
-    assert found == [("birthday", "cake"), ("cake",)]
-    assert phrases(rest) == ["foxy"]
+    assert phrases("Ink drawing of a FOX, and <new1> at night!") == ["ink drawing", "fox", "<new1>", "night"]
+    assert phrases("a fox asleep under an oak, seen from behind") == ["fox asleep", "oak", "seen"]
+    assert phrases("photo of a person, painting style, fox style") == ["fox style"]
 
 
 # ---- ranking
@@ -126,9 +119,22 @@ def test_a_trigger_wins_over_similarity_and_is_searched_no_more():
     assert names(indexed.retrieve("a fox", k=1)) == ["fox"]
     found = indexed.retrieve("inkstyle, a sks fox", k=3, threshold=0.3)
     assert names(found) == ["ink", "owl"]
-    assert [each.trigger for each in found] == ["inkstyle", "sks fox"]
-    assert found[1].why == "the prompt says its trigger 'sks fox'"
+    assert [each.trigger for each in found] == ["inkstyle", "Sks Fox"]
+    assert found[1].why == "the prompt says its trigger 'Sks Fox'"
     assert indexed.retrieve("fox")[0].why == f"'fox' is like its samples ({indexed.retrieve('fox')[0].score:.2f})"
+
+
+def test_a_trigger_is_found_as_binding_finds_words():
+    """In the plural, inside a hyphenated word, but not in another word; the longest of several."""
+    indexed = library(SAMPLES, {"fox": ["zwx fox"], "owl": ["fox"], "ink": ["wolf"]})
+    for prompt, called in (("two zwx foxes", ["fox"]), ("a pack of WOLVES", ["ink"]), ("a fox-like hat", ["owl"])):
+        assert names(indexed.retrieve(prompt, threshold=0.99)) == called, prompt
+    assert indexed.retrieve("a foxy hat", threshold=0.99) == []
+
+
+def test_triggers_that_overlap_leave_the_rest_of_the_prompt():
+    indexed = library(SAMPLES, {"fox": ["zwx fox"], "ink": ["fox red"]})
+    assert names(indexed.retrieve("a zwx fox red, owl")) == ["fox", "ink", "owl"]
 
 
 def test_a_trigger_that_several_claim_calls_the_most_similar_and_one_that_all_claim_calls_none():
@@ -166,9 +172,8 @@ def test_recall_at_one_on_held_out_prompts():
 
 
 MEANT = {  # words that no trigger has, and whom they mean
-    "cheese": "cheese wedge", "wedge": "cheese wedge", "cheese wedges": "cheese wedge", "cake": "birthday cake",
-    "birthday": "birthday cake", "birthday cakes": "birthday cake", "fries": "french fries", "french fry": "french fries",
-    "auroras": "aurora", "reliefs": "relief",
+    "cheese": "cheese wedge", "wedge": "cheese wedge", "cake": "birthday cake", "birthday": "birthday cake",
+    "fries": "french fries", "french fry": "french fries",
 }  # fmt: skip
 
 
@@ -189,7 +194,7 @@ def test_the_default_threshold_is_the_lowest_at_which_nine_of_ten_base_subjects_
     assert not any(found.trigger for found, _ in meant)
     thresholds = (0.7, 0.75, 0.8, 0.85, 0.9)
     assert [round(100 * (wrong >= at).float().mean().item()) for at in thresholds] == [47, 27, 9, 2, 0]
-    assert [sum(found.score >= at for found, _ in meant) for at in thresholds] == [9, 9, 5, 4, 2]
+    assert [sum(found.score >= at for found, _ in meant) for at in thresholds] == [5, 5, 2, 1, 0]
     assert next(at for at in thresholds if (wrong < at).float().mean() >= 0.9) == THRESHOLD
 
 
