@@ -29,8 +29,8 @@ from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
 from mole_diffusers.studio.render import Studio, check_size
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
-from mole_diffusers.training.denoising import check_trainable
 from mole_diffusers.training.gate_trainer import train_gates
+from mole_diffusers.training.networks import unet_of
 
 MAX_UPDATES, MAX_PROMPTS, VALIDATION_PICTURES = 2000, 64, 4  # per run
 SHOWN = 2  # seeds whose pictures are shown before and after training
@@ -149,7 +149,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     Raises ValueError for bad settings, for strengths that vary over components, blocks or steps, and for a base that cannot
     be trained on, and GatesExistError if `again` is needed.
     """
-    check_trainable(studio.pipe)
+    unet_of(studio.pipe, "training on this page")
     width, height = _canvas(studio, recipe, request.composed)
     check_size(width, height)
     recipe = studio.complete(replace(recipe, gates="sum", gates_sha256="", locks={}, arm="gates"))

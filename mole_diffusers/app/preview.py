@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mole_diffusers.training.data import precise
+from mole_diffusers.training.latents import precise
 
 SHARE = 0.2  # of the drawing time that previews may take
 

@@ -51,13 +51,13 @@ def app(
     from mole_diffusers.studio.base_models import bases_of
     from mole_diffusers.studio.catalog import folder_gates
     from mole_diffusers.studio.render import Studio
-    from mole_diffusers.training.denoising import check_trainable
+    from mole_diffusers.training.networks import unet_of
 
     def open_one(name: str) -> Base:
         found = opened(name, opening, says=True)
         found.pipe.set_progress_bar_config(disable=True)  # the page has its own progress bar
         try:
-            check_trainable(found.pipe)
+            unet_of(found.pipe, "training on this page")
         except ValueError as error:
             note(f"pictures can be drawn, but {error}")
         return found

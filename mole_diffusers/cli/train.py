@@ -120,7 +120,8 @@ def samples(pipe: Any, folders: Sequence[str], *, prompt: str | None = None, sid
         prompt: caption of pictures that have none.
         side: by default the pipeline's own size.
     """
-    from mole_diffusers.training.data import default_side, encode, read_folder
+    from mole_diffusers.training.data import read_folder
+    from mole_diffusers.training.latents import default_side, encode
 
     if not folders:
         return None
@@ -137,13 +138,13 @@ def trained_pipeline(asked: Mapping[str, Any], device: str | None) -> Any:
     """
     import torch
 
-    from mole_diffusers.training.denoising import check_trainable
+    from mole_diffusers.training.networks import network
 
     rank = os.environ.get("LOCAL_RANK")
     own = f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
     machine = options.Machine(device or own, asked.get("base_config"))
     pipe = opened(asked["base"], machine, dtype="float32", offload="none").pipe
-    check_trainable(pipe)
+    network(pipe)  # raises for a base that cannot be trained on
     return pipe
 
 
@@ -311,6 +312,7 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo
     from mole_diffusers.gates import checkpoint, hub
     from mole_diffusers.lora.whole_files import write_text
     from mole_diffusers.mixture import attach
+    from mole_diffusers.patching.host.denoiser_inputs import denoiser
     from mole_diffusers.studio.names import is_hub_id
     from mole_diffusers.training import read_clip, train_gates
     from mole_diffusers.training.engine import save_weight_memory
@@ -331,7 +333,7 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo
     drawn = config.validation.prompts or data.composed
     success = _judge(drawn) if base == WORLD and config.validation.every else None
     pipe = trained_pipeline(asked, run.device)
-    save_weight_memory(pipe.unet, config.precision)
+    save_weight_memory(denoiser(pipe), config.precision)
     mixture = attach(pipe, experts, gates)
     data = replace(data, samples=None if "data" in unread else samples(pipe, asked["data"]))
     clip = read_clip(asked["clip"], device=pipe.device) if asked["clip"] and "clip" not in unread else None
@@ -457,6 +459,7 @@ def train_lora(
 def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: Path) -> Result:
     from mole_diffusers.training import train_lora as fit
     from mole_diffusers.training.engine import check_batch, join_processes, save_weight_memory
+    from mole_diffusers.training.networks import unet_of
 
     concept = asked["concept"]
     if not asked["data"] or not (trigger := concept.get("trigger")):
@@ -465,6 +468,7 @@ def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: P
     if wanted and not asked["prior"].get("data") and not asked["prior"].get("prompt"):
         raise ValueError("--prior-prompt is needed: what the base is to draw for prior preservation")
     pipe, side = trained_pipeline(asked, run.device), concept.get("resolution")
+    unet_of(pipe, "training a LoRA")
     check_batch(config.batch, join_processes(pipe.device), config.accumulation, "the batch")
     pictures: Any = samples(pipe, asked["data"], prompt=concept.get("prompt") or trigger, side=side)
     if mute := [caption for caption in pictures.captions if trigger not in caption]:

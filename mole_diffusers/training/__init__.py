@@ -6,12 +6,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mole_diffusers.training.clip import Clip, read_clip
     from mole_diffusers.training.config import GateTraining, LoraTraining, Validation
-    from mole_diffusers.training.data import Samples, TrainingData, encode, read_folder
+    from mole_diffusers.training.data import Samples, TrainingData, read_folder
     from mole_diffusers.training.gate_trainer import mean_losses, train_gates
+    from mole_diffusers.training.latents import encode
     from mole_diffusers.training.lora_adapter import save_kohya, save_lora
     from mole_diffusers.training.lora_trainer import class_samples, train_lora
 
-_FILES = ("config", "data", "clip", "lora_adapter", "gate_trainer", "lora_trainer")  # those with the fewest imports first
+# Those with the fewest imports come first.
+_FILES = (
+    "config",
+    "data",
+    "latents",
+    "clip",
+    "lora_adapter",
+    "gate_trainer",
+    "lora_trainer",
+)
 __all__ = [
     "Clip",
     "GateTraining",

@@ -18,7 +18,7 @@ from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import RandomBatch, TrainingData
-from mole_diffusers.training.denoising import latent_shape
+from mole_diffusers.training.latents import latent_shape
 
 LossFn = Callable[[RandomBatch], torch.Tensor]  # the value of one term on a share of a batch
 

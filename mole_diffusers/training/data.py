@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -127,61 +126,11 @@ def _caption(path: Path, texts: dict[str, str], prompt: str | None) -> str:
     return text
 
 
-def default_side(pipe: Any) -> int:
-    """The side of a pipeline's own pictures, in pixels. Raises ValueError if they are not known to be squares."""
-    side = pipe.unet.config.sample_size
-    if not isinstance(side, int):
-        raise ValueError(
-            f"the pictures of this model are no squares of a known side, its sample_size is {side}: give a side"
-        )
-    return int(side * pipe.vae_scale_factor)
-
-
 def square(image: Image.Image, side: int) -> Image.Image:
     """The centre crop of a picture, resized to [side, side] pixels. Raises ValueError for a side below 8."""
     if side < 8:
         raise ValueError(f"the side of pictures must be 8 pixels or more, got {side}")
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-
-
-@contextmanager
-def precise(pipe: Any) -> Iterator[Any]:
-    """The autoencoder, in fp32 while the block runs if the pipeline does so, too: that of SDXL overflows in half precision.
-
-    Raises ValueError if gradients are needed and its weights are fp16: they would be gone before the gradient.
-    """
-    vae = pipe.vae
-    if not (hasattr(type(pipe), "upcast_vae") and vae.config.force_upcast):
-        yield vae
-        return
-    is_half = vae.dtype == torch.float16
-    if is_half and torch.is_grad_enabled():
-        raise ValueError("this autoencoder overflows in float16: train on a pipeline in float32 or bfloat16")
-    try:
-        with torch.autocast(vae.device.type, enabled=False):
-            yield vae.to(torch.float32) if is_half else vae
-    finally:
-        if is_half:
-            vae.to(torch.float16)
-
-
-@torch.no_grad()
-def encode_pixels(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures [B, 3, H, W] in -1..1 -> latents [B, C, h, w], scaled as the UNet expects them, on the CPU."""
-    with precise(pipe) as vae:
-        latents = vae.encode(pixels.to(pipe.device, vae.dtype)).latent_dist.mode()
-        return latents.float().cpu() * vae.config.scaling_factor
-
-
-def encode(pipe: Any, images: Sequence[Image.Image], captions: Sequence[str], *, batch: int = 32) -> Samples:
-    """Encode pictures with the pipeline's autoencoder, `batch` at a time, all resized to the first one's size."""
-    latents, source = [], hashlib.sha256()
-    for start in range(0, len(images), batch):
-        chunk = [image.resize(images[0].size) for image in images[start : start + batch]]
-        for image in chunk:
-            source.update(f"{image.mode} {image.size}".encode() + image.tobytes())
-        latents.append(encode_pixels(pipe, pipe.image_processor.preprocess(chunk)))
-    return Samples(torch.cat(latents), list(captions), source.hexdigest())
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:

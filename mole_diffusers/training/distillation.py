@@ -28,8 +28,10 @@ from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training.config import DistillationTerm, SeparateTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, require, triggers
 from mole_diffusers.training.data import RandomBatch, token_ids
-from mole_diffusers.training.denoising import latent_shape, predict, sample_ddim, training_scheduler
+from mole_diffusers.training.denoising import predict, sample_latents
+from mole_diffusers.training.latents import latent_shape
 from mole_diffusers.training.losses import composed_target, recovery_error, separation_loss, territory
+from mole_diffusers.training.networks import network, unet_of
 
 # (x [B, C, H, W], timesteps [B], prompts) -> the prediction to match, and the one that counts as error 1
 Teacher = Callable[[torch.Tensor, torch.Tensor, list[str]], tuple[torch.Tensor, torch.Tensor]]
@@ -75,21 +77,21 @@ def separate(context: TrainingContext, term: SeparateTerm) -> LossFn:
     subjects = [name for name in context.mixture.experts if name not in context.data.styles]
     if len(subjects) < 2:
         raise ValueError(f"the separate term needs two experts that are no styles, got {subjects}")
-    if (layers := len(cross_attentions(pipe.unet))) < 2:
+    unet = unet_of(pipe, "the separate term")
+    if (layers := len(cross_attentions(unet))) < 2:
         raise ValueError(f"the separate term compares 2 layers with cross-attention or more, and the UNet has {layers}")
 
-    scheduler = training_scheduler(pipe)
-    scheduler.set_timesteps(term.steps)
+    timesteps = network(pipe).noise(*context.composed_shape[1:], term.steps).timesteps
 
     def loss(batch: RandomBatch) -> torch.Tensor:
         texts = [prompts[i] for i in batch.choice(len(prompts))]
         noise = onto(batch.normal(*context.composed_shape), pipe.device)
         stop = int(torch.randint(0, term.steps, (), generator=batch.generator))
         with torch.no_grad():
-            x = sample_ddim(pipe, noise, texts, steps=term.steps, guidance=term.guidance, stop=stop)
+            x = sample_latents(pipe, noise, texts, steps=term.steps, guidance=term.guidance, stop=stop)
         found = [trigger_tokens(pipe, context.mixture, name, texts) for name in subjects]
-        with attention_maps(pipe.unet, x.shape[2:], torch.stack(found)) as maps:  # tokens [K, B, T]
-            predict(pipe, x, onto(scheduler.timesteps[stop].expand(len(x)), x.device), texts)
+        with attention_maps(unet, x.shape[2:], torch.stack(found)) as maps:  # tokens [K, B, T]
+            predict(pipe, x, onto(timesteps[stop].expand(len(x)), x.device), texts)
         return separation_loss(torch.stack(maps, 1))
 
     return loss
@@ -149,8 +151,7 @@ def sample_trajectories(
         name: of the teacher, next to the progress bar.
         sizes: width and height of prompts' pictures in pixels; by default those of the training data.
     """
-    scheduler, device = training_scheduler(context.pipe), context.pipe.device
-    scheduler.set_timesteps(term.steps, device=device)
+    device = context.pipe.device
     sizes = context.data.sizes if sizes is None else sizes
     by_shape: dict[tuple[int, int, int], list[str]] = {}
     for prompt in prompts:
@@ -160,15 +161,16 @@ def sample_trajectories(
         seeds = max(term.seeds, len(own))
         texts = [own[i % len(own)] for i in range(seeds)]
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(seeds, *shape, generator=generator).to(device) * scheduler.init_noise_sigma
-        for t in context.bar(scheduler.timesteps, f"pictures of {name}"):
-            scaled, timesteps = scheduler.scale_model_input(x, t), t.expand(seeds)
-            prediction, base = teacher(*with_and_without(scaled, timesteps, texts))
+        x = torch.randn(seeds, *shape, generator=generator).to(device)
+        noise = network(context.pipe).noise(*shape[1:], term.steps)
+        for i in context.bar(range(len(noise.timesteps)), f"pictures of {name}"):
+            timesteps = noise.timesteps[i].expand(seeds)
+            prediction, base = teacher(*with_and_without(x, onto(timesteps, device), texts))
             targets = prediction.unflatten(0, (2, seeds)).transpose(0, 1)  # [S, 2, C, H, W]
             norms = (prediction - base).square().unflatten(0, (2, seeds)).flatten(1).mean(1).expand(seeds, 2)
-            rows += map(TrajectoryStep, scaled.cpu(), timesteps.cpu(), targets.cpu(), norms.cpu(), texts)
+            rows += map(TrajectoryStep, x.cpu(), timesteps, targets.cpu(), norms.cpu(), texts)
             empty, full = prediction.chunk(2)
-            x = scheduler.step(empty + term.guidance * (full - empty), t, x, generator=generator).prev_sample
+            x = noise.step(empty + term.guidance * (full - empty), i, x)
     return rows
 
 
@@ -222,6 +224,7 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
     names = list(mixture.experts)
     subjects = [i for i, name in enumerate(names) if name not in styles]
     divided = subjects if len(subjects) > 1 else []  # those that share the picture
+    unet = unet_of(pipe, "the composed term of several subjects") if divided else None
 
     def predict_both(x: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         with alone(mixture, {}):
@@ -231,7 +234,7 @@ def composed_teacher(pipe: Any, mixture: Mixture, styles: Sequence[str]) -> Teac
         for i, name in enumerate(names):
             reading: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
             if i in divided:
-                reading = attention_maps(pipe.unet, x.shape[2:], trigger_tokens(pipe, mixture, name, prompts)[None])
+                reading = attention_maps(unet, x.shape[2:], trigger_tokens(pipe, mixture, name, prompts)[None])
             with alone(mixture, {name: 1.0}), reading as layers:
                 predictions.append(predict(pipe, x, timesteps, prompts))
             maps += [torch.stack(layers).mean(0)[0]] if layers else []

@@ -274,20 +274,20 @@ def adamw(groups: list[dict[str, Any]], device: torch.device, **options: Any) ->
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
 
 
-def save_weight_memory(unet: Any, precision: str) -> None:
-    """Put a UNet into the precision of a training's forward pass, before anything that learns is put on it.
+def save_weight_memory(denoiser: Any, precision: str) -> None:
+    """Put a denoiser into the precision of a training's forward pass, before anything that learns is put on it.
 
     Otherwise autocast would make a half copy of each weight, and keep it for the backward pass. This cannot be undone.
     """
     if (dtype := DTYPES.get(precision)) is not None:
-        unet.to(dtype)
+        denoiser.to(dtype)
 
 
-def save_activation_memory(unet: Any, undo: Undo) -> None:
-    """Let a UNet compute activations again in the backward pass, until `undo` restores it."""
-    if not unet.is_gradient_checkpointing:
-        undo.callback(unet.disable_gradient_checkpointing)
-        unet.enable_gradient_checkpointing()
+def save_activation_memory(denoiser: Any, undo: Undo) -> None:
+    """Let a denoiser compute activations again in the backward pass, until `undo` restores it."""
+    if not denoiser.is_gradient_checkpointing:
+        undo.callback(denoiser.disable_gradient_checkpointing)
+        denoiser.enable_gradient_checkpointing()
 
 
 # ---- folders checkpoint-N, which are complete or absent

@@ -30,7 +30,7 @@ from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import BALANCE, GateTraining
 from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_missing_triggers
 from mole_diffusers.training.data import RandomBatch, TrainingData
-from mole_diffusers.training.denoising import check_trainable, predict
+from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.engine import (
     Engine,
     OnUpdate,
@@ -41,6 +41,7 @@ from mole_diffusers.training.engine import (
     save_activation_memory,
 )
 from mole_diffusers.training.initialization import initialize
+from mole_diffusers.training.networks import network
 from mole_diffusers.training.objectives import OBJECTIVES
 
 Success = Callable[[Sequence[Image.Image], str], float]  # pictures of a prompt -> the share that is right
@@ -103,7 +104,7 @@ class GateTrainer:
         self.config = config = context.config
         self.success = success
         self.pipe, self.mixture, self.data = context.pipe, context.mixture, context.data
-        check_trainable(self.pipe)
+        self.network = network(self.pipe)  # raises for a pipeline that cannot be trained on
         if not self.mixture.parameters():
             raise ValueError(f"gates of family {self.mixture.config.family!r} have nothing to train")
         for name in (*self.data.singles, *self.data.others, *self.data.styles):
@@ -142,7 +143,7 @@ class GateTrainer:
                 undo.callback(p.requires_grad_, p.requires_grad)
                 p.requires_grad_(id(p) in gates)
             if self.config.checkpointing:
-                save_activation_memory(self.pipe.unet, undo)
+                save_activation_memory(self.network.model, undo)
             yield
 
     def prepare(self) -> None:
@@ -233,7 +234,7 @@ class GateTrainer:
             return
         how, images, shares = self.config.validation, [], []
         call: dict[str, Any] = {"width": self.config.width, "height": self.config.height}
-        call |= {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
+        call |= {"num_inference_steps": how.steps} | self.network.guided(how.guidance, how.seeds)
         for prompt in self.validation_prompts:
             with self._averaged(), self.engine.autocast():
                 drawn = sample(self.pipe, prompt, range(self.config.seed, self.config.seed + how.seeds), **call)

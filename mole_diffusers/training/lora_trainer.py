@@ -19,7 +19,7 @@ from mole_diffusers.patching.undo import Undo, undoing
 from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
-from mole_diffusers.training.denoising import check_trainable, denoising_loss, latent_shape, sample_ddim
+from mole_diffusers.training.denoising import denoising_loss, sample_latents
 from mole_diffusers.training.engine import (
     Engine,
     OnUpdate,
@@ -29,7 +29,9 @@ from mole_diffusers.training.engine import (
     join_processes,
     save_activation_memory,
 )
+from mole_diffusers.training.latents import latent_shape
 from mole_diffusers.training.lora_adapter import add_lora, save_lora
+from mole_diffusers.training.networks import unet_of
 
 PRIOR_FILE = "prior.safetensors"
 MAY_CHANGE = ("every", "keep", "accumulation", "checkpointing")  # settings that a resumed run may change
@@ -96,7 +98,7 @@ class LoraTrainer:
             pictures: those of the "concept", and of the "prior" if there are any.
             undo: takes the LoRA off again.
         """
-        check_trainable(pipe)
+        unet_of(pipe, "training a LoRA")
         self.pipe, self.pictures, self.config = pipe, pictures, config
         accelerator = join_processes(pipe.device)
         check_batch(config.batch, accelerator, config.accumulation, "the batch")
@@ -174,7 +176,7 @@ def class_samples(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, *shape, generator=generator)  # [count, C, H, W]
     drawn = [
-        sample_ddim(pipe, rows.to(pipe.device), [prompt] * len(rows), steps=steps, guidance=guidance).cpu()
+        sample_latents(pipe, rows.to(pipe.device), [prompt] * len(rows), steps=steps, guidance=guidance).cpu()
         for rows in tqdm(noise.split(batch), desc="class pictures", disable=not progress)
     ]
     samples = Samples(torch.cat(drawn), [prompt] * count, asked)

@@ -12,9 +12,10 @@ from mole_diffusers.binding.config import Bound
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.config import CollageTerm, Term
 from mole_diffusers.training.context import LossFn, TrainingContext, experts_in, require
-from mole_diffusers.training.data import RandomBatch, Samples, encode_pixels
-from mole_diffusers.training.denoising import decode, denoising_loss, latent_shape, sample_ddim
+from mole_diffusers.training.data import RandomBatch, Samples
+from mole_diffusers.training.denoising import denoising_loss, sample_latents
 from mole_diffusers.training.distillation import base, composed, separate, single
+from mole_diffusers.training.latents import decode, encode_pixels, latent_shape
 from mole_diffusers.training.losses import cells, side_by_side
 from mole_diffusers.training.rewards import clip, rollout
 
@@ -83,7 +84,7 @@ def draw_part(context: TrainingContext, prompt: str, generator: torch.Generator,
     pipe, mixture = context.pipe, context.mixture
     noise = torch.randn(term.seeds, *latent_shape(pipe), generator=generator).to(pipe.device)
     with mixture.fixed({name: mixture.strength(name) for name in experts_in(mixture, prompt)}):
-        return decode(pipe, sample_ddim(pipe, noise, [prompt] * term.seeds, steps=term.steps, guidance=term.guidance))
+        return decode(pipe, sample_latents(pipe, noise, [prompt] * term.seeds, steps=term.steps, guidance=term.guidance))
 
 
 OBJECTIVES: dict[str, Callable[[TrainingContext, Any], LossFn]] = {

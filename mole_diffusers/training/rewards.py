@@ -11,8 +11,10 @@ from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import ClipTerm, RolloutTerm
 from mole_diffusers.training.context import LossFn, TrainingContext, negatives, require
 from mole_diffusers.training.data import RandomBatch, Samples
-from mole_diffusers.training.denoising import decode, predict, sample_ddim, training_scheduler
+from mole_diffusers.training.denoising import predict, sample_latents
+from mole_diffusers.training.latents import decode
 from mole_diffusers.training.losses import caption_loss, mole_clip_loss, softened
+from mole_diffusers.training.networks import training_scheduler, unet_of
 
 FIRST = 0.1  # the first step of a `clip` trajectory lies in this share of it: t >= 0.9 T
 
@@ -20,7 +22,7 @@ FIRST = 0.1  # the first step of a `clip` trajectory lies in this share of it: t
 
 
 def rollout(context: TrainingContext, term: RolloutTerm) -> LossFn:
-    """DRaFT (Clark et al., 2023): a whole guided DDIM rollout from noise, differentiated through every step.
+    """DRaFT (Clark et al., 2023): a whole guided rollout from noise, differentiated through every step.
 
     The reward asks a CLIP which caption fits the picture: the composed one, or captions that each lack one concept. The
     loss is cross-entropy, 0 if the CLIP is sure of the composed caption. Pictures are slightly shifted, blurred and
@@ -34,7 +36,7 @@ def rollout(context: TrainingContext, term: RolloutTerm) -> LossFn:
         which = batch.choice(len(prompts))
         noise = onto(batch.normal(*context.composed_shape), context.pipe.device)
         options: dict[str, Any] = {"steps": term.steps, "guidance": term.guidance, "checkpointing": term.checkpointing}
-        x = sample_ddim(context.pipe, noise, [prompts[i] for i in which], **options)
+        x = sample_latents(context.pipe, noise, [prompts[i] for i in which], **options)
         features = clip.image(_augmented(decode(context.pipe, x), batch))  # [B, D]
         losses = [caption_loss(row, captions[i], clip.scale) for row, i in zip(features, which, strict=True)]
         return torch.stack(losses).mean()
@@ -62,6 +64,7 @@ def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
     judge: Clip = require(context.clip, "clip", "a CLIP")
     prompts = list(require(context.data.composed, "clip", "composed prompts"))
     samples: Samples = require(context.data.samples, "clip", "pictures")
+    unet_of(context.pipe, "the clip term")  # for its noise schedule
     captions, sources = judge.text(prompts), judge.text(samples.captions)  # [P, D], [S, D]
 
     def loss(batch: RandomBatch) -> torch.Tensor:

@@ -259,8 +259,11 @@ def test_the_verdict_compares_the_same_held_out_seeds(studio):
 @pytest.mark.parametrize("host", ["sdxl-refiner", "sd3", "flux"])
 def test_a_base_that_gates_cannot_be_trained_on_is_said_at_once(loras, tmp_path, host):
     pipe, _ = hosts.HOSTS[host]()
-    with pytest.raises(ValueError, match=f"{type(pipe).__name__} cannot be trained on: it needs a unet and a text encoder"):
+    why = "training on this page needs a UNet" if host == "flux" else f"{type(pipe).__name__} cannot be trained on"
+    with pytest.raises(ValueError, match=why):
         train(Studio(pipe, Catalog(dict(loras), {}), host), Recipe(PROMPT), request(), home=tmp_path)
+    if host == "flux":
+        return
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors") for n in ("fox", "ink")}
     mixture = attach(pipe, files, "static")
     data = TrainingData({"fox": ["a fox"], "ink": ["ink"]}, ["fox in ink"])

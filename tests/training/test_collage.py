@@ -8,8 +8,9 @@ import torch
 import mole_diffusers as mole
 from mole_diffusers.training.config import CollageTerm
 from mole_diffusers.training.context import TrainingContext, experts_in
-from mole_diffusers.training.data import RandomBatch, Samples, TrainingData, encode_pixels
-from mole_diffusers.training.denoising import decode, denoising_loss, sample_ddim
+from mole_diffusers.training.data import RandomBatch, Samples, TrainingData
+from mole_diffusers.training.denoising import denoising_loss, sample_latents
+from mole_diffusers.training.latents import decode, encode_pixels
 from mole_diffusers.training.losses import side_by_side
 from mole_diffusers.training.objectives import collage, draw_part
 
@@ -26,7 +27,7 @@ def test_each_part_is_drawn_by_the_experts_that_it_names(pipe, loras):
     mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "sum")
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted = decode(pipe, sample_ddim(pipe, noise, ["a fox in ink"] * 2, steps=2, guidance=2.0))
+        wanted = decode(pipe, sample_latents(pipe, noise, ["a fox in ink"] * 2, steps=2, guidance=2.0))
     torch.testing.assert_close(drawn, wanted, atol=1e-5, rtol=1e-5)
 
 

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from mole_diffusers.cli.train import samples
-from mole_diffusers.training.data import RandomBatch, default_side, encode, read_folder, square
+from mole_diffusers.training.data import RandomBatch, read_folder, square
+from mole_diffusers.training.latents import default_side, encode
 
 
 def pictures(folder, count=3):

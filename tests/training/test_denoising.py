@@ -8,8 +8,10 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.testing import tiny_lora
-from mole_diffusers.training.data import RandomBatch, Samples, default_side, encode_pixels
-from mole_diffusers.training.denoising import decode, denoising_loss, latent_shape, predict, sample_ddim, training_scheduler
+from mole_diffusers.training.data import RandomBatch, Samples
+from mole_diffusers.training.denoising import denoising_loss, predict, sample_latents
+from mole_diffusers.training.latents import decode, default_side, encode_pixels, latent_shape
+from mole_diffusers.training.networks import training_scheduler
 
 
 def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
@@ -22,7 +24,7 @@ def test_sampling_equals_the_pipelines_own(pipe, loras, draw):
         ).images
         for checkpointing in (False, True):
             with torch.no_grad():
-                ours = sample_ddim(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance, checkpointing=checkpointing)
+                ours = sample_latents(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance, checkpointing=checkpointing)
             torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
 
 
@@ -33,12 +35,12 @@ def test_a_schedule_that_says_nothing_of_clipping_clips_nothing(pipe):
     for scheduler in (pipe.scheduler, hosts.noise(EulerDiscreteScheduler, timestep_spacing="leading")):
         pipe.scheduler = scheduler
         with torch.no_grad():
-            found.append(sample_ddim(pipe, noise, ["a fox"], steps=3, guidance=3.0))
+            found.append(sample_latents(pipe, noise, ["a fox"], steps=3, guidance=3.0))
     assert found[0].abs().max() > 1.5
     assert torch.equal(*found)
     pipe.scheduler = hosts.noise(clip_sample=True)
     with torch.no_grad():
-        assert sample_ddim(pipe, noise, ["a fox"], steps=3, guidance=3.0).abs().max() <= 1
+        assert sample_latents(pipe, noise, ["a fox"], steps=3, guidance=3.0).abs().max() <= 1
 
 
 @pytest.mark.parametrize("zeros", [True, *thorough(False)])
@@ -52,7 +54,7 @@ def test_sampling_on_sdxl_equals_the_pipelines_own(tmp_path, zeros):
         options = {"num_inference_steps": 3, "guidance_scale": guidance, "width": 48, "height": 16}
         host = pipe(["a fox", "fox"], latents=noise, output_type="latent", **options).images
         with torch.no_grad():
-            ours = sample_ddim(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance)
+            ours = sample_latents(pipe, noise, ["a fox", "fox"], steps=3, guidance=guidance)
         torch.testing.assert_close(ours, host, atol=1e-5, rtol=1e-5)
 
 
@@ -84,7 +86,7 @@ def test_a_unet_without_a_size_needs_one(pipe):
     assert latent_shape(pipe, 64, 32) == (4, 16, 32)
     pipe.unet.register_to_config(sample_size=(16, 24))
     assert latent_shape(pipe) == (4, 16, 24)
-    with pytest.raises(ValueError, match=r"no squares of a known side, its sample_size is \(16, 24\)"):
+    with pytest.raises(ValueError, match=r"no squares of a known side, its own size is 16 x 24"):
         default_side(pipe)
 
 

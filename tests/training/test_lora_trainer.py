@@ -21,8 +21,9 @@ from mole_diffusers.patching.undo import undoing
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training import engine
 from mole_diffusers.training.config import LoraTraining
-from mole_diffusers.training.data import RandomBatch, Samples, encode
+from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import denoising_loss
+from mole_diffusers.training.latents import encode
 from mole_diffusers.training.lora_adapter import save_lora
 from mole_diffusers.training.lora_trainer import LoraTrainer, class_samples, train_lora
 
@@ -252,7 +253,7 @@ def test_what_cannot_be_taught_is_said(pipe):
     broken = Samples(PICTURES.latents * torch.nan, PICTURES.captions)
     with pytest.raises(ValueError, match="the loss is not finite at step 0"):
         train_lora(pipe, broken, SHORT)
-    with pytest.raises(ValueError, match="FluxPipeline cannot be trained on: it needs a unet and a text encoder"):
+    with pytest.raises(ValueError, match="training a LoRA needs a UNet, and FluxPipeline has none"):
         train_lora(hosts.HOSTS["flux"]()[0], PICTURES, SHORT)
 
 
@@ -314,7 +315,7 @@ def test_settings_in_a_file_and_runs_that_go_on(flags, tmp_path, capsys):
 
 
 def test_a_batch_that_cannot_be_divided_is_said_before_class_pictures_are_drawn(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mole_diffusers.training.lora_trainer.sample_ddim", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr("mole_diffusers.training.lora_trainer.sample_latents", lambda *_, **__: pytest.fail("drawn"))
     assert main([*flags, *PRIOR, "--accumulation", "4", "--out", str(tmp_path / "x")]) == 1
     assert "the batch, 2, must be a multiple of processes x accumulation, 4" in capsys.readouterr().err
 

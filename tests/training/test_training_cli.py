@@ -224,13 +224,15 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys
 
 
 def test_a_base_that_cannot_be_trained_on_is_one_line(loras, tmp_path, capsys):
-    hosts.HOSTS["flux"]()[0].save_pretrained(tmp_path / "flux")
+    hosts.flux().save_pretrained(tmp_path / "flux")
+    hosts.sd3().save_pretrained(tmp_path / "sd3")
     Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
-    given = ["--base", str(tmp_path / "flux"), "--data", str(tmp_path), "--out", str(tmp_path / "x")]
+    given = ["--data", str(tmp_path), "--out", str(tmp_path / "x")]
     gates = ["train", "--expert", f"fox={loras['fox']}", "--term", "denoise"]
-    for command in (gates, ["train-lora", "--trigger", "a fox"]):
-        assert main([*command, *given]) == 1
-        assert "FluxPipeline cannot be trained on: it needs a unet and a text encoder" in capsys.readouterr().err
+    assert main([*gates, *given, "--base", str(tmp_path / "sd3")]) == 1
+    assert "StableDiffusion3Pipeline cannot be trained on: it needs a text_encoder, and" in capsys.readouterr().err
+    assert main(["train-lora", "--trigger", "a fox", *given, "--base", str(tmp_path / "flux")]) == 1
+    assert "training a LoRA needs a UNet, and FluxPipeline has none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["train", "--prompt", "a fox"], ["train-lora", "--data", "x", "--trigger", "fox"]])

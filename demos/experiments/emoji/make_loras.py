@@ -24,8 +24,9 @@ from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.scenes import Scene
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training.config import LoraTraining
-from mole_diffusers.training.data import RandomBatch, Samples, encode
+from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import denoising_loss
+from mole_diffusers.training.latents import encode
 from mole_diffusers.training.lora_adapter import add_lora, save_lora
 
 PICTURES = {"one": 320, "wide": 320, "tall": 320}  # encoded pictures per canvas
