@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mole_diffusers.merging.merge import merge
     from mole_diffusers.mixture import Mixture, attach, attached, detach
     from mole_diffusers.patching.gating.trace import Trace
-    from mole_diffusers.patching.install.processor import MoLEAttnProcessor
+    from mole_diffusers.patching.install.gate_inputs import MoLEAttnProcessor
     from mole_diffusers.pipelines.classes import (
         MoLEPipeline,
         MoLEStableDiffusionControlNetImg2ImgPipeline,
@@ -83,7 +83,7 @@ _MODULES = {
     "merging.merge": ("merge",),
     "mixture": ("Mixture", "attach", "attached", "detach"),
     "binding.picture_warning": ("PictureWarning",),
-    "patching.install.processor": ("MoLEAttnProcessor",),
+    "patching.install.gate_inputs": ("MoLEAttnProcessor",),
     "patching.gating.trace": ("Trace",),
     "pipelines.classes": tuple(name for name in __all__ if name.endswith("Pipeline")),
     "pipelines.modular": ("MoLEStableDiffusionXLBlocks",),

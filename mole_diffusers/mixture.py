@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
-from mole_diffusers.binding.explaining import Explanation
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
+from mole_diffusers.binding.who_acts import Explanation
 from mole_diffusers.binding.words import ThingKey
 from mole_diffusers.gates import FAMILIES, GateBank, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, push

@@ -24,9 +24,9 @@ from mole_diffusers.app.jobs import ReportProgress, StoppedError, Work
 from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.app.sentences import without_folders
 from mole_diffusers.binding.as_text import mask_text
-from mole_diffusers.binding.explaining import Role
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.binding.who_acts import Role
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora.host_names import with_host_names
 from mole_diffusers.lora.own_words import words_of

@@ -1,15 +1,20 @@
-"""Which expert acts on which token of a text: one alone on every token, several not on the words of one another."""
+"""Who acts on a text: on which of its tokens, and in a picture of it where and why, as the text says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from PIL import Image
 
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.binding.sentence import Sentence, Who, parse
 from mole_diffusers.binding.words import Reading
+
+EVERY_PLACE, OWN_PLACE, SILENT = "everywhere", "own", "silent"
+UNBOUND = "nothing is bound"
 
 
 def read_prompt(prompt: str, bound: Sequence[Bound], acting: Sequence[bool]) -> Sentence:
@@ -61,3 +66,103 @@ def notices(
             yield f"expert {name!r} acts everywhere: the prompt has none of its words, {words}"
         elif on and not own.words and own.region == AUTO and sum(there) > 1:
             yield f"expert {name!r} acts everywhere: it has no words of its own"
+
+
+# ---- explanations of a prompt, before anything is drawn
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one expert does in a picture.
+
+    Attributes:
+        place: "everywhere", "own" for a place of its own, "with NAME" for the place of another expert's thing, or
+            "silent".
+        words: its words in the prompt, as they stand there.
+        why: the reason for the place.
+    """
+
+    place: str
+    words: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a prompt is read. Printed, it is a table.
+
+    Attributes:
+        experts: name -> its role.
+        tiles: the prompts of the things that are first drawn apart, from left to right as named; None if the picture is
+            drawn as one. `why_no_tiles` says why.
+    """
+
+    experts: Mapping[str, Role]
+    tiles: list[str] | None
+    why_no_tiles: str = ""
+
+    @classmethod
+    def of_unbound(cls, names: Iterable[str]) -> Explanation:
+        """If nothing is bound: all act everywhere."""
+        return cls(dict.fromkeys(names, Role(EVERY_PLACE, (), UNBOUND)), None, UNBOUND)
+
+    def __str__(self) -> str:
+        rows = [("LoRA", "words", "place", "why")]
+        rows += [(name, ", ".join(role.words) or "-", role.place, role.why) for name, role in self.experts.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.tiles is None:
+            lines.append(f"no tiles: {self.why_no_tiles}")
+        else:
+            lines += [f"tile {i}: {prompt}" for i, prompt in enumerate(self.tiles, 1)]
+        return "\n".join(lines)
+
+
+def roles(names: Sequence[str], bound: Sequence[Bound], acting: Sequence[bool], sentence: Sentence) -> dict[str, Role]:
+    """Each expert's role in the picture of one prompt. The arguments are [N], but for the prompt's sentence."""
+    there = present(bound, acting, sentence.mentioned)
+    found = {}
+    for k, name in enumerate(names):
+        spans = sorted(sentence.words[k])
+        words = tuple(dict.fromkeys(sentence.text[slice(*span)] for span in spans))
+        place, why = (
+            _told(bound[k], acting[k], there[k]) or _listed(k, names, sentence) or _anywhere(k, bound, there, sentence)
+        )
+        found[name] = Role(place, words, why)
+    return found
+
+
+def _told(own: Bound, is_on: bool, is_there: bool) -> tuple[str, str] | None:
+    """Place and reason if the user has set them, or if the expert does not act."""
+    if not is_on:
+        return SILENT, "it is off, or at strength 0"
+    if not is_there:
+        return SILENT, f"the prompt has none of its words: {', '.join(own.words)}"
+    if own.given is not None:
+        return OWN_PLACE, f"you gave it the region {'of a mask' if isinstance(own.given, Image.Image) else repr(own.given)}"
+    return (EVERY_PLACE, "you said so") if own.region == EVERYWHERE else None
+
+
+def _listed(k: int, names: Sequence[str], sentence: Sentence) -> tuple[str, str] | None:
+    """The same for an expert of a thing that the prompt lists, or of what such a thing wears or holds."""
+    for thing in sentence.things:
+        if k in thing.experts:
+            others = ", ".join(repr(other.name) for other in sentence.things if other is not thing)
+            return OWN_PLACE, f"the prompt lists it beside {others}"
+        if k in thing.worn:
+            owner = names[thing.experts[0]] if thing.experts else thing.name
+            return f"with {owner}", f"the prompt says it of {thing.name!r}"
+    return None
+
+
+def _anywhere(k: int, bound: Sequence[Bound], there: Sequence[bool], sentence: Sentence) -> tuple[str, str]:
+    """The same for an expert without a place."""
+    if bound[k].words and not sentence.words[k]:
+        return EVERY_PLACE, f"the prompt has none of its words: {', '.join(bound[k].words)}"
+    if sum(there) == 1:
+        return EVERY_PLACE, "no other LoRA acts"
+    if not bound[k].words:
+        return EVERY_PLACE, "it has no words of its own"
+    if k in sentence.styles:
+        return EVERY_PLACE, "its words name a style, a medium or a setting"
+    return EVERY_PLACE, sentence.why_no_places or "it is none of the things that the prompt lists"

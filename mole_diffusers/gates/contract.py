@@ -45,19 +45,19 @@ class Context:
         time: [B] in 0..1, the noise level (1 is pure noise).
         layer: the layer's experts, if the gate sits at one layer.
         tokens: [B, T] bool, the tokens of a text that count; None if all do.
-        all_active: whether `mask` is true for all experts, known without asking the device.
+        all_weighed: whether `mask` is true for all experts, known without asking the device.
     """
 
     mask: torch.Tensor
     time: torch.Tensor
     layer: Layer | None = None
     tokens: torch.Tensor | None = None
-    all_active: bool = False
+    all_weighed: bool = False
 
     @property
     def mask_or_none(self) -> torch.Tensor | None:
         """`mask`, or None if it is true for all experts, which saves operations."""
-        return None if self.all_active else self.mask
+        return None if self.all_weighed else self.mask
 
 
 class Gate(nn.Module):

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
-from mole_diffusers.binding.explaining import Explanation
 from mole_diffusers.binding.regions import AUTO, region_picture
+from mole_diffusers.binding.who_acts import Explanation
 from mole_diffusers.gates.checkpoint import UnfitGatesError
 from mole_diffusers.lora import Expert, check_family
 from mole_diffusers.merging.merge import METHODS, by_activations, merge

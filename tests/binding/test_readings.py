@@ -10,9 +10,8 @@ import pytest
 from transformers import CLIPTokenizer
 
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.explaining import Explanation, roles
 from mole_diffusers.binding.sentence import parse
-from mole_diffusers.binding.who_acts import read_prompt
+from mole_diffusers.binding.who_acts import Explanation, read_prompt, roles
 from mole_diffusers.emoji import default_folder
 
 DATA = Path(__file__).parent / "data"

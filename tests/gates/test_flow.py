@@ -51,7 +51,7 @@ def test_states_that_lie_channel_by_channel_are_read_as_they_lie():
 def test_weights_and_gradients_are_those_of_the_formula_as_it_is_written(there):
     torch.manual_seed(0)
     gate, mask = FlowGate(3, 4, "sum"), torch.tensor(there)
-    context = Context(mask, torch.zeros(1), all_active=all(there))
+    context = Context(mask, torch.zeros(1), all_weighed=all(there))
 
     def written(hidden):
         logits = (hidden @ gate.weight.T).masked_fill(~mask, -torch.inf)

@@ -63,7 +63,7 @@ class FlowGate(Gate):
         rows = len(hidden)
         columns = self._columns.get(lambda: self.weight.float().T.expand(rows, -1, -1), self.weight, rows=rows)  # [B, C, N]
         shares = functional.gate_weights(torch.bmm(hidden.float(), columns), context.mask_or_none, "1")  # [B, T, N]
-        if context.all_active and self.start == "sum":  # the same in one operation
+        if context.all_weighed and self.start == "sum":  # the same in one operation
             return shares + self._all_there.get(lambda: self.offset.float() + (1 - 1 / shares.shape[-1]), self.offset)
         mask = functional.over_tokens(context.mask, shares)
         return (shares + functional.over_tokens(self.bias(context.mask), shares)) * mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,23 @@ from mole_diffusers.binding.picture_layout import PictureLayout, side_of, sides
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
-from mole_diffusers.patching.gating.text_reader import Silence
 from mole_diffusers.patching.host.denoisers import Blocks
 
 CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
 LayerCache = dict[tuple, torch.Tensor | None]  # masks and biases, by a layer's request
+
+
+class Silence(NamedTuple):
+    """The experts whose words are not in a text. They count as at strength 0.
+
+    Attributes:
+        experts: [N], those that are silent in all rows.
+        rows: [B, N] bool, if rows differ.
+    """
+
+    experts: tuple[bool, ...]
+    rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,7 @@ from mole_diffusers.functional import onto
 from mole_diffusers.gates import Context, Gate, Layer
 from mole_diffusers.gates.seen import Seen, version
 from mole_diffusers.patching.gating.decision import Decision, Present
-from mole_diffusers.patching.gating.effective import ActiveExperts
-from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.gating.sampling import Sampling, WeighedExperts
 
 NEVER = -1  # rows for which a site's weights never hold without asking it
 
@@ -210,52 +209,52 @@ class GateSite(ABC):
         features = hidden if self.probe is None else self.probe(hidden.float())
         decisions = []
         for present in self.presents:
-            active = self._active_experts(present, hidden)
-            among = active if self.scope is None else self._active_experts(self.scope, hidden)
-            all_active = not torch.compiler.is_compiling() and among.all_active  # a flag would be part of compiled code
-            gates = self.gate(features, Context(among.mask, time, layer, tokens, all_active))
+            weighed = self._weighed_experts(present, hidden)
+            among = weighed if self.scope is None else self._weighed_experts(self.scope, hidden)
+            all_weighed = not torch.compiler.is_compiling() and among.all_weighed  # a flag would be part of compiled code
+            gates = self.gate(features, Context(among.mask, time, layer, tokens, all_weighed))
             if control is not None:
-                gates = control(self.name, gates, active.mask if segment is None else active.mask[..., segment])
-            decisions.append(self._decision(present, gates, active, segment))
+                gates = control(self.name, gates, weighed.mask if segment is None else weighed.mask[..., segment])
+            decisions.append(self._decision(present, gates, weighed, segment))
         return decisions
 
     def _decision(
-        self, present: Present, gates: torch.Tensor, active: ActiveExperts, segment: torch.Tensor | None
+        self, present: Present, gates: torch.Tensor, weighed: WeighedExperts, segment: torch.Tensor | None
     ) -> Decision:
         """Gates times the users' strengths; with `segment` [R] the gates are per rank."""
         applied = gates
-        if torch.compiler.is_compiling() or not active.unit_strengths:
-            strengths = active.strengths if segment is None else active.strengths[..., segment]
+        if torch.compiler.is_compiling() or not weighed.unit_strengths:
+            strengths = weighed.strengths if segment is None else weighed.strengths[..., segment]
             applied = gates * functional.over_tokens(strengths, gates)
-        return Decision(self, present, gates, applied, active.mask, segment)
+        return Decision(self, present, gates, applied, weighed.mask, segment)
 
     def _by_hand(
         self, present: Present, fixed: Sequence[float], hidden: torch.Tensor, segment: torch.Tensor | None
     ) -> Decision:
         gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), hidden.device)
-        active = self._active_experts(present, hidden)
+        weighed = self._weighed_experts(present, hidden)
         if self.sampling.settings.fixed.now is None:  # weights by hand for one gate; an expert may be absent
-            gates = gates * active.mask
-        return self._decision(present, gates if segment is None else gates[..., segment], active, segment)
+            gates = gates * weighed.mask
+        return self._decision(present, gates if segment is None else gates[..., segment], weighed, segment)
 
-    def _active_experts(self, present: Present, hidden: torch.Tensor) -> ActiveExperts:
+    def _weighed_experts(self, present: Present, hidden: torch.Tensor) -> WeighedExperts:
         """The experts that the gate weighs at this step: first those of the whole batch, then what differs by row."""
         settings, effective, batch = self.sampling.settings, self.sampling.effective, len(hidden)
         if settings.fixed.now is None and settings.plan.now is None:
-            active = effective.experts(present, hidden.device)
+            weighed = effective.experts(present, hidden.device)
         else:
-            active = effective.of_strengths(present, self._strengths(), hidden.device)
+            weighed = effective.of_strengths(present, self._strengths(), hidden.device)
         silent = None if effective.masks is None else effective.masks.silence.rows
         if silent is None and settings.rows.now is None:
-            return active
-        mask, strengths = active.mask, active.strengths
+            return weighed
+        mask, strengths = weighed.mask, weighed.strengths
         if silent is not None:
             mask = mask & ~functional.rows_for_layer(silent, batch)  # [B, N]
         if (rows := settings.rows.now) is not None:
             images = rows.images if self.timed else 1  # a text encoder sees a prompt once for all its pictures
             factors = functional.rows_per_prompt(onto(rows.factors, hidden.device), batch, images)  # [B, N]
             mask, strengths = mask & (factors != 0), strengths * factors
-        return ActiveExperts(mask, strengths, all_active=False, unit_strengths=False)
+        return WeighedExperts(mask, strengths, all_weighed=False, unit_strengths=False)
 
     def _strengths(self) -> Sequence[float]:
         """[N]: the user's strengths, or 1 each beside weights by hand; times the schedule's."""

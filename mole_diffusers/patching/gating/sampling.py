@@ -11,23 +11,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from mole_diffusers.patching.gating.decision import Listeners
-from mole_diffusers.patching.gating.effective import EffectiveSettings
+from mole_diffusers.functional import onto
+from mole_diffusers.patching.gating.decision import Listeners, Present
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.gating.settings import Change, Setting, Settings
-from mole_diffusers.patching.gating.step import Step
+from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.hooks import Entered, ForwardHook
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, lora_scale
 from mole_diffusers.patching.undo import undoing
 
 T = TypeVar("T")
+
+
+class Step:
+    """The denoiser's call that runs, or that ran last.
+
+    Attributes:
+        time: [B], its noise level in 0..1, where 1 is pure noise.
+        number: counts calls, except those for a part of a step; -1 before the first.
+        texts: counts texts.
+        calls_of_text: counts calls with the same text.
+        is_off: whether no expert acts in it: the pipeline has switched LoRAs off.
+        pipe: the pipeline, while a call of it runs.
+        part: [N], in a call for a part of a step: the experts that draw it, on every word. They are alike in every step.
+    """
+
+    def __init__(self) -> None:
+        self.time = torch.zeros(1)
+        self.number, self.texts, self.calls_of_text, self.is_off = -1, 0, 0, False
+        self.pipe: Setting[Any] = Setting(None)
+        self.part: Setting[tuple[bool, ...] | None] = Setting(None)
+        self._text: Callable[[], torch.Tensor | None] = lambda: None
+
+    def begin(self, text: torch.Tensor, time: torch.Tensor, *, is_off: bool) -> None:
+        """The denoiser is called with a text [B, S, C], at a noise level [B]."""
+        self.time, self.is_off = time, is_off
+        self.number, self.calls_of_text = self.number + (self.part.now is None), self.calls_of_text + 1
+        if self._text() is not text:
+            self.calls_of_text, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
+
+    def begin_compiled(self, time: torch.Tensor, *, is_heard: bool) -> None:
+        """The same in compiled code. It is counted only if it is heard: a counter compiles the model anew at every step."""
+        self.time = time
+        self.number += is_heard
+
+
+class WeighedExperts(NamedTuple):
+    """The experts that a gate weighs, and their strengths.
+
+    Attributes:
+        mask: [N] or [B, N] bool: those that the layer has, that are switched on, not at strength 0, and not silent.
+        strengths: [N] or [B, N].
+        all_weighed: whether the mask is true for all, known without asking the device.
+        unit_strengths: whether all strengths are 1.
+    """
+
+    mask: torch.Tensor
+    strengths: torch.Tensor
+    all_weighed: bool
+    unit_strengths: bool
+
+
+class EffectiveSettings:
+    """What follows from settings, step and masks for all gates and layers alike. Whoever changes one of these says so.
+
+    Gates read who is active and how strong as tensors. As numbers, they would become part of compiled code, and every change
+    of a slider would compile again.
+
+    Attributes:
+        masks: the binding if it applies: weights by hand, and a part of a step, hold on every token.
+        closes: whether words are closed outside their regions: while no expert acts, the model draws as itself.
+        changes: counts changes. What gates decided before the last one no longer holds.
+    """
+
+    def __init__(self, settings: Settings, step: Step):
+        self.settings, self.step = settings, step
+        self.masks: TokenMasks | None = None
+        self.closes, self.changes = True, 0
+        self._weighed: dict[tuple[Present, torch.device], WeighedExperts] = {}
+
+    def changed(self) -> None:
+        """Settings, or the masks of a text, have changed."""
+        self.changes += 1
+        self.update()
+
+    def update(self) -> None:
+        """Follow what has changed. What gates decided for the same part of a step still holds."""
+        settings = self.settings
+        by_hand = settings.fixed.now is not None or self.step.part.now is not None
+        self.masks = None if by_hand else settings.binding.now
+        self.closes = any(settings.acting) and not self.step.is_off
+        for present, device in self._weighed:
+            self._weighed[present, device] = self.of_strengths(present, settings.strengths.now, device)
+
+    def experts(self, present: Present, device: torch.device) -> WeighedExperts:
+        """Which of the experts in `present` a gate weighs, with the user's strengths. Kept until something changes."""
+        found = self._weighed.get((present, device))
+        if found is None:
+            found = self._weighed[present, device] = self.of_strengths(present, self.settings.strengths.now, device)
+        return found
+
+    def of_strengths(self, present: Present, strengths: Sequence[float], device: torch.device) -> WeighedExperts:
+        """The same with any strengths [N]."""
+        on = self.settings.active.now if self.step.part.now is None else self.step.part.now
+        silent = (False,) * len(present) if self.masks is None else self.masks.silence.experts
+        there = [p and a and s != 0 and not mute for p, a, s, mute in zip(present, on, strengths, silent, strict=True)]
+        with torch.inference_mode(False):  # they are kept, and are also used with gradients
+            mask, factor = onto(torch.tensor(there), device), onto(torch.tensor(strengths), device)
+        return WeighedExperts(mask, factor, all(there), all(s == 1 for s in strengths))
+
+    @property
+    def rows_of_prompts(self) -> int:
+        """How many rows of the batch may have experts of their own; 1 if all rows have the same."""
+        if self.masks is not None and self.masks.silence.rows is not None:
+            return len(self.masks.silence.rows)
+        rows = self.settings.rows.now
+        return 1 if rows is None else len(rows.factors) * rows.images
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from mole_diffusers import functional
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.patching.gating.decision import Decision, Present
-from mole_diffusers.patching.gating.step import Step
+from mole_diffusers.patching.gating.sampling import Step
 
 
 @dataclass(eq=False)

@@ -11,23 +11,22 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from mole_diffusers import functional
 from mole_diffusers.gates import Family, Gate, GateBank, GatePlace, Layer
 from mole_diffusers.lora.stacking import Stack
+from mole_diffusers.patching.gating import cross_attention, joint_attention
 from mole_diffusers.patching.gating.decision import Present
 from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, LayerSite, ModelSite
-from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
-from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.gating.prompt_tokens import TextHook
+from mole_diffusers.patching.gating.sampling import Sampling, StepHook
 from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.host.denoisers import TEXT_LAYERS, record
 from mole_diffusers.patching.host.placement import (
     ENCODER_ENTRIES,
     NETWORK,
-    TIME_WIDTH,
     Place,
     blocks,
     describe_place,
@@ -36,7 +35,7 @@ from mole_diffusers.patching.host.placement import (
     stream_of,
 )
 from mole_diffusers.patching.install import peft_injection
-from mole_diffusers.patching.install.processor import MoLEAttnProcessor
+from mole_diffusers.patching.install.gate_inputs import BlockBegins, GateInput, ModelInput, MoLEAttnProcessor
 from mole_diffusers.patching.undo import Undo
 
 BANK = "mole_gates"  # submodule of a model with its gates, so that they move and offload with it
@@ -232,51 +231,6 @@ def _by_place(layers: Iterable[str], per: str, entries: Iterable[str]) -> dict[s
     return found
 
 
-class BlockBegins(ForwardHook):
-    """On a block: its gate must be evaluated again."""
-
-    def __init__(self, site: BlockSite):
-        self.site = site
-
-    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.site.begin_block()
-
-
-class GateInput(ForwardHook):
-    """On a module whose input a gate reads, if it has no attention processor.
-
-    Args:
-        tokens: in a text encoder, knows which tokens are words.
-    """
-
-    def __init__(self, site: GateSite, tokens: PromptTokens | None):
-        self.site, self.tokens = site, tokens
-
-    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        words = None if self.tokens is None else self.tokens.current
-        self.site.evaluate(args[0] if args else kwargs["hidden_states"], tokens=words)
-
-
-class ModelInput(ForwardHook):
-    """On the denoiser: gives sites the text if they read the prompt, otherwise its mean and the noise level."""
-
-    def __init__(self, sites: Sequence[ModelSite], sampling: Sampling, *, reads_prompt: bool):
-        self.sites, self.sampling, self.reads_prompt = sites, sampling, reads_prompt
-
-    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = self.sampling.inputs
-        hidden, tokens = inputs.text(args, kwargs), None  # [B, T, C]
-        if self.reads_prompt:
-            tokens = self.sampling.tokens.of(hidden)
-        else:
-            time = inputs.time(args, kwargs)  # [B]
-            text = functional.resample_rows(hidden, len(time)).float()  # a video repeats it for each frame
-            time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
-            hidden = torch.cat([text.mean(1), time], -1)[:, None]  # [B, 1, C + TIME_WIDTH]
-        for site in self.sites:
-            site.defer(hidden, tokens=tokens)
-
-
 def _replace_processor(attention: Attention, site: GateSite, undo: Undo) -> None:
     found = attention.processor
 
@@ -287,3 +241,29 @@ def _replace_processor(attention: Attention, site: GateSite, undo: Undo) -> None
 
     undo.callback(put_back)
     attention.set_processor(MoLEAttnProcessor(found, site))
+
+
+def all_hooks(
+    denoiser: Any,
+    encoders: Mapping[str, nn.Module],
+    parts: Sequence[Component],
+    sampling: Sampling,
+    is_off: Callable[[float], bool],
+) -> Iterator[tuple[nn.Module, ForwardHook]]:
+    """Each hook of a mixture with its module, in the order in which they run on a module that has several.
+
+    Args:
+        encoders: the text encoders, by their names in the pipeline.
+        parts: the models with experts.
+        is_off: whether no expert acts in a call of the denoiser, given the scale of LoRAs in it.
+    """
+    # Where sampling is and what texts say: all others need it, also the gate of the denoiser as a whole.
+    yield denoiser, StepHook(sampling, is_off)
+    for name, encoder in encoders.items():
+        yield encoder, TextHook(name, sampling.tokens, sampling.inputs.record.text_layers, sampling.on_text)
+    # Attention that is read or closed must not be compiled in this call.
+    attention = joint_attention if sampling.inputs.record.blocks.is_joint else cross_attention
+    yield from attention.hooks(denoiser, sampling)
+    # What gates read: first what enters the denoiser, then what enters each block and each place in it.
+    for part in parts:
+        yield from part.hooks()

@@ -16,8 +16,7 @@ from mole_diffusers.lora import Expert
 from mole_diffusers.patching.gating.sampling import Sampling
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser, denoisers, hosts, models_of
 from mole_diffusers.patching.host.offloading import loaded
-from mole_diffusers.patching.install.all_hooks import all_hooks
-from mole_diffusers.patching.install.component import Component
+from mole_diffusers.patching.install.component import Component, all_hooks
 from mole_diffusers.patching.install.embeddings import Words, add_words, left_out
 from mole_diffusers.patching.install.host_calls import guard
 from mole_diffusers.patching.install.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches

@@ -17,8 +17,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.explaining import Explanation, roles
 from mole_diffusers.binding.picture_warning import PictureWarning
+from mole_diffusers.binding.who_acts import Explanation, roles
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import Seen
 from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, prompted_rows

@@ -1,0 +1,105 @@
+"""What tells the sites of gates that a block begins, and gives them what their gates read: a processor where the model has
+attention processors, hooks elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.embeddings import get_timestep_embedding
+
+from mole_diffusers import functional
+from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, ModelSite
+from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
+from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.hooks import ForwardHook
+from mole_diffusers.patching.host.placement import TIME_WIDTH
+
+
+class MoLEAttnProcessor:
+    """Evaluates a gate on the input of the attention, then calls the model's own processor.
+
+    diffusers filters keyword arguments by the signature of `processor.__call__`, so this class shows the signature of
+    the model's processor. IP-Adapter creates a new one by `type(processor)()`. Without arguments this is the default
+    attention, and the block's layers evaluate the gate themselves.
+    """
+
+    def __new__(cls, host: Any = None, site: GateSite | None = None) -> MoLEAttnProcessor:
+        # On a class, since Python and torch.compile look up calls there.
+        mine: Any = cls
+        kind: Any = type(host) if host is not None else AttnProcessor2_0
+        return super().__new__(_with_signature(mine, kind))
+
+    def __init__(self, host: Any = None, site: GateSite | None = None):
+        self.host = host or AttnProcessor2_0()
+        self.site = site
+
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """hidden_states [B, T, C] (or [B, C, H, W]) -> the result of the model's own processor."""
+        if self.site is not None:
+            self.site.evaluate(functional.as_tokens(hidden_states))
+        return self.host(attn, hidden_states, *args, **kwargs)
+
+
+@functools.cache
+def _with_signature(cls: Any, kind: Any) -> Any:
+    """`cls` with the signature of calls of `kind`; torch.compile finds it through `__wrapped__`."""
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return cls.__call__(self, attn, hidden_states, *args, **kwargs)
+
+    # Computed once, since diffusers asks at every call. torch.compile refuses a read-only mapping.
+    signature: Any = inspect.signature(kind.__call__)
+    signature._parameters = dict(signature.parameters)
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+
+class BlockBegins(ForwardHook):
+    """On a block: its gate must be evaluated again."""
+
+    def __init__(self, site: BlockSite):
+        self.site = site
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.site.begin_block()
+
+
+class GateInput(ForwardHook):
+    """On a module whose input a gate reads, if it has no attention processor.
+
+    Args:
+        tokens: in a text encoder, knows which tokens are words.
+    """
+
+    def __init__(self, site: GateSite, tokens: PromptTokens | None):
+        self.site, self.tokens = site, tokens
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        words = None if self.tokens is None else self.tokens.current
+        self.site.evaluate(args[0] if args else kwargs["hidden_states"], tokens=words)
+
+
+class ModelInput(ForwardHook):
+    """On the denoiser: gives sites the text if they read the prompt, otherwise its mean and the noise level."""
+
+    def __init__(self, sites: Sequence[ModelSite], sampling: Sampling, *, reads_prompt: bool):
+        self.sites, self.sampling, self.reads_prompt = sites, sampling, reads_prompt
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = self.sampling.inputs
+        hidden, tokens = inputs.text(args, kwargs), None  # [B, T, C]
+        if self.reads_prompt:
+            tokens = self.sampling.tokens.of(hidden)
+        else:
+            time = inputs.time(args, kwargs)  # [B]
+            text = functional.resample_rows(hidden, len(time)).float()  # a video repeats it for each frame
+            time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
+            hidden = torch.cat([text.mean(1), time], -1)[:, None]  # [B, 1, C + TIME_WIDTH]
+        for site in self.sites:
+            site.defer(hidden, tokens=tokens)
