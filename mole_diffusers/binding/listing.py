@@ -52,8 +52,8 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
         segments = segments_of(marks)
         for segment in segments:
             styles += segment.styles
-            if segment.name is not None and segment.is_scenery:
-                styles.append(segment.name)
+            if segment.noun.name is not None and segment.is_scenery:
+                styles.append(segment.noun.name)
         for run in _runs(segments) if sum(segment.is_thing for segment in segments) > 1 else ():
             items = _kept(run)
             if items and (objection := _objection(items, run[: run.index(items[0])])):
@@ -71,7 +71,7 @@ def _names(items: Sequence[Segment]) -> set[Any]:
 
 
 def _name(item: Segment) -> Any:
-    return item.name.of if item.name is not None else item.head
+    return item.noun.name.of if item.noun.name is not None else item.noun.head
 
 
 def _runs(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
@@ -113,46 +113,58 @@ def _verdict(last: Segment, segment: Segment, is_closed: bool, after_comma: bool
     verdict = "item"
     if joint == ", and" and is_closed and not segment.is_thing:
         verdict = "begin"
-    elif joint == ", and" and last.is_clause and not after_comma:
+    elif joint == ", and" and last.said.is_clause and not after_comma:
         verdict = "item" if segment.is_person else "unclear"
-    elif (last.marker or last.is_of) and joint != ", and" and not after_comma:
+    elif (last.said.marker or last.noun.is_of) and joint != ", and" and not after_comma:
         verdict = _beside_said(last, segment) if joint == "beside" else _after_said(last, segment)
     return "end" if verdict == "unclear" and is_closed else verdict
 
 
 def _after_said(item: Segment, segment: Segment) -> str:
     """What "and" adds after what is said of an item: another "item", a "part" of what is said, or something "unclear"."""
-    if not item.is_thing or segment.name is None or segment.is_scenery or segment.is_clothing or segment.is_mixed:
+    if not item.is_thing or segment.noun.name is None or segment.is_scenery or segment.is_clothing or segment.noun.is_mixed:
         return "part"
-    if item.marker in known.CLAUSES - known.RELATIVES or (item.is_of and not item.marker):
+    if item.said.marker in known.CLAUSES - known.RELATIVES or (item.noun.is_of and not item.said.marker):
         return "item" if segment.is_person else "unclear"
-    if not item.has_object:  # "smiling and"
+    if not item.said.has_object:  # "smiling and"
         return "item"
-    if item.is_determined and not (item.object_is_determined or segment.is_determined):  # "a parade with cars and people"
+    if item.noun.is_determined and not (
+        item.said.object_is_determined or segment.noun.is_determined
+    ):  # "a parade with cars and people"
         return "unclear"
-    takes_two = item.marker in known.TWO_PARTY or item.marker in known.HOLDING or item.marker not in known.HAVING
-    if segment.is_person and item.marker not in known.TWO_PARTY:
+    takes_two = (
+        item.said.marker in known.TWO_PARTY or item.said.marker in known.HOLDING or item.said.marker not in known.HAVING
+    )
+    if segment.is_person and item.said.marker not in known.TWO_PARTY:
         return "item"
-    parallel = segment.marker in known.HAVING
-    if item.marker not in known.WEARING:
-        parallel = parallel or (kind(segment.marker) == MARKER and segment.marker not in known.PREPOSITIONS)
+    parallel = segment.said.marker in known.HAVING
+    if item.said.marker not in known.WEARING:
+        parallel = parallel or (kind(segment.said.marker) == MARKER and segment.said.marker not in known.PREPOSITIONS)
     if parallel and not (takes_two and item.others):  # each has what is said of it
         return "item"
-    if takes_two and (item.others or item.marker in known.TWO_PARTY or item.marker in known.PREPOSITIONS - known.HAVING):
+    if takes_two and (
+        item.others or item.said.marker in known.TWO_PARTY or item.said.marker in known.PREPOSITIONS - known.HAVING
+    ):
         return "unclear"
-    if item.marker not in known.WEARING and (item.object in known.GARMENTS or not takes_two):
+    if item.said.marker not in known.WEARING and (item.said.object in known.GARMENTS or not takes_two):
         return "item"
     # "sks dog with a ball and xyz cat", but not "a sloth with a staff and a book"
-    return "item" if item.object_is_determined and not (item.is_determined or segment.is_determined) else "unclear"
+    return (
+        "item"
+        if item.said.object_is_determined and not (item.noun.is_determined or segment.noun.is_determined)
+        else "unclear"
+    )
 
 
 def _beside_said(item: Segment, segment: Segment) -> str:
     """The same after words such as "next to"."""
     if not item.is_thing:
         return "part"
-    if item.marker not in known.HAVING and (item.others or item.marker in known.TWO_PARTY):
+    if item.said.marker not in known.HAVING and (item.others or item.said.marker in known.TWO_PARTY):
         return "unclear"
-    if segment.relation is not None and segment.relation[0] == "y" and item.has_object:  # "holding an arrow above its head"
+    if (
+        segment.relation is not None and segment.relation[0] == "y" and item.said.has_object
+    ):  # "holding an arrow above its head"
         return "unclear"
     return "item" if segment.is_thing or segment.is_noun else "part"
 
@@ -170,8 +182,8 @@ def _kept(run: Sequence[Segment]) -> list[Segment]:
         if not (item.is_thing or _is_member(item, things, is_last=not kept)):
             break
         kept.insert(0, item)
-    while len(kept) > 2 and kept[1].joint == "," and not kept[0].is_determined:  # "ink, a fox and an owl"
-        if not all(item.is_determined for item in kept[1:]):
+    while len(kept) > 2 and kept[1].joint == "," and not kept[0].noun.is_determined:  # "ink, a fox and an owl"
+        if not all(item.noun.is_determined for item in kept[1:]):
             break
         kept.pop(0)
     is_closed = any(item.joint in CLOSING for item in kept[1:])
@@ -186,7 +198,7 @@ def _objection(items: Sequence[Segment], before: Sequence[Segment]) -> str:
     if len(items) > MOST_THINGS:
         return TOO_MANY
     has = known.WEARING | known.HOLDING
-    if not items[0].is_person and any(item.marker in has for item in before):  # "wearing goggles, a shirt and a jacket"
+    if not items[0].is_person and any(item.said.marker in has for item in before):  # "wearing goggles, a shirt and a jacket"
         return UNCLEAR
     clothes = [item.is_clothing for item in items]
     return UNCLEAR if any(clothes) and not all(clothes) else ""
@@ -197,15 +209,15 @@ def _is_member(item: Segment, things: Sequence[Segment], *, is_last: bool) -> bo
 
     As the last one it needs an article. Before others it has one if they have, and a list does not begin with it otherwise.
     """
-    if not item.is_noun or item.is_clothing or known.QUALITIES.issuperset(item.words):
+    if not item.is_noun or item.is_clothing or known.QUALITIES.issuperset(item.noun.words):
         return False
     if is_last:
-        return item.is_determined and not item.is_behind
-    if item.marker:
+        return item.noun.is_determined and not item.said.is_behind
+    if item.said.marker:
         return False
-    if item.is_determined:
-        return all(thing.is_determined for thing in things)
-    return item.joint == "," and len(item.words) < 3 and not things[0].begin > item.begin
+    if item.noun.is_determined:
+        return all(thing.noun.is_determined for thing in things)
+    return item.joint == "," and len(item.noun.words) < 3 and not things[0].noun.begin > item.noun.begin
 
 
 def _relations(items: Sequence[Segment]) -> Iterator[tuple[int, int, str]]:

@@ -129,14 +129,16 @@ def parse(text: str, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Senten
 
 
 def _mention(tokens: Tokens, item: Segment, words: Sequence[Mapping[Span, int]]) -> Mention:
-    if item.name is None:
-        span = tokens.span(item.begin, item.end)
-        first = next(i for i in range(item.begin, item.end) if tokens.words[i] not in known.DETERMINERS)
-        noun = tokens.span(first, item.end)
+    if item.noun.name is None:
+        span = tokens.span(item.noun.begin, item.noun.end)
+        first = next(i for i in range(item.noun.begin, item.noun.end) if tokens.words[i] not in known.DETERMINERS)
+        noun = tokens.span(first, item.noun.end)
         return Mention(tokens.text[slice(*noun)].lower(), (noun if noun[0] < span[1] else span,))
-    span = tokens.span(item.name.begin, item.name.end)
-    experts = tuple(dict.fromkeys(k for k, _ in item.name.of))
-    return Mention(tokens.text[slice(*span)].lower(), (span,), experts, tuple(i for k, i in item.name.of if k == experts[0]))
+    span = tokens.span(item.noun.name.begin, item.noun.name.end)
+    experts = tuple(dict.fromkeys(k for k, _ in item.noun.name.of))
+    return Mention(
+        tokens.text[slice(*span)].lower(), (span,), experts, tuple(i for k, i in item.noun.name.of if k == experts[0])
+    )
 
 
 def _with_all_words(
@@ -149,8 +151,8 @@ def _with_all_words(
     keeps = bool(things) and _keep_their_own(listed.items)
     found = []
     for i, (thing, item) in enumerate(zip(things, listed.items, strict=True)):
-        stop = item.stop if i < last or keeps else item.end
-        begin, end = tokens.span(item.begin, stop)
+        stop = item.stop if i < last or keeps else item.noun.end
+        begin, end = tokens.span(item.noun.begin, stop)
         worn = [
             k
             for k in dict.fromkeys(k for match in item.others for k, _ in match.of)
@@ -166,7 +168,7 @@ def _with_all_words(
 def _keep_their_own(items: Sequence[Segment]) -> bool:
     """Whether each item keeps what is said of it; otherwise what is said after the last one is said of all."""
     return any(
-        item.marker and (item.has_object or following.joint != "beside")
+        item.said.marker and (item.said.has_object or following.joint != "beside")
         for item, following in zip(items, items[1:], strict=False)
     )
 
@@ -184,7 +186,10 @@ def _parts(
     """Each listed thing's prompt: what stands before the list, its own phrase, and what follows. And why no tiles."""
     items, text = listed.items, tokens.text
     keeps, last = _keep_their_own(items), len(items) - 1
-    own = [_with_brackets(text, *tokens.span(i.begin, i.stop if n < last or keeps else i.end)) for n, i in enumerate(items)]
+    own = [
+        _with_brackets(text, *tokens.span(i.noun.begin, i.stop if n < last or keeps else i.noun.end))
+        for n, i in enumerate(items)
+    ]
     hidden = [_with_comma(text, begin, end) for begin, end in listed.sides]
     parts = tuple(_part(text, own[0][0], span, own[-1][1], hidden) for span in own)
     why = _why_together(tokens, listed, own) or _why_unparted(parts, things, [words[k] for k in acting], last + 1)
@@ -238,7 +243,7 @@ def _why_together(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> str:
     """Why things cannot be drawn apart: what the text says of several of them."""
     if listed.items[0].joint in ("and", "or"):  # "strong and brave sks man and xyz woman"
         return "it is not clear where the list begins"
-    words, heads = tokens.words, {f"{item.head}s" for item in listed.items}
+    words, heads = tokens.words, {f"{item.noun.head}s" for item in listed.items}
     for i, word in enumerate(words):
         after = words[i + 1 : i + 4]
         if contact := _contact(word, after):
