@@ -1,23 +1,18 @@
-"""The protocol for real checkpoints, with tiny random models in every role: scores against the models' own calls."""
+"""The protocol for real checkpoints, with tiny random models in every role."""
 
-import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import open_clip
 import pytest
-import timm
-import tiny_models
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from protocol_parts import noise
 from single_file import save_single_file
-from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
 import mole_diffusers
 from mole_diffusers import attach
@@ -25,73 +20,13 @@ from mole_diffusers.cli import evaluate as evaluating
 from mole_diffusers.cli.mole import main
 from mole_diffusers.evaluation import measures
 from mole_diffusers.evaluation.checkpoint_protocol import Measures, read_cases
-from mole_diffusers.evaluation.judging_sheet import agreement, count_answers, votes, write_sheet
-from mole_diffusers.evaluation.measures import Box, Models, seam
+from mole_diffusers.evaluation.measures import Box, seam
 from mole_diffusers.evaluation.prompts import Concept
 from mole_diffusers.evaluation.rows import Rows, picture_path, save_picture
 from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.inspection.gate_figures import block_places, heat_map
 from mole_diffusers.testing import tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Options for a folder of each model, with random weights."""
-    folder, before = tmp_path_factory.mktemp("models"), os.environ.get("TORCH_HOME")
-    os.environ["TORCH_HOME"] = str(tiny_models.save_squeezenet(folder / "torch"))
-    saved = {name: getattr(tiny_models, f"save_{name}")(folder / name) for name in ("clip", "dino", "detector")}
-    yield {name: str(path) for name, path in saved.items()} | {"lpips": "squeeze"}
-    os.environ.pop("TORCH_HOME")
-    os.environ |= {"TORCH_HOME": before} if before else {}
-
-
-def noise(seed, size=56):
-    values = torch.rand(size // 8, size // 8, 3, generator=torch.Generator().manual_seed(seed)) * 255
-    return Image.fromarray(values.byte().numpy()).resize((size, size), Image.Resampling.NEAREST)
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """concept -> folder of its own pictures."""
-    folders = {}
-    for i, name in enumerate(("fox", "ink")):
-        folders[name] = tmp_path_factory.mktemp(name)
-        for j in range(2):
-            noise(10 * i + j).save(folders[name] / f"{j}.png")
-    return folders
-
-
-def test_scores_are_the_models_own(models):
-    """Of a wide picture, which becomes a square with grey bars."""
-    loaded = Models(**models)
-    picture, other = noise(99).resize((56, 28)), noise(98).resize((56, 28))
-    square = Image.new("RGB", (56, 56), "grey")
-    square.paste(picture, (0, 14))
-    clip, transform = open_clip.create_model_from_pretrained(f"local-dir:{models['clip']}")
-    tokens = open_clip.get_tokenizer(f"local-dir:{models['clip']}")(["a fox in ink"])
-    image, text, _ = clip.eval()(transform(square)[None], tokens)
-    assert loaded.fit(picture, "a fox in ink") == pytest.approx((image @ text.T).item(), abs=1e-5)
-    dino = timm.create_model(f"local-dir:{models['dino']}", pretrained=True).eval()
-    small = torch.tensor(list(square.resize((28, 28), Image.Resampling.BICUBIC).getdata())).T.reshape(1, 3, 28, 28)
-    feature = dino(small / 127.5 - 1)
-    assert torch.cosine_similarity(loaded.features([picture]), feature).item() == pytest.approx(1, abs=1e-3)
-    x, y = (torch.tensor(list(each.getdata())).T.reshape(1, 3, 28, 56) / 127.5 - 1 for each in (picture, other))
-    lpips = learned_perceptual_image_patch_similarity(x, y, net_type="squeeze").item()
-    assert loaded.change(picture, other)[0] == pytest.approx(lpips, abs=1e-5)
-    assert loaded.change(picture, picture) == pytest.approx((0, 1))
-
-
-def test_a_box_is_inside_of_the_picture_and_counts_once(models):
-    """Of boxes that nearly cover each other, the surest is left, whatever was looked for."""
-    detector, found = Models(**models).detector, []
-    given = [(-5, 0, 20, 20, 0.9), (0, 0, 21, 20, 0.8), (30, 30, 90, 50, 0.7), (60, 0, 70, 9, 0.6)]
-    raw = [{"score": score, "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))} for *box, score in given]
-    detector.run = lambda image, candidate_labels, top_k: found.extend(candidate_labels) or raw
-    boxes = detector.boxes(noise(0), ["a fox", "a hat"])
-    assert boxes == [Box(0, 0, 20, 20, 0.9), Box(30, 30, 56, 50, 0.7)]
-    assert found == ["a fox", "a hat"]
-
 
 COLOURS = {"fox": "red", "hat": "blue", "owl": "lime"}
 
@@ -150,14 +85,6 @@ def test_a_style_is_in_the_whole_picture_and_one_thing_cannot_collapse():
     assert (found["collapse"], found["lpips"], found["ssim"]) == (None, 0.25, 0.75)
 
 
-def test_a_seam_is_a_line_through_the_whole_picture():
-    half, box = Image.new("RGB", (64, 48), "black"), Image.new("RGB", (64, 48), "black")
-    half.paste("#646464", (32, 0, 64, 48))
-    box.paste("#646464", (20, 20, 40, 40))
-    assert seam(half) == seam(half.rotate(90, expand=True)) == 100
-    assert seam(box) == 0  # its edges run along 20 of 48 pixels
-
-
 def test_cases_are_read_and_checked(tmp_path, ascii_locale):
     path = tmp_path / "cases.jsonl"
     path.write_text('{"concepts": ["fox", "ink"], "prompt": "p"}\n\n{"concepts": ["fox"], "prompt": "q", "kind": "one"}\n')
@@ -181,119 +108,6 @@ def test_cases_are_read_and_checked(tmp_path, ascii_locale):
         with pytest.raises(ValueError) as error:  # noqa: PT011
             read_cases(path, ["ink", "fox"])
         assert message in str(error.value)
-
-
-@pytest.fixture
-def sheet(tmp_path):
-    """A sheet over three arms and two prompts of the same concepts; each arm has a colour."""
-    rows = []
-    for arm, colour in (("sum", "red"), ("mean", "green"), ("gates", "blue")):
-        for prompt in ("a fox in ink", "ink: a fox"):
-            rows.append({"arm": arm, "case": "fox+ink", "kind": "pair", "seed": 1, "prompt": prompt, "settings": {}})
-            save_picture(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, rows[-1]))
-    assert write_sheet(tmp_path, rows) == 12
-    return tmp_path
-
-
-def test_the_sheet_asks_each_pair_in_both_orders_and_blind(sheet):
-    key = json.loads((sheet / "sheet" / "key.json").read_text())
-    asked = {(q["prompt"], q["left"], q["right"]) for q in key}
-    assert len(asked) == 12
-    assert {(s, b, a) for s, a, b in asked} == asked
-    colours = {"sum": (255, 0, 0), "mean": (0, 128, 0), "gates": (0, 0, 255)}
-    for number, question in enumerate(key):
-        image = Image.open(sheet / "sheet" / f"{number:04}.png")
-        left, right = (image.getpixel((image.width * x // 4, image.height // 2)) for x in (1, 3))
-        assert (left, right) == (colours[question["left"]], colours[question["right"]])
-    text = (sheet / "sheet" / "answers.csv").read_text()
-    assert not any(arm in text for arm in colours)
-
-
-def test_a_sheet_is_in_utf_8_whatever_the_locale(tmp_path, ascii_locale):
-    row = {"case": "fox", "kind": "one", "seed": 1, "prompt": "füchse", "settings": {}}
-    rows = [{"arm": arm, **row} for arm in ("sum", "mean")]
-    for each in rows:
-        save_picture(Image.new("RGB", (8, 8)), picture_path(tmp_path, each))
-    write_sheet(tmp_path, rows)
-    assert "füchse" in (tmp_path / "sheet" / "answers.csv").read_text("utf-8")
-    assert count_answers(tmp_path)
-
-
-def answer(sheet, choose, judge=""):
-    path = sheet / "sheet" / f"answers{judge}.csv"
-    if judge:
-        shutil.copy(sheet / "sheet" / "answers.csv", path)
-    lines = list(csv.reader(path.open()))
-    for line, question in zip(lines[1:], json.loads((sheet / "sheet" / "key.json").read_text()), strict=True):
-        line[2] = choose(question)
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(lines)
-
-
-def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
-    def choose(q):
-        if "gates" in (q["left"], q["right"]):
-            return "left" if q["left"] == "gates" else "Right "
-        return "left" if q["prompt"] == "a fox in ink" else ""  # sum against mean: always the left one, or no answer
-
-    answer(sheet, choose)
-    lines = count_answers(sheet).splitlines()
-    assert "| gates | sum | 4 | 0 | 0 | 1.00 [0.21, 1.00] | 1.00 |" in lines
-    assert "| gates | mean | 4 | 0 | 0 | 1.00 [0.21, 1.00] | 1.00 |" in lines
-    assert "| mean | sum | 1 | 1 | 0 | 0.50 [0.00, 1.00] | 0.00 |" in lines
-    assert main(["evaluate", "--judged", "--out", str(sheet)]) == 0
-    assert capsys.readouterr().out.splitlines() == lines
-    assert main(["evaluate", "--judged", "--json", "--out", str(sheet)]) == 0
-    pair = {"first arm": "gates", "second arm": "sum", "first better": 4, "second better": 0, "same": 0}
-    pair |= {"share of the first": "1.00 [0.21, 1.00]", "orders agree": 1.0}
-    assert pair in json.loads(capsys.readouterr().out)
-    with pytest.raises(ValueError, match="holds answers: count them with --judged"):
-        write_sheet(sheet, [])
-    answer(sheet, lambda q: "both")
-    with pytest.raises(ValueError, match="question 0000: 'both' is none of"):
-        count_answers(sheet)
-
-
-def test_the_agreement_of_judges_is_krippendorffs_alpha(sheet):
-    """Of two judges on twelve questions, by hand: alpha = 1 - observed / expected disagreement."""
-    assert agreement(sheet) is None  # one judge, who has not answered
-    answer(sheet, lambda q: max(("left", "right"), key=q.get), "-anna")
-    answer(sheet, lambda q: max(("left", "right"), key=q.get), "-bob")
-    assert agreement(sheet) == 1
-    assert {(own["first better"], own["second better"]) for own in votes(sheet)} == {(0, 8)}  # "sum" is the last name
-    first = json.loads((sheet / "sheet" / "key.json").read_text())[0]
-    answer(sheet, lambda q: "same" if q == first else max(("left", "right"), key=q.get), "-bob")
-    given = [max((q["left"], q["right"])) for q in json.loads((sheet / "sheet" / "key.json").read_text())]
-    values = [*given, *given[1:], "same"]
-    pairs = sum(a != b for i, a in enumerate(values) for j, b in enumerate(values) if i != j)
-    assert agreement(sheet) == pytest.approx(1 - (2 / 24) / (pairs / (24 * 23)))
-    assert f"Krippendorff's alpha (1: full, 0: as by chance): {agreement(sheet):.2f}" in count_answers(sheet)
-    with pytest.raises(ValueError, match="holds answers"):
-        write_sheet(sheet, [])
-
-
-def test_a_sheet_that_was_edited_by_hand_is_counted_or_says_what_is_wrong(sheet):
-    path = sheet / "sheet" / "answers.csv"
-    answer(sheet, lambda q: "left")
-    table, text = count_answers(sheet), path.read_text()
-    path.write_text(text.replace("\n", "\n\n", 3) + "\n")
-    assert count_answers(sheet) == table
-    path.write_text(text)
-    answer(sheet, lambda q: "left" if q["left"] == "gates" else "right" if q["right"] == "gates" else "same")
-    table, (head, *lines) = count_answers(sheet), path.read_text().splitlines()
-    path.write_text("\n".join([head, *sorted(lines, key=lambda line: line[::-1])]))  # as a spreadsheet sorts by answer
-    assert count_answers(sheet) == table
-    path.write_text("\n".join([head, *(line.lstrip("0") for line in lines[1:]), "0" + lines[0][4:]]))  # and writes numbers
-    assert count_answers(sheet) == table
-    for edited, message in (
-        (text.replace(",", ";"), "is not question, prompt and answer, with commas between them"),
-        (text.rsplit("\n", 2)[0], "a row for each question from 0000 to 0011, each once"),
-        (text.replace("0001,", "0002,"), "a row for each question from 0000 to 0011, each once"),
-        (text.replace("0001,", "one,"), "is not question, prompt and answer"),
-    ):
-        path.write_text(edited)
-        with pytest.raises(ValueError, match=message):
-            count_answers(sheet)
 
 
 def named(models):
