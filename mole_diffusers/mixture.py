@@ -57,7 +57,7 @@ from mole_diffusers.patching.install.folding import (
 from mole_diffusers.patching.install.installation import Contents, Installation, held, installed, remove
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
 from mole_diffusers.patching.subjects.things import PLACE_SOURCES, UNTIL, Asked, Encode, Tiling
-from mole_diffusers.patching.subjects.tiles import Tiles, explain, things_for_tiles
+from mole_diffusers.patching.subjects.tiles import Tiles, draws_in_tiles, explain, things_for_tiles
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
@@ -168,11 +168,9 @@ class Mixture:
         return {name for name, on in zip(self.experts, self._settings.active.now, strict=True) if on}
 
     @property
-    def acting(self) -> set[str]:
+    def _acting(self) -> set[str]:
         """The experts that are switched on, and not at strength 0."""
-        return {
-            name for name, strength in zip(self.experts, self._settings.strengths.now, strict=True) if strength
-        } & self.active
+        return {name for name, acts in zip(self.experts, self._settings.acting, strict=True) if acts}
 
     @property
     def plan(self) -> Plan | None:
@@ -343,7 +341,7 @@ class Mixture:
         # Weights by hand hold everywhere, and rows of sets belong to other prompts.
         if call is None or binding is None or settings.fixed.now is not None or settings.rows.now is not None:
             return nullcontext()
-        asked = Asked(pipe, tiling, call, binding.bound, self.acting)
+        asked = Asked(pipe, tiling, call, binding.bound, self._acting)
         set_places = partial(self._set_places, binding)
         if tiling.until and (things := things_for_tiles(asked)) is not None:
             return Tiles(asked, things, alone=self._alone, set_places=set_places).drawn()
@@ -390,11 +388,6 @@ class Mixture:
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters: everything that training changes."""
         return [p for bank in self.banks.values() for p in bank.parameters()]
-
-    @property
-    def sites(self) -> list[str]:
-        """The names of the gates' sites, such as "unet.mid_block.attentions.0.transformer_blocks.0"."""
-        return [site.name for part in self._components for site in part.sites]
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate with the layers that it weighs, such as "unet.down_blocks.0.attentions.0.proj_in"."""
@@ -622,6 +615,11 @@ class Mixture:
             raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")
         return self._with_settings(self._settings.tiling.to(Tiling(until, always, prompt, encode)))
 
+    def draws_in_tiles(self, call: Mapping[str, Any]) -> bool:
+        """Whether it draws the pictures of a call in tiles by itself, as `tiled` says. The call includes their size."""
+        bound = self.binding
+        return bound is not None and draws_in_tiles(self._pipe, call, bound, self._acting)
+
     @property
     def layouts(self) -> list[Layout]:
         """Where each expert acts in the last pictures, or in those being drawn now: one layout per picture."""
@@ -652,7 +650,7 @@ class Mixture:
         if (bound := self.binding) is None:
             return Explanation.of_unbound(self.experts)
         call = {"prompt": prompt, "width": width, "height": height}
-        return explain(self._pipe, self._settings.tiling.now, call, bound, self.acting)
+        return explain(self._pipe, self._settings.tiling.now, call, bound, self._acting)
 
     def _bound(self, binding: Mapping[str, Any] | str | None) -> dict[str, Bound] | None:
         if binding is None:

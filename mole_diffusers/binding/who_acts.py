@@ -1,17 +1,15 @@
-"""Who acts on a text: on which of its tokens, and in a picture of it where and why, as the text says."""
+"""Who acts on a text, and in a picture of it where and why, as far as the text says."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from PIL import Image
 
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.binding.sentence import Sentence, Who, parse
-from mole_diffusers.binding.words import Reading
 
 EVERY_PLACE, OWN_PLACE, SILENT = "everywhere", "own", "silent"
 UNBOUND = "nothing is bound"
@@ -34,23 +32,6 @@ def who_counts(bound: Sequence[Bound], acting: Sequence[bool]) -> Who:
 def present(bound: Sequence[Bound], acting: Sequence[bool], mentioned: Sequence[bool]) -> tuple[bool, ...]:
     """[N]: the experts that act on a text: those that are on, but not those that it should name and does not."""
     return tuple(on and (said or not b.needs_words) for b, on, said in zip(bound, acting, mentioned, strict=True))
-
-
-def acting_tokens(bound: Sequence[Bound], acting: Sequence[bool], readings: Sequence[Reading]) -> torch.Tensor | None:
-    """[B, T, N] bool: the tokens of each text that each expert acts on; None if every expert acts on every token.
-
-    One expert alone acts on every token. Several act on their own words and on those of nobody. One without words that
-    the user wants everywhere acts on the words of others, too.
-    """
-    everywhere = torch.tensor([not b.words and b.region == EVERYWHERE for b in bound])
-    rows = []
-    for reading in readings:
-        there = present(bound, acting, reading.mentioned)
-        own = torch.tensor(reading.own).T & torch.tensor(acting)  # [T, N]
-        nobodys = ~own.any(1, keepdim=True)  # [T, 1]
-        rows.append(own | nobodys | everywhere if sum(there) > 1 else torch.ones_like(own))
-    acts = torch.stack(rows)
-    return None if acts.all() else acts
 
 
 def notices(

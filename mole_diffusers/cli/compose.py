@@ -67,7 +67,6 @@ def compose(
     from mole_diffusers.binding.as_text import parse_binding
     from mole_diffusers.inspection.compare import columns
     from mole_diffusers.mixture import attach
-    from mole_diffusers.patching.subjects.tiles import draws_in_tiles
     from mole_diffusers.studio.prompt_weights import plain_texts, tiled_prompt
     from mole_diffusers.studio.weight_syntax import plain_text
 
@@ -75,8 +74,7 @@ def compose(
     page = PromptSheet(prompt, sheet)
     mixture = attach(page.pipe, experts, gates, binding=binding)
     texts = plain_texts(page.pipe, **page.recipe.call)
-    bound, acting = mixture.binding, mixture.acting
-    has_tiles = bound and texts and draws_in_tiles(page.pipe, texts | page.call, bound, acting)
+    has_tiles = texts is not None and mixture.draws_in_tiles(texts | page.call)
     tiles = tiled_prompt(page.pipe, page.recipe.text) if has_tiles else None
     for label, context in tqdm(columns(mixture, tiles).items(), desc="columns", delay=2, leave=False):
         with context():

@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.settings import PlainSum
-from mole_diffusers.patching.subjects.tiles import draws_in_tiles
 
 MARGIN = 6  # pixels around a cell of a sheet
 
@@ -64,8 +63,7 @@ def compare(
             mixture by itself would draw in tiles at this size.
     """
     call, pictures = {"prompt": prompt, **options}, {}
-    has_size, bound = {"width", "height"} <= options.keys(), mixture.binding
-    in_tiles = has_size and bound is not None and draws_in_tiles(pipe, call, bound, mixture.acting)
+    in_tiles = {"width", "height"} <= options.keys() and mixture.draws_in_tiles(call)
     for label, context in columns(mixture, {"prompt": prompt} if in_tiles else None).items():
         with context():
             pictures[label] = sample(pipe, prompt, seeds, **options)

@@ -28,8 +28,8 @@ import torch
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.picture_layout import Layout, PictureLayout
 from mole_diffusers.binding.picture_warning import PictureWarning
-from mole_diffusers.binding.regions import GridSize
-from mole_diffusers.binding.who_acts import acting_tokens, notices, who_counts
+from mole_diffusers.binding.regions import EVERYWHERE, GridSize
+from mole_diffusers.binding.who_acts import notices, present, who_counts
 from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.seen import version
@@ -118,9 +118,21 @@ class TextReader:
     def acting_tokens(
         self, readings: Sequence[Reading], acting: Sequence[bool], device: torch.device
     ) -> torch.Tensor | None:
-        """[B, T, N] bool, the tokens that each expert acts on; None if every expert acts on every token."""
-        acts = acting_tokens(list(self.bound.values()), acting, readings)
-        return None if acts is None else onto(acts, device)
+        """[B, T, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
+
+        One expert alone acts on every token. Several act on their own words and on those of nobody. One without words that
+        the user wants everywhere acts on the words of others, too.
+        """
+        bounds = list(self.bound.values())
+        everywhere = torch.tensor([not b.words and b.region == EVERYWHERE for b in bounds])
+        rows = []
+        for reading in readings:
+            there = present(bounds, acting, reading.mentioned)
+            own = torch.tensor(reading.own).T & torch.tensor(acting)  # [T, N]
+            nobodys = ~own.any(1, keepdim=True)  # [T, 1]
+            rows.append(own | nobodys | everywhere if sum(there) > 1 else torch.ones_like(own))
+        acts = torch.stack(rows)
+        return None if acts.all() else onto(acts, device)
 
     def silence(self, mentioned: Sequence[Sequence[bool]], device: torch.device) -> Silence:
         """Who requires words that the text does not have.
