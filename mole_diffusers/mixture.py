@@ -389,6 +389,11 @@ class Mixture:
         """The gates' parameters: everything that training changes."""
         return [p for bank in self.banks.values() for p in bank.parameters()]
 
+    @property
+    def sites(self) -> list[str]:
+        """The names of the gates' sites, such as "unet.mid_block.attentions.0.transformer_blocks.0"."""
+        return [site.name for part in self._components for site in part.sites]
+
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate with the layers that it weighs, such as "unet.down_blocks.0.attentions.0.proj_in"."""
         return [(g, [f"{p.name}.{layer}" for layer in layers]) for p in self._components for g, layers in p.layers_by_gate()]

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import inspect
-import os
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,21 +16,39 @@ OTHER_TASK = (
     "for anything (`await`): run it in a thread, as with asyncio.to_thread"
 )
 ENDED = "a `with` block of this mixture was opened on a thread that has ended; close it first"
-MOVED = (
-    "a `with` block of this mixture was entered at {at} on thread {thread!r}, and the generator that holds it goes on "
-    "on another; run such a generator on one thread"
-)
 WAITING = (
-    "waiting for {seconds:.0f} s for the `with` block that thread {thread!r} entered at {at}; if that block waits for "
-    "this thread, as by `future.result()`, neither will ever end"
+    "waiting for {seconds:.0f} s for a `with` block of thread {thread!r}; if that block waits for this thread, as by "
+    "`future.result()`, or belongs to a generator that goes on here, neither will ever end"
 )
 WARN_AFTER = 10.0  # seconds of waiting for a block that draws nothing
 
-OWN = (f"{Path(__file__).parents[2]}{os.sep}", contextlib.__file__)  # files whose frames are not a user's
-SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
 _locks: WeakKeyDictionary[Any, PipelineLock] = WeakKeyDictionary()  # denoiser -> its lock
 _making = threading.RLock()
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block that holds a lock, or waits for it.
+
+    Attributes:
+        task: that of asyncio which entered it, if any.
+        draws: whether a picture is drawn inside.
+    """
+
+    thread: threading.Thread
+    task: Any
+    draws: bool
+
+    def admits(self, other: _Block) -> bool:
+        """Whether another block may be entered inside this one."""
+        return self.thread is other.thread and self.task in (None, other.task)
+
+    def refuse_endless_wait(self, other: _Block) -> None:
+        """Raise RuntimeError if another block would wait for this one for ever."""
+        if self.thread is other.thread:
+            raise RuntimeError(OTHER_TASK)
+        if not self.thread.is_alive():
+            raise RuntimeError(ENDED)
 
 
 class PipelineLock:
@@ -57,10 +70,9 @@ class PipelineLock:
         Args:
             draws: whether a picture is drawn inside. Others wait for that without a warning, however long it takes.
 
-        Raises RuntimeError if waiting would never end: for another task of this thread, for a thread that has ended, or
-        for a block of the very generator that waits.
+        Raises RuntimeError if waiting would never end: for another task of this thread, or for a thread that has ended.
         """
-        block = _Block(draws)
+        block = _Block(threading.current_thread(), _task(), draws)
         with self._joining:
             if joins := any(opened.admits(block) for opened in self._open[:1]):
                 self._open.append(block)
@@ -71,8 +83,8 @@ class PipelineLock:
                     opened.refuse_endless_wait(block)
                 if not self._lock.acquire(timeout=WARN_AFTER):
                     if outermost and outermost == self._open[:1] and not any(opened.draws for opened in self._open):
-                        about = {"thread": outermost[0].thread.name, "at": outermost[0].entered_at}
-                        warnings.warn(WAITING.format(seconds=WARN_AFTER, **about), stacklevel=3)
+                        about = WAITING.format(seconds=WARN_AFTER, thread=outermost[0].thread.name)
+                        warnings.warn(about, stacklevel=3)
                     self._lock.acquire()
             self._open.append(block)
         try:
@@ -82,48 +94,6 @@ class PipelineLock:
                 self._open.remove(block)
                 if not self._open:
                     self._lock.release()
-
-
-class _Block:
-    """A block that holds a lock, or waits for it.
-
-    Attributes:
-        thread, task: what entered it; the task is that of asyncio, if any.
-        draws: whether a picture is drawn inside.
-        entered_at: where it was entered, outside of this package.
-        callers: ids of the frames that were running then.
-        generators: those of generators and coroutines among them. Each may be suspended, with the block open, and continue
-            on another thread. (Frames themselves would keep a dropped generator, and so its block, alive.)
-    """
-
-    def __init__(self, draws: bool):
-        self.thread, self.task, self.draws = threading.current_thread(), _task(), draws
-        frames = list(_users_frames())
-        self.entered_at = next((f"{f.f_code.co_filename}:{f.f_lineno} in {f.f_code.co_name}" for f in frames), "?")
-        self.callers = {id(frame) for frame in frames}
-        self.generators = {id(frame) for frame in frames if frame.f_code.co_flags & SUSPENDABLE}
-
-    def admits(self, other: _Block) -> bool:
-        """Whether another block may be entered inside this one."""
-        return self.thread is other.thread and self.task in (None, other.task)
-
-    def refuse_endless_wait(self, other: _Block) -> None:
-        """Raise RuntimeError if another block would wait for this one for ever."""
-        if self.thread is other.thread:
-            raise RuntimeError(OTHER_TASK)
-        if self.generators & other.callers:
-            raise RuntimeError(MOVED.format(at=self.entered_at, thread=self.thread.name))
-        if not self.thread.is_alive():
-            raise RuntimeError(ENDED)
-
-
-def _users_frames() -> Iterator[FrameType]:
-    """The frames that called this package, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not frame.f_code.co_filename.startswith(OWN):
-            yield frame
-        frame = frame.f_back
 
 
 def lock_of(denoiser: Any) -> PipelineLock:

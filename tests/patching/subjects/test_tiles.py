@@ -146,9 +146,9 @@ def test_a_trace_counts_a_step_once_however_many_tiles_it_has(pipe, experts):
 
 def test_while_a_tile_is_drawn_the_mixture_says_what_the_user_set(pipe, experts):
     mixture, seen = mole.attach(pipe, experts), []
-    before = mixture.active, mixture.acting, mixture.binding
+    before = mixture.active, mixture.binding
     hook = pipe.unet.conv_in.register_forward_hook(
-        lambda *_: seen.append((mixture.active, mixture.acting, mixture.binding, mixture.is_bound, len(mixture.layouts)))
+        lambda *_: seen.append((mixture.active, mixture.binding, mixture.is_bound, len(mixture.layouts)))
     )
     with tiled(pipe, PROMPT, 1.0):
         latent(pipe)
