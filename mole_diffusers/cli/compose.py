@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,8 @@ from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from mole_diffusers.mixture import Mixture
 
 
 @dataclass
@@ -38,6 +42,7 @@ def compose(
     gates: str = "sum",
     bind: Sequence[str] = (),
     unbound: bool = False,
+    arm: Sequence[str] = (),
     *,
     sheet: SheetOptions,
 ) -> Result:
@@ -55,6 +60,7 @@ def compose(
             fox=@0,0,0.5,1, fox=everywhere, fox=fox@mask.png. Default: the file's trigger words, and places found from
             attention.
         unbound: let every LoRA act on every word and in the whole picture.
+        arm (NAME): one more column, by a composer of mole evaluate, such as mean or switch; a wrong name lists all.
     """
     from tqdm import tqdm
 
@@ -76,16 +82,37 @@ def compose(
     texts = plain_texts(page.pipe, **page.recipe.call)
     has_tiles = texts is not None and mixture.draws_in_tiles(texts | page.call)
     tiles = tiled_prompt(page.pipe, page.recipe.text) if has_tiles else None
-    for label, context in tqdm(columns(mixture, tiles).items(), desc="columns", delay=2, leave=False):
+    hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
+    strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
+    ways = columns(mixture, tiles)
+    ways |= {name: context for name, context in _composers(page, mixture, arm).items() if name not in ways}
+    for label, context in tqdm(ways.items(), desc="columns", delay=2, leave=False):
         with context():
             page.draw(label)
     if sheet.base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
         page.columns["true drawing"] = [drawing] * sheet.rows
-    hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
-    strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
-    about = {"gates": mixture.config.to_dict(), "bind": bind, "unbound": unbound}
+    about = {"gates": mixture.config.to_dict(), "bind": bind, "unbound": unbound, "arm": arm}
     facts = page.save(path, experts=list(hashes), sha256=hashes, strengths=strengths, **about)
     return Result(facts, f"{prompt}: {path}")
+
+
+def _composers(
+    page: PromptSheet, mixture: Mixture, names: Sequence[str]
+) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """Composers of the evaluation by their names there. They attach the LoRAs of the mixture in their own way.
+
+    Raises ValueError for an unknown one, and for one that cannot draw this prompt.
+    """
+    from mole_diffusers.evaluation.arms import chosen_arms
+    from mole_diffusers.evaluation.runner import Case, Setup
+
+    strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
+    setup = Setup(page.pipe, mixture.experts, page.call, strengths=strengths)
+    case = Case(tuple(strengths), "prompt", page.recipe.plain_text)
+    arms = chosen_arms(names, setup)
+    if unfit := [arm.name for arm in arms if not arm.covers(case)]:
+        raise ValueError(f"the composer {unfit[0]!r} does not draw {len(strengths)} LoRAs")
+    return {arm.name: partial(arm.draws, setup, case) for arm in arms}
 
 
 def _true_drawing(prompt: str) -> Any:

@@ -34,10 +34,8 @@ class ArmOptions(Group):
     """What to draw, and with which arms.
 
     Attributes:
-        arm (NAME): a composer: base, alone, sum, mean, bound, 'words only', tiles, 'grid search', the methods of merge,
-            switch, composite, k-lora, 'masked blend', freefuse, gates, 'bound gates', 'gates uniform', 'gates random',
-            'gates hardened', 'gates averaged'. Default: all of them; on a checkpoint base, alone, sum, bound, tiles, and
-            with --gates also gates and 'bound gates'.
+        arm (NAME): a composer, such as alone, sum, 'words only' or a method of merge; a wrong name lists all. Default: all
+            of them; on a checkpoint base, alone, sum, bound, tiles, and with --gates also gates and 'bound gates'.
         gates (FOLDER): trained gates, one folder per case, named a+b. The emoji world has its own.
         split: which cases of the emoji world. Choose on validation; run test once.
         limit: cases per kind. Default: all; of prompts made from trigger words, 24.

@@ -257,3 +257,31 @@ def test_compose_binds_words_and_places(loras, base, tmp_path, capsys):
     assert "unknown expert 'cat'; attached: ['fox', 'ink']" in capsys.readouterr().err
     assert main([*compose, "--bind", "fox=fox", "--unbound"]) == 1
     assert "exclude each other" in capsys.readouterr().err
+
+
+def test_compose_draws_composers_of_the_evaluation(loras, base, tmp_path, capsys, monkeypatch):
+    """ "sum" is the column of that name; the LoRAs have their strengths; what cannot be drawn is said before anything is."""
+    sheets = []
+    module = import_module("mole_diffusers.cli.compose")
+    save = module.PromptSheet.save
+    monkeypatch.setattr(module.PromptSheet, "save", lambda page, *a, **k: sheets.append(page.columns) or save(page, *a, **k))
+    drawn = ["--base", str(base), "--steps", "2", "--rows", "1", "--expert", f"fox={loras['fox']}"]
+    compose = ["compose", "a fox in ink", *drawn, "--expert", f"ink={loras['ink']}:0.5"]
+    assert main([*compose, "--out", str(tmp_path / "plain.png")]) == 0
+    more = [word for name in ("mean", "k-lora", "sum") for word in ("--arm", name)]
+    assert main([*compose, *more, "--out", str(tmp_path / "more.png")]) == 0
+    plain, found = sheets
+    assert list(found) == [*plain, "mean", "k-lora"]
+    assert found["sum"] == plain["sum"]
+    assert len({image.tobytes() for (image,) in map(found.get, ("sum", "mean", "k-lora", "base"))}) == 4
+    halved = [*compose[:-1], f"ink={loras['ink']}:0.25"]
+    assert main([*halved, "--arm", "mean", "--out", str(tmp_path / "less.png")]) == 0
+    assert sheets[-1]["mean"] != found["mean"]
+    capsys.readouterr()
+    for options, why in (
+        (["best"], "unknown arms ['best']; known: ['base',"),
+        (["k-lora"], "'k-lora' does not draw 3 LoRAs"),
+    ):
+        asked = [*compose, "--expert", f"hat={loras['hat']}", "--arm", *options]
+        assert main(asked) == 1
+        assert why in capsys.readouterr().err
