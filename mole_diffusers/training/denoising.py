@@ -71,8 +71,8 @@ def sample_latents(
         checkpointing: compute each step's activations again in the backward pass.
         stop: run only this many steps; None runs to the end.
     """
-    model = network(pipe)
-    noise, guided = model.noise(*x.shape[2:], steps), _guided(model, prompts, guidance)
+    model, (height, width) = network(pipe), x.shape[2:]
+    noise, guided = model.noise(height, width, steps), _guided(model, prompts, guidance)
 
     def step(x: torch.Tensor, i: int) -> torch.Tensor:
         return noise.step(guided(x, onto(noise.timesteps[i].expand(len(x)), x.device)), i, x)

@@ -117,7 +117,8 @@ class Network(ABC):
     patch = 1
 
     def __init__(self, pipe: Any):
-        self.pipe, self.model = pipe, denoiser(pipe)
+        self.pipe = pipe
+        self.model: Any = denoiser(pipe)
 
     @property
     @abstractmethod
