@@ -23,6 +23,7 @@ from mole_diffusers.gates import FAMILIES, GateBank, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert
+from mole_diffusers.lora.expert import joined_embeddings
 from mole_diffusers.lora.host_names import with_host_names
 from mole_diffusers.lora.own_words import own_words
 from mole_diffusers.lora.stacking import check_share, match, stack_all
@@ -431,6 +432,8 @@ class Mixture:
         with self._lock.held():
             if self._settings.folded.now:
                 raise ValueError("this mixture is already folded into the pipeline's weights, by an outer `collapsed` block")
+            if self._contents.embeddings:
+                warnings.warn("folded experts are without the words that their files trained embeddings of", stacklevel=3)
             layers, _ = self._one_lora(prompt, call)
             with self._changed_while(self._settings.folded.to(True)), self.lifted(), folded(self._components, layers):
                 yield
@@ -469,7 +472,8 @@ class Mixture:
         about = {"mole.experts": ", ".join(self.experts), "mole.relative_error": f"{error:.3g}"}
         words = [own.words for own in own_words(self.experts).values()]
         about |= trigger_phrase([word for i in sorted(acting) for word in words[i]])
-        write_lora(layers, path, format=format, dtype=dtype, metadata=about)
+        trained = joined_embeddings(expert for i, expert in enumerate(self.experts.values()) if i in acting)
+        write_lora(layers, path, format=format, dtype=dtype, metadata=about, embeddings=trained)
         return error
 
     def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> tuple[Folded, set[int]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+Embeddings = Mapping[str, Mapping[str, torch.Tensor]]  # a word -> text encoder -> its trained vectors [n, C]
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -80,3 +83,15 @@ class Expert:
         """Smallest and largest rank over all layers."""
         ranks = [w.rank for layers in self.layers.values() for w in layers.values()]
         return min(ranks), max(ranks)
+
+
+def joined_embeddings(experts: Iterable[Expert]) -> dict[str, dict[str, torch.Tensor]]:
+    """The trained embeddings of several experts. Warns of a word that an earlier one has: its own are left out."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for expert in experts:
+        for word, vectors in expert.embeddings.items():
+            if found.setdefault(word, vectors) is not vectors:
+                warnings.warn(
+                    f"the trained embedding of {word!r} of {expert.name!r} is left out: another has it", stacklevel=3
+                )
+    return found

@@ -6,6 +6,7 @@ diffusers, tools for kohya's format and `read_expert` load the file.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mole_diffusers.lora.dora import SHAPES
-from mole_diffusers.lora.expert import Expert, LoraWeights
+from mole_diffusers.lora.expert import Embeddings, Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import KOHYA_PREFIXES, ONETRAINER_PREFIX, layer_key
 from mole_diffusers.lora.metadata import PEFT_METADATA
@@ -54,6 +55,7 @@ def write_lora(
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, str] | None = None,
     alphas: bool = False,
+    embeddings: Embeddings | None = None,
 ) -> None:
     """Write one ordinary LoRA.
 
@@ -65,6 +67,8 @@ def write_lora(
         alphas: write an alpha for each layer instead, which readers of kohya's keys know.
         dtype: of the tensors in the file.
         metadata: strings for the file header.
+        embeddings: those that were trained with it, for kohya keys. diffusers reads no file with such keys, so there they
+            are left out, with a warning.
 
     Raises:
         ValueError: an unknown format, no layers, or a number that `dtype` cannot hold.
@@ -83,16 +87,35 @@ def write_lora(
                 tensors[f"{stem}.alpha"] = torch.tensor(weights.scale * len(weights.down))
             scale = 1.0 if alphas else weights.scale
             for half, matrix in ((down, weights.down.float()), (up, weights.up.float() * scale)):
-                if not matrix.abs().max() <= torch.finfo(dtype).max:  # NaN, too
-                    raise ValueError(f"the layer {component}.{module} holds numbers that {dtype} cannot; use a wider dtype")
-                tensors[f"{stem}.{half}.weight"] = matrix.to(dtype).contiguous()
+                tensors[f"{stem}.{half}.weight"] = _held(matrix, dtype, f"{component}.{module}")
             if weights.magnitude is not None:
                 end, role = ("dora_scale",) * 2 if format == "kohya" else ("lora_magnitude_vector", "magnitude")
                 shape = SHAPES[role][weights.down.dim() == 4]
                 tensors[f"{stem}.{end}"] = weights.magnitude.to(dtype).reshape(shape)
     if not tensors:
         raise ValueError(f"there is no layer to write to {path}")
+    if embeddings:
+        tensors |= _embedding_tensors(embeddings, path, format, dtype)
     save_atomically(tensors, path, {"format": "pt", **(metadata or {})})
+
+
+def _held(matrix: torch.Tensor, dtype: torch.dtype, layer: str) -> torch.Tensor:
+    if not matrix.abs().max() <= torch.finfo(dtype).max:  # NaN, too
+        raise ValueError(f"the layer {layer} holds numbers that {dtype} cannot; use a wider dtype")
+    return matrix.to(dtype).contiguous()
+
+
+def _embedding_tensors(embeddings: Embeddings, path: str | Path, format: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    if format != "kohya":
+        words = ", ".join(map(repr, embeddings))
+        warnings.warn(f"{path} is without the embeddings of {words}: only a file with kohya keys has some", stacklevel=4)
+        return {}
+    names = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+    return {
+        f"bundle_emb.{word}.{names[part]}": vectors.to(dtype).contiguous()
+        for word, parts in embeddings.items()
+        for part, vectors in parts.items()
+    }
 
 
 def _kohya_prefixes(layers: Layers, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -109,7 +132,7 @@ def save_expert(expert: Expert, path: str | Path, *, format: str = "diffusers", 
     """Write an expert (for example a merge) as one ordinary LoRA file, with its trigger words and its header's metadata.
 
     Args:
-        format: "diffusers" or "kohya" keys.
+        format: "diffusers" or "kohya" keys. Trained embeddings are in a file with kohya keys alone, see `write_lora`.
         dtype: of the tensors in the file.
 
     Raises:
@@ -120,8 +143,10 @@ def save_expert(expert: Expert, path: str | Path, *, format: str = "diffusers", 
         component: {module_name(key): _as_convolution(key, w, expert.base) for key, w in found.items()}
         for component, found in expert.layers.items()
     }
-    metadata = {key: value for key, value in expert.metadata.items() if key not in OUTDATED}
-    write_lora(layers, path, format=format, dtype=dtype, metadata=metadata | trigger_phrase(expert.triggers))
+    metadata = {key: value for key, value in expert.metadata.items() if key not in OUTDATED} | trigger_phrase(
+        expert.triggers
+    )
+    write_lora(layers, path, format=format, dtype=dtype, metadata=metadata, embeddings=expert.embeddings)
 
 
 def _as_convolution(key: str, weights: LoraWeights, base: str) -> LoraWeights:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from mole_diffusers.lora import Expert, LoraWeights, layer_key
+from mole_diffusers.lora.expert import joined_embeddings
 from mole_diffusers.lora.own_words import own_words
 from mole_diffusers.merging.factors import Merged, Pair
 
@@ -52,7 +53,7 @@ def _pair(weights: LoraWeights, strength: float) -> Pair:
 
 
 def as_expert(merged: Merged, experts: WeightedExperts, *, name: str, metadata: Mapping[str, str]) -> Expert:
-    """A merge as one ordinary LoRA in fp32, in the shapes of the experts' layers, with all their trigger words."""
+    """A merge as one ordinary LoRA in fp32, in the shapes of their layers, with their trigger words and embeddings."""
     parts: dict[str, dict[str, LoraWeights]] = {}
     found = [weights_by_key(expert) for expert, _ in experts.values()]
     for key, pair in merged.items():
@@ -71,6 +72,7 @@ def as_expert(merged: Merged, experts: WeightedExperts, *, name: str, metadata: 
         source=f"merge of {', '.join(experts)}",
         sha256=_hash(merged),
         metadata=dict(metadata),
+        embeddings=joined_embeddings(alone.values()),
         file_names={key: name for expert, _ in experts.values() for key, name in expert.file_names.items()},
     )
 

@@ -61,9 +61,10 @@ def _keep_expert(expert: Expert, path: Path) -> Expert:
         shutil.copyfile(expert.source, path)
         with suppress(RefusedFileError):
             copy = read_expert(path, expert.name)
-            if copy.triggers == expert.triggers and _same_weights(copy, expert):
+            if copy.triggers == expert.triggers and _same_weights(copy, expert) and _same_embeddings(copy, expert):
                 return copy
-    save_expert(expert, path, dtype=torch.float32)
+    # Files with diffusers' keys have no embeddings.
+    save_expert(expert, path, format="kohya" if expert.embeddings else "diffusers", dtype=torch.float32)
     return read_expert(path, expert.name)
 
 
@@ -76,6 +77,11 @@ def _same_weights(copy: Expert, expert: Expert) -> bool:
         and torch.equal(_magnitude(w), _magnitude(theirs[key]))
         for key, w in mine.items()
     )
+
+
+def _same_embeddings(copy: Expert, expert: Expert) -> bool:
+    mine, theirs = ({(w, part): v for w, own in e.embeddings.items() for part, v in own.items()} for e in (copy, expert))
+    return mine.keys() == theirs.keys() and all(torch.equal(v, theirs[key]) for key, v in mine.items())
 
 
 def _magnitude(weights: LoraWeights) -> torch.Tensor:

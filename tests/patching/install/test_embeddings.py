@@ -84,3 +84,53 @@ def test_what_a_text_encoder_cannot_take_is_said(pipe, loras, tmp_path):
             mixture = mole.attach(pipe, {"fox": file})
         assert len(mixture.without_embedding) == 1
         mole.detach(pipe)
+
+
+def same_embeddings(found, wanted):
+    assert {word: list(parts) for word, parts in found.items()} == {word: list(parts) for word, parts in wanted.items()}
+    return all(torch.equal(found[word][part], vectors) for word, parts in wanted.items() for part, vectors in parts.items())
+
+
+def test_a_file_with_kohya_keys_keeps_them_and_one_with_diffusers_says_that_it_does_not(pipe, loras, draw, tmp_path):
+    file = with_embedding(loras["fox"], tmp_path / "fox.safetensors", **{"zwx.clip_l": TRAINED})
+    expert = mole.read_expert(file)
+    mole.save_expert(expert, tmp_path / "kohya.safetensors", format="kohya", dtype=torch.float32)
+    assert same_embeddings(mole.read_expert(tmp_path / "kohya.safetensors").embeddings, expert.embeddings)
+    with pytest.warns(UserWarning, match="without the embeddings of 'zwx': only a file with kohya keys has some"):
+        mole.save_expert(expert, tmp_path / "plain.safetensors")
+    assert not mole.read_expert(tmp_path / "plain.safetensors").embeddings
+    mixture = mole.attach(pipe, {"fox": file}, binding=None)
+    whole = draw(pipe, "a zwx")
+    mixture.export_lora(tmp_path / "export.safetensors", format="kohya", dtype=torch.float32)
+    mole.attach(pipe, {"fox": tmp_path / "export.safetensors"}, binding=None)
+    torch.testing.assert_close(draw(pipe, "a zwx"), whole, atol=1e-5, rtol=0)
+
+
+def test_a_merge_has_those_of_all_and_says_which_word_two_have(loras, tmp_path):
+    files = {
+        name: with_embedding(loras[name], tmp_path / f"{name}.safetensors", **own)
+        for name, own in {
+            "fox": {"zwx.clip_l": TRAINED},
+            "ink": {"zwx.clip_l": TRAINED[:1], "qy.clip_l": TRAINED[1:]},
+        }.items()
+    }
+    with pytest.warns(UserWarning, match="the trained embedding of 'zwx' of 'ink' is left out"):
+        merged = mole.merge(files, "sum")
+    wanted = {"zwx": {"text_encoder": TRAINED}, "qy": {"text_encoder": TRAINED[1:]}}
+    assert same_embeddings(merged.embeddings, wanted)
+
+
+def test_a_drop_in_keeps_them_and_says_that_it_fuses_none(pipe, loras, draw, tmp_path):
+    file = with_embedding(loras["fox"], tmp_path / "fox.safetensors", **{"zwx.clip_l": TRAINED})
+    ours = hosts.quiet(mole.MoLEPipeline.from_pipe(pipe))
+    ours.load_lora_weights(mole.merge({"fox": file}, "sum"), adapter_name="fox")  # in memory alone
+    whole = draw(ours, "a zwx")
+    ours.save_pretrained(tmp_path / "saved")
+    again = hosts.quiet(mole.MoLEPipeline.from_pretrained(tmp_path / "saved"))
+    torch.testing.assert_close(draw(again, "a zwx"), whole, atol=1e-5, rtol=0)
+    with pytest.warns(UserWarning, match="without the words that their files trained"), ours.mixture.collapsed():
+        folded = draw(ours, "a zwx")
+    with pytest.warns(UserWarning, match="the trained embeddings of 'zwx' are not fused: load_textual_inversion loads some"):
+        ours.fuse_lora()
+    torch.testing.assert_close(draw(ours, "a zwx"), folded, atol=1e-5, rtol=0)
+    assert not torch.allclose(folded, whole, atol=1e-4)
