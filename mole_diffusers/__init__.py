@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from mole_diffusers.patching.gating.trace import Trace
     from mole_diffusers.patching.install.gate_inputs import MoLEAttnProcessor
     from mole_diffusers.pipelines.classes import (
+        MoLEFluxControlPipeline,
+        MoLEFluxPipeline,
         MoLEPipeline,
+        MoLEQwenImagePipeline,
+        MoLEStableDiffusion3Pipeline,
         MoLEStableDiffusionControlNetImg2ImgPipeline,
         MoLEStableDiffusionControlNetInpaintPipeline,
         MoLEStableDiffusionControlNetPipeline,
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
         MoLEStableDiffusionXLImg2ImgPipeline,
         MoLEStableDiffusionXLInpaintPipeline,
         MoLEStableDiffusionXLPipeline,
+        MoLEZImagePipeline,
     )
     from mole_diffusers.pipelines.modular import MoLEStableDiffusionXLBlocks
 
@@ -45,7 +50,11 @@ __all__ = [
     "GateConfig",
     "Mixture",
     "MoLEAttnProcessor",
+    "MoLEFluxControlPipeline",
+    "MoLEFluxPipeline",
     "MoLEPipeline",
+    "MoLEQwenImagePipeline",
+    "MoLEStableDiffusion3Pipeline",
     "MoLEStableDiffusionControlNetImg2ImgPipeline",
     "MoLEStableDiffusionControlNetInpaintPipeline",
     "MoLEStableDiffusionControlNetPipeline",
@@ -59,6 +68,7 @@ __all__ = [
     "MoLEStableDiffusionXLImg2ImgPipeline",
     "MoLEStableDiffusionXLInpaintPipeline",
     "MoLEStableDiffusionXLPipeline",
+    "MoLEZImagePipeline",
     "PictureWarning",
     "RefusedFileError",
     "Strongest",

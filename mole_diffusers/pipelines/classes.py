@@ -66,13 +66,33 @@ class MoLEStableDiffusionXLControlNetInpaintPipeline(DropIn, diffusers.StableDif
     """`StableDiffusionXLControlNetInpaintPipeline` that composes what it loads."""
 
 
+class MoLEStableDiffusion3Pipeline(DropIn, diffusers.StableDiffusion3Pipeline):
+    """`StableDiffusion3Pipeline` that composes what it loads."""
+
+
+class MoLEFluxPipeline(DropIn, diffusers.FluxPipeline):
+    """`FluxPipeline` that composes what it loads."""
+
+
+class MoLEFluxControlPipeline(DropIn, diffusers.FluxControlPipeline):
+    """`FluxControlPipeline` that composes what it loads."""
+
+
+class MoLEQwenImagePipeline(DropIn, diffusers.QwenImagePipeline):
+    """`QwenImagePipeline` that composes what it loads."""
+
+
+class MoLEZImagePipeline(DropIn, diffusers.ZImagePipeline):
+    """`ZImagePipeline` that composes what it loads."""
+
+
 DROP_INS = {kind.__bases__[1].__name__: kind for kind in DropIn.__subclasses__()}
-# `AutoPipelineForText2Image.from_pipe` and similar classes look up a pipeline's class by name in these tables.
-for table in (
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING
-):  # fmt: skip
-    own = {f"mole-{name}": DROP_INS[kind.__name__] for name, kind in table.items() if kind.__name__ in DROP_INS}
-    table.update(own)
+# `AutoPipelineForText2Image.from_pipe` and similar classes look up a pipeline's class by name in these tables. A form
+# without a drop-in is diffusers' own.
+TABLES = (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING)
+_named = [name for table in TABLES for name, kind in table.items() if kind.__name__ in DROP_INS]
+for table in TABLES:
+    table.update({f"mole-{name}": DROP_INS.get(table[name].__name__, table[name]) for name in _named if name in table})
 
 
 class MoLEPipeline:

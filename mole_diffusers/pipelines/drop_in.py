@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
+from diffusers.loaders import FluxLoraLoaderMixin
 
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.lora import Expert
@@ -30,7 +31,7 @@ from mole_diffusers.patching.install.peft_injection import adapted
 from mole_diffusers.patching.install.pipeline_calls import share_calls
 from mole_diffusers.pipelines.adapter_weights import weights_by_block
 from mole_diffusers.pipelines.kept import attach_kept, choose, keep
-from mole_diffusers.pipelines.sources import HUB, KEPT, kept_folder, read_lora, saved_pipeline
+from mole_diffusers.pipelines.sources import HUB, KEPT, Control, control_lora, kept_folder, read_lora, saved_pipeline
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 IGNORED = ("low_cpu_mem_usage", "use_safetensors")  # how diffusers loads; no effect here
@@ -75,11 +76,20 @@ class DropIn:
             hotswap: replace the expert of that name.
             **kwargs: `weight_name`, and for the hub `subfolder`, `revision`, `token`, `cache_dir`, ...
 
+        A Control LoRA of Flux changes more than layers, so it becomes an ordinary adapter, as in diffusers.
+
         Raises ValueError for a name that is taken, and everything that `attach` raises; the mixture stays as it was.
         """
         if unknown := sorted(set(kwargs) - {*HUB, *IGNORED, "weight_name", "subfolder"}):
             raise TypeError(f"load_lora_weights() has no argument {unknown[0]!r}")
-        expert = read_lora(source, adapter_name, **{key: value for key, value in kwargs.items() if key not in IGNORED})
+        where = {key: value for key, value in kwargs.items() if key not in IGNORED}
+        if isinstance(source, Mapping) and all(tensor.dim() == 0 for tensor in source.values()):
+            super().load_lora_weights(source, adapter_name)  # says that it holds nothing for these models
+            return
+        if isinstance(self, FluxLoraLoaderMixin) and (control := control_lora(source, self.transformer, **where)):
+            self._load_control(control, adapter_name, hotswap)
+            return
+        expert = read_lora(source, adapter_name, **where)
         with lock_of_pipeline(self).held():
             experts, ordinary = self._experts(), self._ordinary()
             loaded = [*experts, *ordinary]
@@ -92,6 +102,21 @@ class DropIn:
             self._attach({**experts, name: (expert if expert is source else replace(expert, name=name), 1.0)})
             if ordinary:  # as in diffusers, the LoRA loaded last is on, and earlier ones are off
                 self._ordinary_off()
+
+    @_one_at_a_time
+    def _load_control(self, control: Control, adapter_name: str | None, hotswap: bool) -> None:
+        mixture = self.mixture
+        loaded = [*self._experts(), *self._ordinary()]
+        name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in loaded)
+        if name in self._experts():
+            raise ValueError(f"adapter name {name!r} is in use; loaded: {loaded}")
+        if mixture is not None and control.widens:  # diffusers raises the same for LoRAs that it has loaded
+            raise RuntimeError(
+                f"size mismatch for x_embedder.lora_A.{name}.weight: a LoRA that widens the model comes before others, and "
+                f"{list(mixture.experts)} are loaded"
+            )
+        with nullcontext() if mixture is None else mixture.lifted():
+            super().load_lora_weights(control.source, adapter_name=name, hotswap=hotswap)
 
     @_one_at_a_time
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
@@ -191,6 +216,11 @@ class DropIn:
             if bound.needs_words:
                 words = " or ".join(map(repr, bound.words))
                 warnings.warn(f"fused, {name!r} acts on every prompt; before, only on those with {words}", stacklevel=3)
+        if lost := [word for expert in mixture.experts.values() for word in expert.embeddings]:
+            words = " and ".join(map(repr, lost))
+            warnings.warn(
+                f"the trained embeddings of {words} are not fused: load_textual_inversion loads some", stacklevel=3
+            )
         before = mixture.lasting()
         try:
             self._hand_over(mixture)
@@ -208,7 +238,7 @@ class DropIn:
         with TemporaryDirectory() as folder:
             files = {name: Path(folder, f"{i}.safetensors") for i, name in enumerate(experts)}
             for name, (expert, _) in experts.items():
-                save_expert(expert, files[name], dtype=torch.float32)
+                save_expert(replace(expert, embeddings={}), files[name], dtype=torch.float32)
             detach(self)
             for name, file in files.items():
                 super().load_lora_weights(str(file), adapter_name=name)

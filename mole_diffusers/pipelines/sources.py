@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
+from diffusers.loaders import FluxLoraLoaderMixin
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -19,10 +21,14 @@ from huggingface_hub.errors import (
 
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.metadata import PEFT_CONFIG, PEFT_FILE
+from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.lora.whole_files import whole_folder
 from mole_diffusers.lora.writing import save_atomically
 
 KEPT = "mole"  # folder of a saved pipeline that holds its mixture
+# Parts of the names of norms in Control LoRAs, and the layer that reads the channels
+NORMS = (*FluxLoraLoaderMixin._control_lora_supported_norm_keys, "query_norm.scale", "key_norm.scale")
+CHANNELS = re.compile(r"(?:^|[._])(?:x_embedder|img_in)\.(?:lora_A|lora_down)\b.*weight$")
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "proxies")
 
 
@@ -37,6 +43,34 @@ def read_lora(source: Any, name: str | None, **options: Any) -> Expert:
             {key: tensor.contiguous() for key, tensor in source.items()}, file := Path(folder, "dict.safetensors"), {}
         )
         return replace(read_expert(file, name), source="a state dict")
+
+
+class Control(NamedTuple):
+    """A Control LoRA of Flux: it also has norms, or reads another number of channels than the model.
+
+    Attributes:
+        source: a file or a state dict.
+        widens: whether it reads more of them.
+    """
+
+    source: Any
+    widens: bool
+
+
+def control_lora(source: Any, transformer: Any, **options: Any) -> Control | None:
+    """The Control LoRA that these diffusers arguments name, if it is one for this transformer."""
+    if isinstance(source, Expert):
+        return None
+    if isinstance(source, Mapping):
+        shapes = {key: tuple(tensor.shape) for key, tensor in source.items()}
+    else:
+        source = str(_lora_file(source, **options))
+        shapes = read_header(source)[0]
+    norms = [key for key in shapes if "lora" not in key and any(norm in key for norm in NORMS)]
+    widths = {shape[1] for key, shape in shapes.items() if CHANNELS.search(key)}
+    if not norms and widths <= {transformer.x_embedder.in_features}:
+        return None
+    return Control(source, max(widths, default=0) > transformer.x_embedder.in_features)
 
 
 def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any) -> Path:

@@ -1,5 +1,6 @@
 """diffusers' LoRA calls on the drop-in, beside the same calls on diffusers' own pipeline."""
 
+import logging
 from dataclasses import replace
 
 import diffusers
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiers import thorough
 
 import mole_diffusers as mole
@@ -34,6 +35,85 @@ def load(pipe, files):
 
 def same(ours, stock, options):
     torch.testing.assert_close(hosts.draw(ours, options), hosts.draw(stock, options), **CLOSE)
+
+
+def like(stock, pipe):
+    """A pipeline that drops as much of a template as the tiny one does, which has more tokens than the published one."""
+    if hasattr(stock, "prompt_template_encode_start_idx"):
+        pipe.prompt_template_encode_start_idx = stock.prompt_template_encode_start_idx
+    return hosts.quiet(pipe)
+
+
+@pytest.mark.parametrize("name", ["qwen", *thorough("sd3", "flux", "z_image")])
+def test_the_calls_of_transformers_are_those_of_diffusers(name, tmp_path):
+    (ours, options), (stock, _) = (hosts.HOSTS[name]() for _ in range(2))
+    base, ours = hosts.draw(stock, options), like(stock, mole.MoLEPipeline.from_pipe(ours))
+    assert type(ours).__name__ == f"MoLE{type(stock).__name__}"
+    files = {n: tmp_path / f"{n}.safetensors" for n in ("fox", "ink")}
+    for seed, file in enumerate(files.values()):
+        loaded = {f"{part}." for part in stock._lora_loadable_modules}
+        tensors = load_file(tiny_lora(stock, file, seed=seed))
+        save_file({key: tensor for key, tensor in tensors.items() if key.startswith(tuple(loaded))}, file)
+    for pipe in (ours, stock):
+        load(pipe, files)
+        pipe.set_adapters(["fox", "ink"], [0.7, -0.4])
+    same(ours, stock, options)
+    assert ours.get_list_adapters() == stock.get_list_adapters()
+    assert ours.get_active_adapters() == stock.get_active_adapters()
+    ours.save_pretrained(tmp_path / "saved")
+    without = {part: None for part, model in ours.components.items() if model is None}
+    same(like(stock, mole.MoLEPipeline.from_pretrained(tmp_path / "saved", **without)), stock, options)
+    scaled = {"qwen": "attention_kwargs"}.get(name, "joint_attention_kwargs")
+    same(ours, stock, options | {scaled: {"scale": 0.5}})
+    for pipe in (ours, stock):
+        pipe.set_adapters("ink", 0.5)
+        pipe.fuse_lora(components=stock._lora_loadable_modules, lora_scale=0.9)
+    same(ours, stock, options)
+    for pipe in (ours, stock):
+        pipe.unfuse_lora(components=stock._lora_loadable_modules)
+        pipe.delete_adapters("ink")
+        pipe.set_adapters("fox")
+    same(ours, stock, options)
+    for pipe in (ours, stock):
+        pipe.unload_lora_weights()
+        torch.testing.assert_close(hosts.draw(pipe, options), base, **CLOSE)
+
+
+def control(pipe, *, channels):
+    """A state dict of a LoRA for the layer that reads the channels."""
+    (out, _), generator = pipe.transformer.x_embedder.weight.shape, torch.Generator().manual_seed(0)
+    shapes = {"lora_A": (4, channels), "lora_B": (out, 4)}
+    return {f"transformer.x_embedder.{k}.weight": torch.randn(v, generator=generator) for k, v in shapes.items()}
+
+
+def test_a_control_lora_of_flux_becomes_an_ordinary_adapter(tmp_path):
+    ours, options = hosts.HOSTS["flux"]()
+    ours = hosts.quiet(mole.MoLEPipeline.from_pipe(ours))
+    base, (norm, weight) = (
+        hosts.draw(ours, options),
+        next((name, p) for name, p in ours.transformer.named_parameters() if "norm_q" in name),
+    )
+    ours.load_lora_weights({f"transformer.{norm}": weight.detach() + 1})
+    assert ours.mixture is None
+    assert not torch.allclose(hosts.draw(ours, options), base, atol=1e-4)
+    ours.unload_lora_weights()
+    assert torch.equal(hosts.draw(ours, options), base)
+    fox = tiny_lora(ours, tmp_path / "fox.safetensors", ends=("attn.to_q",))
+    ours.load_lora_weights(fox, adapter_name="fox")
+    alone = hosts.draw(ours, options)
+    save_file(control(ours, channels=8), tmp_path / "narrow.safetensors")
+    ours.load_lora_weights(tmp_path / "narrow.safetensors", adapter_name="narrow")  # for fewer channels than the model has
+    assert list(ours.mixture.experts) == ["fox"]
+    assert set(ours.get_active_adapters()) == {"fox", "narrow"}
+    assert not torch.allclose(hosts.draw(ours, options), alone, atol=1e-4)
+    with pytest.raises(ValueError, match="'fox' is in use"):
+        ours.load_lora_weights(control(ours, channels=32), adapter_name="fox")
+    with pytest.raises(RuntimeError, match="size mismatch for x_embedder.lora_A.wide.weight: a LoRA that widens"):
+        ours.load_lora_weights(control(ours, channels=32), adapter_name="wide")
+    ours.unload_lora_weights()
+    assert torch.equal(hosts.draw(ours, options), base)
+    ours.load_lora_weights(control(ours, channels=16), adapter_name="plain")
+    assert list(ours.mixture.experts) == ["plain"]
 
 
 WEIGHTS = [
@@ -286,3 +366,16 @@ def test_a_pipeline_without_a_denoiser_has_no_mixture():
     pipe, _ = hosts.HOSTS["sd15"]()
     parts = {**pipe.components, "unet": None}
     assert mole.MoLEStableDiffusionPipeline(**parts, requires_safety_checker=False).mixture is None
+
+
+def test_a_state_dict_without_a_matrix_loads_nothing_and_diffusers_says_so(both, caplog, monkeypatch):
+    ours, stock, options, _ = both
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    with caplog.at_level("WARNING", logger="diffusers"):
+        for pipe in (ours, stock):
+            pipe.load_lora_weights({"lora_foo": torch.tensor(2.0)})
+    logged = [record.message for record in caplog.records if record.message.startswith("No LoRA keys associated to")]
+    assert len(logged) >= 2
+    assert sorted(logged[: len(logged) // 2]) == sorted(logged[len(logged) // 2 :])
+    assert ours.mixture is None
+    same(ours, stock, options)

@@ -37,7 +37,7 @@ REST = (
     "sd15-controlnet-inpaint",
     "sdxl-controlnet-inpaint",
 )
-FORMS = ["sd15", *thorough("sdxl", *REST)]
+FORMS = ["sd15", *thorough("sdxl", *REST, "flux", "z_image")]
 
 
 @pytest.fixture
@@ -354,8 +354,8 @@ def test_saving_waits_for_what_another_thread_loads(kind, tmp_path, monkeypatch)
 
 
 def test_a_kind_without_a_dropin_is_refused():
-    with pytest.raises(ValueError, match="FluxPipeline has no drop-in pipeline; those that have one"):
-        mole.MoLEPipeline.from_pipe(hosts.flux())
+    with pytest.raises(ValueError, match="ChromaPipeline has no drop-in pipeline; those that have one"):
+        mole.MoLEPipeline.from_pipe(hosts.chroma())
 
 
 @pytest.mark.parametrize("kind", BOTH, indirect=True)
