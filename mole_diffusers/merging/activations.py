@@ -39,6 +39,7 @@ class Activations:
         steps: sampling steps from pure noise, without guidance.
         rows: at most this many of a layer's tokens are recorded per step, evenly spaced.
         seed: of the noise.
+        call: further arguments of the pipeline's calls, such as a width and a height.
     """
 
     pipe: Any
@@ -47,6 +48,7 @@ class Activations:
     steps: int = 4
     rows: int = 256
     seed: int = 42
+    call: Mapping[str, Any] = field(default_factory=dict)
     _own: dict[tuple[str, str, float], dict[str, torch.Tensor]] = field(default_factory=dict, init=False)
 
     def own(self, name: str, expert: Expert, strength: float = 1.0) -> dict[str, torch.Tensor]:
@@ -67,7 +69,8 @@ class Activations:
             attach(self.pipe, {name: (running, strength)}, "sum", binding=None)
             prompts = list(self.prompts[name])
             generators = [torch.Generator().manual_seed(self.seed + i) for i in range(len(prompts))]
-            options = {"num_inference_steps": self.steps, "guidance_scale": 1.0, "output_type": "latent"}
+            unguided = record(denoiser(self.pipe)).unguided
+            options = {"num_inference_steps": self.steps, "guidance_scale": unguided, "output_type": "latent", **self.call}
             try:
                 self.pipe(prompts, generator=generators, **options)
             finally:
@@ -145,8 +148,11 @@ class RecordedTokens:
         if stream in WITH_TEXT:
             text = functional.rows_for_layer(self._own[part], len(x))
             # A second attention of the picture (SD 3.5) has the name that cross-attention has elsewhere.
-            if stream == "joint" or x.shape[1] == text.shape[1]:
-                kept[:, : text.shape[1]] = text
+            if stream == "joint":
+                where = self._record.blocks.apart(x.shape[1] - text.shape[1], text.shape[1])[1]
+                kept[:, where] = text
+            elif x.shape[1] == text.shape[1]:
+                kept[:] = text
         return kept
 
 

@@ -93,6 +93,7 @@ class Denoiser:
         text_width: name in its config of the text's channels.
         blocks: what they do with text and picture.
         prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
+        unguided: the guidance scale of its pipelines that means no guidance.
         text_layers: the hidden states of text encoders that its pipelines make the text of.
     """
 
@@ -105,6 +106,7 @@ class Denoiser:
     time: str = "timestep"
     clean: float = 0
     prompts_first: bool = False
+    unguided: float = 1
     text_layers: tuple[int, ...] = (-4, -3, -2, -1)
 
 
@@ -184,6 +186,7 @@ RECORDS: Mapping[str, Denoiser] = {
         time="t",
         clean=1,
         prompts_first=True,
+        unguided=0,
     ),
     "WanTransformer3DModel": Denoiser(
         "hidden_states",

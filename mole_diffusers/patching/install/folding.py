@@ -14,6 +14,7 @@ from mole_diffusers import functional
 from mole_diffusers.lora import LoraWeights
 from mole_diffusers.patching.gating.decision import Decision, Present
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, is_one_graph
+from mole_diffusers.patching.host.denoisers import record
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.undo import undoing
 
@@ -47,7 +48,7 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
     Raises ValueError if a gate needs an input and there is no prompt.
     """
     if parts[0].family.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
-        call = {"guidance_scale": 1.0, **call}
+        call = {"guidance_scale": record(denoiser(pipe)).unguided, **call}
     if prompt is None or reads_nothing(parts):
         for part in parts:
             part.evaluate_input_free()
