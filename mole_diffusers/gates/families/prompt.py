@@ -84,7 +84,7 @@ class PromptGate(Gate):
         self.pooler = nn.Parameter(torch.zeros(width))  # w
         self.weight = nn.Parameter(torch.zeros(count, width))  # W
         self.numerator, self.denominator = (nn.Parameter(torch.tensor(c)) for c in GELU)
-        self._text, self._last = Seen(), (0, torch.zeros(0))  # the last text, with the versions and logits for it
+        self._last = Seen(), 0, torch.zeros(0)  # the last text, with the versions and logits for it
         self._routed: list[Routed] | None = None
 
     def pooled(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
@@ -134,6 +134,8 @@ class PromptGate(Gate):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.route(hidden, tokens)
         versions = sum(version(p) for p in self.parameters())
-        if not self._text.again(hidden) or self._last[0] != versions:
-            self._last = versions, self.route(hidden, tokens)
-        return self._last[1]
+        text, before, logits = self._last
+        if not text.again(hidden) or before != versions:
+            logits = self.route(hidden, tokens)
+            self._last = text, versions, logits
+        return logits
