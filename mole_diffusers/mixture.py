@@ -64,7 +64,7 @@ Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
 
 
-class Lasting(NamedTuple):
+class PersistentSettings(NamedTuple):
     """What a mixture is set to outside of all `with` blocks.
 
     Attributes:
@@ -374,12 +374,12 @@ class Mixture:
         """name -> (expert, strength), as `attach` takes them."""
         return {name: (expert, self.strength(name)) for name, expert in self.experts.items()}
 
-    def lasting(self) -> Lasting:
+    def persistent_settings(self) -> PersistentSettings:
         """The settings outside of all `with` blocks, those of other threads included: what is copied and saved."""
         with self._lock.held():
             settings = self._settings
             strengths, active, binding = settings.strengths.outside, settings.active.outside, settings.binding.outside
-            return Lasting(
+            return PersistentSettings(
                 {name: (expert, s) for (name, expert), s in zip(self.experts.items(), strengths, strict=True)},
                 {name for name, on in zip(self.experts, active, strict=True) if on},
                 settings.plan.outside,
@@ -678,7 +678,7 @@ class Mixture:
         mixture = Mixture(pipe, self.experts, self.config)
         for name, bank in self.banks.items():  # inside `lifted` it is not offloaded
             mixture.banks[name].load_state_dict(bank.state_dict())
-        kept = self.lasting()
+        kept = self.persistent_settings()
         mixture._set([strength for _, strength in kept.experts.values()], kept.active, copy(kept.plan))
         mixture._sampling.set(mixture._settings.binding, mixture._masks(kept.binding))
         return mixture._installation

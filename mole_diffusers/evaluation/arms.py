@@ -303,7 +303,7 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
 # ---- arms by name
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """What arms are made for.
 
     Attributes:
@@ -319,35 +319,35 @@ class Asked(NamedTuple):
     weights: Weights = ones
 
 
-Need = Callable[[Asked], str]  # what an arm lacks, as the end of a sentence that begins with its name; "" if nothing
+Need = Callable[[Request], str]  # what an arm lacks, as the end of a sentence that begins with its name; "" if nothing
 
 
-def a_unet(asked: Asked) -> str:
+def a_unet(request: Request) -> str:
     """A pipeline with a UNet."""
-    pipe = asked.setup.pipe
+    pipe = request.setup.pipe
     return "" if getattr(pipe, "unet", None) is not None else f"needs a unet, unlike {type(pipe).__name__}"
 
 
-def prompts_by_expert(asked: Asked) -> str:
+def prompts_by_expert(request: Request) -> str:
     """A pipeline that can read a prompt with single experts."""
-    pipe = asked.setup.pipe
+    pipe = request.setup.pipe
     return "" if encodes_by_expert(pipe) else f"needs a unet and one text encoder, unlike {type(pipe).__name__}"
 
 
-def own_prompts(asked: Asked) -> str:
+def own_prompts(request: Request) -> str:
     """Prompts of each expert's own, to run it on."""
-    lacking = sorted(name for name in asked.setup.experts if not asked.setup.prompts.get(name))
+    lacking = sorted(name for name in request.setup.experts if not request.setup.prompts.get(name))
     return f"runs every expert on prompts of its own, and there are none for {lacking}" if lacking else ""
 
 
-def a_search(asked: Asked) -> str:
+def a_search(request: Request) -> str:
     """The weights of a search."""
-    return "" if asked.searches is not None else "needs the weights of a search"
+    return "" if request.searches is not None else "needs the weights of a search"
 
 
-def trained_gates(asked: Asked) -> str:
+def trained_gates(request: Request) -> str:
     """A folder of trained gates."""
-    return "" if asked.gates is not None else "needs a folder of trained gates"
+    return "" if request.gates is not None else "needs a folder of trained gates"
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ class Choice:
         movable: whether its strengths can be moved from subjects to styles.
     """
 
-    made: Callable[[Asked], Sequence[Arm]]
+    made: Callable[[Request], Sequence[Arm]]
     needs: Sequence[Need] = ()
     movable: bool = False
 
@@ -373,19 +373,23 @@ class Plain(NamedTuple):
 
     def choice(self) -> Choice:
         """To be chosen by its name."""
-        return Choice(lambda asked: [self.make()], self.needs)
+        return Choice(lambda request: [self.make()], self.needs)
 
 
 def _merge(method: str) -> Choice:
     needs = [own_prompts] if by_activations(method) else []
-    return Choice(lambda asked: [merged(method, method + asked.at, asked.weights)], needs, movable=True)
+    return Choice(lambda request: [merged(method, method + request.at, request.weights)], needs, movable=True)
 
 
 def _gated(name: str, *, movable: bool = False, **how: Any) -> Choice:
     """Trained gates; `how` as in `weighted`."""
 
-    def made(asked: Asked) -> list[Arm]:
-        return [] if asked.gates is None else [weighted(name + asked.at, asked.weights, gates=gates_of(asked.gates), **how)]
+    def made(request: Request) -> list[Arm]:
+        return (
+            []
+            if request.gates is None
+            else [weighted(name + request.at, request.weights, gates=gates_of(request.gates), **how)]
+        )
 
     return Choice(made, [trained_gates], movable=movable)
 
@@ -414,9 +418,9 @@ PLAIN = {
 }
 ARMS: dict[str, Choice] = {
     **{name: plain.choice() for name, plain in PLAIN.items()},
-    "sum": Choice(lambda asked: [weighted("sum" + asked.at, asked.weights)], movable=True),
-    "alone": Choice(lambda asked: [alone(concept) for concept in asked.setup.experts]),
-    "grid search": Choice(lambda asked: [] if asked.searches is None else [searched(asked.searches)], [a_search]),
+    "sum": Choice(lambda request: [weighted("sum" + request.at, request.weights)], movable=True),
+    "alone": Choice(lambda request: [alone(concept) for concept in request.setup.experts]),
+    "grid search": Choice(lambda request: [] if request.searches is None else [searched(request.searches)], [a_search]),
     **{method: _merge(method) for method in MERGES},
     **{name: _gated(name, context=context, movable=name == "gates") for name, context in CONTROLS.items()},
     BOUND_GATES: _gated(BOUND_GATES, binding=from_files),
@@ -457,15 +461,15 @@ def chosen_arms(
     if found := obstacles(names, setup, gates, weights=weights):
         raise ValueError("; ".join(found.values()))
     moved = [(f" @ {share:g}", by_role(2 - 2 * share, 2 * share)) for share in shares] or [("", ones)]
-    return [arm for name, each in product(names, moved) for arm in ARMS[name].made(Asked(setup, gates, weights, *each))]
+    return [arm for name, each in product(names, moved) for arm in ARMS[name].made(Request(setup, gates, weights, *each))]
 
 
 def obstacles(
     names: Sequence[str], setup: Setup, gates: Path | None = None, *, weights: ByKind | None = None
 ) -> dict[str, str]:
     """Named arms that cannot be drawn with this setup -> the reason, known before anything is drawn."""
-    asked = Asked(setup, gates, weights)
-    found = {name: f"{name!r} {why}" for name in names for need in ARMS[name].needs if (why := need(asked))}
+    request = Request(setup, gates, weights)
+    found = {name: f"{name!r} {why}" for name in names for need in ARMS[name].needs if (why := need(request))}
     for name in (name for name in names if name in MERGES):
         try:
             check_fits(list(setup.experts.values()), name)

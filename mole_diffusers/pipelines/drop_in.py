@@ -221,7 +221,7 @@ class DropIn:
             warnings.warn(
                 f"the trained embeddings of {words} are not fused: load_textual_inversion loads some", stacklevel=3
             )
-        before = mixture.lasting()
+        before = mixture.persistent_settings()
         try:
             self._hand_over(mixture)
             super().fuse_lora(*args, **kwargs)
@@ -332,7 +332,7 @@ class DropIn:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card; `options` are those of `gates.hub.upload`."""
         mixture = self._require()
-        card = model_card(mixture.lasting().experts, mixture.config, repo_id, pipeline=True)
+        card = model_card(mixture.persistent_settings().experts, mixture.config, repo_id, pipeline=True)
         return push(self.save_pretrained, card, repo_id, **options)
 
     def to_json_string(self) -> str:
@@ -342,7 +342,7 @@ class DropIn:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _experts(self) -> dict[str, tuple[Expert, float]]:
-        return {} if self.mixture is None else self.mixture.lasting().experts
+        return {} if self.mixture is None else self.mixture.persistent_settings().experts
 
     def _attach(self, experts: Mapping[str, tuple[Expert, float]], gates: Gates | None = None) -> None:
         """Attach these experts instead of the present ones; bindings and switched-off experts stay. No experts: detach.
@@ -360,7 +360,7 @@ class DropIn:
         elif mixture is None:
             attach(self, experts, gates)
         else:
-            now = mixture.lasting()
+            now = mixture.persistent_settings()
             off, by_block = set(mixture.experts) - now.active, weights_by_block(now.plan)
             same = {name for name, (expert, _) in experts.items() if expert is mixture.experts.get(name)}
             binding = None if now.binding is None else {n: b for n, b in now.binding.items() if n in same}

@@ -41,7 +41,7 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
     """
     with new_folder(folder) as part:
         (part / EXPERTS).mkdir()
-        kept, rows, now = {}, [], mixture.lasting()
+        kept, rows, now = {}, [], mixture.persistent_settings()
         by_block = weights_by_block(now.plan)
         for i, (name, (expert, strength)) in enumerate(now.experts.items()):
             file = f"{i}.safetensors"
