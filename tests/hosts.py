@@ -4,12 +4,18 @@
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import diffusers as d
 import torch
 from accelerate import cpu_offload
 from diffusers.hooks import apply_group_offloading
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as qwen_editing
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -17,12 +23,25 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -36,6 +55,7 @@ from mole_diffusers.patching.host.denoiser_inputs import models_of
 from mole_diffusers.testing import tiny_tokenizer
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+PHOTO = VaeImageProcessor.numpy_to_pil(PICTURE.permute(0, 2, 3, 1).numpy())[0]
 MASK = torch.ones(1, 1, 32, 32).tril()
 
 
@@ -46,14 +66,14 @@ def unet(**options):
     return d.UNet2DConditionModel(**({"sample_size": 16} | wide | shape | options)).eval()
 
 
-def vae():
+def vae(channels=4):
     return d.AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
         norm_num_groups=2,
-        latent_channels=4,
+        latent_channels=channels,
         sample_size=32,
         shift_factor=0.0,
     ).eval()
@@ -79,9 +99,12 @@ CHAT = (
 )
 
 
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
 def letters():
     """Qwen's tokenizer and its template of a chat, with a token for each byte."""
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION]
     ids = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
     words = Qwen2Tokenizer(vocab=ids, merges=[], extra_special_tokens=marks[1:])
     words.chat_template = CHAT
@@ -93,6 +116,54 @@ def qwen3(kind=Qwen3Model, *, width=16, layers=2):
     shape = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
     size = {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(words)}
     return kind(Qwen3Config(**shape, **size)).eval(), words
+
+
+def qwen3_vl():
+    words = letters()
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(words)}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+    eye = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    eye |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=shape | size | rope, vision_config=eye)).eval(), words
+
+
+INSTRUCTIONS = (
+    "<s>{% for m in messages %}{% set kind = '[SYSTEM_PROMPT]' if m['role'] == 'system' else '[INST]' %}"
+    "{{ kind }}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{{ kind.replace('[', '[/') }}{% endfor %}"
+)
+
+
+def mistral():
+    """Mistral's encoder, its processor and template, with a token for each byte.
+
+    The states after its layers 10, 20 and 30 are the text.
+    """
+    marks = ["<pad>", "<s>", "</s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"]
+    marks += ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    ids = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
+    by_bytes = Tokenizer(models.BPE(ids, []))
+    by_bytes.pre_tokenizer, by_bytes.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": marks[3:]}
+    words = PreTrainedTokenizerFast(tokenizer_object=by_bytes, **named)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 31, "num_attention_heads": 2, "head_dim": 4}
+    size = {"num_key_value_heads": 1, "vocab_size": len(words)}
+    eye = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral"} | shape | size,
+        vision_config={"model_type": "pixtral", "head_dim": 4} | eye,
+        image_token_index=ids["[IMG]"],
+    )
+    processor = PixtralProcessor(PixtralImageProcessor(), words, chat_template=INSTRUCTIONS)
+    return Mistral3ForConditionalGeneration(config).eval(), processor
+
+
+def gemma():
+    """Gemma's encoder and its tokenizer, with a token for each letter."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *map(chr, range(33, 127))]
+    words = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], add_bos_token=True)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    return Gemma2Model(Gemma2Config(**shape, num_key_value_heads=1, vocab_size=len(words))).eval(), words
 
 
 def eye():
@@ -240,21 +311,21 @@ def qwen_vl():
     size = {"num_key_value_heads": 1, "vocab_size": len(words)}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
     eye = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    config = Qwen2_5_VLConfig(text_config=shape | size | rope, vision_config=eye)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    ids = dict(zip(names, words.convert_tokens_to_ids(list(VISION)), strict=True))
+    config = Qwen2_5_VLConfig(text_config=shape | size | rope, vision_config=eye, **ids)
     return Qwen2_5_VLForConditionalGeneration(config).eval(), words
 
 
-def qwen():
+def qwen(kind=d.QwenImagePipeline):
     torch.manual_seed(0)
     shape = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16}
     size = {"in_channels": 16, "out_channels": 4, "axes_dims_rope": (8, 4, 4)}
-    wide = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
-    latents = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
     encoder, words = qwen_vl()
     parts = {"transformer": d.QwenImageTransformer2DModel(**shape, **size).eval(), "scheduler": flow()}
-    pipe = d.QwenImagePipeline(
-        **parts, vae=d.AutoencoderKLQwenImage(**wide, **latents).eval(), text_encoder=encoder, tokenizer=words
-    )
+    if kind is d.QwenImageEditPlusPipeline:
+        parts["processor"] = Qwen2VLProcessor(Qwen2VLImageProcessor(), words, Qwen2VLVideoProcessor())
+    pipe = kind(**parts, vae=qwen_vae(), text_encoder=encoder, tokenizer=words)
     # The template is 34 tokens of the published tokenizer up to the prompt, and more of one for each byte.
     pipe.prompt_template_encode_start_idx = len(words(pipe.prompt_template_encode.partition("{}")[0]).input_ids)
     return quiet(pipe)
@@ -269,6 +340,90 @@ def flux2(kind=d.Flux2KleinPipeline):
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     parts = {"transformer": d.Flux2Transformer2DModel(**shape, **size, guidance_embeds=False).eval(), "scheduler": flow()}
     return quiet(kind(**parts, vae=d.AutoencoderKLFlux2(**wide, **kinds).eval(), text_encoder=encoder, tokenizer=words))
+
+
+def qwen_vae():
+    wide = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    return d.AutoencoderKLQwenImage(**wide, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+
+
+def qwen_edit():
+    # Given pictures are enlarged to a million pixels for the autoencoder, and to 384 x 384 for the text encoder.
+    qwen_editing.VAE_IMAGE_SIZE = qwen_editing.CONDITION_IMAGE_SIZE = 32 * 32
+    return qwen(d.QwenImageEditPlusPipeline)
+
+
+def flux_like(kind, transformer, encoder, words, *, channels=4, **extra):
+    """A pipeline whose transformer has the blocks of Flux."""
+    shape = {"patch_size": 1, "in_channels": 4 * channels, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8}
+    size = {"num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": (2, 2, 4)}
+    parts = {"transformer": transformer(**shape, **size).eval(), "vae": vae(channels), "scheduler": flow()}
+    return quiet(kind(**parts, text_encoder=encoder, tokenizer=words, **extra))
+
+
+def longcat():
+    torch.manual_seed(0)
+    extra = {"channels": 16, "text_processor": None}  # the pipeline draws 16 channels, whatever the transformer has
+    return flux_like(d.LongCatImagePipeline, d.LongCatImageTransformer2DModel, *qwen_vl(), **extra)
+
+
+def ovis():
+    torch.manual_seed(0)
+    pipe = flux_like(d.OvisImagePipeline, partial(d.OvisImageTransformer2DModel, out_channels=16), *qwen3())
+    # The template is 28 tokens of the published tokenizer up to the prompt, and more of one for each byte.
+    begins, instructions, _ = pipe._get_messages("")[0].partition(pipe.system_prompt)
+    pipe.user_prompt_begin_id = len(pipe.tokenizer(begins + instructions).input_ids)
+    return pipe
+
+
+def ltx():
+    torch.manual_seed(0)
+    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16}
+    size = {"num_layers": 2, "in_channels": 8, "out_channels": 8}
+    wide = {"latent_channels": 8, "block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4, "patch_size": 1}
+    deep = {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5, "upsample_factor": (1,) * 4}
+    scaled = (True, True, False, False)
+    kinds = {"spatio_temporal_scaling": scaled, "decoder_spatio_temporal_scaling": scaled}
+    kinds |= {"decoder_inject_noise": (False,) * 5, "upsample_residual": (False,) * 4}
+    encoder, words = t5()
+    parts = {"transformer": d.LTXVideoTransformer3DModel(**shape, **size).eval(), "scheduler": flow()}
+    parts["vae"] = d.AutoencoderKLLTXVideo(**wide, **deep, **kinds).eval()
+    return quiet(d.LTXPipeline(**parts, text_encoder=encoder, tokenizer=words))
+
+
+def krea2():
+    torch.manual_seed(0)
+    shape = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text = {"text_hidden_dim": 16, "num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 2}
+    small = {"intermediate_size": 32, "timestep_embed_dim": 16, "text_intermediate_size": 16, "axes_dims_rope": (8, 4, 4)}
+    blocks = {"num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1, "in_channels": 16}
+    encoder, words = qwen3_vl()
+    parts = {"transformer": d.Krea2Transformer2DModel(**shape, **text, **small, **blocks).eval(), "vae": qwen_vae()}
+    for table in (p for n, p in parts["transformer"].named_parameters() if n.endswith("scale_shift_table")):
+        torch.nn.init.normal_(table)  # zero as built, so that blocks would add nothing
+    pipe = d.Krea2Pipeline(flow(), text_encoder=encoder, tokenizer=words, **parts, text_encoder_select_layers=(1, 2))
+    # The template is 34 tokens of the published tokenizer up to the prompt and 5 behind it, and more of one for each byte.
+    pipe.prompt_template_encode_start_idx = len(words(pipe.prompt_template_encode_prefix).input_ids)
+    pipe.prompt_template_encode_num_suffix_tokens = len(words(pipe.prompt_template_encode_suffix).input_ids)
+    return quiet(pipe)
+
+
+def flux2_dev():
+    pipe = flux2()
+    encoder, processor = mistral()
+    parts = {"vae": pipe.vae, "scheduler": flow(), "transformer": pipe.transformer}
+    return quiet(d.Flux2Pipeline(**parts, text_encoder=encoder, tokenizer=processor))
+
+
+def lumina2():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_layers": 2, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1}
+    size = {"in_channels": 4, "cap_feat_dim": 16, "multiple_of": 8, "axes_dim_rope": (4, 4, 8), "axes_lens": (300, 32, 32)}
+    encoder, words = gemma()
+    parts = {"transformer": d.Lumina2Transformer2DModel(**shape, **size).eval(), "vae": vae(), "scheduler": flow()}
+    pipe = d.Lumina2Pipeline(**parts, text_encoder=encoder, tokenizer=words)
+    pipe.vae_scale_factor = 2  # the pipeline takes it that all autoencoders shrink a side to an eighth
+    return quiet(pipe)
 
 
 def wan():
@@ -349,6 +504,17 @@ HOSTS = {
     "qwen": lambda: (qwen(), SIZE | {"negative_prompt": " ", "true_cfg_scale": 3.0}),
     "wan": lambda: (wan(), SIZE | {"num_frames": 5, "max_sequence_length": 16}),
     "flux2": lambda: (flux2(), SIZE | {"max_sequence_length": 64}),
+    "qwen-edit": lambda: (
+        qwen_edit(),
+        SIZE | {"image": [PHOTO], "negative_prompt": " ", "true_cfg_scale": 3.0},
+    ),
+    "longcat": lambda: (longcat(), SIZE | {"enable_prompt_rewrite": False}),
+    "ovis": lambda: (ovis(), SIZE | {"max_sequence_length": 64}),
+    "ltx": lambda: (ltx(), SIZE | {"num_frames": 9, "max_sequence_length": 16}),
+    "flux2-dev": lambda: (flux2_dev(), SIZE | {"max_sequence_length": 256}),
+    "krea2": lambda: (krea2(), SIZE | {"max_sequence_length": 64}),
+    # Its normalisation divides each row of the picture by a norm of the whole row, whatever is drawn where.
+    "lumina2": lambda: (lumina2(), SIZE | {"max_sequence_length": 256, "cfg_normalization": False}),
 }
 
 
@@ -362,6 +528,21 @@ def draw(pipe, options, prompt="a fox in ink", *, steps=2):
 def networks(pipe):
     """All models of a pipeline."""
     return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def load_adapters(pipe, files, weights=None):
+    """diffusers' own adapters; of a pipeline that loads none by another one, or by the transformer."""
+    loader, weights = pipe, [1.0] * len(files) if weights is None else weights
+    if isinstance(pipe, d.StableDiffusionAdapterPipeline):
+        loader = d.StableDiffusionPipeline(**{k: v for k, v in pipe.components.items() if k != "adapter"})
+    if isinstance(loader, LoraBaseMixin):
+        for adapter, file in files.items():
+            loader.load_lora_weights(file, adapter_name=adapter)
+        loader.set_adapters(list(files), weights)
+        return
+    for adapter, file in files.items():
+        loader.transformer.load_lora_adapter(load_file(file), adapter_name=adapter)
+    loader.transformer.set_adapters(list(files), weights)
 
 
 CPU = torch.device("cpu")

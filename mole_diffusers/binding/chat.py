@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 TURN, TURN_ENDS = "<|im_start|>", "<|im_end|>"  # of Qwen: a role and a new line follow the first
 BEGINS, ENDS = ("[INST]",), ("[/INST]", "[SYSTEM_PROMPT]")  # of Mistral
 NEW_LINE = "Ċ"  # of byte-level tokenizers
+PROMPT_STARTS = "<Prompt▁Start>"  # of Lumina 2 with Gemma, in several tokens; before it there are instructions
 
 
 def of_user(tokens: Sequence[str]) -> Iterator[bool]:
@@ -14,6 +16,9 @@ def of_user(tokens: Sequence[str]) -> Iterator[bool]:
 
     Pipelines cut off beginnings, so the first tokens count until a turn of somebody else begins.
     """
+    if (found := "".join(tokens).find(PROMPT_STARTS)) >= 0:
+        yield from (end > found + len(PROMPT_STARTS) for end in accumulate(map(len, tokens)))
+        return
     is_users, role = True, None
     for token in tokens:
         if token == TURN:

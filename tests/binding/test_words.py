@@ -9,6 +9,7 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mole_diffusers.binding import finding
+from mole_diffusers.binding.chat import of_user
 from mole_diffusers.binding.sentence import Who, parse
 from mole_diffusers.binding.words import joined, keys, overlaid, read
 from mole_diffusers.emoji import default_folder
@@ -292,3 +293,9 @@ def test_a_lora_with_a_place_of_its_own_is_one_thing(clip):
     ids = clip(prompt).input_ids
     assert [thing.experts for thing in read(ids, clip, phrases, Who(given=[0])).things] == [(1,), (0,)]
     assert [thing.experts for thing in read(ids, clip, phrases).things] == [(1,), (0,), (0,)]
+
+
+def test_instructions_before_a_prompt_are_not_the_users():
+    """As Lumina 2 has them."""
+    tokens = ["<bos>", "A", "▁picture", "<", "Prompt", "▁Start", ">", "▁a", "▁fox"]
+    assert list(of_user(tokens)) == [False] * 7 + [True] * 2

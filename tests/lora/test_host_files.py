@@ -49,20 +49,9 @@ def flux2():
     return d.Flux2KleinPipeline(hosts.flow(), None, None, None, model)
 
 
-def krea2():
-    torch.manual_seed(0)
-    shape = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-    text = {"text_hidden_dim": 16, "num_text_layers": 1, "text_num_attention_heads": 2, "text_num_key_value_heads": 2}
-    small = {"intermediate_size": 32, "timestep_embed_dim": 16, "text_intermediate_size": 16, "axes_dims_rope": (8, 4, 4)}
-    blocks = {"num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1}
-    return d.Krea2Pipeline(
-        hosts.flow(), None, None, None, d.Krea2Transformer2DModel(**shape, **text, **small, **blocks).eval()
-    )
-
-
 PIPELINES = {
     "sdxl": sdxl, "sd3": hosts.sd3, "flux": hosts.flux, "chroma": hosts.chroma, "flux2": flux2, "qwen": qwen,
-    "z_image": hosts.z_image, "wan": hosts.wan, "krea2": krea2,
+    "z_image": hosts.z_image, "wan": hosts.wan, "krea2": hosts.krea2, "lumina2": hosts.lumina2, "ltx": hosts.ltx,
 }  # fmt: skip
 GRID = torch.tensor([[0, row, column] for row in range(2) for column in range(2)])
 NOISE_LEVEL = torch.tensor([0.5])
@@ -84,7 +73,7 @@ AB, DOWN_UP, DOTTED = (
     ("lora_down.weight", "lora_up.weight"),
     ("lora.down.weight", "lora.up.weight"),
 )
-NAMED = ("lora_A.default.weight", "lora_B.default.weight")
+NAMED, PLAIN = ("lora_A.default.weight", "lora_B.default.weight"), ("down.weight", "up.weight")
 
 
 def same(*layers):
@@ -142,6 +131,14 @@ FLUX = CHROMA | {
     "double_blocks.0.txt_mod.lin": ("transformer_blocks.0.norm1_context.linear",),
     "single_blocks.1.modulation.lin": ("single_transformer_blocks.1.norm.linear",),
 }
+FLUX_XLABS = {
+    "double_blocks.0.processor.qkv_lora1": IN_BOTH_STREAMS["double_blocks.0.img_attn.qkv"],
+    "double_blocks.0.processor.qkv_lora2": IN_BOTH_STREAMS["double_blocks.0.txt_attn.qkv"],
+    "double_blocks.0.processor.proj_lora1": ("transformer_blocks.0.attn.to_out.0",),
+    "double_blocks.0.processor.proj_lora2": ("transformer_blocks.0.attn.to_add_out",),
+    "single_blocks.1.processor.qkv_lora": tuple(f"single_transformer_blocks.1.attn.to_{x}" for x in "qkv"),
+    "single_blocks.1.processor.proj_lora": ("single_transformer_blocks.1.proj_out",),
+}
 FLUX_DIFFUSERS = same(
     "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_v_proj", "transformer_blocks.0.ff.net.2",
     "single_transformer_blocks.0.attn.to_k", "single_transformer_blocks.1.proj_mlp", "single_transformer_blocks.1.proj_out",
@@ -166,7 +163,8 @@ QWEN = same(
 )  # fmt: skip
 Z_IMAGE = same(
     "layers.0.attention.to_q", "layers.1.attention.to_out.0", "layers.0.feed_forward.w1", "layers.1.adaLN_modulation.0",
-    "noise_refiner.0.attention.to_k", "context_refiner.0.feed_forward.w2",
+    "noise_refiner.0.attention.to_k", "context_refiner.0.feed_forward.w2", "all_x_embedder.2-1", "cap_embedder.1",
+    "all_final_layer.2-1.linear", "t_embedder.mlp.0",
 )  # fmt: skip
 Z_IMAGE_FUSED = {
     "layers.0.attention.qkv": tuple(f"layers.0.attention.to_{x}" for x in "qkv"),
@@ -190,8 +188,17 @@ KREA2 = {
     "blocks.0.attn.gate": ("transformer_blocks.0.attn.to_gate",),
     "blocks.0.mlp.gate": ("transformer_blocks.0.ff.gate",),
     "txtfusion.refiner_blocks.0.attn.wv": ("text_fusion.refiner_blocks.0.attn.to_v",),
+    "txtfusion.projector": ("text_fusion.projector",),
     "first": ("img_in",),
 }
+LUMINA2 = same(
+    "layers.0.attn.to_q", "layers.1.attn.to_out.0", "layers.0.feed_forward.linear_1", "layers.1.norm1.linear",
+    "noise_refiner.0.attn.to_k", "context_refiner.0.feed_forward.linear_2",
+)  # fmt: skip
+LTX = same(
+    "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn2.to_k", "transformer_blocks.1.attn1.to_out.0",
+    "transformer_blocks.1.ff.net.0.proj", "transformer_blocks.1.ff.net.2",
+)  # fmt: skip
 FILES = {  # host -> {form: (prefix, endings, layers)}
     "sdxl": {
         "peft": ("", AB, SDXL),
@@ -203,6 +210,7 @@ FILES = {  # host -> {form: (prefix, endings, layers)}
         "ai-toolkit": ("transformer.", AB, FLUX_DIFFUSERS),
         "kohya": ("lora_unet_", DOWN_UP, flat(FLUX)),
         "ComfyUI": ("diffusion_model.", DOWN_UP, FLUX),
+        "XLabs": ("", PLAIN, FLUX_XLABS),
     },
     "chroma": {"kohya": ("lora_unet_", DOWN_UP, flat(CHROMA)), "ai-toolkit": ("transformer.", AB, FLUX_DIFFUSERS)},
     "flux2": {
@@ -230,8 +238,11 @@ FILES = {  # host -> {form: (prefix, endings, layers)}
         "diffusers": ("transformer.", AB, {t: (t,) for targets in WAN.values() for t in targets}),
     },
     "krea2": {"ai-toolkit": ("base_model.model.", AB, KREA2), "ComfyUI": ("diffusion_model.", AB, KREA2)},
+    "lumina2": {"diffusers": ("transformer.", AB, LUMINA2)},  # others are converted at full width alone
+    "ltx": {"diffusers": ("transformer.", AB, LTX), "ComfyUI": ("diffusion_model.", AB, LTX)},
 }  # fmt: skip
 FAMILIES = {"flux": "Flux", "flux2": "Flux.2", "qwen": "Qwen-Image", "z_image": "Z-Image", "wan": "Wan", "krea2": "Krea 2"}
+FAMILIES["lumina2"] = "Lumina 2"
 CASES = [(host, form, not i) for host, forms in FILES.items() for i, form in enumerate(forms)]
 
 
@@ -313,8 +324,10 @@ def test_a_file_gives_the_weights_and_the_picture_that_diffusers_gives(pipelines
             mole.detach(pipe)
 
 
-OPTIONS = {name: hosts.SIZE | {"max_sequence_length": 32} for name in ("flux", "chroma", "z_image", "wan")}
+SHORT = ("flux", "chroma", "z_image", "wan", "krea2", "lumina2", "ltx")
+OPTIONS = {name: hosts.SIZE | {"max_sequence_length": 32} for name in SHORT}
 OPTIONS["wan"]["num_frames"] = 5
+OPTIONS["ltx"]["num_frames"] = 9
 
 
 @torch.no_grad()

@@ -119,13 +119,22 @@ class BoundText:
         """S."""
         return self.input.text.shape[1]
 
+    def rows_among(self, tokens: int) -> int | None:
+        """B, for a layer that gets the tokens of all rows one after the other; None for one that gets no tokens."""
+        rows = len(self.input.text)
+        return rows if self.blocks.is_joint and tokens > rows and tokens % rows == 0 else None
+
     def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
         """[B, T, N] for a layer whose tokens are those of `low`; None if its tokens are others."""
         tokens = low.shape[1]
         if stream == "joint":
             return self._joint(tokens)
         if stream == "text":
-            return self.word_mask
+            return (
+                None
+                if self.word_mask is None
+                else F.pad(self.word_mask, (0, 0, 0, max(0, tokens - self.tokens)), value=True)
+            )
         side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(tokens)
         return None if side is None else self._image_tokens(side)
 

@@ -316,9 +316,9 @@ class GateSite(ABC):
             rows_of: B if `low` are rows, else None.
         """
         masks, stream = self.sampling.effective.masks, layer.stream
-        if masks is None or not masks.binds or stream is None or (low.dim() == 2 and rows_of is None):
+        if masks is None or not masks.binds or stream is None or (text := masks.text_of(stream)) is None:
             return None
-        if (text := masks.text_of(stream)) is None:
+        if low.dim() == 2 and rows_of is None and (rows_of := text.rows_among(len(low))) is None:
             return None
         key = stream, layer.ranks, rows_of, low.shape, low.dtype, low.device
         if key not in text.cache:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mole_diffusers import functional
 from mole_diffusers.lora.stacking import Stack
@@ -58,8 +59,10 @@ class GatedExperts:
         """What the experts add to `result` = W x, through peft's own modules.
 
         It is for convolutions, quantised and offloaded layers, and layers with other adapters. x [B, Cin], [B, T, Cin]
-        or [B, Cin, H, W]; result has the same form with Cout.
+        or [B, Cin, H, W]; result has the same form with Cout. In a linear layer, tokens may be of several dimensions.
         """
+        if x.dim() > 3 and isinstance(self.layer.down, nn.Linear):
+            return self.forward(layer, active_adapter, x.flatten(1, -2), result.flatten(1, -2)).view_as(result)
         low = self.layer.down(x)
         factor, scaling = self.site.factor(self.layer, x, low), layer.scaling[ADAPTER]
         return result + self.layer.up(low * (factor if isinstance(scaling, float) and scaling == 1 else factor * scaling))

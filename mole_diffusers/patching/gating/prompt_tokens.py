@@ -207,22 +207,30 @@ def _same(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
 
 
 def _cut(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
-    """The text whose attended tokens, from one of them on, are all of rest [T, C]: pipelines leave out padding, and the
-    beginning of a template.
+    """The text of which rest [T, C] is a part, with its padding or without: pipelines leave out the beginning of a template,
+    its end, and padding.
     """
     for encoded in reversed(known):
         for i, attended in enumerate(() if encoded.attended is None else encoded.attended):
             for states in encoded.states:
                 if states.shape[2] > rest.shape[1]:
                     continue
-                own = states[i][attended].to(rest.device, rest.dtype)  # [t, C]
-                beginnings = (own == rest[0, : own.shape[1]]).all(1).nonzero().flatten().tolist()
-                for start in beginnings:
-                    count = min(len(own) - start, len(rest))
-                    if torch.equal(own[start:][:count], rest[:count, : own.shape[1]]) and not rest[count:].any():
-                        kept = attended.nonzero().flatten()[start:][:count]
-                        ids, words = (each[i : i + 1, kept.to(each.device)] for each in (encoded.ids, encoded.words))
-                        return Encoded(encoded.encoder, ids, words, None, (own[None, start:][:, :count],)), 0
+                for kept in (attended.nonzero().flatten(), torch.arange(len(attended), device=attended.device)):
+                    own = states[i][kept.to(states.device)].to(rest.device, rest.dtype)  # [t, C]
+                    if (start := _place(own, rest)) is None:
+                        continue
+                    part = slice(start, start + min(len(own) - start, len(rest)))
+                    ids, words = (each[i : i + 1, kept[part].to(each.device)] for each in (encoded.ids, encoded.words))
+                    return Encoded(encoded.encoder, ids, words, None, (own[None, part],)), 0
+    return None
+
+
+def _place(own: torch.Tensor, rest: torch.Tensor) -> int | None:
+    """Where in own [t, C] rest [T, C or more] begins, which goes on to its end or to that of `own`, and is zeros then."""
+    for start in (own == rest[0, : own.shape[1]]).all(1).nonzero().flatten().tolist():
+        count = min(len(own) - start, len(rest))
+        if torch.equal(own[start:][:count], rest[:count, : own.shape[1]]) and not rest[count:].any():
+            return start
     return None
 
 

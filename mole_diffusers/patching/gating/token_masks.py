@@ -60,6 +60,10 @@ class EncoderText:
     word_mask: torch.Tensor | None = None
     cache: LayerCache = field(default_factory=dict)
 
+    def rows_among(self, tokens: int) -> int | None:
+        """As in `BoundText`; a text encoder's layers get the tokens of each row apart."""
+        return None
+
     def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
         """[B, T, N] for a layer; None if every expert acts on every token."""
         return self.word_mask

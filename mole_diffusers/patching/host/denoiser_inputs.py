@@ -12,6 +12,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLI
 from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import ProcessorMixin
 
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.gates.seen import Seen
@@ -38,8 +39,8 @@ class DenoiserInputs:
         self.record = record(denoiser)
         self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._config = getattr(denoiser, "config", None)
-        self._seen: list[Seen] = []  # the texts of a list, and these side by side
-        self._padded: torch.Tensor | None = None
+        self._seen: list[Seen] = []  # the texts as they were given last, and as blocks read them
+        self._text: torch.Tensor | None = None
 
     def _read(self, name: str, args: tuple, kwargs: dict) -> Any:
         return kwargs[name] if name in kwargs else args[self.names.index(name)]
@@ -78,18 +79,27 @@ class DenoiserInputs:
     def text(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The text states [B, S, C]. For videos, B may be a multiple of the number of samples.
 
-        The texts of a list are padded with zeros as in the denoiser. The same texts give the same tensor again.
+        The texts of a list are padded with zeros as in the denoiser. Of several layers' states the last are given. The same
+        texts give the same tensor again.
         """
         given = self._read(self.record.text, args, kwargs)
-        if not isinstance(given, list):
+        shown = None if self.record.text_shown is None else self._read(self.record.text_shown, args, kwargs)
+        if isinstance(given, torch.Tensor) and given.dim() == 3 and shown is None:
             return given
-        if len(self._seen) != len(given):
-            self._seen, self._padded = [Seen() for _ in given], None
-        again = [seen.again(text) for seen, text in zip(self._seen, given, strict=True)]
-        if self._padded is None or not all(again):
+        texts = given if isinstance(given, list) else [given]
+        if len(self._seen) != len(texts):
+            self._seen, self._text = [Seen() for _ in texts], None
+        again = [seen.again(text) for seen, text in zip(self._seen, texts, strict=True)]
+        if self._text is None or not all(again):
+            self._text = self._in_blocks(given, shown)
+        return self._text
+
+    def _in_blocks(self, given: torch.Tensor | list[torch.Tensor], shown: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(given, list):
             texts = pad_sequence(given, batch_first=True)
-            self._padded = nn.functional.pad(texts, (0, 0, 0, self.record.blocks.padded(texts.shape[1]) - texts.shape[1]))
-        return self._padded
+            return nn.functional.pad(texts, (0, 0, 0, self.record.blocks.padded(texts.shape[1]) - texts.shape[1]))
+        last = given[:, :, -1] if given.dim() == 4 else given
+        return last if shown is None else last[:, : int(shown.sum(1).amax())]
 
 
 def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | None:
@@ -158,7 +168,8 @@ def models_of(pipe: Any) -> dict[str, nn.Module]:
 def tokenizers_of(pipe: Any) -> dict[str, Any]:
     """Text encoder -> its tokenizer, or None."""
     encoders = [part for part in models_of(pipe) if part not in DENOISERS]
-    return {part: getattr(pipe, part.replace("text_encoder", "tokenizer"), None) for part in encoders}
+    given = {part: getattr(pipe, part.replace("text_encoder", "tokenizer"), None) for part in encoders}
+    return {part: words.tokenizer if isinstance(words, ProcessorMixin) else words for part, words in given.items()}
 
 
 def hosts(pipe: Any) -> dict[str, nn.Module]:

@@ -86,7 +86,8 @@ class Denoiser:
     Attributes:
         latents: name of the argument for what is denoised: [B, C, H, W], [B, C, F, H, W] for a video, tokens [B, T, C], of
             given pictures too if they follow, or a list of B pictures [C, F, H, W].
-        text, time: names of the arguments for the text's states [B, S, C], or a list of B texts [S, C], and the noise level.
+        text, time: names of the arguments for the text's states [B, S, C], of several layers [B, S, L, C], or of a list of B
+            texts [S, C], and the noise level.
         pure_noise, clean: what its pipelines pass as the noise level of pure noise, and of a finished picture.
         side: height and width of the picture, from a call's arguments and the model's config; None if the call does not
             say it. Then nothing has a place. None instead of the function: nothing ever has one, and regions are refused.
@@ -95,6 +96,8 @@ class Denoiser:
         prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
         unguided: the guidance scale of its pipelines that means no guidance.
         text_layers: the hidden states of text encoders that its pipelines make the text of.
+        text_shown: name of the argument for the text's mask [B, S], if the model leaves out the padding behind it where it
+            attends to text and picture together.
     """
 
     latents: str
@@ -108,6 +111,7 @@ class Denoiser:
     prompts_first: bool = False
     unguided: float = 1
     text_layers: tuple[int, ...] = (-4, -3, -2, -1)
+    text_shown: str | None = None
 
 
 def _of_sample(read: Read, config: Any) -> GridSize:
@@ -128,6 +132,17 @@ def _of_ids(read: Read, config: Any) -> GridSize:
     places = ids[ids[:, 0] == ids[0, 0]][:, 1:3]
     height, width = (places.amax(0) - places.amin(0) + 1).long().tolist()
     return height, width
+
+
+def _of_both(read: Read, config: Any) -> GridSize:
+    """The rows of text and picture follow each other."""
+    return _of_ids(lambda _: read("position_ids")[-read("hidden_states").shape[1] :], config)
+
+
+def _beside_texts_of_one_length(read: Read, config: Any) -> GridSize | None:
+    """The picture follows the text, which is of one length in all rows or else its places are not known."""
+    lengths = read("encoder_attention_mask").sum(1)
+    return _of_patches(read, config) if (lengths == lengths[0]).all() else None
 
 
 def _of_shapes(read: Read, config: Any) -> GridSize | None:
@@ -187,6 +202,41 @@ RECORDS: Mapping[str, Denoiser] = {
         clean=1,
         prompts_first=True,
         unguided=0,
+    ),
+    "Lumina2Transformer2DModel": Denoiser(
+        "hidden_states",
+        0,
+        _beside_texts_of_one_length,
+        "cap_feat_dim",
+        Blocks(
+            ("attn",),
+            "text first",
+            Layers(("context_refiner", "caption_embedder"), joint=("layers.", "norm_out.")),
+        ),
+        clean=1,
+        text_shown="encoder_attention_mask",
+    ),
+    "Krea2Transformer2DModel": Denoiser(
+        "hidden_states",
+        1,
+        _of_both,
+        "text_hidden_dim",
+        Blocks(
+            ("attn",),
+            "text first",
+            Layers(
+                ("refiner_blocks", "txt_in"),
+                joint=("transformer_blocks.",),
+                frames=("layerwise_blocks", "projector"),
+            ),
+        ),
+    ),
+    "LTXVideoTransformer3DModel": Denoiser(
+        "hidden_states",
+        1000,
+        None,
+        "caption_channels",
+        Blocks(("attn1",), "cross", Layers((*TEXT_LAYERS, "caption_projection"))),
     ),
     "WanTransformer3DModel": Denoiser(
         "hidden_states",

@@ -126,7 +126,7 @@ def _in_width(module: nn.Module) -> int:
 
 def text_width(model: Any, *, denoises: bool) -> int:
     """The number of channels of the text that a denoiser reads, or of a text encoder's states."""
-    return getattr(model.config, record(model).text_width if denoises else "hidden_size")
+    return getattr(model.config, record(model).text_width) if denoises else model.config.get_text_config().hidden_size
 
 
 def tokens_of(name: str, model: Any) -> int:

@@ -55,13 +55,16 @@ def test_a_class_takes_the_arguments_of_its_record(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "qwen", "flux2", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "qwen", "flux2", "z_image", "krea2", "lumina2"])
 def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
     """The keys of the first attention that follow the text are the text's, and they come first or last."""
     pipe, options = hosts.HOSTS[name]()
     options = {key: value for key, value in options.items() if key != "negative_prompt"}  # of another length
+    if name == "lumina2":  # whose own is, too
+        options["guidance_scale"] = 1.0
     model = hosts.denoiser(pipe)
-    attention = model.layers[0].attention if name == "z_image" else model.transformer_blocks[0].attn
+    attention = {"z_image": lambda: model.layers[0].attention, "lumina2": lambda: model.layers[0].attn}
+    attention = attention.get(name, lambda: model.transformer_blocks[0].attn)()
     found, words, call = [], set(), DenoiserInputs(model)
     forward = attention.forward
 

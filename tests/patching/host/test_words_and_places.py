@@ -3,37 +3,56 @@
 import hosts
 import pytest
 import torch
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.patching.gating import bound_text, prompt_tokens
+from mole_diffusers.patching.host.denoiser_inputs import tokenizers_of
 from mole_diffusers.patching.host.denoisers import RECORDS
 from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora
 
 PROMPT = "a fox and an owl"
 CHAT = "<|im_start|>user\na fox and an owl<|im_end|>\n<|im_start|>assistant\n"
+LUMINA = "You are an assistant designed to generate superior images with the superior degree of image-text alignment "
+LUMINA += "based on textual prompts or user prompts."
 TEXTS = {  # that the denoiser reads
     "z_image": CHAT,
     "qwen": CHAT.removeprefix("<|im_start|>user\n"),
     "flux2": CHAT,
     "chroma": PROMPT,
     "wan": PROMPT,
+    "krea2": PROMPT,
+    "longcat": PROMPT,
+    "ovis": PROMPT,
+    "ltx": PROMPT,
+    "qwen-edit": f"Picture 1: <|vision_start|>{'<|image_pad|>' * 4}<|vision_end|>{PROMPT}",
+    "flux2-dev": f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]{PROMPT}[/INST]",
+    "lumina2": f"{LUMINA} <Prompt Start> {PROMPT}",
 }
 LAST = {
     "z_image": "layers.1.feed_forward.w2",
     "qwen": "transformer_blocks.1.img_mlp.net.2",
     "flux2": "single_transformer_blocks.1.attn.to_out",
     "chroma": "single_transformer_blocks.1.proj_out",
+    "krea2": "transformer_blocks.1.ff.down",
+    "longcat": "single_transformer_blocks.1.proj_out",
+    "ovis": "single_transformer_blocks.1.proj_out",
+    "qwen-edit": "transformer_blocks.1.img_mlp.net.2",
+    "flux2-dev": "single_transformer_blocks.1.attn.to_out",
+    "lumina2": "layers.1.feed_forward.linear_2",
 }
 LAYERS = (*ATTENTION[:4], "w1", "w2", "w3", "attn.to_qkv_mlp_proj", "single_transformer_blocks.0.attn.to_out", "proj_mlp")
-LAYERS += ("ffn.net.2", "img_mlp.net.2", "txt_mlp.net.2")
+LAYERS += ("ffn.net.2", "img_mlp.net.2", "txt_mlp.net.2", "ff.gate", "ff.up", "ff.down", "linear_1", "linear_2")
+LONG = {"flux2-dev": 256, "lumina2": 256}  # texts with their templates, of which each byte is a token
 
 
 @pytest.fixture
 def drawn(request, tmp_path):
     """A pipeline, what its call needs, and two LoRAs for its denoiser."""
     pipe, options = hosts.HOSTS[request.param]()
-    options |= {"max_sequence_length": 64}
+    if "enable_prompt_rewrite" not in options:  # LongCat's has a fixed length
+        options |= {"max_sequence_length": LONG.get(request.param, 64)}
     encoder, pipe.text_encoder = pipe.text_encoder, None  # files for these pipelines have no layers of it
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i, ends=LAYERS) for i, n in enumerate(("fox", "owl"))}
     pipe.text_encoder = encoder
@@ -49,19 +68,19 @@ def test_an_unbound_sum_is_set_adapters_and_each_words_tokens_are_known(request,
     unbound = hosts.draw(pipe, options, PROMPT)
     mixture.bind({"fox": "fox", "owl": "owl"})
     bound = hosts.draw(pipe, options, PROMPT)
-    prompt = next(text for text in mixture._settings.binding.now._texts if any(text.picture.readings[0].mentioned))
-    tokens = pipe.tokenizer.tokenize(TEXTS[request.node.callspec.params["drawn"]])
+    known = mixture._settings.binding.now._texts
+    prompt, row = next((t, i) for t in known for i, each in enumerate(t.picture.readings) if any(each.mentioned))
+    words = tokenizers_of(pipe)["text_encoder"]
+    tokens = words.convert_ids_to_tokens(words(TEXTS[request.node.callspec.params["drawn"]]).input_ids)
     for k, word in enumerate(("fox", "owl")):
         start = next(i for i in range(len(tokens)) if tokens[i : i + len(word)] == list(word))
         own = torch.zeros(prompt.tokens, dtype=torch.bool)
         own[start : start + len(word)] = True  # these tokenizers have a token for each letter
-        assert torch.equal(prompt.word_mask[0, :, 1 - k], ~own)
+        assert torch.equal(prompt.word_mask[row, :, 1 - k], ~own)
     mole.detach(pipe)
     hosts.assert_same(before, hosts.snapshot(pipe))
     assert torch.equal(hosts.draw(pipe, options, PROMPT), base)
-    for name, file in files.items():
-        pipe.load_lora_weights(file, adapter_name=name)
-    pipe.set_adapters(list(files))
+    hosts.load_adapters(pipe, files)
     torch.testing.assert_close(hosts.draw(pipe, options, PROMPT), unbound, atol=1e-5, rtol=0)
     assert not torch.allclose(unbound, base, atol=1e-2)
     assert not torch.allclose(unbound, bound, atol=1e-4)
@@ -91,6 +110,30 @@ def test_a_given_region_acts_inside_it_alone(name, words, tmp_path, monkeypatch)
         torch.testing.assert_close(drawn(), wanted, atol=1e-6, rtol=0)
 
 
+@torch.no_grad()
+def test_a_given_region_reaches_the_embedder_of_z_image(tmp_path):
+    """It gets the tokens of all pictures one after the other."""
+    pipe, options = hosts.HOSTS["z_image"]()
+    file = tiny_lora(pipe, tmp_path / "fox", ends=("x_embedder.2-1",))
+
+    def embedded():
+        kept = []
+        layer = pipe.transformer.all_x_embedder["2-1"]
+        handle = layer.register_forward_hook(lambda _, args, out: kept.append(out.unflatten(0, (-1, 8, 8))))
+        hosts.draw(pipe, options | {"negative_prompt": PROMPT}, PROMPT, steps=1)
+        handle.remove()
+        return kept[0]  # [B, rows, columns, C]
+
+    base = embedded()
+    mixture = mole.attach(pipe, {"fox": file}, "sum", binding=None)
+    whole = embedded()
+    assert len(base) == 2  # guidance
+    mixture.bind({"fox": (None, "left")})
+    wanted = torch.cat([whole.chunk(2, 2)[0], base.chunk(2, 2)[1]], 2)
+    torch.testing.assert_close(embedded(), wanted, atol=1e-6, rtol=0)
+    assert not torch.isclose(base, whole, atol=1e-4).all(-1).any()
+
+
 @pytest.mark.usefixtures("decided")
 @pytest.mark.parametrize("drawn", thorough(*LAST), indirect=True)
 def test_things_of_a_list_get_places_from_attention(drawn):
@@ -106,7 +149,10 @@ def test_things_of_a_list_get_places_from_attention(drawn):
 ACTING = ["sd15", "sdxl", "animatediff", "sd3", "flux", *LAST]  # one of each record that is drawn here
 
 
-@pytest.mark.parametrize("name", ["wan", *thorough(*ACTING)])
+VIDEOS = {"wan": "WanTransformer3DModel", "ltx": "LTXVideoTransformer3DModel"}
+
+
+@pytest.mark.parametrize("name", [*VIDEOS, *thorough(*ACTING)])
 def test_a_region_acts_or_is_refused(name, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     mixture = mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox", ends=LAYERS + FEED_FORWARD)}, "sum", binding=None)
@@ -116,14 +162,23 @@ def test_a_region_acts_or_is_refused(name, tmp_path):
         assert not torch.allclose(hosts.draw(pipe, options), unbound, atol=1e-4)
     else:
         for attempt in (mixture.bind, lambda bound: mole.attach(pipe, mixture.experts, binding=bound)):
-            with pytest.raises(ValueError, match="a WanTransformer3DModel has no regions, and one was given for 'fox'"):
+            with pytest.raises(ValueError, match=f"a {VIDEOS[name]} has no regions, and one was given for 'fox'"):
                 attempt(bound)
         assert torch.equal(hosts.draw(pipe, options), unbound)
 
 
-def test_every_record_is_drawn_here_or_is_another_of_flux():
-    drawn = {type(hosts.denoiser(hosts.HOSTS[name]()[0])).__name__ for name in (*ACTING, "wan")}
-    assert set(RECORDS) - drawn == {"LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"}
+def test_prompts_of_several_lengths_have_no_places_in_lumina_2(tmp_path):
+    """Each row's picture begins where its own text ends."""
+    pipe, options = hosts.HOSTS["lumina2"]()
+    file = tiny_lora(pipe, tmp_path / "fox", ends=(LAST["lumina2"],))
+    mole.attach(pipe, {"fox": file}, "sum", binding={"fox": (None, "left")})
+    negative = {"negative_prompt": ["a", "an owl"]}
+    with pytest.warns(UserWarning, match="the region of 'fox' does not act"):
+        hosts.draw(pipe, options | negative, [PROMPT, "a fox"], steps=1)
+
+
+def test_every_record_is_drawn_here():
+    assert {type(hosts.denoiser(hosts.HOSTS[name]()[0])).__name__ for name in (*ACTING, *VIDEOS)} == set(RECORDS)
 
 
 @pytest.mark.thorough
