@@ -61,7 +61,7 @@ class Expert:
 
     name: str
     layers: dict[str, dict[str, LoraWeights]] = field(repr=False)  # megabytes of numbers
-    format: str  # "diffusers", "peft", "kohya", "onetrainer", "omi" or "comfy"
+    format: str  # "diffusers", "peft", "kohya", "onetrainer", "omi", "comfy" or "xlabs"
     base: str  # the model family by shapes, else by metadata: "SD 1.x", "SDXL", "Flux", ..., "unknown"
     triggers: tuple[str, ...]  # those that are stated; see `own_words` for all words that call it
     source: str  # the file

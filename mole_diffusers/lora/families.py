@@ -40,7 +40,7 @@ BY_LAYER = {
     "Krea 2": r"blocks_\d+_(attn_(w[qkvo]|gate)|mlp_(gate|up|down))$|txtfusion_|text_fusion_"
     r"|transformer_blocks_\d+_(attn_to_gate|ff_(gate|up|down))$",
     # Flux.2 has at most 8 double blocks.
-    "Flux": r"single_transformer_blocks_|double_blocks_(\d+_(img|txt)_mod_|[89]_|1\d_)|single_blocks_\d+_modulation_",
+    "Flux": r"single_transformer_blocks_|double_blocks_(\d+_(img|txt)_mod_|[89]_|1\d_)|single_blocks_\d+_(modulation_|qkv$)",
 }
 # The same blocks with the feed-forward that each has. Flux's is 4 times as wide as its states; Flux.2's is 3 times as wide,
 # and has a gate of the same size. Layer -> rows / columns of its weight, between those of the two.

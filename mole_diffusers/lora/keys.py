@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mole_diffusers.lora.expert import COMPONENTS
 from mole_diffusers.lora.original_names import is_original_transformer, unet_name
@@ -62,6 +62,12 @@ UNSUPPORTED = {  # how a key ends -> what it belongs to
     r"lora_embedding_[AB](?:\.\w+)?": "a LoRA of an embedding",
     r"set_weight": "a replaced weight",
 }
+# The keys of XLabs' trainer for Flux, which names the stream of a block by a number; and the original names.
+XLABS = re.compile(
+    r"(?:diffusion_model\.)?(?P<block>(?P<kind>double|single)_blocks\.\d+)\.processor\.(?P<layer>qkv|proj)_lora(?P<stream>[12]?)"
+    r"\.(?P<half>down|up)\.weight"
+)
+XLABS_STREAMS = {"1": "img_attn", "2": "txt_attn"}
 # An embedding that was trained with a LoRA: of A1111 and OneTrainer with its word, of ai-toolkit without.
 EMBEDDING = re.compile(r"bundle_emb\.(?P<word>.+?)\.(?P<of>string_to_param(?:\.\*)?|[^.]+)|(?P<bare>emb_params|clip_[lg])")
 EMBEDDED_IN = {  # how a key of an embedding ends -> the text encoder
@@ -91,6 +97,10 @@ class Key:
 
 def parse_key(key: str) -> Key:
     """Parse one key. Raises ValueError saying what else the key is, and which keys are known."""
+    if (found := XLABS.fullmatch(key)) and (found["kind"] == "double") == bool(found["stream"]):
+        of_single = {"qkv": "qkv", "proj": "linear2"}[found["layer"]]
+        layer = f"{XLABS_STREAMS[found['stream']]}.{found['layer']}" if found["stream"] else of_single
+        return replace(parse_key(f"{found['block']}.{layer}.lora_{found['half']}.weight"), format="xlabs")
     if not (found := ROLE.search(key)):
         for end, what in UNSUPPORTED.items():
             if re.search(rf"(?:^|[._])(?:{end})$", key):

@@ -86,7 +86,7 @@ def _with_parts(layers: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
 # the layers of a block with one stream, and of each stream of a block with two
 SINGLE = _with_parts({
     "linear1": ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp"), "linear2": ("proj_out",),
-    "modulation_lin": ("norm_linear",),
+    "modulation_lin": ("norm_linear",), "qkv": ("attn_to_q", "attn_to_k", "attn_to_v"),
 })  # fmt: skip
 IMAGE = _with_parts({
     "attn_qkv": ("attn_to_q", "attn_to_k", "attn_to_v"), "attn_proj": ("attn_to_out_0",),
@@ -173,5 +173,5 @@ def _modulation(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
 
 
 DIVIDED: dict[str, Split] = {
-    "linear1": _square_then_rest, "attn_qkv": _equal, "attn2_qkv": _equal, "mod_lin": _modulation
+    "linear1": _square_then_rest, "qkv": _equal, "attn_qkv": _equal, "attn2_qkv": _equal, "mod_lin": _modulation
 }  # fmt: skip
