@@ -1,7 +1,9 @@
 """LoRA-Flow's own properties."""
 
 import math
+from functools import partial
 
+import hosts
 import pytest
 import torch
 from tiers import thorough
@@ -9,6 +11,7 @@ from tiers import thorough
 import mole_diffusers as mole
 from mole_diffusers.gates import Context
 from mole_diffusers.gates.families.flow import FlowGate
+from mole_diffusers.lora import layer_key, read_expert
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.testing import tiny_lora
 
@@ -132,3 +135,45 @@ def test_permuting_experts_with_their_rows_leaves_the_image(pipe, loras, draw, a
     for part, bank in turned.banks.items():
         bank.load_state_dict({k: v.flip(0) for k, v in kept[part].items()})
     torch.testing.assert_close(draw(pipe), image, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flux", *thorough("sd3", "qwen", "z_image", "krea2", "lumina2")])
+def test_where_text_and_picture_are_read_together_each_layer_has_a_gate_for_its_tokens(name, tmp_path):
+    pipe, options = hosts.HOSTS[name]()
+    pipe.text_encoder, encoder = None, pipe.text_encoder  # files without layers of it
+    ends = (
+        "to_q",
+        "to_add_out",
+        "proj_mlp",
+        "norm1.linear",
+        "context_embedder",
+        "w2",
+        "img_mlp.net.2",
+        "ff.down",
+        "linear_2",
+    )
+    files = {n: tiny_lora(pipe, tmp_path / n, seed=i, ends=ends) for i, n in enumerate(("fox", "ink"))}
+    pipe.text_encoder = encoder
+    mole.attach(pipe, files, "sum", binding=None)
+    plain = hosts.draw(pipe, options, steps=1)
+    mole.attach(pipe, files, "flow", binding=None)
+    torch.testing.assert_close(hosts.draw(pipe, options, steps=1), plain, atol=1e-5, rtol=0)  # as it begins
+    bank, experts, heard = pipe.transformer.mole_gates, [read_expert(file) for file in files.values()], set()
+    for i, gate in enumerate(bank):
+        gate.weight.normal_(generator=torch.Generator().manual_seed(i))
+
+    def compare(layer, args, out, *, name):
+        heard.add(name)
+        gate, deltas = bank[name], [expert.layers["transformer"][layer_key(name)].delta() for expert in experts]
+        weights = (
+            (args[0] @ gate.weight.T).softmax(-1) + 1 / 2 + gate.offset
+        )  # [..., 2], eq. 4-5 with b that starts at the sum
+        wanted = layer.base_layer(args[0]) + sum(weights[..., k, None] * (args[0] @ d.T) for k, d in enumerate(deltas))
+        torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
+
+    layers = {layer: module for layer, module in pipe.transformer.named_modules() if hasattr(module, "lora_A")}
+    for layer, module in layers.items():
+        module.register_forward_hook(partial(compare, name=layer))
+    assert not torch.allclose(hosts.draw(pipe, options, steps=1), plain, atol=1e-3)
+    assert heard == set(layers)

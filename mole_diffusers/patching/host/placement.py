@@ -99,11 +99,6 @@ def describe_place(
     if one_gate_per == "matrix":
         return Place(name, None, None, width, 0)
     if one_gate_per == "stream":
-        if block is not None and denoises and record(model).blocks.is_joint:
-            raise ValueError(
-                f"gates per token need attention that reads the picture alone, and a {type(model).__name__} attends to text "
-                "and picture together"
-            )
         return Place(name, name if name == block else None, block, width, 0)
     entry = entries[name] if one_gate_per == "block" else name
     return Place(name, entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))

@@ -61,6 +61,8 @@ class Component:
         self.stacks = {layer: family.prepared(stack) for layer, stack in stacks.items()}
         entries = blocks(model, record(model).blocks.entries if self.denoises else ENCODER_ENTRIES)
         per = family.one_gate_per
+        if per == "stream" and self._joint:  # text and picture come together inside of blocks
+            per = "matrix"
         self._gated = _by_place(stacks, per, entries)  # name of a gate -> its layers
         per = "matrix" if family.weighs_layers_apart else per  # then a gate has a site at each of its layers
         by_site = _by_place(stacks, per, entries)
