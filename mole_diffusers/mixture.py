@@ -59,6 +59,7 @@ from mole_diffusers.patching.install.installation import Contents, Installation,
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
 from mole_diffusers.patching.subjects.things import PLACE_SOURCES, UNTIL, Asked, Encode, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles, draws_in_tiles, explain, things_for_tiles
+from mole_diffusers.patching.undo import Undo, undoing
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
@@ -566,22 +567,28 @@ class Mixture:
         with self._lock.held(), self._with_settings(self._settings.binding.to(self._masks(self._bound(binding)))):
             yield
 
-    def restore_point(self) -> Callable[[], None]:
-        """A function that sets the binding and the active experts back to what they are now.
+    def restore_point(self) -> AbstractContextManager[None]:
+        """A block in which the experts act as they do now, in this call of the denoiser. It can be entered once, later.
 
-        It is for gradient checkpointing, which runs blocks of the model again after the `with` blocks that set these
-        have ended. Call it inside `settings_kept`, which then restores what was there before.
+        It is for gradient checkpointing, which runs single blocks of the model again: after other calls, and after the
+        `with` blocks that set the binding and the active experts have ended.
         """
-        return partial(self._restore, self._settings.binding.now, list(self._settings.active.now))
+        settings, masks = self._settings, self._settings.binding.now
+        sites = [site for part in self._components for site in part.model_sites]
+        points = [self._sampling.step.restore_point(), *(site.restore_point() for site in sites)]
+        if masks is not None:
+            points.append(masks.restore_point())
+        return self._restored(points, settings.binding.to(masks), settings.active.to(list(settings.active.now)))
 
-    def _restore(self, binding: TokenMasks | None, active: list[bool]) -> None:
-        self._sampling.set(self._settings.binding, binding)
-        self._sampling.set(self._settings.active, active)
-
-    def settings_kept(self) -> AbstractContextManager[None]:
-        """Restore the binding and the active experts at the end of the block."""
-        settings = self._settings
-        return self._with_settings(settings.binding.to(settings.binding.now), settings.active.to(settings.active.now))
+    @contextmanager
+    def _restored(self, points: Sequence[Callable[[Undo], None]], *changes: Change[Any]) -> Iterator[None]:
+        follow = self._sampling.effective.changed
+        with self._sampling.changed_while(*changes), undoing() as undo:
+            undo.callback(follow)
+            for restore in points:
+                restore(undo)
+            follow()
+            yield
 
     def tiled(
         self, until: float = UNTIL, *, always: bool = True, prompt: str | None = None, encode: Encode | None = None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mole_diffusers.functional import onto
-from mole_diffusers.mixture import attached
+from mole_diffusers.mixture import Mixture, attached
+from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.networks import Network, network
 
@@ -24,18 +28,17 @@ def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequen
 
 
 def _predict(model: Network, x: torch.Tensor, timesteps: torch.Tensor, text: Any) -> torch.Tensor:
-    if not (torch.is_grad_enabled() and model.model.is_gradient_checkpointing):
-        return model.call(x, timesteps, text)
-    # Gates get the noise level from the call; a block that is recomputed alone would see that of the last call.
-    mixture = attached(model.pipe)
-    as_now = mixture.restore_point() if mixture else None
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        if as_now is not None:
-            as_now()
+    with undoing() as undo:
+        if (mixture := attached(model.pipe)) is not None:
+            for module in model.model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    undo.override(module, "_gradient_checkpointing_func", partial(_checkpointed, mixture))
         return model.call(x, timesteps, text)
 
-    return checkpoint(call, x, use_reentrant=False)
+
+def _checkpointed(mixture: Mixture, block: nn.Module, *args: Any) -> Any:
+    """Run a block now, and again in the backward pass with the noise level, the experts and the places of this call."""
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), mixture.restore_point()))
 
 
 def _guided(model: Network, prompts: Sequence[str], guidance: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -170,8 +170,7 @@ class GateTrainer:
 
     def update(self, step: int) -> None:
         """One step of the optimizer on the weighted sum of the terms, without waiting for the device."""
-        with self.mixture.settings_kept():
-            self.engine.update(partial(self.losses, step))
+        self.engine.update(partial(self.losses, step))
         for gate in self.gates:
             gate.rebalance(self.accelerator.reduce)
         if self.ema is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from mole_diffusers.testing import tiny_clip, tiny_lora, tiny_pipeline, tiny_tok
 from mole_diffusers.training import engine
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining, Validation
+from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import Samples, TrainingData
-from mole_diffusers.training.gate_trainer import mean_losses, parameter_groups, summary, train_gates
+from mole_diffusers.training.gate_trainer import GateTrainer, mean_losses, parameter_groups, summary, train_gates
 from mole_diffusers.training.objectives import OBJECTIVES
 
 TEACH = {"seeds": 2, "steps": 2}
@@ -186,6 +188,22 @@ def test_checkpointing_changes_no_gradient(loras, clip, family):
         ends.append(gates_of(mixture))
     for name, gate in ends[0].items():
         torch.testing.assert_close(ends[1][name], gate, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_runs_a_block_once_more_for_each_update(pipe, mixture, checkpointing):
+    data = replace(DRAWN, samples=PICTURES)
+    config = GateTraining({"denoise": 1.0}, batch=2, steps=1, checkpointing=checkpointing)
+    trainer, runs = GateTrainer(TrainingContext(pipe, mixture, data, None, config)), Counter()
+    for name, module in pipe.unet.named_modules():
+        if name.endswith(("transformer_blocks.0", "resnets.0")):
+            module.register_forward_pre_hook(lambda *_, name=name: runs.update([name]))
+    with trainer.only_gates_learn():
+        trainer.prepare()
+        trainer.update(0)
+    blocks = {name: count for name, count in runs.items() if "transformer_blocks" in name}
+    assert set(blocks.values()) == {1 + checkpointing}
+    assert max(runs.values()) == 1 + checkpointing
 
 
 def test_rates_move_every_gates_logits_alike(pipe, loras):

@@ -25,6 +25,7 @@ from mole_diffusers.gates import Context, Gate, Layer
 from mole_diffusers.gates.seen import Seen, version
 from mole_diffusers.patching.gating.decision import Decision, Present
 from mole_diffusers.patching.gating.sampling import Sampling, WeighedExperts
+from mole_diffusers.patching.undo import Undo
 
 NEVER = -1  # rows for which a site's weights never hold without asking it
 
@@ -425,6 +426,11 @@ class ModelSite(GateSite):
         if self._deferred is not None:
             (hidden, tokens), self._deferred = self._deferred, None
             self.evaluate(hidden, tokens=tokens)
+
+    def restore_point(self) -> Callable[[Undo], None]:
+        """A function that sets the weights back to those of now, until it is undone."""
+        decided = self._decided
+        return lambda undo: undo.override(self, "_decided", decided)
 
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
         self.evaluate_deferred()

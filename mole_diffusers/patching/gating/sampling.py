@@ -26,7 +26,7 @@ from mole_diffusers.patching.gating.settings import Change, Setting, Settings
 from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.hooks import Entered, ForwardHook
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, lora_scale
-from mole_diffusers.patching.undo import undoing
+from mole_diffusers.patching.undo import Undo, undoing
 
 T = TypeVar("T")
 
@@ -57,6 +57,16 @@ class Step:
         self.number, self.calls_of_text = self.number + (self.part.now is None), self.calls_of_text + 1
         if self._text() is not text:
             self.calls_of_text, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
+
+    def restore_point(self) -> Callable[[Undo], None]:
+        """A function that sets the noise level, and whether experts act, back to what they are now, until it is undone."""
+        time, is_off = self.time, self.is_off
+
+        def restore(undo: Undo) -> None:
+            undo.override(self, "time", time)
+            undo.override(self, "is_off", is_off)
+
+        return restore
 
     def begin_compiled(self, time: torch.Tensor, *, is_heard: bool) -> None:
         """The same in compiled code. It is counted only if it is heard: a counter compiles the model anew at every step."""

@@ -37,6 +37,7 @@ from mole_diffusers.patching.gating.bound_text import BoundText, LayerCache, Sil
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.host.denoiser_inputs import Groups, groups_of, repeats
 from mole_diffusers.patching.host.denoisers import Blocks
+from mole_diffusers.patching.undo import Undo
 
 MOST_TEXTS = 5  # texts that are kept: pictures of one call may be drawn with several, in turn
 UNKNOWN = (
@@ -320,6 +321,16 @@ class TokenMasks:
         if warns and (unplaced := [name for text in self._texts for name in text.picture.unplaced]):
             named = " and ".join(map(repr, dict.fromkeys(unplaced)))
             self._warn(f"{named} got no places of their own: there was a single step, or no attention to read; give regions")
+
+    def restore_point(self) -> Callable[[Undo], None]:
+        """A function that holds the text of now for the layers again, until it is undone."""
+        text, silence = self.text, self.silence
+
+        def hold(undo: Undo) -> None:
+            undo.callback(self._hold, self.text, self.silence)
+            self._hold(text, silence)
+
+        return hold
 
     def _hold(self, text: BoundText | None, silence: Silence) -> None:
         """Hold a text for the layers that run now."""

@@ -95,7 +95,7 @@ class Component:
 
     def hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
         """The hooks that let sites know when sampling enters their places, and what enters."""
-        if self.denoises and (sites := self._model_sites):
+        if self.denoises and (sites := self.model_sites):
             yield self.model, ModelInput(sites, self.sampling, reads_prompt=self.family.reads_prompt)
         for each in self.placed:
             site, at, entry = each.site, each.at, self._entry(each.at)
@@ -140,11 +140,12 @@ class Component:
 
     def evaluate_deferred(self) -> None:
         """Evaluate the gates that wait until a layer asks."""
-        for site in self._model_sites:
+        for site in self.model_sites:
             site.evaluate_deferred()
 
     @property
-    def _model_sites(self) -> list[ModelSite]:
+    def model_sites(self) -> list[ModelSite]:
+        """The sites of gates that are evaluated once in a call of the model."""
         return [site for site in self.sites if isinstance(site, ModelSite)]
 
     def evaluate_input_free(self) -> None:
