@@ -45,7 +45,6 @@ def merge(
     """
     from mole_diffusers.lora.own_words import own_words
     from mole_diffusers.lora.writing import save_expert
-    from mole_diffusers.merging.activations import Activations
     from mole_diffusers.merging.merge import METHODS, by_activations, resolved
     from mole_diffusers.merging.merge import merge as merge_experts
 
@@ -69,6 +68,8 @@ def merge(
             raise ValueError(f"--method {method} runs the LoRAs: give --base")
         if silent := [name for name in experts if name not in prompts]:
             raise ValueError(f"--method {method} runs the LoRAs, and {silent} have no trigger words: give --own NAME=PROMPT")
+        from mole_diffusers.merging.activations import Activations
+
         activations = Activations(opened(base, machine).pipe, prompts)
     with nullcontext() if activations else busy(f"merging by {method}"):  # a pipeline shows its own bars
         merged = merge_experts(experts, method, rank=rank, protect=protect, activations=activations, **settings)

@@ -7,13 +7,12 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mole_diffusers import functional
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.safe_files import check_memory
 from mole_diffusers.lora.strengths import Source, read_weighed
-from mole_diffusers.merging.activations import Activations
 from mole_diffusers.merging.factors import Layers, Merged, Pair
 from mole_diffusers.merging.layers import WeightedExperts, as_expert, layers_of, weights_by_key
 from mole_diffusers.merging.lego import lego
@@ -21,6 +20,9 @@ from mole_diffusers.merging.linear import mean, null_space, total
 from mole_diffusers.merging.regression import Inputs, iteris, regmean, relative_loss, scalars, ssr
 from mole_diffusers.merging.sparse import dare, knots, ties
 from mole_diffusers.options import check_options
+
+if TYPE_CHECKING:  # which imports diffusers: a merge of files alone needs torch only
+    from mole_diffusers.merging.activations import Activations
 
 METHODS: dict[str, Callable[..., Merged]] = {
     "sum": total, "mean": mean, "svd": total, "ties": ties, "dare": dare, "knots": knots, "lego": lego,

@@ -27,10 +27,15 @@ def test_help_loads_no_model_library(argv):
     assert len(out.splitlines()) > 1
 
 
-def test_inspect_loads_what_it_reads_files_with_and_nothing_for_a_file_that_is_missing(loras):
-    for path, loaded in (("gone.safetensors", []), (loras["fox"], ["torch"])):
-        asked = f"from mole_diffusers.cli.mole import main; import sys; main(['inspect', '{path}']); "
-        out, _ = shell(f"{asked}print([name for name in {SLOW} if name in sys.modules])")
+def test_what_works_on_files_loads_no_model_library_and_nothing_for_a_file_that_is_missing(loras, tmp_path):
+    fox, ink = str(loras["fox"]), str(loras["ink"])
+    asked = "from mole_diffusers.cli.mole import main; import sys; "
+    for argv, loaded in (
+        (["inspect", "gone.safetensors"], []),
+        (["inspect", fox], ["torch"]),
+        (["merge", fox, ink, "--out", str(tmp_path / "one.safetensors")], ["torch"]),
+    ):
+        out, _ = shell(f"{asked}main({argv}); print([name for name in {SLOW} if name in sys.modules])")
         assert out.splitlines()[-1] == str(loaded)
 
 
