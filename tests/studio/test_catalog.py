@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.steps import Operations
 from mole_diffusers import read_expert
 from mole_diffusers.studio.catalog import Catalog, family_of_file, file_hash, folder_gates, folder_loras, preview
 from mole_diffusers.studio.recipe import Recipe
@@ -43,6 +44,23 @@ def test_files_of_one_name_are_named_by_their_folder(loras, tmp_path):
         studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:fox:1>"))
     with pytest.raises(ValueError, match="two tags of the prompt mean the same LoRA: HAT, hat"):
         studio.complete(dataclasses.replace(RECIPE, prompt="a <lora:HAT:1> <lora:hat:1>"))
+
+
+def test_a_hundred_loras_cost_what_the_two_of_the_prompt_cost(loras, monkeypatch):
+    two, costs = {name: loras[name] for name in ("fox", "ink")}, []
+    for others in (0, 98):
+        read = []
+        monkeypatch.setattr(
+            "mole_diffusers.studio.catalog.read_expert", lambda path, name, r=read: r.append(name) or read_expert(path, name)
+        )
+        studio = Studio(tiny_pipeline(), Catalog(two | {f"other {i}": loras["hat"] for i in range(others)}, {}), "tiny")
+        recipe = studio.complete(RECIPE)
+        with Operations() as operations:
+            studio.draw(recipe)
+        held = sum(p.nbytes for model in (studio.pipe.unet, studio.pipe.text_encoder) for p in model.parameters())
+        costs.append((sorted(read), operations.count, held))
+    assert costs[0] == costs[1]
+    assert costs[0][0] == ["fox", "ink"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")

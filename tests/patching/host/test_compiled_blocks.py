@@ -1,5 +1,7 @@
 """Regional compilation: blocks that are alike share their code, with a mixture as without."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch._dynamo
@@ -50,3 +52,33 @@ def test_sixteen_blocks_share_the_graphs_that_the_base_has(family, awake, tmp_pa
     assert graphs <= 2 * plain <= 8  # a gate of its own code before each kind of block, at most
     with torch.no_grad(), mixture.only("lora0"):
         assert (step() - expected).abs().max() > 1e-3
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("tiled", [False, True], ids=["bound", "in tiles"])
+def test_twenty_changes_of_strength_prompt_seed_and_places_compile_nothing_again(pipe, loras, awake, tiled):
+    """After two pictures that differ in all of these: the first sizes of tiles are compiled as they are."""
+    torch.compiler.reset()
+    mixture, graphs, pictures = awake(mole.attach(pipe, {name: loras[name] for name in ("fox", "ink")}, "mole")), [], []
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    def draw(i):
+        edge = 0.5 + (i % 3 - 1) / 8
+        mixture.bind({"fox": ("fox", (0, 0, edge, 1)), "ink": ("ink", (edge, 0, 1, 1))})
+        mixture.strength("fox", 0.5 + i / 20)
+        prompt, generator = f"a fox and an ink{i % 7 * ' x'}", torch.Generator().manual_seed(i)
+        with mixture.tiled(0.5, prompt="a fox and an ink") if tiled else nullcontext():
+            size = {"height": 32, "width": 64}
+            pictures.append(pipe(prompt, generator=generator, num_inference_steps=2, output_type="pt", **size).images)
+
+    for i in range(3):
+        draw(i)
+    known = len(graphs)
+    for i in range(3, 23):
+        draw(i)
+    assert known > 0
+    assert len(graphs) == known
+    for block in pipe.unet.modules():
+        block._compiled_call_impl = None
+    draw(22)
+    torch.testing.assert_close(pictures[-1], pictures[-2], atol=2e-5, rtol=0)
