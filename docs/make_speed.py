@@ -55,24 +55,29 @@ ABOUT_DISPATCH = """
 ![Cost of a step against the number of LoRAs, where a step is nearly all dispatch](speed.png)
 
 Beside the host's own product, a layer makes one down product, one product with the factor and one `addmm`. These are 5
-operations more than the host's 4 (in the column "before": 9). The layers cache nothing. These are the operations of PyTorch
-in a step (`--what operations --gates factors --experts 3 8`; `gated` are `factors`). They were counted later than the times
-were measured. Back then `sum` added 644, `mole` 980 and `flow` 932:
+operations more than the host's 4 (in the column "before": 9). Keys and values of the text are kept while a call of the
+pipeline runs: the layers that make them read the same text at every step. If their factors stay the same, too, a step does
+nothing there; otherwise it does the product with the factor and the `addmm`. This holds for the texts of up to two pictures
+with guidance. These are the operations of PyTorch in a step (`--what operations --gates factors --experts 3 8`; `gated` are
+`factors`). They were counted later than the times above were measured. Back then nothing was kept, and `sum` added 644,
+`mole` 980 and `flow` 932:
 
 | arm | N | operations | more than the base | goal |
 |---|---|---|---|---|
 OPERATIONS
 What is left, and why:
 
-- `sum`: 640 are the layers' own, and 4 are the noise level, once in a step. Two of the layers' five only turn a matrix
-  around. Keeping the turned views would save 256, but they would hold a matrix's memory on the card after the pipeline has
-  left it. Where all weights are 1, the product with the factor (128) could be left out, but binding would then add it again
-  in each layer.
-- `mole`: the gate takes seven in a block (mean, length, its lower limit, product, division, softmax, times N), and two give
-  each row of picture and of text its factor, for 8 layers. The temperature is in the matrix, which is kept until it changes.
-- `flow`: the gate takes three in a block (product, softmax, bias), and two give each row its factor.
+- `sum`: 96 layers read the picture and take 5 more each, the 32 that read the text take none, not even the host's 4, and 4
+  are the noise level, once in a step. Two of the layers' five only turn a matrix around. Keeping the turned views would save
+  192, but they would hold a matrix's memory on the card after the pipeline has left it. Where all weights are 1, the product
+  with the factor (96) could be left out, but binding would then add it again in each layer.
+- `mole`: the layers that read the text take the host's 4, as its gates read the picture. The gate takes seven in a block
+  (mean, length, its lower limit, product, division, softmax, times N), and two give each row of picture and of text its
+  factor, for 8 layers. The temperature is in the matrix, which is kept until it changes.
+- `flow`: the gate takes three in a block (product, softmax, bias), and two give each row its factor. Its gates of the text
+  read the text alone, so keys and values are kept as with `sum`.
 
-The goals of time are not met; they were measured when `mole` and `flow` had more operations. Trials on `sum` at N=3
+The goals of time are not met; they were measured when there were more operations. Trials on `sum` at N=3
 show what is left:
 
 | what a layer does | x base |
@@ -87,7 +92,7 @@ show what is left:
 Neither of the last two was kept. Together they would still leave `sum` at about 1.16, and would need a second copy of the
 down matrices, an input that has to be recognised, and a second route. A gate of MoLE's form is twelve small operations per
 block, .15 of a step in all. Taking out five of them (as a trial, with other results) gained .04.
-Since then they have become seven, with the same results, which was not timed.
+Since then they have become seven, and keys and values of the text are kept, with the same results. Neither was timed.
 """
 FACTORS = """
 `factors` are the gates that `mole train` trains by default. They sit at every layer, and their factors are kept until
@@ -120,7 +125,7 @@ so you cannot tell whether a value near the goal meets it.
 "Before" is an older version, measured in 150 rounds after the first run. Each layer looked at its masks by token again,
 and diffusers repeated the biases of cross-attention for every head at every step. That took 210 operations more with `sum`
 and 162 with `mole`. When the table was measured it took 24 and 7. Now it takes MORE_SUM and MORE_MOLE, of
-which none is in every layer, and `mole` without binding takes 197 fewer than then ([counted](#dispatch)).
+which none is in every layer, and `mole` without binding takes 357 fewer than then ([counted](#dispatch)).
 
 | | gates | N | not bound | bound | more | before |
 |---|---|---|---|---|---|---|

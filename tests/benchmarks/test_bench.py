@@ -37,12 +37,12 @@ def outputs(pipe, tmp_path):
 
 
 MORE = {  # than another arm: at most so many operations
-    "sum": ("base", 644),
-    "mole": ("base", 783),
-    "flow": ("base", 724),
+    "sum": ("base", 356),
+    "mole": ("base", 623),
+    "flow": ("base", 436),
     "gated": ("sum", 0),  # a gate that reads nothing is asked once
-    "bound sum": ("sum", 18),
-    "bound mole": ("mole", 55),
+    "bound sum": ("sum", 16),
+    "bound mole": ("mole", 53),
 }
 
 
