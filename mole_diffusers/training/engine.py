@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,40 +38,118 @@ OnUpdate = Callable[[dict], None]  # gets every update's row; an exception in it
 
 
 @dataclass
-class Engine:
-    """The optimizer and everything around it.
+class UpdateLog:
+    """The numbers of updates, which stay on the device until they are read.
+
+    Attributes:
+        rows: {"step", name: number} of each update, as far as they were read.
+        names: of the numbers of an update.
+        pending: the numbers of updates that were not read yet.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    pending: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, parts: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Note the numbers of an update: their means over its parts."""
+        self.names = list(parts[0])
+        self.pending.append(torch.stack([torch.stack(list(part.values())) for part in parts]).mean(0))
+
+    def read(self, accelerator: Accelerator) -> list[dict]:
+        """The rows of the pending updates, means over processes. This waits for the device."""
+        found = accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
+        self.pending.clear()
+        return [{"step": step} | dict(zip(self.names, row, strict=True)) for step, row in enumerate(found, len(self.rows))]
+
+
+@dataclass
+class Checkpoints:
+    """The folder of a run, with checkpoints of all its state.
 
     Attributes:
         folder: of the checkpoints and the log; None writes none.
         identity: what must be the same for a run to resume, ready for JSON.
         save_weights: writes the trained weights into a folder.
+        stateful: name -> everything else with a `state_dict` that a checkpoint must hold.
+    """
+
+    folder: Path | None
+    identity: dict[str, Any]
+    save_weights: Callable[[Path], None]
+    stateful: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path | None, step: int, rows: Sequence[dict], *, keep: int) -> None:
+        """Write checkpoint-`step` and the log. Every process calls this, since some state is gathered from all.
+
+        All but the last `keep` up to here are deleted. Later ones stay: they are of a run that was resumed before them.
+
+        Args:
+            folder: None in a process that does not write.
+
+        Raises OSError if it cannot be written, for example because the disk is full; earlier checkpoints stay.
+        """
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self.stateful.items()}
+        if folder is None:
+            return
+        path = folder / f"checkpoint-{step}"
+        try:
+            with new_folder(path) as part:
+                self.save_weights(part)
+                torch.save(state | {"log": list(rows), "run": json.dumps(self.identity)}, part / STATE)
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+            whole = [p.name for p in checkpoints(folder)]
+            raise OSError(f"{path} cannot be written: {error}; whole checkpoints: {whole}") from error
+        for old in [p for p in checkpoints(folder) if _number(p) <= step][:-keep]:
+            shutil.rmtree(old)
+        write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def restore(self, asked: str | None, device: torch.device) -> list[dict] | None:
+        """Restore everything from a checkpoint, on this device. Returns the log; None for a new run.
+
+        Raises ValueError for a checkpoint of a run with another `identity`, without a folder, and like `find_checkpoint`.
+        """
+        if self.folder is None and asked is not None:
+            raise ValueError(f"a run that resumes {asked!r} needs the folder of its checkpoints")
+        path = find_checkpoint(self.folder, asked) if self.folder else None
+        if path is None:
+            return None
+        state = _read_state(path / STATE)
+        before, now = state["run"], json.loads(json.dumps(self.identity))
+        if changed := [name for name, value in now.items() if before.get(name) != value]:
+            raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}); use another folder")
+        if missing := sorted({*self.stateful, "log"} - set(state)):
+            raise ValueError(f"{path / STATE} is damaged: it has no {missing[0]}; resume from another checkpoint")
+        for name, part in self.stateful.items():
+            is_optimizer = isinstance(part, torch.optim.Optimizer)  # it keeps its counters where it reads them
+            part.load_state_dict(state[name] if is_optimizer else send_to_device(state[name], device))
+        return state["log"]
+
+
+@dataclass
+class Engine:
+    """The optimizer and everything around it.
+
+    Attributes:
         diagnose: a text to add to the error if a loss is not finite.
         max_norm: the length that gradients are clipped to; 0 does not clip.
-        log: one row of numbers per update, as far as they were read.
-        names: of the numbers of an update.
-        pending: the numbers of updates that were not read yet, on the device.
         good: the parameters when they were last known to be finite.
-        stateful: name -> everything else with a `state_dict` that a checkpoint must hold.
     """
 
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
     schedule: Any
     config: GateTraining | LoraTraining
-    folder: Path | None
-    identity: dict[str, Any]
-    save_weights: Callable[[Path], None]
+    checkpoints: Checkpoints
     diagnose: Callable[[], str]
     max_norm: float = 1.0
-    log: list[dict] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    pending: list[torch.Tensor] = field(default_factory=list)
+    log: UpdateLog = field(default_factory=UpdateLog)
     good: list[torch.Tensor] = field(default_factory=list)
-    stateful: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
-        self.stateful |= {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+        own = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+        self.checkpoints.stateful |= own
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +171,7 @@ class Engine:
     @property
     def writes_to(self) -> Path | None:
         """The folder that this process writes to; only one of several processes writes."""
-        return self.folder if self.accelerator.is_main_process else None
+        return self.checkpoints.folder if self.accelerator.is_main_process else None
 
     # ---- the loop
 
@@ -115,7 +193,7 @@ class Engine:
             validate: called every `every` updates, and after the last one, before its checkpoint.
         """
         self._mark_good()
-        last, reported = self.config.steps, len(self.log)
+        last, reported = self.config.steps, len(self.log.rows)
         hidden = not (progress and self.accelerator.is_main_process)
         bar = tqdm(initial=reported, total=last, desc=name, disable=hidden, mininterval=1)
         for done in range(reported + 1, last + 1):
@@ -129,10 +207,10 @@ class Engine:
                 validate(done)
             if saves:
                 self.save(done)
-            for row in self.log[reported:]:
+            for row in self.log.rows[reported:]:
                 if report is not None:
                     report(row)
-            reported = len(self.log)
+            reported = len(self.log.rows)
             bar.update()
         bar.close()
 
@@ -140,12 +218,11 @@ class Engine:
 
     def update(self, losses: Losses) -> None:
         """One step of the optimizer, without waiting for the device."""
-        totals, parts, processes = [], self.config.accumulation, self.accelerator.num_processes
+        totals, parts, processes = list[dict[str, torch.Tensor]](), self.config.accumulation, self.accelerator.num_processes
         for i in range(parts):
             found = losses(index=i * processes + self.accelerator.process_index, shares=parts * processes)
             self.scaler.scale(found["loss"] / parts).backward()
-            self.names = list(found)
-            totals.append(torch.stack([value.detach() for value in found.values()]))
+            totals.append({name: value.detach() for name, value in found.items()})
         self._average_gradients()
         self.scaler.unscale_(self.optimizer)
         if self.max_norm:
@@ -154,7 +231,7 @@ class Engine:
         self.scaler.update()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.pending.append(torch.stack(totals).mean(0))
+        self.log.add(totals)
 
     def _average_gradients(self) -> None:
         """Make the gradients of every process their mean over processes."""
@@ -170,20 +247,18 @@ class Engine:
         Raises ValueError for a loss or parameters that are not finite. The parameters are then set back to their last
         values known to be finite.
         """
-        rows = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
-        start = len(self.log)
-        self.pending.clear()
-        for i, row in enumerate(rows):
-            named = dict(zip(self.names, row, strict=True))
-            if not all(map(torch.isfinite, torch.tensor(row))):
-                self._stop(f"the loss is not finite at step {start + i}: {named}; {self.diagnose()}")
-            self.log.append({"step": start + i, **named})
+        rows, log = self.log.read(self.accelerator), self.log.rows
+        for row in rows:
+            numbers = {name: value for name, value in row.items() if name != "step"}
+            if not all(map(torch.isfinite, torch.tensor(list(numbers.values())))):
+                self._stop(f"the loss is not finite at step {row['step']}: {numbers}; {self.diagnose()}")
+            log.append(row)
             if self.accelerator.trackers:
-                self.accelerator.log(named, step=start + i)
+                self.accelerator.log(numbers, step=row["step"])
         if rows and not torch.stack([p.isfinite().all() for p in self.parameters]).all():
-            self._stop(f"the gradient is not finite at step {self.log[-1]['step']}: {self.log[-1]}; {self.diagnose()}")
+            self._stop(f"the gradient is not finite at step {log[-1]['step']}: {log[-1]}; {self.diagnose()}")
         self._mark_good()
-        return self.log[-1] if self.log else {}
+        return log[-1] if log else {}
 
     @torch.no_grad()
     def _stop(self, why: str) -> NoReturn:
@@ -197,46 +272,19 @@ class Engine:
     # ---- checkpoints
 
     def save(self, step: int) -> None:
-        """Write checkpoint-`step` and the log, in one process while the others wait.
-
-        All but the last `keep` up to here are deleted. Later ones stay: they are of a run that was resumed before them.
-
-        Raises OSError if it cannot be written, for example because the disk is full; earlier checkpoints stay.
-        """
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self.stateful.items()}
-        if folder := self.writes_to:
-            path = folder / f"checkpoint-{step}"
-            try:
-                with new_folder(path) as part:
-                    self.save_weights(part)
-                    torch.save(state | {"log": self.log, "run": json.dumps(self.identity)}, part / STATE)
-            except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-                whole = [p.name for p in checkpoints(folder)]
-                raise OSError(f"{path} cannot be written: {error}; whole checkpoints: {whole}") from error
-            for old in [p for p in checkpoints(folder) if _number(p) <= step][: -self.config.keep]:
-                shutil.rmtree(old)
-            write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
+        """Write checkpoint-`step`, see `Checkpoints.write`, in one process while the others wait."""
+        self.checkpoints.write(self.writes_to, step, self.log.rows, keep=self.config.keep)
         self.accelerator.wait_for_everyone()
 
     def resume(self, asked: str | None) -> bool:
         """Restore everything from a checkpoint, and say whether there is one; a new run stays as it is.
 
-        Raises ValueError for a checkpoint of a run with another `identity`, without a folder, and like `find_checkpoint`.
+        Raises ValueError like `Checkpoints.restore`.
         """
-        if self.folder is None and asked is not None:
-            raise ValueError(f"a run that resumes {asked!r} needs the folder of its checkpoints")
-        path = find_checkpoint(self.folder, asked) if self.folder else None
-        if path is not None:
-            state = _read_state(path / STATE)
-            before, now = state["run"], json.loads(json.dumps(self.identity))
-            if changed := [name for name, value in now.items() if before.get(name) != value]:
-                raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}); use another folder")
-            if missing := sorted({*self.stateful, "log"} - set(state)):
-                raise ValueError(f"{path / STATE} is damaged: it has no {missing[0]}; resume from another checkpoint")
-            for name, part in self.stateful.items():  # an optimizer keeps its counters where it reads them
-                part.load_state_dict(state[name] if part is self.optimizer else send_to_device(state[name], self.device))
-            self.log = state["log"]
-        return path is not None
+        if (rows := self.checkpoints.restore(asked, self.device)) is None:
+            return False
+        self.log.rows = rows
+        return True
 
 
 def digest(parts: Iterable[Any]) -> str:

@@ -32,6 +32,7 @@ from mole_diffusers.training.context import LossFn, TrainingContext, warn_of_mis
 from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.engine import (
+    Checkpoints,
     Engine,
     OnUpdate,
     adamw,
@@ -91,7 +92,7 @@ def train_gates(
         with trainer.only_gates_learn():
             trainer.prepare()
             trainer.fit(report)
-    return trainer.engine.log
+    return trainer.engine.log.rows
 
 
 class GateTrainer:
@@ -125,8 +126,8 @@ class GateTrainer:
         self.ema = EMAModel(self.mixture.parameters(), decay=config.ema) if config.ema else None
         stateful = {"kept": self.context, **{f"gates of {part}": bank for part, bank in self.mixture.banks.items()}}
         stateful |= {"ema": self.ema} if self.ema else {}
-        how = (self._identity(), self.mixture.save_pretrained, self._diagnose, config.max_norm)
-        self.engine = Engine(self.accelerator, optimizer, schedule, config, folder, *how, stateful=stateful)
+        kept = Checkpoints(folder, self._identity(), self.mixture.save_pretrained, stateful)
+        self.engine = Engine(self.accelerator, optimizer, schedule, config, kept, self._diagnose, config.max_norm)
         for name, term in config.parsed.items():
             check_batch(term.batch or config.batch, self.accelerator, config.accumulation, f"the {name} term's batch")
         self.loss_fns: dict[str, LossFn] = {}
@@ -240,10 +241,10 @@ class GateTrainer:
             images += drawn
             shares += [self.success(drawn, prompt)] if self.success else []
         if shares:
-            row = self.engine.log[-1]
+            row = self.engine.log.rows[-1]
             row["success"] = sum(shares) / len(shares)
             self.accelerator.log({"success": row["success"]}, step=step - 1)
-        if folder := self.engine.folder:
+        if folder := self.engine.checkpoints.folder:
             path = folder / "validation" / f"step-{step}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             make_image_grid(images, len(images) // how.seeds, how.seeds).save(path)

@@ -21,6 +21,7 @@ from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import denoising_loss, sample_latents
 from mole_diffusers.training.engine import (
+    Checkpoints,
     Engine,
     OnUpdate,
     adamw,
@@ -110,8 +111,8 @@ class LoraTrainer:
         advice = f"{name}: a lower rate or no half precision may help"
         self.beams = Beams(self.lora.ranks(), optimizer, config) if config.beam else None
         stateful = {"lora": self.lora} | ({"past": self.beams} if self.beams else {})
-        how = (self._identity(), self._save_weights, lambda: advice)
-        self.engine = Engine(accelerator, optimizer, cosine, config, folder, *how, stateful=stateful)
+        kept = Checkpoints(folder, self._identity(), self._save_weights, stateful)
+        self.engine = Engine(accelerator, optimizer, cosine, config, kept, lambda: advice)
 
     def update(self, step: int) -> None:
         """One step of the optimizer, and of the competition among ranks."""

@@ -118,7 +118,7 @@ def test_an_update_of_gates_waits_for_nothing(meta, loras, term, family):
     trainer.loss_fns = terms
     with trainer.only_gates_learn():
         assert waits(lambda i: trainer.update(i)) == []
-    assert len(trainer.engine.pending) == 2
+    assert len(trainer.engine.log.pending) == 2
 
 
 @pytest.mark.parametrize("options", [{}, *thorough({"checkpointing": True})])
