@@ -5,13 +5,15 @@ They act where the model calls PyTorch's attention, so that its norms and rotary
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -41,6 +43,15 @@ def _closes(sampling: Sampling) -> bool:
     return sampling.effective.closes and masks is not None and masks.text is not None and masks.text.image is not None
 
 
+@functools.cache  # once for each backend, not in every layer and step
+def _say_native(backend: str) -> None:
+    warnings.warn(
+        f"attention runs on PyTorch's own backend instead of {backend} where LoRAs have words or places: no other takes "
+        "every mask",
+        stacklevel=2,
+    )
+
+
 class JointAttention(AroundForward):
     """On an attention: watches PyTorch's attention while it runs, with the one implementation that takes any mask."""
 
@@ -55,8 +66,11 @@ class JointAttention(AroundForward):
         if not (closes or reads):
             return
         processor = module.processor
-        if (backend := getattr(processor, "_attention_backend", None)) is not None:
-            stack.callback(setattr, processor, "_attention_backend", backend)
+        chosen = getattr(processor, "_attention_backend", None)
+        if (backend := chosen or _AttentionBackendRegistry.get_active_backend()[0]) != AttentionBackendName.NATIVE:
+            _say_native(AttentionBackendName(backend).value)
+        if chosen is not None:
+            stack.callback(setattr, processor, "_attention_backend", chosen)
             processor._attention_backend = None
         stack.enter_context(attention_backend("native"))
         stack.enter_context(_Watched(self.sampling, closes=closes, reads_maps=reads))

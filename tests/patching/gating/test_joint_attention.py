@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 import mole_diffusers as mole
 from mole_diffusers.binding.regions import region_mask
-from mole_diffusers.patching.gating import bound_text
+from mole_diffusers.patching.gating import bound_text, joint_attention
 
 pytestmark = pytest.mark.usefixtures("decided")
 
@@ -102,9 +102,13 @@ def test_closed_words_do_not_depend_on_the_attention_backend(other):
     binding = {"fox": ("fox", "left"), "ink": ("owl", "right")}
     _, native = bound_pictures(other, binding)
     mole.detach(other.pipe)
+    joint_attention._say_native.cache_clear()
     with attention_backend("native"):  # setting one makes it the default of all models
         other.pipe.transformer.set_attention_backend("_native_flash")  # which refuses masks
-        _, other_backend = bound_pictures(other, binding)
+        mole.attach(other.pipe, other.files, binding=binding)
+        with pytest.warns(UserWarning, match="PyTorch's own backend instead of _native_flash") as said:
+            other_backend = draw_other(other)
+    assert sum("PyTorch's own backend" in str(warning.message) for warning in said) == 1
     torch.testing.assert_close(other_backend, native, atol=1e-5, rtol=0)
     assert all(p._attention_backend == "_native_flash" for p in other.pipe.transformer.attn_processors.values())
 
