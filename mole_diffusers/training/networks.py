@@ -14,7 +14,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import attached
-from mole_diffusers.patching.host.denoiser_inputs import denoiser
+from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser
 from mole_diffusers.training.data import token_ids
 
 
@@ -118,7 +118,8 @@ class Network(ABC):
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
-        self.model: Any = denoiser(pipe)
+        # As the pipeline has it, compiled or not.
+        self.model: Any = next(model for name in DENOISERS if (model := getattr(pipe, name, None)) is not None)
 
     @property
     @abstractmethod
