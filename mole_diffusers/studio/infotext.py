@@ -1,10 +1,13 @@
-"""Recipes in PNG files, in two forms: A1111's `parameters` text, which other tools read, and our own complete JSON."""
+"""Recipes in PNG files, in two forms: A1111's `parameters` text, which other tools read, and our own complete JSON.
+
+Texts of other programs than A1111 and Forge are read by `other_tools`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +17,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.lora.safe_files import PICTURE_ERRORS, RefusedFileError, parse_json
+from mole_diffusers.studio import other_tools
 from mole_diffusers.studio.names import matching, model_name
 from mole_diffusers.studio.recipe import DEFAULTS, Recipe, load
 from mole_diffusers.studio.samplers import SAMPLERS
 from mole_diffusers.studio.weight_syntax import balanced
 
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
-COMFY = {"workflow", "prompt"}  # ComfyUI's
+KNOWN = {OWN, PARAMETERS, "prompt", "workflow", "invokeai_metadata"}  # texts with a recipe, ours and those of other programs
 NEGATIVE = "Negative prompt:"
 PAIR = re.compile(r'([^:,]*)(?:: ?("(?:\\.|[^\\"])*"|[^,]*))?')  # KEY: VALUE, where only a value in quotes has commas
 NOT_NEEDED = ("Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
@@ -82,12 +86,15 @@ def read_parameters(text: str, where: str = "the text") -> FoundRecipe:
     strength, hires = take("Denoising strength", ""), take("Hires upscale", "") or times
     if strength and not hires:
         lacking.append("the picture that it was drawn over")
+    if words := [pair.partition(":")[0].strip() for pair in take("TI hashes", "").split(",") if ":" in pair]:
+        lacking.append(f"the embeddings {', '.join(words)} (write embedding:NAME for those that you have)")
     if re.search(r"\bAND\b", "\n".join(lines[:at])):
         lacking.append("AND between prompts (a word here)")
     try:
         changed: dict[str, Any] = {"hires_strength" if hires else "strength": float(strength)} if strength else {}
         recipe = Recipe(
-            prompt=balanced("\n".join(lines[:at]).strip()),
+            prompt=balanced(_weighed("\n".join(lines[:at]).strip())),
+            binding="none",  # as there, where every LoRA acts everywhere
             negative=balanced("\n".join(lines[at:]).strip().removeprefix(NEGATIVE).strip()),
             seed=int(seed),
             steps=int(steps),
@@ -104,8 +111,12 @@ def read_parameters(text: str, where: str = "the text") -> FoundRecipe:
         raise ValueError(f"{where}: {error}") from error
     model = take("Model", "")
     lacking += [f"{key} {value[:40]}" for key, value in found.items() if key not in NOT_NEEDED and SETTING.fullmatch(key)]
-    left_out = f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else ""
-    return FoundRecipe(recipe, left_out, model)
+    return FoundRecipe(recipe, _left_out(lacking), model, is_theirs=True)
+
+
+def _weighed(prompt: str) -> str:
+    """The prompt with the strength of every tag written out. A1111 knows no other than 1 for a tag without one."""
+    return re.sub(r"<lora:([^:<>]+)>", r"<lora:\1:1>", prompt)
 
 
 def _times_larger(resized: str, size: str) -> str:
@@ -162,15 +173,17 @@ class FoundRecipe:
     """What a picture or a recipe file contains.
 
     Attributes:
-        left_out: one sentence about the settings in A1111's text that the recipe lacks; "" if there are none.
-        model: the name of the checkpoint in A1111's text; "" if there is none. Our own recipes have their `base`.
+        left_out: one sentence about the settings in another program's text that the recipe lacks; "" if there are none.
+        model: the name of the checkpoint in that text; "" if there is none. Our own recipes have their `base`.
         sheet: the argument `sheet` of `save`; {} if the file is not a sheet of pictures.
+        is_theirs: whether another program wrote it. These add LoRAs everywhere, and so does the recipe.
     """
 
     recipe: Recipe
     left_out: str = ""
     model: str = ""
     sheet: Mapping[str, Any] = field(default_factory=dict)
+    is_theirs: bool = False
 
     @property
     def axes(self) -> list[str]:
@@ -186,7 +199,9 @@ class FoundRecipe:
         recipe = self.recipe
         is_old = recipe.base and recipe.experts and recipe.binding != "none" and recipe.defaults != DEFAULTS
         old = "it was drawn when prompts were read in another way, so its LoRAs may act elsewhere now" if is_old else ""
-        return [note for note in (other, old, self.left_out) if note]
+        is_summed = self.is_theirs and "<lora:" in recipe.prompt
+        summed = "its LoRAs act everywhere, as in the program that drew it" if is_summed else ""
+        return [note for note in (other, old, summed, self.left_out) if note]
 
 
 def read(path: str | Path) -> Recipe:
@@ -195,7 +210,7 @@ def read(path: str | Path) -> Recipe:
 
 
 def contents(path: str | Path) -> FoundRecipe:
-    """What a PNG contains: our own recipe if there is one, else A1111's text. A file named *.json is read as a recipe.
+    """What a PNG contains: our own recipe if there is one, else that of another program. A file named *.json is a recipe.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -212,11 +227,15 @@ def contents(path: str | Path) -> FoundRecipe:
     if OWN in texts:
         recipe = Recipe.from_dict(parse_json(texts[OWN], path.name), path.name)
         return FoundRecipe(recipe, sheet=_sheet(texts.get(SHEET, "{}"), path.name))
+    if (theirs := other_tools.read(texts, path.name)) is not None:
+        return FoundRecipe(theirs.recipe, _left_out(theirs.lacking), theirs.model, is_theirs=True)
     if PARAMETERS not in texts:
-        if COMFY & texts.keys():
-            raise ValueError(f"{path.name} has no recipe, but a ComfyUI workflow, which is not read")
-        raise ValueError(f"{path.name} has no recipe: neither the text {OWN!r} nor {PARAMETERS!r}")
+        raise ValueError(f"{path.name} has no recipe: no text of mole, A1111, Forge, ComfyUI, SwarmUI, Fooocus or InvokeAI")
     return read_parameters(texts[PARAMETERS], path.name)
+
+
+def _left_out(lacking: Sequence[str]) -> str:
+    return f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else ""
 
 
 def _sheet(text: str, where: str) -> dict[str, Any]:
@@ -235,7 +254,7 @@ def _texts(path: Path) -> dict[str, str]:
             if image.width * image.height > MAX_PIXELS or getattr(image, "is_animated", False):
                 raise Image.DecompressionBombError
             before = {name: text for name, text in image.info.items() if isinstance(text, str)}
-            return before if {OWN, PARAMETERS} & before.keys() else dict(image.text)
+            return before if KNOWN & before.keys() else dict(image.text)
     except Image.DecompressionBombError:
         raise ValueError(f"{path.name} is an animation or has more than {MAX_PIXELS >> 20} million pixels") from None
     except PICTURE_ERRORS as error:
