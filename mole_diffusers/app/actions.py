@@ -25,7 +25,6 @@ from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.app.sentences import without_folders
 from mole_diffusers.binding.as_text import mask_text
 from mole_diffusers.binding.picture_layout import Layout
-from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.binding.who_acts import Role
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora.host_names import with_host_names
@@ -42,6 +41,7 @@ from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, u
 from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.infotext import FoundRecipe
 from mole_diffusers.studio.names import known_names, matching, shared_name
+from mole_diffusers.studio.picture_notes import PictureNotes
 from mole_diffusers.studio.picture_passes import check_pictures, with_pictures
 from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, parse
 from mole_diffusers.studio.prompt_weights import prompts_read
@@ -398,7 +398,7 @@ class Actions:
 
             try:
                 for (label, _), recipe in zip(wanted, recipes, strict=True):
-                    noted = _MixtureNotes()
+                    noted = PictureNotes()
                     image = self.studio.draw(recipe, **over, on_step=on_step, inside=partial(noted.around, recipe, inside))
                     recipe, by_hand = _with_locks_of(recipe, noted.sites)
                     state.warnings = list(dict.fromkeys([*state.warnings, *noted.warnings, *by_hand]))
@@ -528,35 +528,6 @@ class Actions:
                 f"this is {work / MAX_WORK:.1f} times what one job may take: {len(recipes)} pictures of {first.width} x "
                 f"{first.height} pixels in {first.steps} steps; take fewer or smaller pictures, or fewer steps"
             )
-
-
-@dataclass
-class _MixtureNotes:
-    """What the mixture of a picture says once it is drawn.
-
-    Attributes:
-        layout: where its LoRAs acted, if they have places.
-        warnings: those of binding.
-        sites: of the gates.
-    """
-
-    layout: Layout | None = None
-    warnings: list[str] = field(default_factory=list)
-    sites: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def around(self, recipe: Recipe, inside: MixtureContext, mixture: Mixture) -> Iterator[None]:
-        """Surround the first pass of a picture, as `inside` of `Studio.draw`."""
-        with inside(mixture):
-            yield
-        self.sites, self.warnings = mixture.sites, mixture.binding_warnings
-        bound = (mixture.binding or {}).items()
-        side = recipe.height // 8, recipe.width // 8
-        given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}
-        if found := mixture.layouts:
-            self.layout = found[0]
-        elif given:  # without words, only these regions
-            self.layout = Layout(given, {})
 
 
 def _with_locks_of(recipe: Recipe, sites: Collection[str]) -> tuple[Recipe, list[str]]:

@@ -160,3 +160,4 @@ def _settings(page: Page) -> None:
         page.over_status.render()
         fields["strength"].render()
         row(fields["hires"], fields["hires_strength"])
+        fields["detail"].render()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ def app(
     catalog = open_catalog(bases.values(), files)
     for name, folder in folder_gates(keep).items():
         catalog.add_gates(name, folder)
-    first = open_one(next(iter(bases.values())))
+    first = first_that_opens(list(bases.values()), open_one)
     studio = Studio(first.pipe, catalog, first.name, first.config)
     prompt = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>" if first.name == WORLD else ""
     recipe = first_recipe(studio, prompt=prompt, seed=-1)
@@ -76,6 +76,19 @@ def app(
     actions = Actions(studio, home=keep, gallery=gallery, thumbnail=pictures, bases=bases, opening=open_one)
     sites = [site] if site else []
     launch(build(actions, recipe), gallery=gallery, sites=sites, server_name=host, server_port=port, mcp_server=mcp)
+
+
+def first_that_opens(bases: Sequence[str], opening: Callable[[str], Base]) -> Base:
+    """The first of these base models that can be opened, with a note for each before it: a folder may hold any files.
+
+    Raises ValueError if none can be opened.
+    """
+    for name in bases[:-1]:
+        try:
+            return opening(name)
+        except ValueError as error:
+            note(str(error))
+    return opening(bases[-1])
 
 
 def world_thumbnails() -> Any:

@@ -126,17 +126,27 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
 
 
 def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = ()) -> Catalog:
-    """The LoRAs of --loras and --expert and the gates of --trained, plus those of the emoji world if it is a base."""
-    from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
+    """The LoRAs of --loras and --expert and the gates of --trained, plus those of the emoji world if it is a base.
 
-    files, examples = folder_loras(named.loras) if named.loras is not None else {}, dict[str, Path]()
+    Without --loras, the LoRAs are those in the program, or else in the folder, that a base belongs to.
+    """
+    from mole_diffusers.studio.base_models import find_base
+    from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
+    from mole_diffusers.studio.embeddings import folder_embeddings
+    from mole_diffusers.studio.model_folders import around, loras_beside
+
+    examples, words = dict[str, Path](), dict[str, Path]()
+    found = [path for base in bases if base != WORLD and isinstance(path := find_base(base), Path)]
+    files = loras_beside(found) if named.loras is None else folder_loras(named.loras)
+    for base in found:
+        words |= around(base, "embedding")
+    if named.embeddings is not None:
+        words = folder_embeddings(named.embeddings)
     if WORLD in bases:
         from mole_diffusers.emoji.world import concept_files, gate_folders
 
         files, examples = concept_files() | files, gate_folders()
-    elif named.loras is None and not experts:
-        raise ValueError("give --loras FOLDER, the LoRA files for this base")
-    catalog = Catalog(files, examples, examples=examples)
+    catalog = Catalog(files, examples, examples=examples, embeddings=words)
     for name, file in named_values(experts, "--expert").items():
         catalog.add_lora(name, Path(file))
     if named.trained is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +27,22 @@ class OverOptions(options.Pictures):
     panel = "Drawing over a picture"
 
 
-@settings_of(options.RECIPE, only=("gates", "seed", "binding", "clip_skip"))
+@settings_of(options.RECIPE, only=("gates", "seed", "binding", "detail", "clip_skip"))
 class RecipeOptions(options.Drawing, OverOptions):
     """The settings of a recipe, apart from its prompt.
 
     Attributes:
         gates: trained gates by name or folder, sum or mean. Default: auto, your own gates for these LoRAs if there are any,
             else sum.
+        preset (FILE): a recipe, or a picture with one inside, whose size, steps, sampler and the like are used where you
+            give none.
+        style (NAME): words from the file of styles, put around the prompt.
+        styles (FILE): styles.csv of A1111 or Forge, or a .json of Fooocus. Default: styles.csv here.
     """
+
+    preset: Path | None = None
+    style: Sequence[str] = ()
+    styles: Path = Path("styles.csv")
 
 
 def draw(
@@ -140,15 +150,21 @@ def open_recipe(prompt: str, files: options.Studio, settings: RecipeOptions) -> 
     from mole_diffusers.binding.regions import AUTO
     from mole_diffusers.gates import checkpoint
     from mole_diffusers.studio.picture_passes import with_pictures
+    from mole_diffusers.studio.styles import preset, read_styles, styled
 
     pictures = open_pictures(settings)
     studio = open_studio(files)
     asked = {**vars(settings), "image": None, "mask": None}
+    file, names, styles = (asked.pop(name) for name in ("preset", "style", "styles"))
+    like = {} if file is None else preset(file)
+    asked |= {name: value for name, value in like.items() if asked[name] is None}
     folder = Path(gates := asked["gates"] or AUTO)
     if gates not in studio.catalog.gates and (folder / checkpoint.CONFIG).is_file():  # it has no name yet
         asked["gates"] = folder.resolve().name
         studio.catalog.add_gates(asked["gates"], folder)
-    return studio, with_pictures(first_recipe(studio, prompt=prompt, **asked), **pictures), pictures
+    recipe = first_recipe(studio, prompt=prompt, **asked)
+    recipe = styled(recipe, names, read_styles(styles)) if names else recipe
+    return studio, with_pictures(recipe, **pictures), pictures
 
 
 def open_studio(files: options.Studio) -> Studio:
@@ -174,10 +190,20 @@ def open_pictures(given: options.Pictures) -> dict[str, Any]:
 
 
 def draw_recipe(studio: Studio, asked: Recipe, pictures: Mapping[str, Any], path: Path) -> Result:
-    """Draw a recipe, and write a PNG that holds it."""
+    """Draw a recipe, write a PNG that holds it, and say what was drawn: seed, size, what each LoRA did, and the file."""
     from mole_diffusers.studio import infotext
+    from mole_diffusers.studio.picture_notes import PictureNotes
 
-    recipe = completed(studio, asked, pictures.get("image"))
-    infotext.save(studio.draw(recipe, **pictures), path, recipe)
-    seed = "" if asked.seed == recipe.seed else f", seed {recipe.seed}"
-    return Result({"out": str(path), **recipe.to_dict()}, f"{recipe.prompt}{seed}: {path}")
+    recipe, noted = completed(studio, asked, pictures.get("image")), PictureNotes()
+    image = studio.draw(recipe, **pictures, inside=partial(noted.around, recipe, nullcontext))
+    infotext.save(image, path, recipe)
+    for each in noted.warnings:
+        note(each)
+    did = noted.of_loras(recipe, studio.explain(recipe)) if recipe.arm == "gates" else {}
+    size = f"{image.width} x {image.height} pixels"
+    said = [
+        f"{recipe.plain_text}: seed {recipe.seed}, {size}",
+        *(f"{name} {words}" for name, words in did.items()),
+        str(path),
+    ]
+    return Result({"out": str(path), "loras": did, **recipe.to_dict()}, "\n".join(said))

@@ -45,7 +45,7 @@ def parser(only: str | None = None) -> Any:
     """All commands as one typer command, which takes 50 ms, or `only` the one of this name; all if there is none."""
     listed = [(panel, command) for panel, commands in COMMANDS.items() for command in commands]
     named = {command.__name__.replace("_", "-"): (panel, command) for panel, command in listed}
-    whole = typer.Typer(add_completion=False)
+    whole = typer.Typer()
     whole.callback()(mole)
     for name in [only] if only in named else named:
         panel, command = named[name]

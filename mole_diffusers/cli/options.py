@@ -17,8 +17,8 @@ Base = Annotated[
     str,
     Option(
         metavar="MODEL",
-        help="a .safetensors checkpoint, a folder that diffusers saved, a models folder of A1111 or ComfyUI followed by the "
-        "name of a model in it (models/dreamshaper), or a hub id; emoji is the world in this package.",
+        help="a .safetensors checkpoint, a folder that diffusers saved, a models folder of A1111, Forge, ComfyUI or SwarmUI "
+        "followed by the name of a model in it (models/dreamshaper), or a hub id; emoji is the world in this package.",
     ),
 ]
 Experts = Annotated[Sequence[str], Option(metavar="NAME=FILE[:STRENGTH]", help="a LoRA file and the name you give it.")]
@@ -33,8 +33,9 @@ class Machine(Group):
 
     Attributes:
         device: cpu, cuda, cuda:1, mps, ... Default: a GPU if there is one.
-        base_config (FOLDER): for a checkpoint: a diffusers folder of the same kind of model (its weights are not
-            needed), or a hub id. Default: that of the Forge folder around it, else the official one.
+        base_config (FOLDER): for a checkpoint that is built in another way than its kind: a diffusers folder of the same
+            kind of model (its weights are not needed), or a hub id. For T5, the folder of its tokenizer is enough.
+            Default: read from the checkpoint.
     """
 
     panel = "The base model on this machine"
@@ -60,11 +61,14 @@ class Files(Group):
 
     Attributes:
         loras (FOLDER): LoRA files that tags may name, in subfolders too. If two have the same name, write people/fox and
-            animals/fox. The emoji world has its own.
+            animals/fox. The emoji world has its own. Default: those of the program or the folder that the base is in.
         trained (FOLDER): trained gates that you may name, one folder each.
+        embeddings (FOLDER): textual inversions, which a prompt names as embedding:NAME. Default: those of the program that
+            the base is in.
     """
 
     loras: Path | None = None
+    embeddings: Path | None = None
     trained: Path | None = None
 
 

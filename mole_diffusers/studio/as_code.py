@@ -21,9 +21,9 @@ from mole_diffusers.studio.render import Studio
 def as_code(recipe: Recipe, config: str | None = None) -> str:
     """A script for a completed recipe.
 
-    It finds LoRA files by their hash, in the current folder and below, and trained gates in the current folder by their
-    name. Those of the embedded world come with the package. A picture to draw over is read from "image.png", its mask from
-    "mask.png". The picture is written to "picture.png".
+    It finds LoRA files by their hash and embeddings by their name, in the current folder and below, and trained gates in the
+    current folder by their name. Those of the embedded world come with the package. A picture to draw over is read from
+    "image.png", its mask from "mask.png". The picture is written to "picture.png".
 
     Args:
         config: the config that the base was opened with, see `open_base`.
@@ -34,6 +34,10 @@ def as_code(recipe: Recipe, config: str | None = None) -> str:
     if recipe.base == WORLD:
         imports += "from mole_diffusers.emoji.world import concept_files, gate_folders\n"
         loras, gates = ["concept_files()", *loras], gates or ["gate_folders()"]
+    words = ""
+    if recipe.embeddings:
+        imports += "from mole_diffusers.studio.embeddings import folder_embeddings\n"
+        words = ', embeddings=folder_embeddings(".")'
     pictures = [name for name in ("image", "mask") if getattr(recipe, name)]
     if pictures:
         imports += "from PIL import Image\n"
@@ -42,7 +46,7 @@ def as_code(recipe: Recipe, config: str | None = None) -> str:
     return f"""\
 {imports}
 base = open_base({opened})
-studio = Studio(base.pipe, Catalog({" | ".join(loras) or "{}"}, {" | ".join(gates) or "{}"}), base.name)
+studio = Studio(base.pipe, Catalog({" | ".join(loras) or "{}"}, {" | ".join(gates) or "{}"}{words}), base.name)
 recipe = Recipe(
 {_arguments(recipe)})
 studio.draw({drawn}).save("picture.png")

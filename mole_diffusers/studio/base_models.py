@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    SingleFileComponentError,
+    infer_diffusers_model_type,
+)
 
-from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import pipeline_class, read_header
 from mole_diffusers.patching.host.denoiser_inputs import denoiser
+from mole_diffusers.studio.checkpoint_config import (
+    LACKS,
+    PIPELINES,
+    T5_FILES,
+    T5_XXL,
+    Shapes,
+    encoders,
+    holds_t5,
+    scheduler,
+    t5_folder,
+    tokenizers,
+    write_configs,
+)
 from mole_diffusers.studio.memory import Memory, place
+from mole_diffusers.studio.model_folders import is_lora, places
 from mole_diffusers.studio.names import WORLD, by_name, files_below, is_hub_id, known_names, matching, own_name, short_names
+from mole_diffusers.studio.parts_beside import parts_beside
 
 INDEX = "model_index.json"
-PLACES = [f"{root}{place}" for root in ("models/", "") for place in ("Stable-diffusion", "checkpoints", "diffusers")]
-PIPELINES = {  # diffusers' name for the kind of a checkpoint -> pipeline class
-    "v1": "StableDiffusionPipeline",
-    "v2": "StableDiffusionPipeline",
-    "xl_base": "StableDiffusionXLPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-    "sd35_medium": "StableDiffusion3Pipeline",
-    "sd35_large": "StableDiffusion3Pipeline",
-    "flux-dev": "FluxPipeline",
-    "flux-schnell": "FluxPipeline",
-}
-T5 = "text_encoders.t5xxl.transformer.shared.weight"
 DENOISER = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")  # how the keys of a denoiser begin
+# What diffusers and transformers raise for a checkpoint that is built in another way.
+BROKEN = (SingleFileComponentError, ValueError, ImportError, RuntimeError, TypeError, LookupError, ZeroDivisionError)
 GUIDANCE = {"StableDiffusion3": 5.0, "Flux": 3.5}  # start of a pipeline class's name -> its usual guidance
 
 
@@ -59,11 +69,12 @@ def open_base(base: str, *, config: str | Path | None = None, memory: Memory | N
 
     Args:
         base: "emoji" for the embedded world, a .safetensors checkpoint, a folder that diffusers saved, or a hub id. A
-            models folder of A1111, Forge or ComfyUI also works if it has only one model. Otherwise add the name of a
+            models folder of A1111, Forge, ComfyUI or SwarmUI works if it has only one model. Otherwise add the name of a
             checkpoint in it, in any case: "ComfyUI/models/dreamshaper".
-        config: only for checkpoints, which hold weights but no config: a hub id, or a folder that diffusers saved for the
-            same kind of model (its weights are not needed). By default this is Forge's copy, if the checkpoint is in a
-            Forge folder, and otherwise the official config on the hub, which is downloaded once.
+        config: only for checkpoints, which hold weights but no config. By default it is read from the shapes of the weights,
+            and nothing is downloaded. Give a folder that diffusers saved for the same kind of model (its weights are not
+            needed), or a hub id, for a model that is built in another way. If it reads prompts with T5, and is not in the
+            folder of ComfyUI, SwarmUI or Forge, give at least the folder of T5's tokenizer.
         memory: how to put it on this machine; by default, whatever fits.
 
     Raises:
@@ -110,24 +121,15 @@ def bases_in(folder: str | Path) -> dict[str, Path]:
     """The base models of a models folder by name: checkpoint files, and folders that diffusers saved.
 
     Args:
-        folder: a models folder of A1111, Forge or ComfyUI, the folder of the whole program, or any folder with
+        folder: a models folder of A1111, Forge, ComfyUI or SwarmUI, the folder of the whole program, or any folder with
             checkpoints.
     """
     folder = Path(folder)
-    known = [folder / place for place in PLACES if (folder / place).is_dir()]
+    known = places(folder, "base")
     files = [f for root in known for f in files_below(root)] if known else [*folder.glob("*"), *folder.glob("*/*")]
     saved = [file.parent for file in files if file.name == INDEX]
     alone = [f for f in files if f.suffix == ".safetensors" and not any(f.is_relative_to(s) for s in saved)]
-    return by_name([*saved, *(f for f in alone if known or not _is_lora(f))], folder)
-
-
-def _is_lora(path: Path) -> bool:
-    """Whether a file has the keys of a LoRA. Only its header is read."""
-    try:
-        shapes, _ = read_header(path)
-        return bool(shapes) and bool(parse_key(next(iter(shapes))))
-    except (ValueError, OSError):
-        return False
+    return by_name([*saved, *(f for f in alone if known or not is_lora(f))], folder)
 
 
 def bases_of(given: Sequence[str]) -> dict[str, str]:
@@ -159,7 +161,7 @@ def find_base(base: str) -> Path | str:
         what = f"add the name of one of its {len(models)} models" if models else "it has no .safetensors checkpoint"
         raise ValueError(f"{base} is a folder of models; {what}{': ' + ', '.join(list(models)[:20]) if models else ''}")
     for folder in path.parents:
-        if folder == path.parent and folder.is_dir() and str(folder) != "." or any((folder / p).is_dir() for p in PLACES):
+        if folder == path.parent and folder.is_dir() and str(folder) != "." or places(folder, "base"):
             models = bases_in(folder)
             name = path.relative_to(folder).as_posix().removesuffix(".safetensors")
             if (found := matching(name, models)) is not None:
@@ -185,40 +187,78 @@ def checkpoint_kind(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
 
 
 def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[Any, Memory]:
-    shapes, _ = read_header(path)
+    shapes, metadata = read_header(path)
     kind = checkpoint_kind(shapes, path.name)
     memory = memory.completed(PIPELINES[kind])
-    official = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-    source = config or _forge_config(path, official) or official
-    lacks_t5 = PIPELINES[kind] == "StableDiffusion3Pipeline" and T5 not in shapes
-    parts = {"text_encoder_3": None, "tokenizer_3": None} if lacks_t5 else {}
     try:
-        loading = getattr(diffusers, PIPELINES[kind]).from_single_file
-        pipe = loading(str(path), config=str(source), dtype=memory.torch_dtype, **parts)
-        for part in (each for each in pipe.components.values() if isinstance(each, torch.nn.Module)):
-            part.eval()  # diffusers leaves T5 in training mode, and its dropout would change every picture
-            if tie := getattr(part, "tie_weights", None):  # T5 has one matrix under two names; a file has only one of them
-                tie()  # type: ignore[operator]
-        return pipe, memory
-    except diffusers.loaders.single_file_utils.SingleFileComponentError as error:
-        lacking = re.search(r"^(\w+) = ", str(error), re.MULTILINE)
-        raise ValueError(
-            f"{path.name} lacks the {lacking[1] if lacking else 'text encoders or the VAE'}: "
-            "take a checkpoint with text encoders and VAE inside, or a folder that diffusers saved"
-        ) from error
+        with TemporaryDirectory(prefix="mole_config_") as folder:
+            if config is None or (Path(config).is_dir() and not (Path(config) / INDEX).is_file()):
+                given = _own_config(Path(folder), path, shapes, metadata, kind, memory.torch_dtype, config)
+            else:
+                given = {"config": str(config), **_lacking(shapes, kind)}
+            loading = getattr(diffusers, PIPELINES[kind]).from_single_file
+            pipe = loading(str(path), dtype=memory.torch_dtype, **given)
     except OSError as error:  # also raised if the hub cannot be reached
+        source = "it" if config is None else f"its --base-config {config}"
+        raise ValueError(f"{path.name} cannot be opened, since {source} cannot be read here: {_why(error)}") from error
+    except BROKEN as error:
+        raise ValueError(f"{path.name} cannot be opened as a {PIPELINES[kind]}: {_why(error)}") from error
+    for part in (each for each in pipe.components.values() if isinstance(each, torch.nn.Module)):
+        part.eval()  # diffusers leaves T5 in training mode, and its dropout would change every picture
+        if tie := getattr(part, "tie_weights", None):  # T5 has one matrix under two names; a file has only one of them
+            tie()  # type: ignore[operator]
+    return pipe, memory
+
+
+def _own_config(
+    folder: Path,
+    path: Path,
+    shapes: Shapes,
+    metadata: Mapping[str, str],
+    kind: str,
+    dtype: torch.dtype,
+    given: str | Path | None,
+) -> dict[str, Any]:
+    """The arguments of `from_single_file` for a checkpoint, which holds none of its configs; they are written to `folder`.
+
+    Args:
+        given: the folder of T5's tokenizer; None looks for it.
+    """
+    parts = parts_beside(path, shapes, kind)
+    shapes = dict(ChainMap(*(dict(part.shapes) for part in parts.values()), dict(shapes)))
+    write_configs(folder, shapes, kind)
+    t5 = t5_folder(path) if given is None else Path(given)
+    if t5 is not None and not holds_t5(t5):
+        files = " or ".join(T5_FILES)
+        raise ValueError(f"{t5} is neither a folder that diffusers saved nor one of T5's tokenizer, with its {files}")
+    found = tokenizers(shapes, kind, t5)
+    if None in found.values():
         raise ValueError(
-            f"{path.name} has weights alone, and the config of its kind, {source}, cannot be read here: give --base-config, "
-            "a folder that diffusers saved for the same kind of model (its weights are not needed), as Forge has them in "
-            "backend/huggingface, or go online once"
-        ) from error
+            "it reads prompts with T5, whose tokenizer is not beside it as in ComfyUI or Forge: give the folder of that "
+            "tokenizer (tokenizer.json or spiece.model, 1 to 3 MB, from google/t5-v1_1-xxl for example) as --base-config"
+        )
+    own = {"scheduler": scheduler(shapes, metadata, kind), **found, **_lacking(shapes, kind)}
+    known = encoders(shapes, kind)
+    own |= {name: part.load(name, known.get(name), folder, dtype) for name, part in parts.items()}
+    return {"config": str(folder), **own}
 
 
-def _forge_config(path: Path, official: str) -> Path | None:
-    """The folder with the official config in Forge, if the checkpoint is in a Forge folder."""
-    name = official.rpartition("/")[2]
-    hits = (hit for up in path.resolve().parents for hit in up.glob(f"backend/huggingface/*/{name}/{INDEX}"))
-    return next((hit.parent for hit in hits), None)
+def _lacking(shapes: Shapes, kind: str) -> dict[str, None]:
+    """What a checkpoint of SD 3 may lack: T5 and its tokenizer."""
+    is_whole = PIPELINES[kind] != "StableDiffusion3Pipeline" or any(key.startswith(T5_XXL) for key in shapes)
+    return {} if is_whole else dict.fromkeys(("text_encoder_3", "tokenizer_3"))
+
+
+def _why(error: Exception) -> str:
+    """What an error of opening a checkpoint says, in one line."""
+    if isinstance(error, SingleFileComponentError):
+        lacking = re.search(r"^(\w+) = ", str(error), re.MULTILINE)
+        return LACKS.format(lacking[1] if lacking else "text encoders or the VAE")
+    if isinstance(error, NotImplementedError):  # of moving a tensor that has no data
+        return "some of its weights are missing"
+    if isinstance(error, LookupError):
+        return f"it is built in another way ({error})"
+    return str(error).strip().partition("\n")[0]
 
 
 def _open_saved(source: str, memory: Memory) -> tuple[Any, Memory]:

@@ -18,6 +18,7 @@ from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.lora.sidecars import preferred_weight
+from mole_diffusers.studio.model_folders import places
 from mole_diffusers.studio.names import by_name, files_below, is_text, known_names, matching, matching_lora
 
 UNTRAINED = tuple(name for name, family in FAMILIES.items() if not family.learns)
@@ -34,10 +35,19 @@ class Catalog:
         loras: name -> file.
         gates: name -> folder of trained gates.
         examples: names of gates that are used only if you name them. "auto" never picks them, even for LoRAs that they fit.
+        embeddings: name -> file.
     """
 
-    def __init__(self, loras: Mapping[str, Path], gates: Mapping[str, Path], *, examples: Iterable[str] = ()):
+    def __init__(
+        self,
+        loras: Mapping[str, Path],
+        gates: Mapping[str, Path],
+        *,
+        examples: Iterable[str] = (),
+        embeddings: Mapping[str, Path] | None = None,
+    ):
         self.loras, self.gates, self.examples = dict(loras), dict(gates), set(examples)
+        self.embeddings = dict(embeddings or {})
         self._keeping, self._experts = threading.Lock(), dict[str, Expert]()  # the one that was used last is the last
         self._family_of, self._hash_of = cache(family_of_file), cache(file_hash)
         self._trained: dict[str, dict[str, str]] = {}
@@ -129,6 +139,10 @@ class Catalog:
             raise ValueError(f"the LoRA {name!r} with hash {sha256[:12]} is not here; {known}")
         return found
 
+    def embedding_hash(self, name: str) -> str:
+        """The hash of an embedding's tensors, like `Expert.sha256`; the file is read once."""
+        return self._hash_of(self.embeddings[name], whole=False)
+
     def _hash(self, name: str, *, whole: bool = False) -> str:
         """The hash of a LoRA's tensors or of its whole file."""
         known = None if whole else self._experts.get(name)
@@ -192,14 +206,16 @@ def _bytes(expert: Expert) -> int:
 
 
 def folder_loras(folder: str | Path) -> dict[str, Path]:
-    """{name: path} of the safetensors files below a folder.
+    """{name: path} of the safetensors files below a folder; of a models folder, below its folders of LoRAs.
 
     A file's name is its own, or if two are the same, with the folder that it is in ("people/fox"). Raises ValueError if this
     is not a folder or has no such files.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is {'a file' if Path(folder).exists() else 'not there'}; give the folder of LoRA files")
-    found = by_name((file for file in files_below(Path(folder)) if file.suffix == ".safetensors"), Path(folder))
+    roots = places(Path(folder), "lora") or [Path(folder)]
+    files = (file for root in roots for file in files_below(root) if file.suffix == ".safetensors")
+    found = by_name(files, Path(folder))
     if not found:
         raise ValueError(f"no .safetensors files in {folder}")
     return found

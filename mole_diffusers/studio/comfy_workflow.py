@@ -105,7 +105,9 @@ def recipe_of_graph(graph: Graph, where: str) -> TheirRecipe:
         prompts[side] = _prompt(graph, start)
     chain = list(_upstream(graph, first, "model", "guider"))
     latent = [graph[up] for up in _upstream(graph, first, "latent_image")]
-    size = next((node["inputs"] for node in latent if "Empty" in node["class_type"] and "width" in node["inputs"]), {})
+    size: Mapping[str, Any] = next(
+        (node["inputs"] for node in latent if "Empty" in node["class_type"] and "width" in node["inputs"]), {}
+    )
     if any("VAEEncode" in node["class_type"] for node in latent):
         lacking.append("the picture that it was drawn over")
     strength = as_number(value("denoise"))
@@ -124,7 +126,9 @@ def recipe_of_graph(graph: Graph, where: str) -> TheirRecipe:
         strength=strength if strength is not None and 0 < strength < 1 else None,
         clip_skip=next((min(-skip, 12) for skip in skips if skip is not None and skip < 0), None),
     )  # fmt: skip
-    loader = next((graph[up]["inputs"] for up in chain if {"ckpt_name", "unet_name"} & graph[up]["inputs"].keys()), {})
+    loader: Mapping[str, Any] = next(
+        (graph[up]["inputs"] for up in chain if {"ckpt_name", "unet_name"} & graph[up]["inputs"].keys()), {}
+    )
     others = [node["class_type"] for node in graph.values() if not _is_known(node["class_type"])]
     lacking += lost + lost_loras + [f"node {kind}" for kind in dict.fromkeys(filter(None, others))][:20]
     return TheirRecipe(recipe, lacking, stem(as_text(loader.get("ckpt_name") or loader.get("unet_name"))))

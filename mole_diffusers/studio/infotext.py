@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.lora.safe_files import PICTURE_ERRORS, RefusedFileError, parse_json
 from mole_diffusers.studio import other_tools
 from mole_diffusers.studio.names import matching, model_name
@@ -25,6 +26,7 @@ from mole_diffusers.studio.weight_syntax import balanced
 
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
 KNOWN = {OWN, PARAMETERS, "prompt", "workflow", "invokeai_metadata"}  # texts with a recipe, ours and those of other programs
+OURS = "mole_diffusers"  # the "Version" in our text of A1111's form
 NEGATIVE = "Negative prompt:"
 PAIR = re.compile(r'([^:,]*)(?:: ?("(?:\\.|[^\\"])*"|[^,]*))?')  # KEY: VALUE, where only a value in quotes has commas
 NOT_NEEDED = ("Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
@@ -57,7 +59,7 @@ def parameters(recipe: Recipe) -> str:
         settings["Clip skip"] = recipe.clip_skip
     if recipe.experts:
         settings["Lora hashes"] = ", ".join(f"{name}: {digest[:12]}" for name, digest in recipe.experts.items())
-    settings["Version"] = "mole_diffusers"
+    settings["Version"] = OURS
     last = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items())
     return "\n".join([recipe.prompt, *([f"{NEGATIVE} {recipe.negative}"] if recipe.negative else []), last])
 
@@ -81,6 +83,7 @@ def read_parameters(text: str, where: str = "the text") -> FoundRecipe:
     at = next((i for i, line in enumerate(lines) if line.strip().startswith(NEGATIVE)), len(lines))
     steps, seed, size, guidance = take("Steps"), take("Seed"), take("Size", "0x0"), take("CFG scale", "7")
     pairs = [pair.partition(":") for pair in take("Lora hashes", "").split(",") if ":" in pair]
+    is_ours = found.get("Version") == OURS
     sampler, lacking = _sampler(take("Sampler", "Default"), take("Schedule type", ""))
     times = _times_larger(take("Hires resize", ""), size)
     strength, hires = take("Denoising strength", ""), take("Hires upscale", "") or times
@@ -94,7 +97,7 @@ def read_parameters(text: str, where: str = "the text") -> FoundRecipe:
         changed: dict[str, Any] = {"hires_strength" if hires else "strength": float(strength)} if strength else {}
         recipe = Recipe(
             prompt=balanced(_weighed("\n".join(lines[:at]).strip())),
-            binding="none",  # as there, where every LoRA acts everywhere
+            binding=AUTO if is_ours else "none",  # as there, where every LoRA acts everywhere
             negative=balanced("\n".join(lines[at:]).strip().removeprefix(NEGATIVE).strip()),
             seed=int(seed),
             steps=int(steps),
@@ -111,7 +114,7 @@ def read_parameters(text: str, where: str = "the text") -> FoundRecipe:
         raise ValueError(f"{where}: {error}") from error
     model = take("Model", "")
     lacking += [f"{key} {value[:40]}" for key, value in found.items() if key not in NOT_NEEDED and SETTING.fullmatch(key)]
-    return FoundRecipe(recipe, _left_out(lacking), model, is_theirs=True)
+    return FoundRecipe(recipe, _left_out(lacking), model, is_theirs=not is_ours)
 
 
 def _weighed(prompt: str) -> str:

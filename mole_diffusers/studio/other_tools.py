@@ -49,10 +49,9 @@ def read(texts: Mapping[str, str], where: str) -> TheirRecipe | None:
         return _swarm(swarm, where) if isinstance(swarm, dict) else _fooocus(said, where)
     if "invokeai_metadata" in texts:
         return _invoke(_object(texts["invokeai_metadata"], where), where)
-    for name, graph_of in (("prompt", api_graph), ("workflow", workflow_graph)):
-        if name in texts and (graph := graph_of(_object(texts[name], where))):
-            return recipe_of_graph(graph, where)
-    return None
+    graphs = {"prompt": api_graph, "workflow": workflow_graph}
+    found = [graphs[name](_object(texts[name], where)) for name in graphs if name in texts]
+    return recipe_of_graph(next(filter(None, found), {}), where) if found else None
 
 
 def _object(text: str, where: str) -> Mapping[str, Any]:
@@ -90,7 +89,7 @@ def _fooocus(said: Mapping[str, Any], where: str) -> TheirRecipe:
         raise ValueError(f"{where} has settings of a program that is not known here")
     full, negative = (_joined(said.get(f"full_{name}")) for name in ("prompt", "negative_prompt"))
     loras = []
-    for value in said.get("loras") if isinstance(said.get("loras"), list) else []:
+    for value in _listed(said.get("loras")):
         if isinstance(value, list) and len(value) > 1 and (weight := as_number(value[1])) is not None:
             loras.append(Lora(as_text(value[0]), weight, weight))
     for key, value in said.items():
@@ -115,17 +114,22 @@ def _fooocus(said: Mapping[str, Any], where: str) -> TheirRecipe:
 
 
 def _joined(texts: Any) -> str:
-    return ", ".join(filter(None, map(as_text, texts))) if isinstance(texts, list) else ""
+    return ", ".join(filter(None, map(as_text, _listed(texts))))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _invoke(said: Mapping[str, Any], where: str) -> TheirRecipe:
     loras = []
-    for each in said.get("loras") if isinstance(said.get("loras"), list) else []:
+    for each in _listed(said.get("loras")):
         about = each.get("model", each.get("lora")) if isinstance(each, dict) else None
         name = as_text(about.get("name", about.get("model_name"))) if isinstance(about, dict) else ""
         if name and (weight := as_number(each.get("weight"))) is not None:
             loras.append(Lora(name, weight, weight))
-    model = said.get("model") if isinstance(said.get("model"), dict) else {}
+    found = said.get("model")
+    model: Mapping[str, Any] = found if isinstance(found, dict) else {}
     sampler, lost = sampler_of(said.get("scheduler"), "")
     skip = as_whole(said.get("clip_skip"))
     is_over = "strength" in said or "init_image" in said
@@ -159,7 +163,7 @@ def _compel(prompt: str) -> str:
 
 def _rest(said: Mapping[str, Any], known: set[str]) -> list[str]:
     """The settings that a recipe does not have, as they are written; without those that are off or empty."""
-    off = (None, "", False, "None", [], {})
+    off: tuple[Any, ...] = (None, "", False, "None", [], {})
     left = {key: value for key, value in said.items() if key not in known and value not in off}
     shown = {key: value if isinstance(value, str | int | float) else "" for key, value in left.items()}
     return [f"{key[:40]} {str(value)[:40]}".strip() for key, value in list(shown.items())[:20]]

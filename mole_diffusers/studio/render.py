@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
+from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO, region_picture
 from mole_diffusers.binding.who_acts import Explanation
 from mole_diffusers.gates.checkpoint import UnfitGatesError
@@ -24,15 +25,16 @@ from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.install.pipeline_lock import PipelineLock
 from mole_diffusers.patching.subjects.things import Tiling
 from mole_diffusers.patching.subjects.tiles import draws_in_tiles, explain, size_for_tiles
-from mole_diffusers.studio import picture_passes
+from mole_diffusers.studio import detail_pass, embeddings, picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.clip_skip import clip_skip, most_clip_skip
 from mole_diffusers.studio.memory import clear_frames, release
 from mole_diffusers.studio.names import shared_name
+from mole_diffusers.studio.picture_notes import PictureNotes
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import call_arguments, cut_off, plain_texts, tiled_prompt, unread
-from mole_diffusers.studio.recipe import BOUND, DEFAULTS, TILES, Recipe
+from mole_diffusers.studio.recipe import BOUND, DEFAULTS, PROMPTS, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import parse_weights
@@ -193,9 +195,34 @@ class Studio:
             gates=gates,
             gates_sha256=digest,
             experts={name: self.catalog.expert(name).sha256 for name in names.values()},
+            embeddings=self._embeddings(recipe),
             base=self.base,
             defaults=DEFAULTS,
         )
+
+    def _embeddings(self, recipe: Recipe) -> dict[str, str]:
+        """The embeddings that the prompts of a recipe name, with their hashes.
+
+        Raises ValueError for one that is not here, or is another file than the recipe's.
+        """
+        texts = [getattr(recipe, name) for name in PROMPTS]
+        found = {name: self.catalog.embedding_hash(name) for name in embeddings.named(texts, self.catalog.embeddings)}
+        if other := next((name for name, own in found.items() if recipe.embeddings.get(name, own) != own), None):
+            raise ValueError(f"the embedding {other!r} here is another file than the recipe's")
+        return found
+
+    @contextmanager
+    def _spelled(self, recipe: Recipe, pipe: Any) -> Iterator[Recipe]:
+        """The recipe with the words of its embeddings in its prompts, which the pipeline knows in the `with` block."""
+        files = {name: self.catalog.embeddings[name] for name in recipe.embeddings}
+        if not files:
+            yield recipe
+            return
+        with embeddings.taught(pipe, files) as words:
+            texts: dict[str, Any] = {
+                name: embeddings.spelled(getattr(recipe, name), files, words.__getitem__) for name in PROMPTS
+            }
+            yield dataclasses.replace(recipe, **texts)
 
     def notes(self, asked: Recipe, recipe: Recipe, image: Image.Image | None = None) -> list[str]:
         """What a user should know about a completed recipe: what may be wrong with it, what was changed, and what is cut.
@@ -217,6 +244,8 @@ class Studio:
         known = {*recipe.experts, *(tag.name for tag in parse(asked.prompt, {*asked.experts, *recipe.experts}).tags)}
         if gone := dict.fromkeys(name for row in asked.locks.values() for name in row if name not in known):
             notes.append(f"weights set by hand for {', '.join(map(repr, gone))} are left out: the prompt has no such LoRA")
+        if recipe.detail and not (self._has_places(recipe) and detail_pass.with_a_place(self.explain(recipe))):
+            notes.append("no subject of the prompt has a place of its own, so there is nothing for the detail pass")
         for tag in recipe.tags:
             if tag.start >= (last := min(recipe.steps, recipe.steps if tag.stop is None else tag.stop)):
                 notes.append(f"{tag.name!r} acts in no step: it starts at {tag.start}, and ends before {last}")
@@ -274,20 +303,43 @@ class Studio:
                 over = {"strength": recipe.strength, "image": picture_passes.fitted(picture_passes.on_white(image), *size)}
             if mask is not None:
                 over["mask_image"] = picture_passes.fitted(region_picture(mask), *size)
-            drawn = self._pass(recipe, size, over, on_step, inside)
+            noted = PictureNotes()
+            drawn = self._pass(recipe, size, over, on_step, partial(noted.around, recipe, inside))
             if mask is not None:  # the VAE changes the rest a little
                 drawn = Image.composite(drawn, over["image"], over["mask_image"])
             if recipe.hires > 1:
                 larger = picture_passes.drawable(self.pipe, *(round(side * recipe.hires) for side in size))
                 over = {"image": picture_passes.fitted(drawn, *larger), "strength": recipe.hires_strength}
                 drawn = self._pass(recipe, larger, over, on_step, nullcontext)
+            if recipe.detail and noted.layout is not None:
+                drawn = self._detailed(recipe, drawn, noted.layout, on_step)
             return drawn
 
+    def _detailed(self, recipe: Recipe, drawn: Image.Image, layout: Layout, on_step: OnStep | None) -> Image.Image:
+        """The picture with each subject's place drawn over once more, enlarged, by the LoRAs that act there."""
+        usual = usual_size(self.pipe, self.base, "")
+        for subject in detail_pass.subjects(self.explain(recipe), layout.regions, drawn.size):
+            size = picture_passes.drawable(self.pipe, *detail_pass.enlarged(subject.box, usual))
+            over = {"image": picture_passes.fitted(drawn.crop(subject.box), *size), "strength": recipe.detail}
+            part = self._pass(recipe, size, over, on_step, nullcontext, subject.acting)
+            drawn = detail_pass.put_back(drawn, part, subject)
+        return drawn
+
     def total_steps(self, recipe: Recipe) -> int:
-        """How often `draw` calls `on_step` for a recipe. Raises ValueError if a strength leaves no steps."""
+        """How often `draw` calls `on_step` for a recipe; less often if a subject's place is not found.
+
+        Raises ValueError if a strength leaves no steps.
+        """
         first = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.strength) if recipe.image else recipe.steps
         second = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.hires_strength) if recipe.hires > 1 else 0
-        return first + second
+        if not recipe.detail or not self._has_places(recipe):
+            return first + second
+        each = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.detail)
+        return first + second + each * len(detail_pass.with_a_place(self.explain(recipe)))
+
+    @staticmethod
+    def _has_places(recipe: Recipe) -> bool:
+        return bool(recipe.experts) and recipe.binding_of_pass() != "none"
 
     def _pass(
         self,
@@ -296,14 +348,20 @@ class Studio:
         over: dict[str, Any],
         on_step: OnStep | None,
         inside: MixtureContext,
+        acting: Sequence[str] | None = None,
     ) -> Image.Image:
-        """One call of a pipeline. `over` has the picture that it draws over, the strength and the mask, or is {}."""
+        """One call of a pipeline. `over` has the picture that it draws over, the strength and the mask, or is {}.
+
+        Args:
+            acting: only these LoRAs act, everywhere; by default all, as the recipe says.
+        """
         pipe = self._drawing_over(masked="mask_image" in over) if over else self.pipe
         steps = picture_passes.steps_drawn(pipe, recipe.steps, over.get("strength", 1.0))
         with ExitStack() as stack:
             stack.callback(setattr, pipe, "scheduler", self._own_scheduler)
             pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
             mixture = self.attach_for(recipe, pipe)
+            recipe = stack.enter_context(self._spelled(recipe, pipe))  # after what is attached, and taken back before it
             names = [] if mixture is None else list(mixture.experts)
             kind, about = recipe.arm_and_name
             stack.enter_context(clip_skip(pipe, recipe.clip_skip))
@@ -312,10 +370,12 @@ class Studio:
             schedule = StrengthSchedule(names, tags, unet=denoiser(pipe), steps=steps, locks=locks)
             if mixture is not None:
                 weights = {"base": {}, "alone": {about: 1.0}, "sum": dict.fromkeys(names, 1.0)}
-                if kind in weights:  # else the gates decide, or there are none
+                if acting is not None:
+                    stack.enter_context(mixture.fixed(dict.fromkeys(acting, 1.0)))
+                elif kind in weights:  # else the gates decide, or there are none
                     stack.enter_context(mixture.fixed(weights[kind]))
                 stack.enter_context(mixture.planned(schedule))
-                if (binding := recipe.binding_of_pass(over=bool(over))) != "none":
+                if acting is None and (binding := recipe.binding_of_pass(over=bool(over))) != "none":
                     stack.enter_context(mixture.tiled(**_tiles(recipe, pipe, binding)))
                 stack.enter_context(inside(mixture))
             return pipe(

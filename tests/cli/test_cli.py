@@ -285,3 +285,13 @@ def test_compose_draws_composers_of_the_evaluation(loras, base, tmp_path, capsys
         asked = [*compose, "--expert", f"hat={loras['hat']}", "--arm", *options]
         assert main(asked) == 1
         assert why in capsys.readouterr().err
+
+
+def test_shells_complete_commands_and_options(monkeypatch, capsys):
+    monkeypatch.setenv("_MOLE_COMPLETE", "complete_bash")
+    for words, found in (("mole dr", ["draw"]), ("mole draw --hir", ["--hires", "--hires-strength"])):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        with pytest.raises(SystemExit):
+            main([])
+        assert capsys.readouterr().out.split() == found

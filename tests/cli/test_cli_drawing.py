@@ -284,3 +284,25 @@ def test_compose_takes_the_settings_of_a_recipe(loras, base, tmp_path, capsys):
     assert np.array_equal(pixels(out["plain"]), pixels(out["one"]))
     assert not np.array_equal(pixels(out["plain"]), pixels(out["weighed"]))
     assert not np.array_equal(pixels(out["plain"]), pixels(out["other"]))
+
+
+def test_what_was_drawn_is_said(loras, tmp_path, capsys):
+    """In ComfyUI's folder, whose LoRAs are found without being named: the seed, the size, what each LoRA did, the file."""
+    checkpoints, own = tmp_path / "models" / "checkpoints", tmp_path / "models" / "loras"
+    checkpoints.mkdir(parents=True)
+    own.mkdir()
+    for name in ("fox", "hat"):
+        shutil.copy(loras[name], own)
+    tiny_pipeline().save_pretrained(tmp_path / "config")
+    save_single_file(tiny_pipeline(), checkpoints / "dream.safetensors")
+    base = ["--base", str(tmp_path / "models"), "--base-config", str(tmp_path / "config"), "--device", "cpu"]
+    words = ["draw", "a fox and a hat <lora:fox:0.8> <lora:hat:0.5:unet=1:region=left>", "--seed", "-1", "--steps", "2"]
+    assert main([*words, *base, "--out", str(tmp_path / "a.png")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    recipe = infotext.read(tmp_path / "a.png")
+    assert said[0] == f"a fox and a hat: seed {recipe.seed}, 32 x 32 pixels"
+    assert said[1].startswith("fox at 0.8, ")
+    assert said[2].startswith(
+        "hat at 1 (text encoder 0.5), in a place of its own, 50% of the picture: you gave it the region"
+    )
+    assert said[3:] == [str(tmp_path / "a.png")]

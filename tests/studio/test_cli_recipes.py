@@ -134,7 +134,7 @@ def test_a_grid_of_one_file_is_that_of_its_folder(loras, tmp_path):
         (["grid", TAGS, "--x", "size=1"], "the axis 'size=1' is not KIND=VALUE,VALUE,...; kinds: seed, steps"),
         (["grid", TAGS, "--x", "seed=a"], "seed takes whole numbers, separated by commas"),
         (["redraw", "missing.png"], "missing.png"),
-        (["grid", "x", "--base", "somewhere"], "give --loras FOLDER"),
+        (["grid", "x", "--base", "somewhere"], "'somewhere' is no file or folder here"),
         (["draw", "x <lora:owl:1>"], "there is no LoRA 'owl'"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import dataclasses
 import warnings
+from contextlib import nullcontext
+from functools import partial
 
 import hosts
 import numpy as np
@@ -13,8 +15,18 @@ from tiers import thorough
 from mole_diffusers import attach, attached, detach
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.detail_pass import enlarged, put_back, subjects
 from mole_diffusers.studio.memory import Memory, place
-from mole_diffusers.studio.picture_passes import drawing_over, on_white, pixels_hash, steps_drawn, with_pictures
+from mole_diffusers.studio.picture_notes import PictureNotes
+from mole_diffusers.studio.picture_passes import (
+    drawable,
+    drawing_over,
+    fitted,
+    on_white,
+    pixels_hash,
+    steps_drawn,
+    with_pictures,
+)
 from mole_diffusers.studio.prompt_weights import call_arguments
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
@@ -308,6 +320,44 @@ def test_a_hires_pass_draws_over_the_picture_made_larger(studio):
     over = with_pictures(dataclasses.replace(recipe, hires=1.0, width=48, height=48, strength=0.5), large)
     assert far(studio.draw(over, image=large), drawn) == 0
     assert far(studio.draw(dataclasses.replace(recipe, hires=1.0)), small) == 0  # the next one is as before
+
+
+TWO = "a fox and a hat <lora:fox:0.8:region=0,0,0.4,1> <lora:hat:1:region=0.6,0,1,1> <lora:ink:1:region=everywhere>"
+
+
+def test_a_detail_pass_draws_each_subject_again_enlarged_in_its_place_by_the_loras_that_act_there(studio):
+    recipe = studio.complete(dataclasses.replace(RECIPE, prompt=TWO, width=64, height=32, detail=0.5))
+    plain, noted, seen = dataclasses.replace(recipe, detail=0.0), PictureNotes(), []
+    before = studio.draw(plain, inside=partial(noted.around, plain, nullcontext))
+    after = studio.draw(recipe, on_step=lambda step, _: seen.append(step))
+    assert seen == [1, 2, 3, 4, 1, 2, 1, 2]
+    assert studio.total_steps(recipe) == len(seen)
+    found = subjects(studio.explain(recipe), noted.layout.regions, before.size)
+    assert [(each.name, each.acting) for each in found] == [("fox", ("fox", "ink")), ("hat", ("hat", "ink"))]
+    outside = np.ones((32, 64), bool)
+    for left, top, right, bottom in (each.box for each in found):
+        outside[top:bottom, left:right] = False
+    assert 0 < np.sum(outside.all(0)) < 12  # the columns between them
+    assert np.abs(array(after) - array(before))[outside].max() == 0
+    theirs = before
+    for subject in found:  # the same by img2img with the plain sum of these LoRAs
+        size = drawable(studio.pipe, *enlarged(subject.box, (32, 32)))
+        crop = fitted(theirs.crop(subject.box), *size)
+        tags = " ".join(str(tag) for tag in recipe.tags if tag.name in subject.acting)
+        over = {"prompt": f"{recipe.text} {tags}", "arm": "sum", "width": size[0], "height": size[1], "strength": 0.5}
+        again = studio.complete(with_pictures(dataclasses.replace(RECIPE, **over), crop))
+        theirs = put_back(theirs, studio.draw(again, image=crop), subject)
+    assert far(after, theirs) <= 1
+    assert far(after, before) > 10
+
+
+def test_a_detail_pass_that_has_nothing_to_do_is_said(studio):
+    asked = dataclasses.replace(RECIPE, detail=0.3, binding="none")
+    recipe = studio.complete(asked)
+    assert studio.notes(asked, recipe)[-1].startswith("no subject of the prompt has a place of its own")
+    assert far(studio.draw(recipe), studio.draw(dataclasses.replace(recipe, detail=0.0))) == 0
+    with pytest.raises(ValueError, match="4 steps at strength 0.1 are none"):
+        studio.total_steps(studio.complete(dataclasses.replace(RECIPE, prompt=TWO, detail=0.1)))
 
 
 @pytest.mark.parametrize(
