@@ -56,7 +56,7 @@ class ArmOptions(Group):
 
 
 @dataclass
-class CheckpointOptions(Group):
+class CheckpointData(Group):
     """Data to evaluate a checkpoint on; the emoji world has its own.
 
     Attributes:
@@ -69,10 +69,6 @@ class CheckpointOptions(Group):
         own (NAME=PROMPT): a prompt for one concept alone. Default: one from its trigger words.
         kind (NAME=KIND): what a LoRA draws, if neither folder nor name says it.
         thing (NAME=WORDS): what the detector looks for. Default: the trigger words.
-        clip (MODEL): a CLIP of open_clip, a folder or hf-hub:NAME. Default: ViT-B-32 of LAION.
-        dino (MODEL): a DINO of timm, a name or folder. Default: vit_base_patch14_dinov2.lvd142m.
-        detector (MODEL): an open-vocabulary detector, a folder or hub id. Default: google/owlv2-base-patch16-ensemble.
-        lpips (NETWORK): alex, vgg or squeeze. Default: alex.
     """
 
     panel = "A checkpoint of your own"
@@ -84,6 +80,20 @@ class CheckpointOptions(Group):
     own: Sequence[str] = ()
     kind: Sequence[str] = ()
     thing: Sequence[str] = ()
+
+
+@dataclass
+class CheckpointOptions(CheckpointData):
+    """The data, and the models that measure the pictures.
+
+    Attributes:
+        clip (MODEL): a CLIP of open_clip, a folder or hf-hub:NAME. Default: ViT-B-32 of LAION.
+        dino (MODEL): a DINO of timm, a name or folder. Default: vit_base_patch14_dinov2.lvd142m.
+        detector (MODEL): an open-vocabulary detector, a folder or hub id. Default: google/owlv2-base-patch16-ensemble.
+        lpips (NETWORK): alex, vgg or squeeze. Default: alex.
+    """
+
+    panel = "A checkpoint of your own"
     clip: str | None = None
     dino: str | None = None
     detector: str | None = None
