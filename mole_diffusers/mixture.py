@@ -749,7 +749,10 @@ def attach(
                 f"expert {name!r}: the pipeline lacks {len(keys)} of its layers, {keys[0]!r} for one", stacklevel=2
             )
     if isinstance(gates, str) and gates in FAMILIES and FAMILIES[gates].learns:
-        warnings.warn(f"{gates!r} gates weigh as the plain sum until they are trained or loaded from a folder", stacklevel=2)
+        before_training = FAMILIES[gates].untrained
+        warnings.warn(
+            f"{gates!r} gates weigh as {before_training} until they are trained or loaded from a folder", stacklevel=2
+        )
     return mixture
 
 

@@ -74,8 +74,9 @@ class Gate(nn.Module):
     - for layers outside of blocks otherwise, and per "model": [B, 1, C + 32], the mean text and the noise level; in a
       text encoder the input of the first block.
 
-    If the family `reads_prompt`, it is the denoiser's text; in a text encoder the input of the block, or outside of
-    blocks of the first. If it `reads_experts`, it is the experts' outputs for that input, [B, T, D], except outside of
+    If the family `mixes_outputs`, it is what each expert adds to the output of its block, side by side, [B, T, N C], except
+    outside of blocks. If it `reads_prompt`, it is the denoiser's text; in a text encoder the input of the block, or outside
+    of blocks of the first. If it `reads_experts`, it is the experts' outputs for that input, [B, T, D], except outside of
     blocks and per "model".
 
     Attributes:
@@ -137,7 +138,7 @@ class GatePlace:
     Attributes:
         experts: N.
         width: channels C of what it reads, D if that is the experts' outputs.
-        tokens: T at the model's default resolution; 0 if it is not fixed.
+        tokens: T at the model's default resolution, times the family's `picture_area` in a denoiser; 0 if it is not fixed.
         is_network: whether it weighs the layers outside of blocks, or all layers of the model.
         presents: [M][N], which experts each of its layers has if it `weighs_layers_apart`; otherwise one row, all true.
         stack: the experts of its layer, if it sits at one.
@@ -167,14 +168,19 @@ class Family(ABC):
 
     Attributes:
         reads_prompt: whether gates read the prompt's text states instead of the state of their block.
+        mixes_outputs: whether a block runs once without experts and once with each, and gates weigh what each adds to its
+            output. Otherwise they weigh what each adds to every layer, and the block runs once.
         of_experts: whether gates belong to the experts that they were made for; otherwise they also serve any others.
         learns: whether there is anything to train.
+        untrained: how experts are weighed before training.
     """
 
     name: ClassVar[str]
     reads_prompt: ClassVar[bool] = False
+    mixes_outputs: ClassVar[bool] = False
     of_experts: ClassVar[bool] = True
     learns: ClassVar[bool] = True
+    untrained: ClassVar[str] = "the plain sum"
 
     @property
     def one_gate_per(self) -> str:
@@ -200,6 +206,11 @@ class Family(ABC):
     def reads_tokens(self) -> bool:
         """Whether gates tell tokens apart. If not, experts' outputs are those for the mean token."""
         return True
+
+    @property
+    def picture_area(self) -> float:
+        """The area of the pictures that gates with a fixed number of tokens are for, in areas of the model's own size."""
+        return 1.0
 
     def __init_subclass__(cls, name: str):
         cls.name = name

@@ -107,10 +107,14 @@ class ClipTerm(Term):
     Attributes:
         lengths: smallest and largest number of steps of a trajectory, drawn uniformly.
         steps: denoising steps per update; their losses are summed.
+        wording: what the CLIP reads. "captions": prompts, and captions of the pictures. "authors": as in MoLE's released
+            code, "a " before prompts, names of the LoRAs for pictures, and the change of text averaged over CLIP's
+            templates for ImageNet; this needs open_clip.
     """
 
     lengths: Sequence[int] = (20, 50)
     steps: int = 2
+    wording: Literal["captions", "authors"] = "captions"
 
     def __post_init__(self) -> None:
         if len(self.lengths) != 2 or not 1 <= self.lengths[0] <= self.lengths[1]:

@@ -66,18 +66,18 @@ def softened(pictures: torch.Tensor, shift: torch.Tensor, blur: torch.Tensor, no
 
 
 def mole_clip_loss(
-    picture: torch.Tensor, source: torch.Tensor, caption: torch.Tensor, source_caption: torch.Tensor
+    picture: torch.Tensor, source: torch.Tensor, caption: torch.Tensor, direction: torch.Tensor
 ) -> torch.Tensor:
     """L_D of MoLE as its authors ran it: -log((2.5 - (l_g + l_d)) / 2), mean over B; about -0.22 is perfect.
 
     l_g is 1 - cos(picture, caption). l_d is from StyleGAN-NADA (Gal et al., 2022): 1 - the cosine between the change
-    from the source picture to this one, and the change from the source's caption to the caption. Features [B, D] of
-    length 1.
+    from the source picture to this one, and `direction`, the change from the source's text to the caption. Features [B, D]
+    of length 1, and a difference of such.
     """
     whole = 1 - F.cosine_similarity(picture, caption, -1)  # [B]
-    direction = 1 - F.cosine_similarity(picture - source, caption - source_caption, -1)
+    turned = 1 - F.cosine_similarity(picture - source, direction, -1)
     # If both are at their worst, this would be the log of a negative number.
-    return -((2.5 - whole - direction).clamp_min(1e-3) / 2).log().mean()
+    return -((2.5 - whole - turned).clamp_min(1e-3) / 2).log().mean()
 
 
 def separation_loss(maps: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ import torch
 from mole_diffusers.functional import onto
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import ClipTerm, RolloutTerm
-from mole_diffusers.training.context import LossFn, TrainingContext, negatives, require
-from mole_diffusers.training.data import RandomBatch, Samples
+from mole_diffusers.training.context import LossFn, TrainingContext, experts_in, negatives, require, triggers
+from mole_diffusers.training.data import RandomBatch
 from mole_diffusers.training.denoising import predict, sample_latents
 from mole_diffusers.training.latents import decode
 from mole_diffusers.training.losses import caption_loss, mole_clip_loss, softened
@@ -55,17 +56,17 @@ def _augmented(pictures: torch.Tensor, batch: RandomBatch) -> torch.Tensor:
 
 
 def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
-    """MoLE's L_D as its authors ran it: a CLIP looks at every step from a noised concept picture to a composed one.
+    """MoLE's L_D: a CLIP looks at every step from a noised concept picture to a composed one.
 
     A trajectory of ancestral sampling without guidance starts from a concept picture that is almost all noise, and
     follows the composed prompt to its end over several updates. The gradient goes through one step of the UNet at a
     time.
     """
     judge: Clip = require(context.clip, "clip", "a CLIP")
-    prompts = list(require(context.data.composed, "clip", "composed prompts"))
-    samples: Samples = require(context.data.samples, "clip", "pictures")
+    require(context.data.composed, "clip", "composed prompts")
+    require(context.data.samples, "clip", "pictures")
     unet_of(context.pipe, "the clip term")  # for its noise schedule
-    captions, sources = judge.text(prompts), judge.text(samples.captions)  # [P, D], [S, D]
+    captions, begins, ends = _worded(context, judge, term)  # [P, D], [S, D], [P, D]
 
     def loss(batch: RandomBatch) -> torch.Tensor:
         losses, key = [], f"clip {batch.index}"
@@ -75,13 +76,40 @@ def clip(context: TrainingContext, term: ClipTerm) -> LossFn:
                 now = _start(context, judge, batch, term)
             latents = _advance(context, batch, now)
             pictures = judge.image(decode(context.pipe, latents))
-            texts = torch.stack([captions[i] for i in now["prompts"]]), torch.stack([sources[i] for i in now["pictures"]])
-            losses.append(mole_clip_loss(pictures, now["looks"], *texts))
+            caption = torch.stack([captions[i] for i in now["prompts"]])
+            pairs = zip(now["pictures"], now["prompts"], strict=True)
+            direction = torch.stack([ends[prompt] - begins[picture] for picture, prompt in pairs])
+            losses.append(mole_clip_loss(pictures, now["looks"], caption, direction))
             after = now | {"x": latents.detach(), "at": now["at"] + 1}
             context.state[key] = after if after["at"] < after["length"] else None
         return torch.stack(losses).sum()
 
     return loss
+
+
+def _worded(context: TrainingContext, judge: Clip, term: ClipTerm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features of what pictures should show [P, D], and of the texts that they lead from [S, D] and to [P, D]."""
+    samples, prompts = context.data.samples, context.data.composed
+    assert samples is not None
+    if term.wording == "captions":
+        captions = judge.text(prompts)
+        return captions, judge.text(samples.captions), captions
+    names = [" and ".join(_called(context, caption)) or caption for caption in samples.captions]
+    return judge.text([f"a {prompt}" for prompt in prompts]), _templated(judge, names), _templated(judge, prompts)
+
+
+def _called(context: TrainingContext, caption: str) -> list[str]:
+    """The first of the words that call each expert that a caption names."""
+    return [triggers(context.mixture, name)[0] for name in experts_in(context.mixture, caption)]
+
+
+def _templated(judge: Clip, texts: Sequence[str]) -> torch.Tensor:
+    """Features of texts, the mean over CLIP's templates for ImageNet, such as "a photo of a {}.": [P, D]."""
+    try:
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+    except ImportError as error:
+        raise ValueError("the authors' wording needs open_clip: pip install 'mole-diffusers[evaluate]'") from error
+    return torch.stack([judge.text([worded(text) for text in texts]) for worded in OPENAI_IMAGENET_TEMPLATES]).mean(0)
 
 
 @torch.no_grad()

@@ -157,3 +157,20 @@ def test_gates_of_a_composition_are_trained_as_asked_and_kept_once(script, tmp_p
     train_gates.main()
     assert seen == [("factors", 7, 128)]
     assert (tmp_path / "fox+koala" / "gates.safetensors").is_file()
+
+
+def test_gates_in_the_form_of_moles_paper_fit_the_canvas_of_a_composition(script, tmp_path, monkeypatch):
+    train_gates, seen = script("train_gates"), []
+
+    def trained(pipe, mixture, data, *, config):
+        pipe(data.composed[0], width=config.width, height=config.height, num_inference_steps=1, output_type="latent")
+        seen.append((mixture.config.to_dict(), mixture.binding, dict(config.terms)))
+        return [{"loss": 0.5}]
+
+    monkeypatch.setattr(train_gates, "train_gates", trained)
+    monkeypatch.setattr(train_gates, "note", lambda *_, **__: None)
+    argv = ["x", "fox+koala", "--family", "outputs", "--unbound", "--to", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    train_gates.main()
+    gates = {"family": "outputs", "features": "flattened", "area": 2.0}
+    assert seen == [(gates, None, {"collage": 1.0, "balance": 0.5})]

@@ -7,29 +7,32 @@ import torch
 from gate_families import INPUT_FREE, LEARNED, families, size
 
 import mole_diffusers as mole
-from mole_diffusers.gates import transforms
+from mole_diffusers.gates import FAMILIES, transforms
 from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.denoising import predict
 
-SUM = {name: mole.GateConfig(name) for name in LEARNED}  # start at the plain sum
+PLAIN = {name: mole.GateConfig(name) for name in LEARNED}
+SUM = [name for name in LEARNED if FAMILIES[name].untrained == "the plain sum"]  # before training
 SHARE = {  # one expert weighs 1 whatever was learned, and two identical ones together
     "flow": mole.GateConfig("flow", start="mean"),
-    **{name: mole.GateConfig(name, total="1") for name in LEARNED if "total" in SUM[name].to_dict()},
+    "outputs": PLAIN["outputs"],
+    **{name: mole.GateConfig(name, total="1") for name in LEARNED if "total" in PLAIN[name].to_dict()},
 }
 
 
-each = pytest.mark.parametrize("family", SUM)
+each = pytest.mark.parametrize("family", PLAIN)
+summing = pytest.mark.parametrize("family", SUM)
 some = pytest.mark.parametrize("family", families("flow", "rank"))
-rows = pytest.mark.parametrize("family", families("rank", among=[name for name in SUM if name not in INPUT_FREE]))
+rows = pytest.mark.parametrize("family", families("rank", among=[name for name in PLAIN if name not in INPUT_FREE]))
 sharing = pytest.mark.parametrize("family", families("flow", among=SHARE))
 
 
-@each
+@summing
 def test_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, awake, family):
     draw = partial(draw, num_inference_steps=1)
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)
-    mixture = mole.attach(pipe, loras, SUM[family])
+    mixture = mole.attach(pipe, loras, PLAIN[family])
     torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
     awake(mixture, size=size(family))
     assert not torch.allclose(draw(pipe), plain, atol=1e-3)
@@ -38,7 +41,7 @@ def test_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, awake, fami
 @sharing
 def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, awake, family):
     base = draw(pipe)
-    awake(mole.attach(pipe, {"hat": loras["hat"]}, SUM[family]), size=size(family))
+    awake(mole.attach(pipe, {"hat": loras["hat"]}, PLAIN[family]), size=size(family))
     ours = draw(pipe)
     mole.detach(pipe)
     assert torch.equal(draw(pipe), base)
@@ -57,7 +60,7 @@ def test_two_identical_experts_equal_one(pipe, loras, draw, awake, family):
 @some
 def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awake, family):
     draw = partial(draw, num_inference_steps=1)
-    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=size(family))
+    mixture = awake(mole.attach(pipe, loras, PLAIN[family]), size=size(family))
     gated = draw(pipe)
     with mixture.only("fox", "ink"):
         masked = draw(pipe)
@@ -79,7 +82,7 @@ def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awa
 
 @rows
 def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family):
-    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=size(family))
+    mixture = awake(mole.attach(pipe, loras, PLAIN[family]), size=size(family))
 
     def images(prompts, seeds):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -98,16 +101,16 @@ def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family)
 
 @some
 def test_save_load_same_image(pipe, loras, draw, awake, tmp_path, family):
-    awake(mole.attach(pipe, loras, SUM[family]), size=size(family)).save_pretrained(tmp_path)
+    awake(mole.attach(pipe, loras, PLAIN[family]), size=size(family)).save_pretrained(tmp_path)
     image, fresh = draw(pipe), tiny_pipeline()
     loaded = mole.attach(fresh, dict(reversed(loras.items())), tmp_path)
-    assert loaded.config == SUM[family]
+    assert loaded.config == PLAIN[family]
     torch.testing.assert_close(draw(fresh), image, atol=1e-5, rtol=0)
 
 
 @each
 def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
-    mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, SUM[family]), size=size(family))
+    mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, PLAIN[family]), size=size(family))
     gates = {id(p) for p in mixture.parameters()}
     for model in (pipe.unet, pipe.text_encoder):
         model.requires_grad_(False)
@@ -122,7 +125,7 @@ def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
 
 @rows
 def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family):
-    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=size(family))
+    mixture = awake(mole.attach(pipe, loras, PLAIN[family]), size=size(family))
     pipe.to(dtype=torch.bfloat16)
     seen = []
     with mixture.listen(seen.append):
@@ -132,11 +135,11 @@ def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family
     assert {p.dtype for p in mixture.parameters()} == {torch.float32}
 
 
-@rows
+@pytest.mark.parametrize("family", families("rank", among=[name for name in SUM if name not in INPUT_FREE]))
 def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, draw, awake, family):
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)
-    mixture = awake(mole.attach(pipe, loras, SUM[family]), size=size(family))
+    mixture = awake(mole.attach(pipe, loras, PLAIN[family]), size=size(family))
     with mixture.adjusted(transforms.uniform):
         torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
     for control in (transforms.hardened, transforms.frozen_random(0)):
@@ -144,7 +147,7 @@ def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, dra
             assert not torch.allclose(draw(pipe), plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", families("mole", "rank"))
+@pytest.mark.parametrize("family", families("mole", "rank", among=SUM))
 def test_a_family_that_is_not_trained_says_that_it_is_the_plain_sum(pipe, loras, draw, tmp_path, recwarn, family):
     experts = {name: loras[name] for name in ("fox", "ink")}
     mole.attach(pipe, experts, binding=None)

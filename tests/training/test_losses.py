@@ -54,9 +54,9 @@ def test_separation_by_hand():
 
 def test_mole_clip_loss_by_hand():
     x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert mole_clip_loss(x, y, x, y).item() == pytest.approx(-math.log(1.25))
-    assert mole_clip_loss(y, x, x, y).item() == pytest.approx(-math.log(1e-3 / 2))  # 1 + 2 > 2.5
-    assert mole_clip_loss(x, torch.zeros(1, 2), (x + y) / 2**0.5, y).item() > -math.log(1.25)
+    assert mole_clip_loss(x, y, x, x - y).item() == pytest.approx(-math.log(1.25))
+    assert mole_clip_loss(y, x, x, x - y).item() == pytest.approx(-math.log(1e-3 / 2))  # 1 + 2 > 2.5
+    assert mole_clip_loss(x, torch.zeros(1, 2), (x + y) / 2**0.5, x - y).item() > -math.log(1.25)
 
 
 def test_softened_by_hand():

@@ -134,6 +134,37 @@ def test_a_clip_trajectory_of_another_share_is_not_gone_on_with(context):
     assert (context.state["clip 0"]["at"], len(context.state["clip 0"]["x"])) == (1, 2)
 
 
+@pytest.mark.parametrize("wording", ["captions", "authors"])
+def test_the_clip_loss_is_that_of_its_texts_written_out(context, monkeypatch, wording):
+    """Picture by picture and template by template, on what the first step of a trajectory gives."""
+    templates = (lambda text: f"{text}!", lambda text: f"no {text}", lambda text: text)
+    monkeypatch.setattr("open_clip.OPENAI_IMAGENET_TEMPLATES", templates)
+    context.data = replace(context.data, composed=["fox ink", "ink fox"])
+    term, seen = ClipTerm(lengths=(4, 4), steps=1, wording=wording), []
+    image = Clip.image
+    monkeypatch.setattr(Clip, "image", lambda clip, pixels: seen.append(image(clip, pixels)) or seen[-1])
+    with torch.no_grad():
+        found = OBJECTIVES["clip"](context, term)(draw_of(3))
+    sources, drawn = seen
+    now, total = context.state["clip 0"], 0
+    for row in range(2):
+        prompt, picture = context.data.composed[now["prompts"][row]], int(now["pictures"][row])
+        caption, name = context.data.samples.captions[picture], ("fox", "fox", "ink", "ink")[picture]
+        if wording == "authors":
+            (text,), direction = context.clip.text([f"a {prompt}"]), 0
+            for template in templates:
+                end, begin = context.clip.text([template(prompt), template(name)])
+                direction = direction + (end - begin) / len(templates)
+        else:
+            text, begin = context.clip.text([prompt, caption])
+            direction = text - begin
+        change = drawn[row] - sources[row]
+        whole = 1 - (drawn[row] @ text) / (drawn[row].norm() * text.norm())
+        turned = 1 - (change @ direction) / (change.norm() * direction.norm())
+        total = total - torch.log((2.5 - whole - turned).clamp(1e-3) / 2) / 2
+    torch.testing.assert_close(found, total, atol=1e-6, rtol=1e-6)
+
+
 def test_a_clip_trajectory_equals_ddpm(context):
     """Two routes: the term's own steps, and diffusers' DDPM scheduler with the same noise."""
     now = _start(context, context.clip, draw_of(), ClipTerm(lengths=(4, 4)))

@@ -25,7 +25,7 @@ from loop import WORK, device, note, small_attention
 from packing import pack
 from sampling import GUIDANCE, STEPS
 from torch import nn
-from train_gates import lesson, recipe
+from train_gates import gates_for, lesson, recipe
 
 from mole_diffusers import attach, detach
 from mole_diffusers.emoji import VALIDATION
@@ -100,6 +100,7 @@ class Rung:
 
 RUNGS = {
     "mole": Rung("mole"),
+    "outputs": Rung("outputs"),  # MoLE by its equations
     "static": Rung(GateConfig("static", granularity="matrix", total="linear")),  # a constant per LoRA and layer
     "flow": Rung("flow"),
     "rank": Rung("rank"),  # a gate per rank, for every token
@@ -132,7 +133,7 @@ def train(
     pipe: Any, experts: Mapping[str, Expert], rung: Rung, data: TrainingData, folder: Path, *, config: GateTraining
 ) -> list[dict]:
     """Train a rung on bound experts, write it to `folder` and return the log. The pipeline is left as it was."""
-    mixture = attach(pipe, experts, rung.gates)
+    mixture = attach(pipe, experts, gates_for(rung.gates, tuple(experts)))
     try:
         set_free(pipe, mixture, rung)
         log = train_gates(pipe, mixture, data, config=replace(config, lr=rung.lr))
@@ -162,7 +163,7 @@ def bound(name: str, updates: int) -> Arm:
     @contextmanager
     def draws(setup: Setup, case: Case) -> Iterator[None]:
         experts = setup.weighted_experts(arms.ones(setup, case))
-        with arms.attached_to(setup, experts, rung.gates, {}) as mixture, mixture.tiled(0):
+        with arms.attached_to(setup, experts, gates_for(rung.gates, case.concepts), {}) as mixture, mixture.tiled(0):
             set_free(setup.pipe, mixture, rung)
             checkpoint.load(folder(case)).fill(mixture.banks)
             yield

@@ -1,9 +1,11 @@
 """Train the gates that come with the world, for a few compositions, on bound LoRAs and from prompts alone.
 
     python demos/experiments/emoji/train_gates.py [CONCEPT+CONCEPT ...] [--family factors] [--to FOLDER]
+    python demos/experiments/emoji/train_gates.py CONCEPT+CONCEPT ... --family outputs --unbound --to work/paper
 
-This writes `assets/gates/NAME`, or `FOLDER/NAME`. `compose.py` draws with the gates in work/gates. Existing gates are kept,
-so you can continue an interrupted run.
+This writes `assets/gates/NAME`, or `FOLDER/NAME`. `compose.py` draws with the gates in work/gates and in work/paper.
+Existing gates are kept, so you can continue an interrupted run. The family "outputs" is as in MoLE's paper: flattened
+features, and the balance loss. The world has no CLIP, so the other loss is that of the collages.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from mole_diffusers.training.gate_trainer import train_gates
 
 SHOWN = ("sunflower+doughnut", "honeybee+thermal", "fox+relief")
 TRAINING = GateTraining(terms={"collage": 1.0}, steps=60, batch=6)
+PAPER = {"collage": 1.0, "balance": 0.5}
 
 
 def lesson(concepts: emoji.Concepts) -> TrainingData:
@@ -31,21 +34,33 @@ def lesson(concepts: emoji.Concepts) -> TrainingData:
     return TrainingData(composed=[scene.caption], styles=styles, parts=parts)
 
 
+def gates_for(gates: str | GateConfig, concepts: emoji.Concepts) -> GateConfig:
+    """Gates of a family, by default with its own options. Flattened features fit the canvas of this composition."""
+    if isinstance(gates, GateConfig) or gates != "outputs":
+        return gates if isinstance(gates, GateConfig) else GateConfig(gates)
+    width, height = emoji.composition_scene(concepts).size
+    return GateConfig("outputs", features="flattened", area=width * height / emoji.scenes.SIDE**2)
+
+
 def recipe(concepts: emoji.Concepts) -> GateTraining:
     """Settings for a composition's gates: they train on its own canvas."""
     width, height = emoji.composition_scene(concepts).size
     return replace(TRAINING, precision="bf16" if multiplies_bf16() else "no", width=width, height=height)
 
 
-def train(world: EmojiWorld, concepts: emoji.Concepts, gates: str | GateConfig, folder: Path, *, updates: int) -> None:
-    """Train gates of bound LoRAs and write them to `folder`, unless they are already there."""
+def train(
+    world: EmojiWorld, concepts: emoji.Concepts, family: str, folder: Path, *, updates: int, unbound: bool = False
+) -> None:
+    """Train gates and write them to `folder`, unless they are already there. LoRAs are bound unless they are `unbound`."""
     if (folder / "config.json").exists():
         return
     start = time.time()
     detach(world.pipe)
-    mixture = attach(world.pipe, {concept: world.loras[concept] for concept in concepts}, gates)
+    experts, binding = {concept: world.loras[concept] for concept in concepts}, None if unbound else "auto"
+    mixture = attach(world.pipe, experts, gates_for(family, concepts), binding=binding)
+    config = replace(recipe(concepts), steps=updates, terms=PAPER if family == "outputs" else TRAINING.terms)
     with small_attention():
-        log = train_gates(world.pipe, mixture, lesson(concepts), config=replace(recipe(concepts), steps=updates))
+        log = train_gates(world.pipe, mixture, lesson(concepts), config=config)
     mixture.save_pretrained(folder, dtype=torch.float16)
     detach(world.pipe)
     note(f"gates {folder.name}", loss=round(log[-1]["loss"], 4), seconds=round(time.time() - start))
@@ -55,13 +70,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=SHOWN)
     parser.add_argument("--family", default="flow", help="of the gates; the examples' vary from token to token")
+    parser.add_argument("--unbound", action="store_true", help="every LoRA acts everywhere, as in the papers")
     parser.add_argument("--updates", type=int, default=TRAINING.steps)
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: the world's own gates")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
     for name in args.names:
         folder = (args.to or world.folder / "gates") / name.replace(" ", "_")
-        train(world, tuple(name.split("+")), args.family, folder, updates=args.updates)
+        train(world, tuple(name.split("+")), args.family, folder, updates=args.updates, unbound=args.unbound)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Every site keeps its gate's last weights, evaluates the gate again when these no
 of its layers the factor for its ranks (`factor`). Sites differ in when they evaluate it:
 
     BlockSite    when its block begins, for all its layers there
+    OutputSite   when its block has run with each expert
     LayerSite    when its only layer runs
     ModelSite    once in a call of the model; in a denoiser, when the first of its layers asks
 """
@@ -194,9 +195,7 @@ class GateSite(ABC):
 
     def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> list[Decision]:
         """One decision for each set of experts among the site's layers."""
-        fixed, plan = self.sampling.settings.fixed.now, self.sampling.settings.plan.now  # weights by hand for all gates,
-        if fixed is None and plan is not None:  # or a schedule's for this one
-            fixed = plan.gates(self.name)
+        fixed = self._fixed()
         segment = layer.segment if layer is not None and self.gate.ranked else None
         if fixed is not None:
             return [self._by_hand(present, fixed, hidden, segment) for present in self.presents]
@@ -204,6 +203,11 @@ class GateSite(ABC):
             with torch.autocast(hidden.device.type, enabled=False):
                 return self._by_gate(hidden, layer, tokens, segment)
         return self._by_gate(hidden, layer, tokens, segment)
+
+    def _fixed(self) -> Sequence[float] | None:
+        """Weights by hand, for all gates or from a schedule for this one."""
+        fixed, plan = self.sampling.settings.fixed.now, self.sampling.settings.plan.now
+        return plan.gates(self.name) if fixed is None and plan is not None else fixed
 
     def _by_gate(
         self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None, segment: torch.Tensor | None
@@ -391,6 +395,59 @@ class Texts:
         """The number of a text, which is that of the last one if it is the same."""
         self._number += not self._last.again(text)
         return self._number
+
+
+class OutputSite(GateSite):
+    """A gate that weighs what each expert alone adds to the output of its block, see `OutputMixing`.
+
+    The block runs without experts and then once with each, so its layers take one expert at a time. Weights by hand hold in
+    the layers instead, and the block runs once.
+    """
+
+    shares_factors = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._acting = self._taken = torch.zeros(len(self.presents[0]))  # strengths [N] or [B, N], and those of a run
+
+    @property
+    def mixes(self) -> bool:
+        """Whether outputs are mixed, since there are no weights by hand."""
+        return self._fixed() is None
+
+    def begin(self, hidden: torch.Tensor) -> None:
+        """The block is entered with `hidden` [B, T, C]. Its layers take weights by hand if there are any, or no expert."""
+        if not self.mixes:
+            self.evaluate(hidden)
+            self._taken = self._decided.decisions[0].applied
+            return
+        weighed = self._weighed_experts(self.presents[0], hidden)
+        self._acting = weighed.strengths * weighed.mask
+        self._taken = torch.zeros_like(self._acting)
+
+    @property
+    def experts(self) -> list[int]:
+        """The indices of the experts that may add anything."""
+        settings, part = self.sampling.settings, self.sampling.step.part.now
+        on = settings.active.now if part is None else part
+        return [i for i, there in enumerate(self.presents[0]) if there and on[i]]
+
+    def take(self, expert: int) -> None:
+        """From now on the layers take this expert alone, at the user's strength."""
+        alone = torch.arange(self._acting.shape[-1], device=self._acting.device) == expert
+        self._taken = self._acting * alone
+
+    def mixed(self, changes: torch.Tensor) -> torch.Tensor:
+        """What each expert adds to the output, [N, B, T, C], times its gate, summed: [B, T, C]."""
+        self.evaluate(torch.cat(list(changes), -1))
+        gates = self._decided.decisions[0].output.expand(changes.shape[1], -1)  # [B, N]
+        return torch.einsum("bn,nbtc->btc", gates.to(changes.dtype), changes)
+
+    def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
+        """Nothing is decided until the block has run."""
+
+    def _weights_of(self, layer: WeighedLayer, rows: int) -> torch.Tensor:
+        return self._taken if self._taken.dim() == 1 else functional.rows_for_layer(self._taken, rows)
 
 
 class LayerSite(GateSite):

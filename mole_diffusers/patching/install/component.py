@@ -18,7 +18,7 @@ from mole_diffusers.gates import Family, Gate, GateBank, GatePlace, Layer
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gating import cross_attention, joint_attention
 from mole_diffusers.patching.gating.decision import Present
-from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, LayerSite, ModelSite
+from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, LayerSite, ModelSite, OutputSite
 from mole_diffusers.patching.gating.prompt_tokens import TextHook
 from mole_diffusers.patching.gating.sampling import Sampling, StepHook
 from mole_diffusers.patching.hooks import ForwardHook
@@ -34,8 +34,9 @@ from mole_diffusers.patching.host.placement import (
     probed,
     stream_of,
 )
+from mole_diffusers.patching.host.uncompiled import Uncompiled
 from mole_diffusers.patching.install import peft_injection
-from mole_diffusers.patching.install.gate_inputs import BlockBegins, GateInput, ModelInput, MoLEAttnProcessor
+from mole_diffusers.patching.install.gate_inputs import BlockBegins, GateInput, ModelInput, MoLEAttnProcessor, OutputMixing
 from mole_diffusers.patching.undo import Undo
 
 BANK = "mole_gates"  # submodule of a model with its gates, so that they move and offload with it
@@ -58,6 +59,11 @@ class Component:
 
     def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, sampling: Sampling):
         self.name, self.model, self.family, self.sampling = name, model, family, sampling
+        if family.mixes_outputs and self._joint:
+            raise ValueError(
+                f"gates that weigh outputs of blocks need blocks with one output, and those of a {type(model).__name__} "
+                "have one for the text and one for the picture"
+            )
         self.stacks = {layer: family.prepared(stack) for layer, stack in stacks.items()}
         entries = blocks(model, record(model).blocks.entries if self.denoises else ENCODER_ENTRIES)
         per = family.one_gate_per
@@ -90,15 +96,23 @@ class Component:
         layers = {layer: (self.site_of[layer], stream_of(self.name, self.model, layer)) for layer in self.stacks}
         peft_injection.inject(self.model, self.stacks, layers, undo)
         for each in self.placed:
-            if isinstance(entry := self._entry(each.at), Attention) and not self._joint:
+            entry, mixes = self._entry(each.at), isinstance(each.site, OutputSite)
+            if isinstance(entry, Attention) and not (self._joint or mixes):
                 _replace_processor(entry, each.site, undo)
 
     def hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
         """The hooks that let sites know when sampling enters their places, and what enters."""
         if self.denoises and (sites := self.model_sites):
             yield self.model, ModelInput(sites, self.sampling, reads_prompt=self.family.reads_prompt)
+        if mixing := {each.at.name: each.site for each in self.placed if isinstance(each.site, OutputSite)}:
+            blocks = {name: self.model.get_submodule(name) for name in mixing}
+            yield self.model, Uncompiled(self.sampling.entered, list(blocks.values()), lambda: True)
+            for name, mixed in mixing.items():
+                yield blocks[name], OutputMixing(mixed)
         for each in self.placed:
             site, at, entry = each.site, each.at, self._entry(each.at)
+            if isinstance(site, OutputSite):
+                continue
             if isinstance(site, BlockSite) and at.block is not None:
                 yield self.model.get_submodule(at.block), BlockBegins(site)
             if entry is not None and (self._joint or not isinstance(entry, Attention)):  # there, the processor does the same
@@ -178,9 +192,12 @@ class Component:
         width, presents = at.width, [(True,) * experts]
         if self.family.reads_experts and at.name != NETWORK:
             width = experts * sum(self.stacks[layer].out for layer in probed(at, self.stacks))
+        if self.family.mixes_outputs and at.name != NETWORK:
+            width = experts * width
         if self.family.weighs_layers_apart:
             presents = [self.stacks[layer].present for layer in layers]
-        place = GatePlace(experts, width, at.tokens, name == NETWORK, presents, self.stacks.get(name))
+        tokens = round(at.tokens * self.family.picture_area) if self.denoises else at.tokens
+        place = GatePlace(experts, width, tokens, name == NETWORK, presents, self.stacks.get(name))
         return self.family.gate(place)
 
     def _site(self, at: Place, layers: Sequence[str]) -> GateSite:
@@ -196,6 +213,8 @@ class Component:
         about = f"{self.name}.{at.name}" if at.name else self.name, gate, self.sampling
         if NETWORK in (at.name, at.entry):
             return ModelSite(*about, spans_blocks=at.name == NETWORK, **common)
+        if self.family.mixes_outputs:
+            return OutputSite(*about, **common | {"presents": [tuple(map(any, zip(*presents, strict=True)))]})
         if at.entry is None and at.block is None:
             return LayerSite(*about, **common)
         reads_text = self.denoises and self.family.one_gate_per == "stream" and at.name.endswith(TEXT_LAYERS)

@@ -45,8 +45,10 @@ def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence
     text, else by drawing. Gates that read the prompt read it alone, without the empty prompt of guidance, unless `call`
     says otherwise.
 
-    Raises ValueError if a gate needs an input and there is no prompt.
+    Raises ValueError if a gate needs an input and there is no prompt, or weighs outputs of blocks.
     """
+    if parts[0].family.mixes_outputs:
+        raise ValueError("gates that weigh outputs of blocks cannot be folded: no weights of layers give the same")
     if parts[0].family.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
         call = {"guidance_scale": record(denoiser(pipe)).unguided, **call}
     if prompt is None or reads_nothing(parts):

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.embeddings import get_timestep_embedding
+from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, ModelSite
+from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, ModelSite, OutputSite
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.gating.sampling import Sampling
 from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.host.placement import TIME_WIDTH
+from mole_diffusers.patching.undo import Undo
 
 
 class MoLEAttnProcessor:
@@ -68,6 +70,34 @@ class BlockBegins(ForwardHook):
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self.site.begin_block()
+
+
+class OutputMixing(ForwardHook):
+    """On a block: runs it again with each expert alone, and adds what they change, weighed by the gate, to its output."""
+
+    def __init__(self, site: OutputSite):
+        self.site = site
+
+    def register(self, module: nn.Module, undo: Undo) -> None:
+        super().register(module, undo)
+        undo.hook(module.register_forward_hook, self.after, with_kwargs=True)
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.site.begin(args[0] if args else kwargs["hidden_states"])
+
+    def after(self, module: Any, args: tuple, kwargs: dict[str, Any], base: Any) -> torch.Tensor | None:
+        """The first run, which has ended, was without experts."""
+        if not self.site.mixes:
+            return None
+        if not isinstance(base, torch.Tensor):
+            raise ValueError(
+                f"gates that weigh outputs of blocks need blocks with one output, unlike {type(module).__name__}"
+            )
+        changes = [torch.zeros_like(base)] * len(self.site.presents[0])
+        for expert in self.site.experts:
+            self.site.take(expert)
+            changes[expert] = module.forward(*args, **kwargs) - base
+        return base + self.site.mixed(torch.stack(changes))
 
 
 class GateInput(ForwardHook):
