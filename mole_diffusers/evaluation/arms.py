@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,11 @@ import torch
 from mole_diffusers.binding.config import Bound, to_json
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.evaluation.freefuse import CORE, FIRST_PASS, freefuse
+from mole_diffusers.evaluation.isolation import UNTIL as ISOLATED
+from mole_diffusers.evaluation.isolation import isolated_prompts
+from mole_diffusers.evaluation.kl_choice import kl_choice
+from mole_diffusers.evaluation.loratorio import CENTRE, PATCH, TEMPERATURE, loratorio
+from mole_diffusers.evaluation.prompt_aware import PERIOD, TAIL, w_composed, w_switched
 from mole_diffusers.evaluation.regional_composers import THRESHOLD, RegionalPrompt, masked_blend, regional_prompts
 from mole_diffusers.evaluation.rows import digest_files, digest_texts
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
@@ -220,6 +226,34 @@ def composite() -> Arm:
     return weighted("composite", context=lambda setup, case, mixture: composed_scores(setup.pipe, mixture))
 
 
+def w_switch(name: str = "w-switch", *, period: int = PERIOD, tail: int = TAIL) -> Arm:
+    """W-Switch: as LoRA Switch, with longer turns for LoRAs whose words matter more; the first has the last steps."""
+    order = in_order(lambda setup, case: [*subjects_first(setup, case.concepts), *case.idle])
+
+    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+        return w_switched(setup.pipe, mixture, case.prompt, period=period, tail=tail)
+
+    return weighted(name, order, context=context, reads_words=True, period=period, tail=tail)
+
+
+def w_composite() -> Arm:
+    """W-Composite. It takes one UNet call per step and expert."""
+
+    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+        return w_composed(setup.pipe, mixture, case.prompt)
+
+    return weighted("w-composite", context=context, reads_words=True)
+
+
+def patchwise(name: str = "loratorio", *, patch: int = PATCH, temperature: float = TEMPERATURE) -> Arm:
+    """LoRAtorio. It takes one UNet call per step and expert, plus one."""
+
+    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+        return loratorio(setup.pipe, mixture, patch=patch, temperature=temperature)
+
+    return weighted(name, context=context, patch=patch, temperature=temperature, centre=CENTRE)
+
+
 MATRIX = GateConfig("static", granularity="matrix")
 
 
@@ -234,6 +268,14 @@ def klora() -> Arm:
     return weighted("k-lora", order, gates=MATRIX, context=context, covers=covers, alpha=ALPHA, beta=BETA)
 
 
+def kl_chosen() -> Arm:
+    """The choice by KL divergence, for cases of two experts: in the paper a subject and a style."""
+    covers = lambda case: len(case.experts) == 2  # noqa: E731
+    return weighted(
+        "kl choice", gates=MATRIX, context=lambda setup, case, mixture: kl_choice(setup.pipe, mixture), covers=covers
+    )
+
+
 def subjects_of(setup: Setup, case: Case) -> list[str]:
     """The concepts of a case that are not styles."""
     return [name for name in case.concepts if name not in setup.styles]
@@ -242,6 +284,12 @@ def subjects_of(setup: Setup, case: Case) -> list[str]:
 def regional(parts: RegionalPrompts) -> Arm:
     """Regional prompts: a prompt and a LoRA for each region. `parts` gives the regions."""
     return in_parts("regional prompts", regional_prompts, parts, gates=MATRIX)
+
+
+def isolated_regional(parts: RegionalPrompts, until: float = ISOLATED) -> Arm:
+    """Regional prompts whose subjects do not see one another in self-attention up to this share of the steps."""
+    composer = partial(isolated_prompts, until=until)
+    return in_parts("isolation until half", composer, parts, gates=MATRIX, until=until)
 
 
 def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, RegionalPrompt]:
@@ -413,6 +461,10 @@ PLAIN = {
     "switch": Plain(switch, [prompts_by_expert]),
     "composite": Plain(composite, [prompts_by_expert]),
     "k-lora": Plain(klora, [a_unet]),
+    "w-switch": Plain(w_switch, [prompts_by_expert]),
+    "w-composite": Plain(w_composite, [prompts_by_expert]),
+    "loratorio": Plain(patchwise, [prompts_by_expert]),
+    "kl choice": Plain(kl_chosen, [a_unet]),
     "masked blend": Plain(blended, [prompts_by_expert]),
     "freefuse": Plain(freefused, [prompts_by_expert]),
 }

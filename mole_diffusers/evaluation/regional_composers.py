@@ -57,7 +57,7 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
     now: dict[str, Any] = {}  # of the UNet's call: its texts, the shares of the regions, and which rows are prompted
 
     def run(unet: nn.Module, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
-        shares = _shares(torch.stack([_mask(region, args[0].shape[-2:]) for region in regions])).to(args[0])
+        shares = _shares(torch.stack([place_mask(region, args[0].shape[-2:]) for region in regions])).to(args[0])
         now.update(texts=texts, shares=shares, prompted=prompted_rows(pipe, texts[-1], args[0])[:, None, None])
         return unet(*args, **{**kwargs, "encoder_hidden_states": texts[-1]})
 
@@ -141,12 +141,12 @@ def _masks(
     masks = ((attended == highest) & (attended > THRESHOLD * most)).float()
     for mask, (_, region) in zip(masks, parts.values(), strict=True):
         if region != AUTO:
-            mask[:] = _mask(region, side)
+            mask[:] = place_mask(region, side)
     return masks
 
 
-def _mask(region: Region, side: GridSize) -> torch.Tensor:
-    """[H, W] in 0..1."""
+def place_mask(region: Region, side: GridSize) -> torch.Tensor:
+    """[H, W] in 0..1, of a given region."""
     return torch.ones(side) if region == EVERYWHERE else region_mask(region, *side)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mole_diffusers.functional import onto
 from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of, merge_key
 from mole_diffusers.mixture import Mixture
@@ -29,18 +30,27 @@ def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> AbstractContext
     The order is that of the mixture (in the paper: characters first). The released code gives the first expert one step
     more than the others.
     """
-    names, steps = list(mixture.experts), StepCounter(pipe.unet)
+    return in_turns(pipe, mixture, lambda step, steps: step // period % len(mixture.experts))
+
+
+def in_turns(pipe: Any, mixture: Mixture, turn: Callable[[int, int], int]) -> AbstractContextManager[None]:
+    """One expert at a time with its own text: that of index `turn(step, steps)` in a step (from 0) of so many."""
+    names, counter = list(mixture.experts), StepCounter(pipe.unet)
 
     def run(unet: Any, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
-        index = steps.at(args, kwargs) // period % len(names)
+        index = turn(counter.at(args, kwargs), sampling_steps(pipe))
         with mixture.only(names[index]):
             return unet(*args, **{**kwargs, "encoder_hidden_states": texts[index]})
 
     return _encoded_by_expert(pipe, mixture, run)
 
 
-def composed_scores(pipe: Any, mixture: Mixture) -> AbstractContextManager[None]:
-    """LoRA Composite (arXiv 2402.16843, eq. 6): the mean over experts of each one's own prediction, guided as one."""
+def composed_scores(pipe: Any, mixture: Mixture, weights: Sequence[float] | None = None) -> AbstractContextManager[None]:
+    """LoRA Composite (arXiv 2402.16843, eq. 6): the mean over experts of each one's own prediction, guided as one.
+
+    Args:
+        weights: [N], of that mean; None for equal ones.
+    """
     names = list(mixture.experts)
 
     def run(unet: Any, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
@@ -48,9 +58,18 @@ def composed_scores(pipe: Any, mixture: Mixture) -> AbstractContextManager[None]
         for name, text in zip(names, texts, strict=True):
             with mixture.only(name):
                 found.append(unet(*args, **{**kwargs, "encoder_hidden_states": text, "return_dict": False})[0])
-        return (torch.stack(found).mean(0),)
+        scores = torch.stack(found)  # [N, B, C, H, W]
+        if weights is None:
+            return (scores.mean(0),)
+        shares = onto(torch.tensor(weights), scores.device).to(scores.dtype).reshape(-1, 1, 1, 1, 1)
+        return ((shares * scores).sum(0) / shares.sum(),)
 
     return _encoded_by_expert(pipe, mixture, run)
+
+
+def sampling_steps(pipe: Any) -> int:
+    """The number of steps of the picture that is drawn. (Some samplers call the model several times at a timestep.)"""
+    return len(set(pipe.scheduler.timesteps.tolist()))
 
 
 class StepCounter:
@@ -155,7 +174,7 @@ def k_lora(pipe: Any, mixture: Mixture, *, content: str, style: str) -> Iterator
 
     def count(_: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal share
-        share = steps.at(args, kwargs) / len(set(pipe.scheduler.timesteps.tolist()))  # some samplers repeat them
+        share = steps.at(args, kwargs) / sampling_steps(pipe)
 
     def chosen(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if (key := merge_key(place)) not in until:

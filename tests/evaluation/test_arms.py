@@ -14,6 +14,7 @@ from tiers import thorough
 import mole_diffusers as mole
 from mole_diffusers import emoji
 from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation.isolation import isolated_prompts
 from mole_diffusers.evaluation.regional_composers import masked_blend, regional_prompts
 from mole_diffusers.evaluation.runner import Case, Setup, add_idle_experts
 from mole_diffusers.evaluation.sampling_composers import k_lora, switched
@@ -72,8 +73,12 @@ def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gate
     assert drawn(setup, arms.base()) == before
     json.dumps([dict(a.settings(setup, CASE)) for a in chosen if a.covers(CASE)])
     # The same by definition: a subject without a rival; equal gates that sum to N, and one whose words are attended
-    # everywhere, as random weights do; and the first of two turns of five steps.
-    alike = (("bound", "words only", "tiles", "freefuse"), ("sum", "gates uniform", "masked blend"), ("alone fox", "switch"))
+    # everywhere, as random weights do; and the first of turns of five steps.
+    alike = (
+        ("bound", "words only", "tiles", "freefuse"),
+        ("sum", "gates uniform", "masked blend"),
+        ("alone fox", "switch", "w-switch"),
+    )
     twins = {frozenset(pair) for group in alike for pair in combinations(group, 2)}
     names = list(pictures)
     same = {frozenset((a, b)) for i, a in enumerate(names) for b in names[i + 1 :] if pictures[a] == pictures[b]}
@@ -81,13 +86,14 @@ def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gate
 
 
 def test_other_words_in_a_file_are_another_row_for_the_arms_that_read_them(setup, gates):
-    named = ("sum", "gates", "svd", "switch", "bound", "words only", "tiles", "bound gates", "masked blend", "freefuse")
+    unread = ("sum", "gates", "svd", "switch")
+    named = (*unread, "bound", "words only", "tiles", "bound gates", "masked blend", "freefuse", "w-switch", "w-composite")
     chosen = arms.chosen_arms(named, setup, gates)
     before = {a.name: dict(a.settings(setup, CASE)) for a in chosen}
     assert not any("words" in settings for settings in before.values())  # each LoRA's word is its name
     setup.experts = {**setup.experts, "fox": replace(setup.experts["fox"], triggers=("vixen",))}
     after = {a.name: dict(a.settings(setup, CASE)) for a in chosen}
-    assert [name for name in named if after[name] != before[name]] == list(named[4:])
+    assert [name for name in named if after[name] != before[name]] == list(named[len(unread) :])
 
 
 def test_weights_other_than_1_are_in_the_row(setup):
@@ -123,7 +129,7 @@ def test_merges_protect_the_style_and_take_strengths(setup):
 def test_switch_and_k_lora_know_the_style_by_its_name(setup, name, concepts):
     """Content before style whatever place a case gives them; a case that does not say which is which keeps its own order."""
     case = Case(concepts, CASE.kind, CASE.prompt)
-    pipe, gates = setup.pipe, mole.GateConfig("static", granularity="matrix")
+    pipe, gates = setup.pipe, arms.MATRIX
     arm, form, inside = {
         "switch": (arms.switch(period=1), "sum", lambda m, order: switched(pipe, m, period=1)),
         "k-lora": (arms.klora(), gates, lambda m, order: k_lora(pipe, m, content=order[0], style=order[1])),
@@ -159,7 +165,7 @@ def test_parts_of_a_case_are_drawn_and_said(setup):
     of = lambda setup, case: {name: parts[name] for name in arms.subjects_of(setup, case)}  # noqa: E731
     experts = {name: setup.experts[name] for name in CASE.concepts}
     composers = {
-        arms.regional(of): (regional_prompts, mole.GateConfig("static", granularity="matrix")),
+        arms.regional(of): (regional_prompts, arms.MATRIX),
         arms.blended("given", of): (masked_blend, "sum"),
     }
     for arm, (composer, gates) in composers.items():
@@ -168,6 +174,11 @@ def test_parts_of_a_case_are_drawn_and_said(setup):
         assert settings_of(setup, arm)["parts"] == parts
     assert drawn(setup, arm, Case(("ink",), "style", CASE.prompt)) == drawn(setup, arms.alone("ink"))
     assert settings_of(setup, arms.blended())["parts"] == {"fox": (CASE.prompt, "auto")}
+    both = {"fox": ("a fox", "left"), "ink": ("in ink", "right")}
+    isolated = drawn(setup, arms.isolated_regional(lambda *_: both))
+    inside = partial(isolated_prompts, setup.pipe, prompt=CASE.prompt, parts=both)
+    assert isolated == by_hand(setup, experts, lambda m: inside(mixture=m), arms.MATRIX)
+    assert isolated != drawn(setup, arms.regional(lambda *_: both))
 
 
 def test_a_search_sets_strengths_by_kind_and_role(setup):
@@ -239,7 +250,7 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
     found = arms.obstacles(arms.ARMS, setup)
     assert set(found) == {
         "ssr", "regmean", "iteris", "scalars", "switch", "composite", "masked blend", "freefuse", "grid search",
-        *arms.CONTROLS, "bound gates"
+        "w-switch", "w-composite", "loratorio", *arms.CONTROLS, "bound gates"
     }  # fmt: skip
     assert found["ssr"] == "'ssr' runs every expert on prompts of its own, and there are none for ['hat']"
     for name, reason in found.items():

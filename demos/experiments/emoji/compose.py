@@ -8,10 +8,10 @@
 
 Rows are appended below work/compose/, so you can continue an interrupted run. The split "larger" has compositions of three
 and four test subjects. `--concepts` composes subjects and styles that are in no split; first make their LoRAs with
-`make_loras.py`. Trained gates are included if `train_gates.py --to work/gates` has made them, and the joint LoRA if
-`check_world.py --rows joint` has made it. `--search` finds the strengths of the arm "grid search" on validation
-compositions. `--pack` also writes the verdicts to docs/results/, from which docs/make_results.py makes the tables in the
-documents.
+`make_loras.py`. Trained gates are included if `train_gates.py --to work/gates` has made them, MoLE in the form of its paper
+if `train_gates.py --family outputs --unbound --to work/paper` has, and the joint LoRA if `check_world.py --rows joint` has.
+`--search` finds the strengths of the arm "grid search" on validation compositions. `--pack` also writes the verdicts to
+docs/results/, from which docs/make_results.py makes the tables in the documents.
 """
 
 import argparse
@@ -34,6 +34,8 @@ from mole_diffusers.emoji import TEST, VALIDATION, Scene, scene_in, words
 from mole_diffusers.emoji.compositions import LARGER, compositions
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
+from mole_diffusers.evaluation.isolation import UNTIL as ISOLATED
+from mole_diffusers.evaluation.isolation import isolated
 from mole_diffusers.evaluation.plots import bars
 from mole_diffusers.evaluation.regional_composers import RegionalPrompt
 from mole_diffusers.evaluation.rows import Row, Rows, digest_files
@@ -92,10 +94,21 @@ ARMS = {
         "words and given places", lambda setup, case: given(setup, case, words=True)
     ),
     "regional prompts": lambda: arms.regional(parts),
+    "isolation until half": lambda: arms.isolated_regional(parts),
+    "bound, isolation until half": lambda: arms.weighted(
+        "bound, isolation until half",
+        binding=lambda setup, case: given(setup, case, words=True),
+        context=lambda setup, case, mixture: isolated(setup.pipe, [box for _, box in parts(setup, case).values()]),
+        until=ISOLATED,
+    ),
+    # The paper has 100 steps, we 20: turns and tail a fifth as long.
+    "w-switch, short turns": lambda: arms.w_switch("w-switch, short turns", period=1, tail=1),
+    "loratorio, sharp": lambda: arms.patchwise("loratorio, sharp", temperature=0.02),
     "masked blend, given places": lambda: arms.blended("masked blend, given places", parts),
     "bound, trained gates": lambda: arms.weighted(
         "bound, trained gates", gates=arms.gates_of(WORK / "gates"), binding=arms.from_files
     ),
+    "MoLE, the paper's form": lambda: arms.weighted("MoLE, the paper's form", gates=arms.gates_of(WORK / "paper")),
     "joint LoRA": lambda: in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
     "joint LoRA, tiles": lambda: in_file("joint LoRA, tiles", lambda case: joint_file(case.concepts), by_words=True),
 }
