@@ -193,7 +193,6 @@ def test_a_file_may_have_a_strength():
 
 
 def test_what_is_spelled_out_for_the_help_is_what_the_package_has():
-    from mole_diffusers.evaluation.arms import ARMS
     from mole_diffusers.gates import FAMILIES
     from mole_diffusers.merging.merge import METHODS
     from mole_diffusers.retrieval import composing, library
@@ -203,7 +202,6 @@ def test_what_is_spelled_out_for_the_help_is_what_the_package_has():
     assert set(get_args(Mode)) == set(composing.MODES)
     assert THRESHOLD == library.THRESHOLD
     said = {name: " ".join(option.help or "" for option in parser().commands[name].params) for name in parser().commands}
-    assert [arm for arm in ARMS if arm not in (*METHODS, "base") and arm not in said["evaluate"]] == []
     assert [name for name in TERMS if f" {name}" not in said["train"]] == []
     assert [name for name, family in FAMILIES.items() if family.learns and name not in said["train"]] == []
 
