@@ -139,3 +139,14 @@ def test_a_region_is_told_of_where_places_are_not_known(tmp_path):
     mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox", ends=("to_q",))}, binding={"fox": (None, "left")})
     with pytest.warns(UserWarning, match="the region of 'fox' does not act"):
         pipe.transformer(**qwen_call() | {"img_shapes": [[(2, 4, 4)]]})  # layers of a picture
+
+
+WITHOUT = ("HiDreamImageTransformer2DModel", "CosmosTransformer3DModel", "LTX2VideoTransformer3DModel")
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_class_without_a_record_is_refused(name):
+    """Those of HiDream, Anima and LTX-2."""
+    kind = getattr(diffusers, name)
+    with pytest.raises(ValueError, match=f"experts cannot act in a {name}; known denoisers: UNet2DConditionModel, "):
+        record(kind.__new__(kind))
