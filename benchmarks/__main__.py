@@ -16,11 +16,13 @@ from benchmarks.arms import ARMS
 from benchmarks.clock import CLOCKS
 from benchmarks.hosts import SIZES
 from benchmarks.once import attaching, collapsing, once_costs, updating
+from benchmarks.picture import cold_costs, picture_costs
 from benchmarks.settings import COMPILED, DTYPES, Settings
-from benchmarks.steps import memory_costs, operation_counts, step_costs
+from benchmarks.steps import memory_costs, operation_counts, scaling, step_costs
 from mole_diffusers.gates import FAMILIES, GateConfig
 
 COUNTED = ("sum", "mole", "flow", "gated", "bound sum", "bound mole")
+SCALED = ("base", "again", "set_adapters", "sum", "mole")
 DISPATCH = ("base", "again", "set_adapters", "sum", "mole", "flow", "bound sum", "bound mole")
 WHAT: Mapping[str, Callable[[Settings, Sequence[str], Sequence[int]], list[Any]]] = {
     "step": step_costs,
@@ -32,6 +34,9 @@ WHAT: Mapping[str, Callable[[Settings, Sequence[str], Sequence[int]], list[Any]]
     "collapse": lambda settings, _, experts: once_costs(settings, collapsing, experts),
     "update": lambda settings, _, experts: once_costs(settings, updating, experts),
     "memory": memory_costs,
+    "scaling": lambda settings, _, experts: scaling(settings, SCALED, experts),
+    "picture": picture_costs,
+    "cold": cold_costs,
 }
 
 
@@ -39,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     what = "default: one step; dispatch: one step of a very narrow UNet (use --threads 1 --clock cpu)"
-    what += "; operations: how many it has"
+    what += "; operations: how many it has; scaling: curves of it against LoRAs, ranks and pictures"
+    what += "; picture: each stage of one; cold: mole draw in a new process"
     command.add_argument("--what", default="step", choices=list(WHAT), help=what)
     command.add_argument("--size", default="tiny", choices=list(SIZES))
     command.add_argument("--dtype", default="fp32", choices=list(DTYPES))
@@ -47,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--experts", type=int, nargs="+", default=[1, 3, 8], metavar="N", help="default: 1 3 8")
     command.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     command.add_argument("--rank", type=int, default=16)
+    command.add_argument("--pictures", type=int, default=1, help="how many are drawn at once")
     command.add_argument("--repeats", type=int, default=6, help="rounds; everything runs once in each")
     command.add_argument("--gates", default="mole", choices=FAMILIES)
     compiled = "compile the whole UNet, the same with CUDA graphs, or its repeated blocks"
@@ -68,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = ("size", "dtype", "pixels", "rank", "repeats", "compile", "clock")
+    names = ("size", "dtype", "pixels", "rank", "pictures", "repeats", "compile", "clock")
     settings = Settings(**{n: getattr(args, n) for n in names}, device=device, gates=GateConfig(args.gates))
     if min(args.experts) < 1:
         raise ValueError(f"the numbers of experts must be 1 or more, got {args.experts}")

@@ -108,20 +108,20 @@ SIZES = {
 }
 
 
-def inputs(pipe: Any, *, pixels: int) -> dict[str, Any]:
-    """Random arguments of the denoiser's call in a step of guided sampling: a batch of the same picture twice."""
+def inputs(pipe: Any, *, pixels: int, pictures: int = 1) -> dict[str, Any]:
+    """Random arguments of the denoiser's call in a step of guided sampling, in which each picture is there twice."""
     unet, generator = pipe.unet, torch.Generator(pipe.device).manual_seed(1)
     like = {"generator": generator, "device": pipe.device, "dtype": unet.dtype}
     side, tokens = pixels // pipe.vae_scale_factor, pipe.tokenizer.model_max_length
     given: dict[str, Any] = {
-        "sample": torch.randn(1, unet.config.in_channels, side, side, **like).repeat(2, 1, 1, 1),
+        "sample": torch.randn(pictures, unet.config.in_channels, side, side, **like).repeat(2, 1, 1, 1),
         "timestep": torch.tensor(500, device=pipe.device),
-        "encoder_hidden_states": torch.randn(2, tokens, unet.config.cross_attention_dim, **like),
+        "encoder_hidden_states": torch.randn(2 * pictures, tokens, unet.config.cross_attention_dim, **like),
         "return_dict": False,
     }
     if unet.config.addition_embed_type == "text_time":
-        sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * 2, device=pipe.device, dtype=unet.dtype)
-        given["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 1280, **like), "time_ids": sizes}
+        sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * 2 * pictures, device=pipe.device, dtype=unet.dtype)
+        given["added_cond_kwargs"] = {"text_embeds": torch.randn(2 * pictures, 1280, **like), "time_ids": sizes}
     return given
 
 

@@ -40,6 +40,7 @@ class Settings:
             Graph breaks are not allowed.
         clock: "wall", or "cpu" for the time of this process only, if other work shares its core.
         gates: the gates of the arms that have gates.
+        pictures: how many are drawn at once. With guidance, the batch is twice as large.
     """
 
     size: str = "tiny"
@@ -51,10 +52,11 @@ class Settings:
     compile: str = "no"
     clock: str = "wall"
     gates: GateConfig = GateConfig("mole")
+    pictures: int = 1
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.repeats < 1 or self.pixels % 64:
-            raise ValueError(f"rank and repeats must be 1 or more and pixels a multiple of 64: {self}")
+        if min(self.rank, self.repeats, self.pictures) < 1 or self.pixels % 64:
+            raise ValueError(f"rank, repeats and pictures must be 1 or more and pixels a multiple of 64: {self}")
 
     @property
     def side(self) -> int:
@@ -67,7 +69,8 @@ class Settings:
         pipe = SIZES[self.size].build(DTYPES[self.dtype], self.device)
         with TemporaryDirectory() as folder:
             files = lora_files(pipe.unet, Path(folder), max(counts), rank=self.rank)
-            yield pipe, inputs(pipe, pixels=self.side), {n: dict(list(files.items())[:n]) for n in counts}
+            given = inputs(pipe, pixels=self.side, pictures=self.pictures)
+            yield pipe, given, {n: dict(list(files.items())[:n]) for n in counts}
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,33 @@ def step_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) 
             measures[f"{arm} {n}"] = partial(seconds, step, clock=settings.clock)
         times = interleaved(measures, repeats=settings.repeats, warmup=2)  # a text is kept when it comes again
     return [Cost.of(arm, n, seconds=times[f"{arm} {n}"], base=times["base 0"]) for arm, n in wanted]
+
+
+@dataclass(frozen=True)
+class Point(Cost):
+    """The time of one arm at one place of a curve.
+
+    Attributes:
+        curve: what differs along it: "experts", "rank" or "pictures".
+        at: its value here.
+    """
+
+    curve: str
+    at: int
+
+
+CURVES: Mapping[str, Sequence[int]] = {"experts": (1, 2, 4, 8, 16, 32), "rank": (4, 16, 64, 128), "pictures": (1, 2, 4, 8)}
+
+
+def scaling(settings: Settings, arms: Sequence[str], experts: Sequence[int]) -> list[Point]:
+    """Curves of a step against the number of LoRAs, and with the first of `experts` against their rank and the pictures."""
+    points = []
+    for curve, places in CURVES.items():
+        for at in places:
+            here = settings if curve == "experts" else replace(settings, **{curve: at})
+            costs = step_costs(here, arms, [at] if curve == "experts" else experts[:1])
+            points += [Point(**asdict(cost), curve=curve, at=at) for cost in costs]
+    return points
 
 
 class Operations(TorchDispatchMode):

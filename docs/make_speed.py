@@ -1,18 +1,26 @@
 """docs/speed.md and docs/speed.png from what `python -m benchmarks --json` measured: the files in docs/speed/.
 
-python docs/make_speed.py
+python docs/make_speed.py                        the page
+python docs/make_speed.py --measure              measure everything again first, on a machine that does nothing else
+python docs/make_speed.py --measure step-sd15    only these files
 """
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.__main__ import main as measure
 from benchmarks.settings import Cost
+from benchmarks.steps import Point
 
 HERE = Path(__file__).parent
 NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL", "tiny": "tiny", "thin": "SD 1.5's modules, narrow"}
@@ -21,7 +29,8 @@ HEAD = """# What a mixture costs
 SHORT
 
 This page is made by `python docs/make_speed.py` from the files in `docs/speed/`, which `python -m benchmarks --json`
-wrote. Do not edit it.
+wrote. Do not edit it. `python docs/make_speed.py --measure` measures all of it again, on a machine that does nothing else.
+Only the operations have been counted since keys and values of the text are kept; the times are older.
 
 All numbers are ratios within one run. In each round every arm runs once, the arms take turns, and the ratio to the base is
 taken round by round. The tables show medians, with quartiles in brackets.
@@ -133,11 +142,52 @@ which none is in every layer, and `mole` without binding takes 357 fewer than th
 ONCE = """
 ## Once, and memory
 
-The command is the same, with `--what attach`, `update`, `collapse` or `memory`.
+The command is the same, with `--what attach`, `update`, `collapse` or `memory`. Memory was measured before keys and values
+of the text were kept. By arithmetic they take 7.7 MB more in SD 1.5, and 51.3 MB in SDXL, for one picture with guidance in
+half precision (and A x of the text 0.5 and 2.1 MB for 3 LoRAs of rank 16), and at most twice that: texts of more than two
+pictures are not kept.
 
 | | measured | goal |
 |---|---|---|
 """
+ONE_THREAD = ["--threads", "1", "--clock", "cpu"]
+THIN = ["--size", "thin", "--rank", "4", "--experts", "3", "8", "16", *ONE_THREAD, "--arms"]
+SD15 = ["--size", "sd15", "--dtype", "bf16", "--pixels", "256", *ONE_THREAD]
+BOUND = ["sum", "mole", "bound sum", "bound mole"]
+PICTURES = """
+## Time to a picture
+
+Seconds of each stage of 8 steps, and of all, beside the same with diffusers' `load_lora_weights` and `set_adapters`
+(`--what picture`); and a new process of `mole draw` beside one of a script with diffusers alone (`--what cold`).
+
+| stage | N | s | x diffusers |
+|---|---|---|---|
+"""
+SCALING = """
+## More LoRAs, higher ranks, more pictures
+
+A step of the narrow UNet, against one number at a time (`--what scaling`); the others are 3 LoRAs of rank 4 and one picture.
+
+| what grows | to | arm | x base |
+|---|---|---|---|
+"""
+RUNS = {  # name of a file -> what measures it
+    "operations": ["--what", "operations", "--gates", "factors", "--experts", "3", "8"],
+    "dispatch": ["--what", "dispatch", "--experts", "3", "8", "16", "--repeats", "40", *ONE_THREAD],
+    "factors-dispatch": [*THIN, "base", "again", "sum", "mole", "gated", "--gates", "factors", "--repeats", "40"],
+    "bound-dispatch": [*THIN, *BOUND, "--repeats", "60"],
+    "bound-step": [*SD15, "--arms", *BOUND, "--experts", "3", "8", "--repeats", "3", "--threads", "2", "--clock", "wall"],
+    "step-sd15": [*SD15, "--arms", "again", "set_adapters", "gated", "collapsed", "--experts", "3", "8", "--repeats", "5"],
+    "step-sd15-flow": [*SD15, "--arms", "gated", "--gates", "flow", "--experts", "3", "8", "--repeats", "5"],
+    "step-sdxl": [*SD15, "--size", "sdxl", "--arms", "set_adapters", "gated", "--experts", "3", "--repeats", "3"],
+    "attach": [*SD15, "--what", "attach", "--experts", "8", "--repeats", "3"],
+    "update": [*SD15, "--what", "update", "--experts", "3", "--repeats", "3"],
+    "collapse": [*SD15, "--what", "collapse", "--experts", "3", "--repeats", "3"],
+    "memory": [*SD15, "--what", "memory", "--arms", "set_adapters", "gated", "--experts", "8"],
+    "scaling": ["--what", "scaling", "--size", "thin", "--rank", "4", "--experts", "3", "--repeats", "12", *ONE_THREAD],
+    "picture": [*SD15, "--what", "picture", "--experts", "3", "--repeats", "2"],
+    "cold": ["--what", "cold", "--experts", "3", "--repeats", "3", "--clock", "cpu"],
+}
 GOALS = {"sum": 1.15, "mole": 1.20, "flow": 1.25}
 MORE_GOALS = {"sum": 600, "mole": 740, "flow": 720}
 BOUND_GOAL = 60  # operations more than without binding
@@ -268,6 +318,20 @@ def once() -> str:
     return text
 
 
+def pictures() -> str:
+    """Time to a picture, if it was measured."""
+    rows = [cost for name in ("picture.json", "cold.json") for result in load(name) for cost in costs(result)]
+    lines = [f"| {cost.arm} | {cost.experts} | {cost.ms / 1000:.2f} | {shown(cost)} |\n" for cost in rows]
+    return PICTURES + "".join(lines) if rows else ""
+
+
+def curves() -> str:
+    """A step against LoRAs, ranks and pictures at once, if it was measured."""
+    points = [Point(**row) for result in load("scaling.json") for row in result["rows"]]
+    lines = [f"| {p.curve} | {p.at} | {p.arm} | {shown(p)} |\n" for p in points if p.experts]
+    return SCALING + "".join(lines) if points else ""
+
+
 def reuse() -> str:
     """What `mixture.every(k)` changes in a picture."""
     (result,) = load("reuse.json")
@@ -306,7 +370,9 @@ def document() -> str:
         + factors()
         + binding()
         + steps()
+        + curves()
         + once()
+        + pictures()
         + reuse()
     )
 
@@ -328,8 +394,22 @@ def curve(costs: list[Cost], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def measured_again(names: Sequence[str]) -> None:
+    """Measure the files of these names, or all if there are none."""
+    for name in names or RUNS:
+        print(name, flush=True)
+        with redirect_stdout(result := io.StringIO()):
+            if measure([*RUNS[name], "--json"]):
+                raise SystemExit(f"{name} could not be measured")
+        (HERE / "speed" / f"{name}.json").write_text(result.getvalue())
+
+
 def main() -> None:
     """Write the page and its figure."""
+    command = argparse.ArgumentParser(description=__doc__)
+    command.add_argument("--measure", nargs="*", choices=list(RUNS), metavar="FILE", help=", ".join(RUNS))
+    if (again := command.parse_args().measure) is not None:
+        measured_again(again)
     (HERE / "speed.md").write_text(document())
     curve([cost for cost in costs(load("dispatch.json")[0]) if cost.arm in ("set_adapters", *GOALS)], HERE / "speed.png")
 

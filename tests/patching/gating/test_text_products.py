@@ -5,9 +5,11 @@ import weakref
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from gate_families import families
 
 import mole_diffusers as mole
+from benchmarks.hosts import SIZES
 from mole_diffusers.gates import FAMILIES
 from mole_diffusers.patching.gating.text_products import KeptTexts
 from mole_diffusers.testing import tiny_pipeline
@@ -101,6 +103,30 @@ def test_keys_are_kept_until_the_call_ends(pipe, attached, draw, binding):
     del ends[:]
     gc.collect()
     assert [key() for key in keys] == [None] * 4
+
+
+def test_what_is_kept_takes_the_memory_of_keys_and_values(pipe, attached, draw):
+    mixture, held = attached("sum"), []
+
+    def count(step, _):
+        products = [each for *_, made in mixture._sampling.texts._kept for each in made.values()]
+        held.append(sum(each.whole.nbytes + (0 if each.plain is None else each.plain.nbytes) for each in products))
+
+    draw(pipe, num_inference_steps=2, **each_step(count))
+    assert held == [_bytes(pipe.unet, tokens=pipe.tokenizer.model_max_length, itemsize=4)] * 2
+
+
+@pytest.mark.parametrize(("size", "megabytes"), [("sd15", 7.7), ("sdxl", 51.3)])
+def test_the_memory_at_real_size_is_what_the_page_says(size, megabytes):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SIZES[size].unet)
+    assert round(_bytes(unet, tokens=77, itemsize=2) / 1e6, 1) == megabytes
+
+
+def _bytes(unet, *, tokens, itemsize):
+    """Of all keys and values of a text and an empty one."""
+    ends = ("attn2.to_k", "attn2.to_v")
+    return sum(2 * tokens * m.out_features * itemsize for name, m in unet.named_modules() if name.endswith(ends))
 
 
 def test_two_texts_in_turn_are_both_kept():
