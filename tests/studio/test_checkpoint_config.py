@@ -121,7 +121,7 @@ def t5(width, *, full):
 
 def sd3(*, full):
     wide = 38 * 64 if full else 64
-    first, second = (768, 1280) if full else (64, 128)
+    first, second = (768, 1280) if full else (192, 320)
     encoder, words = t5(4096 if full else first + second, full=full)
     shape = {"num_layers": 38, "num_attention_heads": wide // 64, "attention_head_dim": 64, "caption_projection_dim": wide}
     about = {"joint_attention_dim": encoder.config.d_model, "pooled_projection_dim": first + second, "in_channels": 16}
@@ -210,17 +210,20 @@ def test_a_transformer_alone_takes_the_parts_that_its_program_has(make, tmp_path
         "text_encoders.clip_l.transformer.": "text_encoders/clip_l",
         "text_encoders.t5xxl.transformer.": "clip/t5xxl_fp16",
     }
-    names |= {"text_encoders.clip_g.transformer.": "text_encoders/clip_g", "first_stage_model.": "vae/ae"}
+    names |= {
+        "text_encoders.clip_g.transformer.": "text_encoders/clip_g",
+        "first_stage_model.": f"vae/{'ae' if make is flux else 'sd3_vae'}",
+    }
     names |= {"model.diffusion_model.": "diffusion_models/flux"}
     (models / "checkpoints" / "Dream.safetensors").unlink()
     for keys, name in names.items():
         own = {key.removeprefix(keys): tensor for key, tensor in whole.items() if key.startswith(keys)}
         if own:
             (models / name).parent.mkdir(exist_ok=True)
-            save_file(own, models / f"{name.replace('ae', 'ae' if make is flux else 'sd3_vae')}.safetensors")
+            save_file(own, models / f"{name}.safetensors")
             save_file({"scaled_fp8": torch.ones(1), **own}, models / f"{name}_scaled.safetensors")
     (models / "diffusion_models" / "flux_scaled.safetensors").unlink()
-    (models / "vae" / "ae_scaled.safetensors").unlink()
+    next((models / "vae").glob("*_scaled.safetensors")).unlink()
     save_file({"decoder.conv_in.weight": torch.ones(8, 4, 3, 3)}, models / "vae" / "of sd15.safetensors")
     split = torch.split
     cut = lambda tensor, sizes, dim=0: split(tensor, [size * len(tensor) // sum(sizes) for size in sizes], dim)  # noqa: E731
