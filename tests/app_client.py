@@ -1,7 +1,8 @@
 """A served app on the tiny pipeline and a client of it: what the tests of the API share."""
 
+import asyncio
 import inspect
-from contextlib import closing, contextmanager
+from contextlib import aclosing, closing, contextmanager
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.studio.catalog import Catalog
@@ -42,6 +43,51 @@ def plain(event):
         return each(given) if inspect.isgenerator(given) else listed(given)
 
     return call
+
+
+REQUEST = type("Request", (), {"session_hash": "page"})()
+WAIT = 600  # seconds; machines that are busy are slow
+
+
+class QueueVisit:
+    """A visitor of a page's queue: presses its buttons, and sees what it shows.
+
+    Args:
+        edits: label of a field -> its value, where it is not the page's own.
+    """
+
+    def __init__(self, blocks, visitor="me", request=REQUEST, **edits):
+        self.visitor, self.request, self.edits = visitor, request, edits
+        events = [event for event in blocks.fns.values() if event.fn is not None]
+        self._events = {name: next(e for e in events if e.fn.__name__ == name) for name in ("queued", "pressed", "watch")}
+        self.shown = {}
+
+    def press(self, name="queued", label=None):
+        """Press Queue, or the button with its label. Returns what the status line says then, "" if nothing is wrong."""
+        event, skipped = self._events[name], 1 if name == "queued" else 2
+        fields = event.inputs[skipped:]
+        values = [self.edits.get(getattr(field, "label", None), field.value) for field in fields]
+        given = [self.request, *([label] if name == "pressed" else []), self.visitor, *values]
+        return plain(event)(*given)[0]
+
+    def see(self, until):
+        """Watch the page until this is true of {elem_id or position: value}, and return that."""
+
+        async def watching():
+            event = self._events["watch"]
+            ids = {each: getattr(each, "elem_id", None) or i for i, each in enumerate(event.outputs)}
+            async with aclosing(event.fn(self.request, self.visitor)) as changes:
+                async for changed in changes:
+                    self.shown |= {ids[one]: value for one, value in changed.items()}
+                    if until(self.shown):
+                        return self.shown
+            raise AssertionError("the page was closed")
+
+        return asyncio.run(asyncio.wait_for(watching(), WAIT))
+
+    def done(self):
+        """Watch until the newest job is done."""
+        return self.see(lambda shown: str(shown.get("compose-status", "")).startswith("done"))
 
 
 def value_of(given):

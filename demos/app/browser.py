@@ -116,17 +116,6 @@ class Browser:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
-    def shot(self, path: Any) -> None:
-        """Save the whole page as a PNG."""
-        width, height = self.driver.execute_script("return [window.innerWidth, window.innerHeight]")
-        self.resize(width, 400)  # the page is at least as high as its window
-        whole = self.driver.execute_script("return document.querySelector('.gradio-container').scrollHeight")
-        self.resize(width, min(whole, 3000))
-        self.driver.execute_script("window.scrollTo(0, 0)")
-        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")  # is drawn
-        self.driver.save_screenshot(str(path))
-        self.resize(width, height)
-
     def errors(self) -> list[str]:
         """Errors in the page's console so far, except missing files of icons and fonts."""
         said = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]

@@ -33,15 +33,15 @@ def main(folder: Path) -> None:
         catalog = Catalog(concept_files(), gate_folders(), examples=gate_folders())
         studio, kept = Studio(pipe, catalog, "emoji"), Path(work, "pictures")
         actions = Actions(studio, home=Path(work, "gates"), gallery=kept, thumbnail=world_thumbnails())
-        blocks = build(actions, Recipe(PROMPT, seed=2, width=128, height=64, gates="auto", base="emoji"))
+        blocks = build(actions, Recipe(PROMPT, seed=2, gates="auto", base="emoji"))
         _, url, _ = launch(blocks, gallery=kept, prevent_thread_lock=True, quiet=True)
         try:
-            with browser(work) as page:
+            with browser(work, width=1440, height=900) as page:
                 page.open(url)
-                for view in (compose, train, see, gallery, keep, regions):
+                for view in (compose, loras, regions, train, compare, gallery):
                     view(page)
                     shoot(page, folder / f"app_{view.__name__}.png")
-            with browser(work, width=390) as page:
+            with browser(work, width=390, height=844) as page:
                 page.open(url)
                 compose(page)
                 shoot(page, folder / "app_phone.png")
@@ -51,43 +51,35 @@ def main(folder: Path) -> None:
 
 def compose(page: Browser) -> None:
     """Draw four pictures."""
+    page.until(lambda: len(page.all(".card")) == 2, WAIT)
     page.type("#count input[type=number]", "4")
+    before = len(page.all("#strip img"))
     page.click("#compose")
-    page.until(
-        lambda: page.text("#compose-status").startswith("done") and len(page.all("#pictures .caption-label")) == 4, WAIT
-    )
+    page.until(lambda: page.text("#compose-status").startswith("done") and len(page.all("#strip img")) == before + 4, WAIT)
+    page.until(lambda: page.all("#found img"), WAIT)
+
+
+def loras(page: Browser) -> None:
+    """Open the browser of LoRAs."""
+    page.click("#browse")
+    page.until(lambda: len(page.all("#loras img")) > 5, WAIT)
 
 
 def regions(page: Browser) -> None:
-    """Open the region that was found for the sunflower, and widen it a little."""
+    """Open the region that was found for the sunflower on the picture, and widen it a little."""
     from selenium.webdriver import ActionChains
 
-    page.tab("Compose")
-    page.click("#regions button")
+    page.click("#lora-done")
+    page.click("#paint-regions")
     sheet = page.one("#paint canvas")
-    page.until(lambda: page.all("#found img"), WAIT)
-    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", sheet)
-    brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, -18, -60).click_and_hold()
+    brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, 20, -60).click_and_hold()
     brush.move_by_offset(0, 60).move_by_offset(0, 60).release().perform()
-    page.click("#paint-use")
-    page.until(lambda: "acts there" in page.text("#paint-status"), WAIT)
-    compose(page)
-
-
-def see(page: Browser) -> None:
-    """Draw the comparison, then watch the trained gates."""
-    page.tab("Compose")
-    page.choose("#binding", "automatic")
-    page.tab("See")
-    page.click("#compare")
-    page.until(lambda: page.text("#compare-status").startswith("done"), WAIT)
-    page.click("#look")
-    page.until(lambda: page.text("#look-status").startswith("mean weight"), WAIT)
-    page.until(lambda: page.all("#places img"), WAIT)
 
 
 def train(page: Browser) -> None:
     """Train gates for bound LoRAs, which have more to learn than tiles."""
+    page.click("#paint-back")
+    page.click("#advanced > button")
     page.choose("#binding", "bound")
     page.tab("Train")
     page.click("#suggest")
@@ -95,6 +87,15 @@ def train(page: Browser) -> None:
     page.click("#train")
     page.until(lambda: page.text("#train-status").startswith("done"), WAIT)
     page.until(lambda: "after, seed 1001" in page.text("#validation"), WAIT)
+
+
+def compare(page: Browser) -> None:
+    """Draw the comparison."""
+    page.tab("Compose")
+    page.choose("#binding", "automatic")
+    page.tab("Compare")
+    page.click("#compare")
+    page.until(lambda: page.text("#compare-status").startswith("done") and page.all("#slider img"), WAIT)
 
 
 def gallery(page: Browser) -> None:
@@ -108,20 +109,11 @@ def gallery(page: Browser) -> None:
     page.click("#gallery .icon-button-wrapper button:last-child")  # closes the large view
 
 
-def keep(page: Browser) -> None:
-    """Show the code, a recipe and a grid."""
-    page.tab("Keep")
-    page.click("#code")
-    page.click("#save")
-    page.until(lambda: page.all("#files a"), WAIT)
-    page.click("#grid")
-    page.until(lambda: page.all("#sheet img"), WAIT)
-
-
 def shoot(page: Browser, path: Path) -> None:
-    """Save the view in 128 colours, to keep the file small."""
+    """Save what is seen without scrolling, in 128 colours, to keep the file small."""
     page.until(lambda: not page.all(".progress-text"), WAIT)
-    page.shot(path)
+    page.driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
+    page.driver.save_screenshot(str(path))
     with Image.open(path) as image:
         image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
     print(path, path.stat().st_size // 1000, "kB")

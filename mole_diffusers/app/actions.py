@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
@@ -36,8 +38,8 @@ from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.retrieval.composing import retrieve_for
 from mole_diffusers.retrieval.encoders import PipelineText, text_beside
 from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
-from mole_diffusers.studio import xy_grid
-from mole_diffusers.studio.base_models import Base, open_base, usual_guidance, usual_size
+from mole_diffusers.studio import infotext, xy_grid
+from mole_diffusers.studio.base_models import Base, open_base, usual_guidance
 from mole_diffusers.studio.catalog import UNTRAINED, preview
 from mole_diffusers.studio.infotext import FoundRecipe
 from mole_diffusers.studio.names import known_names, matching, shared_name
@@ -46,12 +48,13 @@ from mole_diffusers.studio.picture_passes import check_pictures, with_pictures
 from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, parse
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
-from mole_diffusers.studio.render import MAX_SIDE, MixtureContext, Studio, check_size
+from mole_diffusers.studio.render import DETAILS, MAX_SIDE, MixtureContext, Studio, check_size
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
 
 MAX_PICTURES, MAX_FOLDERS = 400, 16  # kept in the app's own folder; the browser has copies
 MAX_COUNT, MAX_THUMBNAIL = 16, 4 << 20
+THUMBNAIL = 256  # pixels of the longer side of small copies
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 
 SourcePictures = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`
@@ -73,20 +76,30 @@ SaveSheet = Callable[[Sequence[Image.Image]], Path]
 
 @dataclass
 class Progress:
-    """How far a job is: steps done and in total, the number of pictures, and at the end their sheet, if one is made."""
+    """How far a job is: steps done and in total, the number of pictures, and at the end their sheet, if one is made.
+
+    Attributes:
+        size: width and height in pixels of the picture that is drawn now.
+        part: what of it is drawn now, if not all of it at once.
+        preview: what it will look like, as predicted now.
+    """
 
     done: int
     total: int
     count: int
+    size: tuple[int, int]
     seconds_left: float | None = None
+    part: str = ""
     preview: Image.Image | None = None
     pictures: list[Picture] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     sheet: Path | None = None
 
     def __str__(self) -> str:
-        left = "" if self.seconds_left is None else f", about {self.seconds_left:.0f} s left"
-        state = f"{self.done} of {self.total} steps{left}" if len(self.pictures) < self.count else "done"
+        now = [f"{self.done} of {self.total} steps"]
+        now += [] if self.seconds_left is None else [f"about {self.seconds_left:.0f} s left"]
+        now += [f"picture {len(self.pictures) + 1} of {self.count}"] if self.count > 1 else []
+        state = ", ".join([*now, *filter(None, [self.part])]) if len(self.pictures) < self.count else "done"
         return "; ".join([state, *self.warnings])
 
 
@@ -212,9 +225,10 @@ class Actions:
             return {}
         return {"width": 0, "height": 0, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
 
-    def usual_size(self, prompt: str) -> tuple[int, int]:
-        """Width and height in pixels at which the open base model usually draws a prompt."""
-        return usual_size(self.studio.pipe, self.studio.base, prompt)
+    def size_of(self, recipe: Recipe) -> tuple[int, int]:
+        """Width and height in pixels that a recipe is drawn at. Raises what `Studio.complete` raises."""
+        drawn = self.studio.complete(recipe)
+        return drawn.width, drawn.height
 
     # ---- LoRAs and gates
 
@@ -303,10 +317,23 @@ class Actions:
             small = read_picture(path, path.name, most=MAX_SIDE**2).convert("RGB")
         except ValueError:  # another program wrote it, and we can do without
             return None
-        small.thumbnail((128, 128), Image.Resampling.LANCZOS)
+        small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         return small
 
     # ---- pictures
+
+    def small(self, path: Path) -> Path:
+        """A small copy of a picture of the gallery, for a list of many; the picture itself if it cannot be read."""
+        small = self.folder / "small" / f"{path.stem}.jpg"
+        try:
+            return small if small.exists() else _saved_small(read_picture(path, path.name, most=infotext.MAX_PIXELS), small)
+        except ValueError:
+            return path
+
+    def small_lora(self, name: str, picture: Callable[[str], Image.Image]) -> Path:
+        """The file of a small picture of a LoRA, for a list of many; `picture` makes it."""
+        small = self.folder / "small" / f"lora-{hashlib.sha256(name.encode()).hexdigest()[:16]}.jpg"
+        return small if small.exists() else _saved_small(picture(name), small)
 
     def compose(self, recipe: Recipe, count: int, over: SourcePictures = NOTHING) -> Work:
         """Draw `count` pictures with consecutive seeds into the gallery. If stopped, the finished ones stay.
@@ -385,21 +412,26 @@ class Actions:
         warnings += notes
         for (_, asked), recipe in zip(wanted, recipes, strict=True):
             warnings += self.studio.notes(asked, recipe, over.get("image"))
-        state = Progress(0, sum(map(self.studio.total_steps, recipes)), len(recipes), warnings=[*dict.fromkeys(warnings)])
+        steps, size = sum(map(self.studio.total_steps, recipes)), (recipes[0].width, recipes[0].height)
+        state = Progress(0, steps, len(recipes), size, warnings=[*dict.fromkeys(warnings)])
 
         def work(report: ReportProgress) -> Progress:
             begun, drawn = time.monotonic(), list[Image.Image]()
 
-            def on_step(_: Any, latents: torch.Tensor) -> None:
+            def on_step(recipe: Recipe, before: int, _: int, latents: torch.Tensor) -> None:
                 state.done += 1
+                state.part = self.studio.part_of_step(recipe, state.done - before)
                 state.seconds_left = (time.monotonic() - begun) / state.done * (state.total - state.done)
-                preview = self._preview(self.studio.pipe, latents) if gallery else None
+                is_whole = state.part != DETAILS  # else only a part would fill the frame
+                preview = self._preview(self.studio.pipe, latents) if gallery and is_whole else None
                 report(replace(state, preview=preview))
 
             try:
                 for (label, _), recipe in zip(wanted, recipes, strict=True):
-                    noted = PictureNotes()
-                    image = self.studio.draw(recipe, **over, on_step=on_step, inside=partial(noted.around, recipe, inside))
+                    state.size, noted = (recipe.width, recipe.height), PictureNotes()
+                    report(replace(state))
+                    told = partial(on_step, recipe, state.done)
+                    image = self.studio.draw(recipe, **over, on_step=told, inside=partial(noted.around, recipe, inside))
                     recipe, by_hand = _with_locks_of(recipe, noted.sites)
                     state.warnings = list(dict.fromkeys([*state.warnings, *noted.warnings, *by_hand]))
                     path = (gallery or self.unkept).add(image, recipe)
@@ -530,6 +562,16 @@ class Actions:
             )
 
 
+def _saved_small(image: Image.Image, path: Path) -> Path:
+    """Save a small copy of a picture. Returns its path."""
+    path.parent.mkdir(exist_ok=True)
+    image = image.convert("RGB")
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    part = path.with_suffix(f".{token_hex(4)}")  # others may save it at once
+    image.save(part, "jpeg", quality=88)
+    return part.replace(path)
+
+
 def _with_locks_of(recipe: Recipe, sites: Collection[str]) -> tuple[Recipe, list[str]]:
     """A recipe with only those weights set by hand whose gates were there when it was drawn, and what to say about them."""
 
@@ -542,5 +584,5 @@ def _with_locks_of(recipe: Recipe, sites: Collection[str]) -> tuple[Recipe, list
     if gone := len(recipe.locks) - len(here):
         said.append(f"weights set by hand for {blocks(gone)} that these gates do not have are left out")
     if here:
-        said.append(f"the weights of {blocks(len(here))} are set by hand, see the tab See")
+        said.append(f"the weights of {blocks(len(here))} are set by hand, see the tab Compare")
     return replace(recipe, locks=here), said

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from mole_diffusers.app import compose_tab, gallery_tab, keep_tab, see_tab, train_tab
+from mole_diffusers.app import compare_tab, compose_tab, gallery_tab, recipe_tab, train_tab
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.api import Endpoints, add
 from mole_diffusers.app.gallery_files import GalleryPicturesOnly
@@ -21,7 +21,15 @@ from mole_diffusers.app.sentences import markdown
 from mole_diffusers.app.style import CARDS, status_line, theme
 from mole_diffusers.studio.recipe import Recipe
 
-TABS = {"Compose": compose_tab, "See": see_tab, "Train": train_tab, "Gallery": gallery_tab, "Keep": keep_tab}
+TABS = {"Compose": compose_tab, "Compare": compare_tab, "Gallery": gallery_tab, "Recipe": recipe_tab, "Train": train_tab}
+THEME = """() => {
+  const dark = document.body.classList.toggle("dark");
+  localStorage.setItem("mole-theme", dark ? "dark" : "light");
+}"""
+THEME_OF_LAST_TIME = """() => {
+  const chosen = localStorage.getItem("mole-theme");
+  if (chosen) document.body.classList.toggle("dark", chosen === "dark");
+}"""
 
 
 def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
@@ -30,10 +38,10 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
     with gr.Blocks(title="mole", delete_cache=(600, 3600), analytics_enabled=False) as blocks:
         page = Page(actions, defaults, blocks)
         add(page)  # first, so that its endpoints get their names
-        base = f" Base model: **{markdown(actions.base or '')}**." if len(actions.bases) == 1 else ""
-        words = f"# mole\nSeveral LoRAs in one picture, each on its own words and in its own place.{base}"
-        gr.Markdown(words, elem_id="title")
-        _base(page)
+        with gr.Row(elem_id="top", equal_height=True):
+            _base(page)
+            gr.Button("Dark / light", size="sm", min_width=90, scale=0, elem_id="theme").click(None, js=THEME)
+        blocks.load(None, js=THEME_OF_LAST_TIME)
         with page.tabs.render():
             for name, tab in TABS.items():
                 with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name) as page.tab:
@@ -45,7 +53,9 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
 
 
 def _base(page: Page) -> None:
-    """The choice of the base model, if the app has several."""
+    """The choice of the base model, or its name if there is one alone."""
+    if len(page.actions.bases) == 1:
+        gr.Markdown(f"Base model: {markdown(page.actions.base or '')}", elem_id="base-name")
     page.base.render()
     status = status_line(elem_id="base-status")
     sizes = [page.controls[name] for name in OF_BASE]

@@ -1,159 +1,85 @@
-"""The Compose tab: a prompt, a card per LoRA, pictures."""
+"""The Compose tab: the large picture, at its left the prompt, the LoRAs and the settings, at its right the newest ones."""
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app import mixer, paint
-from mole_diffusers.app.actions import Picture
-from mole_diffusers.app.jobs import Job
-from mole_diffusers.app.mixer_cards import MixerCard, cards_of
+from mole_diffusers.app import lora_browser, mixer, sizes
+from mole_diffusers.app.mixer_cards import MixerCard
 from mole_diffusers.app.page import ORDERED, Page, Values
-from mole_diffusers.app.page_jobs import buttons, connect_job
-from mole_diffusers.app.sentences import errors_to, markdown
-from mole_diffusers.app.style import clicked, figure, gallery_items, row, status_line
+from mole_diffusers.app.paint import Painting
+from mole_diffusers.app.queue_panel import QueuePanel
+from mole_diffusers.app.recipe_tab import fill_from
+from mole_diffusers.app.stage import Stage
+from mole_diffusers.app.style import row, status_line
+
+HISTORY = 30  # earlier prompts that are listed
 
 
 def build(page: Page) -> None:
-    """Lay out the tab and connect it."""
-    prompt = page.controls["prompt"].render()
-    page.problem.render()
-    page.controls["negative"].render()
-    with page.second.render():
-        for name in ("prompt_2", "negative_2"):
-            page.controls[name].render()
-    compose, status = buttons(page, "compose", "Compose")
-    with gr.Row(elem_classes="phone-column"):
-        with gr.Column(scale=5):
-            _often_changed(page)
-            _adding(page)
+    """Lay out the tab and connect it. `page.css` says where each part is, on a desk and on a phone."""
+    stage, queue = Stage(page), QueuePanel(page)
+    with gr.Column(elem_id="studio"):
+        with gr.Column(elem_id="ask"):
+            undo = _ask(page, queue)
+        with gr.Column(elem_id="stage"):
+            stage.frame.render()
+            stage.picture.render()
+            painting = Painting(page, stage)
+            paint = stage.build_tools()
+        with gr.Column(elem_id="side"):
+            stage.map.render()
+            queue.build_list()
+            stage.strip.render()
+        with gr.Column(elem_id="controls"):
+            lora_browser.build(page)
             mixer.build(page)
             _settings(page)
-        with gr.Column(scale=4, elem_classes="results"):
-            preview = figure(label="Now", height=260, visible=False, buttons=[], elem_classes="pixel", elem_id="now")
-            page.pictures.render()
-            _use_picture(page, status)
-            paint.build(page)
-
-    def show(job: Job) -> Values:
-        shown: Values = {page.pictures: gallery_items(job.event.pictures)}
-        if job.is_over or job.event.preview is not None:
-            shown[preview] = gr.update(value=job.event.preview, visible=not job.is_over)
-        return shown
-
-    @errors_to(page.problem)
-    def changed(prompt: str, cards: list[MixerCard]) -> Values:
-        catalog = page.actions.studio.catalog
-        new = cards_of(prompt, cards, catalog.loras, catalog.preferred_weight)
-        return ({} if new == cards else page.redraw(new)) | {page.rewrites: []}
-
-    starts, outputs = [compose.click, prompt.submit], [status, preview, page.pictures]
-    connect_job(page, "compose", starts, page.actions.compose, show, outputs, more=[page.count])
-    shown = [page.cards, page.shown, page.rewrites, page.problem]
-    gr.on([prompt.blur, prompt.submit], changed, [prompt, page.cards], shown, **mixer.LAST)
+    queue.connect(stage, [page.controls["prompt"].submit], [*page.inputs, page.count, page.over])
+    stage.connect()
+    painting.connect(paint)
+    _connect_prompt(page, undo)
 
 
-def _use_picture(page: Page, status: Any) -> None:
-    """Buttons that use the picture that was clicked, or else the last one."""
-    with gr.Row():
-        over = gr.Button("Draw over this", size="sm", elem_id="draw-over-this")
-        seed = gr.Button("Use its seed", size="sm", elem_id="use-seed")
-    chosen = gr.State("")  # its file name
-
-    def picture(request: gr.Request, chosen: str) -> Picture:
-        if not (pictures := page.drawn(request)):
-            raise ValueError("compose a picture first")
-        return next((each for each in pictures if each.path.name == chosen), pictures[-1])
-
-    @errors_to(status)
-    def draw_over_it(request: gr.Request, chosen: str) -> Values:
-        return page.put_over(picture(request, chosen).path)
-
-    @errors_to(status)
-    def use_seed(request: gr.Request, chosen: str) -> Values:
-        return {page.controls["seed"]: picture(request, chosen).recipe.seed}
-
-    page.pictures.select(clicked, None, chosen, trigger_mode="multiple")
-    over.click(draw_over_it, chosen, [page.over, page.over_panel, status])
-    seed.click(use_seed, chosen, [page.controls["seed"], status])
+def _ask(page: Page, queue: QueuePanel) -> Any:
+    """The prompt, and the buttons that draw it. Returns the one that undoes its last change."""
+    page.controls["prompt"].render()
+    page.problem.render()
+    page.controls["negative"].render()
+    with gr.Row(elem_id="go", equal_height=True):
+        queue.button.render()
+        queue.more.render()
+        undo = gr.Button("Undo", scale=1, min_width=70, elem_id="undo")
+    queue.bar.render()
+    queue.status.render()
+    return undo
 
 
-def _adding(page: Page) -> None:
-    """Ways to add a LoRA: by name, found for the prompt, uploaded, or a file that was copied into one of the folders."""
-    with gr.Row(equal_height=True):
-        page.add.render()
-        with gr.Column(min_width=120):
-            find = gr.Button("Find LoRAs for the prompt", size="sm", elem_id="find")
-            upload = gr.UploadButton("Upload a LoRA", file_types=[".safetensors"], size="sm", elem_id="upload")
-            again = gr.Button("Look for new files", size="sm", elem_id="look-for-files")
-    why = status_line(elem_id="why")
-    check_fit = page.actions.studio.check_fit
+def _connect_prompt(page: Page, undo: Any) -> None:
+    """Keep the cards in step with what is typed, and bring back what the prompt was."""
+    prompt = page.controls["prompt"]
 
-    @errors_to(why)
-    def chosen(name: str | None, *now: Any) -> Values:
-        names = [name] if name else []
-        check_fit(names)
-        return page.edited(names, *now) | {page.add: None}
+    def changed(text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
+        return page.cards_now(text, cards) | {page.rewrites: page.typed(text, rewrites)}
 
-    @errors_to(why)
-    def found(text: str) -> Any:
-        hits = page.actions.find(text)
-        names = [hit.name for hit in hits]
-        check_fit(names)
-        words = "; ".join(f"**{markdown(hit.name)}**: {markdown(hit.why)}" for hit in hits)
-        return names, words or "The prompt asks for none of the LoRAs here."
-
-    @errors_to(why)
-    def uploaded(path: str) -> Any:
-        name = page.actions.add_lora(Path(path))
-        check_fit([name])
-        return [name], f"added **{markdown(name)}**"
-
-    def looked_again() -> str:
-        return f"new: {markdown(', '.join(names))}" if (names := page.actions.find_loras()) else "no new LoRA files"
-
-    outputs = [*page.written, page.shown, page.add, why]
-    page.add.input(chosen, [page.add, *page.written], outputs, trigger_mode="multiple", **ORDERED)
-    _add_found(page, find.click, found, page.controls["prompt"], why, concurrency_limit=None)
-    for event in (_add_found(page, upload.upload, uploaded, upload, why), again.click(looked_again, None, why)):
-        event.then(page.now, None, page.lists, show_progress="hidden")
-
-
-def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **options: Any) -> Any:
-    """Let an event find the names of LoRAs, which may take long, and add them to the prompt as it is when they are found."""
-    names = gr.State([])
-
-    def add(found: list[str], *now: Any) -> Values:
-        return (page.edited(found, *now) if found else {}) | {names: []}
-
-    known = event(find, given, [names, why], **options)
-    return known.then(add, [names, *page.written], [names, *page.written, page.shown], **ORDERED)
-
-
-def _often_changed(page: Page) -> None:
-    """The settings that often change from one picture to the next."""
-    fields = page.controls
-    with gr.Row():
-        with gr.Column(min_width=140):
-            fields["seed"].render()
-            new = gr.Button("New seed", size="sm", elem_id="new-seed")
-            new.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False)
-        with gr.Column(scale=2, min_width=320):
-            row(page.count, fields["steps"])
-            fields["guidance"].render()
+    gr.on([prompt.blur, prompt.submit], changed, page.written, page.of_cards, **mixer.LAST)
+    undo.click(page.undo, [prompt, page.rewrites], [prompt, *page.of_cards], **ORDERED)
 
 
 def _settings(page: Page) -> None:
     """The other fields of a recipe."""
     fields = page.controls
-    with gr.Accordion("More settings", open=True):
-        row(fields["width"], fields["height"])
-        row(fields["sampler"], fields["clip_skip"])
-        row(fields["gates"], fields["binding"])
+    sizes.build(page)
+    with gr.Row():
+        fields["seed"].render()
+        new = gr.Button("New seed", size="sm", min_width=80, scale=0, elem_id="new-seed")
+        new.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False)
+    row(page.count, fields["steps"])
+    fields["guidance"].render()
+    _earlier(page)
     with page.over_panel.render():
         gr.Markdown("Paint what is to change in a picture, or nothing for all of it.")
         page.over.render()
@@ -161,3 +87,32 @@ def _settings(page: Page) -> None:
         fields["strength"].render()
         row(fields["hires"], fields["hires_strength"])
         fields["detail"].render()
+    with page.second.render():
+        for name in ("prompt_2", "negative_2"):
+            fields[name].render()
+    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+        row(fields["width"], fields["height"])
+        row(fields["sampler"], fields["clip_skip"])
+        row(fields["binding"], fields["gates"])
+        page.add.render()
+
+
+def _earlier(page: Page) -> None:
+    """The prompts of the newest pictures, to take one again, and the settings of a picture file."""
+    file = gr.UploadButton("Settings from a picture", file_types=[".png", ".json"], size="sm", elem_id="from-picture")
+    status = status_line(elem_id="from-picture-status")
+    fill_from(page, file, status)
+    with gr.Accordion("Earlier prompts", open=False, elem_id="history") as panel:
+        earlier = gr.Radio([], label="Earlier prompts", show_label=False, container=False, elem_id="earlier")
+
+    def listed() -> Any:
+        prompts = dict.fromkeys(entry.recipe.prompt for entry in page.actions.gallery.entries())
+        return gr.update(choices=[prompt for prompt in prompts if prompt][:HISTORY], value=None)
+
+    def taken(prompt: str, *now: Any) -> Values:
+        text, cards, rewrites = now
+        written = page.rewrite(text, prompt, page.typed(text, rewrites))
+        return page.cards_now(prompt, cards) | written
+
+    panel.expand(listed, None, earlier)
+    earlier.input(taken, [earlier, *page.written], [page.controls["prompt"], *page.of_cards], **ORDERED)

@@ -14,9 +14,9 @@ from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import PAINTED
 from mole_diffusers.studio.recipe import BOUND, RANGES, TILES
 
-SAME, SIDE = "empty: the same", "0: the model's own, or the picture's"
-REGIONS: list[Any] = [("found from attention", AUTO), (EVERYWHERE, EVERYWHERE), (f"{PAINTED}, see Regions", PAINTED), *BOXES]
-BINDINGS = [("automatic", AUTO), (BOUND, BOUND), (TILES, TILES), ("off", "none")]
+SAME, SIDE = "empty: the same", "0: as the prompt needs"
+REGIONS: list[Any] = [("own place", AUTO), EVERYWHERE, PAINTED, *BOXES]
+BINDINGS = [("automatic", AUTO), (BOUND, BOUND), (TILES, TILES), ("none", "none")]
 text, number = partial(gr.Textbox, max_length=5000), partial(gr.Number, precision=0)
 choice, typed = gr.Dropdown, partial(gr.Dropdown, allow_custom_value=True)
 
@@ -30,11 +30,21 @@ CONTROLS: dict[str, Callable[..., Any]] = {  # field of a Recipe -> its componen
     "prompt": partial(
         text,
         label="Prompt",
-        info="<lora:name:strength>, also te= unet= lbw= start= stop= step= and 0@0,1@0.4. Ctrl+Up and Ctrl+Down "
-        "change the strength under the cursor, Ctrl+Enter and Shift+Enter compose.",
-        lines=2,
+        show_label=False,
+        container=False,
+        lines=3,
+        max_lines=6,
+        placeholder="What is in the picture? A red fox and a cat with a hat, ink drawing",
     ),
-    "negative": partial(text, label="Negative prompt"),
+    "negative": partial(
+        text,
+        label="Negative prompt",
+        show_label=False,
+        container=False,
+        lines=1,
+        max_lines=3,
+        placeholder="What should not be in it",
+    ),
     "prompt_2": partial(text, label="Second prompt", info=SAME),
     "negative_2": partial(text, label="Second negative prompt", info=SAME),
     "seed": partial(number, label="Seed", info="-1: another one each time", minimum=-1),
@@ -80,7 +90,6 @@ TRAINING: dict[str, Callable[..., Any]] = {  # field of a TrainingRequest -> its
     ),
 }
 CARD: dict[str, Callable[..., Any]] = {  # field of a LoRA's tag -> its component
-    "unet": partial(gr.Textbox, label="Any number", max_length=500, elem_classes="any"),
     "word": partial(typed, multiselect=True, label="Its words in the prompt", elem_classes="word"),
     "region": partial(
         typed, REGIONS, label="Where it acts", info="or a box, 0,0,0.5,1: left, top, right, bottom", elem_classes="region"

@@ -25,7 +25,7 @@ def build(page: Page) -> None:
     pictures = gallery(label="Gallery", columns=4, elem_id="gallery")
     more = gr.Button("Show more", size="sm", visible=False, elem_id="gallery-more")
     with gr.Row():
-        use = gr.Button("Use again", variant="primary", elem_id="use")
+        use = gr.Button("Use its settings", variant="primary", elem_id="use")
         over = gr.Button("Draw over this", elem_id="gallery-over")
         star = gr.Button("Favourite", elem_id="star")
     chosen = gr.State("")  # the file name of the picture that was clicked
@@ -55,8 +55,8 @@ def build(page: Page) -> None:
     def reuse(name: str) -> Values:
         entry = kept.entry(_the_chosen(name))
         _, values, notes = page.filled(entry.contents)
-        tab = "Keep" if entry.contents.axes else "Compose"  # the tab with the button for it
-        words = ["its recipe is in all fields", entry.sheet and f"it shows {entry.sheet}", *notes]
+        tab = "Compare" if entry.contents.axes else "Compose"  # the tab with the button for it
+        words = ["its settings are in all fields", entry.sheet and f"it shows {entry.sheet}", *notes]
         return values | {page.tabs: gr.update(selected=tab), status: markdown("; ".join(filter(None, words)))}
 
     @errors_to(status)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -35,15 +36,20 @@ class Job:
     """One piece of work.
 
     Attributes:
+        number: no two jobs of an app have the same.
         owner: the visitor.
         kind: "compose", "train", ...
+        title: what it makes, for a list of jobs.
         state: "waiting", "running", "done", "stopped" or "failed".
         event: the last report; once the job is done, the result of its work.
         error: why it failed.
         is_shown: whether a page has shown how the job ended.
     """
 
-    def __init__(self, owner: str, kind: str, work: Work):
+    _numbers = count()
+
+    def __init__(self, owner: str, kind: str, work: Work, title: str = ""):
+        self.number, self.title = next(self._numbers), title
         self.owner, self.kind, self.state, self.work = owner, kind, "waiting", work
         self.event: Any = None
         self.error: Exception | None = None
@@ -63,12 +69,12 @@ class Jobs:
         self._jobs: list[Job] = []  # the last KEPT that are over, as they ended; that which runs; those that wait
         self._thread: threading.Thread | None = None
 
-    def submit(self, owner: str, kind: str, work: Work) -> Job:
+    def submit(self, owner: str, kind: str, work: Work, title: str = "") -> Job:
         """Put work in the queue. It is called as `work(report)`, and `report` raises StoppedError if the job must stop.
 
         Raises ValueError if too many jobs are waiting, of all visitors or of this one.
         """
-        job = Job(owner, kind, work)
+        job = Job(owner, kind, work, title)
         with self._changed:
             waiting = [job.owner for job in self._jobs if job.state == "waiting"]
             if len(waiting) >= MAX_WAITING:
@@ -81,15 +87,31 @@ class Jobs:
                 self._thread.start()
         return job
 
+    def of(self, owners: Collection[str], kind: str) -> list[Job]:
+        """The visitor's jobs of a kind: those that are over, as they ended; the one that runs; those that wait, in order."""
+        with self._changed:
+            return [job for job in self._jobs if job.owner in owners and job.kind == kind]
+
     def latest(self, owner: str, kind: str) -> Job | None:
         """The visitor's newest job of a kind, in any state, or None."""
-        with self._changed:
-            return next((job for job in reversed(self._jobs) if (job.owner, job.kind) == (owner, kind)), None)
+        return next(reversed(self.of([owner], kind)), None)
 
     def ahead(self, job: Job) -> int:
         """The number of jobs before one that is waiting."""
         with self._changed:
             return [each for each in self._jobs if not each.is_over].index(job) if job.state == "waiting" else 0
+
+    def advance(self, job: Job) -> bool:
+        """Let a waiting job change places with the one of the same owner that waits before it. Returns False if there is
+        none."""
+        with self._changed:
+            own = [i for i, each in enumerate(self._jobs) if each.state == "waiting" and each.owner == job.owner]
+            here = next((k for k, i in enumerate(own) if self._jobs[i] is job), 0)
+            if here == 0:
+                return False
+            one, two = own[here - 1 : here + 1]
+            self._jobs[one], self._jobs[two] = self._jobs[two], self._jobs[one]
+            return True
 
     def stop(self, job: Job) -> bool:
         """Take a job out of the queue, or end it at its next report. Returns False if it is already over."""

@@ -2,78 +2,130 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import gradio as gr
+import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from mole_diffusers.app.fields import CARD
 from mole_diffusers.app.mixer_cards import MixerCard, edit, fields_of, newest, triggers_in, with_tag, with_triggers
 from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import figure
-from mole_diffusers.binding.regions import AUTO
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE
+from mole_diffusers.binding.who_acts import Role
+from mole_diffusers.studio.prompt_syntax import PAINTED
 
 LAST: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
 EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables redrawn components by default
-SMALL: dict[str, Any] = {"height": 56, "min_width": 56, "scale": 0, "show_label": False, "container": False, "buttons": [],
+SMALL: dict[str, Any] = {"height": 40, "min_width": 40, "scale": 0, "show_label": False, "container": False, "buttons": [],
                          "elem_classes": "thumb"}  # fmt: skip
-CHIPS: dict[str, Any] = {"container": False, "min_width": 80, "elem_classes": "chips"}
-PLACES = {"own": "in a place of its own", "silent": "nowhere"}  # as the page says them
+BARE: dict[str, Any] = {"container": False, "show_label": False}
+PLACES = {"own": "acts in its own place", "everywhere": "acts everywhere", "silent": "does not act"}  # as the page says them
+SWITCH = [("own place", AUTO), (EVERYWHERE, EVERYWHERE), (PAINTED, PAINTED)]
+SIDE = 96  # pixels of the picture of a LoRA that has none
 LOW, HIGH = -1.0, 2.0  # range of the slider; you can type any number
+MOST_CHIPS = 8  # trigger words on a card
 
 
 def build(page: Page) -> None:
     """Lay out the cards. They are redrawn whenever `page.shown` changes."""
-
-    @gr.render(inputs=[page.shown, page.controls["prompt"]], triggers=[page.shown.change], **ORDERED)
-    def draw(shown: dict[str, Any], prompt: str) -> None:
-        if not shown["cards"]:
-            gr.Markdown("No LoRA yet: write a prompt and find the LoRAs for it, or add one.")
-        for card in shown["cards"]:
-            _card(page, card, prompt)
-
-    acts = gr.Markdown(elem_id="acts")
-
-    @errors_to(acts)
-    def explained(prompt: str) -> Values:
-        lines = [
-            f"- **{markdown(name)}** acts {PLACES.get(role.place, markdown(role.place))}: {markdown(role.why)}"
-            for name, role in page.actions.roles(prompt).items()
-        ]
-        return {acts: "\n".join(lines)}
-
     prompt = page.controls["prompt"]
-    gr.on([page.shown.change, prompt.blur, prompt.submit], explained, prompt, acts, **LAST)
+
+    @gr.render(inputs=[page.shown, prompt, page.visitor], triggers=[page.shown.change], **ORDERED)
+    def draw(shown: dict[str, Any], prompt_now: str, visitor: str) -> None:
+        cards = shown["cards"]
+        if not cards:
+            gr.Markdown(
+                "No LoRA yet. Browse yours, or let the app find those that the prompt asks for.", elem_classes="hint"
+            )
+            return
+        said = sentences(page, None, visitor, prompt_now)
+        lines = [_card(page, card, prompt_now, said.get(card["name"], "")) for card in cards]
+
+        def again(request: gr.Request, visitor: str, prompt_now: str) -> Any:
+            said = sentences(page, request, visitor, prompt_now)
+            found = [gr.update(label=said.get(card["name"]) or "Advanced") for card in cards]
+            return found if len(found) > 1 else found[0]
+
+        events = [prompt.blur, prompt.submit, page.showing.change]
+        gr.on(events, again, [page.visitor, prompt], lines, show_progress="hidden", api_visibility="private")
 
 
-def _card(page: Page, card: MixerCard, prompt: str) -> None:
-    """The card of one LoRA: switch, strength, trigger words; folded if unused, the rest of its tag and its file's facts."""
+def sentences(page: Page, request: gr.Request | None, visitor: str, prompt: str) -> dict[str, str]:
+    """LoRA -> what it does in the picture of a prompt; {} for a prompt that cannot be read."""
+    try:
+        roles = page.actions.roles(prompt)
+    except (ValueError, FileNotFoundError):  # said below the prompt
+        return {}
+    last = next(reversed(page.drawn(request, visitor)), None)
+    regions = last.layout.regions if last and last.layout else {}
+    return {name: sentence(role, stands(regions.get(name))) for name, role in roles.items()}
+
+
+def sentence(role: Role, stood: str = "") -> str:
+    """What one LoRA does, in one line."""
+    place = PLACES.get(role.place, f"acts {role.place}")
+    words = f" on “{', '.join(role.words)}”" if role.words else ""
+    where = f", {stood} in the last picture" if stood and role.place == "own" else ""
+    return f"{place[:1].upper()}{place[1:]}{words}{where}: {role.why}"
+
+
+def stands(region: Any) -> str:
+    """Where the middle of a region [H, W] is: "left", "top right", "in the middle"; "" for none."""
+    if region is None or not bool(region.any()):
+        return ""
+    found = []
+    for side, low, high in ((0, "top", "bottom"), (1, "left", "right")):
+        weight = region.float().sum(1 - side)
+        at = float((weight * torch.arange(len(weight))).sum() / weight.sum() + 0.5) / len(weight)
+        found += [low] if at < 0.4 else [high] if at > 0.6 else []
+    return " ".join(found) or "in the middle"
+
+
+def _card(page: Page, card: MixerCard, prompt: str, said: str) -> Any:
+    """The card of one LoRA: switch, strength and place; what it does, and below that, folded if unused, the rest of its tag
+    and its file's facts. Returns the panel whose label says what it does."""
     name, report = card["name"], page.actions.report(card["name"])
     typed = fields_of(card, page.actions.studio.catalog.loras)
+    triggers = report["triggers"][:MOST_CHIPS]
+    present = triggers_in(prompt, triggers)
+    own = [key for key in ("word", "lbw", "start", "stop") if typed[key]]
+    is_set = own or in_switch(typed["region"]) is None or typed["te"] != typed["unet"] or report["problem"]
 
     def field(key: str, **options: Any) -> Any:
         return CARD[key](value=typed[key], min_width=90, **EDITABLE, **options)
 
+    def trigger_words() -> Any:
+        return gr.CheckboxGroup(
+            triggers, value=present, label=f"Trigger words of {name}", elem_classes="chips", **BARE, **EDITABLE
+        )
+
     with gr.Column(elem_classes=["card", f"c{card['colour']}"]):
-        with gr.Row(elem_classes="head"):
-            if (thumbnail := page.actions.thumbnail(name)) is not None:
-                figure(thumbnail, label=f"what {name} looks like", **SMALL)
+        with gr.Row(elem_classes="head", equal_height=True):
+            figure(picture_of(page, name), label=f"what {name} looks like", **SMALL)
             parts: dict[str, Any] = {"on": gr.Checkbox(card["on"], label=name, container=False, min_width=80, **EDITABLE)}
-            triggers = report["triggers"]
-            present = triggers_in(prompt, triggers)
-            ticked = gr.State(present)
-            chips = gr.CheckboxGroup(
-                triggers, value=present, visible=bool(triggers), label="Trigger words", **CHIPS, **EDITABLE
-            )
-            remove = gr.Button(f"Remove {name}", size="sm", min_width=90, scale=0)
-        with gr.Row(elem_classes="strength"):
-            label = f"Strength of {name}"
-            shown = slider_update(typed["unet"])
-            parts["slider"] = gr.Slider(LOW, HIGH, step=0.05, label=label, buttons=[], scale=3, min_width=160, **shown)
-            parts["unet"] = field("unet")
-        own = [key for key in ("word", "lbw", "start", "stop") if typed[key]]
-        is_set = own or typed["region"] != AUTO or typed["te"] != typed["unet"] or report["problem"]
-        with gr.Accordion("Words, place, blocks, steps", open=bool(is_set), elem_classes="rest"):
+            options: dict[str, Any] = {
+                "buttons": [],
+                "elem_classes": "slide",
+                "min_width": 70,
+                **slider_update(typed["unet"]),
+            }
+            parts["slider"] = gr.Slider(LOW, HIGH, step=0.05, label=f"Strength of {name}", **BARE, **options)
+            parts["unet"] = gr.Textbox(
+                typed["unet"], label=f"Strength of {name}, any number", max_length=500, min_width=48, scale=0,
+                elem_classes="any", **BARE, **EDITABLE,
+            )  # fmt: skip
+            remove = gr.Button(f"Remove {name}", size="sm", min_width=28, scale=0, elem_classes="remove")
+        switch = gr.Radio(
+            SWITCH, value=in_switch(typed["region"]), label=f"Where {name} acts", elem_classes="place", **BARE, **EDITABLE
+        )
+        chips = trigger_words() if len(present) < len(triggers) else None
+        with gr.Accordion(said or "Advanced", open=bool(is_set), elem_classes="rest") as line:
+            if chips is None:
+                chips = trigger_words()
             with gr.Row(elem_classes="binding"):
                 of_file = f", {', '.join(triggers[:4])}" if triggers else ""
                 parts["word"] = field("word", choices=triggers, info=f"none: those of its file{of_file}")
@@ -81,8 +133,24 @@ def _card(page: Page, card: MixerCard, prompt: str) -> None:
             with gr.Row():
                 parts |= {key: field(key) for key in ("te", "lbw", "start", "stop")}
             gr.Markdown(_facts(report, page.actions.studio.misfit(name)), elem_classes="facts")
+    parts["place"] = switch
     _connect_fields(page, card, parts)
-    _connect_prompt(page, name, remove=remove, chips=chips, ticked=ticked)
+    _connect_prompt(page, name, remove=remove, chips=chips, ticked=gr.State(present))
+    return line
+
+
+def in_switch(region: str) -> str | None:
+    """The choice of the switch for a region; None for one that only the field under Advanced has."""
+    return region if region in [value for _, value in SWITCH] else None
+
+
+def picture_of(page: Page, name: str) -> Image.Image:
+    """What a LoRA looks like, or its first letter."""
+    if (found := page.actions.thumbnail(name)) is not None:
+        return found
+    letter = Image.new("RGB", (SIDE, SIDE), "#4b5563")
+    ImageDraw.Draw(letter).text((SIDE / 2,) * 2, name[:1].upper(), "white", ImageFont.load_default(SIDE // 2), anchor="mm")
+    return letter
 
 
 def slider_update(strength: str) -> dict[str, Any]:
@@ -112,7 +180,8 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
 
     def shows(card: MixerCard) -> dict[str, Any]:
         typed = fields_of(card, known)
-        return {"on": card["on"], "slider": slider_update(typed["unet"])["value"], **typed}
+        shown = {"on": card["on"], "slider": slider_update(typed["unet"])["value"], **typed}
+        return shown | {"place": in_switch(typed["region"])}
 
     seen = gr.State(shows(card))  # the values that this card shows
 
@@ -123,6 +192,9 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
         at = next((i for i, one in enumerate(cards) if one["name"] == name), None)
         if at is None or not edits:  # the card was removed meanwhile, or nothing was changed
             return {}
+        if edits.get("place") is not None:
+            edits["region"] = edits["place"]
+        edits.pop("place", None)
         is_moved = "slider" in edits
         if is_moved:
             edits["te"] = edits["unet"] = str(edits.pop("slider"))
@@ -131,13 +203,15 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
         written = {parts[key]: value for key, value in shown.items() if key != "slider" and value != given[key]}
         if not is_moved and shown["unet"] != seen_now["unet"]:
             written[parts["slider"]] = gr.update(**slider_update(shown["unet"]))
-        return page.rewrite(text, rewritten, rewrites) | written | {page.cards: cards, seen: shown}
+        asked = {page.to_paint: (name, time.monotonic_ns())} if given["place"] == PAINTED != seen_now["place"] else {}
+        return page.rewrite(text, rewritten, rewrites) | written | {page.cards: cards, seen: shown} | asked
 
     now = [seen, *page.written]
-    events = [parts["slider"].release, *(parts[key].input for key in ("on", "lbw", "word", "region"))]
+    events = [parts["slider"].release, *(parts[key].input for key in ("on", "lbw", "word", "region", "place"))]
     for key in ("unet", "te", "start", "stop"):
         events += [parts[key].submit, parts[key].blur]
-    gr.on(events, write, [*now, *parts.values()], [*now, *parts.values(), page.problem], **LAST)
+    outputs = [*now, *parts.values(), page.to_paint, page.problem]
+    gr.on(events, write, [*now, *parts.values()], outputs, **LAST)
 
 
 def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: Any) -> None:

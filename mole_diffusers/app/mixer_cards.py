@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,16 @@ def cards_of(
         if name not in [card["name"] for card in found]:
             found.append({"name": name, "on": True, "tag": tags[name], "colour": _free_colour(found)})
     return found
+
+
+def without_bad_tags(prompt: str, known: Collection[str]) -> str:
+    """The prompt's tags that can be read and whose LoRAs are known, each LoRA once."""
+    kept: list[str] = []
+    for tag in TAG.finditer(prompt):
+        with suppress(ValueError):
+            cards_of(" ".join([*kept, tag[0]]), [], known)
+            kept.append(tag[0])
+    return " ".join(kept)
 
 
 def newest(prompt: str, rewrites: Sequence[str]) -> str:

@@ -16,8 +16,9 @@ from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import MAX_COUNT, Actions, Picture
 from mole_diffusers.app.fields import CONTROLS, TRAINING
 from mole_diffusers.app.jobs import Job, Jobs
-from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest
-from mole_diffusers.app.style import gallery, status_line
+from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest, without_bad_tags
+from mole_diffusers.app.sentences import problem
+from mole_diffusers.app.style import status_line
 from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.infotext import FoundRecipe
 from mole_diffusers.studio.prompt_weights import prompts_read
@@ -27,6 +28,7 @@ from mole_diffusers.studio.recipe import OPEN, Recipe
 ORDERED: dict[str, Any] = {"concurrency_id": "prompt", "concurrency_limit": 1}
 STORED: dict[str, Any] = {"secret": "mole"}  # fixed, since what the browser keeps outlives the app
 MOST_SEED = 2**53  # browsers keep numbers as doubles
+MAX_UNDONE = 50  # texts of the prompt that can be brought back
 MAX_WATCHED = 256  # jobs that pages show; of pages that were closed, some are among them
 OF_BASE = ("width", "height", "guidance")  # fields that change with the base model
 Values = dict[Any, Any]  # component -> its value, or a `gr.update`
@@ -43,7 +45,9 @@ class Page:
         controls: field of a Recipe -> its component.
         cards: the mixer's cards (state).
         shown: the cards as last drawn (state). A change redraws the mixer, see `redraw`.
-        rewrites: the texts that events have put into the prompt since it was typed, and the texts they replaced (state).
+        of_cards: the components that `cards_for` has values for.
+        rewrites: the texts that the prompt has had, the present one last (state), for undoing, and for events that were sent
+            with an older one.
         written: the prompt, its cards and rewrites: inputs and outputs of the events that edit the prompt.
         filled_fields: the components that `filled` has values for.
         locks, masks: gates set by hand, and painted regions, as in a Recipe. They are hidden components in the browser.
@@ -57,7 +61,8 @@ class Page:
         second: the panel with the prompts of the second text encoder.
         add, trained: the choice of a LoRA to add, and of gates to download.
         problem: the line below the prompt that says what is wrong with it.
-        pictures: the gallery of composed pictures.
+        showing: the file name of the picture that is shown large (state).
+        to_paint: the LoRA whose card was switched to a painted region last (state).
         tabs, tab: all tabs, and the one that is being laid out.
         choices: field -> function that lists its choices now, if these change with the base model, LoRAs and gates.
         lists: the fields of `choices`, and `second`.
@@ -88,7 +93,7 @@ class Page:
         self.locks, self.masks = gr.JSON({}, visible=False), gr.JSON({}, visible=False)
         self.base = gr.Dropdown(
             list(actions.bases), value=actions.base, label="Base model", visible=len(actions.bases) > 1,
-            info="for everyone here; waits for the jobs before it", elem_id="base", render=False,
+            show_label=False, container=False, min_width=160, scale=0, elem_id="base", render=False,
         )  # fmt: skip
         self.inputs = [*self.controls.values(), self.locks, self.masks, self.base]
         sources = ("upload", "clipboard")
@@ -104,16 +109,17 @@ class Page:
         text = partial(gr.Textbox, max_length=500, render=False)
         across = text("arm=base,sum,gates", label="Across", elem_id="axis-x")
         self.axes = [across, text("seed=0,1", label="Down", elem_id="axis-y")]
-        self.add = field("add", gr.Dropdown, value=None, label="Add a LoRA", elem_id="add", min_width=120)
+        self.add = field("add", gr.Dropdown, value=None, label="Add a LoRA by name", elem_id="add", min_width=120)
         self.trained = field("trained", gr.Dropdown, value=None, label="Gates to download", elem_id="which-gates")
         named = {**self.training, **self.controls, "add": self.add, "trained": self.trained}
         self.choices = {named[name]: choices for name, choices in known.items()}
         self.problem = status_line(elem_id="problem", render=False)
-        self.pictures = gallery(label="Pictures", columns=2, elem_id="pictures", render=False)
+        self.showing, self.to_paint = gr.State(""), gr.State("")
         self.tab: Any = None
         self.tabs = gr.Tabs(elem_id="tabs", overflow_behavior="wrap", render=False)
         self.lists = [self.second, *self.choices]
-        self.filled_fields = [*self.inputs, self.cards, self.shown, self.rewrites]
+        self.of_cards = [self.cards, self.shown, self.rewrites, self.problem]
+        self.filled_fields = [*self.inputs, *self.of_cards]
         self.filled_fields += [self.over, self.has_over, self.over_panel, *self.axes]
         self.visitor = gr.BrowserState("", storage_key="mole-visitor", **STORED)
         self._fields = [*self.inputs, self.count, *self.training.values(), *self.axes, self.has_over]  # stored in this order
@@ -159,8 +165,8 @@ class Page:
         they follow the prompt."""
         shown = {name: getattr(recipe, name) for name in CONTROLS} | {"sampler": recipe.sampler or "default"}
         try:
-            usual = self.actions.usual_size(recipe.text)
-        except ValueError:  # a prompt that cannot be read
+            usual = self.actions.size_of(replace(recipe, width=0, height=0))
+        except ValueError:  # a prompt that cannot be read, or whose LoRAs are not here
             return shown
         follows = not recipe.image and (recipe.width, recipe.height) == usual
         return shown | (dict.fromkeys(OPEN, 0) if follows else {})
@@ -207,20 +213,39 @@ class Page:
         return {self.over: draw_over.put(path), self.over_panel: gr.update(open=True)}
 
     def cards_for(self, prompt: str) -> Values:
-        """The cards for a prompt that fills the page. There are none if it cannot be read or has an unknown LoRA; composing
-        reports that."""
+        """Updates for a prompt that fills the page: its cards, and what is wrong with it.
+
+        A tag that cannot be read, or whose LoRA is not here, has no card.
+        """
+        return self.cards_now(prompt, []) | {self.rewrites: [prompt]}
+
+    def cards_now(self, prompt: str, cards: list[MixerCard]) -> Values:
+        """Updates for the cards after the prompt has changed, and what is wrong with it."""
+        catalog = self.actions.studio.catalog
         try:
-            catalog = self.actions.studio.catalog
-            cards = cards_of(prompt, [], catalog.loras, catalog.preferred_weight)
-        except ValueError:
-            cards = []
-        return self.redraw(cards) | {self.rewrites: []}
+            new, said = cards_of(prompt, cards, catalog.loras, catalog.preferred_weight), ""
+        except ValueError as error:
+            readable = without_bad_tags(prompt, catalog.loras)
+            new, said = cards_of(readable, cards, catalog.loras, catalog.preferred_weight), problem(error)
+        return ({} if new == cards != [] else self.redraw(new)) | {self.problem: said}
 
     def rewrite(self, given: str, new: str, rewrites: list[str]) -> Values:
         """Updates that put a new text into the prompt, if it differs. `given` is the prompt that the event was sent with."""
         if new == newest(given, rewrites):
             return {}
-        return {self.controls["prompt"]: new, self.rewrites: [*(rewrites if given in rewrites else [given]), new]}
+        before = rewrites if given in rewrites else [*rewrites, given]
+        return {self.controls["prompt"]: new, self.rewrites: [*before, new][-MAX_UNDONE:]}
+
+    def typed(self, prompt: str, rewrites: list[str]) -> list[str]:
+        """`rewrites` after the prompt was typed."""
+        return rewrites if rewrites[-1:] == [prompt] else [*rewrites, prompt][-MAX_UNDONE:]
+
+    def undo(self, prompt: str, rewrites: list[str]) -> Values:
+        """Updates that put the text before the present one back into the prompt, and its cards."""
+        before = [*self.typed(prompt, rewrites)[:-1]]
+        if not before:
+            return {}
+        return {self.controls["prompt"]: before[-1]} | self.cards_for(before[-1]) | {self.rewrites: before}
 
     def edited(self, names: Iterable[str], text: str, cards: list[MixerCard], rewrites: list[str], **edits: Any) -> Values:
         """Updates that edit these LoRAs in the prompt and the cards, from values of `written`; see `mixer_cards.edit`."""
@@ -261,10 +286,14 @@ class Page:
         """The job of a kind that the page shows."""
         return self._watched.get((session(request), kind))
 
-    def drawn(self, request: gr.Request) -> list[Picture]:
-        """The pictures that a page composed last."""
-        job = self.watched(request, "compose")
-        return [] if job is None or job.event is None else job.event.pictures
+    def owners(self, request: gr.Request | None, visitor: str) -> set[str]:
+        """Under which names a visitor's jobs run: a job that began while the page opened is its session's."""
+        return {visitor or session(request), session(request)}
+
+    def drawn(self, request: gr.Request | None, visitor: str) -> list[Picture]:
+        """The pictures that the visitor's jobs composed and whose files are still there, oldest first."""
+        events = [job.event for job in self.jobs.of(self.owners(request, visitor), "compose")]
+        return [picture for event in events if event is not None for picture in event.pictures if picture.path.exists()]
 
     # ---- a page that is opened again
 
@@ -299,8 +328,7 @@ class Page:
         loaded = self.blocks.load(listed, None, [self.base, *self.lists])
         known = loaded.then(enter, [self.visitor, kept], [self.visitor, filling])
         filled = known.then(fill, [filling, *fields], [kept, *fields], **RAW, **ORDERED)
-        cards = [self.cards, self.shown, self.rewrites]
-        filled.then(self.cards_for, self.controls["prompt"], cards, **ORDERED)
+        filled.then(self.cards_for, self.controls["prompt"], self.of_cards, **ORDERED)
 
         def reopened(had_over: Any, hires: float) -> Values:
             lost = "the picture to draw over is gone: put it there again" if had_over else ""

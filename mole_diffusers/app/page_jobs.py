@@ -71,7 +71,7 @@ def follow(
         before: Values = {}
         for _ in page.watch(request, kind, job):
             now = show(job) if job.event is not None else {}
-            yield {status: _said(page.jobs, job)} | {c: v for c, v in now.items() if c not in before or before[c] != v}
+            yield {status: said(page.jobs, job)} | {c: v for c, v in now.items() if c not in before or before[c] != v}
             before |= now
 
     def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
@@ -113,7 +113,7 @@ def buttons(page: Page, kind: str, start: str, stop: str = "Cancel") -> tuple[An
     return starts, status
 
 
-def _said(jobs: Jobs, job: Job) -> str:
+def said(jobs: Jobs, job: Job) -> str:
     """The status line for a job."""
     if job.state == "waiting":
         ahead = jobs.ahead(job)

@@ -1,93 +1,132 @@
-"""Regions by hand: paint them over the last picture, or start from the region that was found in it and correct it."""
+"""Regions by hand: paint on the large picture where a LoRA acts, in the LoRA's own colour."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import gradio as gr
-from PIL import Image, ImageFilter
+from PIL import Image, ImageColor, ImageFilter
 
 from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Picture
-from mole_diffusers.app.draw_over import COLOUR, OPACITY
+from mole_diffusers.app.draw_over import OPACITY
 from mole_diffusers.app.mixer_cards import MixerCard, parse_named, shades
 from mole_diffusers.app.page import ORDERED, Page, Values
 from mole_diffusers.app.sentences import errors_to, markdown
-from mole_diffusers.app.style import figure, status_line
+from mole_diffusers.app.stage import Stage
+from mole_diffusers.app.style import status_line
 from mole_diffusers.binding.as_text import mask_text, parse_region, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
-from mole_diffusers.inspection.layout_figure import as_grey, overlay
+from mole_diffusers.inspection.layout_figure import as_grey
 from mole_diffusers.studio.prompt_syntax import PAINTED
+from mole_diffusers.studio.recipe import Recipe
 
-CANVAS, MASK_SIDE = 512, 128  # longer side in pixels
-
-
-def build(page: Page) -> None:
-    """Lay out the panel and connect it."""
-    found = figure(label="Where each LoRA acted in the last picture", visible=False, buttons=[], elem_id="found")
-    with gr.Accordion("Regions: paint where a LoRA acts", open=False, elem_id="regions") as panel:
-        which = gr.Dropdown([], label="Paint the region of", elem_id="paint-of", interactive=True)
-        with gr.Row():
-            over = gr.Button("Start from what it has", size="sm", elem_id="paint-found")
-            empty = gr.Button("Start empty", size="sm", elem_id="paint-empty")
-        square: dict[str, Any] = {"fixed_canvas": True, "canvas_size": (CANVAS, CANVAS)}
-        editor = draw_over.editor(label="Paint where it acts", sources=(), elem_id="paint", **square)
-        edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", info="a share of the picture", elem_id="edge")
-        use = gr.Button("Use as its region", variant="primary", elem_id="paint-use")
-        status = status_line(elem_id="paint-status")
-
-    def last(request: gr.Request) -> Picture | None:
-        """The last picture of this page whose file is still there."""
-        return next((picture for picture in reversed(page.drawn(request)) if picture.path.exists()), None)
-
-    def names(cards: list[MixerCard], chosen: str | None) -> Any:
-        known = [card["name"] for card in cards]
-        return gr.update(choices=known, value=chosen if chosen in known else next(iter(known), None))
-
-    def overlaid(request: gr.Request, cards: list[MixerCard]) -> Any:
-        picture = last(request)
-        if picture is None or picture.layout is None or not picture.layout.regions:
-            return gr.update(visible=False)
-        return gr.update(value=overlay(Image.open(picture.path), picture.layout, shades=shades(cards)), visible=True)
-
-    @errors_to(status)
-    def start(
-        request: gr.Request, name: str | None, masks: dict[str, str], text: str, width: int | None, height: int | None
-    ) -> Values:
-        picture = last(request)
-        own = (picture.recipe.width, picture.recipe.height) if picture else page.actions.usual_size(text)
-        region = current_region(parse_named(text, page.actions.studio.catalog.loras).tags, name, masks, picture)
-        return {editor: canvas(picture, width or own[0], height or own[1], region)}
-
-    def opened(request: gr.Request, painted: dict[str, Any] | None, *given: Any) -> Any:
-        """Start when the panel is opened, but keep what is in the editor already: it may be paint that is not used yet."""
-        return start(request, *given) if painted is None or painted["background"] is None else gr.skip()
-
-    @errors_to(status)
-    def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], *now: Any) -> Values:
-        if not name:
-            raise ValueError("choose the LoRA whose region this is")
-        found = {**masks, name: mask_text(painted_mask(painted, edge))}
-        words = f"**{markdown(name)}** acts there from now on"
-        return page.edited([name], *now, region=PAINTED) | {page.masks: found, status: words}
-
-    page.shown.change(names, [page.cards, which], which, show_progress="hidden")
-    page.pictures.change(overlaid, page.cards, found, show_progress="hidden")
-    given = [which, page.masks, *(page.controls[name] for name in ("prompt", "width", "height"))]
-    panel.expand(opened, [editor, *given], [editor, status])
-    gr.on([over.click, which.input], start, given, [editor, status], trigger_mode="always_last")
-    empty.click(start, [gr.State(), *given[1:]], [editor, status])
-    given = [which, editor, edge, page.masks, *page.written]
-    use.click(used, given, [page.masks, *page.written, page.shown, status], **ORDERED)
+CANVAS, MASK_SIDE = 1024, 128  # longer side in pixels
 
 
-def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image | None) -> dict[str, Any]:
-    """A value for the editor: a mask as paint, over a picture, or over grey of this shape."""
-    side = _fitted(width, height, CANVAS)
+class Painting:
+    """The editor in place of the large picture, and its tools. It is seen while a region is painted.
+
+    Attributes:
+        panel: all of it.
+        which: the LoRA whose region is painted.
+    """
+
+    def __init__(self, page: Page, stage: Stage):
+        self.page, self.stage = page, stage
+        with gr.Column(visible=False, elem_id="painting") as self.panel:
+            self.editor = draw_over.editor(label="Paint where it acts", sources=(), show_label=False, elem_id="paint")
+            with gr.Row(elem_id="paint-tools"):
+                self.which = gr.Dropdown(
+                    [], label="Paint where this acts", min_width=140, elem_id="paint-of", interactive=True
+                )
+                self.edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", min_width=140, elem_id="edge")
+            with gr.Row():
+                self.use = gr.Button("Use this region", size="sm", variant="primary", min_width=100, elem_id="paint-use")
+                self.empty = gr.Button("Start empty", size="sm", min_width=90, elem_id="paint-empty")
+                self.back = gr.Button("Back to the picture", size="sm", min_width=100, elem_id="paint-back")
+            self.status = status_line(elem_id="paint-status")
+
+    def connect(self, opens: Any) -> None:
+        """Connect it. `opens` is the button that opens it; a card that is switched to painted does so, too."""
+        page, stage = self.page, self.stage
+        panels = [stage.picture, self.panel, self.editor, self.which, self.status, stage.status]
+
+        def started(
+            request: gr.Request, visitor: str, name: str | None, shown: str, cards: list[MixerCard], masks: dict, *now: Any,
+            keep: bool = True,
+        ) -> Values:  # fmt: skip
+            """Open the editor with a LoRA's present region, or empty."""
+            text, width, height = now
+            names = [card["name"] for card in cards]
+            if not names:
+                raise ValueError("add a LoRA first: a region is where one acts")
+            name = name if name in names else names[0]
+            picture = next((each for each in page.drawn(request, visitor) if each.path.name == shown), None)
+            background = picture.path if picture else page.actions.gallery.folder / shown if shown else None
+            own = picture_size(background) or page.actions.size_of(Recipe(text, width=width or 0, height=height or 0))
+            tags = parse_named(text, page.actions.studio.catalog.loras).tags
+            region = current_region(tags, name, masks, picture) if keep else None
+            colour = ImageColor.getrgb(shades(cards)[name])[:3]
+            return {
+                stage.picture: gr.update(visible=False),
+                self.panel: gr.update(visible=True),
+                self.editor: gr.update(value=canvas(background, own, region, colour), brush=draw_over.brush(colour)),
+                self.which: gr.update(choices=names, value=name),
+                stage.status: "",
+            }
+
+        @errors_to(self.status)
+        def start(request: gr.Request, *given: Any) -> Values:
+            return started(request, *given)
+
+        @errors_to(stage.status)
+        def opened(request: gr.Request, *given: Any) -> Values:
+            return started(request, *given)
+
+        def by_card(request: gr.Request, visitor: str, asked: Any, *given: Any) -> Values:
+            return opened(request, visitor, asked[0], *given)
+
+        @errors_to(self.status)
+        def emptied(request: gr.Request, *given: Any) -> Values:
+            return started(request, *given, keep=False)
+
+        def closed() -> Values:
+            return {stage.picture: gr.update(visible=True), self.panel: gr.update(visible=False), self.status: ""}
+
+        @errors_to(self.status)
+        def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], *now: Any) -> Values:
+            if not name:
+                raise ValueError("choose the LoRA whose region this is")
+            found = {**masks, name: mask_text(painted_mask(painted, edge))}
+            said = f"**{markdown(name)}** acts in what you painted, from the next picture on"
+            return page.edited([name], *now, region=PAINTED) | {page.masks: found, stage.status: said} | closed()
+
+        given = [page.showing, page.cards, page.masks, *(page.controls[name] for name in ("prompt", "width", "height"))]
+        opens.click(opened, [page.visitor, self.which, *given], panels)
+        page.to_paint.change(by_card, [page.visitor, page.to_paint, *given], panels)
+        self.which.input(start, [page.visitor, self.which, *given], panels, trigger_mode="always_last")
+        self.empty.click(emptied, [page.visitor, self.which, *given], panels)
+        self.back.click(closed, None, panels[:2] + [self.status])
+        taken = [page.masks, *page.written, page.shown, *panels]
+        self.use.click(used, [self.which, self.editor, self.edge, page.masks, *page.written], taken, **ORDERED)
+
+
+def picture_size(path: Any) -> tuple[int, int] | None:
+    """The size in pixels of a picture file; None if there is none."""
+    if path is None or not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.size
+
+
+def canvas(path: Any, size: tuple[int, int], mask: Image.Image | None, colour: tuple[int, ...]) -> dict[str, Any]:
+    """A value for the editor: a mask as paint in a colour, over a picture, or over grey of this size if there is none."""
+    side = fitted(*size, CANVAS)
     background = Image.new("RGB", side, "#dddddd")
-    if picture is not None:
-        background = Image.open(picture.path).convert("RGB").resize(side)
-    paint = Image.new("RGBA", side, (*COLOUR, 0))
+    if path is not None and path.exists():
+        background = Image.open(path).convert("RGB").resize(side, Image.Resampling.LANCZOS)
+    paint = Image.new("RGBA", side, (*colour, 0))
     if mask is not None:
         paint.putalpha(mask.resize(side, Image.Resampling.NEAREST).point([value * OPACITY // 255 for value in range(256)]))
     both = Image.alpha_composite(background.convert("RGBA"), paint)
@@ -95,7 +134,7 @@ def canvas(picture: Picture | None, width: int, height: int, mask: Image.Image |
 
 
 def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: Picture | None) -> Image.Image | None:
-    """The current region of a LoRA, in grey: painted, a box, or found in the last picture; None if it has none."""
+    """The current region of a LoRA, in grey: painted, a box, or found in the picture; None if it has none."""
     region = parse_region(next((tag.region for tag in tags if tag.name == name), ""))
     if region == PAINTED and name in masks:
         return read_mask(masks[name])
@@ -116,16 +155,16 @@ def painted_mask(value: dict[str, Any] | None, edge: float) -> Image.Image:
     """
     mask = Image.new("L", (1, 1))
     if value is not None and value["background"] is not None:
-        # The editor's canvas is square. Above and below a wide picture it is empty.
+        # The editor's canvas may be larger than the picture, and is empty around it.
         picture = value["background"].convert("RGBA").getchannel("A").getbbox()
         mask = draw_over.paint(value).crop(picture).point([min(round(255 * paint / OPACITY), 255) for paint in range(256)])
     if mask.getbbox() is None:
         raise ValueError("nothing is painted: draw where the LoRA acts, then use it")
-    mask = mask.resize(_fitted(*mask.size, MASK_SIDE), Image.Resampling.BOX)
+    mask = mask.resize(fitted(*mask.size, MASK_SIDE), Image.Resampling.BOX)
     return mask.filter(ImageFilter.GaussianBlur(edge * MASK_SIDE / 2)) if edge else mask
 
 
-def _fitted(width: int, height: int, side: int) -> tuple[int, int]:
+def fitted(width: int, height: int, side: int) -> tuple[int, int]:
     """The size with the same proportions whose longer side is `side`."""
     scale = side / max(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))

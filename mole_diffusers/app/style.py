@@ -14,8 +14,8 @@ from mole_diffusers.inspection.gate_figures import COLOURS
 
 BUTTONS: Any = ["fullscreen", "download"]  # on pictures; without Gradio's "share", which would send them to the network
 figure = partial(gr.Image, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure")
-gallery = partial(  # of PNG files; small ones are shown with visible pixels
-    gr.Gallery, format="png", height="auto", object_fit="contain", buttons=BUTTONS, interactive=False, elem_classes="pixel"
+gallery = partial(  # of PNG files
+    gr.Gallery, format="png", height="auto", object_fit="contain", buttons=BUTTONS, interactive=False
 )
 status_line = partial(gr.Markdown, "", elem_classes="status")  # takes no room while it says nothing
 CARDS = "".join(f".card.c{i} {{ border-left-color: {colour} !important; }}\n" for i, colour in enumerate(COLOURS))

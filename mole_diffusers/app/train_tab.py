@@ -30,7 +30,8 @@ from mole_diffusers.studio.weight_syntax import plain_text
 def build(page: Page) -> None:
     """Lay out the tab and connect it."""
     gr.Markdown(
-        "Train gates for the LoRAs of the prompt, from prompts alone: no pictures are needed. A stopped run can go on."
+        "Teaches the LoRAs of your prompt to get along, from prompts alone: no pictures are needed. Press “Suggest from the "
+        "prompt” first. A stopped run can go on."
     )
     with gr.Row(elem_classes="phone-column"):
         with gr.Column():
@@ -40,8 +41,9 @@ def build(page: Page) -> None:
                 more = gr.Button("Continue from these gates", size="sm", elem_id="train-more")
                 over = gr.Button("Overwrite them", size="sm", elem_id="train-over")
         with gr.Column():
-            loss = figure(label="Loss", elem_id="loss")
-            pictures = gallery(label="The prompt's picture before, during and after", columns=4, elem_id="validation")
+            loss = figure(label="Loss", visible=False, elem_id="loss")
+            label = "The prompt's picture before, during and after"
+            pictures = gallery(label=label, columns=4, visible=False, elem_id="validation")
             _gate_files(page)
     again, hidden = gr.State(""), gr.update(visible=False)
 
@@ -52,7 +54,8 @@ def build(page: Page) -> None:
     def show(job: Job) -> Values:
         progress: TrainingProgress = job.event
         curve = gate_figures.losses(progress.rows) if progress.rows else None
-        shown: Values = {pictures: progress.pictures, loss: curve, asked: hidden, again: ""}
+        shown: Values = {asked: hidden, again: "", loss: gr.update(value=curve, visible=curve is not None)}
+        shown[pictures] = gr.update(value=progress.pictures, visible=bool(progress.pictures))
         is_new = job.state == "done" and not job.is_shown  # after a reload, keep what was chosen since then
         return shown | (_chosen(page, progress.request.name) if is_new else {})
 

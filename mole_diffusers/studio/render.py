@@ -32,6 +32,7 @@ from mole_diffusers.studio.clip_skip import clip_skip, most_clip_skip
 from mole_diffusers.studio.memory import clear_frames, release
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.picture_notes import PictureNotes
+from mole_diffusers.studio.predictions import Predictions
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import call_arguments, cut_off, plain_texts, tiled_prompt, unread
 from mole_diffusers.studio.recipe import BOUND, DEFAULTS, PROMPTS, TILES, Recipe
@@ -42,8 +43,9 @@ from mole_diffusers.studio.weight_syntax import parse_weights
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MERGED = "merged"  # name of a merge on the pipeline
 MAX_SIDE = 2048  # pixels of a picture in the app, and of one that a note suggests
-OnStep = Callable[[int, torch.Tensor], None]  # (steps done, latents [1, C, h, w])
+OnStep = Callable[[int, torch.Tensor], None]  # (steps done, the clean latents that are predicted [1, C, h, w])
 MixtureContext = Callable[[Mixture], AbstractContextManager]
+DETAILS = "the details of each subject"  # what the last pass draws
 CHANGING = "the base model is being changed: wait a little"
 NONE_OPEN = "no base model is open, since the last change failed: choose one"
 
@@ -181,7 +183,7 @@ class Studio:
             raise ValueError(f"clip skip is in 1..{most} with this base, got {recipe.clip_skip}")
         own = usual_size(self.pipe, self.base, given.text)
         width, height = picture_passes.drawable(self.pipe, recipe.width or own[0], recipe.height or own[1])
-        return dataclasses.replace(
+        complete = dataclasses.replace(
             recipe,
             prompt=str(dataclasses.replace(given, tags=tags)),
             seed=secrets.randbelow(1 << 32) if recipe.seed == -1 else recipe.seed,
@@ -199,6 +201,21 @@ class Studio:
             base=self.base,
             defaults=DEFAULTS,
         )
+        try:
+            roomy = None if recipe.width or recipe.height else self.size_with_room(complete)
+        except ValueError:  # a painted region without a mask, which cannot be drawn at any size
+            roomy = None
+        return complete if roomy is None else dataclasses.replace(complete, width=roomy[0], height=roomy[1])
+
+    def size_with_room(self, recipe: Recipe) -> tuple[int, int] | None:
+        """The width and height from which on each subject of a completed recipe is first drawn by itself; None if they are
+        already, or if that cannot be."""
+        if recipe.binding != AUTO or recipe.arm != "gates" or recipe.image:
+            return None
+        asked = self._bound_call(recipe)
+        if asked is None or draws_in_tiles(self.pipe, *asked):
+            return None
+        return size_for_tiles(self.pipe, *asked, MAX_SIDE)
 
     def _embeddings(self, recipe: Recipe) -> dict[str, str]:
         """The embeddings that the prompts of a recipe name, with their hashes.
@@ -263,13 +280,11 @@ class Studio:
             notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
         if recipe.binding == TILES and recipe.prompt_2:
             notes.append("tiles read the first prompt alone, not the second")
-        if recipe.binding != AUTO or recipe.arm != "gates" or recipe.image:
-            return notes
         try:
-            asked = self._bound_call(recipe)
+            size = self.size_with_room(recipe)
         except ValueError as error:  # a painted region without a mask, which cannot be drawn
             return [*notes, str(error)]
-        if asked and not draws_in_tiles(self.pipe, *asked) and (size := size_for_tiles(self.pipe, *asked, MAX_SIDE)):
+        if size is not None:
             notes.append(f"from {size[0]} x {size[1]} pixels on, each subject is first drawn by itself")
         return notes
 
@@ -341,6 +356,17 @@ class Studio:
     def _has_places(recipe: Recipe) -> bool:
         return bool(recipe.experts) and recipe.binding_of_pass() != "none"
 
+    def part_of_step(self, recipe: Recipe, step: int) -> str:
+        """What a step of `draw`, from 1, draws of a completed recipe's picture; "" for all of it at once."""
+        first = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.strength) if recipe.image else recipe.steps
+        second = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.hires_strength) if recipe.hires > 1 else 0
+        if step > first:
+            return "the larger picture" if step <= first + second else DETAILS
+        is_apart = step <= Tiling().until * recipe.steps + 1e-5 and not recipe.image and recipe.arm == "gates"
+        if is_apart and (recipe.binding == TILES or (recipe.binding == AUTO and self.draws_in_tiles(recipe))):
+            return "each subject by itself"
+        return ""
+
     def _pass(
         self,
         recipe: Recipe,
@@ -365,6 +391,9 @@ class Studio:
             names = [] if mixture is None else list(mixture.experts)
             kind, about = recipe.arm_and_name
             stack.enter_context(clip_skip(pipe, recipe.clip_skip))
+            told = None
+            if on_step is not None:
+                told = _callback(on_step, steps, size, stack.enter_context(Predictions(pipe.scheduler)))
             # A merge already contains the strengths, and has no gates to lock.
             tags, locks = ([LoraTag(name) for name in names], {}) if kind == "merge" else (recipe.tags, recipe.locks)
             schedule = StrengthSchedule(names, tags, unet=denoiser(pipe), steps=steps, locks=locks)
@@ -385,7 +414,7 @@ class Studio:
                 num_inference_steps=recipe.steps,
                 guidance_scale=recipe.guidance,
                 generator=torch.Generator("cpu").manual_seed(recipe.seed),
-                callback_on_step_end=schedule.on_step(None if on_step is None else _callback(on_step, steps, size)),
+                callback_on_step_end=schedule.on_step(told),
             ).images[0]
 
     def attach_for(self, recipe: Recipe, pipe: Any = None) -> Mixture | None:
@@ -465,7 +494,9 @@ def _tiles(recipe: Recipe, pipe: Any, binding: str) -> dict[str, Any]:
     return {"always": always, **tiled_prompt(pipe, recipe.text, prompt_2=second)}
 
 
-def _callback(on_step: OnStep, steps: int, size: tuple[int, int]) -> Callable[[Any, int, Any, dict], dict]:
+def _callback(
+    on_step: OnStep, steps: int, size: tuple[int, int], predicted: Predictions
+) -> Callable[[Any, int, Any, dict], dict]:
     """A `callback_on_step_end` that calls `on_step` once per step, also if a sampler evaluates the denoiser twice in it."""
     told = 0
 
@@ -474,6 +505,8 @@ def _callback(on_step: OnStep, steps: int, size: tuple[int, int]) -> Callable[[A
         done = min(index // pipe.scheduler.order + 1, steps)
         if done > told:
             told, latents = done, kwargs["latents"]
+            if done < steps and predicted.clean is not None:
+                latents = predicted.clean
             if latents.dim() == 3:  # Flux has them as a sequence of patches
                 latents = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor)
             on_step(done, latents)

@@ -20,3 +20,30 @@ def only_served_pages_have_a_web_app():
         patch.setattr(blocks.App, "create_app", create_app)
         patch.setattr(blocks.Blocks, "get_config_file", get_config_file)
         yield
+
+
+@pytest.fixture
+def studio(loras):
+    from mole_diffusers.studio.catalog import Catalog
+    from mole_diffusers.studio.render import Studio
+    from mole_diffusers.testing import tiny_pipeline
+
+    return Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
+
+
+@pytest.fixture
+def tiny(studio, tmp_path):
+    """A page in a browser, of an app on the tiny pipeline."""
+    from page_visits import RECIPE, visiting
+
+    with visiting(studio, RECIPE, tmp_path) as page:
+        yield page
+
+
+@pytest.fixture(params=[1440, 390])
+def any_width(request, studio, tmp_path):
+    """The same on a desk and on a phone."""
+    from page_visits import RECIPE, visiting
+
+    with visiting(studio, RECIPE, tmp_path, width=request.param) as page:
+        yield page

@@ -141,7 +141,7 @@ def test_merges_are_compared_too(client):
 def test_what_the_gates_did(client):
     locked = {"unet.mid_block.attentions.0.transformer_blocks.0": {"fox": 0.25, "ink": 0.5}}
     found, files, notes = client.predict({**RECIPE, "locks": locked}, api_name="/look")
-    assert notes == ["the weights of 1 block are set by hand, see the tab See"]
+    assert notes == ["the weights of 1 block are set by hand, see the tab Compare"]
     assert found["experts"] == ["fox", "ink"]
     assert found["weights"]["M00"] == pytest.approx([0.2, 0.5])  # what was set by hand, times the tag's strength
     assert all(row == pytest.approx([0.8, 1.0]) for block, row in found["weights"].items() if block != "M00")

@@ -206,9 +206,9 @@ def test_a_lora_that_cannot_be_read_hides_no_other(loras, tmp_path):
     (add,) = [one for one in blocks.blocks.values() if getattr(one, "elem_id", None) == "add"]
     assert [label for label, _ in add.choices] == ["fox", "cut (cannot be read)", "gone (cannot be read)"]
     text = "a fox <lora:fox:1> <lora:cut:1> <lora:gone:1>"
-    (cards,) = blocks.default_config.renderables
+    (cards,) = [one for one in blocks.default_config.renderables if one.fn.__name__ == "draw"]
     with blocks:
-        cards.fn({"cards": cards_of(text, [], files)}, text)
+        cards.fn({"cards": cards_of(text, [], files)}, text, "me")
     facts = [one.value for one in blocks.blocks.values() if getattr(one, "elem_classes", None) == ["facts"]]
     assert facts[0].startswith("for this base, matched **40 of 40** layers, rank 4, hash ")
     assert [fact.startswith("**refused:**") for fact in facts] == [False, True, True]

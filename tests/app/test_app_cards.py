@@ -1,6 +1,7 @@
 """Cards in step with the prompt's tags, and what the app proposes."""
 
 import pytest
+import torch
 
 from mole_diffusers.app import mixer_cards as cards
 from mole_diffusers.inspection.gate_figures import COLOURS, colours
@@ -172,13 +173,33 @@ def test_the_page_says_what_a_mixture_says_of_each_lora(actions, loras):
     assert mole.mixture.attached(actions.studio.pipe) is None  # and nothing was attached
 
 
-def test_the_page_lists_who_acts_where(actions):
-    from mole_diffusers.app.build import build
-    from mole_diffusers.studio.recipe import Recipe
+def test_a_card_says_in_one_line_what_its_lora_does(actions):
+    from mole_diffusers.app.mixer import sentence, stands
 
-    blocks = build(actions, Recipe("a fox and an owl", gates="sum"))
-    (explained,) = (each for each in blocks.fns.values() if getattr(each.fn, "__name__", "") == "explained")
-    prompt = "a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl>"
-    (text,) = explained.fn(prompt).values()
-    assert "**fox** acts in a place of its own: the prompt lists it beside 'owl'" in text
-    assert "no LoRA" in str(*explained.fn("a fox <lora:nobody:1>").values())
+    roles = actions.roles("a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl> <lora:ink:1:region=everywhere>")
+    said = {name: sentence(role) for name, role in roles.items()}
+    assert said["fox"] == "Acts in its own place on “fox”: the prompt lists it beside 'owl'"
+    assert said["ink"].startswith("Acts everywhere")
+    assert sentence(roles["fox"], "left").startswith("Acts in its own place on “fox”, left in the last picture: ")
+    assert "last picture" not in sentence(roles["ink"], "left")
+    place = torch.zeros(4, 8)
+    assert (stands(None), stands(place)) == ("", "")
+    place[:, :4] = 1
+    assert stands(place) == "left"
+    place[2:] = 0
+    assert stands(place) == "top left"
+    assert stands(torch.ones(4, 8)) == "in the middle"
+
+
+def test_one_bad_tag_hides_no_other_card():
+    for bad in ("<lora:koala:1>", "<lora:hat:strong>", "<hypernet:x:1>", "<lora:FOX:2>"):
+        text = f"a fox <lora:fox:0.5> {bad} <lora:ink:1>"
+        assert cards.without_bad_tags(text, KNOWN) == "<lora:fox:0.5> <lora:ink:1>"
+
+
+def test_a_switched_place_is_one_of_three():
+    from mole_diffusers.app.mixer import in_switch
+
+    assert [in_switch(region) for region in ("auto", "everywhere", "painted", "left", "0,0,1,1")] == [
+        "auto", "everywhere", "painted", None, None
+    ]  # fmt: skip

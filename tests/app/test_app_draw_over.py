@@ -7,8 +7,8 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from app_client import PROMPT, plain
-from PIL import Image
+from app_client import PROMPT, QueueVisit, plain
+from PIL import Image, ImageColor
 from safetensors.torch import load_file
 from tiers import thorough
 
@@ -35,11 +35,11 @@ def actions(loras, tmp_path_factory):
     return Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), gallery=tmp_path_factory.mktemp("pictures"))
 
 
-def editor(*boxes, alpha=paint.OPACITY):
+def editor(*boxes, alpha=draw_over.OPACITY):
     """What an editor holds whose paint covers these boxes."""
     layer = Image.new("RGBA", PICTURE.size, (0, 0, 0, 0))
     for box in boxes:
-        layer.paste((*paint.COLOUR, alpha), box)
+        layer.paste((*draw_over.COLOUR, alpha), box)
     return {"background": PICTURE.convert("RGBA"), "layers": [layer], "composite": None}
 
 
@@ -84,7 +84,7 @@ def test_an_editor_reads_what_a_browser_sends_as_pictures_from_strangers(tmp_pat
         yield one.preprocess(EditorData(id="one"))
         assert one.blob_storage == {}
 
-    layer = Image.new("RGBA", PICTURE.size, (*paint.COLOUR, 9))
+    layer = Image.new("RGBA", PICTURE.size, (*draw_over.COLOUR, 9))
     for found in sent(PICTURE, [layer]):
         assert np.array_equal(found["background"], PICTURE.convert("RGBA"))
         assert [picture.tobytes() for picture in found["layers"]] == [layer.tobytes()]
@@ -107,7 +107,7 @@ def test_an_editor_reads_what_a_browser_sends_as_pictures_from_strangers(tmp_pat
 def test_thin_strokes_change_the_picture(at):
     """Diffusers reads one pixel of a mask for each latent."""
     value = {"background": Image.new("RGBA", (1024, 1024)), "layers": [Image.new("RGBA", (1024, 1024))]}
-    value["layers"][0].paste((*paint.COLOUR, paint.OPACITY), (500 + at, 200, 504 + at, 800))
+    value["layers"][0].paste((*draw_over.COLOUR, draw_over.OPACITY), (500 + at, 200, 504 + at, 800))
     mask = np.asarray(draw_over.pictures(value)["mask"])
     assert mask[200:800, 500 + at : 504 + at].min() == 255
     assert (mask[::8, ::8] > 127).sum() >= 600 // 8
@@ -268,13 +268,9 @@ def test_open_sizes_are_those_of_the_picture_on_the_page_and_in_the_api(actions,
     odd = PICTURE.resize((70, 40))
     value = {"background": odd.convert("RGBA"), "layers": [], "composite": None}
     is_open = dataclasses.replace(RECIPE, width=0, height=0)
-    begins = [event for event in build(actions, is_open).fns.values() if event.fn and event.fn.__name__ == "begin"]
-    event = begins[1]  # after that of the base model
-    values = [component.value for component in event.inputs[1:]]
-    sizes = [getattr(component, "label", "") in ("Width", "Height") for component in event.inputs[1:]]
-    assert [given for given, is_size in zip(values, sizes, strict=True) if is_size] == [0, 0]
-    request = type("Request", (), {"session_hash": "page"})()
-    *_, (said, *_) = plain(event)(request, "me", *values[:-1], value)
+    visit = QueueVisit(build(actions, is_open), Width=0, Height=0, **{"To draw over": value})
+    assert visit.press() == ""
+    said = visit.done()["compose-status"]
     assert said.replace("\\", "") == "done; drawn over your picture; 70 x 40 is rounded to 72 x 40 pixels"
     newest = actions.gallery.entries()[0]
     assert pixels(newest.path).shape == (40, 72, 3)
@@ -295,8 +291,8 @@ def test_what_was_drawn_over_a_picture_asks_for_it_and_is_code_with_it(actions):
     assert "put that one into" in said
     values = [component.value for component in functions["script"].inputs[:-1]]
     code, said = plain(functions["script"])(*values, editor((0, 0, 32, 32)))
-    assert (said, 'Image.open("mask.png")' in code) == ("", True)
-    assert "image.png" not in plain(functions["script"])(*values, None)[0]
+    assert (said, 'Image.open("mask.png")' in code["value"]) == ("", True)
+    assert "image.png" not in plain(functions["script"])(*values, None)[0]["value"]
 
 
 def test_photos_are_upright(tmp_path):
@@ -404,7 +400,7 @@ def test_an_exported_lora_has_what_the_prompt_says_whatever_the_guidance(loras, 
 
 
 def test_painted_masks_keep_soft_edges():
-    soft = paint.painted_mask(editor((0, 0, 32, 32), alpha=paint.OPACITY // 2), 0.0)
+    soft = paint.painted_mask(editor((0, 0, 32, 32), alpha=draw_over.OPACITY // 2), 0.0)
     assert 120 < np.asarray(soft)[:, :60].mean() < 135
     hard, blurred = (np.asarray(paint.painted_mask(editor((0, 0, 32, 32)), edge)) for edge in (0.0, 0.1))
     assert (hard.shape, len(np.unique(hard))) == ((64, 128), 2)
@@ -417,7 +413,7 @@ def test_what_is_painted_on_a_wide_picture_is_on_the_picture_alone():
     """The editor's canvas is a square with the picture in its middle."""
     paper, layer = (Image.new("RGBA", (512, 512)) for _ in range(2))
     paper.paste((9, 9, 9, 255), (0, 128, 512, 384))
-    layer.paste((*paint.COLOUR, paint.OPACITY), (0, 128, 256, 384))
+    layer.paste((*draw_over.COLOUR, draw_over.OPACITY), (0, 128, 256, 384))
     mask = np.asarray(paint.painted_mask({"background": paper, "layers": [layer]}, 0.0))
     assert mask.shape == (64, 128)
     assert mask[:, :64].min() == 255
@@ -430,7 +426,8 @@ def test_what_is_painted_on_a_wide_picture_is_on_the_picture_alone():
 def test_the_canvas_shows_what_a_lora_has_and_gives_it_back(actions):
     tags = Recipe("<lora:fox:1:region=0,0,0.5,1> <lora:ink:1>").tags
     box = paint.current_region(tags, "fox", {}, None)
-    shown = paint.canvas(None, 64, 32, box)
+    shown = paint.canvas(None, (64, 32), box, (1, 2, 3))
+    assert np.asarray(shown["layers"][0])[0, 0].tolist() == [1, 2, 3, draw_over.OPACITY]  # in the LoRA's own colour
     assert np.array_equal(np.asarray(paint.painted_mask(shown, 0.0))[:, :64], np.full((64, 64), 255))
     assert np.asarray(paint.painted_mask(shown, 0.0))[:, 64:].max() == 0
     assert paint.current_region(tags, "ink", {}, None) is None
@@ -439,15 +436,23 @@ def test_the_canvas_shows_what_a_lora_has_and_gives_it_back(actions):
     assert np.array_equal(np.asarray(paint.current_region(painted, "fox", {"fox": text}, None)), np.asarray(read_mask(text)))
 
 
-def test_paint_that_is_not_used_yet_stays_when_its_panel_is_opened_again(actions):
+def test_a_region_is_painted_on_the_picture_in_the_colour_of_its_lora(actions):
     from mole_diffusers.app.build import build
+    from mole_diffusers.inspection.gate_figures import COLOURS
 
-    (event,) = [event for event in build(actions, RECIPE).fns.values() if event.fn and event.fn.__name__ == "opened"]
+    event = next(event for event in build(actions, RECIPE).fns.values() if event.fn and event.fn.__name__ == "opened")
     request = type("Request", (), {"session_hash": "page"})()
-    for empty in (None, {"background": None, "layers": []}):
-        begun, said = plain(event)(request, empty, "fox", {}, PROMPT, 64, 32)
-        assert (begun["background"].size, said) == ((512, 256), "")
-    assert "value" not in plain(event)(request, begun, "fox", {}, PROMPT, 64, 32)[0]
+    cards = [{"name": "fox", "colour": 0}, {"name": "ink", "colour": 3}]
+    at = {getattr(each, "elem_id", None): i for i, each in enumerate(event.outputs)}
+    for name, colour in (("ink", 3), (None, 0), ("gone", 0)):
+        shown = plain(event)(request, "me", name, "", cards, {}, PROMPT, 64, 32)
+        brush = shown[at["paint"]]["brush"]
+        wanted = ", ".join(map(str, ImageColor.getrgb(COLOURS[colour])))
+        assert [one.startswith(f"rgba({wanted}, ") for one in brush.colors] == [True]
+        assert shown[at["paint"]]["value"]["background"].size == (1024, 512)
+        assert (shown[at["picture"]]["visible"], shown[at["painting"]]["visible"]) == (False, True)
+    *_, said = plain(event)(request, "me", None, "", [], {}, PROMPT, 64, 32)
+    assert said.startswith("**add a LoRA first")
 
 
 def test_regions_that_were_found_can_be_taken_over(actions, decided):
@@ -457,17 +462,6 @@ def test_regions_that_were_found_can_be_taken_over(actions, decided):
     assert set(picture.layout.regions) == {"fox", "hat"}
     found = paint.current_region(picture.recipe.tags, "fox", {}, picture)
     assert np.array_equal(np.asarray(found), (picture.layout.regions["fox"].numpy() * 255).round().astype(np.uint8))
-
-
-def test_the_lora_whose_region_is_painted_stays_chosen(actions):
-    """The cards are drawn again after each region, and the canvas keeps its paint."""
-    from mole_diffusers.app.build import build
-
-    names = next(event.fn for event in build(actions, RECIPE).fns.values() if event.fn and event.fn.__name__ == "names")
-    cards = [{"name": name} for name in ("fox", "hat")]
-    chosen = {given: names(cards, given)["value"] for given in (None, "hat", "ink")}
-    assert chosen == {None: "fox", "hat": "hat", "ink": "fox"}
-    assert names([], "hat")["value"] is None
 
 
 def test_regions_of_loras_without_words_are_shown_too(actions):

@@ -228,11 +228,10 @@ def test_the_picture_that_was_clicked_last_is_chosen(actions):
     events = [event for event in everything if "select" in [name for _, name in event.targets]]
     file = {"path": "/cache/owl_2.png", "orig_name": "owl 2.png"}
     click = gr.SelectData(None, {"index": 0, "value": {"image": file, "caption": None}})
-    assert {event.fn.__name__: plain(event)(click) for event in events if not event.inputs} == {
-        "clicked": "owl 2.png", "choose": ("owl 2.png", "chosen: owl 2\\.png")
-    }  # fmt: skip
-    assert {event.trigger_mode for event in events if not event.inputs} == {"multiple"}
-    (search,) = [event for event in events if event.inputs]
+    (choose,) = [event for event in events if not event.inputs]
+    assert plain(choose)(click) == ("owl 2.png", "chosen: owl 2\\.png")
+    assert choose.trigger_mode == "multiple"
+    (search,) = [event for event in events if event.fn.__name__ == "search"]
     assert (search.fn.__name__, search.trigger_mode, len(search.targets)) == ("search", "always_last", 4)
 
 
@@ -287,5 +286,5 @@ def test_a_thumbnail_is_a_mean_of_pixels(loras, tmp_path):
     file.write_bytes(loras["fox"].read_bytes())
     Image.fromarray(np.indices((512, 512)).sum(0).astype(np.uint8) % 2 * 255).save(file.with_suffix(".png"))
     small = Actions(Studio(tiny_pipeline(), Catalog({"fox": file}, {}), "tiny")).thumbnail("fox")
-    assert small.size == (128, 128)
+    assert small.size == (256, 256)
     assert np.ptp(np.asarray(small)) < 9

@@ -88,6 +88,21 @@ def test_a_running_job_stops_at_its_next_report_and_a_waiting_one_at_once(jobs):
     assert over(jobs, last).state == "stopped"
 
 
+def test_a_job_that_waits_changes_places_with_the_one_before_it_of_its_owner(jobs):
+    seen = []
+    running, one, others, two = (jobs.submit(owner, "a", counting(seen)) for owner in ("me", "me", "you", "me"))
+    until(lambda: running.state == "running")
+    assert not jobs.advance(running)
+    assert not jobs.advance(one)
+    assert not jobs.advance(others)
+    assert jobs.advance(two)
+    assert jobs.of(["me"], "a") == [running, two, one]
+    assert [jobs.ahead(job) for job in (two, others, one)] == [1, 2, 3]  # nobody else has moved
+    assert len({job.number for job in (running, one, others, two)}) == 4
+    for job in (one, others, two, running):
+        jobs.stop(job)
+
+
 def test_the_newest_of_several_that_are_stopped_is_the_one_that_ran_and_old_ones_are_forgotten(jobs, monkeypatch):
     monkeypatch.setattr("mole_diffusers.app.jobs.KEPT", 2)
     seen = []

@@ -19,11 +19,16 @@ def drawn(loras, tmp_path_factory):
     blocks = built(loras, tmp_path_factory.mktemp("app"))
     cards = cards_of(TEXT, [], loras)
     before = set(blocks.fns)
-    (renderable,) = blocks.default_config.renderables
     with blocks:
-        renderable.fn({"cards": cards}, TEXT)
+        mixer_of(blocks).fn({"cards": cards}, TEXT, "me")
     events = [event for number, event in blocks.fns.items() if number not in before]
     return cards, list(blocks.blocks.values()), events, blocks
+
+
+def mixer_of(blocks):
+    """What draws the cards of a page."""
+    (found,) = [one for one in blocks.default_config.renderables if one.fn.__name__ == "draw"]
+    return found
 
 
 class Visit:
@@ -42,7 +47,7 @@ class Visit:
 
     def part(self, name, card=1):
         """A component of a card, by default of ink."""
-        return self.event("write", card).inputs[4 + ["on", "slider", *FIELDS].index(name)]
+        return self.event("write", card).inputs[4 + ["on", "slider", *FIELDS, "place"].index(name)]
 
     def send(self, event, **edits):
         self.values |= edits.pop("shown", {})
@@ -114,6 +119,31 @@ def test_words_and_regions_go_into_the_tag_and_come_back(drawn):
     assert [region.value for region in regions] == ["auto", "auto"]
 
 
+def test_the_switch_of_places_and_the_field_of_regions_are_one(drawn):
+    visit = Visit(drawn)
+    assert visit.do(visit.edit(place="everywhere")).endswith("<lora:ink:0.5:region=everywhere>")
+    assert visit.values[visit.part("region")] == "everywhere"
+    assert visit.do(visit.edit(region="left")).endswith("<lora:ink:0.5:region=left>")
+    assert visit.values[visit.part("place")] is None  # none of its three
+    assert visit.do(visit.edit(place="painted")).endswith("<lora:ink:0.5:region=painted>")
+    (asked,) = [one for one in visit.event("write", 1).outputs if one is visit.event("by_card").inputs[1]]
+    assert visit.values[asked][0] == "ink"  # which is painted on the picture now
+    assert visit.do(visit.edit(place="auto")) == TEXT
+
+
+def test_what_the_prompt_was_comes_back_with_its_cards(drawn, loras):
+    visit = Visit(drawn)
+    visit.values |= {visit.rewrites: [TEXT]}
+    moved = visit.do(visit.edit(slider=1.5))
+    visit.values |= {visit.prompt: f"{moved} in snow"}
+    visit.do(visit.send(visit.event("changed")))
+    assert visit.values[visit.rewrites] == [TEXT, moved, f"{moved} in snow"]
+    assert visit.do(visit.send(visit.event("undo"))) == moved
+    assert visit.do(visit.send(visit.event("undo"))) == TEXT
+    assert visit.values[visit.cards] == cards_of(TEXT, [], loras)
+    assert visit.do(visit.send(visit.event("undo"))) == TEXT  # there is nothing before it
+
+
 def test_cards_go(drawn):
     visit = Visit(drawn)
     assert visit.do(visit.send(visit.event("removed"))) == "a fox <lora:ink:0.5>"
@@ -182,7 +212,8 @@ def test_a_lora_for_another_base_is_not_added(drawn, monkeypatch):
     from mole_diffusers.studio.render import Studio
 
     visit = Visit(drawn)
-    chosen, found = visit.event("chosen"), visit.event("found")
+    (chosen,) = [each for each in visit.events if each.fn.__name__ == "chosen" and len(each.inputs) == 4]
+    found = visit.event("found")
     monkeypatch.setattr(Studio, "misfit", lambda studio, name: "it is made for Flux")
     for sent in (visit.send(chosen, shown={chosen.inputs[0]: "hat"}), visit.send(found, shown={visit.prompt: "a hat"})):
         answer = visit.answer(sent)
@@ -192,10 +223,10 @@ def test_a_lora_for_another_base_is_not_added(drawn, monkeypatch):
 
 def test_events_that_write_the_prompt_or_its_cards_wait_for_each_other(drawn):
     """Also the drawing of the cards; and what is changed while an event of the same kind is on its way is sent then."""
-    visit, (renderable,) = Visit(drawn), drawn[3].default_config.renderables
+    visit, renderable = Visit(drawn), mixer_of(drawn[3])
     ours = {visit.prompt, visit.cards, visit.rewrites}
     events = [event for event in visit.events if ours & {*event.outputs}]
-    names = "fill cards_for changed chosen add write switched removed used load reuse redraw"
+    names = "fill cards_for changed undo taken chosen add picked write switched removed used load use_settings reuse redraw"
     assert {event.fn.__name__ for event in events} == set(names.split())
     events += [event for event in drawn[3].fns.values() if event.renderable is renderable]
     assert {(event.concurrency_id, event.concurrency_limit) for event in events} == {("prompt", 1)}

@@ -1,10 +1,9 @@
 """What a page finds when it is opened again, without a browser: its fields, its cards, and its jobs."""
 
-import time
 from pathlib import Path
 
 import pytest
-from app_client import PROMPT, built, kept_fields, plain, value_of
+from app_client import PROMPT, REQUEST, QueueVisit, built, kept_fields, plain, value_of
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tiers import thorough
@@ -19,7 +18,6 @@ from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
 
 gr = pytest.importorskip("gradio")
-REQUEST = type("Request", (), {"session_hash": "page"})()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,10 @@ def test_a_new_browser_gets_a_name_and_keeps_the_defaults(functions):
 def test_the_cards_are_those_of_the_prompt_after_a_page_was_filled(functions):
     cards_for, _ = functions["cards_for"]
     assert [card["tag"] for card in cards_for("a hat <lora:hat:0.5>")[0]] == ["<lora:hat:0.5>"]
-    assert cards_for("a <lora:gone:1>")[0] == []  # composing says that it is not here
+    cards, _, rewrites, problem = cards_for("a <lora:gone:1> <lora:hat:0.5>")
+    assert [card["tag"] for card in cards] == ["<lora:hat:0.5>"]  # one that is not here hides no other
+    assert "there is no LoRA 'gone'" in problem
+    assert rewrites == ["a <lora:gone:1> <lora:hat:0.5>"]
 
 
 def test_a_block_is_set_for_loras_that_are_typed_in_another_case(functions):
@@ -148,107 +149,24 @@ def test_a_reloaded_page_says_that_the_picture_to_draw_over_is_gone(functions, h
     assert ("put it there again" in said, has_over) == (had_over, False)
 
 
-def test_a_reloaded_page_finds_its_job(functions):
-    begin, event = functions["begin"]
-    resume, _ = functions["resume"]
-    values = [component.value for component in event.inputs[1:]]
-    events = begin(REQUEST, "me", *values)
-    next(events)
-    events.close()
-    other = type("Request", (), {"session_hash": "reloaded"})()
-    *_, last = resume(other, "me")
-    assert last[0] == "done"
-    nobody = list(resume(other, "you"))
-    assert len(nobody) == 1
-    assert all(map(is_left, nobody[0]))
-
-
-def test_a_picture_that_was_thrown_away_meanwhile_is_said(functions):
-    begin, event = functions["begin"]
-    *_, (_, _, pictures) = begin(REQUEST, "me", *[component.value for component in event.inputs[1:]])
-    Path(pictures[0][0]).unlink()
-    *_, said = functions["draw_over_it"][0](REQUEST, "")
-    assert said == "**this picture is not in the gallery any more**"
-    *_, (_, _, again) = functions["resume"][0](REQUEST, "me")
-    assert again == []
-    start, event = functions["start"]
-    assert start(REQUEST, "fox", {}, "a fox", 0, 0)[1] == ""  # paints on grey
-    assert functions["overlaid"][0](REQUEST, [])["visible"] is False
-
-
-def test_cancel_stops_all_of_the_visitor(functions):
-    """Also what another page of theirs shows, but nothing of others."""
-    begin, event = functions["begin"]
-    cancel, _ = functions["cancel"]
-    values = [component.value for component in event.inputs[1:]]
-    labels = [getattr(component, "label", None) for component in event.inputs[1:]]
-    values[labels.index("Steps")], values[labels.index("Pictures")] = 150, 16
-    other = type("Request", (), {"session_hash": "reloaded"})()
-    events = begin(other, "me", *values)
-    said, now = "", {}
-    while not ("left" in said and now.get("visible")):
-        said, now, _ = next(events)
-    waiting = begin(REQUEST, "me", *values)
-    assert next(waiting)[0] == "waiting: 1 job before this one"
-    assert cancel(REQUEST, "you") == "nothing of yours is running"
-    assert is_left(cancel(REQUEST, "me"))
-    *_, last = waiting
-    assert last[0] == "cancelled before it began"
-    *_, last = events
-    assert last[0].startswith("stopped after ")
-    assert not last[1]["visible"]  # its pictures are below
-    assert cancel(REQUEST, "me") == "nothing of yours is running"
-
-
-def test_an_emptied_seed_is_a_random_one(functions):
-    begin, event = functions["begin"]
-    values = [component.value for component in event.inputs[1:]]
-    values[[getattr(component, "label", None) for component in event.inputs[1:]].index("Seed")] = None
-    seeds = set()
-    for _ in range(2):
-        *_, (said, _, pictures) = begin(REQUEST, "me", *values)
-        assert said == "done"
-        seeds.add(infotext.read(pictures[0][0]).seed)
-    assert len(seeds) == 2
-
-
 @pytest.mark.parametrize("kind", ["compare", *thorough("look")])
 def test_what_has_a_random_seed_is_seen_at_the_seed_of_the_last_picture(loras, tmp_path, kind):
     """The picture was made with a seed that the page does not show."""
     blocks = built(loras, tmp_path, seed=-1)
-    begin, event = named(blocks)["begin"]
-    *_, (_, _, pictures) = begin(REQUEST, "me", *[component.value for component in event.inputs[1:]])
-    seed = infotext.read(pictures[0][0]).seed
+    visit = QueueVisit(blocks)
+    visit.press()
+    seed = infotext.read(visit.done()["picture"]).seed
     last_seed = named(blocks)["last_seed"][0]
-    assert last_seed(type("Request", (), {"session_hash": "new"})()) is None
+    assert last_seed(type("Request", (), {"session_hash": "new"})(), "you") is None
     begins = [each for each in blocks.fns.values() if each.fn and each.fn.__name__ == "begin"]
     (see,) = [each for each in begins if each.outputs[0].elem_id == f"{kind}-status"]
-    for last, said in ((last_seed(REQUEST), True), (None, False)):
+    for last, said in ((last_seed(REQUEST, "me"), True), (None, False)):
         values = [last if component is see.inputs[-2] else component.value for component in see.inputs[1:]]
         yielded = list(plain(see)(REQUEST, "me", *values))
         assert (f"with the seed of your last picture, {seed}" in yielded[-1][0]) == said
         if kind == "compare":
-            shown = next(pictures for _, pictures, *_ in reversed(yielded) if not is_left(pictures))
+            shown = next(pictures["value"] for _, pictures, *_ in reversed(yielded) if not is_left(pictures))
             assert (infotext.read(shown[0][0]).seed == seed) == said
-
-
-def test_bad_fields_are_said_and_nothing_is_started(functions):
-    begin, event = functions["begin"]
-    values = ["a <lora:gone:1>", *[component.value for component in event.inputs[2:]]]
-    (said,) = begin(REQUEST, "me", *values)
-    assert said[0].replace("\\", "").startswith("**there is no LoRA 'gone'; known: fox")
-    assert all(map(is_left, said[1:]))
-
-
-def test_one_page_shows_one_job_of_a_kind(functions):
-    begin, event = functions["begin"]
-    values = [component.value for component in event.inputs[1:]]
-    first = begin(REQUEST, "me", *values)
-    next(first)
-    *_, last = begin(REQUEST, "me", *values)
-    assert last[0] == "done"
-    time.sleep(0.3)
-    assert list(first) == []
 
 
 def test_pages_that_were_closed_are_forgotten_but_none_whose_job_goes_on(loras, tmp_path):
@@ -274,10 +192,10 @@ def test_pages_that_were_closed_are_forgotten_but_none_whose_job_goes_on(loras, 
         ({"gates": "gone"}, "known: sum, mean; without its gates 'gone'", {"gates": "auto"}),
         ({"sampler": "Best"}, "without its sampler 'Best'", {"sampler": "default"}),
         ({"arm": "base"}, "it was drawn as 'base', which has no field here: a grid draws it with arm=base", {}),
-        ({"prompt": ", ".join(["a hat"] * 99)}, "loaded: seed 5, 0 LoRAs, gates sum; now press Compose", {}),
+        ({"prompt": ", ".join(["a hat"] * 99)}, "loaded: seed 5, 0 LoRAs; now press Compose", {}),
         ({"guidance": 50.0}, "now press Compose", {}),
-        ({"seed": 2**53}, "loaded: seed 9007199254740992, 0 LoRAs, gates sum; now press Compose", {}),
-        ({"seed": 2**53 + 1}, "gates sum; browsers round seeds above 9007199254740992: draw it with the API or ", {}),
+        ({"seed": 2**53}, "loaded: seed 9007199254740992, 0 LoRAs; now press Compose", {}),
+        ({"seed": 2**53 + 1}, "browsers round seeds above 9007199254740992: draw it with the API or ", {}),
     ],
 )
 def test_a_dropped_recipe_fills_what_it_can_and_the_rest_is_said(functions, tmp_path, about, said, shown):
@@ -317,6 +235,7 @@ def test_a_saved_recipe_stays_as_it_was_written(functions):
     values = [component.value for component in event.inputs]
     first, _ = save(*values)
     second, _ = save("another", *values[1:])
+    first, second = first["value"], second["value"]
     assert Path(first).name == Path(second).name
     assert [load(path).text for path in (first, second)] == ["a fox in ink", "another"]
 
@@ -358,7 +277,7 @@ def test_a_grid_that_is_used_again_fills_its_axes_too(loras):
     functions = named(build(actions, Recipe("a fox", steps=2)))
     recipe = Recipe("a hat <lora:hat:1>", steps=2, width=32, height=32, base="tiny")
     for shows, axes, tab in (
-        ({"x": "steps=1,2", "y": "seed=4"}, ["steps=1,2", "seed=4"], "Keep"),
+        ({"x": "steps=1,2", "y": "seed=4"}, ["steps=1,2", "seed=4"], "Compare"),
         ({"columns": ["base", "sum"]}, None, "Compose"),
         ({"x": ["no text"], "y": 5}, None, "Compose"),
     ):

@@ -1,6 +1,7 @@
 """What the See page shows of models with a transformer, as of those with a UNet."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import hosts
 import numpy as np
@@ -64,7 +65,7 @@ def test_weights_by_hand_are_said_and_those_of_other_gates_left_out(actions):
     site, other = next(iter(actions.look(RECIPE)(ignore).labels.values())), "unet.gone"
     row, (plain,) = {"fox": 2.0, "ink": 0.0}, actions.compose(RECIPE, 1)(ignore).pictures
     for locks, kept, said in (
-        ({site: row}, {site: row}, ["the weights of 1 block are set by hand, see the tab See"]),
+        ({site: row}, {site: row}, ["the weights of 1 block are set by hand, see the tab Compare"]),
         (
             {other: row, f"{other}.too": row},
             {},
@@ -96,3 +97,31 @@ def test_the_preview_of_the_last_step_is_the_picture(actions):
     image = studio.draw(studio.complete(RECIPE), on_step=lambda _, now: latents.append(now))
     preview = PreviewDecoder()(studio.pipe, latents[-1])
     assert np.abs(np.asarray(preview, int) - np.asarray(image, int)).max() <= 1
+
+
+def test_latents_of_a_large_decoder_get_the_colours_of_its_picture(monkeypatch):
+    """A linear map, fitted to the autoencoder: here one whose latents are mixed colours."""
+    import torch
+
+    from mole_diffusers.app import preview
+
+    mix = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+    class Vae(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = torch.nn.Linear(2, 2)
+            self.config = SimpleNamespace(scaling_factor=0.5, shift_factor=0.1)
+
+        def encode(self, picture):
+            cells = torch.nn.functional.avg_pool2d(picture, 8)
+            latents = torch.einsum("bchw,lc->blhw", cells, mix) + 1
+            return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+
+    processor = SimpleNamespace(postprocess=lambda pictures, output_type: [pictures])
+    pipe, decoder = SimpleNamespace(vae=Vae(), image_processor=processor), PreviewDecoder()
+    monkeypatch.setattr(preview, "SMALL", 0)
+    wanted = torch.rand(1, 3, 4, 6) * 2 - 1
+    latents = (torch.einsum("bchw,lc->blhw", wanted, mix) + 1 - 0.1) * 0.5
+    assert torch.allclose(decoder(pipe, latents), wanted, atol=1e-4)
+    assert decoder(pipe, latents[0]) is None  # of a video, or packed

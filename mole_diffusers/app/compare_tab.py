@@ -1,4 +1,4 @@
-"""The See tab: one seed with every way to combine the LoRAs, what the gates did, and setting gates by hand."""
+"""The Compare tab: one seed with every way to combine the LoRAs, grids, what the gates did, and setting gates by hand."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, parse_named, shades
 from mole_diffusers.app.page import Page, Values
 from mole_diffusers.app.page_jobs import buttons, connect_job
-from mole_diffusers.app.sentences import errors_to
-from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items, status_line
+from mole_diffusers.app.sentences import errors_to, markdown
+from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items, row, status_line
+from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import MERGES
 
@@ -24,8 +25,10 @@ NO_LOCKS = "nothing: every gate decides"
 
 def build(page: Page) -> None:
     """Lay out the tab and connect it."""
-    with gr.Row(elem_classes="phone-column"):
-        _comparison(page)
+    _comparison(page)
+    with gr.Accordion("Grid of pictures", open=False, elem_id="xy-grid"):
+        _grid(page)
+    with gr.Accordion("Advanced: what the gates did", open=False, elem_id="gate-report"):
         _gate_report(page)
 
 
@@ -35,10 +38,10 @@ def _buttons(page: Page, kind: str, label: str) -> tuple[Any, Any, Any]:
     start, status = buttons(page, kind, label)
     last = gr.State(None)
 
-    def last_seed(request: gr.Request) -> int | None:
-        return next((picture.recipe.seed for picture in reversed(page.drawn(request))), None)
+    def last_seed(request: gr.Request, visitor: str) -> int | None:
+        return next((picture.recipe.seed for picture in reversed(page.drawn(request, visitor))), None)
 
-    return start.click(last_seed, None, last, trigger_mode="multiple", concurrency_limit=None).then, status, last
+    return start.click(last_seed, page.visitor, last, trigger_mode="multiple", concurrency_limit=None).then, status, last
 
 
 def at_seed(recipe: Recipe, last: int | None) -> tuple[Recipe, list[str]]:
@@ -49,23 +52,24 @@ def at_seed(recipe: Recipe, last: int | None) -> tuple[Recipe, list[str]]:
 
 
 def _comparison(page: Page) -> None:
+    gr.Markdown(
+        "Draws your prompt at one seed without LoRAs, with each alone, with all added up, and with each in its place."
+    )
     with gr.Column():
         compare, status, last = _buttons(page, "compare", "Compare at this seed")
-        merges = gr.Dropdown(
-            MERGES,
-            value=[],
-            multiselect=True,
-            label="Merges to compare as well",
-            info="training-free, one LoRA from all",
-            elem_id="merges",
-        )
-        arms = gallery(label="The same seed", columns=3, elem_id="arms")
-        slider = gr.ImageSlider(
-            label="Left and right", format="png", interactive=False, buttons=BUTTONS, elem_classes="pixel", elem_id="slider"
-        )
-        with gr.Row():
-            left = gr.Dropdown(list(COMPARED), value=COMPARED[0], label="Left", elem_id="left")
-            right = gr.Dropdown(list(COMPARED), value=COMPARED[1], label="Right", elem_id="right")
+        arms = gallery(label="The same seed", columns=4, visible=False, elem_id="arms")
+        with gr.Column(visible=False, elem_id="sides") as sides_panel:
+            with gr.Row():
+                left = gr.Dropdown(list(COMPARED), value=COMPARED[0], label="Left", elem_id="left")
+                right = gr.Dropdown(list(COMPARED), value=COMPARED[1], label="Right", elem_id="right")
+            slider = gr.ImageSlider(
+                label="Left and right", format="png", interactive=False, buttons=BUTTONS, elem_id="slider"
+            )  # fmt: skip
+        with gr.Accordion("Advanced", open=False):
+            merges = gr.Dropdown(
+                MERGES, value=[], multiselect=True, label="Merges to compare as well",
+                info="training-free, one LoRA from all", elem_id="merges",
+            )  # fmt: skip
         drawn = gr.State({})  # label -> picture file
 
     def work_of(recipe: Recipe, merges: list[str], last: int | None, over: SourcePictures) -> Work:
@@ -78,23 +82,23 @@ def _comparison(page: Page) -> None:
     def show(job: Job) -> Values:
         files = {picture.label: str(picture.path) for picture in job.event.pictures}
         first, second = COMPARED if "gates" not in files else ("sum", "gates")
-        shown: Values = {arms: gallery_items(job.event.pictures), drawn: files}
+        shown: Values = {arms: gr.update(value=gallery_items(job.event.pictures), visible=True), drawn: files}
         if {first, second} <= set(files):
             shown |= {slider: (files[first], files[second]), left: gr.update(choices=list(files), value=first)}
-            shown[right] = gr.update(choices=list(files), value=second)
+            shown |= {right: gr.update(choices=list(files), value=second), sides_panel: gr.update(visible=True)}
         return shown
 
     gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last")
-    outputs = [status, arms, slider, left, right, drawn]
+    outputs = [status, arms, slider, left, right, sides_panel, drawn]
     connect_job(page, "compare", [compare], work_of, show, outputs, more=[merges, last])
 
 
 def _gate_report(page: Page) -> None:
     with gr.Column():
         look, status, last = _buttons(page, "look", "Watch the gates")
-        places = gallery(label="Where each LoRA acts", columns=3, elem_id="places", elem_classes=None)
-        shares = figure(label="Share over the steps", elem_id="shares")
-        heat = figure(label="Weights by block and step", elem_id="heat")
+        places = gallery(label="Where each LoRA acts", columns=3, visible=False, elem_id="places", elem_classes=None)
+        shares = figure(label="Share over the steps", visible=False, elem_id="shares")
+        heat = figure(label="Weights by block and step", visible=False, elem_id="heat")
         sites, gates = gr.State({}), gr.State({})  # short name of a block -> gate site, -> the gate's weights as text
         block = _by_hand(page, sites, gates)
 
@@ -107,9 +111,9 @@ def _gate_report(page: Page) -> None:
         if not isinstance(report, GateReport):
             return {}
         return {
-            heat: report.heat,
-            shares: report.shares,
-            places: [(image, label) for label, image in report.places.items()],
+            heat: gr.update(value=report.heat, visible=True),
+            shares: gr.update(value=report.shares, visible=True),
+            places: gr.update(value=[(image, label) for label, image in report.places.items()], visible=True),
             sites: report.labels,
             gates: {label: _typed(dict(zip(report.experts, row, strict=True))) for label, row in report.gates.items()},
             block: gr.update(choices=list(report.labels), value=next(iter(report.labels))),
@@ -156,3 +160,19 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
 def _typed(row: dict[str, float]) -> str:
     """Weights as text, in the form in which you type them."""
     return ", ".join(f"{name}={weight:.3g}" for name, weight in row.items())
+
+
+def _grid(page: Page) -> None:
+    others = ", ".join(kind for kind in xy_grid.AXES if kind not in ("seed", "weight", "arm"))
+    gr.Markdown(
+        "An axis is `seed=1,2,3`, `weight fox=0,0.5,1` or `arm=base,sum,gates`. An arm is a way to combine the "
+        f"LoRAs: base (none of them), alone NAME, sum, merge METHOD or gates. The others are {markdown(others)}."
+    )
+    row(*page.axes)
+    make, status = buttons(page, "grid", "Make the grid")
+    sheet = figure(label="Grid", visible=False, elem_id="sheet")
+
+    def show(job: Job) -> Values:
+        return {sheet: gr.update(value=job.event.sheet, visible=True)} if job.event.sheet else {}
+
+    connect_job(page, "grid", [make.click], page.actions.grid, show, [status, sheet], more=page.axes)

@@ -1,0 +1,79 @@
+"""The size of the picture: shapes and sizes of the base as buttons, and the size at which every subject has room."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gradio as gr
+
+from mole_diffusers.app.page import Page, Values
+from mole_diffusers.app.sentences import errors_to
+from mole_diffusers.app.style import status_line
+from mole_diffusers.studio.recipe import Recipe
+
+FIT = "as the prompt needs"
+SHAPES = {FIT: 0.0, "1:1": 1.0, "3:4": 3 / 4, "4:3": 4 / 3, "9:16": 9 / 16, "16:9": 16 / 9, "2:1": 2.0}
+SCALES = {"1 ×": 1.0, "1.25 ×": 1.25, "1.5 ×": 1.5, "2 ×": 2.0}
+
+
+def build(page: Page) -> None:
+    """Lay out the buttons and connect them."""
+    width, height, prompt = (page.controls[name] for name in ("width", "height", "prompt"))
+    shape = gr.Radio(list(SHAPES), value=FIT, label="Shape", elem_id="shape", elem_classes="pills")
+    scale = gr.Radio(list(SCALES), value=next(iter(SCALES)), label="Size", elem_id="scale", elem_classes="pills")
+    with gr.Row(equal_height=True, elem_id="size-now"):
+        said = status_line(elem_id="size-said")
+        take = gr.Button("", size="sm", visible=False, min_width=110, scale=0, elem_id="take-size")
+    roomy = gr.State((0, 0))
+
+    @errors_to(said)
+    def chosen(shape: str | None, scale: str | None, prompt: str) -> Values:
+        new = size_of(page, prompt, SHAPES.get(shape or FIT, 0.0), SCALES.get(scale or "", 1.0))
+        return dict(zip((width, height), new, strict=True))
+
+    def told(*values: Any) -> Values:
+        try:
+            recipe = page.recipe(*values)
+            drawn = page.actions.studio.complete(recipe)
+            better = page.actions.studio.size_with_room(drawn)
+        except ValueError:  # said where it was typed
+            return {said: "", take: gr.update(visible=False)}
+        words = f"{drawn.width} × {drawn.height} pixels"
+        words += ", too few to draw each subject by itself" if better else ""
+        button = gr.update(visible=better is not None, value=f"Take {better[0]} × {better[1]}" if better else "")
+        shown = choices_for(page, recipe)
+        return {said: words, take: button, roomy: better or (0, 0)} | dict(zip((shape, scale), shown, strict=True))
+
+    def took(size: tuple[int, int]) -> Values:
+        return {width: size[0], height: size[1]}
+
+    sizes = [width, height]
+    gr.on([shape.input, scale.input], chosen, [shape, scale, prompt], [*sizes, said], show_progress="hidden")
+    take.click(took, roomy, sizes)
+    asking = [width.change, height.change, page.shown.change, prompt.blur, page.controls["binding"].change]
+    outputs = [said, take, roomy, shape, scale]
+    gr.on(asking, told, page.inputs, outputs, trigger_mode="always_last", show_progress="hidden")
+
+
+def choices_for(page: Page, recipe: Recipe) -> tuple[str | None, str | None]:
+    """The shape and the scale that give a recipe's size; None for another one."""
+    for scale, times in SCALES.items():
+        for shape, ratio in SHAPES.items():
+            if size_of(page, recipe.prompt, ratio, times) == (recipe.width, recipe.height):
+                return shape, scale
+    return None, None
+
+
+def size_of(page: Page, prompt: str, ratio: float, scale: float) -> tuple[int, int]:
+    """Width and height for a shape, as width over height, and a scale, at the base's usual number of pixels times the square
+    of the scale. (0, 0) leaves them to the prompt."""
+    if ratio == 0 and scale == 1:
+        return 0, 0
+    if ratio == 0:
+        wide, high = page.actions.size_of(Recipe(prompt))
+    else:
+        side = math.sqrt(math.prod(page.actions.size_of(Recipe(""))))
+        wide, high = side * math.sqrt(ratio), side / math.sqrt(ratio)
+    step = 64 if min(wide, high) >= 256 else 8
+    return tuple(max(step, round(scale * each / step) * step) for each in (wide, high))  # type: ignore[return-value]

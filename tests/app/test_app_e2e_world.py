@@ -1,0 +1,142 @@
+"""A visit to the embedded world in a real browser, with training; and wrong files."""
+
+import shutil
+from pathlib import Path
+from urllib.request import urlretrieve
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mole_diffusers.studio import infotext
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.recipe import Recipe
+
+pytest.importorskip("gradio")
+from page_visits import FROM_PICTURE, WAIT, browser, composed, drawn, dropped, opened, pixels, sent, value, visiting
+
+pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
+
+
+@pytest.mark.thorough
+def test_wrong_files_get_a_sentence_that_goes_once_they_are_right(any_width, loras, tmp_path):
+    page = any_width
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html>")
+    upload = "input[type=file][data-testid^='Upload']"
+    sent(page, upload, tmp_path / "page.safetensors")
+    page.until(lambda: page.text("#why").startswith("page.safetensors is an HTML page"), WAIT)
+    sent(page, upload, shutil.copy(loras["hat"], tmp_path / "other name.safetensors"))
+    page.until(lambda: page.text("#why") == "added hat", WAIT)  # the file is known
+    page.until(lambda: "<lora:hat:1>" in value(page, "#prompt"), WAIT)
+    page.type("#prompt textarea", "a fox <lora:fix:1>")
+    page.until(lambda: page.text("#problem").startswith("there is no LoRA 'fix'"), WAIT)
+    page.type("#prompt textarea", "a fox <lora:fox:1>")
+    page.until(lambda: page.text("#problem") == "", WAIT)
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    sent(page, FROM_PICTURE, tmp_path / "plain.png")
+    page.until(lambda: page.text("#from-picture-status").startswith("plain.png has no recipe"), WAIT)
+    assert str(tmp_path) not in page.text("body")
+    assert not page.errors()
+
+
+@pytest.mark.thorough
+def test_a_visit_to_the_embedded_world(tmp_path):
+    from mole_diffusers.emoji.world import concept_files, emoji_world, gate_folders
+    from mole_diffusers.studio.render import Studio
+
+    pipe = emoji_world().pipe
+    pipe.set_progress_bar_config(disable=True)
+    recipe = Recipe("duotone drawing of a fox <lora:fox:1> <lora:duotone:1>", steps=4, gates="auto", base="emoji")
+    with visiting(Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji"), recipe, tmp_path) as page:
+        first = composed(page, tmp_path)
+        _compares(page)
+        _watches(page)
+        _cancels(page)
+        _trains(page, tmp_path)
+        trained = infotext.read(composed(page, tmp_path))
+        assert (trained.gates, len(trained.gates_sha256)) == ("again", 64)
+        _saves(page, tmp_path)
+        dropped(page, first)
+        assert np.array_equal(pixels(composed(page, tmp_path)), pixels(first))
+        assert not page.errors()
+
+
+def _compares(page):
+    page.tab("Compare")
+    page.click("#compare")
+    page.until(lambda: page.text("#compare-status").startswith("done"), WAIT)
+    assert "no gates are trained for these LoRAs" in page.text("#compare-status")
+    arms = ["base", "alone fox", "alone duotone", "sum", "bound"]  # drawn a moment after the status
+    page.until(lambda: [label.text for label in page.all("#arms .caption-label")] == arms, WAIT)
+    assert len(page.all("#slider img")) == 2
+    before = {image.get_attribute("src") for image in page.all("#slider img")}
+    page.choose("#left", "base")
+    page.until(lambda: {image.get_attribute("src") for image in page.all("#slider img")} != before, WAIT)
+
+
+def _watches(page):
+    opened(page, "#gate-report")
+    page.click("#look")
+    page.until(lambda: "mean weight: fox" in page.text("#look-status"), WAIT)
+    assert page.all("#heat img")
+    assert page.all("#shares img")
+    page.type("#weights textarea, #weights input", "fox=0.5, duotone=1")
+    page.click("#lock")
+    page.until(lambda: "fox=0.5, duotone=1" in value(page, "#held"), WAIT)
+    before = page.one("#heat img").get_attribute("src")
+    page.click("#look")
+    page.until(lambda: page.one("#heat img").get_attribute("src") != before, WAIT)  # drawn anew, with what was set
+    page.click("#free")
+
+
+def _cancels(page):
+    page.tab("Compose")
+    page.type("#count input[type=number]", "16")
+    page.click("#compose")
+    page.until(lambda: drawn(page) > 4, WAIT)  # the first of 16 pictures is done
+    page.click("#compose")
+    page.until(lambda: page.text("#compose-status").startswith("stopped after"), WAIT)
+    made = int(page.text("#compose-status").split()[2])
+    assert 1 <= made < 16
+    page.until(lambda: len(page.all("#strip img")) == made + 1, WAIT)  # what is done stays
+    page.type("#count input[type=number]", "1")
+
+
+def _trains(page, folder):
+    page.tab("Train")
+    page.click("#suggest")
+    page.until(lambda: value(page, "#train-singles"), WAIT)
+    page.type("#train-name input, #train-name textarea", "mine")
+    page.type("#train-steps input[type=number]", "2")
+    page.click("#train")
+    page.until(lambda: page.text("#train-status").startswith("done: on 4 seeds"), WAIT)
+    assert page.all("#loss img")
+    assert [label.text for label in page.all("#validation .caption-label")][-1] == "after, seed 1001"
+    _gates_as_files(page, folder)
+    page.tab("Compose")
+
+
+def _gates_as_files(page, folder):
+    page.click("#gate-files button")
+    page.until(lambda: value(page, "#which-gates") == "mine", WAIT)
+    page.click("#gates-out")
+    links = page.until(lambda: len(found := page.all("#gates-given a")) == 2 and found, WAIT)
+    paths = [folder / Path(link.get_attribute("href")).name for link in links]
+    for link, path in zip(links, paths, strict=True):
+        urlretrieve(link.get_attribute("href"), path)
+    assert {path.name for path in paths} == {"mine.safetensors", "mine.json"}
+    page.type("#new-name input, #new-name textarea", "again")
+    page.driver.find_element("css selector", "input[type=file][data-testid^='Upload gates']").send_keys(
+        "\n".join(map(str, paths))
+    )
+    told = "factors gates again for duotone, fox", "factors gates again for fox, duotone"
+    page.until(lambda: page.text("#gates-told").startswith(told), WAIT)
+    page.until(lambda: value(page, "#which-gates") == "again", WAIT)
+
+
+def _saves(page, folder):
+    page.tab("Recipe")
+    page.click("#save")
+    link = page.until(lambda: page.all("#files a[href*='recipe-']"), WAIT)[0]
+    urlretrieve(link.get_attribute("href"), folder / "r.json")
+    assert infotext.read(folder / "r.json").gates == "again"

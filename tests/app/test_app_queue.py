@@ -1,0 +1,108 @@
+"""The queue of a page without a browser: one button, the list, and what a reloaded or second page sees."""
+
+from pathlib import Path
+
+import pytest
+from app_client import QueueVisit, built
+from PIL import Image
+
+from mole_diffusers.studio import infotext
+
+gr = pytest.importorskip("gradio")
+SECOND = type("Request", (), {"session_hash": "second"})()
+
+
+@pytest.fixture
+def blocks(loras, tmp_path):
+    return built(loras, tmp_path)
+
+
+def label(shown):
+    return shown["compose"]["value"]
+
+
+def titles(shown):
+    return [row["title"] for row in shown[3]]
+
+
+def long(blocks, **more):
+    return QueueVisit(blocks, **{"Steps": 150, "Pictures": 16, **more})
+
+
+def test_a_picture_is_drawn_previewed_and_kept_in_one_frame(blocks):
+    visit, seen = QueueVisit(blocks, **{"Steps": 60}), []
+
+    def finished(shown):
+        seen.append((type(shown.get("picture")), shown.get("frame"), label(shown)))
+        return str(shown.get("compose-status", "")).startswith("done")
+
+    assert visit.press("pressed", "Compose") == ""
+    shown = visit.see(finished)
+    assert infotext.read(shown["picture"]).steps == 60
+    assert Path(shown["picture"]).name == shown[6]  # which is the one that the tools use
+    assert [Path(small).stem for small, _ in shown["strip"]] == [Path(shown["picture"]).stem]
+    previews = [frame for kind, frame, _ in seen if kind is Image.Image]
+    assert previews
+    assert {*previews, shown["frame"]} == {shown["frame"]}  # nothing jumps
+    assert "--wide: 32; --high: 32" in shown["frame"]
+    assert [said for *_, said in seen][-1] == "Compose"
+    assert "Cancel" in [said for *_, said in seen]
+
+
+def test_the_one_button_cancels_the_picture_that_is_drawn_and_the_next_begins(blocks):
+    visit = long(blocks)
+    for _ in range(3):
+        assert visit.press() == ""
+    visit.see(lambda shown: " steps" in str(shown.get("compose-status", "")) and len(titles(shown)) == 3)
+    assert label(visit.shown) == "Cancel"
+    assert titles(visit.shown) == ["a fox in ink, seed 0, 16 pictures"] * 3
+    before = [row["number"] for row in visit.shown[3]]
+    assert gr.skip() == visit.press("pressed", "Cancel")
+    visit.see(lambda shown: [row["number"] for row in shown[3]] == before[1:])
+    for left in (before[2:], []):
+        visit.press("pressed", "Cancel")
+        visit.see(lambda shown, left=left: [row["number"] for row in shown[3]] == left)
+    assert label(visit.shown) == "Compose"
+    assert visit.press("pressed", "Cancel") == "nothing of yours is running"
+
+
+def test_a_reloaded_page_and_a_second_one_see_the_same_queue_and_nobody_else_does(blocks):
+    visit, second = long(blocks), QueueVisit(blocks, request=SECOND)
+    visit.press()
+    visit.press()
+    for one in (visit, second):
+        one.see(lambda shown: "left" in str(shown.get("compose-status", "")) and len(titles(shown)) == 2)
+    stranger = QueueVisit(blocks, visitor="you", request=SECOND)
+    assert titles(stranger.see(lambda shown: True)) == []
+    assert label(stranger.shown) == "Compose"
+    assert stranger.press("pressed", "Cancel") == "nothing of yours is running"
+    for left in (1, 0):
+        second.press("pressed", "Cancel")
+        visit.see(lambda shown, left=left: len(titles(shown)) == left)
+    assert label(visit.shown) == "Compose"
+
+
+def test_a_page_that_is_opened_later_shows_the_newest_picture_of_the_gallery(blocks):
+    first = QueueVisit(blocks)
+    first.press()
+    picture = first.done()["picture"]
+    later = QueueVisit(blocks, visitor="you")
+    assert later.see(lambda shown: True)["picture"] == picture
+    Path(picture).unlink()
+    assert "picture" not in QueueVisit(blocks, visitor="they").see(lambda shown: True)
+
+
+def test_wrong_fields_are_said_and_nothing_is_started(blocks):
+    visit = QueueVisit(blocks, **{"Prompt": "a <lora:gone:1>"})
+    assert visit.press().replace("\\", "").startswith("**there is no LoRA 'gone'; known: fox")
+    assert titles(visit.see(lambda shown: True)) == []
+
+
+def test_an_emptied_seed_is_a_random_one(blocks):
+    seeds = set()
+    for _ in range(2):
+        visit = QueueVisit(blocks, **{"Seed": None})
+        visit.press()
+        number = len(visit.see(lambda shown: titles(shown) == [])["strip"])
+        seeds.add(infotext.read(visit.done()["picture"]).seed)
+    assert (len(seeds), number) == (2, 2)

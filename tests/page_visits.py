@@ -1,0 +1,126 @@
+"""A served app in a real browser: what the browser tests of the page share."""
+
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mole_diffusers.studio.recipe import Recipe
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "demos" / "app"))
+import browser
+
+WAIT = 120  # seconds; machines that are busy are slow
+RECIPE = Recipe("a fox <lora:fox:1>", steps=2, width=32, height=32, gates="sum")
+FROM_PICTURE = "input[type=file][data-testid^='Settings from a picture']"
+
+
+@contextmanager
+def served(studio, recipe, folder, **options):
+    """The address of a fresh app, whose pictures are in `folder / "pictures"`; `options` are those of Actions."""
+    from mole_diffusers.app.actions import Actions
+    from mole_diffusers.app.build import build, launch
+
+    blocks = build(Actions(studio, home=folder / "gates", gallery=folder / "pictures", **options), recipe)
+    _, url, _ = launch(blocks, gallery=folder / "pictures", prevent_thread_lock=True, quiet=True)
+    try:
+        yield url
+    finally:
+        blocks.close()
+
+
+@contextmanager
+def visiting(studio, recipe, folder, *, width=1440, height=900):
+    """A page of a fresh app in a fresh browser."""
+    with served(studio, recipe, folder) as url, browser.browser(folder, width=width, height=height) as page:
+        page.open(url)
+        yield page
+
+
+def kept(folder):
+    """The pictures of the gallery, oldest first."""
+    return sorted((folder / "pictures").glob("[!.]*.png"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def composed(page, folder, start="#compose"):
+    """Press Compose; the new picture's file in the gallery, once the page shows it."""
+    before = len(kept(folder))
+    page.until(lambda: page.text("#compose") == "Compose", WAIT)
+    page.click(start)
+
+    def shown():
+        found = kept(folder)
+        sources = [image.get_attribute("src") for image in page.all("#picture img")]
+        return len(found) > before and sources and found[-1].name in sources[0]
+
+    page.until(lambda: shown() and page.text("#compose-status").startswith("done"), WAIT)
+    return kept(folder)[-1]
+
+
+def drawn(page, css="#compose-status"):
+    """How many steps of the pictures on the way are done."""
+    said = re.match(r"(\d+) of \d+ steps", page.text(css))
+    return int(said[1]) if said else 0
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def value(page, css):
+    """What stands in a field, also where it cannot be seen."""
+    return page.driver.find_element("css selector", f"{css} :is(input, textarea)").get_property("value")
+
+
+def cards(page, *names):
+    """Wait until exactly these LoRAs have cards."""
+    page.until(lambda: [card.text for card in page.all(".card .head label")] == list(names), WAIT)
+
+
+def opened(page, css):
+    """Open a panel unless it is open."""
+    if page.one(f"{css} > button").get_attribute("class").find("open") < 0:
+        page.click(f"{css} > button")
+
+
+def sent(page, css, path):
+    """Put a file into a field, which may be hidden."""
+    page.until(lambda: page.driver.find_elements("css selector", css), WAIT)[0].send_keys(str(path))
+
+
+def dropped(page, path):
+    """Fill the page from a picture or recipe."""
+    sent(page, FROM_PICTURE, path)
+    page.until(lambda: page.text("#from-picture-status").startswith("loaded:"), WAIT)
+
+
+def long_job(page):
+    """Start many pictures, and wait until the first is on the way."""
+    page.type("#steps input[type=number]", "150")
+    page.type("#count input[type=number]", "16")
+    page.click("#compose")
+    page.until(lambda: "left" in page.text("#compose-status"), WAIT)
+
+
+def cancelled(page):
+    page.until(lambda: page.text("#compose") == "Cancel", WAIT)
+    page.click("#compose")
+    page.until(lambda: page.text("#compose-status").startswith("stopped after"), WAIT)
+
+
+def painted(page, css="#paint canvas"):
+    """Paint the left part of the picture."""
+    from selenium.webdriver import ActionChains
+
+    sheet = page.one(css)
+    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", sheet)
+    wide, high = sheet.size["width"], sheet.size["height"]
+    left, end = -0.4 * wide, 0.35 * min(wide, high)
+    brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, left, -end).click_and_hold()
+    for x in (left, left * 0.75, left * 0.5):
+        brush = brush.move_to_element_with_offset(sheet, x, end).move_to_element_with_offset(sheet, x + 0.05 * wide, -end)
+    brush.release().perform()
