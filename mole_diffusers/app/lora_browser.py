@@ -122,9 +122,8 @@ def _panel(page: Page, browse: Any) -> None:
         new = page.actions.find_loras()
         return search(*asked, words=f"new: {markdown(', '.join(new))}" if new else "no new files")
 
-    def show_more(*asked: Any) -> Values:
-        *given, most = asked
-        return search(*given, most + AT_ONCE)
+    def show_more(text: str, where: str, order: str, cards: list[MixerCard], most: int) -> Values:
+        return search(text, where, order, cards, most + AT_ONCE)
 
     outputs = [grid, names, count, more, where, said]
     asking = [browse.click, page.shown.change, text.input, where.input, order.input]

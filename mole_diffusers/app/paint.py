@@ -61,7 +61,7 @@ class Painting:
             names = [card["name"] for card in cards]
             if not names:
                 raise ValueError("add a LoRA first: a region is where one acts")
-            name = name if name in names else names[0]
+            name = name if name is not None and name in names else names[0]
             picture = next((each for each in page.drawn(request, visitor) if each.path.name == shown), None)
             background = picture.path if picture else page.actions.gallery.folder / shown if shown else None
             own = picture_size(background) or page.actions.size_of(Recipe(text, width=width or 0, height=height or 0))

@@ -71,7 +71,7 @@ def size_of(page: Page, prompt: str, ratio: float, scale: float) -> tuple[int, i
     if ratio == 0 and scale == 1:
         return 0, 0
     if ratio == 0:
-        wide, high = page.actions.size_of(Recipe(prompt))
+        wide, high = map(float, page.actions.size_of(Recipe(prompt)))
     else:
         side = math.sqrt(math.prod(page.actions.size_of(Recipe(""))))
         wide, high = side * math.sqrt(ratio), side / math.sqrt(ratio)
