@@ -57,7 +57,7 @@ from mole_diffusers.patching.install.folding import (
 )
 from mole_diffusers.patching.install.installation import Contents, Installation, held, installed, remove
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
-from mole_diffusers.patching.subjects.things import PLACE_SOURCES, UNTIL, Asked, Encode, Tiling
+from mole_diffusers.patching.subjects.things import PLACE_SOURCES, SINCE, UNTIL, Asked, Encode, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles, draws_in_tiles, explain, things_for_tiles
 from mole_diffusers.patching.undo import Undo, undoing
 
@@ -592,14 +592,21 @@ class Mixture:
             yield
 
     def tiled(
-        self, until: float = UNTIL, *, always: bool = True, prompt: str | None = None, encode: Encode | None = None
+        self,
+        until: float = UNTIL,
+        *,
+        since: float = SINCE,
+        always: bool = True,
+        prompt: str | None = None,
+        encode: Encode | None = None,
     ) -> AbstractContextManager[None]:
-        """Draw pictures in tiles at first: each thing that the prompt names is a picture of its own, in its own place.
+        """Draw some steps in tiles: there, each thing that the prompt names is a picture of its own, in its own place.
 
-        In the first steps, the denoiser is called for each thing separately, on its part of the latents. It reads the
-        prompt without the other things, and runs with the thing's expert and the experts that act everywhere, such as a
-        style. The last steps (at least one, unless `until` is 1) draw the picture as a whole, bound to the same places. That
-        joins the parts. A prompt that names fewer than two things is drawn as usual.
+        The first steps draw the picture as a whole, bound to the places of its things. They decide on one horizon and one
+        light. In the steps from `since` to `until`, the denoiser is called for each thing separately, on its part of the
+        latents. It reads the prompt without the other things, and runs with the thing's expert and the experts that act
+        everywhere, such as a style. The last steps (at least one, unless `until` is 1) draw the whole again. That joins the
+        parts. A prompt that names fewer than two things is drawn as usual.
 
         A bound mixture draws in tiles by itself if all of this holds:
 
@@ -616,21 +623,25 @@ class Mixture:
         which they are named, unless words such as "left of" decide.
 
         Args:
-            until: share of the steps in 0..1, from pure noise, that are drawn in tiles.
+            until: share of the steps in 0..1, from pure noise, after which the picture is drawn as one; 0 for no tiles.
+            since: share of the steps, less than `until`, that are drawn as one before the tiles. With 0, each thing has a
+                scene of its own.
             always: draw in tiles whatever the size and the prompt. False: only if the mixture would do so by itself.
             prompt: the text of the pictures, if the call gives text states instead of it.
             encode: function from a part of that prompt (`binding.sentence.Part`) to its text states [1, S, C], and to the
                 pooled states that SDXL reads, [1, P], None for other models. By default the pipeline encodes the part.
                 `studio.prompt_weights.tiled_prompt` makes `prompt` and `encode` for a prompt with weights.
 
-        Raises ValueError for a share outside of 0..1. A picture that must be drawn in tiles also raises it for a
-        pipeline without a UNet, for anything but one prompt, for more than eight things, for a video, a ControlNet, a
+        Raises ValueError for shares that are not 0 <= since < until <= 1. A picture that must be drawn in tiles also raises
+        it for a pipeline without a UNet, for anything but one prompt, for more than eight things, for a video, a ControlNet, a
         prompt of several chunks, or a region of an expert that is not a thing. So do regions that leave a thing no
         place, and SDXL's refiner, `prompt_2` and sizes such as `original_size`.
         """
-        if not 0 <= until <= 1:
-            raise ValueError(f"the share of steps that are drawn in tiles is in 0..1, got {until}")
-        return self._with_settings(self._settings.tiling.to(Tiling(until, always, prompt, encode)))
+        if until != 0 and not 0 <= since < until <= 1:
+            raise ValueError(
+                f"tiles need shares of the steps with 0 <= since < until <= 1, got since={since}, until={until}"
+            )
+        return self._with_settings(self._settings.tiling.to(Tiling(until, since, always, prompt, encode)))
 
     def draws_in_tiles(self, call: Mapping[str, Any]) -> bool:
         """Whether it draws the pictures of a call in tiles by itself, as `tiled` says. The call includes their size."""

@@ -34,7 +34,7 @@ from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.merging.merge import METHODS, by_activations, check_fits, merge, resolved
 from mole_diffusers.mixture import Gates, Mixture, attach, detach
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
-from mole_diffusers.patching.subjects.things import UNTIL
+from mole_diffusers.patching.subjects.things import SINCE, UNTIL
 
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
@@ -158,13 +158,13 @@ def words_only() -> Arm:
     return bound("words only", lambda setup, case: dict.fromkeys(case.experts, (None, "everywhere")))
 
 
-def in_tiles() -> Arm:
-    """Bound, with each subject first drawn in its own tile; see `Mixture.tiled`."""
+def in_tiles(name: str = "tiles", since: float = SINCE) -> Arm:
+    """Bound, with each subject drawn in its own tile from a share of the steps on; see `Mixture.tiled`."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        return mixture.tiled(prompt=case.prompt)
+        return mixture.tiled(since=since, prompt=case.prompt)
 
-    return weighted("tiles", binding=from_files, context=context, until=UNTIL)
+    return weighted(name, binding=from_files, context=context, since=since, until=UNTIL)
 
 
 def searched(weights: ByKind) -> Arm:

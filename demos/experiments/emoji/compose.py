@@ -88,6 +88,7 @@ def in_file(name: str, file: Callable[[Case], Path], *, by_words: bool = False) 
 ARMS = {
     **{name: plain.make for name, plain in arms.PLAIN.items()},
     **{method: partial(arms.merged, method) for method in arms.MERGES},
+    "tiles from the first step": lambda: arms.in_tiles("tiles from the first step", since=0),
     "grid search": lambda: arms.searched(read_weights(STRENGTHS)),
     "places only": lambda: arms.bound("places only", lambda setup, case: given(setup, case, words=False)),
     "words and given places": lambda: arms.bound(
@@ -221,7 +222,7 @@ def main() -> None:
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "compose" / args.split)
     drawn = search_arms(setup, GRID) if args.search else [ARMS[name]() for name in args.arms]
-    metrics = emoji_protocol.JudgeMetrics(world.judge(), found)
+    metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
     verdicts = measured(setup, drawn, found, metrics, seeds=seeds, rows=rows)
     table = as_frame(verdicts)
     print(success_table(table))

@@ -18,7 +18,7 @@ from mole_diffusers.binding.who_acts import present, read_prompt
 from mole_diffusers.binding.words import ThingKey, keys
 from mole_diffusers.patching.host.denoiser_inputs import is_one_graph, lora_scale
 
-UNTIL = 0.8  # share of the steps
+SINCE, UNTIL = 0.4, 0.8  # shares of the steps
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 Alone = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts act, on every word
@@ -30,14 +30,15 @@ Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclass(frozen=True)
 class Tiling:
-    """Whether pictures are drawn in tiles at first.
+    """Which steps of a picture are drawn in tiles.
 
     Attributes:
-        until: share of the steps in 0..1, from pure noise; 0 for none.
-        always, prompt, encode: see `Mixture.tiled`.
+        until: the share of the steps in 0..1, from pure noise, after which the picture is drawn as one; 0 for no tiles.
+        since, always, prompt, encode: see `Mixture.tiled`.
     """
 
     until: float = UNTIL
+    since: float = SINCE
     always: bool = False
     prompt: str | None = None
     encode: Encode | None = None

@@ -1,6 +1,10 @@
-"""Several subjects in one picture, each first drawn in its own tile, so that the model only has to draw one at a time.
+"""Several subjects in one picture: a layout of the whole, then each subject in its own tile, then the whole again.
 
-This is Mixture of Diffusers (Jimenez 2023, arXiv 2302.02412) with separate LoRAs for each region, and without overlap.
+The first steps decide horizon, light and places, so that there is one scene. In the steps that decide what a subject is, the
+model only has to draw one at a time. The last steps join the parts.
+
+The steps in tiles are Mixture of Diffusers (Jimenez 2023, arXiv 2302.02412) with separate LoRAs for each region, and without
+overlap.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ OF_A_PROMPT = {
     "cross_attention_kwargs",
 }  # fmt: skip
 OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call with the text states of a known prompt
-# What SDXL is told besides the prompt. Each tile is told its own part of the prompt, and its own size.
+# What SDXL is told besides the prompt. Each tile is told its own part of the prompt, and its place in the picture.
 OF_WHOLE_PICTURE = {"prompt_2"} | {
     f"{of}{name}" for of in ("", "negative_") for name in ("original_size", "crops_coords_top_left", "target_size")
 }
@@ -67,7 +71,7 @@ class Ready:
     Attributes:
         texts: what each tile reads, [B, S, C]: its own text in the rows that are prompts, and the call's in the others.
         prompted: [B] bool, the rows that are prompts.
-        sizes: what SDXL is told of each tile's size, [6]; none for other models.
+        sizes: what SDXL is told of the size of the picture and of each tile's place in it, [6]; none for other models.
         shares: [K, H, W], how much each tile counts at a place.
         outside: [H, W], how much the picture as a whole does; None if it counts nowhere.
     """
@@ -195,26 +199,27 @@ class Tiles:
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """While the block runs, the UNet is called for each tile in the first steps."""
+        """While the block runs, the UNet is called for each tile in the steps that `Tiling` says."""
         with replaced_forward(self.asked.pipe.unet, partial(self._denoise, self.asked.pipe.unet.forward)):
             yield
 
     def _denoise(self, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The UNet's prediction; `whole` draws the picture as one."""
-        if not (tiles := self._tiles(args, kwargs)) or not self._is_early(args, kwargs):
+        if not (tiles := self._tiles(args, kwargs)) or not self._is_in_tiles(args, kwargs):
             return whole(*args, **kwargs)
         out = self._parts(tiles, whole, args, kwargs)
         return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
 
-    def _is_early(self, args: tuple, kwargs: dict) -> bool:
-        """Whether this step is drawn in tiles. The last step is not, unless all steps are."""
+    def _is_in_tiles(self, args: tuple, kwargs: dict) -> bool:
+        """Whether this step is drawn in tiles. The last step is not, unless `until` is 1."""
         times = self.asked.pipe.scheduler.timesteps
         if not self._schedule.again(times):
             self._levels = (times.float() / self.reader.record.pure_noise).tolist()
         index = _position(self.reader.timestep(args, kwargs), times)
         now = float(self.reader.time(args, kwargs)[0]) if index is None else self._levels[index]
         until_here = sum(level > now - 1e-5 for level in self._levels)  # Heun's method has most of them twice
-        return until_here <= self.asked.tiling.until * len(times) + 1e-5
+        since, until = (share * len(times) + 1e-5 for share in (self.asked.tiling.since, self.asked.tiling.until))
+        return since < until_here <= until
 
     def _tiles(self, args: tuple, kwargs: dict) -> list[Tile]:
         """The tiles of a call; none if it draws the picture as one."""
@@ -298,18 +303,18 @@ class Tiles:
         shares = (masks / masks.sum(0).clamp_min(1)).to(latents)
         sizes = []
         if added is not None and all(tile.pooled is not None for tile in tiles):
-            sizes = [onto(self._size(tile), latents.device).to(added["time_ids"].dtype) for tile in tiles]
+            sizes = [onto(self._size(tile, latents), latents.device).to(added["time_ids"].dtype) for tile in tiles]
         return Ready(texts, prompted, sizes, shares, outside.to(latents) if outside.any() else None)
 
-    def _size(self, tile: Tile) -> torch.Tensor:
-        """What SDXL is told of the size of a picture that is the tile: its original size, crop and target size."""
-        side, (top, bottom, left, right) = self.asked.pipe.vae_scale_factor, tile.box
-        size = (side * (bottom - top), side * (right - left))
-        return torch.tensor((*size, 0, 0, *size))
+    def _size(self, tile: Tile, latents: torch.Tensor) -> torch.Tensor:
+        """What SDXL is told of the tile: the original size, crop and target size of the picture of which it is a part."""
+        side, (top, _, left, _) = self.asked.pipe.vae_scale_factor, tile.box
+        size = (side * latents.shape[2], side * latents.shape[3])
+        return torch.tensor((*size, side * top, side * left, *size))
 
 
 def _added(tile: Tile, prompted: torch.Tensor, size: torch.Tensor, whole: Mapping[str, Any]) -> dict[str, Any]:
-    """What SDXL reads besides the text: the pooled states, and the size of the tile."""
+    """What SDXL reads besides the text: the pooled states, and where the tile is in the picture."""
     assert tile.pooled is not None
     pooled = torch.where(prompted[:, None], tile.pooled.to(whole["text_embeds"]), whole["text_embeds"])
     return {**whole, "text_embeds": pooled, "time_ids": size.expand_as(whole["time_ids"])}

@@ -31,8 +31,8 @@ def experts(loras):
     return {name: replace(read_expert(path, name), triggers=(WORDS[name],)) for name, path in loras.items()}
 
 
-def tiled(pipe, prompt=None, until=0.8):
-    return mole.attached(pipe).tiled(until, prompt=prompt)
+def tiled(pipe, prompt=None, until=0.8, since=0.0):
+    return mole.attached(pipe).tiled(until, since=since, prompt=prompt)
 
 
 def noise(height=16, width=16):
@@ -121,7 +121,7 @@ def test_the_rest_of_the_picture_is_bound_to_the_places_of_the_tiles_from_the_fi
     owl = replace(read_expert(tiny_lora(pipe, tmp_path / "owl.safetensors", seed=7)), triggers=("owl",))
     names = {"fox": experts["fox"], "hat": experts["hat"], "owl": owl}
     mixture = mole.attach(pipe, names)
-    with mixture.tiled(until=1.0):
+    with mixture.tiled(until=1.0, since=0):
         found = latent(pipe, "fox+hen+owl", steps=1)
     places = [(0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1)]
     mixture.bind({name: (None, box) for name, box in zip(names, places, strict=True)})
@@ -181,7 +181,7 @@ def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, mon
 
 
 def test_tiles_give_way_to_the_bound_picture(pipe, experts):
-    """Steps drawn in tiles come first; with none of them the picture is the bound one, bit for bit."""
+    """A layout of the whole may come before them; with no steps in tiles the picture is the bound one, bit for bit."""
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
     bound = latent(pipe)
     with tiled(pipe, PROMPT, 0.0):
@@ -195,6 +195,10 @@ def test_tiles_give_way_to_the_bound_picture(pipe, experts):
     with tiled(pipe, PROMPT, 0.5):
         mixed = latent(pipe, steps=4)
     assert seen == [8, 8, 8, 8, 16, 16]
+    seen.clear()
+    with mixture.tiled():
+        latent(pipe, steps=10)
+    assert seen == [*[16] * 4, *[8, 8] * 4, *[16] * 2]
     assert [*mixture.layouts[0].regions] == ["fox", "hat"]  # planned when the picture is drawn as one
     assert not torch.equal(mixed, latent(pipe, steps=4))
 
@@ -346,12 +350,12 @@ def test_prompts_of_tiles_skip_the_layers_that_the_call_skips(pipe, experts):
         mole.attach(pipe, {name: experts[name]}, binding=None)
         parts.append(latent(pipe, f"a {WORDS[name]}", part, negative_prompt_embeds=empty, clip_skip=1))
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
-    with mixture.tiled(1.0):
+    with mixture.tiled(1.0, since=0):
         found = latent(pipe, negative_prompt_embeds=empty, clip_skip=1)
     torch.testing.assert_close(found, torch.cat(parts, -1), rtol=0, atol=1e-4)
 
 
-def test_sdxl_reads_each_prompt_with_both_encoders_and_the_size_of_the_tile(tmp_path):
+def test_sdxl_reads_each_prompt_with_both_encoders_and_where_the_tile_is(tmp_path):
     pipe = sdxl()
     pipe.set_progress_bar_config(disable=True)
     experts = {
@@ -360,8 +364,8 @@ def test_sdxl_reads_each_prompt_with_both_encoders_and_the_size_of_the_tile(tmp_
     }
     x = noise()
 
-    def drawn(prompt, x):
-        size = {"height": 2 * x.shape[2], "width": 2 * x.shape[3]}
+    def drawn(prompt, x, **size):
+        size |= {"height": 2 * x.shape[2], "width": 2 * x.shape[3]}
         call = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", **size}
         states = dict(zip(("negative_prompt_embeds", "negative_pooled_prompt_embeds"), empty, strict=True))
         return pipe(prompt, latents=x, **states, **call).images
@@ -370,11 +374,12 @@ def test_sdxl_reads_each_prompt_with_both_encoders_and_the_size_of_the_tile(tmp_
     states = pipe.encode_prompt("", None, "cpu", 1, False)
     empty = states[0], states[2]
     parts = []
-    for name, part in (("fox", x[..., :8]), ("hen", x[..., 8:])):
+    for name, left in (("fox", 0), ("hen", 8)):
         mole.attach(pipe, {name: experts[name]}, binding=None)
-        parts.append(drawn(f"a {name}", part))
+        crop = {"original_size": (32, 32), "crops_coords_top_left": (0, 2 * left), "target_size": (32, 32)}
+        parts.append(drawn(f"a {name}", x[..., left : left + 8], **crop))
     mixture = mole.attach(pipe, experts)
-    with mixture.tiled(1.0):
+    with mixture.tiled(1.0, since=0):
         torch.testing.assert_close(drawn(PROMPT, x), torch.cat(parts, -1), rtol=0, atol=1e-4)
     pipe.unet.register_to_config(sample_size=8)
     with mixture.tiled():
@@ -449,7 +454,7 @@ def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_pa
     files = {name: tiny_lora(pipe, tmp_path / name, seed=seed) for seed, name in enumerate(("fox", "hat"))}
     mixture = mole.attach(pipe, {name: replace(read_expert(path), triggers=(WORDS[name],)) for name, path in files.items()})
     assert "text_encoder" in mixture.banks
-    with mixture.tiled(1.0):
+    with mixture.tiled(1.0, since=0):
         scaled = latent(pipe, cross_attention_kwargs={"scale": 0.5})
         with mixture.strengths({"fox": 0.5, "hat": 0.5}):
             wanted = latent(pipe)
@@ -506,7 +511,7 @@ def test_a_step_in_tiles_waits_for_nothing_that_a_step_of_the_base_does_not_wait
         for i, name in enumerate(("fox", "hen"))
     }
     mixture = mole.attach(pipe, experts, "mole")
-    with mixture.tiled(1.0):
+    with mixture.tiled(1.0, since=0):
         assert waits(6) - waits(4) <= base
     with mixture.tiled(0):
         assert waits(6) - waits(4) <= base
@@ -567,12 +572,14 @@ def test_nouns_keep_the_places_of_their_tiles(pipe, experts):
 
 def test_what_cannot_be_drawn_in_tiles_is_said(pipe, experts, tmp_path):
     mixture = mole.attach(pipe, experts)
-    with pytest.raises(ValueError, match=r"in 0\.\.1, got 1\.5"), mixture.tiled(1.5):
+    with pytest.raises(ValueError, match=r"0 <= since < until <= 1, got since=0\.4, until=1\.5"), mixture.tiled(1.5):
+        pass
+    with pytest.raises(ValueError, match=r"got since=0\.5, until=0\.5"), mixture.tiled(0.5, since=0.5):
         pass
     with mixture.tiled(), pytest.raises(ValueError, match="tiles are drawn of one prompt"):
         latent(pipe, ["a fox", "a hen"], torch.cat([noise()] * 2))
     mixture.bind({"fox": (None, "everywhere"), "hat": (None, "everywhere")})
-    with mixture.tiled(1.0):  # nothing has a place
+    with mixture.tiled(1.0, since=0):  # nothing has a place
         assert torch.isfinite(latent(pipe)).all()
     mixture.bind({"fox": (None, (0.0, 0.0, 1.0, 1.0)), "hat": (None, "auto")})
     with mixture.tiled(), pytest.raises(ValueError, match="leave no place for 'hen'"):
