@@ -633,9 +633,9 @@ class Mixture:
                 `studio.prompt_weights.tiled_prompt` makes `prompt` and `encode` for a prompt with weights.
 
         Raises ValueError for shares that are not 0 <= since < until <= 1. A picture that must be drawn in tiles also raises
-        it for a pipeline without a UNet, for anything but one prompt, for more than eight things, for a video, a ControlNet, a
-        prompt of several chunks, or a region of an expert that is not a thing. So do regions that leave a thing no
-        place, and SDXL's refiner, `prompt_2` and sizes such as `original_size`.
+        it for a pipeline without a UNet, for anything but one prompt, for more than eight things, for a video, a ControlNet,
+        a prompt of several chunks, or a region of an expert that is not a thing. So do regions that leave a thing no place,
+        and SDXL's refiner, `prompt_2` and sizes such as `original_size`.
         """
         if until != 0 and not 0 <= since < until <= 1:
             raise ValueError(

@@ -236,7 +236,7 @@ def _world(wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], mac
     world = emoji_world(device=_device(machine))
     groups = emoji.TEST if wanted.split == "test" else emoji.VALIDATION
     found = emoji_protocol.cases({kind: group[: wanted.limit] for kind, group in groups.items()})
-    metrics, setup = emoji_protocol.JudgeMetrics(world.judge(), found), emoji_protocol.setup(world, call)
+    metrics, setup = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found), emoji_protocol.setup(world, call)
     cases = [case for case, _ in found]
     return Work(
         setup,

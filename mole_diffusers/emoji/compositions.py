@@ -1,4 +1,8 @@
-"""The compositions of held-out concepts, by kind, separately for validation and test."""
+"""The compositions of held-out concepts, by kind, separately for validation and test.
+
+A composition of the last three kinds of TEST is a pair that is drawn in contact, on a canvas on which two have less room
+than usual, or on paper. All others are drawn in an open landscape.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,7 @@ def compositions(
         for steps in ((0, 1, 3), (0, 1, 2, 4))  # steps round the circle, from each subject
     )
     kinds: dict[str, list[Concepts]] = {
+        "one subject": [(subject,) for subject in subjects],
         "subject x style": [(subjects[i], styles[(i + shift) % m]) for shift in range(m) for i in range(n)],
         "two subjects": pairs,
         "two subjects + style": styled(pairs),
@@ -36,6 +41,9 @@ def compositions(
         "three subjects + style": styled(threes),
         "four subjects": fours,
         "four subjects + style": styled(fours),
+        "contact": pairs,
+        "two subjects, close": pairs,
+        "two subjects on paper": pairs,
     }
     return {kind: tuple(kinds[kind][:count]) for kind, count in counts.items()}
 
@@ -43,16 +51,32 @@ def compositions(
 TEST = compositions(
     words.TEST_SUBJECTS,
     words.TEST_STYLES,
-    {"subject x style": 24, "two subjects": 24, "two subjects + style": 24, "three subjects": 8},
+    {
+        "one subject": 8,
+        "subject x style": 24,
+        "two subjects": 24,
+        "two subjects + style": 24,
+        "three subjects": 8,
+        "three subjects + style": 8,
+        "contact": 24,
+        "two subjects, close": 24,
+        "two subjects on paper": 24,
+    },
 )
 VALIDATION = compositions(
     words.VALIDATION_SUBJECTS,
     words.VALIDATION_STYLES,
-    {"subject x style": 8, "two subjects": 6, "two subjects + style": 6, "three subjects": 4},
+    {
+        "one subject": 4,
+        "subject x style": 8,
+        "two subjects": 6,
+        "two subjects + style": 6,
+        "three subjects": 4,
+        "three subjects + style": 4,
+        "contact": 6,
+        "two subjects, close": 6,
+        "two subjects on paper": 6,
+    },
 )
-# More test subjects per picture, up to four: the world has no larger canvases.
-LARGER = compositions(
-    words.TEST_SUBJECTS,
-    words.TEST_STYLES,
-    {"three subjects + style": 8, "four subjects": 8, "four subjects + style": 8},
-)
+# Four test subjects per picture: the world has no larger canvases.
+LARGER = compositions(words.TEST_SUBJECTS, words.TEST_STYLES, {"four subjects": 8, "four subjects + style": 8})

@@ -1,4 +1,5 @@
-"""The emoji world's evaluator. It tells which subjects, style and background a picture shows, on any canvas."""
+"""The emoji world's evaluator. It tells which subjects, style, background and light a picture shows, on any canvas, and
+whether it is one scene."""
 
 from __future__ import annotations
 
@@ -25,11 +26,15 @@ class Verdict:
         subjects: [B, S], combined over places (see `Judge`).
         style: [B, Y], the mean over places, weighted by how much each place says about style.
         background: [B, K].
+        light: [B, L]. It says something about landscapes only.
+        one_scene: [B], above 0 if the picture is one scene rather than parts of several.
     """
 
     subjects: torch.Tensor
     style: torch.Tensor
     background: torch.Tensor
+    light: torch.Tensor
+    one_scene: torch.Tensor
 
 
 class _Residual(nn.Module):
@@ -54,9 +59,10 @@ class Judge(nn.Module):
     place.
     """
 
-    def __init__(self, subjects: Sequence[str], styles: Sequence[str], backgrounds: Sequence[str]):
+    def __init__(self, subjects: Sequence[str], styles: Sequence[str], backgrounds: Sequence[str], lights: Sequence[str]):
         super().__init__()
-        self.subjects, self.styles, self.backgrounds = list(subjects), list(styles), list(backgrounds)
+        self.subjects, self.styles = list(subjects), list(styles)
+        self.backgrounds, self.lights = list(backgrounds), list(lights)
         layers: list[nn.Module] = []
         for before, after in ((3, 32), (32, 64), (64, 128), (128, 224)):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.SiLU(), _Residual(after)]
@@ -64,14 +70,19 @@ class Judge(nn.Module):
         self.subject = nn.Conv2d(224, len(subjects), 1)
         self.weight = nn.Conv2d(224, 1, 1)  # how much a place says about style
         self.style = nn.Conv2d(224, len(styles), 1)
-        self.background = nn.Linear(224, len(backgrounds))
+        self.background = nn.Linear(2 * 224, len(backgrounds))  # of the mean and the largest feature
+        self.light = nn.Linear(224, len(lights))
+        self.seam = nn.Sequential(nn.Conv2d(224, 64, 3, padding=1), nn.SiLU(), nn.Conv2d(64, 1, 1))  # where scenes meet
 
     def forward(self, x: torch.Tensor) -> Verdict:
         features = self.trunk(x)
         weight = self.weight(features).flatten(2).softmax(-1)  # [B, 1, P]
         style = (self.style(features).flatten(2) * weight).sum(-1)
         subjects = self.subject(features).flatten(2).logsumexp(-1)
-        return Verdict(subjects, style, self.background(features.mean((2, 3))))
+        mean = features.mean((2, 3))
+        one_scene = -self.seam(features).flatten(1).logsumexp(-1)
+        background = self.background(torch.cat([mean, features.amax((2, 3))], 1))
+        return Verdict(subjects, style, background, self.light(mean), one_scene)
 
     @torch.no_grad()
     def verdict(self, images: Sequence[Image.Image]) -> Verdict:
@@ -96,6 +107,14 @@ class Judge(nn.Module):
     def is_background(self, verdict: Verdict, background: str) -> torch.Tensor:
         """[B] bool."""
         return verdict.background.argmax(-1) == self.backgrounds.index(background)
+
+    def is_light(self, verdict: Verdict, light: str) -> torch.Tensor:
+        """[B] bool."""
+        return verdict.light.argmax(-1) == self.lights.index(light)
+
+    def is_one_scene(self, verdict: Verdict) -> torch.Tensor:
+        """[B] bool."""
+        return verdict.one_scene > 0
 
     def is_right(self, verdict: Verdict, scene: Scene) -> torch.Tensor:
         """[B] bool: whether all subjects of the scene are there, in its style."""

@@ -19,7 +19,6 @@ CONTACTS = {  # two subjects overlap: relation -> which of them is in front, 0 o
     "riding": 0, "on": 0, "in front of": 0, "hugging": 0, "behind": 1, "holding": 1,
 }  # fmt: skip
 STACKED = ("riding", "on")  # contacts in which the first subject is above the second
-UNSAID = "white"  # the background where a caption names none
 Box = tuple[int, int, int]  # a square: its size, and x and y of its upper left corner, in pixels
 
 
@@ -29,7 +28,7 @@ class Scene:
 
     Attributes:
         subjects: the subjects in the order in which they are named. It does not say where they stand.
-        background: a colour of `words.BACKGROUNDS`, a place of `words.PLACES`, or OPEN.
+        background: paper of a colour of `words.BACKGROUNDS`, a place of `words.PLACES`, or OPEN: some landscape.
         relation: where the first subject stands relative to the others, one of RELATIONS, or for two subjects
             of CONTACTS; None leaves all places free.
         upright: whether the canvas of two subjects stands on its short side. It is ignored if there is a relation.
@@ -39,7 +38,7 @@ class Scene:
 
     subjects: tuple[str, ...]
     style: str
-    background: str = UNSAID
+    background: str = OPEN
     relation: str | None = None
     upright: bool = False
     light: str | None = None
@@ -63,12 +62,11 @@ class Scene:
 
     def worded(self, form: int = 0, way: int = 0) -> str:
         """The caption in another wording, see `captions.worded`."""
-        background = OPEN if self.background == UNSAID else self.background
-        return worded(self.subjects, self.style, background, self.relation, self.light, form=form, way=way)
+        return worded(self.subjects, self.style, self.background, self.relation, self.light, form=form, way=way)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the canvas in pixels. Subjects are 50 to 58 pixels large."""
+        """Width and height of the canvas in pixels."""
         if self.canvas is not None:
             return self.canvas
         count = len(self.subjects)
@@ -95,7 +93,7 @@ def scene_in(prompt: str) -> Scene | None:
     if not subjects:
         return None
     style = next((word for word in text.split() if word in STYLES), "noto")
-    background = next((colour for colour in BACKGROUNDS if f" {colour} background" in text), UNSAID)
+    background = next((colour for colour in BACKGROUNDS if f" {colour} background" in text), OPEN)
     background = next((place for place, phrase in (*PLACES.items(), ("white", PAPER)) if phrase in text), background)
     light = None if background in BACKGROUNDS else next((w for w, phrase in LIGHTS.items() if phrase in text), None)
     relation = next((r for r in _possible(len(subjects)) if _is_said(r, subjects, text)), None)
@@ -127,8 +125,13 @@ def composition_scene(concepts: Sequence[str]) -> Scene:
 
 
 def places(scene: Scene) -> list[Box]:
-    """A box per subject, in the order named: 54 pixels large, near the middle of its square. They do not overlap."""
-    return [(54, x + 5, y + 5) for x, y in squares(scene)]
+    """A box per subject, in the order named: 54 pixels large, or 40 in a square of 48, near the middle of its square.
+
+    They do not overlap.
+    """
+    side = cell(scene)
+    size = round(side * 54 / SIDE)
+    return [(size, x + (side - size) // 2, y + (side - size) // 2) for x, y in squares(scene)]
 
 
 def in_contact(scene: Scene, size: int, hidden: float, mirrored: bool) -> list[Box]:
@@ -151,17 +154,25 @@ def in_contact(scene: Scene, size: int, hidden: float, mirrored: bool) -> list[B
     return [(size, first, top), (other, second, top + size - other)]
 
 
+def cell(scene: Scene) -> int:
+    """The side of each subject's square in pixels: SIDE, or less for two on a canvas that is smaller than two squares."""
+    if len(scene.subjects) != 2:
+        return SIDE
+    across, down = _grid(scene)
+    return min(SIDE, scene.size[0] // across, scene.size[1] // down)
+
+
 def squares(scene: Scene, order: Callable[[int], np.ndarray] = np.arange) -> list[tuple[int, int]]:
     """The upper left corner of each subject's square, in pixels. `order` permutes the places that are free.
 
     A canvas that is larger than its squares has them in its middle.
     """
     width, height = scene.size
-    count = len(scene.subjects)
+    count, side = len(scene.subjects), cell(scene)
     if count != 3:
-        across, down = {1: (1, 1), 2: (2, 1) if width > height else (1, 2), 4: (2, 2)}[count]
-        left, top = (width - across * SIDE) // 2, (height - down * SIDE) // 2
-        whole = [(left + x * SIDE, top + y * SIDE) for y in range(down) for x in range(across)]
+        across, down = _grid(scene)
+        left, top = (width - across * side) // 2, (height - down * side) // 2
+        whole = [(left + x * side, top + y * side) for y in range(down) for x in range(across)]
         if scene.relation:
             return whole if scene.relation in FIRST else whole[::-1]
         return [whole[i] for i in order(len(whole))]
@@ -172,3 +183,10 @@ def squares(scene: Scene, order: Callable[[int], np.ndarray] = np.arange) -> lis
     if relation in ACROSS:
         return [(near, SIDE // 2), *((far, i * SIDE) for i in others)]
     return [(SIDE // 2, near), *((i * SIDE, far) for i in others)]
+
+
+def _grid(scene: Scene) -> tuple[int, int]:
+    """How many squares of one, two or four subjects stand next to each other, and one below the other."""
+    width, height = scene.size
+    upright = height > width or (height == width and (scene.relation in UPRIGHT if scene.relation else scene.upright))
+    return {1: (1, 1), 2: (1, 2) if upright else (2, 1), 4: (2, 2)}[len(scene.subjects)]

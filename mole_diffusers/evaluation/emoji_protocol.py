@@ -13,6 +13,8 @@ from PIL import Image
 
 from mole_diffusers import emoji
 from mole_diffusers.emoji.judge import Judge
+from mole_diffusers.emoji.measures import touches_as_said
+from mole_diffusers.emoji.scenes import CONTACTS
 from mole_diffusers.emoji.world import EmojiWorld
 from mole_diffusers.evaluation.report import EvaluationReport
 from mole_diffusers.evaluation.rows import Row, digest_files
@@ -22,12 +24,25 @@ from mole_diffusers.lora import read_expert
 
 OWN = 7  # prompts of one concept alone
 NEAR = 2  # places of the judge, 16 pixels each; subjects closer than this are blended into one
+STYLES = ("noto", "watercolour", "twemoji", "pastel")  # of compositions that have none
+CLOSE = ((96, 64), (64, 96))  # canvases on which two subjects have 48 pixels each
 
 
-def scene_of(concepts: emoji.Concepts, index: int) -> emoji.Scene:
-    """The scene of composition `index` of its kind, on a coloured background, alternately wide and tall."""
-    colours = list(emoji.words.BACKGROUNDS)[1:]
-    return replace(emoji.composition_scene(concepts), background=colours[index % len(colours)], upright=bool(index % 2))
+def scene_of(kind: str, concepts: emoji.Concepts, index: int) -> emoji.Scene:
+    """The scene of composition `index` of its kind, in an open landscape unless the kind says paper.
+
+    Pairs are alternately wide and tall, and relations of contact take turns. A composition without a style is drawn in the
+    base styles that artists would choose for a scene, in turn.
+    """
+    scene = emoji.composition_scene(concepts)
+    if scene.style not in concepts:
+        scene = replace(scene, style=STYLES[index % len(STYLES)])
+    if kind == "contact":
+        return replace(scene, relation=list(CONTACTS)[index % len(CONTACTS)])
+    if kind == "two subjects, close":
+        return replace(scene, canvas=CLOSE[index % 2])
+    background = "white" if kind == "two subjects on paper" else scene.background
+    return replace(scene, background=background, upright=bool(index % 2))
 
 
 def cases(split: Mapping[str, Sequence[emoji.Concepts]]) -> list[tuple[Case, emoji.Scene]]:
@@ -35,7 +50,7 @@ def cases(split: Mapping[str, Sequence[emoji.Concepts]]) -> list[tuple[Case, emo
     found = []
     for kind, group in split.items():
         for i, concepts in enumerate(group):
-            scene = scene_of(concepts, i)
+            scene = scene_of(kind, concepts, i)
             found.append((Case(concepts, kind, scene.caption, size=scene.size), scene))
     return found
 
@@ -64,17 +79,18 @@ def own_prompts(concept: str) -> list[str]:
 class JudgeMetrics:
     """Measures pictures of cases with the judge, which nothing was trained with.
 
-    Each row has: `seen` (concept -> whether it is there), `success` (all are seen), `subjects` (the share of them that
-    is seen), `style`, `background`, and `apart` (whether the likeliest places of its subjects are two places or more
-    apart; None for a single subject). The judge only knows the world's canvases, so larger pictures are shrunk to those
-    of their scenes.
+    Each row has: `seen` (concept -> whether it is there), `all seen`, `one scene`, `success` (both, and the right one in
+    front if two are in contact), `subjects` (the share of them that is seen), `style`, `background`, `in order` (None
+    without contact), and `apart` (whether the likeliest places of its subjects are two places or more apart; None for a
+    single subject). The judge only knows the world's canvases, so larger pictures are shrunk to those of their scenes.
 
     Args:
         found: cases with their scenes, as `cases` returns them.
     """
 
-    def __init__(self, judge: Judge, found: Iterable[tuple[Case, emoji.Scene]]):
-        self.judge, self.scenes = judge, {(case.prompt, case.size): scene for case, scene in found}
+    def __init__(self, judge: Judge, drawings: emoji.Drawings, found: Iterable[tuple[Case, emoji.Scene]]):
+        self.judge, self.drawings = judge, drawings
+        self.scenes = {(case.prompt, case.size): scene for case, scene in found}
 
     def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
         scene = self.scenes[case.prompt, case.size]
@@ -82,12 +98,15 @@ class JudgeMetrics:
         verdict = self.judge.verdict(images)
         there = self.judge.sees(verdict, scene.subjects)  # [B, subjects]
         style, background = self.judge.is_style(verdict, scene.style), self.judge.is_background(verdict, scene.background)
-        apart = self._apart(scene, images)
+        apart, whole = self._apart(scene, images), self.judge.is_one_scene(verdict)
+        ordered = [touches_as_said(image, self.drawings, scene) if scene.relation in CONTACTS else None for image in images]
         rows: list[Row] = []
         for i in range(len(images)):
             seen = dict(zip(scene.subjects, there[i].tolist(), strict=True)) | {scene.style: bool(style[i])}
             asked = {concept: seen[concept] for concept in case.concepts}
-            row = {"seen": asked, "success": all(asked.values()), "subjects": there[i].float().mean().item()}
+            row: Row = {"seen": asked, "all seen": all(asked.values()), "one scene": bool(whole[i]), "in order": ordered[i]}
+            row["success"] = row["all seen"] and row["one scene"] and ordered[i] is not False
+            row["subjects"] = there[i].float().mean().item()
             rows.append(row | {"style": bool(style[i]), "background": bool(background[i]), "apart": apart[i]})
         return rows
 
@@ -113,7 +132,9 @@ REPORT = EvaluationReport(
     tables=(
         success_table,
         # Details of success: single concepts, and whether several subjects are apart.
-        partial(by_kind, scores=("concepts seen", "style", "background", "apart"), digits=2),
+        partial(
+            by_kind, scores=("all seen", "one scene", "in order", "concepts seen", "style", "background", "apart"), digits=2
+        ),
     ),
     values=("success",),
     judged={"success": "higher"},

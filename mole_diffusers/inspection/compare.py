@@ -99,8 +99,7 @@ def image_grid(
         y = top + r * (high + MARGIN)
         draw.text((MARGIN, y + high // 2), labels[r], "black", font, anchor="lm")
         for c, image in enumerate(row):
-            filter_ = Image.Resampling.NEAREST if image.width < wide else Image.Resampling.LANCZOS
-            fitted = ImageOps.contain(image, (wide, high), filter_)
+            fitted = ImageOps.contain(image, (wide, high), Image.Resampling.LANCZOS)
             x = left + c * (wide + MARGIN) + (wide - fitted.width) // 2
             sheet.paste(fitted, (x, y + (high - fitted.height) // 2))
     return sheet

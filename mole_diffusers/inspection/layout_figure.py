@@ -25,8 +25,7 @@ def overlay(
     shades = colours(layout.regions, shades)
     scale = side / max(picture.size)
     size = round(picture.width * scale), round(picture.height * scale)
-    filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    image = picture.convert("RGB").resize(size, filter_)
+    image = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     names = []
     for name, region in layout.regions.items():
         colour = ImageColor.getrgb(shades[name])[:3]

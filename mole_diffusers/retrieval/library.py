@@ -20,7 +20,7 @@ from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, read_entry, st
 from mole_diffusers.retrieval.phrases import phrases
 from mole_diffusers.retrieval.ranking import centroid, similarity, top
 
-THRESHOLD = 0.8  # in steps of .05, the lowest at which nine of ten base subjects of the emoji world find nothing
+THRESHOLD = 0.8  # in steps of .05, the lowest at which seven of eight base subjects of the emoji world find nothing
 
 
 @dataclass(frozen=True)

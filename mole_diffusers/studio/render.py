@@ -362,7 +362,8 @@ class Studio:
         second = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.hires_strength) if recipe.hires > 1 else 0
         if step > first:
             return "the larger picture" if step <= first + second else DETAILS
-        is_apart = step <= Tiling().until * recipe.steps + 1e-5 and not recipe.image and recipe.arm == "gates"
+        since, until = (share * recipe.steps + 1e-5 for share in (Tiling().since, Tiling().until))
+        is_apart = since < step <= until and not recipe.image and recipe.arm == "gates"
         if is_apart and (recipe.binding == TILES or (recipe.binding == AUTO and self.draws_in_tiles(recipe))):
             return "each subject by itself"
         return ""

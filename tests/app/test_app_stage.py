@@ -56,7 +56,8 @@ def test_several_subjects_get_a_size_at_which_each_has_room(actions):
     drawn = studio.complete(two)
     assert (drawn.width, drawn.height) == (2 * side, side)
     assert studio.draws_in_tiles(drawn)
-    assert studio.part_of_step(drawn, 1) == "each subject by itself"
+    assert studio.part_of_step(drawn, 1) == ""
+    assert studio.part_of_step(drawn, drawn.steps // 2 + 1) == "each subject by itself"
     assert studio.part_of_step(drawn, drawn.steps) == ""
     small = studio.complete(replace(two, width=side, height=side))
     assert (small.width, small.height) == (side, side)  # as asked, and the page has a button for the other

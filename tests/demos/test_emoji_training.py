@@ -10,6 +10,7 @@ from torch import nn
 
 from mole_diffusers import emoji_world
 from mole_diffusers.emoji import Drawings, default_folder, words
+from mole_diffusers.emoji.captions import words_of_captions
 from mole_diffusers.emoji.judge import Judge
 
 
@@ -35,18 +36,22 @@ def word_tokens(tokenizer, names) -> list[int]:
     return sorted({token for name in names for token in tokenizer(name, add_special_tokens=False).input_ids})
 
 
-def test_words_that_no_caption_had_get_vectors_of_their_own_and_no_other_word_changes(script):
+def test_words_that_no_caption_had_get_vectors_like_trained_ones_and_no_other_word_changes(script):
     world = emoji_world()
     tokenizer, encoder = world.pipe.tokenizer, world.pipe.text_encoder
     vectors = encoder.get_input_embeddings().weight.data
     shipped = vectors.clone()
-    frame = ("drawing", "of", "a", "an", "and", "left", "right", "above", "below", "on", "background")
+    frame = words_of_captions()
     once = ("bar", "joy")  # an earlier training had them
     known = word_tokens(tokenizer, (*words.BASE_SUBJECTS, *words.BASE_STYLES, *words.BACKGROUNDS, *frame, *once))
     unseen = sorted(set(word_tokens(tokenizer, (*words.SUBJECTS, *words.STYLES))) - set(known))
     vectors[unseen] *= 0.1  # as short as those that no update moved
     script("train_base").tell_words_apart(tokenizer, encoder)
-    torch.testing.assert_close(vectors, shipped, atol=2e-3, rtol=0)  # which was rounded to half precision
+    others = sorted(set(range(len(vectors))) - set(unseen))
+    assert torch.equal(vectors[others], shipped[others])
+    usual = vectors[known].norm(dim=1).median()
+    assert (0.5 * usual < vectors[unseen].norm(dim=1)).all()
+    assert (vectors[unseen].norm(dim=1) < 2 * usual).all()
 
 
 def test_the_text_encoder_tells_the_words_of_loras_apart():
@@ -59,7 +64,7 @@ def test_the_text_encoder_tells_the_words_of_loras_apart():
     states = torch.nn.functional.normalize(states, dim=1)
     cosines = (states @ states.T)[tuple(torch.triu_indices(len(states), len(states), 1))]
     assert cosines.max() < 0.8
-    assert cosines.median() < 0.2
+    assert cosines.median() < 0.45
 
 
 def tiny() -> nn.Module:
@@ -104,7 +109,7 @@ def test_a_resumed_run_takes_the_same_step(script):
 
 def test_a_judge_is_saved_with_its_words(script, tmp_path):
     torch.manual_seed(0)
-    judge = Judge(["fox", "owl", "bat", "pig", "ant"], ["ink", "noto"], ["white", "blue", "grey"]).eval()
+    judge = Judge(["fox", "owl", "bat", "pig", "ant"], ["ink", "noto"], ["white", "blue", "grey"], ["day", "night"]).eval()
     script("train_judge").save(judge, tmp_path)
     again = Judge.load(tmp_path)
     assert (again.subjects, again.styles, again.backgrounds) == (judge.subjects, judge.styles, judge.backgrounds)

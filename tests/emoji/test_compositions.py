@@ -57,7 +57,7 @@ def judge():
 def test_a_true_drawing_is_right_and_one_with_a_wrong_subject_is_not(judge):
     drawings = Drawings(default_folder())
     (case, scene), (_, other) = cases({"two subjects": [("fox", "octopus"), ("fox", "tomato")]})
-    metrics = JudgeMetrics(judge, [(case, scene)])
+    metrics = JudgeMetrics(judge, drawings, [(case, scene)])
     wrong = drawings.picture(other).rotate(90, expand=True)  # on the same canvas
     right_row, wrong_row = metrics(case, [drawings.picture(scene), wrong])
     assert (right_row["success"], right_row["apart"], right_row["background"]) == (True, True, True)
@@ -67,7 +67,7 @@ def test_a_true_drawing_is_right_and_one_with_a_wrong_subject_is_not(judge):
 
 def test_subjects_in_one_place_do_not_stand_apart(judge, monkeypatch):
     (case, scene), *_ = cases({"two subjects": [("fox", "koala")]})
-    metrics = JudgeMetrics(judge, [(case, scene)])
+    metrics = JudgeMetrics(judge, Drawings(default_folder()), [(case, scene)])
     maps = torch.zeros(2, len(judge.subjects), 4, 8)
     fox, koala = (judge.subjects.index(s) for s in ("fox", "koala"))
     maps[:, fox, 1, 2] = maps[0, koala, 1, 3] = maps[1, koala, 2, 4] = 9

@@ -10,7 +10,7 @@ from mole_diffusers.emoji.judge import Judge
 @pytest.fixture
 def judge():
     torch.manual_seed(0)
-    return Judge(["fox", "owl", "bat", "pig", "ant"], ["ink", "noto"], ["white", "blue", "grey"]).eval()
+    return Judge(["fox", "owl", "bat", "pig", "ant"], ["ink", "noto"], ["white", "blue", "grey"], ["day", "night"]).eval()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 64), (64, 128), (128, 128)])

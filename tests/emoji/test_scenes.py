@@ -95,6 +95,8 @@ def test_an_unknown_drawing_is_named(drawings):
 
 
 def test_captions_name_landscapes_and_lights_but_not_what_is_left_open():
+    assert Scene(("fox",), "ink").caption == "ink drawing of a fox"
+    assert Scene(("fox",), "ink", "white").caption == "ink drawing of a fox on white paper"
     assert Scene(("fox",), "ink", "open").caption == "ink drawing of a fox"
     assert Scene(("fox",), "ink", "beach", light="night").caption == "ink drawing of a fox on a beach at night"
     assert Scene(("fox", "bear"), "ink", "open", "riding").caption == "ink drawing of a fox riding a bear"
@@ -111,10 +113,7 @@ def test_a_scene_is_read_back_from_all_its_wordings(relation, background):
                 scene.worded(form)
             continue
         for way in range(3):
-            found = scene_in(scene.worded(form, way))
-            named = background if background != "open" else found.background
-            assert found == Scene(("fox", "owl"), "ink", named, relation, light=found.light)
-            assert found.light == (light if named in words.PLACES else None)
+            assert scene_in(scene.worded(form, way)) == scene
 
 
 def test_on_a_beach_is_a_place_and_on_a_bear_is_contact():

@@ -94,7 +94,7 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     assert shown[at : at + 2] == (0, 0)
     beside = len(functions["script"].inputs) - 1  # the last input is the picture that is drawn over
     fields = [value_of(field) for field in shown[:beside]]
-    assert "width=128,\n    height=64," in plain(functions["script"])(*fields, None)[0]
+    assert "width=128,\n    height=64," in plain(functions["script"])(*fields, None)[0]["value"]
     assert "width=128,\n    height=64," in asyncio.run(functions["code"].fn({"prompt": prompt}))
 
 

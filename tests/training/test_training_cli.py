@@ -2,7 +2,6 @@
 
 import json
 from importlib import import_module
-from types import SimpleNamespace
 
 import hosts
 import pytest
@@ -199,7 +198,7 @@ def test_loras_of_the_embedded_world_are_found_in_every_prompt(tmp_path, monkeyp
         raise ValueError("far enough")
 
     monkeypatch.setattr("mole_diffusers.mixture.attach", attach)
-    monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "trained_pipeline", lambda *_: SimpleNamespace(unet=None))
+    monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "trained_pipeline", lambda *_: tiny_pipeline())
     for words in (
         ["--prompt", "a picture", "--part", "a fox", "--part", "a tiger"],
         ["--single", "fox=noto drawing of a fox", "--single", "tiger=a tiger", "--term", "single"],

@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 from check_world import joint_file
 from loop import WORK, device, mixed_precision, small_attention
 from packing import pack
@@ -38,7 +39,7 @@ from mole_diffusers.evaluation.isolation import UNTIL as ISOLATED
 from mole_diffusers.evaluation.isolation import isolated
 from mole_diffusers.evaluation.plots import bars
 from mole_diffusers.evaluation.regional_composers import RegionalPrompt
-from mole_diffusers.evaluation.rows import Row, Rows, digest_files
+from mole_diffusers.evaluation.rows import Row, Rows, digest_files, picture_path
 from mole_diffusers.evaluation.runner import Arm, Case, Metrics, Setup, evaluate
 from mole_diffusers.evaluation.strength_search import best_weights, read_weights, search_arms
 from mole_diffusers.evaluation.tables import as_frame, success_table
@@ -141,7 +142,7 @@ def side_by_side(world: EmojiWorld, kind: str, index: int, *, joint: bool) -> tu
     """
     concepts = (TEST | LARGER)[kind][index]
     experts = {"joint": joint_file(concepts)} if joint else {name: world.loras[name] for name in concepts}
-    scene = emoji_protocol.scene_of(concepts, index)
+    scene = emoji_protocol.scene_of(kind, concepts, index)
     call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "width": scene.size[0], "height": scene.size[1]}
     mixture = attach(world.pipe, experts, binding={"joint": list(concepts)} if joint else "auto")
     seeds = [SEEDS["test"]]
@@ -162,6 +163,28 @@ def side_by_side(world: EmojiWorld, kind: str, index: int, *, joint: bool) -> tu
         "true drawing": true,
     }
     return pictures, " +\n".join(concepts)
+
+
+def sheet_of(verdicts: Sequence[Row], rows: Rows, path: Path) -> None:
+    """The pictures of the first seed: a row per composition, a column per arm."""
+    arms_drawn = list(dict.fromkeys(row["arm"] for row in verdicts))
+    found = {
+        (row["kind"], row["case"], row["arm"]): Image.open(picture_path(rows.folder, row))
+        for row in verdicts
+        if row["seed"] == min(each["seed"] for each in verdicts)
+    }
+    drawn = list(dict.fromkeys((kind, case) for kind, case, _ in found))
+    cells = [[found[kind, case, arm] for arm in arms_drawn] for kind, case in drawn]
+    page = image_grid(cells, arms_drawn, [case.rpartition(" ")[0].replace("+", " +\n") for _, case in drawn], cell=144)
+    page.quantize(256).save(path, optimize=True)
+
+
+def draw_asked(args: argparse.Namespace, table: pd.DataFrame, verdicts: Sequence[Row], rows: Rows) -> None:
+    """The sheet and the chart, if they are asked for."""
+    if args.sheet:
+        sheet_of(verdicts, rows, args.sheet)
+    if args.chart:
+        bars(table, args.chart)
 
 
 FIGURES = {  # figure -> its compositions by kind and index, and its columns
@@ -186,7 +209,7 @@ def figure(world: EmojiWorld, name: str, path: Path) -> None:
     rows = [side_by_side(world, *each, joint=name == "joint") for each in found]
     cells = [[pictures[column] for column in columns] for pictures, _ in rows]
     page = image_grid(cells, columns, [label for _, label in rows], cell=256)
-    page.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)  # to keep the file small
+    page.quantize(256).save(path, optimize=True)  # to keep the file small
 
 
 def main() -> None:
@@ -200,6 +223,7 @@ def main() -> None:
     parser.add_argument("--figure", choices=FIGURES, help="draw that picture of docs/ instead")
     parser.add_argument("--pack", action="store_true", help="write the verdicts to docs/results/, too")
     parser.add_argument("--search", action="store_true", help="find the sum's best strengths for each kind, on validation")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="put the first seed of each composition on a sheet, too")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw success by kind, too")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
@@ -231,8 +255,7 @@ def main() -> None:
         return
     if args.pack:
         pack(args.split, table, ["kind", "concepts", "arm", "seed"])
-    if args.chart:
-        bars(table, args.chart)
+    draw_asked(args, table, verdicts, rows)
     if "sum" in args.arms and len(args.arms) > 1:
         print(success_table(table, against="sum"))
 

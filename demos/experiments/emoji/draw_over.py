@@ -64,7 +64,8 @@ def main() -> None:
     pairs = SPLITS[args.split]["two subjects"][: args.per_kind]
     for way, context in WAYS.items():
         with context:
-            right = [each for i, pair in enumerate(pairs) for each in kept(world, pipe, scene_of(pair, i), seeds)]
+            scenes = [scene_of("two subjects", pair, i) for i, pair in enumerate(pairs)]
+            right = [each for scene in scenes for each in kept(world, pipe, scene, seeds)]
         print(f"{way}: {Share(sum(right), len(right))}", flush=True)
 
 

@@ -208,7 +208,7 @@ def main() -> None:
     trained = [bound(name, n) for n in args.updates for name in args.rungs]
     drawn = [*(ARMS[name]() for name in ("sum", "bound", "tiles")), *trained]
     seeds = range(SEEDS["validation"], SEEDS["validation"] + args.seeds)
-    metrics = emoji_protocol.JudgeMetrics(world.judge(), found)
+    metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
     rows = Rows(WORK / "ladder" / "rows")
     table = as_frame(measured(setup, drawn, found, metrics, seeds=seeds, rows=rows))
     print(success_table(table))

@@ -7,24 +7,26 @@ import numpy as np
 import torch
 from encoder import patches
 from loop import WORK, save_whole, to_tensor
-from random_scenes import draw_landscape, is_unseen, random_caption, random_picture
+from random_scenes import draw_scene, is_unseen, random_caption, random_picture
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings
 from mole_diffusers.emoji.scenes import Scene
 
 SHAPES = {"one": 256, "wide": 128, "tall": 128, "square": 64, "broad": 128, "high": 128, "large": 96}  # pictures per chunk
-CANVASES = {"broad": (96, 64), "high": (64, 96), "large": (96, 96)}  # of other shapes: one subject, or two in contact
+CANVASES = {"broad": (96, 64), "high": (64, 96), "large": (96, 96)}  # of other shapes: one subject, or two closer together
 FOLDER = WORK / "scenes"
-TOUCHING = 24  # the first chunk with subjects in contact
+TOUCHING, SMALL = 24, 53  # the first chunks with subjects in contact, and with small subjects
 
 
 def draw_shape(shape: str, rng: np.random.Generator, k: int) -> Scene:
     """A random scene on a canvas for chunk k, from the cells that the base may see."""
-    touches = shape in CANVASES and k >= TOUCHING and rng.random() < 2 / 3
-    count = {"wide": 2, "tall": 2, "square": int(rng.integers(3, 5))}.get(shape, 1 + touches)
+    kind = rng.random() if shape in CANVASES and k >= TOUCHING else 1.0
+    touches = kind < 2 / 3
+    pair = touches or (kind < 0.85 and k >= SMALL)
+    count = {"wide": 2, "tall": 2, "square": int(rng.integers(3, 5))}.get(shape, 1 + pair)
     while True:
-        scene = draw_landscape(
+        scene = draw_scene(
             words.BASE_SUBJECTS,
             words.BASE_STYLES,
             rng,
@@ -35,7 +37,7 @@ def draw_shape(shape: str, rng: np.random.Generator, k: int) -> Scene:
         )
         width, height = scene.size
         if shape in CANVASES:
-            if touches and shape != "large" and (width, height) != CANVASES[shape]:
+            if pair and shape != "large" and (width > height) != (shape == "broad"):
                 continue
             return replace(scene, canvas=CANVASES[shape])
         if {"wide": width > height, "tall": height > width}.get(shape, True):

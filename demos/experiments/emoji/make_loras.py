@@ -1,22 +1,27 @@
 """Teach the base new concepts: a LoRA per held-out subject and style, or for any other drawn concept by name.
 
-    python demos/experiments/emoji/make_loras.py [NAME ...]
+    python demos/experiments/emoji/make_loras.py [NAME ...] [--beside] [--to FOLDER]
 
-A subject is shown in every base style, alone and next to base subjects on wide and tall canvases. A style is shown on the
-base subjects. No LoRA sees a held-out subject in a held-out style. The LoRAs have ranks 4, 8 and 16 and two sets of layers,
-and two files are in kohya's format with alpha != rank. Existing files are kept, so you can continue an interrupted run.
+A subject is taught as artists teach one: from pictures of it alone, in every base style, in open and named landscapes.
+`--beside` teaches it from pictures in which it also stands beside base subjects. A LoRA that never saw its subject beside
+another colours its neighbour; this is what a composer should undo. A style is shown on one or two base subjects. No LoRA
+sees a held-out subject in a held-out style. The LoRAs have ranks 4, 8 and 16 and two sets of layers, and two files are in
+kohya's format with alpha != rank. Existing files are kept, so you can continue an interrupted run.
 """
 
 import argparse
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import train_base
+from latents import CANVASES
 from loop import mixed_precision, note, small_attention
-from random_scenes import draw_scene, random_picture
+from random_scenes import draw_scene, random_caption, random_picture
 from torch import nn
 
 from mole_diffusers.emoji import words
@@ -29,9 +34,10 @@ from mole_diffusers.training.denoising import denoising_loss
 from mole_diffusers.training.latents import encode
 from mole_diffusers.training.lora_adapter import add_lora, save_lora
 
-PICTURES = {"one": 320, "wide": 320, "tall": 320}  # encoded pictures per canvas
-BATCH = {"one": 16, "wide": 8, "tall": 8}  # pictures per update
-TURNS = ("wide", "tall", "one", "wide", "tall")  # four fifths are pairs; with fewer, a LoRA colours its neighbour
+PICTURES = {"one": 320, "wide": 320, "tall": 320, "broad": 128, "high": 128, "large": 96}  # encoded pictures per canvas
+BATCH = {"one": 16, "wide": 8, "tall": 8, "broad": 10, "high": 10, "large": 6}  # pictures per update
+ALONE = ("one", "one", "broad", "one", "one", "high", "large")  # canvases in turn, with one subject in each picture
+BESIDE = ("wide", "tall", "one", "wide", "tall")  # four fifths are pairs; with fewer, a LoRA colours its neighbour
 KOHYA = ("octopus", "duotone")
 WIDE = ("attention", "feed-forward")  # with only attention layers, a LoRA stays soft
 
@@ -50,7 +56,7 @@ class Recipe:
 RECIPES = {  # ranks and layers are mixed, like in artists' files
     "sunflower": Recipe(rank=16),
     "doughnut": Recipe(rank=4),
-    "tiger": Recipe(rank=16, layers=(*WIDE, "convolution")),
+    "tiger": Recipe(layers=(*WIDE, "convolution")),
     "koala": Recipe(rank=4),
     "duotone": Recipe(text_lr=1e-3),
     "thermal": Recipe(rank=4),
@@ -62,33 +68,43 @@ def recipe(concept: str) -> Recipe:
     return RECIPES.get(concept, Recipe())
 
 
+def turns(concept: str, beside: bool) -> tuple[str, ...]:
+    """The canvases, in turn, on which a concept is taught."""
+    return BESIDE if beside or concept in words.STYLES else ALONE
+
+
 def concept_scene(concept: str, shape: str, rng: np.random.Generator) -> Scene:
     """A training scene: a style on base subjects, or a subject in a base style, alone or next to a base subject."""
     while True:
-        count = 1 if shape == "one" else 2
+        count = 2 if shape in ("wide", "tall") else 1
         if concept in words.STYLES:
             scene = draw_scene(words.BASE_SUBJECTS, (concept,), rng, count=count)
         else:
             scene = draw_scene(words.BASE_SUBJECTS, words.BASE_STYLES, rng, count=count)
             slot = int(rng.integers(count))
-            subjects = tuple(concept if i == slot else s for i, s in enumerate(scene.subjects))
-            scene = Scene(subjects, scene.style, scene.background, scene.relation, scene.upright)
+            scene = replace(scene, subjects=tuple(concept if i == slot else s for i, s in enumerate(scene.subjects)))
         width, height = scene.size
         if {"wide": width > height, "tall": height > width}.get(shape, True):
-            return scene
+            return replace(scene, canvas=CANVASES.get(shape))
 
 
-def concept_samples(pipe, drawings: Drawings, concepts: tuple[str, ...]) -> dict[str, Samples]:
+def concept_samples(
+    pipe, drawings: Drawings, concepts: tuple[str, ...], shapes: Iterable[str] = BESIDE
+) -> dict[str, Samples]:
     """Pictures of each concept by itself, as latents with captions, by canvas."""
     rng = np.random.default_rng([sum(map(ord, c)) for c in concepts])
     found = {}
-    for shape, count in PICTURES.items():
-        scenes = [concept_scene(concepts[i % len(concepts)], shape, rng) for i in range(count * len(concepts))]
-        found[shape] = encode(pipe, [random_picture(drawings, s, rng) for s in scenes], [s.caption for s in scenes])
+    for shape in dict.fromkeys(shapes):
+        scenes = [concept_scene(concepts[i % len(concepts)], shape, rng) for i in range(PICTURES[shape] * len(concepts))]
+        found[shape] = encode(
+            pipe, [random_picture(drawings, s, rng) for s in scenes], [random_caption(s, rng) for s in scenes]
+        )
     return found
 
 
-def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> dict[str, torch.Tensor]:
+def train(
+    pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float, shapes: Sequence[str] = BESIDE
+) -> dict[str, torch.Tensor]:
     """Tensors of a LoRA trained on the canvases in turn. The pipeline is left as it was."""
     config = LoraTraining(
         rank=chosen.rank, alpha=alpha, layers=chosen.layers, steps=chosen.steps, lr=chosen.lr, text_lr=chosen.text_lr
@@ -104,7 +120,7 @@ def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> di
         )
         generator = torch.Generator().manual_seed(0)
         for step in range(chosen.steps):
-            shape = TURNS[step % len(TURNS)]
+            shape = shapes[step % len(shapes)]
             with small_attention(), mixed_precision():
                 loss = denoising_loss(pipe, samples[shape], RandomBatch(generator, BATCH[shape]))
             loss.backward()
@@ -119,17 +135,20 @@ def train(pipe, samples: dict[str, Samples], chosen: Recipe, alpha: float) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=[*words.HELD_OUT_SUBJECTS, *words.HELD_OUT_STYLES])
-    names = parser.parse_args().names
+    parser.add_argument("--beside", action="store_true", help="teach subjects beside others, too")
+    parser.add_argument("--to", type=Path, help="the folder for the files; by default that of the world")
+    args = parser.parse_args()
     pipe, drawings = train_base.trained(), Drawings(default_folder())
-    folder = default_folder() / "loras"
-    for name in names:
+    folder = args.to or default_folder() / "loras"
+    for name in args.names:
         path = folder / f"{name.replace(' ', '_')}.safetensors"
         if path.exists():
             continue
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         start, chosen = time.time(), recipe(name)
         alpha = chosen.rank / 2 if name in KOHYA else chosen.rank
-        tensors = train(pipe, concept_samples(pipe, drawings, (name,)), chosen, alpha)
+        shapes = turns(name, args.beside)
+        tensors = train(pipe, concept_samples(pipe, drawings, (name,), shapes), chosen, alpha, shapes)
         save_lora(tensors, path, alpha=alpha, triggers=name, format="kohya" if name in KOHYA else "diffusers")
         note(f"lora {name}", rank=chosen.rank, steps=chosen.steps, seconds=round(time.time() - start))
 

@@ -9,10 +9,10 @@ from PIL import Image
 
 from mole_diffusers.emoji.captions import FORMS, TAGGED
 from mole_diffusers.emoji.drawings import Drawings
-from mole_diffusers.emoji.scenes import CONTACTS, RELATIONS, SIDE, Box, Scene, squares
+from mole_diffusers.emoji.scenes import CONTACTS, RELATIONS, SIDE, Box, Scene, cell, squares
 from mole_diffusers.emoji.words import BACKGROUNDS, LIGHTS, OPEN, PLACES
 
-SMALLEST, LARGEST = 50, 58  # pixels of a subject's side
+SMALLEST, LARGEST = 50, 58  # pixels of a subject's side in a square of SIDE pixels
 SHIFT = 1  # most pixels that a subject is off the middle of its square: what captions do not say is blurred at first
 OVERLAPS = (0.22, 0.38)  # share of the smaller of two subjects in contact that overlaps with the other
 UNSEEN_SHARE = 0.15
@@ -37,38 +37,18 @@ def draw_scene(
     count: int,
     allowed: Callable[[str, str], bool] | None = None,
     placed: float = 0.2,
-) -> Scene:
-    """A random scene of `count` different subjects on paper. A third of scenes have a coloured background.
-
-    Args:
-        allowed: allowed(subject, style) says which cells may be drawn; None allows all.
-        placed: the share of scenes with two or three subjects whose caption says places.
-    """
-    style, chosen = _cell(subjects, styles, rng, count, allowed)
-    background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 1 / 3 else "white"
-    relation = str(rng.choice(RELATIONS)) if count in (2, 3) and rng.random() < placed else None
-    return Scene(chosen, style, background, relation, bool(rng.integers(2)))
-
-
-def draw_landscape(
-    subjects: Sequence[str],
-    styles: Sequence[str],
-    rng: np.random.Generator,
-    *,
-    count: int,
-    allowed: Callable[[str, str], bool] | None = None,
-    placed: float = 0.2,
     touching: float = 0.0,
 ) -> Scene:
     """A random scene of `count` different subjects, four in five of them in a landscape, open or named, and in any light.
 
     Args:
-        allowed, placed: see `draw_scene`.
+        allowed: allowed(subject, style) says which cells may be drawn; None allows all.
+        placed: the share of scenes with two or three subjects whose caption says places.
         touching: the share of scenes of two subjects that are in contact.
     """
     style, chosen = _cell(subjects, styles, rng, count, allowed)
     kind = rng.random()
-    background = OPEN if kind < 0.45 else str(rng.choice(list(PLACES if kind < 0.8 else BACKGROUNDS)))
+    background = OPEN if kind < 0.35 else str(rng.choice(list(PLACES if kind < 0.8 else BACKGROUNDS)))
     background = "white" if kind > 0.9 else background
     light = str(rng.choice(list(LIGHTS))) if background not in BACKGROUNDS and rng.random() < 0.4 else None
     relation = None
@@ -117,7 +97,8 @@ def scattered(scene: Scene, rng: np.random.Generator, freedom: float = 1.0) -> l
         freedom: how far sizes and places in a square may be from `mole_diffusers.emoji.scenes.places`, in 0..1.
     """
     corners = squares(scene, rng.permutation)
-    return [(size, x + dx, y + dy) for x, y in corners for size, dx, dy in [_within_square(rng, freedom)]]
+    boxes = [_within_square(rng, freedom, cell(scene)) for _ in corners]
+    return [(size, x + dx, y + dy) for (x, y), (size, dx, dy) in zip(corners, boxes, strict=True)]
 
 
 def touching(drawings: Drawings, scene: Scene, rng: np.random.Generator, freedom: float = 1.0) -> list[Box]:
@@ -126,8 +107,8 @@ def touching(drawings: Drawings, scene: Scene, rng: np.random.Generator, freedom
     return drawings.touching(scene, size, rng.uniform(*OVERLAPS), mirrored=bool(rng.integers(2)))
 
 
-def _within_square(rng: np.random.Generator, freedom: float) -> Box:
-    """A box near the middle of a square of SIDE pixels: a UNet knows places only from its padding."""
-    size = round(54 + freedom * (rng.uniform(SMALLEST, LARGEST) - 54))
-    x, y = (round((SIDE - size) / 2 + freedom * v) for v in rng.uniform(-SHIFT, SHIFT, 2))
+def _within_square(rng: np.random.Generator, freedom: float, side: int) -> Box:
+    """A box near the middle of a square of `side` pixels: a UNet knows places only from its padding."""
+    size = round((54 + freedom * (rng.uniform(SMALLEST, LARGEST) - 54)) * side / SIDE)
+    x, y = (round((side - size) / 2 + freedom * v) for v in rng.uniform(-SHIFT, SHIFT, 2))
     return size, x, y

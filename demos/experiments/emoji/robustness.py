@@ -145,7 +145,7 @@ def wording(point: Point) -> dict[str, Point]:
 def other_words(scene: Scene) -> str:
     """A wording with "style", "showing" and "beside", which were in no caption."""
     things = " beside ".join(map(article, scene.subjects))
-    return f"a drawing in the style of {scene.style} showing {things} on a {scene.background} background"
+    return f"a drawing in the style of {scene.style} showing {things}"
 
 
 def other_order(scene: Scene) -> str:

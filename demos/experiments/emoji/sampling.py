@@ -13,8 +13,15 @@ from mole_diffusers.emoji.scenes import Scene
 STEPS, GUIDANCE, BATCH = 20, 3.0, 16
 
 
-def generate(pipe, scenes: Sequence[Scene], *, seed: int = 0, steps: int = STEPS) -> list[Image.Image]:
-    """A picture of each scene on its own canvas, in order. Picture i has the noise of seed + i."""
+def generate(
+    pipe, scenes: Sequence[Scene], captions: Sequence[str] = (), *, seed: int = 0, steps: int = STEPS
+) -> list[Image.Image]:
+    """A picture of each scene on its own canvas, in order. Picture i has the noise of seed + i.
+
+    Args:
+        captions: a caption for each scene; by default its own.
+    """
+    captions = captions or [scene.caption for scene in scenes]
     out: dict[int, Image.Image] = {}
     for size in sorted({s.size for s in scenes}):
         of_size = [i for i, s in enumerate(scenes) if s.size == size]
@@ -22,7 +29,7 @@ def generate(pipe, scenes: Sequence[Scene], *, seed: int = 0, steps: int = STEPS
             rows = of_size[start : start + BATCH]
             with small_attention(), mixed_precision():
                 found = pipe(
-                    [scenes[i].caption for i in rows],
+                    [captions[i] for i in rows],
                     width=size[0],
                     height=size[1],
                     num_inference_steps=steps,
@@ -62,6 +69,6 @@ def sheet(scenes: Sequence[Scene], rows: Sequence[Sequence[Image.Image]], *, col
     page = Image.new("RGB", (columns * cell, bands * cell * len(rows)), "white")
     for k, pictures in enumerate(rows):
         for i, picture in enumerate(pictures):
-            big = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+            big = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS)
             page.paste(big, (i % columns * cell, (i // columns * len(rows) + k) * cell))
     return page

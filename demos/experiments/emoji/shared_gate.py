@@ -223,7 +223,7 @@ def main() -> None:
     for split, found in cases.items():
         drawn = [ARMS["bound"](), *(DRAWN[name]() for name in args.gates)]
         seeds, rows = range(SEEDS[split], SEEDS[split] + args.seeds), Rows(FOLDER / "rows" / split)
-        metrics = emoji_protocol.JudgeMetrics(world.judge(), found)
+        metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
         table = as_frame(measured(setup, drawn, found, metrics, seeds=seeds, rows=rows))
         print(split, success_table(table), success_table(table, against="bound"), sep="\n", flush=True)
         if args.pack:

@@ -62,7 +62,7 @@ def main() -> None:
         samples = generate(pipe, scenes)
     columns = 9 if args.what == "loras" else 6
     page = sheet(scenes, [samples, [drawings.picture(s) for s in scenes]], columns=columns)
-    page.quantize(96, dither=Image.Dither.NONE).save(args.out, optimize=True)  # to keep the file small
+    page.quantize(256).save(args.out, optimize=True)  # to keep the file small
     print("\n".join(s.caption for s in scenes))
 
 

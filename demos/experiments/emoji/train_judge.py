@@ -1,4 +1,6 @@
-"""Train the evaluator, which tells subjects, style and background. It is never used to train anything else.
+"""Train the evaluator, which tells subjects, style, background and light, and whether a picture is one scene.
+
+It is never used to train anything else.
 
     python demos/experiments/emoji/train_judge.py [--steps 8000]
 
@@ -10,7 +12,7 @@ does not know start from scratch.
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,65 +23,139 @@ from diffusers import AutoencoderKL
 from encoder import Patches, patches
 from loop import averaged, cosine, device, fit, mixed_precision, note, to_tensor
 from muon import MuonAndAdamW
+from PIL import Image
 from random_scenes import draw_scene, random_picture
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.judge import Judge
-from mole_diffusers.emoji.scenes import Scene
+from mole_diffusers.emoji.scenes import CONTACTS, SIDE, STACKED, Scene, squares
 
-BATCH = {1: 40, 2: 20, 3: 10, 4: 10}  # subjects in the picture -> pictures per update
-TURNS = (1, 2, 1, 2, 3, 4)  # subjects per picture in successive updates
+BATCH = {1: 32, 2: 18, 3: 9, 4: 9}  # subjects in the picture -> pictures per update
+TURNS = (1, 2, 2, 1, 2, 3, 2, 4)  # subjects per picture in successive updates
+CANVASES = ((96, 64), (64, 96), (96, 96))  # of other shapes: one subject, or two closer together
+PASTED = 0.25  # share of pictures that are put together from two scenes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures of one size, and what they show: subjects [B, S] are 0 or 1, style and background [B] are indices."""
+    """B pictures of one size, and what they show: subjects [B, S] and one_scene [B] are 0 or 1, the others [B] indices.
+
+    A light of -1 is that of paper, which has none.
+    """
 
     pictures: torch.Tensor
     subjects: torch.Tensor
     style: torch.Tensor
     background: torch.Tensor
+    light: torch.Tensor
+    one_scene: torch.Tensor
 
 
-def begin(judge: Judge, saved: Judge) -> None:
+def begin(judge: Judge, saved: dict[str, torch.Tensor], known: dict[str, list[str]]) -> None:
     """Copy what a saved judge knows: its trunk, and in its heads the words that both have."""
-    weights = dict(saved.state_dict())
-    for head, now, before in (
-        ("subject", judge.subjects, saved.subjects),
-        ("style", judge.styles, saved.styles),
-        ("background", judge.backgrounds, saved.backgrounds),
-    ):
-        known = [word for word in now if word in before]
+    weights = judge.state_dict() | saved
+    for head, now in (("subject", judge.subjects), ("style", judge.styles), ("background", judge.backgrounds)):
+        before = known[f"{head}s"]
+        both = [word for word in now if word in before]
         for part in ("weight", "bias"):
             rows = judge.state_dict()[f"{head}.{part}"].clone()
-            rows[[now.index(w) for w in known]] = weights[f"{head}.{part}"][[before.index(w) for w in known]]
+            rows[[now.index(w) for w in both]] = saved[f"{head}.{part}"][[before.index(w) for w in both]].float()
             weights[f"{head}.{part}"] = rows
     judge.load_state_dict(weights)
 
 
-def labelled(drawings: Drawings, judge: Judge, scenes: list[Scene], rng: np.random.Generator) -> Batch:
-    """Pictures of scenes on the same canvas, labelled with the judge's indices."""
+def labelled(drawings: Drawings, judge: Judge, scenes: list[Scene], rng: np.random.Generator, pasted: float = 0.0) -> Batch:
+    """Pictures of scenes on the same canvas, labelled with the judge's indices; a share `pasted` shows two scenes."""
+    pictures, whole, lights = [], [], []
+    for scene in scenes:
+        scene = with_light(scene, rng)
+        joined = rng.random() < pasted
+        pictures.append(of_two_scenes(drawings, scene, rng) if joined else random_picture(drawings, scene, rng))
+        whole.append(float(not joined))
+        lights.append(judge.lights.index(scene.light) if scene.light and not joined else -1)
     return Batch(
-        to_tensor([random_picture(drawings, s, rng) for s in scenes]).to(device()),
+        to_tensor(pictures).to(device()),
         torch.tensor([[float(s in scene.subjects) for s in judge.subjects] for scene in scenes], device=device()),
         torch.tensor([judge.styles.index(s.style) for s in scenes], device=device()),
         torch.tensor([judge.backgrounds.index(s.background) for s in scenes], device=device()),
+        torch.tensor(lights, device=device()),
+        torch.tensor(whole, device=device()),
     )
+
+
+def with_light(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with a light of its own, if it is a landscape whose light is left open."""
+    if scene.light or scene.background in words.BACKGROUNDS:
+        return scene
+    return replace(scene, light=str(rng.choice(list(words.LIGHTS), p=(0.6, 0.2, 0.2))))
+
+
+def other_place(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same subjects before another background: of the same name, if it is a landscape, in a quarter of cases."""
+    if scene.background not in words.BACKGROUNDS and rng.random() < 0.25:
+        return scene
+    others = [b for b in (words.OPEN, *words.PLACES, *words.BACKGROUNDS) if b != scene.background]
+    return replace(scene, background=str(rng.choice(others)), light=None)
+
+
+def of_two_scenes(drawings: Drawings, scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """A picture of the scene's canvas that is put together: of the left of one scene and the right of another, or, if
+    several subjects have squares of their own, of a picture of each subject. Edges are sharp or up to 12 pixels soft.
+    """
+    width, height = scene.size
+    apart = len(scene.subjects) > 1 and scene.canvas is None
+    other = with_light(other_place(scene, rng), rng)
+    whole, second = (random_picture(drawings, s, rng) for s in (scene, other))
+    soft = rng.uniform(1, 12)
+    if not apart or (width >= height and rng.random() < 0.5):
+        return Image.composite(second, whole, _mask(whole.size, (width // 2, 0, width, height), soft))
+    corners = squares(scene, rng.permutation)
+    for i, ((x, y), subject) in enumerate(zip(corners, scene.subjects, strict=True)):
+        place = (scene, other)[i] if i < 2 else with_light(other_place(scene, rng), rng)
+        alone = replace(place, subjects=(subject,), relation=None)
+        tile = np.asarray(random_picture(drawings, alone, rng))
+        around = np.pad(tile, ((y, height - y - SIDE), (x, width - x - SIDE), (0, 0)), mode="edge")
+        mask = _mask(whole.size, (x, y, x + SIDE, y + SIDE), min(soft, 4))
+        whole = Image.composite(Image.fromarray(around), whole, mask)
+    return whole
+
+
+def _mask(size: tuple[int, int], box: tuple[int, int, int, int], soft: float) -> Image.Image:
+    """White inside a box (left, top, right, bottom), black outside of it, with edges of `soft` pixels inside the picture."""
+
+    def inside(length: int, low: float, high: float) -> np.ndarray:
+        at = np.arange(length) + 0.5
+        from_low, from_high = at - (low if low > 0 else -length), (high if high < length else 2 * length) - at
+        return np.clip(np.minimum(from_low, from_high) / soft + 0.5, 0, 1)
+
+    across, down = inside(size[0], box[0], box[2]), inside(size[1], box[1], box[3])
+    return Image.fromarray((255 * down[:, None] * across).astype(np.uint8))
 
 
 def scenes_of(count: int, number: int, rng: np.random.Generator) -> list[Scene]:
     """`number` random scenes of `count` subjects on one canvas. Every eighth subject stands there twice."""
-    upright = bool(rng.integers(2))
+    upright, odd = bool(rng.integers(2)), rng.random() < 1 / 2
+    shape = CANVASES[rng.integers(len(CANVASES))] if odd and count < 3 else None
     scenes: list[Scene] = []
     while len(scenes) < number:
-        scene = draw_scene(words.SUBJECTS, words.STYLES, rng, count=count)
-        if count > 1 and rng.random() < 1 / 8:
-            scene = Scene((scene.subjects[0], *scene.subjects[:-1]), scene.style, scene.background, upright=upright)
-        if count != 2 or (scene.size[1] > scene.size[0]) == upright:
+        scene = draw_scene(words.SUBJECTS, words.STYLES, rng, count=count, touching=0.6 * (shape is not None))
+        if shape is not None:
+            scene = replace(scene, canvas=shape)
+            if count == 2 and not fits(scene):
+                continue
+        elif count > 1 and rng.random() < 1 / 8:
+            scene = replace(scene, subjects=(scene.subjects[0], *scene.subjects[:-1]))
+        if shape is not None or count != 2 or (scene.size[1] > scene.size[0]) == upright:
             scenes.append(scene)
     return scenes
+
+
+def fits(scene: Scene) -> bool:
+    """Whether two subjects in contact have room on the scene's canvas."""
+    width, height = scene.size
+    return (width == height) or scene.relation is None or (height > width) == (scene.relation in STACKED)
 
 
 def degrade(x: torch.Tensor, rng: np.random.Generator, coding: tuple[Patches, AutoencoderKL] | None) -> torch.Tensor:
@@ -105,33 +181,43 @@ def loss_of(judge: Judge, batch: Batch, x: torch.Tensor) -> torch.Tensor:
     with mixed_precision():
         logits = judge(x)
     there = torch.tensor(8.0, device=x.device)  # weight of a subject that is there, relative to one that is not
-    subjects = F.binary_cross_entropy_with_logits(logits.subjects.float(), batch.subjects, pos_weight=there)
+    whole = batch.one_scene.bool()  # what is pasted shows some of its subjects in halves, and two backgrounds
+    subjects = F.binary_cross_entropy_with_logits(logits.subjects[whole].float(), batch.subjects[whole], pos_weight=there)
     style = F.cross_entropy(logits.style.float(), batch.style)
-    return 20 * subjects + style + 0.5 * F.cross_entropy(logits.background.float(), batch.background)
+    background = F.cross_entropy(logits.background[whole].float(), batch.background[whole])
+    light = F.cross_entropy(logits.light.float(), batch.light, ignore_index=-1) if (batch.light >= 0).any() else 0.0
+    one_scene = F.binary_cross_entropy_with_logits(logits.one_scene.float(), batch.one_scene)
+    return 20 * subjects + style + background + 0.5 * light + 2 * one_scene
 
 
 @torch.no_grad()
-def read_right(drawings: Drawings, judge: Judge, count: int, *, pictures: int = 512) -> torch.Tensor:
-    """[3, `pictures` or a few more] bool: whether the judge gets subjects, style and background right.
+def read_right(drawings: Drawings, judge: Judge, count: int, *, pictures: int = 512) -> dict[str, list[bool]]:
+    """Whether the judge gets each thing right, in `pictures` or a few more clean drawings of `count` subjects.
 
-    The pictures are clean drawings of `count` subjects, in arrangements that it was not trained on.
+    They are arranged as it was not trained on. "pasted" is for as many pictures of two scenes. Light is of landscapes only.
+    Subjects in contact, which hide parts of each other, are counted as "in contact" and not as "subjects".
     """
     rng = np.random.default_rng([99, count])
-    hits: list[torch.Tensor] = []
-    while sum(found.shape[1] for found in hits) < pictures:
+    names = ("subjects", "in contact", "style", "background", "light", "one scene", "pasted")
+    hits: dict[str, list[bool]] = {name: [] for name in names}
+    while len(hits["style"]) < pictures:
         scenes = [s for s in scenes_of(count, 32, rng) if len(set(s.subjects)) == count]
-        batch = labelled(drawings, judge, scenes, rng)
+        batch, pasted = labelled(drawings, judge, scenes, rng), labelled(drawings, judge, scenes, rng, pasted=1.0)
         found = judge(batch.pictures)
-        subjects = batch.subjects.gather(1, found.subjects.topk(count).indices).all(1)
-        style, background = found.style.argmax(-1) == batch.style, found.background.argmax(-1) == batch.background
-        hits.append(torch.stack([subjects, style, background]))
-    return torch.cat(hits, 1)
+        seen = batch.subjects.gather(1, found.subjects.topk(count).indices).all(1).tolist()
+        for scene, right in zip(scenes, seen, strict=True):
+            hits["in contact" if scene.relation in CONTACTS else "subjects"].append(right)
+        hits["style"] += (found.style.argmax(-1) == batch.style).tolist()
+        hits["background"] += (found.background.argmax(-1) == batch.background).tolist()
+        hits["light"] += (found.light.argmax(-1) == batch.light)[batch.light >= 0].tolist()
+        hits["one scene"] += (found.one_scene > 0).tolist()
+        hits["pasted"] += (judge(pasted.pictures).one_scene <= 0).tolist()
+    return hits
 
 
 def accuracy(drawings: Drawings, judge: Judge, count: int) -> dict[str, float]:
     """The shares that are right, see `read_right`."""
-    right = read_right(drawings, judge, count).float().mean(1)
-    return {name: round(v, 4) for name, v in zip(("subjects", "style", "background"), right.tolist(), strict=True)}
+    return {name: round(sum(v) / len(v), 4) for name, v in read_right(drawings, judge, count).items() if v}
 
 
 def save(judge: Judge, folder: Path) -> None:
@@ -139,33 +225,46 @@ def save(judge: Judge, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in judge.state_dict().items()}
     save_file(halves, folder / "judge.safetensors")
-    names = {"subjects": judge.subjects, "styles": judge.styles, "backgrounds": judge.backgrounds}
+    names = {
+        "subjects": judge.subjects,
+        "styles": judge.styles,
+        "backgrounds": judge.backgrounds,
+        "lights": judge.lights,
+    }
     (folder / "judge.json").write_text(json.dumps(names, indent=1) + "\n")
+
+
+def untrained() -> Judge:
+    """A judge of all of the world's words."""
+    return Judge(words.SUBJECTS, words.STYLES, (*words.BACKGROUNDS, words.OPEN, *words.PLACES), list(words.LIGHTS))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=8000)
-    steps = parser.parse_args().steps
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate; a third of it to continue")
+    args = parser.parse_args()
+    steps = args.steps
     torch.manual_seed(3)
     rng = np.random.default_rng(3)
     drawings = Drawings(default_folder())
     coding = patches(drawings), train_autoencoder.trained()
-    judge = Judge(words.SUBJECTS, words.STYLES, list(words.BACKGROUNDS))
+    judge = untrained()
     if (drawings.folder / "judge").exists():
-        begin(judge, Judge.load(drawings.folder / "judge"))
+        known = json.loads((drawings.folder / "judge" / "judge.json").read_text())
+        begin(judge, load_file(drawings.folder / "judge" / "judge.safetensors"), known)
     judge.train().to(device())
 
     def loss_at(step: int) -> torch.Tensor:
         count = TURNS[step % len(TURNS)]
-        batch = labelled(drawings, judge, scenes_of(count, BATCH[count], rng), rng)
+        batch = labelled(drawings, judge, scenes_of(count, BATCH[count], rng), rng, PASTED)
         return loss_of(judge, batch, degrade(batch.pictures, rng, coding if rng.random() < 1 / 5 else None))
 
     def share(step: int) -> float:
         return cosine(step, steps=steps, warmup=100)
 
-    muon = MuonAndAdamW(judge, 2e-3, ("trunk.0.", "subject.", "weight.weight", "style.", "background."))
-    fit("judge", judge, loss_at, steps=steps, lr=2e-3, share=share, decay=0.99, optimizer=muon)
+    muon = MuonAndAdamW(judge, args.rate, ("trunk.0.", "subject.", "weight.weight", "style.", "background.", "light."))
+    fit("judge", judge, loss_at, steps=steps, lr=args.rate, share=share, decay=0.99, optimizer=muon)
     judge.load_state_dict(averaged("judge"))
     save(judge.eval().cpu(), drawings.folder / "judge")
     saved = Judge.load(drawings.folder / "judge").to(device())
