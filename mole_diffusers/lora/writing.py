@@ -37,6 +37,7 @@ MODULE_WORDS = (
     "guidance_embedder", "time_guidance_embed", "single_stream_modulation", "double_stream_modulation_img",
     "double_stream_modulation_txt", "to_qkv_mlp_proj", "linear_in", "linear_out", "img_in", "txt_in", "img_mod", "txt_mod",
     "img_mlp", "txt_mlp", "noise_refiner", "context_refiner", "attention", "feed_forward", "w1", "w2", "w3",
+    "distilled_guidance_layer", "in_proj", "blocks", "ffn", "condition_embedder", "time_embedder", "time_proj",
     "adaLN_modulation", "t_embedder", "cap_embedder", "all_x_embedder", "all_final_layer",
     "attentions", "resnets", "downsamplers", "upsamplers", "attn", "attn1", "attn2", "ff", "net", "proj", "conv", "conv1",
     "conv2", "norm", "norm1", "linear", "encoder", "layers", "mlp", "fc1", "fc2",
