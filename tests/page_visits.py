@@ -78,7 +78,12 @@ def value(page, css):
 
 def cards(page, *names):
     """Wait until exactly these LoRAs have cards."""
-    page.until(lambda: [card.text for card in page.all(".card .head label")] == list(names), WAIT)
+
+    def shown():
+        labels = [label.text for label in page.all(".card .head label")]  # of the box with the name, and of the strength
+        return [label for label in labels if not label.startswith("Strength of ")] == list(names)
+
+    page.until(shown, WAIT)
 
 
 def opened(page, css):

@@ -50,7 +50,7 @@ def build(page: Page) -> None:
             found = [gr.update(label=said.get(card["name"]) or "Advanced") for card in cards]
             return found if len(found) > 1 else found[0]
 
-        events = [prompt.blur, prompt.submit, page.showing.change]
+        events = [prompt.change, page.showing.change]  # another listener of blur here would replace the page's own
         gr.on(events, again, [page.visitor, prompt], lines, show_progress="hidden", api_visibility="private")
 
 
