@@ -31,8 +31,8 @@ CLOSE = ((96, 64), (64, 96))  # canvases on which two subjects have 48 pixels ea
 def scene_of(kind: str, concepts: emoji.Concepts, index: int) -> emoji.Scene:
     """The scene of composition `index` of its kind, in an open landscape unless the kind says paper.
 
-    Pairs are alternately wide and tall, and relations of contact take turns. A composition without a style is drawn in the
-    base styles that artists would choose for a scene, in turn.
+    Pairs are alternately wide and tall. Relations of contact take turns, and so do the base's styles in STYLES for
+    compositions without one.
     """
     scene = emoji.composition_scene(concepts)
     if scene.style not in concepts:
