@@ -12,7 +12,7 @@ from mole_diffusers.app.sentences import errors_to
 from mole_diffusers.app.style import status_line
 from mole_diffusers.studio.recipe import Recipe
 
-FIT = "as the prompt needs"
+FIT = "the model's own"
 SHAPES = {FIT: 0.0, "1:1": 1.0, "3:4": 3 / 4, "4:3": 4 / 3, "9:16": 9 / 16, "16:9": 16 / 9, "2:1": 2.0}
 SCALES = {"1 ×": 1.0, "1.25 ×": 1.25, "1.5 ×": 1.5, "2 ×": 2.0}
 

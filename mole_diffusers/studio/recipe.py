@@ -42,8 +42,8 @@ class Recipe:
         seed: the same seed gives the same picture, whatever the device; -1 is a random one.
         steps: steps of the sampler: more take longer.
         guidance: how strictly to follow the prompt.
-        width, height: pixels, rounded to what the base can draw. Default: the base's size for such a prompt, larger if
-            several subjects need the room, or that of the picture to draw over.
+        width, height: pixels, rounded to what the base can draw. Default: the size that the base was trained
+            at (in the embedded world, that for so many subjects), or that of the picture to draw over.
         sampler: Euler a, DPM++ 2M Karras, UniPC, LCM, ...; a wrong name lists all. Default: the base's own.
         gates: an untrained family (sum, mean), the name of trained gates, or auto: your own gates for these LoRAs if there
             are any, else sum.

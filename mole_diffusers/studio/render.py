@@ -30,7 +30,7 @@ from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.clip_skip import clip_skip, most_clip_skip
 from mole_diffusers.studio.memory import clear_frames, release
-from mole_diffusers.studio.names import shared_name
+from mole_diffusers.studio.names import WORLD, shared_name
 from mole_diffusers.studio.picture_notes import PictureNotes
 from mole_diffusers.studio.predictions import Predictions
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
@@ -45,6 +45,7 @@ MERGED = "merged"  # name of a merge on the pipeline
 MAX_SIDE = 2048  # pixels of a picture in the app, and of one that a note suggests
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, the clean latents that are predicted [1, C, h, w])
 MixtureContext = Callable[[Mixture], AbstractContextManager]
+SDXL_FOR_TWO = {(2048, 1024): "1344 x 768", (1024, 2048): "768 x 1344"}  # sizes for tiles -> that SDXL was trained at
 DETAILS = "the details of each subject"  # what the last pass draws
 CHANGING = "the base model is being changed: wait a little"
 NONE_OPEN = "no base model is open, since the last change failed: choose one"
@@ -183,7 +184,7 @@ class Studio:
             raise ValueError(f"clip skip is in 1..{most} with this base, got {recipe.clip_skip}")
         own = usual_size(self.pipe, self.base, given.text)
         width, height = picture_passes.drawable(self.pipe, recipe.width or own[0], recipe.height or own[1])
-        complete = dataclasses.replace(
+        return dataclasses.replace(
             recipe,
             prompt=str(dataclasses.replace(given, tags=tags)),
             seed=secrets.randbelow(1 << 32) if recipe.seed == -1 else recipe.seed,
@@ -201,11 +202,6 @@ class Studio:
             base=self.base,
             defaults=DEFAULTS,
         )
-        try:
-            roomy = None if recipe.width or recipe.height else self.size_with_room(complete)
-        except ValueError:  # a painted region without a mask, which cannot be drawn at any size
-            roomy = None
-        return complete if roomy is None else dataclasses.replace(complete, width=roomy[0], height=roomy[1])
 
     def size_with_room(self, recipe: Recipe) -> tuple[int, int] | None:
         """The width and height from which on each subject of a completed recipe is first drawn by itself; None if they are
@@ -285,8 +281,18 @@ class Studio:
         except ValueError as error:  # a painted region without a mask, which cannot be drawn
             return [*notes, str(error)]
         if size is not None:
-            notes.append(f"from {size[0]} x {size[1]} pixels on, each subject is first drawn by itself")
+            notes.append(f"from {size[0]} x {size[1]} pixels on, each subject is first drawn by itself" + self._beyond(size))
         return notes
+
+    def _beyond(self, size: tuple[int, int]) -> str:
+        """What else is true of a size with room for several subjects, which is larger than the base was trained at."""
+        if self.base == WORLD:
+            return ""
+        width, height = usual_size(self.pipe, self.base, "")
+        words = f"; the base was trained at {width} x {height}, and may draw things twice there"
+        if type(self.pipe).__name__.startswith("StableDiffusionXL") and size in SDXL_FOR_TWO:
+            words += f": two have more room at {SDXL_FOR_TWO[size]}, which it was trained at, too"
+        return words
 
     # ---- drawing
 

@@ -39,7 +39,7 @@ def test_small_copies_are_made_once(actions):
 def test_sizes_have_the_pixels_of_the_base_in_every_shape(actions):
     page = type("Page", (), {"actions": actions})()
     side = actions.size_of(Recipe(""))[0]
-    assert sizes.size_of(page, "", 0.0, 1.0) == (0, 0)  # as the prompt needs
+    assert sizes.size_of(page, "", 0.0, 1.0) == (0, 0)  # the model's own
     assert sizes.size_of(page, "", 1.0, 1.0) == (side, side)
     assert sizes.size_of(page, "", 1.0, 2.0) == (2 * side, 2 * side)
     for ratio in sizes.SHAPES.values():
@@ -48,23 +48,20 @@ def test_sizes_have_the_pixels_of_the_base_in_every_shape(actions):
         assert not ratio or abs(wide * high / side**2 - 1) < 0.35
 
 
-def test_several_subjects_get_a_size_at_which_each_has_room(actions):
-    """And the size is part of the recipe, so that everybody draws the same."""
+def test_a_size_at_which_each_subject_has_room_is_offered_and_not_taken(actions):
+    """As diffusers draws: it is larger than the base was trained at."""
     two = Recipe("a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl>", gates="sum")
     studio = actions.studio
     side = studio.complete(Recipe("a fox")).width
-    drawn = studio.complete(two)
-    assert (drawn.width, drawn.height) == (2 * side, side)
+    small = studio.complete(two)
+    assert (small.width, small.height) == (side, side)
+    assert studio.size_with_room(small) == (2 * side, side)
+    assert studio.part_of_step(small, 1) == ""
+    drawn = studio.complete(replace(two, width=2 * side, height=side))
     assert studio.draws_in_tiles(drawn)
     assert studio.part_of_step(drawn, 1) == ""
     assert studio.part_of_step(drawn, drawn.steps // 2 + 1) == "each subject by itself"
     assert studio.part_of_step(drawn, drawn.steps) == ""
-    small = studio.complete(replace(two, width=side, height=side))
-    assert (small.width, small.height) == (side, side)  # as asked, and the page has a button for the other
-    assert studio.size_with_room(small) == (2 * side, side)
-    assert studio.part_of_step(small, 1) == ""
-    for one in (replace(two, binding="bound"), replace(two, binding="none"), replace(two, arm="sum")):
-        assert studio.complete(one).width == side
     larger = studio.complete(replace(drawn, hires=2.0))
     assert studio.part_of_step(larger, larger.steps + 1) == "the larger picture"
 

@@ -167,6 +167,36 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo, roo
         assert far(*each) == 0
 
 
+def of_room(width, height, own=(32, 32)):
+    beyond = f"the base was trained at {own[0]} x {own[1]}, and may draw things twice there"
+    return f"from {width} x {height} pixels on, each subject is first drawn by itself; {beyond}"
+
+
+@pytest.mark.parametrize("host", ["sd15", *thorough("sdxl")])
+def test_a_recipe_of_several_subjects_without_a_size_is_drawn_at_the_size_of_diffusers(host, tmp_path):
+    pipe, options = hosts.HOSTS[host]()
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hat"))}
+    studio = Studio(pipe, Catalog(files, {}), "tiny")
+    recipe = studio.complete(Recipe("a fox and a hen <lora:fox:1:word=fox> <lora:hat:1:word=hen>", steps=1))
+    alone = {name: value for name, value in options.items() if name not in ("width", "height")}
+    assert pipe("a fox", num_inference_steps=1, **alone).images[0].size == (recipe.width, recipe.height)
+    assert studio.notes(recipe, recipe) == [of_room(2 * recipe.width, recipe.height, (recipe.width, recipe.height))]
+
+
+def test_two_subjects_in_sdxl_are_shown_a_size_that_it_was_trained_at(tmp_path):
+    pipe, _ = hosts.HOSTS["sdxl"]()
+    pipe.default_sample_size = 1024 // pipe.vae_scale_factor
+    pipe.unet.register_to_config(sample_size=pipe.default_sample_size)
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hat"))}
+    studio = Studio(pipe, Catalog(files, {}), "tiny")
+    for region, room, two in (("", (2048, 1024), "1344 x 768"), (":region=top", (1024, 2048), "768 x 1344")):
+        tags = f"<lora:fox:1:word=fox{region}> <lora:hat:1:word=hen{region.replace('top', 'bottom')}>"
+        recipe = studio.complete(Recipe(f"a fox and a hen {tags}"))
+        assert (recipe.width, recipe.height) == (1024, 1024)
+        said = f"{of_room(*room, (1024, 1024))}: two have more room at {two}, which it was trained at, too"
+        assert studio.notes(recipe, recipe) == [said]
+
+
 THREE = "fox, hen & elk <lora:fox:1:word=fox> <lora:hat:1:word=hen> <lora:ink:1:word=elk>"
 
 
@@ -188,8 +218,7 @@ THREE = "fox, hen & elk <lora:fox:1:word=fox> <lora:hat:1:word=hen> <lora:ink:1:
 def test_the_size_from_which_there_is_room_for_tiles_is_said(studio, changes, room):
     asked = {"prompt": "a fox and a hen <lora:fox:1:word=fox> <lora:ink:1:word=hen>", "gates": "sum", **changes}
     recipe = studio.complete(Recipe(**{"width": 32, "height": 32, **asked}))
-    said = [] if room is None else [f"from {room[0]} x {room[1]} pixels on, each subject is first drawn by itself"]
-    assert studio.notes(recipe, recipe) == said
+    assert studio.notes(recipe, recipe) == ([] if room is None else [of_room(*room)])
     if room is not None:
         assert studio.draws_in_tiles(dataclasses.replace(recipe, width=room[0], height=room[1]))
         assert not studio.draws_in_tiles(dataclasses.replace(recipe, width=room[0] - 16, height=room[1]))
@@ -198,7 +227,7 @@ def test_the_size_from_which_there_is_room_for_tiles_is_said(studio, changes, ro
 def test_no_size_is_said_that_the_app_does_not_draw(studio, monkeypatch):
     recipe = studio.complete(Recipe(THREE, width=32, height=32))
     monkeypatch.setattr("mole_diffusers.studio.render.MAX_SIDE", 95)
-    assert studio.notes(recipe, recipe) == ["from 64 x 64 pixels on, each subject is first drawn by itself"]
+    assert studio.notes(recipe, recipe) == [of_room(64, 64)]
     monkeypatch.setattr("mole_diffusers.studio.render.MAX_SIDE", 63)
     assert studio.notes(recipe, recipe) == []
 
