@@ -5,6 +5,7 @@
 A table follows a line that says what is in it:
 `<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, to which `; less ARM` or `; where ARM` may be added: less what that arm
 has on the same compositions and seeds; on the compositions alone that it has.
+`<!-- counts: SPLIT; ARM / ARM / ...; N seeds -->`: the same in numbers of pictures, a row per kind.
 `<!-- robustness: KIND; AXIS, AXIS, ... -->`
 `<!-- ladder: N, N, ... updates -->`
 `<!-- styles: SPLIT; KIND -->`, to which `; of CONCEPT / CONCEPT / ...` may be added: the compositions with one of these.
@@ -23,7 +24,7 @@ from mole_diffusers.evaluation.tables import differences, grid_table, interval, 
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
-TABLE = re.compile(r"<!-- (success|robustness|ladder|styles): (.+?) -->\n\n((?:\|.*\n)*)")
+TABLE = re.compile(r"<!-- (success|counts|robustness|ladder|styles): (.+?) -->\n\n((?:\|.*\n)*)")
 RUNGS = {  # arm of the ladder -> what is free to learn
     "sum": "",
     "bound": "",
@@ -38,6 +39,14 @@ RUNGS = {  # arm of the ladder -> what is free to learn
     "tiles": "",
 }
 AXES = {"strangers": "LoRAs attached", "base_words": "subjects without a LoRA"}  # axis of robustness.py -> in a table
+IN_WORDS = {  # kind of composition -> what a reader of the counts is told
+    "subject x style": "one subject in a style",
+    "two subjects + style": "two subjects in a style",
+    "three subjects + style": "three subjects in a style",
+    "contact": "two subjects that touch",
+    "two subjects, close": "two subjects, with less room than the model is used to",
+    "two subjects on paper": "two subjects on plain paper",
+}
 MARGINS = {"style margin": "style", "subject margin": "subject"}  # column of the ways for styles -> its name in a table
 
 
@@ -71,6 +80,20 @@ def success(asked: str) -> str:
         rows = rows[rows["case"].isin(rows.loc[rows["arm"] == options["where"], "case"])]
     rows = in_order(rows, arms)
     return success_table(rows, against=against)
+
+
+def counts(asked: str) -> str:
+    """Of arms on the compositions of a split: pictures with success, of how many, a row per kind."""
+    split, names, count = asked.split("; ")
+    rows, arms = verdicts(split), names.split(" / ")
+    first = sorted(rows["seed"].unique())[: int(count.removesuffix(" seeds"))]
+    rows = in_order(rows[rows["arm"].isin(arms) & rows["seed"].isin(first)], arms)
+    body = []
+    for kind, own in rows.groupby("kind", sort=False):
+        right = [own.loc[own["arm"] == arm, "success"] for arm in arms]
+        cells = [f"{each.sum()} of {len(each)}" if len(each) else "not drawn" for each in right]
+        body.append([IN_WORDS.get(str(kind), str(kind)), str(own["case"].nunique()), *cells])
+    return markdown(["the prompt asks for", "compositions", *arms], body)
 
 
 def robustness(asked: str) -> str:
@@ -115,7 +138,7 @@ def styles(asked: str) -> str:
 
 def page(text: str) -> str:
     """A document with its tables made anew."""
-    tables = {"success": success, "robustness": robustness, "ladder": ladder, "styles": styles}
+    tables = {"success": success, "counts": counts, "robustness": robustness, "ladder": ladder, "styles": styles}
 
     def made(found: re.Match[str]) -> str:
         after = "" if found[3] else "\n"  # a table that was there has its empty line after it

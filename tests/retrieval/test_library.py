@@ -179,7 +179,7 @@ MEANT = {  # words that no trigger has, and whom they mean
 
 def test_the_default_threshold_is_the_lowest_at_which_seven_of_eight_base_subjects_find_nothing():
     """Of all the emoji world's LoRAs, by its own encoder: how many prompts find a LoRA that they do not mean, and how many
-    one that they mean in other words. docs/composers.md has these numbers."""
+    one that they mean in other words. docs/methods.md has these numbers."""
     base = default_folder() / "base"
     encoder = CLIPTextModel.from_pretrained(base / "text_encoder", local_files_only=True)
     tokenizer = CLIPTokenizerFast.from_pretrained(base / "tokenizer", local_files_only=True)
