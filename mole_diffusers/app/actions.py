@@ -41,7 +41,7 @@ from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 from mole_diffusers.studio import infotext, xy_grid
 from mole_diffusers.studio.base_models import Base, open_base, usual_guidance
 from mole_diffusers.studio.catalog import UNTRAINED, preview
-from mole_diffusers.studio.infotext import FoundRecipe
+from mole_diffusers.studio.found_recipe import FoundRecipe
 from mole_diffusers.studio.names import known_names, matching, shared_name
 from mole_diffusers.studio.picture_notes import PictureNotes
 from mole_diffusers.studio.picture_passes import check_pictures, with_pictures
@@ -431,7 +431,7 @@ class Actions:
                     state.size, noted = (recipe.width, recipe.height), PictureNotes()
                     report(replace(state))
                     told = partial(on_step, recipe, state.done)
-                    image = self.studio.draw(recipe, **over, on_step=told, inside=partial(noted.around, recipe, inside))
+                    image = self.studio.draw(recipe, **over, on_step=told, inside=inside, noted=noted)
                     recipe, by_hand = _with_locks_of(recipe, noted.sites)
                     state.warnings = list(dict.fromkeys([*state.warnings, *noted.warnings, *by_hand]))
                     path = (gallery or self.unkept).add(image, recipe)

@@ -20,7 +20,7 @@ from PIL import Image
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.infotext import FoundRecipe
+from mole_diffusers.studio.found_recipe import FoundRecipe
 from mole_diffusers.studio.names import is_text
 from mole_diffusers.studio.prompt_syntax import Parsed, parse
 from mole_diffusers.studio.recipe import Recipe

@@ -20,7 +20,7 @@ from mole_diffusers.app.mixer_cards import MixerCard, cards_of, edit, newest, wi
 from mole_diffusers.app.sentences import problem
 from mole_diffusers.app.style import status_line
 from mole_diffusers.studio.catalog import UNTRAINED
-from mole_diffusers.studio.infotext import FoundRecipe
+from mole_diffusers.studio.found_recipe import FoundRecipe
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import OPEN, Recipe
 

@@ -131,17 +131,16 @@ def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = 
     Without --loras, the LoRAs are those in the program, or else in the folder, that a base belongs to.
     """
     from mole_diffusers.studio.base_models import find_base
-    from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
-    from mole_diffusers.studio.embeddings import folder_embeddings
-    from mole_diffusers.studio.model_folders import around, loras_beside
+    from mole_diffusers.studio.catalog import Catalog, folder_gates
+    from mole_diffusers.studio.model_folders import around, files_of, loras_beside
 
     examples, words = dict[str, Path](), dict[str, Path]()
     found = [path for base in bases if base != WORLD and isinstance(path := find_base(base), Path)]
-    files = loras_beside(found) if named.loras is None else folder_loras(named.loras)
+    files = loras_beside(found) if named.loras is None else files_of(named.loras, "lora")
     for base in found:
         words |= around(base, "embedding")
     if named.embeddings is not None:
-        words = folder_embeddings(named.embeddings)
+        words = files_of(named.embeddings, "embedding")
     if WORLD in bases:
         from mole_diffusers.emoji.world import concept_files, gate_folders
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,7 +193,7 @@ def draw_recipe(studio: Studio, asked: Recipe, pictures: Mapping[str, Any], path
     from mole_diffusers.studio.picture_notes import PictureNotes
 
     recipe, noted = completed(studio, asked, pictures.get("image")), PictureNotes()
-    image = studio.draw(recipe, **pictures, inside=partial(noted.around, recipe, nullcontext))
+    image = studio.draw(recipe, **pictures, noted=noted)
     infotext.save(image, path, recipe)
     for each in noted.warnings:
         note(each)

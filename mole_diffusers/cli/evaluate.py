@@ -266,10 +266,10 @@ def _checkpoint(
     from mole_diffusers.evaluation import checkpoint_protocol, prompts, runner
     from mole_diffusers.evaluation.measures import Models
     from mole_diffusers.evaluation.rows import Rows
-    from mole_diffusers.studio.catalog import folder_loras
+    from mole_diffusers.studio.model_folders import files_of
     from mole_diffusers.training.data import read_folder
 
-    files = {name: str(path) for name, path in folder_loras(own.loras).items()} if own.loras is not None else {}
+    files = {name: str(path) for name, path in files_of(own.loras, "lora").items()} if own.loras is not None else {}
     chosen = experts_for(base, files | named_values(own.expert, "--expert"), "")
     kinds, things = (named_values(getattr(own, name), f"--{name}", chosen) for name in ("kind", "thing"))
     concepts = {

@@ -6,16 +6,14 @@ from dataclasses import fields
 from typing import Any
 
 from mole_diffusers.emoji.world import concept_files, gate_folders
-from mole_diffusers.studio.catalog import file_hash, gates_hash
+from mole_diffusers.studio.base_models import open_base
+from mole_diffusers.studio.catalog import Catalog, file_hash, folder_gates, gates_hash
+from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.names import WORLD
 from mole_diffusers.studio.recipe import Recipe
-
-STUDIO = """\
-from mole_diffusers.studio.base_models import open_base
-from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
-from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-"""
+
+USED = (open_base, Catalog, files_of, folder_gates, concept_files, gate_folders, Recipe, Studio)
 
 
 def as_code(recipe: Recipe, config: str | None = None) -> str:
@@ -29,28 +27,21 @@ def as_code(recipe: Recipe, config: str | None = None) -> str:
         config: the config that the base was opened with, see `open_base`.
     """
     own_loras, own_gates = _not_embedded(recipe)
-    loras, gates = ['folder_loras(".")'] * own_loras, ['folder_gates(".")'] * own_gates
-    imports = STUDIO
+    loras, gates = ['files_of(".", "lora")'] * own_loras, ['folder_gates(".")'] * own_gates
     if recipe.base == WORLD:
-        imports += "from mole_diffusers.emoji.world import concept_files, gate_folders\n"
         loras, gates = ["concept_files()", *loras], gates or ["gate_folders()"]
-    words = ""
-    if recipe.embeddings:
-        imports += "from mole_diffusers.studio.embeddings import folder_embeddings\n"
-        words = ', embeddings=folder_embeddings(".")'
-    pictures = [name for name in ("image", "mask") if getattr(recipe, name)]
-    if pictures:
-        imports += "from PIL import Image\n"
+    words = ', embeddings=files_of(".", "embedding")' if recipe.embeddings else ""
     opened = repr(recipe.base) + ("" if config is None else f", config={config!r}")
-    drawn = ", ".join(["studio.complete(recipe)", *(f'{name}=Image.open("{name}.png")' for name in pictures)])
-    return f"""\
-{imports}
+    pictures = [f'{name}=Image.open("{name}.png")' for name in ("image", "mask") if getattr(recipe, name)]
+    body = f"""\
 base = open_base({opened})
 studio = Studio(base.pipe, Catalog({" | ".join(loras) or "{}"}, {" | ".join(gates) or "{}"}{words}), base.name)
 recipe = Recipe(
 {_arguments(recipe)})
-studio.draw({drawn}).save("picture.png")
+studio.draw({", ".join(["studio.complete(recipe)", *pictures])}).save("picture.png")
 """
+    imports = [f"from {each.__module__} import {each.__name__}\n" for each in USED if f"{each.__name__}(" in body]
+    return "".join([*imports, "from PIL import Image\n" * bool(pictures), "\n", body])
 
 
 def _not_embedded(recipe: Recipe) -> tuple[bool, bool]:
@@ -65,5 +56,5 @@ def _not_embedded(recipe: Recipe) -> tuple[bool, bool]:
 def _arguments(recipe: Recipe) -> str:
     """Code of the recipe's fields that have another value than a fresh recipe, a line each. The studio has the rest."""
     fresh: dict[str, Any] = vars(Recipe(""))
-    changed = {field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name not in ("base", "defaults")}
+    changed = {field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name != "base"}
     return "".join(f"    {name}={value!r},\n" for name, value in changed.items() if value != fresh[name])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -17,6 +15,7 @@ from diffusers.loaders.single_file_utils import (
     SingleFileComponentError,
     infer_diffusers_model_type,
 )
+from safetensors.torch import load_file
 
 from mole_diffusers.lora.safe_files import pipeline_class, read_header
 from mole_diffusers.patching.host.denoiser_inputs import denoiser
@@ -26,12 +25,11 @@ from mole_diffusers.studio.checkpoint_config import (
     T5_FILES,
     T5_XXL,
     Shapes,
-    encoders,
+    configs,
     holds_t5,
+    models,
     scheduler,
-    t5_folder,
     tokenizers,
-    write_configs,
 )
 from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.model_folders import is_lora, places
@@ -42,6 +40,7 @@ INDEX = "model_index.json"
 DENOISER = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")  # how the keys of a denoiser begin
 # What diffusers and transformers raise for a checkpoint that is built in another way.
 BROKEN = (SingleFileComponentError, ValueError, ImportError, RuntimeError, TypeError, LookupError, ZeroDivisionError)
+UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 GUIDANCE = {"StableDiffusion3": 5.0, "Flux": 3.5}  # start of a pipeline class's name -> its usual guidance
 
 
@@ -190,14 +189,25 @@ def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[A
     shapes, metadata = read_header(path)
     kind = checkpoint_kind(shapes, path.name)
     memory = memory.completed(PIPELINES[kind])
+    make, t5 = getattr(diffusers, PIPELINES[kind]), None if config is None else Path(config)
     try:
-        with TemporaryDirectory(prefix="mole_config_") as folder:
-            if config is None or (Path(config).is_dir() and not (Path(config) / INDEX).is_file()):
-                given = _own_config(Path(folder), path, shapes, metadata, kind, memory.torch_dtype, config)
-            else:
-                given = {"config": str(config), **_lacking(shapes, kind)}
-            loading = getattr(diffusers, PIPELINES[kind]).from_single_file
-            pipe = loading(str(path), dtype=memory.torch_dtype, **given)
+        if t5 is None or (t5.is_dir() and not (t5 / INDEX).is_file()):
+            if t5 is not None and not holds_t5(t5):
+                neither = f"{t5} is neither a folder that diffusers saved nor one of T5's tokenizer"
+                raise ValueError(f"{neither}, with its {' or '.join(T5_FILES)}")
+            tensors = load_file(path)
+            for keys, file in parts_beside(path, shapes, kind).items():
+                tensors |= {keys + key: tensor for key, tensor in load_file(file).items()}
+            shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+            pipe = make(
+                **_t5_lacking(shapes, kind),
+                **(UNCHECKED if kind in ("v1", "v2") else {}),
+                **tokenizers(shapes, kind, path, t5),
+                **models(tensors, configs(shapes, kind), memory.torch_dtype),
+                scheduler=scheduler(shapes, metadata, kind),
+            )
+        else:
+            pipe = make.from_single_file(str(path), dtype=memory.torch_dtype, config=str(t5), **_t5_lacking(shapes, kind))
     except OSError as error:  # also raised if the hub cannot be reached
         source = "it" if config is None else f"its --base-config {config}"
         raise ValueError(f"{path.name} cannot be opened, since {source} cannot be read here: {_why(error)}") from error
@@ -210,42 +220,9 @@ def _open_file(path: Path, config: str | Path | None, memory: Memory) -> tuple[A
     return pipe, memory
 
 
-def _own_config(
-    folder: Path,
-    path: Path,
-    shapes: Shapes,
-    metadata: Mapping[str, str],
-    kind: str,
-    dtype: torch.dtype,
-    given: str | Path | None,
-) -> dict[str, Any]:
-    """The arguments of `from_single_file` for a checkpoint, which holds none of its configs; they are written to `folder`.
-
-    Args:
-        given: the folder of T5's tokenizer; None looks for it.
-    """
-    parts = parts_beside(path, shapes, kind)
-    shapes = dict(ChainMap(*(dict(part.shapes) for part in parts.values()), dict(shapes)))
-    write_configs(folder, shapes, kind)
-    t5 = t5_folder(path) if given is None else Path(given)
-    if t5 is not None and not holds_t5(t5):
-        files = " or ".join(T5_FILES)
-        raise ValueError(f"{t5} is neither a folder that diffusers saved nor one of T5's tokenizer, with its {files}")
-    found = tokenizers(shapes, kind, t5)
-    if None in found.values():
-        raise ValueError(
-            "it reads prompts with T5, whose tokenizer is not beside it as in ComfyUI or Forge: give the folder of that "
-            "tokenizer (tokenizer.json or spiece.model, 1 to 3 MB, from google/t5-v1_1-xxl for example) as --base-config"
-        )
-    own = {"scheduler": scheduler(shapes, metadata, kind), **found, **_lacking(shapes, kind)}
-    known = encoders(shapes, kind)
-    own |= {name: part.load(name, known.get(name), folder, dtype) for name, part in parts.items()}
-    return {"config": str(folder), **own}
-
-
-def _lacking(shapes: Shapes, kind: str) -> dict[str, None]:
-    """What a checkpoint of SD 3 may lack: T5 and its tokenizer."""
-    is_whole = PIPELINES[kind] != "StableDiffusion3Pipeline" or any(key.startswith(T5_XXL) for key in shapes)
+def _t5_lacking(shapes: Shapes, kind: str) -> dict[str, None]:
+    """T5 and its tokenizer, which a checkpoint of SD 3 may lack."""
+    is_whole = not kind.startswith("sd3") or any(key.startswith(T5_XXL) for key in shapes)
     return {} if is_whole else dict.fromkeys(("text_encoder_3", "tokenizer_3"))
 
 

@@ -18,8 +18,7 @@ from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.lora.sidecars import preferred_weight
-from mole_diffusers.studio.model_folders import places
-from mole_diffusers.studio.names import by_name, files_below, is_text, known_names, matching, matching_lora
+from mole_diffusers.studio.names import is_text, known_names, matching, matching_lora
 
 UNTRAINED = tuple(name for name, family in FAMILIES.items() if not family.learns)
 PREVIEWS = (".png", ".jpg", ".jpeg", ".webp")  # suffixes of preview pictures next to LoRA files
@@ -203,22 +202,6 @@ class Catalog:
 
 def _bytes(expert: Expert) -> int:
     return sum(w.down.nbytes + w.up.nbytes for layers in expert.layers.values() for w in layers.values())
-
-
-def folder_loras(folder: str | Path) -> dict[str, Path]:
-    """{name: path} of the safetensors files below a folder; of a models folder, below its folders of LoRAs.
-
-    A file's name is its own, or if two are the same, with the folder that it is in ("people/fox"). Raises ValueError if this
-    is not a folder or has no such files.
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is {'a file' if Path(folder).exists() else 'not there'}; give the folder of LoRA files")
-    roots = places(Path(folder), "lora") or [Path(folder)]
-    files = (file for root in roots for file in files_below(root) if file.suffix == ".safetensors")
-    found = by_name(files, Path(folder))
-    if not found:
-        raise ValueError(f"no .safetensors files in {folder}")
-    return found
 
 
 def preview(path: Path) -> Path | None:

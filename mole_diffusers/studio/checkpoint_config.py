@@ -11,9 +11,16 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import diffusers
+import torch
+import transformers
+from diffusers.loaders.single_file_utils import (
+    create_diffusers_clip_model_from_ldm,
+    create_diffusers_t5_model_from_checkpoint,
+)
 from transformers import CLIPTokenizer, T5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -77,29 +84,35 @@ ENCODERS: dict[str, dict[str, Encoder]] = {
 }
 
 
-def write_configs(folder: Path, shapes: Shapes, kind: str) -> None:
-    """Write what `from_single_file` of diffusers reads as its `config`, for a checkpoint with tensors of these shapes.
+def configs(shapes: Shapes, kind: str) -> dict[str, dict[str, Any]]:
+    """The configs of the models of a checkpoint with tensors of these shapes, by their names in the pipeline.
 
     Raises ValueError if a part is missing; SD 3 may lack T5.
     """
-    pipeline = PIPELINES[kind]
-    is_unet = pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-    network = _unet(shapes, kind) if is_unet else _sd3(shapes) if pipeline == "StableDiffusion3Pipeline" else _flux(shapes)
-    configs = {"unet" if is_unet else "transformer": network, "vae": _vae(shapes, kind)}
-    parts = {name: ["diffusers", config["_class_name"]] for name, config in configs.items()}
-    parts["scheduler"] = ["diffusers", type(scheduler(shapes, {}, kind)).__name__]
-    for name, encoder in encoders(shapes, kind).items():
-        configs[name] = _t5(shapes, encoder) if encoder.model == T5 else _clip(shapes, encoder)
-        parts[name] = ["transformers", encoder.model]
-        parts[name.replace("text_encoder", "tokenizer")] = [
-            "transformers",
-            "T5Tokenizer" if encoder.model == T5 else "CLIPTokenizer",
-        ]
-    for name, config in configs.items():
-        _write(folder / name / "config.json", config)
-    own = {"safety_checker": [None, None], "requires_safety_checker": False} if kind in ("v1", "v2") else {}
-    own |= {"feature_extractor": [None, None], "image_encoder": [None, None]} if is_unet else {}
-    _write(folder / "model_index.json", {"_class_name": pipeline, **parts, **own})
+    if kind in ("v1", "v2", "xl_base"):
+        network = {"unet": _unet(shapes, kind)}
+    else:
+        network = {"transformer": _sd3(shapes) if kind.startswith("sd3") else _flux(shapes)}
+    read = encoders(shapes, kind).items()
+    readers = {name: (_t5 if encoder.model == T5 else _clip)(shapes, encoder) for name, encoder in read}
+    return {**network, "vae": _vae(shapes, kind), **readers}
+
+
+def models(tensors: Mapping[str, torch.Tensor], configs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The models of a checkpoint, by their names in the pipeline. Raises what diffusers raises."""
+    found: dict[str, Any] = {}
+    with TemporaryDirectory(prefix="mole_config_") as folder:  # diffusers reads configs from there
+        for name, config in configs.items():
+            (Path(folder) / name).mkdir()
+            (Path(folder) / name / "config.json").write_text(json.dumps(config))
+            own = {"config": folder, "subfolder": name, "torch_dtype": dtype}
+            if "_class_name" in config:
+                found[name] = getattr(diffusers, config["_class_name"]).from_single_file(dict(tensors), **own)
+                continue
+            is_t5 = config["architectures"] == [T5]
+            make = create_diffusers_t5_model_from_checkpoint if is_t5 else create_diffusers_clip_model_from_ldm
+            found[name] = make(getattr(transformers, config["architectures"][0]), checkpoint=dict(tensors), **own)
+    return found
 
 
 def text_encoders(kind: str) -> dict[str, Encoder]:
@@ -117,16 +130,19 @@ def encoders(shapes: Shapes, kind: str) -> dict[str, Encoder]:
     return held
 
 
-def tokenizers(shapes: Shapes, kind: str, t5: Path | None) -> dict[str, Any]:
-    """The tokenizers of a checkpoint by their names in the pipeline, T5's from its folder.
+def tokenizers(shapes: Shapes, kind: str, checkpoint: Path, t5: Path | None) -> dict[str, Any]:
+    """The tokenizers of a checkpoint by their names in the pipeline.
 
-    Raises ValueError for a text encoder with another vocabulary than CLIP's.
+    Args:
+        t5: the folder of T5's tokenizer; None looks for it in the program that the checkpoint belongs to.
+
+    Raises ValueError for a text encoder with another vocabulary than CLIP's, and if T5's tokenizer is not there.
     """
     found: dict[str, Any] = {}
     for name, encoder in encoders(shapes, kind).items():
-        part = _tokenizer_of(name)
+        part = name.replace("text_encoder", "tokenizer")
         if encoder.model == T5:
-            found[part] = None if t5 is None else T5Tokenizer.from_pretrained(t5, model_max_length=T5_LENGTH)
+            found[part] = T5Tokenizer.from_pretrained(t5 or t5_folder(checkpoint), model_max_length=T5_LENGTH)
             continue
         words, places = _clip_sizes(shapes, encoder)
         if words < len(vocabulary := clip_vocabulary()[0]):
@@ -134,11 +150,6 @@ def tokenizers(shapes: Shapes, kind: str, t5: Path | None) -> dict[str, Any]:
             raise ValueError(f"{known}: give --base-config, a folder that diffusers saved for the same kind of model")
         found[part] = clip_tokenizer(places, pad="!" if encoder.activation == "gelu" else END)
     return found
-
-
-def _tokenizer_of(text_encoder: str) -> str:
-    """The name of a text encoder's tokenizer in a pipeline."""
-    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def clip_tokenizer(length: int = 77, *, pad: str = END) -> CLIPTokenizer:
@@ -157,11 +168,17 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
-def t5_folder(checkpoint: Path) -> Path | None:
-    """The folder of T5's tokenizer in the program around a checkpoint, which may be a link; None if there is none."""
+def t5_folder(checkpoint: Path) -> Path:
+    """The folder of T5's tokenizer in the program around a checkpoint, which may be a link. Raises ValueError if there is
+    none."""
     around = dict.fromkeys([*checkpoint.absolute().parents, *checkpoint.resolve().parents])
     hits = (hit for up in around for place in T5_PLACES for hit in sorted(up.glob(place)))
-    return next((hit for hit in hits if holds_t5(hit)), None)
+    if (found := next((hit for hit in hits if holds_t5(hit)), None)) is None:
+        raise ValueError(
+            "it reads prompts with T5, whose tokenizer is not beside it as in ComfyUI or Forge: give the folder of that "
+            "tokenizer (tokenizer.json or spiece.model, 1 to 3 MB, from google/t5-v1_1-xxl for example) as --base-config"
+        )
+    return found
 
 
 def holds_t5(folder: Path) -> bool:
@@ -200,8 +217,8 @@ def _unet(shapes: Shapes, kind: str) -> dict[str, Any]:
     widths, depths = [level[0][0] for level in levels], [level[0][1] for level in levels]
     reads = [shape[-1] for key, shape in net.items() if key.endswith("attn2.to_k.weight")]
     turned = [shape for key, shape in net.items() if key.endswith("1.proj_in.weight")]
-    is_small = kind == "v1"
-    config = {
+    is_xl = kind == "xl_base"
+    return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": SIDES.get(kind, 128),
         "in_channels": net["input_blocks.0.0.weight"][1],
@@ -212,32 +229,26 @@ def _unet(shapes: Shapes, kind: str) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
         "transformer_layers_per_block": [max(depth, 1) for depth in depths],
         "cross_attention_dim": reads[0],
-        "attention_head_dim": 8 if is_small else [max(width // HEAD, 1) for width in widths],  # which is how many heads
+        "attention_head_dim": 8 if kind == "v1" else [max(width // HEAD, 1) for width in widths],  # which is how many heads
         "use_linear_projection": len(turned[0]) == 2,
-        "upcast_attention": False,
         "class_embed_type": None,
-        "addition_embed_type": None,
         "num_class_embeds": None,
+        "addition_embed_type": "text_time" if is_xl else None,
+        "addition_time_embed_dim": 256 if is_xl else None,
+        "projection_class_embeddings_input_dim": net["label_emb.0.0.weight"][1] if is_xl else None,
     }
-    if kind == "xl_base":
-        pooled = net["label_emb.0.0.weight"][1]
-        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-        config["projection_class_embeddings_input_dim"] = pooled
-    return config
 
 
 def _sd3(shapes: Shapes) -> dict[str, Any]:
-    net = _transformer(shapes)
+    net = transformer(shapes)
     context, width = net["context_embedder.weight"], net["x_embedder.proj.weight"][0]
     blocks = range(_count(net, "joint_blocks."))
     return {
         "_class_name": "SD3Transformer2DModel",
-        "sample_size": 128,
         "patch_size": net["x_embedder.proj.weight"][-1],
         "in_channels": net["x_embedder.proj.weight"][1],
         "out_channels": net["x_embedder.proj.weight"][1],
         "num_layers": len(blocks),
-        "attention_head_dim": HEAD,
         "num_attention_heads": width // HEAD,
         "joint_attention_dim": context[1],
         "caption_projection_dim": context[0],
@@ -249,19 +260,16 @@ def _sd3(shapes: Shapes) -> dict[str, Any]:
 
 
 def _flux(shapes: Shapes) -> dict[str, Any]:
-    net = _transformer(shapes)
+    net = transformer(shapes)
     return {
         "_class_name": "FluxTransformer2DModel",
-        "patch_size": 1,
         "in_channels": net["img_in.weight"][1],
         "num_layers": _count(net, "double_blocks."),
         "num_single_layers": _count(net, "single_blocks."),
-        "attention_head_dim": HEAD_OF_FLUX,
         "num_attention_heads": net["img_in.weight"][0] // HEAD_OF_FLUX,
         "joint_attention_dim": net["txt_in.weight"][1],
         "pooled_projection_dim": net["vector_in.in_layer.weight"][1],
         "guidance_embeds": "guidance_in.in_layer.weight" in net,
-        "axes_dims_rope": [16, 56, 56],
     }
 
 
@@ -283,7 +291,6 @@ def _vae(shapes: Shapes, kind: str) -> dict[str, Any]:
         "use_post_quant_conv": "post_quant_conv.weight" in net,
         "scaling_factor": scale,
         "shift_factor": shift,
-        "force_upcast": True,
     }
 
 
@@ -339,7 +346,8 @@ def _t5(shapes: Shapes, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _transformer(shapes: Shapes) -> Shapes:
+def transformer(shapes: Shapes) -> Shapes:
+    """The tensors of the denoiser, which some files have alone."""
     return _below("model.diffusion_model.", shapes) or shapes
 
 
@@ -355,8 +363,3 @@ def _count(net: Shapes, start: str) -> int:
 
 def _numbers(net: Shapes, start: str) -> Iterator[str]:
     return (key[len(start) :].partition(".")[0] for key in net if key.startswith(start))
-
-
-def _write(file: Path, values: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values))

@@ -9,17 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mole_diffusers.studio.their_settings import (
-    Lora,
-    TheirRecipe,
-    as_number,
-    as_text,
-    as_whole,
-    recipe_of,
-    sampler_of,
-    seed_of,
-    stem,
-)
+from mole_diffusers.studio.found_recipe import DRAWN_OVER, FoundRecipe, Lora, as_number, as_text, as_whole, found_recipe
 
 Graph = Mapping[str, Mapping[str, Any]]  # nodes: number -> {"class_type": .., "inputs": {name: value or link}}
 WIDGETS: dict[str, tuple[str, ...]] = {  # in a workflow, ComfyUI's nodes have the values of these inputs without their names
@@ -48,6 +38,7 @@ QUIET = {  # nodes that a recipe needs nothing of
     "SaveImage", "PreviewImage", "Note", "MarkdownNote", "Reroute", "ModelSamplingFlux", "ModelSamplingSD3",
     "ConditioningZeroOut",
 }  # fmt: skip
+POWER_LORAS = "Power Lora Loader"  # of rgthree, with several LoRAs
 MOST_NODES = 2000
 
 
@@ -72,7 +63,7 @@ def workflow_graph(said: Mapping[str, Any]) -> Graph:
         kind, values = as_text(node.get("type")), node.get("widgets_values")
         values = values if isinstance(values, list) else []
         inputs = {name: value for name, value in zip(WIDGETS.get(kind, ()), values, strict=False) if name}
-        if kind.startswith("Power Lora Loader"):
+        if kind.startswith(POWER_LORAS):
             inputs |= {f"lora_{i}": value for i, value in enumerate(values) if isinstance(value, dict)}
         slots = node.get("inputs")
         for slot in slots if isinstance(slots, list) else []:
@@ -82,60 +73,50 @@ def workflow_graph(said: Mapping[str, Any]) -> Graph:
     return graph
 
 
-def recipe_of_graph(graph: Graph, where: str) -> TheirRecipe:
+def recipe_of_graph(graph: Graph, where: str) -> FoundRecipe:
+    """The recipe of the first sampler. Raises ValueError if there is none, and what `found_recipe` raises."""
     samplers = [number for number, node in graph.items() if node["class_type"] in SAMPLING]
-    firsts = [
-        each for each in samplers if not any(up in samplers for up in _upstream(graph, each, "latent_image", "samples"))
-    ]
-    if not firsts:
+    after = {each for each in samplers if any(up in samplers for up in _upstream(graph, each, "latent_image", "samples"))}
+    if (first := next((each for each in samplers if each not in after), None)) is None:
         raise ValueError(f"{where} has a ComfyUI workflow without a sampler that is known here: {', '.join(SAMPLING)}")
-    first, lacking = firsts[0], list[str]()
-    if len(samplers) > 1:
-        lacking.append(f"{len(samplers) - 1} more sampling passes" if len(samplers) > 2 else "the second sampling pass")
 
     def value(*names: str) -> Any:
-        return _value(graph, first, names, through=("noise", "guider", "sampler", "sigmas"))
+        """The first of these inputs that the sampler has, or a node that it takes its noise, its steps or the like from."""
+        near = [first, *_upstream(graph, first, "noise", "guider", "sampler", "sigmas")]
+        values = (_followed(graph, graph[each]["inputs"].get(name), name) for each in near for name in names)
+        return next((each for each in values if each is not None), None)
 
-    sampler, lost = sampler_of(value("sampler_name"), value("scheduler"))
-    prompts = {}
-    for side, names in (("positive", ("positive", "conditioning")), ("negative", ("negative",))):
-        start = next((up for up in _linked(graph, first, *names)), None) or next(
-            (up for guider in _linked(graph, first, "guider") for up in _linked(graph, guider, *names)), None
-        )
-        prompts[side] = _prompt(graph, start)
-    chain = list(_upstream(graph, first, "model", "guider"))
-    latent = [graph[up] for up in _upstream(graph, first, "latent_image")]
-    size: Mapping[str, Any] = next(
-        (node["inputs"] for node in latent if "Empty" in node["class_type"] and "width" in node["inputs"]), {}
-    )
-    if any("VAEEncode" in node["class_type"] for node in latent):
-        lacking.append("the picture that it was drawn over")
-    strength = as_number(value("denoise"))
-    skips = [
-        as_whole(node["inputs"].get("stop_at_clip_layer"))
-        for node in graph.values()
-        if node["class_type"] == "CLIPSetLastLayer"
-    ]
-    guidance = [prompts["positive"][1], as_number(value("cfg"))]
-    recipe, lost_loras = recipe_of(
-        where, prompts["positive"][0], prompts["negative"][0], list(_loras(graph, chain)), sampler,
-        seed=seed_of(value("seed", "noise_seed")), steps=as_whole(value("steps")),
-        guidance=next((each for each in guidance if each is not None), None),
-        width=as_whole(_followed(graph, size.get("width"), "width")) or 0,
-        height=as_whole(_followed(graph, size.get("height"), "height")) or 0,
-        strength=strength if strength is not None and 0 < strength < 1 else None,
-        clip_skip=next((min(-skip, 12) for skip in skips if skip is not None and skip < 0), None),
-    )  # fmt: skip
-    loader: Mapping[str, Any] = next(
-        (graph[up]["inputs"] for up in chain if {"ckpt_name", "unet_name"} & graph[up]["inputs"].keys()), {}
-    )
-    others = [node["class_type"] for node in graph.values() if not _is_known(node["class_type"])]
-    lacking += lost + lost_loras + [f"node {kind}" for kind in dict.fromkeys(filter(None, others))][:20]
-    return TheirRecipe(recipe, lacking, stem(as_text(loader.get("ckpt_name") or loader.get("unet_name"))))
+    def prompt(*names: str) -> tuple[str, float | None]:
+        guiders = [first, *_linked(graph, first, "guider")]
+        return _prompt(graph, next((up for each in guiders for up in _linked(graph, each, *names)), None))
 
-
-def _is_known(kind: str) -> bool:
-    return kind in QUIET or kind.startswith("Power Lora Loader")
+    (positive, guidance), (negative, _) = prompt("positive", "conditioning"), prompt("negative")
+    chain, inputs = list(_upstream(graph, first, "model", "guider")), {n: node["inputs"] for n, node in graph.items()}
+    latent = list(_upstream(graph, first, "latent_image"))
+    empty = (inputs[up] for up in latent if "Empty" in graph[up]["class_type"] and "width" in inputs[up])
+    size: Mapping[str, Any] = next(empty, {})
+    loader: Mapping[str, Any] = next((inputs[up] for up in chain if {"ckpt_name", "unet_name"} & inputs[up].keys()), {})
+    skips = [as_whole(inputs[n].get("stop_at_clip_layer")) for n in graph if graph[n]["class_type"] == "CLIPSetLastLayer"]
+    strength = as_number(value("denoise")) or 1.0
+    said = {
+        "prompt": positive,
+        "negative": negative,
+        "sampler": value("sampler_name"),
+        "scheduler": value("scheduler"),
+        "seed": value("seed", "noise_seed"),
+        "steps": value("steps"),
+        "guidance": value("cfg") if guidance is None else guidance,
+        "width": _followed(graph, size.get("width"), "width"),
+        "height": _followed(graph, size.get("height"), "height"),
+        "strength": strength if 0 < strength < 1 else None,
+        "clip_skip": next((min(-skip, 12) for skip in skips if skip is not None and skip < 0), None),
+        "model": loader.get("ckpt_name") or loader.get("unet_name"),
+    }
+    lacking = {1: [], 2: ["the second sampling pass"]}.get(len(samplers), [f"{len(samplers) - 1} more sampling passes"])
+    lacking += [DRAWN_OVER] if any("VAEEncode" in graph[up]["class_type"] for up in latent) else []
+    kinds = dict.fromkeys(node["class_type"] for node in graph.values())
+    others = [f"node {kind}" for kind in kinds if kind and kind not in QUIET and not kind.startswith(POWER_LORAS)]
+    return found_recipe(where, said, _loras(graph, chain), [*lacking, *others[:20]])
 
 
 def _prompt(graph: Graph, start: str | None) -> tuple[str, float | None]:
@@ -166,15 +147,6 @@ def _loras(graph: Graph, chain: Sequence[str]) -> Iterator[Lora]:
             unet, te = as_number(slot.get("strength")), as_number(slot.get("strengthTwo"))
             if slot.get("on") and unet is not None and as_text(slot.get("lora")) not in ("", "None"):
                 yield Lora(slot["lora"], unet, unet if te is None else te)
-
-
-def _value(graph: Graph, number: str, names: Sequence[str], through: Sequence[str]) -> Any:
-    """The value of the first of these inputs at a node, or at those that it takes `through` from."""
-    for each in [number, *_upstream(graph, number, *through)]:
-        for name in names:
-            if (found := _followed(graph, graph[each]["inputs"].get(name), name)) is not None:
-                return found
-    return None
 
 
 def _followed(graph: Graph, value: Any, name: str) -> Any:

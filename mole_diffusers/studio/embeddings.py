@@ -13,46 +13,37 @@ import torch
 from mole_diffusers.lora.safe_files import read_safetensors
 from mole_diffusers.patching.install.embeddings import add_words
 from mole_diffusers.patching.undo import undoing
-from mole_diffusers.studio.names import by_name, files_below, known_names, matching
+from mole_diffusers.studio.names import known_names, matching
 
 MOST_VECTORS = 75  # as many as a prompt has tokens
-NAMED = re.compile(r"\bembedding:([\w.+-]+)", re.IGNORECASE)
 ENCODERS = ("text_encoder", "text_encoder_2")
-
-
-def folder_embeddings(folder: str | Path) -> dict[str, Path]:
-    """{name: path} of the safetensors files below a folder. Raises ValueError if this is not a folder."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is {'a file' if Path(folder).exists() else 'not there'}; give the folder of embeddings")
-    return by_name((file for file in files_below(Path(folder)) if file.suffix == ".safetensors"), Path(folder))
 
 
 def spelled(text: str, known: Collection[str], words: Callable[[str], str]) -> str:
     """The text with `words` of each embedding in place of `embedding:NAME`, in any case.
 
-    Names with other characters than letters, digits, "_", "-", "." and "+" are found if they are known.
+    Raises ValueError for an unknown one. Names with other characters than letters, digits and "_-.+" are found if they are
+    known.
     """
 
     def put(found: re.Match[str]) -> str:
-        name = found[1].removesuffix(".safetensors")
-        trailing = re.search(r"[.+-]*$", name)[0] if matching(name, known) is None else ""  # type: ignore[index]
-        if (known_as := matching(name.removesuffix(trailing), known)) is None:
+        name = found[1] or found[2]
+        if (here := matching(name, known)) is None:
             raise ValueError(f"there is no embedding {name!r}; {known_names(name, known)}")
-        return words(known_as) + trailing
+        return words(here)
 
-    unusual = [re.escape(name) for name in sorted(known, key=len, reverse=True) if not re.fullmatch(r"[\w.+-]+", name)]
-    if unusual:
-        pattern = rf"\bembedding:({'|'.join(unusual)})(?!\w)"
-        text = re.sub(pattern, lambda found: words(matching(found[1], known) or found[1]), text, flags=re.IGNORECASE)
-    return NAMED.sub(put, text)
+    here = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True)) or "(?!)"
+    ends = r"(?![.+-]*\w)"  # what follows is no part of the name, such as a full stop
+    named = rf"\bembedding:(?:({here})(?:\.safetensors)?{ends}|([\w.+-]*\w))"
+    return re.sub(named, put, text, flags=re.IGNORECASE)
 
 
 def named(texts: Collection[str], known: Collection[str]) -> list[str]:
-    """The embeddings that texts name. Raises ValueError for one that is unknown."""
-    found: list[str] = []
+    """The embeddings that texts name. Raises what `spelled` raises."""
+    found = dict[str, str]()
     for text in texts:
-        spelled(text, known, lambda name: found.append(name) or "")  # type: ignore[func-returns-value]
-    return list(dict.fromkeys(found))
+        spelled(text, known, lambda name: found.setdefault(name, name))
+    return list(found)
 
 
 @contextmanager

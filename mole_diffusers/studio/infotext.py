@@ -7,33 +7,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.lora.safe_files import PICTURE_ERRORS, RefusedFileError, parse_json
 from mole_diffusers.studio import other_tools
-from mole_diffusers.studio.names import matching, model_name
-from mole_diffusers.studio.recipe import DEFAULTS, Recipe, load
-from mole_diffusers.studio.samplers import SAMPLERS
-from mole_diffusers.studio.weight_syntax import balanced
+from mole_diffusers.studio.found_recipe import DRAWN_OVER, FoundRecipe, as_whole, found_recipe
+from mole_diffusers.studio.names import model_name
+from mole_diffusers.studio.recipe import Recipe, load
 
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
 KNOWN = {OWN, PARAMETERS, "prompt", "workflow", "invokeai_metadata"}  # texts with a recipe, ours and those of other programs
 OURS = "mole_diffusers"  # the "Version" in our text of A1111's form
 NEGATIVE = "Negative prompt:"
 PAIR = re.compile(r'([^:,]*)(?:: ?("(?:\\.|[^\\"])*"|[^,]*))?')  # KEY: VALUE, where only a value in quotes has commas
-NOT_NEEDED = ("Model hash", "VAE hash", "RNG", "Version", "Civitai resources", "Civitai metadata")  # in a recipe
 SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # a setting's name; rejects what commas inside values leave over
-PLAIN = ("Uniform", "Normal", "Simple")  # schedules that mean the sampler's own here
-KARRAS_IF_AUTOMATIC = ("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a")  # samplers whose "Automatic" schedule in A1111 is Karras
-EXPONENTIAL_IF_AUTOMATIC = ("DPM++ 2M SDE",)  # and Exponential, which is not here
 MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 1 << 20  # of a file, picture, text
 
 
@@ -73,76 +66,43 @@ def read_parameters(text: str, where: str = "the text") -> FoundRecipe:
 
     Raises ValueError if the last line has fewer than three settings, lacks steps or seed, or has a value out of range.
     """
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"{where} has more text than a recipe: {len(text)} characters, at most {MAX_TEXT}")
     *lines, last = text.strip().split("\n")
     found = _settings(last)
     if len(found) < 3 or not {"Steps", "Seed"} <= set(found):
         raise ValueError(f"{where} has no generation settings: its last line is not 'Steps: .., Sampler: .., Seed: ..'")
-    take = found.pop
     at = next((i for i, line in enumerate(lines) if line.strip().startswith(NEGATIVE)), len(lines))
-    steps, seed, size, guidance = take("Steps"), take("Seed"), take("Size", "0x0"), take("CFG scale", "7")
-    pairs = [pair.partition(":") for pair in take("Lora hashes", "").split(",") if ":" in pair]
-    is_ours = found.get("Version") == OURS
-    sampler, lacking = _sampler(take("Sampler", "Default"), take("Schedule type", ""))
-    times = _times_larger(take("Hires resize", ""), size)
-    strength, hires = take("Denoising strength", ""), take("Hires upscale", "") or times
+    prompt, (width, _, height) = "\n".join(lines[:at]), found.pop("Size", "0x0").partition("x")
+    found.setdefault("CFG scale", "7")
+    strength, resized = found.pop("Denoising strength", ""), _times_larger(found.get("Hires resize", ""), (width, height))
+    hires, lacking = found.setdefault("Hires upscale", resized), list[str]()
     if strength and not hires:
-        lacking.append("the picture that it was drawn over")
-    if words := [pair.partition(":")[0].strip() for pair in take("TI hashes", "").split(",") if ":" in pair]:
+        lacking.append(DRAWN_OVER)
+    if words := [name for name, _ in _hashes(found.pop("TI hashes", ""))]:
         lacking.append(f"the embeddings {', '.join(words)} (write embedding:NAME for those that you have)")
-    if re.search(r"\bAND\b", "\n".join(lines[:at])):
+    if re.search(r"\bAND\b", prompt):
         lacking.append("AND between prompts (a word here)")
-    try:
-        changed: dict[str, Any] = {"hires_strength" if hires else "strength": float(strength)} if strength else {}
-        recipe = Recipe(
-            prompt=balanced(_weighed("\n".join(lines[:at]).strip())),
-            binding=AUTO if is_ours else "none",  # as there, where every LoRA acts everywhere
-            negative=balanced("\n".join(lines[at:]).strip().removeprefix(NEGATIVE).strip()),
-            seed=int(seed),
-            steps=int(steps),
-            guidance=float(take("Distilled CFG Scale", guidance)),
-            width=int(size.partition("x")[0]),
-            height=int(size.partition("x")[2]),
-            sampler=sampler,
-            experts={name.strip(): digest.strip() for name, _, digest in pairs},
-            hires=float(hires or 1),
-            clip_skip=int(take("Clip skip", "1")),
-            **changed,
-        )
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    model = take("Model", "")
-    lacking += [f"{key} {value[:40]}" for key, value in found.items() if key not in NOT_NEEDED and SETTING.fullmatch(key)]
-    return FoundRecipe(recipe, _left_out(lacking), model, is_theirs=not is_ours)
+    experts, is_theirs = dict(_hashes(found.pop("Lora hashes", ""))), found.get("Version") != OURS
+    said = {
+        **{key: value for key, value in found.items() if SETTING.fullmatch(key)},
+        "prompt": re.sub(r"<lora:([^:<>]+)>", r"<lora:\1:1>", prompt),  # without a strength, A1111 takes no other than 1
+        "negative": "\n".join(lines[at:]).strip().removeprefix(NEGATIVE),
+        "width": width,
+        "height": height,
+        "hires_strength" if hires else "strength": strength,
+    }
+    return found_recipe(where, said, (), lacking, is_theirs=is_theirs, experts=experts)
 
 
-def _weighed(prompt: str) -> str:
-    """The prompt with the strength of every tag written out. A1111 knows no other than 1 for a tag without one."""
-    return re.sub(r"<lora:([^:<>]+)>", r"<lora:\1:1>", prompt)
+def _hashes(text: str) -> list[tuple[str, str]]:
+    """The names and hashes of a setting like "fox: 0123456789ab, ink: ba9876543210"."""
+    pairs = [pair.partition(":") for pair in text.split(",")]
+    return [(name.strip(), digest.strip()) for name, colon, digest in pairs if colon]
 
 
-def _times_larger(resized: str, size: str) -> str:
-    """The factor that makes a picture of a size as large as the target size, in which one side may be open (0); "" if there
-    is no target."""
-    target, own = (re.fullmatch(r"(\d{1,5})x(\d{1,5})", text) for text in (resized, size))
-    sides = zip(map(int, target.groups()), map(int, own.groups()), strict=True) if target and own else ()
+def _times_larger(resized: str, own: tuple[str, str]) -> str:
+    """The factor to a target size, "1024x0", in which one side may be open; "" if there is none."""
+    sides = zip(map(as_whole, resized.split("x")), map(as_whole, own), strict=False)
     return next((f"{larger / side:.6g}" for larger, side in sides if larger and side), "")
-
-
-def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
-    """A recipe's sampler for A1111's sampler and schedule (newer versions write them apart), and what of them is lost."""
-    if name == "Default":
-        return "", []
-    is_karras = schedule == "Karras" or (schedule == "Automatic" and name in KARRAS_IF_AUTOMATIC)
-    wanted = [f"{name} Karras", name] if is_karras else [name]
-    found = next(filter(None, (matching(each, SAMPLERS) for each in wanted)), "")
-    if not found:
-        return "", [f"Sampler {name} {schedule}".strip()]
-    if schedule == "Automatic" and name in EXPONENTIAL_IF_AUTOMATIC:
-        return found, ["Schedule type Exponential"]
-    is_same = schedule in ("", "Automatic", *PLAIN) or found.endswith(schedule)
-    return found, [] if is_same else [f"Schedule type {schedule}"]
 
 
 def _settings(line: str) -> dict[str, str]:
@@ -171,42 +131,6 @@ def save(image: Image.Image, path: str | Path, recipe: Recipe | None, sheet: Map
     image.save(path, "PNG", pnginfo=about)
 
 
-@dataclass(frozen=True)
-class FoundRecipe:
-    """What a picture or a recipe file contains.
-
-    Attributes:
-        left_out: one sentence about the settings in another program's text that the recipe lacks; "" if there are none.
-        model: the name of the checkpoint in that text; "" if there is none. Our own recipes have their `base`.
-        sheet: the argument `sheet` of `save`; {} if the file is not a sheet of pictures.
-        is_theirs: whether another program wrote it. These add LoRAs everywhere, and so does the recipe.
-    """
-
-    recipe: Recipe
-    left_out: str = ""
-    model: str = ""
-    sheet: Mapping[str, Any] = field(default_factory=dict)
-    is_theirs: bool = False
-
-    @property
-    def axes(self) -> list[str]:
-        """The axes of a grid, across and down; [] if this is not a grid."""
-        x, y = self.sheet.get("x"), self.sheet.get("y")
-        return [x, y] if isinstance(x, str) and isinstance(y, str) else []
-
-    def notes(self, base: str) -> list[str]:
-        """What a user should know who draws this with a base model: another checkpoint or defaults, and what is left out."""
-        here = model_name(base)
-        is_other = self.model and self.model.casefold() != here.casefold()
-        other = f"it was drawn with the model {self.model[:80]!r}, and here is {here!r}" if is_other else ""
-        recipe = self.recipe
-        is_old = recipe.base and recipe.experts and recipe.binding != "none" and recipe.defaults != DEFAULTS
-        old = "it was drawn when prompts were read in another way, so its LoRAs may act elsewhere now" if is_old else ""
-        is_summed = self.is_theirs and "<lora:" in recipe.prompt
-        summed = "its LoRAs act everywhere, as in the program that drew it" if is_summed else ""
-        return [note for note in (other, old, summed, self.left_out) if note]
-
-
 def read(path: str | Path) -> Recipe:
     """The recipe in a file. Raises what `contents` raises."""
     return contents(path).recipe
@@ -231,14 +155,10 @@ def contents(path: str | Path) -> FoundRecipe:
         recipe = Recipe.from_dict(parse_json(texts[OWN], path.name), path.name)
         return FoundRecipe(recipe, sheet=_sheet(texts.get(SHEET, "{}"), path.name))
     if (theirs := other_tools.read(texts, path.name)) is not None:
-        return FoundRecipe(theirs.recipe, _left_out(theirs.lacking), theirs.model, is_theirs=True)
+        return theirs
     if PARAMETERS not in texts:
         raise ValueError(f"{path.name} has no recipe: no text of mole, A1111, Forge, ComfyUI, SwarmUI, Fooocus or InvokeAI")
     return read_parameters(texts[PARAMETERS], path.name)
-
-
-def _left_out(lacking: Sequence[str]) -> str:
-    return f"not carried over from the picture's text: {', '.join(lacking)}" if lacking else ""
 
 
 def _sheet(text: str, where: str) -> dict[str, Any]:

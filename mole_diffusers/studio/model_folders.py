@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from mole_diffusers.lora.keys import parse_key
@@ -34,14 +35,29 @@ def _folders(folder: Path) -> Iterator[Path]:
         return
 
 
+def files_of(folder: str | Path, kind: str) -> dict[str, Path]:
+    """{name: path} of the safetensors files below a folder; of a models folder or a program's, below its folders of a kind.
+
+    A file's name is its own, or if two are the same, with the folder that it is in ("people/fox"). Raises ValueError if this
+    is not a folder or has no such files.
+    """
+    if not (folder := Path(folder)).is_dir():
+        raise ValueError(f"{folder} is {'a file' if folder.exists() else 'not there'}; give the folder of {kind} files")
+    files = (file for root in places(folder, kind) or [folder] for file in files_below(root))
+    if not (found := by_name((file for file in files if file.suffix == ".safetensors"), folder)):
+        raise ValueError(f"no .safetensors files in {folder}")
+    return found
+
+
 def around(file: Path, kind: str) -> dict[str, Path]:
     """The files of a kind by name in the program that a checkpoint belongs to, in whose folder for checkpoints it is.
 
     {} if it belongs to no program, or that has no such files.
     """
     for up in file.absolute().parents:
-        if places(up, "base") and (found := places(up, kind)):
-            return by_name((each for place in found for each in files_below(place) if each.suffix == ".safetensors"), up)
+        if places(up, "base") and places(up, kind):
+            with suppress(ValueError):  # there are none
+                return files_of(up, kind)
     return {}
 
 

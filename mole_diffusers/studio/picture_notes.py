@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 from mole_diffusers.binding.picture_layout import Layout
@@ -29,13 +27,8 @@ class PictureNotes:
     warnings: list[str] = field(default_factory=list)
     sites: list[str] = field(default_factory=list)
 
-    @contextmanager
-    def around(
-        self, recipe: Recipe, inside: Callable[[Mixture], AbstractContextManager], mixture: Mixture
-    ) -> Iterator[None]:
-        """Surround the first pass of a picture, as `inside` of `Studio.draw`."""
-        with inside(mixture):
-            yield
+    def take(self, mixture: Mixture, recipe: Recipe) -> None:
+        """Note what the mixture says right after the first pass."""
         self.sites, self.warnings = mixture.sites, mixture.binding_warnings
         bound = (mixture.binding or {}).items()
         side = recipe.height // 8, recipe.width // 8

@@ -24,7 +24,6 @@ OPEN = ("width", "height")  # 0 leaves these numbers open
 BOUND, TILES = "bound", "tiles"
 BINDINGS = (AUTO, BOUND, TILES, "none")
 MAX_MASKS = 512 << 10  # characters of all masks; files with more than 1 MB of text are not read
-DEFAULTS = "places of lists"  # how prompts are read, under a new name whenever a recipe would give another picture
 ARMS = ("gates", "sum", "base", "alone", "merge")
 
 
@@ -66,7 +65,6 @@ class Recipe:
             sharpens faces; 0 leaves it out.
         clip_skip: the last layer of the text encoder to read, counted from the end as in A1111; many checkpoints for
             drawings want 2. For Stable Diffusion 1.x and 2.x.
-        defaults: how prompts were read when the picture was drawn, as `DEFAULTS`; "" if nobody says.
     """
 
     prompt: str
@@ -95,7 +93,6 @@ class Recipe:
     hires_strength: Annotated[float, 0.0, 1.0] = 0.5
     detail: Annotated[float, 0.0, 1.0] = 0.0
     clip_skip: Annotated[int, 1, 12] = 1
-    defaults: str = ""
 
     def __post_init__(self) -> None:
         check_options(vars(self), FIELD_TYPES, "a recipe")

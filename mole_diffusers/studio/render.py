@@ -35,7 +35,7 @@ from mole_diffusers.studio.picture_notes import PictureNotes
 from mole_diffusers.studio.predictions import Predictions
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
 from mole_diffusers.studio.prompt_weights import call_arguments, cut_off, plain_texts, tiled_prompt, unread
-from mole_diffusers.studio.recipe import BOUND, DEFAULTS, PROMPTS, TILES, Recipe
+from mole_diffusers.studio.recipe import BOUND, PROMPTS, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import parse_weights
@@ -200,7 +200,6 @@ class Studio:
             experts={name: self.catalog.expert(name).sha256 for name in names.values()},
             embeddings=self._embeddings(recipe),
             base=self.base,
-            defaults=DEFAULTS,
         )
 
     def size_with_room(self, recipe: Recipe) -> tuple[int, int] | None:
@@ -257,7 +256,7 @@ class Studio:
         known = {*recipe.experts, *(tag.name for tag in parse(asked.prompt, {*asked.experts, *recipe.experts}).tags)}
         if gone := dict.fromkeys(name for row in asked.locks.values() for name in row if name not in known):
             notes.append(f"weights set by hand for {', '.join(map(repr, gone))} are left out: the prompt has no such LoRA")
-        if recipe.detail and not (self._has_places(recipe) and detail_pass.with_a_place(self.explain(recipe))):
+        if recipe.detail and not detail_pass.with_a_place(self.explain(recipe)):
             notes.append("no subject of the prompt has a place of its own, so there is nothing for the detail pass")
         for tag in recipe.tags:
             if tag.start >= (last := min(recipe.steps, recipe.steps if tag.stop is None else tag.stop)):
@@ -280,16 +279,14 @@ class Studio:
             size = self.size_with_room(recipe)
         except ValueError as error:  # a painted region without a mask, which cannot be drawn
             return [*notes, str(error)]
-        if size is not None:
-            notes.append(f"from {size[0]} x {size[1]} pixels on, each subject is first drawn by itself" + self._beyond(size))
-        return notes
+        return notes if size is None else [*notes, self._note_on_room(size)]
 
-    def _beyond(self, size: tuple[int, int]) -> str:
-        """What else is true of a size with room for several subjects, which is larger than the base was trained at."""
-        if self.base == WORLD:
-            return ""
-        width, height = usual_size(self.pipe, self.base, "")
-        words = f"; the base was trained at {width} x {height}, and may draw things twice there"
+    def _note_on_room(self, size: tuple[int, int]) -> str:
+        """What is said of a size with room for several subjects, which is larger than the base was trained at."""
+        words = f"from {size[0]} x {size[1]} pixels on, each subject is first drawn by itself"
+        if self.base != WORLD:
+            width, height = usual_size(self.pipe, self.base, "")
+            words += f"; the base was trained at {width} x {height}, and may draw things twice there"
         if type(self.pipe).__name__.startswith("StableDiffusionXL") and size in SDXL_FOR_TWO:
             words += f": two have more room at {SDXL_FOR_TWO[size]}, which it was trained at, too"
         return words
@@ -304,6 +301,7 @@ class Studio:
         mask: Image.Image | None = None,
         on_step: OnStep | None = None,
         inside: MixtureContext = nullcontext,
+        noted: PictureNotes | None = None,
     ) -> Image.Image:
         """Draw a completed recipe.
 
@@ -311,6 +309,7 @@ class Studio:
             image, mask: the pictures whose hashes are in the recipe, see `picture_passes.with_pictures`.
             on_step: called after every step of every pass. An exception in it stops the drawing.
             inside: a function of the mixture whose context surrounds the first pass, for example a trace.
+            noted: receives what the mixture says of the first pass.
 
         Raises ValueError if these are not the recipe's pictures.
         """
@@ -324,14 +323,14 @@ class Studio:
                 over = {"strength": recipe.strength, "image": picture_passes.fitted(picture_passes.on_white(image), *size)}
             if mask is not None:
                 over["mask_image"] = picture_passes.fitted(region_picture(mask), *size)
-            noted = PictureNotes()
-            drawn = self._pass(recipe, size, over, on_step, partial(noted.around, recipe, inside))
+            noted = noted or PictureNotes()
+            drawn = self._pass(recipe, size, over, on_step, inside, noted=noted)
             if mask is not None:  # the VAE changes the rest a little
                 drawn = Image.composite(drawn, over["image"], over["mask_image"])
             if recipe.hires > 1:
                 larger = picture_passes.drawable(self.pipe, *(round(side * recipe.hires) for side in size))
                 over = {"image": picture_passes.fitted(drawn, *larger), "strength": recipe.hires_strength}
-                drawn = self._pass(recipe, larger, over, on_step, nullcontext)
+                drawn = self._pass(recipe, larger, over, on_step)
             if recipe.detail and noted.layout is not None:
                 drawn = self._detailed(recipe, drawn, noted.layout, on_step)
             return drawn
@@ -342,7 +341,7 @@ class Studio:
         for subject in detail_pass.subjects(self.explain(recipe), layout.regions, drawn.size):
             size = picture_passes.drawable(self.pipe, *detail_pass.enlarged(subject.box, usual))
             over = {"image": picture_passes.fitted(drawn.crop(subject.box), *size), "strength": recipe.detail}
-            part = self._pass(recipe, size, over, on_step, nullcontext, subject.acting)
+            part = self._pass(recipe, size, over, on_step, acting=subject.acting)
             drawn = detail_pass.put_back(drawn, part, subject)
         return drawn
 
@@ -351,23 +350,22 @@ class Studio:
 
         Raises ValueError if a strength leaves no steps.
         """
-        first = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.strength) if recipe.image else recipe.steps
-        second = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.hires_strength) if recipe.hires > 1 else 0
-        if not recipe.detail or not self._has_places(recipe):
-            return first + second
-        each = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.detail)
-        return first + second + each * len(detail_pass.with_a_place(self.explain(recipe)))
+        return sum(self._steps_of_passes(recipe))
 
-    @staticmethod
-    def _has_places(recipe: Recipe) -> bool:
-        return bool(recipe.experts) and recipe.binding_of_pass() != "none"
+    def _steps_of_passes(self, recipe: Recipe) -> tuple[int, int, int]:
+        """The steps of the first pass, of the larger picture, and of all details."""
+        count = partial(picture_passes.steps_drawn, self.pipe, recipe.steps)
+        first = count(recipe.strength) if recipe.image else recipe.steps
+        larger = count(recipe.hires_strength) if recipe.hires > 1 else 0
+        if not recipe.detail:
+            return first, larger, 0
+        return first, larger, count(recipe.detail) * len(detail_pass.with_a_place(self.explain(recipe)))
 
     def part_of_step(self, recipe: Recipe, step: int) -> str:
         """What a step of `draw`, from 1, draws of a completed recipe's picture; "" for all of it at once."""
-        first = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.strength) if recipe.image else recipe.steps
-        second = picture_passes.steps_drawn(self.pipe, recipe.steps, recipe.hires_strength) if recipe.hires > 1 else 0
+        first, larger, _ = self._steps_of_passes(recipe)
         if step > first:
-            return "the larger picture" if step <= first + second else DETAILS
+            return "the larger picture" if step <= first + larger else DETAILS
         since, until = (share * recipe.steps + 1e-5 for share in (Tiling().since, Tiling().until))
         is_apart = since < step <= until and not recipe.image and recipe.arm == "gates"
         if is_apart and (recipe.binding == TILES or (recipe.binding == AUTO and self.draws_in_tiles(recipe))):
@@ -380,8 +378,10 @@ class Studio:
         size: tuple[int, int],
         over: dict[str, Any],
         on_step: OnStep | None,
-        inside: MixtureContext,
+        inside: MixtureContext = nullcontext,
+        *,
         acting: Sequence[str] | None = None,
+        noted: PictureNotes | None = None,
     ) -> Image.Image:
         """One call of a pipeline. `over` has the picture that it draws over, the strength and the mask, or is {}.
 
@@ -414,7 +414,7 @@ class Studio:
                 if acting is None and (binding := recipe.binding_of_pass(over=bool(over))) != "none":
                     stack.enter_context(mixture.tiled(**_tiles(recipe, pipe, binding)))
                 stack.enter_context(inside(mixture))
-            return pipe(
+            drawn = pipe(
                 **call_arguments(pipe, **recipe.call),
                 **picture_passes.size_arguments(pipe, *size),
                 **over,
@@ -423,6 +423,9 @@ class Studio:
                 generator=torch.Generator("cpu").manual_seed(recipe.seed),
                 callback_on_step_end=schedule.on_step(told),
             ).images[0]
+            if mixture is not None and noted is not None:
+                noted.take(mixture, recipe)
+            return drawn
 
     def attach_for(self, recipe: Recipe, pipe: Any = None) -> Mixture | None:
         """Attach the LoRAs and gates of a completed recipe, unless they already are. Returns None if it has no LoRA.

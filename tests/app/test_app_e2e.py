@@ -10,7 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.catalog import Catalog, folder_loras
+from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.picture_passes import pixels_hash
 from mole_diffusers.testing import tiny_pipeline
 
@@ -55,7 +56,7 @@ def folder(loras, tmp_path):
 def test_a_whole_session(folder, tmp_path, width):
     from mole_diffusers.studio.render import Studio
 
-    studio = Studio(tiny_pipeline(), Catalog(folder_loras(folder), {}), "tiny")
+    studio = Studio(tiny_pipeline(), Catalog(files_of(folder, "lora"), {}), "tiny")
     with visiting(studio, replace(RECIPE, prompt="", width=64), tmp_path, width=width) as page:
         _picks_from_the_browser(page)
         first = _previews_in_the_frame_of_the_picture(page, tmp_path)

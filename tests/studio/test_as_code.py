@@ -13,8 +13,9 @@ from mole_diffusers.binding.as_text import mask_text
 from mole_diffusers.mixture import attach
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.base_models import open_base
-from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
+from mole_diffusers.studio.catalog import Catalog, folder_gates
 from mole_diffusers.studio.memory import Memory
+from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.picture_passes import with_pictures
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
@@ -68,7 +69,7 @@ def test_a_script_draws_the_recipes_picture(changes, base, config, folder, monke
     Image.linear_gradient("L").resize((40, 32)).save("mask.png")
     pictures = {name: Image.open(changes[name]) for name in ("image", "mask") if name in changes}
     found = open_base(base, config=config)
-    studio = Studio(found.pipe, Catalog(folder_loras("loras"), folder_gates(".")), found.name, found.config)
+    studio = Studio(found.pipe, Catalog(files_of("loras", "lora"), folder_gates(".")), found.name, found.config)
     recipe = dataclasses.replace(RECIPE, **{name: value for name, value in changes.items() if name not in pictures})
     recipe = studio.complete(with_pictures(recipe, pictures.get("image"), pictures.get("mask")))
     wanted = np.asarray(studio.draw(recipe, **pictures))
@@ -78,7 +79,7 @@ def test_a_script_draws_the_recipes_picture(changes, base, config, folder, monke
 def test_a_checkpoint_is_opened_with_the_config_that_was_given(folder, monkeypatch):
     monkeypatch.chdir(folder)
     found = open_base("Dream.safetensors", config="config")
-    studio = Studio(found.pipe, Catalog(folder_loras("loras"), {}), found.name, found.config)
+    studio = Studio(found.pipe, Catalog(files_of("loras", "lora"), {}), found.name, found.config)
     recipe = studio.complete(dataclasses.replace(RECIPE, prompt=SAME_NAME))
     assert np.array_equal(drawn_by(as_code(recipe, studio.config)), np.asarray(studio.draw(recipe)))
 
@@ -114,4 +115,4 @@ def test_a_file_or_gates_with_the_name_of_embedded_ones_are_not_taken_for_them(w
     recipe = world.complete(Recipe("a fox <lora:fox:1> <lora:relief:1>", gates="auto", base="emoji"))
     assert "Catalog(concept_files(), gate_folders())" in as_code(recipe)
     own = dataclasses.replace(recipe, gates_sha256="0" * 64, experts=recipe.experts | {"fox": "0" * 64})
-    assert 'Catalog(concept_files() | folder_loras("."), folder_gates("."))' in as_code(own)
+    assert 'Catalog(concept_files() | files_of(".", "lora"), folder_gates("."))' in as_code(own)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.steps import Operations
 from mole_diffusers import read_expert
-from mole_diffusers.studio.catalog import Catalog, family_of_file, file_hash, folder_gates, folder_loras, preview
+from mole_diffusers.studio.catalog import Catalog, family_of_file, file_hash, folder_gates, preview
+from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
@@ -30,7 +31,7 @@ def test_files_of_one_name_are_named_by_their_folder(loras, tmp_path):
         path = tmp_path / f"{inside}.safetensors"
         path.parent.mkdir(exist_ok=True)
         shutil.copy(loras[inside.rpartition("/")[2].lower()], path)
-    found = folder_loras(tmp_path)
+    found = files_of(tmp_path, "lora")
     assert found == {
         "animals/Fox": tmp_path / "animals" / "Fox.safetensors",
         "hat": tmp_path / "hat.safetensors",
@@ -71,7 +72,7 @@ def test_names_that_are_not_utf_8_are_left_out(loras, tmp_path):
         shutil.copy(loras["fox"], path)
         (tmp_path / "gates" / inside.replace("/", "")).mkdir(parents=True)
         (tmp_path / "gates" / inside.replace("/", "") / "config.json").touch()
-    assert folder_loras(tmp_path) == {"good": tmp_path / "good.safetensors"}
+    assert files_of(tmp_path, "lora") == {"good": tmp_path / "good.safetensors"}
     assert Catalog({}, {}).find_loras([tmp_path]) == ["good"]
     assert folder_gates(tmp_path / "gates") == {"good": tmp_path / "gates" / "good"}
 
@@ -95,7 +96,7 @@ def test_folders_that_are_links_have_loras_too(loras, tmp_path):
     (tmp_path / "models" / "a drive").symlink_to(tmp_path / "drive")
     (tmp_path / "models" / "a link").symlink_to(tmp_path / "models" / "animals")
     (tmp_path / "drive" / "back").symlink_to(tmp_path / "models")
-    assert folder_loras(tmp_path / "models") == {
+    assert files_of(tmp_path / "models", "lora") == {
         "fox": tmp_path / "models" / "a drive" / "people" / "fox.safetensors",
         "hat": tmp_path / "models" / "animals" / "hat.safetensors",
     }
@@ -129,7 +130,7 @@ def test_a_lora_for_another_base_is_known_before_it_is_drawn(studio, loras, tmp_
 def test_a_lora_is_found_by_its_hash_among_files_that_cannot_be_read(studio, loras, tmp_path):
     (tmp_path / "a.safetensors").write_text("<html>")
     (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
-    catalog = Catalog({**folder_loras(tmp_path), "renamed": loras["fox"]}, {})
+    catalog = Catalog({**files_of(tmp_path, "lora"), "renamed": loras["fox"]}, {})
     there = Studio(studio.pipe, catalog, "tiny")
     assert [bool(there.misfit(name)) for name in catalog.loras] == [True, True, False]
     with pytest.raises(ValueError, match="the LoRA 'gone' cannot be used here: no file at"):

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from PIL import Image
 from mole_diffusers import emoji
 from mole_diffusers.cli.mole import main
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.recipe import DEFAULTS, FORMAT, VERSION, Recipe, load
+from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, load
 from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 from mole_diffusers.testing import tiny_pipeline
 
@@ -33,29 +32,6 @@ def test_a_picture_re_creates_itself(tmp_path, capsys):
     assert np.array_equal(pixels(first), pixels(again))
     infotext.read(again).save(tmp_path / "r.json")
     assert load(tmp_path / "r.json") == infotext.read(first)
-
-
-def test_an_old_picture_says_that_its_prompt_was_read_in_another_way(tmp_path, capsys):
-    first = tmp_path / "a.png"
-    assert main(["draw", TAGS, "--steps", "1", "--out", str(first)]) == 0
-    recipe = infotext.read(first)
-    assert recipe.defaults == DEFAULTS
-    said = "drawn when prompts were read in another way"
-    cases = [
-        (recipe, False),
-        (replace(recipe, defaults=""), True),
-        (replace(recipe, defaults="", binding="none"), False),
-        (replace(recipe, defaults="", prompt="a fox", experts={}), False),
-    ]
-    for i, (old, is_said) in enumerate(cases):
-        again = tmp_path / f"{i}.png"
-        with Image.open(first) as opened:
-            image = opened.convert("RGB")
-        infotext.save(image, first, old)
-        capsys.readouterr()
-        assert main(["redraw", str(first), "--out", str(again)]) == 0
-        assert (said in capsys.readouterr().err) == is_said
-        assert infotext.read(again).defaults == DEFAULTS
 
 
 def test_a_prompt_is_explained_before_it_is_drawn(tmp_path, monkeypatch, capsys):

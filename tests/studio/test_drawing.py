@@ -2,8 +2,6 @@
 
 import dataclasses
 import warnings
-from contextlib import nullcontext
-from functools import partial
 
 import hosts
 import numpy as np
@@ -357,7 +355,7 @@ TWO = "a fox and a hat <lora:fox:0.8:region=0,0,0.4,1> <lora:hat:1:region=0.6,0,
 def test_a_detail_pass_draws_each_subject_again_enlarged_in_its_place_by_the_loras_that_act_there(studio):
     recipe = studio.complete(dataclasses.replace(RECIPE, prompt=TWO, width=64, height=32, detail=0.5))
     plain, noted, seen = dataclasses.replace(recipe, detail=0.0), PictureNotes(), []
-    before = studio.draw(plain, inside=partial(noted.around, plain, nullcontext))
+    before = studio.draw(plain, noted=noted)
     after = studio.draw(recipe, on_step=lambda step, _: seen.append(step))
     assert seen == [1, 2, 3, 4, 1, 2, 1, 2]
     assert studio.total_steps(recipe) == len(seen)

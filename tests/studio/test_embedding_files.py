@@ -12,6 +12,7 @@ from tiers import thorough
 from mole_diffusers.studio import embeddings
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.catalog import Catalog
+from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_pipeline
@@ -32,7 +33,7 @@ def folder(tmp_path):
 @pytest.fixture
 def studio(folder, loras):
     files = {name: loras[name] for name in ("fox", "ink")}
-    return Studio(tiny_pipeline(), Catalog(files, {}, embeddings=embeddings.folder_embeddings(folder)), "tiny")
+    return Studio(tiny_pipeline(), Catalog(files, {}, embeddings=files_of(folder, "embedding")), "tiny")
 
 
 def draw(studio, recipe):
@@ -55,7 +56,7 @@ def test_a_prompt_is_drawn_as_diffusers_draws_it_and_the_next_one_as_before(stud
     same = {"prompt": f"a (fox:1.2), zwface{lora}", "negative": "blur, zwneg."}
     assert np.abs(draw(theirs, theirs.complete(dataclasses.replace(plain, **same))) - drawn).max() <= 1
     assert np.abs(drawn - before).max() > 3
-    assert 'embeddings=folder_embeddings(".")' in as_code(recipe)
+    assert 'embeddings=files_of(".", "embedding")' in as_code(recipe)
 
 
 @pytest.mark.parametrize("host", ["sdxl", *thorough("flux", "sd3")])
@@ -95,5 +96,5 @@ def test_a_recipe_knows_its_embeddings_by_their_tensors(studio, folder):
     other = Studio(studio.pipe, Catalog({}, {}, embeddings=studio.catalog.embeddings), "tiny")
     with pytest.raises(ValueError, match="the embedding 'easy negative' here is another file than the recipe's"):
         other.complete(recipe)
-    with pytest.raises(ValueError, match="nowhere is not there; give the folder of embeddings"):
-        embeddings.folder_embeddings(folder / "nowhere")
+    with pytest.raises(ValueError, match="nowhere is not there; give the folder of embedding files"):
+        files_of(folder / "nowhere", "embedding")

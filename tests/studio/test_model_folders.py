@@ -8,8 +8,7 @@ from mole_diffusers.cli.app import first_that_opens
 from mole_diffusers.cli.common import open_catalog
 from mole_diffusers.cli.options import Files
 from mole_diffusers.studio.base_models import bases_in, find_base
-from mole_diffusers.studio.catalog import folder_loras
-from mole_diffusers.studio.model_folders import around, loras_beside, places
+from mole_diffusers.studio.model_folders import around, files_of, loras_beside, places
 
 LAYOUTS = {  # program -> folders of its checkpoints, LoRAs and embeddings
     "ComfyUI": ("models/checkpoints/sd15", "models/loras/people", "models/embeddings"),
@@ -39,7 +38,7 @@ def test_what_a_program_has_is_found_from_its_folder_its_models_or_a_checkpoint(
     for folder in (program, models):
         assert list(bases_in(folder)) == ["Dream"]
         assert find_base(str(folder)) == find_base(str(folder / "dream")) == bases_in(folder)["Dream"]
-        assert list(folder_loras(folder)) == ["fox"]
+        assert list(files_of(folder, "lora")) == ["fox"]
         assert list(open_catalog([str(folder)], Files()).loras) == ["fox"]
     checkpoint = find_base(str(models / "dream"))
     assert list(loras_beside([checkpoint])) == list(around(checkpoint, "lora")) == ["fox"]

@@ -77,6 +77,7 @@ def picture(tmp_path):
             for begin in ("Negative prompt: ", "Negative prompt:", "  Negative prompt: ")
         ),
         (OLD.replace(" on a", " AND a"), {"steps": 20}, "AND between prompts (a word here)"),
+        (OLD.replace("Steps: 20", "Steps: many"), {"steps": 20, "seed": 12345}, "steps many"),
         (FLUX, {"sampler": "Euler", "guidance": 3.5, "steps": 20}, "Module 1 ae"),
     ],
 )
@@ -107,12 +108,12 @@ def test_brackets_that_are_left_alone_are_read_as_there(picture, theirs, ours, w
         ("DPM++ 2M", None, "DPM++ 2M", ""),
         ("DPM++ 2M", "Automatic", "DPM++ 2M Karras", ""),
         ("dpm++ 2m karras", "Karras", "DPM++ 2M Karras", ""),
-        ("DPM++ 2M SDE", "Exponential", "DPM++ 2M SDE", "Schedule type Exponential"),
-        ("DPM++ 2M SDE", "Automatic", "DPM++ 2M SDE", "Schedule type Exponential"),
+        ("DPM++ 2M SDE", "Exponential", "DPM++ 2M SDE", "schedule Exponential"),
+        ("DPM++ 2M SDE", "Automatic", "DPM++ 2M SDE", "schedule Exponential"),
         ("Euler", "Karras", "Euler Karras", ""),
-        ("Euler a", "Karras", "Euler a", "Schedule type Karras"),
+        ("Euler a", "Karras", "Euler a", "schedule Karras"),
         ("UniPC", "Uniform", "UniPC", ""),
-        ("Restart", "SGM Uniform", "", "Sampler Restart SGM Uniform"),
+        ("Restart", "SGM Uniform", "", "sampler Restart SGM Uniform"),
         ("Default", None, "", ""),
     ],
 )
@@ -251,7 +252,7 @@ THEIRS = [
     (
         {"workflow": json.dumps(WORKFLOW)},
         {"prompt": "a fox <lora:fox:0.8>", "seed": 5, "steps": 12, "guidance": 4.5, "strength": 0.6, "width": 0},
-        "the picture that it was drawn over, schedule beta, node VAEEncode",
+        "schedule beta, the picture that it was drawn over, node VAEEncode",
         "dream",
     ),
     (

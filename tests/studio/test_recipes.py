@@ -19,7 +19,8 @@ from mole_diffusers.binding.config import Bound
 from mole_diffusers.cli.common import open_catalog
 from mole_diffusers.cli.options import Files
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.catalog import Catalog, folder_gates, folder_loras
+from mole_diffusers.studio.catalog import Catalog, folder_gates
+from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, load, with_strength
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
@@ -369,7 +370,7 @@ def test_bad_pictures_are_refused_with_one_sentence(tmp_path, recipe):
         (png("broken.png", mole_diffusers="{"), "broken.png is not JSON"),
         (png("other.png", mole_diffusers=json.dumps({"format": "x"})), "other.png is not a mole_diffusers.studio.recipe"),
         (png("words.png", parameters="a fox"), "words.png has no generation settings"),
-        (png("odd.png", parameters="a fox\nSteps: many, Sampler: x, Seed: 1"), "odd.png: invalid literal"),
+        (png("odd.png", parameters="a fox\nSteps: 900, Sampler: x, Seed: 1"), "odd.png: steps must be in 1..150"),
     ]:
         with pytest.raises(ValueError, match=message):
             infotext.read(path)
@@ -383,7 +384,7 @@ def test_what_is_not_here_is_said(studio, recipe, tmp_path):
     with pytest.raises(ValueError, match="unknown sampler 'Best'; known: DDIM"):
         studio.complete(dataclasses.replace(recipe, sampler="Best"))
     with pytest.raises(ValueError, match="no .safetensors files"):
-        folder_loras(tmp_path)
+        files_of(tmp_path, "lora")
 
 
 def test_an_underscore_finds_a_lora_with_a_space(loras):
