@@ -136,6 +136,7 @@ class Endpoints:
         binding: str | None = None,
         clip_skip: int | None = None,
         detail: float | None = None,
+        upscaler: str = "",
     ) -> tuple[list[gr.FileData], list[dict], list[str]]:
         """Draw pictures. Every PNG has its recipe inside. Returns the files, their recipes, and notes.
 
@@ -159,6 +160,7 @@ class Endpoints:
             negative_2: the same for the negative prompt.
             binding: "bound" to words and places, "tiles" (the same, first drawn apart), "auto" (tiles if they fit), "none".
             clip_skip: the last layer of the text encoder that is read, counted from the end. 1, the default, reads all.
+            upscaler: the model that enlarges the picture for hires, by the name of its file; "" interpolates its pixels.
             detail: how much of each subject's place is redrawn at the end, enlarged: 0, the default, or 0.2 to 0.3.
         """
         given, own = locals(), FIELD_TYPES.keys() - {"image", "mask"}

@@ -86,7 +86,7 @@ def _settings(page: Page) -> None:
         page.over_status.render()
         fields["strength"].render()
         row(fields["hires"], fields["hires_strength"])
-        fields["detail"].render()
+        row(fields["upscaler"], fields["detail"])
     with page.second.render():
         for name in ("prompt_2", "negative_2"):
             fields[name].render()

@@ -65,6 +65,7 @@ CONTROLS: dict[str, Callable[..., Any]] = {  # field of a Recipe -> its componen
     "strength": slider("strength", 0.05, "Change (denoising strength)", "how much of the picture is drawn anew"),
     "hires": slider("hires", 0.25, "Larger (hires fix)", "times; drawn over at this size"),
     "hires_strength": slider("hires_strength", 0.05, "Change when larger", "denoising strength of that pass"),
+    "upscaler": partial(text, label="Enlarged by", info="a model of the upscalers' folder; empty: interpolated"),
     "detail": slider("detail", 0.05, "Detail of each subject", "its place is drawn over once more, enlarged; 0: not"),
 }
 TRAINING: dict[str, Callable[..., Any]] = {  # field of a TrainingRequest -> its component

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -134,18 +135,19 @@ def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = 
     from mole_diffusers.studio.catalog import Catalog, folder_gates
     from mole_diffusers.studio.model_folders import around, files_of, loras_beside
 
-    examples, words = dict[str, Path](), dict[str, Path]()
+    examples = dict[str, Path]()
     found = [path for base in bases if base != WORLD and isinstance(path := find_base(base), Path)]
     files = loras_beside(found) if named.loras is None else files_of(named.loras, "lora")
-    for base in found:
-        words |= around(base, "embedding")
-    if named.embeddings is not None:
-        words = files_of(named.embeddings, "embedding")
+
+    def of_kind(kind: str, folder: Path | None) -> dict[str, Path]:
+        return dict(ChainMap(*(around(base, kind) for base in found))) if folder is None else files_of(folder, kind)
+
     if WORLD in bases:
         from mole_diffusers.emoji.world import concept_files, gate_folders
 
         files, examples = concept_files() | files, gate_folders()
-    catalog = Catalog(files, examples, examples=examples, embeddings=words)
+    words, upscalers = of_kind("embedding", named.embeddings), of_kind("upscaler", named.upscalers)
+    catalog = Catalog(files, examples, examples=examples, embeddings=words, upscalers=upscalers)
     for name, file in named_values(experts, "--expert").items():
         catalog.add_lora(name, Path(file))
     if named.trained is not None:

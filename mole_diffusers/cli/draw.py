@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mole_diffusers.studio.render import Studio
 
 
-@settings_of(options.RECIPE, only=("strength", "hires", "hires_strength"))
+@settings_of(options.RECIPE, only=("strength", "hires", "hires_strength", "upscaler"))
 class OverOptions(options.Pictures):
     """How much to draw over."""
 

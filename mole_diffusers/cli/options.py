@@ -65,10 +65,13 @@ class Files(Group):
         trained (FOLDER): trained gates that you may name, one folder each.
         embeddings (FOLDER): textual inversions, which a prompt names as embedding:NAME. Default: those of the program that
             the base is in.
+        upscalers (FOLDER): models that enlarge pictures, such as ESRGAN's. Default: those of the program that the
+            base is in.
     """
 
     loras: Path | None = None
     embeddings: Path | None = None
+    upscalers: Path | None = None
     trained: Path | None = None
 
 

@@ -19,9 +19,9 @@ USED = (open_base, Catalog, files_of, folder_gates, concept_files, gate_folders,
 def as_code(recipe: Recipe, config: str | None = None) -> str:
     """A script for a completed recipe.
 
-    It finds LoRA files by their hash and embeddings by their name, in the current folder and below, and trained gates in the
-    current folder by their name. Those of the embedded world come with the package. A picture to draw over is read from
-    "image.png", its mask from "mask.png". The picture is written to "picture.png".
+    It finds LoRA files by their hash, embeddings and upscalers by their name, in the current folder and below, and trained
+    gates in the current folder by their name. Those of the embedded world come with the package. A picture to draw over is
+    read from "image.png", its mask from "mask.png". The picture is written to "picture.png".
 
     Args:
         config: the config that the base was opened with, see `open_base`.
@@ -31,6 +31,7 @@ def as_code(recipe: Recipe, config: str | None = None) -> str:
     if recipe.base == WORLD:
         loras, gates = ["concept_files()", *loras], gates or ["gate_folders()"]
     words = ', embeddings=files_of(".", "embedding")' if recipe.embeddings else ""
+    words += ', upscalers=files_of(".", "upscaler")' if recipe.upscaler else ""
     opened = repr(recipe.base) + ("" if config is None else f", config={config!r}")
     pictures = [f'{name}=Image.open("{name}.png")' for name in ("image", "mask") if getattr(recipe, name)]
     body = f"""\

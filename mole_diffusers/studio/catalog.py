@@ -35,6 +35,7 @@ class Catalog:
         gates: name -> folder of trained gates.
         examples: names of gates that are used only if you name them. "auto" never picks them, even for LoRAs that they fit.
         embeddings: name -> file.
+        upscalers: name -> file.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Catalog:
         *,
         examples: Iterable[str] = (),
         embeddings: Mapping[str, Path] | None = None,
+        upscalers: Mapping[str, Path] | None = None,
     ):
         self.loras, self.gates, self.examples = dict(loras), dict(gates), set(examples)
-        self.embeddings = dict(embeddings or {})
+        self.embeddings, self.upscalers = dict(embeddings or {}), dict(upscalers or {})
         self._keeping, self._experts = threading.Lock(), dict[str, Expert]()  # the one that was used last is the last
         self._family_of, self._hash_of = cache(family_of_file), cache(file_hash)
         self._trained: dict[str, dict[str, str]] = {}
@@ -138,9 +140,17 @@ class Catalog:
             raise ValueError(f"the LoRA {name!r} with hash {sha256[:12]} is not here; {known}")
         return found
 
-    def embedding_hash(self, name: str) -> str:
-        """The hash of an embedding's tensors, like `Expert.sha256`; the file is read once."""
-        return self._hash_of(self.embeddings[name], whole=False)
+    def found(self, what: str, name: str, sha256: str) -> tuple[str, str]:
+        """The name here of an embedding or an upscaler, given in any case, and the hash of its tensors.
+
+        Raises ValueError if it is unknown, or not the file with this hash; "" is any.
+        """
+        known = {"embedding": self.embeddings, "upscaler": self.upscalers}[what]
+        if (here := matching(name, known)) is None:
+            raise ValueError(f"there is no {what} {name!r}; {known_names(name, known)}")
+        if sha256 not in ("", own := self._hash_of(known[here], whole=False)):
+            raise ValueError(f"the {what} {here!r} here is another file than the recipe's")
+        return here, own
 
     def _hash(self, name: str, *, whole: bool = False) -> str:
         """The hash of a LoRA's tensors or of its whole file."""

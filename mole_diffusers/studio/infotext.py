@@ -48,6 +48,8 @@ def parameters(recipe: Recipe) -> str:
         settings["Denoising strength"] = recipe.hires_strength if recipe.hires > 1 else recipe.strength
     if recipe.hires > 1:
         settings["Hires upscale"] = recipe.hires
+    if recipe.upscaler:
+        settings["Hires upscaler"] = recipe.upscaler
     if recipe.clip_skip > 1:
         settings["Clip skip"] = recipe.clip_skip
     if recipe.experts:

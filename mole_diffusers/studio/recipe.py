@@ -61,6 +61,8 @@ class Recipe:
         strength: how much of that picture to redraw: the fraction of the steps that run.
         hires: enlarge the picture by this factor, and draw over it once more.
         hires_strength: how much of the enlarged picture to redraw.
+        upscaler: the model that enlarges the picture, by the name of its file. Default: its pixels are interpolated.
+        upscaler_sha256: the hash of that file's tensors.
         detail: draw each subject's place in the finished picture once more, enlarged, and redraw this much of it: 0.2 to 0.3
             sharpens faces; 0 leaves it out.
         clip_skip: the last layer of the text encoder to read, counted from the end as in A1111; many checkpoints for
@@ -91,6 +93,8 @@ class Recipe:
     strength: Annotated[float, 0.0, 1.0] = 0.6
     hires: Annotated[float, 1.0, 4.0] = 1.0
     hires_strength: Annotated[float, 0.0, 1.0] = 0.5
+    upscaler: str = ""
+    upscaler_sha256: str = ""
     detail: Annotated[float, 0.0, 1.0] = 0.0
     clip_skip: Annotated[int, 1, 12] = 1
 
@@ -102,6 +106,8 @@ class Recipe:
             arms = f"{list(ARMS[:3])}, 'alone NAME', 'merge METHOD'"
             unknown = f"unknown arm {self.arm!r} or binding {self.binding!r}"
             raise ValueError(f"{unknown}; known arms: {arms}; known bindings: {list(BINDINGS)}")
+        if self.upscaler and self.hires == 1:
+            raise ValueError(f"the upscaler {self.upscaler!r} enlarges the picture for hires: give hires above 1")
         if self.mask and not self.image:
             raise ValueError("a mask needs a picture that is drawn over")
         if not all(math.isfinite(weight) for row in self.locks.values() for weight in row.values()):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -38,6 +38,7 @@ from mole_diffusers.studio.prompt_weights import call_arguments, cut_off, plain_
 from mole_diffusers.studio.recipe import BOUND, PROMPTS, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
+from mole_diffusers.studio.upscaling import enlarged
 from mole_diffusers.studio.weight_syntax import parse_weights
 
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
@@ -182,6 +183,10 @@ class Studio:
             raise ValueError(f"the prompt has no LoRA {about!r} to draw alone, but {', '.join(names.values()) or 'none'}")
         if recipe.clip_skip > (most := most_clip_skip(self.pipe)) > 1:
             raise ValueError(f"clip skip is in 1..{most} with this base, got {recipe.clip_skip}")
+        words = embeddings.named([getattr(recipe, name) for name in PROMPTS], self.catalog.embeddings)
+        upscaler = "", ""
+        if recipe.upscaler:
+            upscaler = self.catalog.found("upscaler", recipe.upscaler, recipe.upscaler_sha256)
         own = usual_size(self.pipe, self.base, given.text)
         width, height = picture_passes.drawable(self.pipe, recipe.width or own[0], recipe.height or own[1])
         return dataclasses.replace(
@@ -197,8 +202,10 @@ class Studio:
             masks={here[name]: mask for name, mask in recipe.masks.items() if name in here},
             gates=gates,
             gates_sha256=digest,
+            upscaler=upscaler[0],
+            upscaler_sha256=upscaler[1],
             experts={name: self.catalog.expert(name).sha256 for name in names.values()},
-            embeddings=self._embeddings(recipe),
+            embeddings=dict(self.catalog.found("embedding", name, recipe.embeddings.get(name, "")) for name in words),
             base=self.base,
         )
 
@@ -211,30 +218,6 @@ class Studio:
         if asked is None or draws_in_tiles(self.pipe, *asked):
             return None
         return size_for_tiles(self.pipe, *asked, MAX_SIDE)
-
-    def _embeddings(self, recipe: Recipe) -> dict[str, str]:
-        """The embeddings that the prompts of a recipe name, with their hashes.
-
-        Raises ValueError for one that is not here, or is another file than the recipe's.
-        """
-        texts = [getattr(recipe, name) for name in PROMPTS]
-        found = {name: self.catalog.embedding_hash(name) for name in embeddings.named(texts, self.catalog.embeddings)}
-        if other := next((name for name, own in found.items() if recipe.embeddings.get(name, own) != own), None):
-            raise ValueError(f"the embedding {other!r} here is another file than the recipe's")
-        return found
-
-    @contextmanager
-    def _spelled(self, recipe: Recipe, pipe: Any) -> Iterator[Recipe]:
-        """The recipe with the words of its embeddings in its prompts, which the pipeline knows in the `with` block."""
-        files = {name: self.catalog.embeddings[name] for name in recipe.embeddings}
-        if not files:
-            yield recipe
-            return
-        with embeddings.taught(pipe, files) as words:
-            texts: dict[str, Any] = {
-                name: embeddings.spelled(getattr(recipe, name), files, words.__getitem__) for name in PROMPTS
-            }
-            yield dataclasses.replace(recipe, **texts)
 
     def notes(self, asked: Recipe, recipe: Recipe, image: Image.Image | None = None) -> list[str]:
         """What a user should know about a completed recipe: what may be wrong with it, what was changed, and what is cut.
@@ -329,6 +312,8 @@ class Studio:
                 drawn = Image.composite(drawn, over["image"], over["mask_image"])
             if recipe.hires > 1:
                 larger = picture_passes.drawable(self.pipe, *(round(side * recipe.hires) for side in size))
+                if recipe.upscaler:
+                    drawn = enlarged(drawn, self.catalog.upscalers[recipe.upscaler], self.pipe._execution_device)
                 over = {"image": picture_passes.fitted(drawn, *larger), "strength": recipe.hires_strength}
                 drawn = self._pass(recipe, larger, over, on_step)
             if recipe.detail and noted.layout is not None:
@@ -394,7 +379,10 @@ class Studio:
             stack.callback(setattr, pipe, "scheduler", self._own_scheduler)
             pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
             mixture = self.attach_for(recipe, pipe)
-            recipe = stack.enter_context(self._spelled(recipe, pipe))  # after what is attached, and taken back before it
+            files = {name: self.catalog.embeddings[name] for name in recipe.embeddings}
+            words = stack.enter_context(embeddings.taught(pipe, files))  # after what is attached, and taken back before it
+            texts = {name: embeddings.spelled(getattr(recipe, name), files, words.__getitem__) for name in PROMPTS}
+            recipe = dataclasses.replace(recipe, **cast(dict[str, Any], texts))
             names = [] if mixture is None else list(mixture.experts)
             kind, about = recipe.arm_and_name
             stack.enter_context(clip_skip(pipe, recipe.clip_skip))
@@ -411,8 +399,12 @@ class Studio:
                 elif kind in weights:  # else the gates decide, or there are none
                     stack.enter_context(mixture.fixed(weights[kind]))
                 stack.enter_context(mixture.planned(schedule))
-                if acting is None and (binding := recipe.binding_of_pass(over=bool(over))) != "none":
-                    stack.enter_context(mixture.tiled(**_tiles(recipe, pipe, binding)))
+                if acting is None and (binding := recipe.binding_of_pass(over=bool(over))) == BOUND:
+                    stack.enter_context(mixture.tiled(0))
+                elif acting is None and binding != "none":
+                    second = "" if binding == TILES else recipe.prompt_2
+                    tiles = tiled_prompt(pipe, recipe.text, prompt_2=second)
+                    stack.enter_context(mixture.tiled(always=binding == TILES, **tiles))
                 stack.enter_context(inside(mixture))
             drawn = pipe(
                 **call_arguments(pipe, **recipe.call),
@@ -493,15 +485,6 @@ class Studio:
     def forget_attached(self) -> None:
         """Call this after you attach something else to the pipeline. The next picture then attaches its own LoRAs again."""
         self._attached_key = None
-
-
-def _tiles(recipe: Recipe, pipe: Any, binding: str) -> dict[str, Any]:
-    """The arguments of `Mixture.tiled` in a pass with this binding."""
-    if binding == BOUND:
-        return {"until": 0}
-    always = binding == TILES
-    second = "" if always else recipe.prompt_2
-    return {"always": always, **tiled_prompt(pipe, recipe.text, prompt_2=second)}
 
 
 def _callback(
