@@ -24,94 +24,49 @@ from benchmarks.steps import Point
 
 HERE = Path(__file__).parent
 NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL", "tiny": "tiny", "thin": "SD 1.5's modules, narrow"}
-HEAD = """# What a mixture costs
+HEAD = """# Speed and memory
 
 SHORT
 
-This page is made by `python docs/make_speed.py` from the files in `docs/speed/`, which `python -m benchmarks --json`
-wrote. Do not edit it. `python docs/make_speed.py --measure` measures all of it again, on a machine that does nothing else.
-Only the operations have been counted since keys and values of the text are kept; the times in the tables are older.
+Ratios within one run: in each round every arm runs once, in turn, and is divided by the base of that round; tables
+show medians with quartiles. UNets have random weights, a batch of 2 (guidance), and LoRAs on all attention layers, of
+rank 16 unless a section says otherwise. They ran on one CPU thread, by the process's own time, on a machine that did
+other work, too. **No GPU was measured**; the same commands measure one. A goal that is not met says so. The times are
+older than the operations, which have become fewer since.
 
-All numbers are ratios within one run. In each round every arm runs once, the arms take turns, and the ratio to the base is
-taken round by round. The tables show medians, with quartiles in brackets.
-
-The UNets have random weights, a batch of 2 (guidance), and LoRAs on all attention layers, of rank 16 unless a section says
-otherwise. They ran on one CPU thread of a machine that did other work, too. The time is the process's own (`--clock cpu`),
-but caches and memory were shared. The arm `again` runs the base once more, so it shows how much is noise. No GPU was
-available, but the same commands measure one.
-
-| arm | what it is |
-|---|---|
-| `base` | no LoRA; `again` is the base once more |
-| `set_adapters` | diffusers' own way to stack the N LoRAs, with weights 1 and no gates |
-| `sum`, `mole`, `flow` | a mixture with gates of that family, one per block; `gated` is `mole` |
-| `collapsed` | the gates' average folded into the weights by `mixture.collapsed(prompt)` |
+`set_adapters` is diffusers' own stack of the N LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates,
+`gated` the family of the table. `collapsed` has the gates' average folded into the weights. `again` is the base once
+more, so it shows the noise. The page is made by `python docs/make_speed.py` from `docs/speed/`, with `--measure` all
+anew.
 """
 DISPATCH = """
 ## Dispatch
 
-This section shows what a step costs if it does next to no arithmetic. On a GPU, this is the work of the host's thread
-while the card computes. It is measured on a UNet with the same modules as Stable Diffusion 1.5, but only 8 to 24 channels
-wide, with 16 tokens of text and LoRAs of rank 4 (`python -m benchmarks --what dispatch --threads 1 --clock cpu`).
+What a step costs if it does next to no arithmetic, which on a GPU is the work of the host's thread while the card
+computes: the modules of Stable Diffusion 1.5, but 8 to 24 channels wide, with 16 tokens of text and LoRAs of rank 4
+(`python -m benchmarks --what dispatch --threads 1 --clock cpu`).
 
-"before" is an older version, whose layers took products of [B, T, C] instead of rows, and whose gates read the text at
-every step. Both versions were measured on one machine, one after the other, beside a training.
-
-| arm | N | before | now | goal |
-|---|---|---|---|---|
+| arm | N | x base | goal |
+|---|---|---|---|
 """
 ABOUT_DISPATCH = """
 ![Cost of a step against the number of LoRAs, where a step is nearly all dispatch](speed.png)
 
-Beside the host's own product, a layer makes one down product, one product with the factor and one `addmm`. These are 5
-operations more than the host's 4 (in the column "before": 9). Keys and values of the text are kept while a call of the
-pipeline runs: the layers that make them read the same text at every step. If their factors stay the same, too, a step does
-nothing there; otherwise it does the product with the factor and the `addmm`. This holds for the texts of up to two pictures
-with guidance. These are the operations of PyTorch in a step (`--what operations --gates factors --experts 3 8`; `gated` are
-`factors`). They were counted later than the times above were measured. Back then nothing was kept, and `sum` added 644,
-`mole` 980 and `flow` 932:
+A layer makes one down product, one product with the factor and one `addmm` beside the host's own product: 5
+operations more than the host's 4. Keys and values of the text are kept while a call of the pipeline runs. The
+operations of PyTorch in a step (`--what operations --gates factors --experts 3 8`; `gated` are `factors`), counted
+later than the times above, when `sum` added 644, `mole` 980 and `flow` 932:
 
 | arm | N | operations | more than the base | goal |
 |---|---|---|---|---|
 OPERATIONS
-What is left, and why:
-
-- `sum`: 96 layers read the picture and take 5 more each, the 32 that read the text take none, not even the host's 4, and 4
-  are the noise level, once in a step. Two of the layers' five only turn a matrix around. Keeping the turned views would save
-  192, but they would hold a matrix's memory on the card after the pipeline has left it. Where all weights are 1, the product
-  with the factor (96) could be left out, but binding would then add it again in each layer.
-- `mole`: the layers that read the text take the host's 4, as its gates read the picture. The gate takes seven in a block
-  (mean, length, its lower limit, product, division, softmax, times N), and two give each row of picture and of text its
-  factor, for 8 layers. The temperature is in the matrix, which is kept until it changes.
-- `flow`: the gate takes three in a block (product, softmax, bias), and two give each row its factor. Its gates of the text
-  read the text alone, so keys and values are kept as with `sum`.
-
-The goals of time are not met; they were measured when there were more operations. Trials on `sum` at N=3
-show what is left:
-
-| what a layer does | x base |
-|---|---|
-| the host's product alone, with all hooks and processors in place | 1.04 to 1.06 |
-| and the down product, with nothing done with it | 1.11 |
-| and the product with the factor | 1.14 |
-| and its addition: all of the arithmetic, but no hooks checked and no gate asked | 1.18 to 1.21 |
-| the same with one down product for q, k and v, or for k and v, if they have one input | about 0.03 less |
-| the same without the product with the factor, if all weigh 1 | about 0.03 less |
-
-Neither of the last two was kept. Together they would still leave `sum` at about 1.16, and would need a second copy of the
-down matrices, an input that has to be recognised, and a second route. A gate of MoLE's form is twelve small operations per
-block, .15 of a step in all. Taking out five of them (as a trial, with other results) gained .04.
-Since then they have become seven, with the same results, which was not timed. Keeping keys and values gained .036 of a step
-for `sum`, .015 for `flow` and .040 for `factors`, and nothing for `mole` (-.014), at N=3 in 40 rounds of one run, inside a
-call of the pipeline against outside of one. The machine did much other work: quartiles were up to .07 away. It should be
-measured again.
+What is left with `sum`: 96 layers read the picture and take 5 more each; the 32 that read the text take none, not even the
+host's 4; 4 are the noise level. A `mole` gate takes seven in a block, a `flow` gate three, and two give each row its factor.
 """
 FACTORS = """
-`factors` are the gates that `mole train` trains by default. They sit at every layer, and their factors are kept until
-something changes, also under a schedule of strengths (as in the app and in `mole draw`) and for each tile. (When they were
-asked at every step, they took 2.07 [1.99, 2.35] and 2.11 [2.07, 2.26] of the base at 3 and 8 LoRAs, 25 rounds.) Here they
-are beside `sum` and `mole` in one run (`--size thin --rank 4 --arms base again sum mole gated --gates factors --experts
-3 8 16 --repeats ROUNDS`, otherwise as above), on the machine of the table under [Binding](#binding), beside a training:
+`factors`, which `mole train` trains by default, sit at every layer; what they give is kept until something changes.
+In one run with `sum` and `mole` (`--size thin --rank 4 --arms base again sum mole gated --gates factors --experts 3 8
+16 --repeats ROUNDS`), on another machine, beside a training:
 
 | gates | N | x base |
 |---|---|---|
@@ -119,36 +74,28 @@ are beside `sum` and `mole` in one run (`--size thin --rank 4 --arms base again 
 STEPS = """
 ## Steps at real size
 
-The command is `python -m benchmarks --threads 1 --clock cpu --dtype bf16 --pixels 256 --size sd15` (or `sdxl`), with
-`--arms`, `--experts` and `--gates` as the tables say.
+`python -m benchmarks --threads 1 --clock cpu --dtype bf16 --pixels 256 --size sd15` (or `sdxl`), with `--arms`,
+`--experts` and `--gates` as the tables say.
 """
 BINDING = """
 ## Binding
 
-Here each LoRA has its own word and its own part of the picture, and is compared with the same gates without binding
-(`--arms sum mole "bound sum" "bound mole"`). Two things were measured:
+Each LoRA has its own word and its own part of the picture, beside the same gates without binding (`--arms sum mole
+"bound sum" "bound mole"`): dispatch as above (150 rounds in each of two runs, on another machine), and a step of
+Stable Diffusion 1.5 at 256 pixels in bf16 (two threads, wall clock). "More" is the median over rounds of the
+difference. For dispatch its standard error is about .017, so a value near the goal may or may not meet it. When this
+was measured binding took 24 operations more with `sum` and 7 with `mole`; now it takes MORE_SUM and MORE_MOLE, and
+`mole` without it 357 fewer.
 
-- dispatch: `--size thin --rank 4`, 150 rounds in each of two runs, on another machine than above, whose other core was idle
-- a step: Stable Diffusion 1.5 at 256 pixels in bf16, two threads, by the wall clock
-
-"More" is the median over rounds of the difference between the two ratios. For dispatch its standard error is about .017,
-so you cannot tell whether a value near the goal meets it.
-
-"Before" is an older version, measured in 150 rounds after the first run. Each layer looked at its masks by token again,
-and diffusers repeated the biases of cross-attention for every head at every step. That took 210 operations more with `sum`
-and 162 with `mole`. When the table was measured it took 24 and 7. Now it takes MORE_SUM and MORE_MOLE, of
-which none is in every layer, and `mole` without binding takes 357 fewer than then ([counted](#dispatch)).
-
-| | gates | N | not bound | bound | more | before |
-|---|---|---|---|---|---|---|
+| | gates | N | not bound | bound | more |
+|---|---|---|---|---|---|
 """
 ONCE = """
 ## Once, and memory
 
-The command is the same, with `--what attach`, `update`, `collapse` or `memory`. Memory was measured before keys and values
-of the text were kept. By arithmetic they take 7.7 MB more in SD 1.5, and 51.3 MB in SDXL, for one picture with guidance in
-half precision (and A x of the text 0.5 and 2.1 MB for 3 LoRAs of rank 16), and at most twice that: texts of more than two
-pictures are not kept.
+The same command with `--what attach`, `update`, `collapse` or `memory`. Kept keys and values of the text, by
+arithmetic, add 7.7 MB in SD 1.5 and 51.3 MB in SDXL for one picture with guidance in half precision, and at most
+twice that.
 
 | | measured | goal |
 |---|---|---|
@@ -218,16 +165,13 @@ def met(value: float, goal: float) -> str:
 
 
 def dispatch() -> str:
-    """Dispatch before and now."""
-    (before,), (now,) = load("dispatch-before.json"), load("dispatch.json")
-    old = {(cost.arm, cost.experts): cost for cost in costs(before)}
-    lines = []
-    for cost in costs(now):
+    """A step of the narrow UNet."""
+    text = ""
+    for cost in costs(load("dispatch.json")[0]):
         goal = met(cost.ratio, GOALS[cost.arm]) if cost.arm in GOALS else ""
         if cost.experts:
-            earlier = shown(old[cost.arm, cost.experts])
-            lines.append(f"| {cost.arm} | {cost.experts} | {earlier} | {shown(cost)} | {goal} |")
-    return "\n".join(lines) + "\n"
+            text += f"| {cost.arm} | {cost.experts} | {shown(cost)} | {goal} |\n"
+    return text
 
 
 def operations() -> str:
@@ -278,7 +222,7 @@ def steps() -> str:
 
 def binding() -> str:
     """What binding costs beside the same gates, as a share of the base."""
-    text, before = BINDING, _by_arm("bound-dispatch-before.json")
+    text = BINDING
     for gates in ("sum", "mole"):
         text = text.replace(f"MORE_{gates.upper()}", str(_more_if_bound(gates, 3)))
     for file, about, goal in (("bound-dispatch.json", "dispatch", 0.06), ("bound-step.json", "a step", 0.02)):
@@ -286,8 +230,7 @@ def binding() -> str:
         for gates, n in ((gates, n) for gates in ("sum", "mole") for arm, n in found if arm == gates):
             plain, bound, more = found[gates, n], found[f"bound {gates}", n], _more(found, gates, n)
             row = [about, gates, n, shown(plain), shown(bound), f"{more:+.3f} ({met(more, goal)})"]
-            earlier = f"{_more(before, gates, n):+.3f}" if about == "dispatch" else ""
-            text += f"| {' | '.join(map(str, row))} | {earlier} |\n"
+            text += f"| {' | '.join(map(str, row))} |\n"
     return text
 
 
@@ -341,9 +284,8 @@ def reuse() -> str:
     text = """
 ## Gates evaluated less often
 
-`mixture.every(k)` evaluates the gates in only one of k steps and keeps their weights in the others. The table shows how
-much this changes a picture of the embedded world: the mean absolute difference of values in 0..1, with trained gates per
-token, 20 steps and no tiles (`benchmarks/reuse.py`). Steps in tiles evaluate the gates of every tile, whatever k is.
+`mixture.every(k)` evaluates the gates in one of k steps. Mean absolute difference of pictures of the embedded world,
+values in 0..1, with trained gates per token, 20 steps, no tiles (`benchmarks/reuse.py`):
 
 | | difference |
 |---|---|
@@ -367,12 +309,12 @@ def document() -> str:
     head = HEAD.replace("SHORT", short())
     return (
         head
+        + steps()
         + DISPATCH
         + dispatch()
         + ABOUT_DISPATCH.replace("OPERATIONS\n", operations() + "\n")
         + factors()
         + binding()
-        + steps()
         + curves()
         + once()
         + pictures()

@@ -171,6 +171,7 @@ def test_fixed_weights_stand_in_for_gates(pipe, loras, draw, awake):
     torch.testing.assert_close(fixed, draw(pipe), atol=1e-5, rtol=0)
 
 
+@pytest.mark.shows("`enable_lora` turns on the gradients of all adapters")
 def test_only_gates_get_gradients(pipe, loras):
     from mole_diffusers.training.denoising import predict
 
@@ -223,6 +224,7 @@ def test_guidance_rows_have_their_own_gates(pipe, loras, draw, awake):
     assert not torch.allclose(first[0], first[1], atol=1e-4)
 
 
+@pytest.mark.shows("`disable_lora`, `enable_lora`, `scale`")
 def test_disable_lora_and_scale_work_through_the_mixture(pipe, loras, draw, awake):
     base = draw(pipe)
     awake(mole.attach(pipe, loras, "mole"))
@@ -288,6 +290,7 @@ def test_an_ordinary_lora_stays_beside_the_mixture(pipe, loras, draw):
     torch.testing.assert_close(beside, draw(pipe), atol=1e-5, rtol=0)
 
 
+@pytest.mark.shows("`unload_lora_weights`")
 def test_unload_takes_the_mixture_out(pipe, loras, draw):
     base = draw(pipe)
     mole.attach(pipe, loras)

@@ -1,6 +1,7 @@
-"""The table of hosts has every host that the tests know."""
+"""The tables of hosts, files and errors say what tests show."""
 
 import re
+import runpy
 from pathlib import Path
 
 import hosts
@@ -14,4 +15,9 @@ def test_the_table_of_hosts_has_a_row_for_every_host():
 
 
 def test_pages_for_users_name_no_tests_of_single_functions():
-    assert [page.name for page in DOCS.glob("*.md") if "::test_" in page.read_text()] == []
+    assert [page.name for page in DOCS.glob("*.md") if "::test_" in page.read_text()] == ["tested.md"]
+
+
+def test_every_row_has_a_test_that_shows_it():
+    made = runpy.run_path(str(DOCS / "make_tested.py"))["document"]()
+    assert (DOCS / "tested.md").read_text() == made, "run: python docs/make_tested.py"

@@ -215,6 +215,7 @@ def test_bad_configs_name_what_is_known(pipe, loras):
         ({}, {}, "unknown gate family {}"),
     ],
 )
+@pytest.mark.shows("Files")
 def test_options_of_the_wrong_kind_or_size_are_refused(family, options, message):
     """A stranger's gates come with a config, and what it asks for is made before their weights are compared."""
     with pytest.raises(ValueError, match=message):
@@ -232,6 +233,7 @@ def test_gates_stay_fp32_in_a_half_precision_host(pipe, loras, awake):
     assert torch.from_numpy(image).isfinite().all()
 
 
+@pytest.mark.shows("a processor with `**kwargs` loses IP-Adapter's masks")
 def test_our_processor_shows_the_signature_it_found(pipe, loras):
     import inspect
 
@@ -255,6 +257,7 @@ def test_gates_speak_even_when_every_processor_is_replaced(pipe, loras, draw, aw
 
 
 @pytest.mark.parametrize("granularity", ["block", *thorough("model")])
+@pytest.mark.shows("gradient checkpointing")
 def test_gradient_checkpointing_gives_the_same_gradients(pipe, loras, awake, granularity):
     """The one gate of a whole model speaks outside the blocks that are computed again."""
     from mole_diffusers.training.denoising import predict
@@ -293,6 +296,7 @@ def test_trace_by_hand(pipe, loras, draw):
 
 
 @pytest.mark.parametrize("value", [math.nan, 1e38, *thorough(math.inf, -math.inf)])
+@pytest.mark.shows("Files")
 def test_numbers_that_no_picture_survives_are_refused(pipe, loras, value):
     mixture = mole.attach(pipe, loras)
     calls = {
@@ -381,6 +385,7 @@ def change_weights(folder, value):
         (lambda f: edit(f, lambda a: a["experts"].pop("hat")), ValueError, "weigh .* but the experts given are"),
     ],
 )
+@pytest.mark.shows("Files")
 def test_damaged_or_foreign_gates_are_refused(saved, loras, draw, tmp_path, damage, error, message):
     pipe, folder, before = saved
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

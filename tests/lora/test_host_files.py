@@ -299,6 +299,11 @@ def pipelines():
     ("host", "form"),
     [pytest.param(host, form, marks=() if first else pytest.mark.thorough) for host, form, first in CASES],
 )
+@pytest.mark.shows(
+    "LoRA files of each kind",
+    "XLabs, Flux (`processor.qkv_lora1`)",
+    "ai-toolkit, kohya and ComfyUI for Flux.2, Qwen-Image, Z-Image, Wan, Krea 2 and LTX-Video",
+)
 def test_a_file_gives_the_weights_and_the_picture_that_diffusers_gives(pipelines, tmp_path, host, form):
     pipe = pipelines(host)
     path = write(pipe, FILES[host][form], tmp_path / "x.safetensors")
@@ -351,6 +356,7 @@ def test_the_family_is_known_by_the_names_of_layers_from_the_header_alone_too(pi
 
 
 @pytest.mark.parametrize("host", FAMILIES)
+@pytest.mark.shows("LoRA files of each kind")
 def test_a_file_of_another_family_is_refused_in_one_sentence(pipelines, tmp_path, host):
     for other, family in FAMILIES.items():
         path = write(pipelines(other), next(iter(FILES[other].values())), tmp_path / "x.safetensors")
@@ -524,6 +530,10 @@ def dora(pipe, form, path, end):
 
 
 @pytest.mark.parametrize("host", ["sdxl", "flux", pytest.param("sd3", marks=pytest.mark.thorough)])
+@pytest.mark.shows(
+    "DoRA in kohya files is loaded as plain LoRA; LoHa and LoKr are errors",
+    "DoRA of PEFT (`lora_magnitude_vector`) and kohya (`dora_scale`), also of LoHa and LoKr",
+)
 def test_dora_draws_the_picture_that_diffusers_draws(pipelines, tmp_path, host):
     """Convolutions and text encoders too; a UNet's layers are wider than high, and higher than wide."""
     pipe = pipelines(host)
@@ -575,6 +585,7 @@ def test_kohyas_dora_of_fused_layers_is_that_of_their_parts(pipelines, tmp_path)
             weight_of(pipe, layer).data.copy_(weight)
 
 
+@pytest.mark.shows("DoRA of PEFT (`lora_magnitude_vector`) and kohya (`dora_scale`), also of LoHa and LoKr")
 def test_dora_needs_the_bases_own_weights(pipelines, tmp_path):
     pipe = deepcopy(pipelines("flux2"))
     path = dora(pipe, FILES["flux2"]["kohya"], tmp_path / "x.safetensors", "dora_scale")

@@ -33,6 +33,7 @@ def kohya(pipe, path, alphas, *, rank=4, seed=0, ends=ATTENTION + CONVOLUTION, m
     return deltas
 
 
+@pytest.mark.shows("kohya files lose their alphas per layer")
 def test_kohya_alphas_that_differ_per_layer_are_all_right(pipe, tmp_path):
     deltas = kohya(pipe, tmp_path / "k.safetensors", [1, 2, 4, 0.5])
     expert = read_expert(tmp_path / "k.safetensors")
@@ -43,6 +44,7 @@ def test_kohya_alphas_that_differ_per_layer_are_all_right(pipe, tmp_path):
         torch.testing.assert_close(expert.layers[part][layer.replace(".", "_")].delta(), delta)
 
 
+@pytest.mark.shows("kohya, SD 1.x and 2.x (`lora_unet_`, `lora_te_`)")
 def test_kohya_deltas_are_what_the_host_applies(pipe, draw, tmp_path):
     deltas = kohya(pipe, tmp_path / "k.safetensors", [1, 2, 4, 0.5])
     mole.attach(pipe, {"k": tmp_path / "k.safetensors"})
@@ -55,6 +57,7 @@ def test_kohya_deltas_are_what_the_host_applies(pipe, draw, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["peft", "diffusers", "old diffusers", "wrapped peft", "one model's own"])
+@pytest.mark.shows("PEFT (`lora_A`, `lora_B`, also `lora_A.default`, `base_model.model.`) without metadata")
 def test_key_families_give_one_expert(pipe, loras, tmp_path, form):
     reference = read_expert(loras["ink"])
     rename = {
@@ -190,6 +193,7 @@ def pair(rank, rows, columns):
         ({}, "holds no LoRA layers"),
     ],
 )
+@pytest.mark.shows("Files")
 def test_bad_contents_are_named(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(RefusedFileError, match=f"bad.safetensors.*{message}"):
@@ -230,6 +234,7 @@ def test_a_pickle_is_never_read_whatever_its_name(tmp_path):
         read_expert(tmp_path / "x.safetensors")
 
 
+@pytest.mark.shows("Files")
 def test_layers_the_host_lacks_are_reported_and_a_stranger_is_refused(pipe, loras, tmp_path):
     extra = load_file(loras["fox"]) | {k.replace("mid_block", "down_blocks.7"): v for k, v in GOOD.items()}
     save_file(extra, tmp_path / "extra.safetensors")
@@ -259,6 +264,7 @@ def test_tiny_lora_is_what_diffusers_loads(pipe, tmp_path, draw):
     assert not torch.allclose(draw(pipe), base, atol=1e-2)
 
 
+@pytest.mark.shows("Files")
 def test_a_small_file_cannot_ask_for_all_memory(tmp_path, monkeypatch):
     """Each layer alone is allowed; together they are not."""
     monkeypatch.setattr(algorithms, "MAX_MADE", 1 << 23)

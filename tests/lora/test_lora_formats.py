@@ -74,6 +74,7 @@ SGM = {  # as the original UNet numbers its modules, SD 1.x; SDXL is the same wi
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "unet.", "diffusion_model."])
+@pytest.mark.shows("original (\"sgm\") UNet block names, with kohya's, OMI's or ComfyUI's prefix")
 def test_sgm_names_become_diffusers_names(read, prefix):
     parts = {old: kohya(prefix + old, 4, 4) for old in SGM}
     expert = read({k: v for tensors, _ in parts.values() for k, v in tensors.items()})
@@ -83,6 +84,7 @@ def test_sgm_names_become_diffusers_names(read, prefix):
         torch.testing.assert_close(expert.layers["unet"][SGM[old]].delta(), delta)
 
 
+@pytest.mark.shows("original (\"sgm\") UNet block names, with kohya's, OMI's or ComfyUI's prefix")
 def test_sgm_names_are_those_that_diffusers_finds(read):
     """All attention layers of SDXL, by diffusers' own conversion."""
     blocks = {"input": (4, 5, 7, 8), "middle": (None,), "output": (0, 1, 2, 3, 4, 5)}
@@ -126,6 +128,7 @@ FLUX = {
 }
 
 
+@pytest.mark.shows("kohya, Flux")
 def test_flux_names_and_fused_matrices(read):
     whole = {old: kohya(f"lora_unet_{old}", 6 * 4, 4, alpha=i + 1.0) for i, old in enumerate(FLUX)}
     image, image_delta = kohya("lora_unet_double_blocks_0_img_attn_qkv", 12, 4)
@@ -150,6 +153,7 @@ def test_flux_names_and_fused_matrices(read):
 
 
 @pytest.mark.thorough
+@pytest.mark.shows("kohya, Flux")
 def test_flux_files_are_what_diffusers_makes_of_them(read):
     """At full width, since diffusers' conversion knows no other."""
     tensors = kohya("lora_unet_double_blocks_2_img_attn_qkv", 9216, 3072, alpha=2.0)[0]
@@ -185,6 +189,7 @@ SD3 = {
 }
 
 
+@pytest.mark.shows("kohya, SD 3")
 def test_sd3_names_and_fused_matrices(read):
     whole = {old: kohya(f"lora_unet_joint_blocks_5_{old}", 24, 4) for old in SD3}
     last, last_delta = kohya("lora_unet_joint_blocks_6_context_block_adaLN_modulation_1", 8, 4)
@@ -235,6 +240,10 @@ TOOLS = {
 
 
 @pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.shows(
+    "A1111 (kohya's keys, a note `fox.json` next to the file, embeddings bundled as `bundle_emb.`)",
+    "OneTrainer, OMI, ComfyUI",
+)
 def test_other_tools(read, tool):
     made = {stem: kohya(stem, 4, 4) for stem in TOOLS[tool]}
     tensors = {k: v for one, _ in made.values() for k, v in one.items()}
@@ -256,6 +265,7 @@ def test_other_tools(read, tool):
 # ---- algorithms
 
 
+@pytest.mark.shows("LoCon: convolutions in two factors or three (`lora_mid`)")
 def test_locon_with_and_without_a_core(read):
     plain, plain_delta = kohya("lora_unet_conv_in", 6, 4, taps=(3, 3))
     down, core, up = random(2, 4, 1, 1), random(3, 2, 3, 3), random(6, 3, 1, 1)
@@ -282,6 +292,7 @@ def loha(kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", "flattened", "core"])
+@pytest.mark.shows("DoRA in kohya files is loaded as plain LoRA; LoHa and LoKr are errors", "LoHa, also with a core")
 def test_loha_is_exact(read, kind):
     tensors, delta = loha(kind)
     stem = {"linear": f"lora_unet_{BLOCK}_attn1_to_q"}.get(kind, "lora_unet_conv_in")
@@ -307,6 +318,10 @@ def lokr(kind):
 
 
 @pytest.mark.parametrize("kind", ["whole", "factors", "convolution", "core"])
+@pytest.mark.shows(
+    "DoRA in kohya files is loaded as plain LoRA; LoHa and LoKr are errors",
+    "LoKr: blocks whole, in factors, or with a core",
+)
 def test_lokr_is_exact(read, kind):
     tensors, delta, rank = lokr(kind)
     tensors = {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()} | {"lora_unet_conv_in.alpha": torch.tensor(3.0)}
@@ -317,6 +332,7 @@ def test_lokr_is_exact(read, kind):
 
 @pytest.mark.parametrize("tolerance", [0.02, 0.3])
 @pytest.mark.parametrize("algorithm", ["LoHa", "LoKr"])
+@pytest.mark.shows("LoHa, also with a core", "LoKr: blocks whole, in factors, or with a core")
 def test_a_cut_layer_states_the_error_it_has(read, algorithm, tolerance):
     if algorithm == "LoHa":
         falling = [random(40, 6) * 0.5 ** torch.arange(6) for _ in range(2)]
@@ -352,6 +368,7 @@ def test_a_convolution_without_taps_fits_its_host(pipe, loras, draw, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.shows("stored as fp64, bf16, fp16, fp8 (E4M3, E5M2)")
 def test_storage(read, dtype):
     tensors, _ = kohya(f"lora_unet_{BLOCK}_attn1_to_q", 8, 4)
     stored = {k: v.to(dtype) for k, v in tensors.items()}
@@ -359,6 +376,7 @@ def test_storage(read, dtype):
     torch.testing.assert_close(only(read(stored)).delta(), 0.5 * up @ down)
 
 
+@pytest.mark.shows("ranks and alphas that differ from layer to layer")
 def test_ranks_and_alphas_that_differ(read):
     made = {}
     for i, leaf in enumerate(("attn1_to_q", "attn1_to_k", "attn2_to_v", "ff_net_2")):
@@ -372,6 +390,7 @@ def test_ranks_and_alphas_that_differ(read):
 @pytest.mark.parametrize(
     "parts", [("lora_te_text_model_",), ("lora_unet_",), ("lora_te1_text_model_", "lora_te2_text_model_")]
 )
+@pytest.mark.shows("text encoder only, UNet only, both text encoders only", "kohya's text encoder without `out_proj`")
 def test_files_of_some_parts_only(read, parts):
     """The text encoder's without out_proj, as early kohya files are."""
     leaves = {"u": [f"{BLOCK}_attn1_to_q"], "t": [f"encoder_layers_0_self_attn_{x}_proj" for x in "qkv"]}
@@ -385,6 +404,7 @@ def test_files_of_some_parts_only(read, parts):
             torch.testing.assert_close(weights.delta(), made[part + leaf][1])
 
 
+@pytest.mark.shows("rsLoRA")
 def test_rslora_by_metadata(read):
     stem = "unet.mid_block.attentions.0.proj_in"
     down, up = random(4, 6), random(6, 4)
@@ -417,6 +437,7 @@ def test_family_by_metadata_where_shapes_do_not_tell(read, metadata, family):
     assert read(tensors, metadata).base == (family or "unknown")
 
 
+@pytest.mark.shows("Files")
 def test_another_family_is_refused_before_anything_else(read):
     unet = UNet2DConditionModel(
         block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
@@ -434,6 +455,7 @@ def test_another_family_is_refused_before_anything_else(read):
     assert not match(right, {"unet": unet}).unmatched
 
 
+@pytest.mark.shows("A1111 (kohya's keys, a note `fox.json` next to the file, embeddings bundled as `bundle_emb.`)")
 def test_what_the_header_and_the_note_beside_say(read, tmp_path):
     header = {
         "modelspec.title": "Fox", "ss_output_name": "fox-v2", "modelspec.license": "CC0", "ss_clip_skip": "None",

@@ -103,6 +103,12 @@ def layer_of(expert, name):
         (kohya, [4.0, 1.0, 0.5, -8.0], "kohya"),
     ],
 )
+@pytest.mark.shows(
+    "diffusers (`unet.….lora.down.weight`, also the old `processor.to_q_lora`)",
+    "PEFT (`lora_A`, `lora_B`, also `lora_A.default`, `base_model.model.`) without metadata",
+    "kohya, SD 1.x and 2.x (`lora_unet_`, `lora_te_`)",
+    "A1111 (kohya's keys, a note `fox.json` next to the file, embeddings bundled as `bundle_emb.`)",
+)
 def test_each_tools_keys_of_stable_diffusion(tmp_path, key_of, alphas, form):
     """No alpha is an alpha equal to the rank."""
     products = file_of(tmp_path / "x", key_of, alphas)
@@ -113,6 +119,7 @@ def test_each_tools_keys_of_stable_diffusion(tmp_path, key_of, alphas, form):
         torch.testing.assert_close(layer_of(expert, name).delta(), alpha / rank * whole)
 
 
+@pytest.mark.shows("kohya, SDXL (`lora_te1_`, `lora_te2_`, original block names)")
 def test_kohyas_keys_of_sdxl(tmp_path):
     tensors, deltas = {}, {}
     for i, (stem, (_, _, shape)) in enumerate(KOHYA_SDXL.items()):
@@ -131,6 +138,7 @@ def test_kohyas_keys_of_sdxl(tmp_path):
 
 
 @pytest.mark.parametrize("root", [False, True])
+@pytest.mark.shows("PEFT with metadata in the header (`lora_adapter_metadata`)")
 def test_peft_with_its_config_in_the_header(tmp_path, root):
     config = {
         "unet.r": 2, "unet.lora_alpha": 6, "unet.use_rslora": root, "unet.alpha_pattern": {"attn1.to_q": 1.5},
@@ -144,6 +152,7 @@ def test_peft_with_its_config_in_the_header(tmp_path, root):
 
 
 @pytest.mark.parametrize("root", [False, True])
+@pytest.mark.shows("PEFT's own `adapter_model.safetensors`", "rsLoRA")
 def test_peft_with_its_config_beside_it(tmp_path, root):
     """As `PeftModel.save_pretrained` writes a UNet's adapter."""
 
@@ -185,6 +194,7 @@ WHOLE = r"^mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
 ALPHAS = {WHOLE: 2, r"a.attn2\.to_q$": 9, "transformer_blocks.0.attn1.to_q": 5, "q": 9, "attn1.to_q": 7, "to_q": 3}
 
 
+@pytest.mark.shows("PEFT's own `adapter_model.safetensors`")
 def test_what_peft_itself_saves(tmp_path):
     """PEFT's own file, and the change of weight that PEFT reads from it."""
     from peft import LoraConfig
@@ -198,6 +208,7 @@ def test_what_peft_itself_saves(tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["LoHa", "LoKr", "LoKr of whole matrices"])
+@pytest.mark.shows("PEFT's own `adapter_model.safetensors`")
 def test_what_peft_itself_saves_of_loha_and_lokr(tmp_path, algorithm):
     """Their alpha has another name in the config, and whole matrices of LoKr are divided by the config's rank."""
     from peft import LoHaConfig, LoKrConfig
@@ -227,6 +238,7 @@ def test_what_peft_itself_saves_of_loha_and_lokr(tmp_path, algorithm):
         ('{"use_dora": true}', "its PEFT config says DoRA, and it has no magnitudes"),
     ],
 )
+@pytest.mark.shows("Files")
 def test_a_broken_config_beside_a_file_is_refused(tmp_path, config, message):
     file_of(tmp_path / PEFT_FILE, peft, None)
     (tmp_path / PEFT_CONFIG).write_text(config)

@@ -109,6 +109,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.shows("Files")
 def test_bad_files_are_refused_with_their_reason(tmp_path, name):
     content, message = BAD[name]
     (tmp_path / "x.safetensors").write_bytes(content)
@@ -116,6 +117,7 @@ def test_bad_files_are_refused_with_their_reason(tmp_path, name):
         read_safetensors(tmp_path / "x.safetensors")
 
 
+@pytest.mark.shows("Files")
 def test_a_file_larger_than_free_memory_is_refused_before_it_is_read(tmp_path):
     size = psutil.virtual_memory().total
     header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
@@ -148,6 +150,7 @@ def test_no_file_is_a_missing_file(tmp_path):
         (b" " * 1025, "too large"),
     ],
 )
+@pytest.mark.shows("Files")
 def test_bad_json_is_refused(tmp_path, content, message):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(RefusedFileError, match=f"x.json.*{message}"):
@@ -160,6 +163,7 @@ def test_json_that_is_good(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [b"iCCP", b"gAMA", b"cHRM", b"tRNS"])
+@pytest.mark.shows("Files")
 def test_a_part_after_the_pixels_that_lacks_its_data_is_a_broken_picture(tmp_path, kind):
     """Pillow raises an error of its own for each of them, and only where it has opened the picture already."""
     Image.new("L", (4, 4)).save(file := io.BytesIO(), "PNG")
@@ -174,6 +178,7 @@ def test_a_part_after_the_pixels_that_lacks_its_data_is_a_broken_picture(tmp_pat
         read_picture(tmp_path / "x.png", "it")
 
 
+@pytest.mark.shows("Files")
 def test_an_index_names_files_inside_its_folder_only(tmp_path):
     folder = tmp_path / "library"
     (folder / "sub").mkdir(parents=True)

@@ -45,6 +45,7 @@ def pair(down=1.0, up=1.0, alpha=2.0):
         (pair(down=1e-20, up=1e30), "its numbers go up to 1e.30, too large for a weight"),
     ],
 )
+@pytest.mark.shows("Files")
 def test_changes_of_weight_that_are_too_large_are_refused(tmp_path, tensors, message):
     """Each number of these files is finite; what is made of them would not be."""
     with pytest.raises(RefusedFileError, match=f"x: layer '{KEY}': {message}"):
@@ -66,6 +67,7 @@ def test_a_layer_with_a_bad_alpha_can_be_dropped(tmp_path):
     assert expert.left_out == {KEY: "its alpha holds NaN or infinite values"}
 
 
+@pytest.mark.shows("Files")
 def test_what_half_precision_cannot_hold_is_refused_before_anything_changes(pipe, tmp_path):
     file = written(tmp_path / "x", pair(down=10.0, alpha=2e5))  # folded: 1e6
     mole.attach(pipe, {"x": file})

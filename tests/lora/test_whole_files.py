@@ -188,6 +188,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(loras, tmp_path, kills):
     assert not list(tmp_path.rglob(".*"))
 
 
+@pytest.mark.shows("Training")
 def test_one_run_writes_to_a_folder(tmp_path):
     with only_run(tmp_path), pytest.raises(ValueError, match=f"another run is writing to {tmp_path}"), only_run(tmp_path):
         pass

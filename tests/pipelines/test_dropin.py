@@ -62,6 +62,7 @@ def same(picture, wanted):
 
 
 @pytest.mark.parametrize("kind", FORMS, indirect=True)
+@pytest.mark.shows("Pipelines")
 def test_a_folder_keeps_experts_gates_and_strengths(kind, awake, tmp_path):
     pipe, options = kind
     assert isinstance(pipe, getattr(diffusers, type(pipe).__name__.removeprefix("MoLE")))
@@ -267,6 +268,7 @@ def test_a_save_in_other_shards_leaves_nothing_of_the_old_weights(kind, tmp_path
     assert (folder / "unet/diffusion_pytorch_model.fp16.safetensors").is_file()
 
 
+@pytest.mark.shows("`from_pipe` casts the shared models to float32")
 def test_from_pipe_shares_models_mixture_and_precision(kind, tmp_path):
     pipe, options = kind
     pipe.to(torch.bfloat16)
@@ -359,6 +361,7 @@ def test_a_kind_without_a_dropin_is_refused():
 
 
 @pytest.mark.parametrize("kind", BOTH, indirect=True)
+@pytest.mark.shows("`custom_pipeline`, `push_to_hub`")
 def test_custom_pipeline_opens_a_saved_folder(kind, awake, tmp_path, monkeypatch):
     from diffusers.utils import dynamic_modules_utils
 
@@ -375,6 +378,7 @@ def test_custom_pipeline_opens_a_saved_folder(kind, awake, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", BOTH, indirect=True)
+@pytest.mark.shows("`custom_pipeline`, `push_to_hub`")
 def test_the_hub_gets_the_folder_and_a_card_and_gives_it_back(kind, awake, hub, tmp_path, monkeypatch):
     from mole_diffusers.pipelines import sources
 

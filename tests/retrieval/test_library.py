@@ -360,6 +360,7 @@ class Deaf(WordEncoder):
         (lambda f: (f / store.VECTORS).write_bytes(b"\x80\x02pickle.."), WordEncoder(), "a pickle, which can run code"),
     ],
 )
+@pytest.mark.shows("Files")
 def test_a_foreign_stale_or_forged_index_is_one_sentence(folder, change, encoder, message):
     LoraLibrary.index(folder, WordEncoder())
     change(folder)

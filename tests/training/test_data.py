@@ -75,6 +75,7 @@ def test_a_draw_is_divided_among_shares():
         ("\udcff", "line 2, is not JSON: it is not valid UTF-8"),
     ],
 )
+@pytest.mark.shows("Training")
 def test_a_broken_table_of_captions_is_named(tmp_path, line, why):
     folder = pictures(tmp_path / "p")
     text = f'{{"file_name": "0.png", "text": "zero"}}\n{line}\n'

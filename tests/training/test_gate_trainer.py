@@ -435,6 +435,7 @@ def test_a_full_disk_keeps_what_is_whole(loras, tmp_path, monkeypatch):
     assert same(train(loras, tmp_path, config=config, resume_from="latest")[0], whole)
 
 
+@pytest.mark.shows("Training")
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_expert(pipe, loras, tmp_path, monkeypatch):
     free = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("static", total="linear"))
     wrong = replace(DENOISE, lr=1e30, every=1)
@@ -500,6 +501,7 @@ def test_bars_show_the_teachers_pictures_and_the_updates(pipe, mixture, capsys, 
     assert [bar in shown for bar in ("pictures of fox", "pictures of ink", "gates: 100%")] == [progress] * 3
 
 
+@pytest.mark.shows("Training")
 def test_prompts_without_a_trigger_are_warned_of(pipe, mixture):
     data = replace(DRAWN, composed=["a fox"], singles={"ink": ["oil paint"]})
     with pytest.warns(UserWarning, match="has no trigger of expert") as caught:

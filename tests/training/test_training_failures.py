@@ -118,6 +118,7 @@ def trained(loras, tmp_path_factory):
 
 
 @pytest.mark.parametrize("harm", [b"", b"\x80\x02no", None, "[]"])
+@pytest.mark.shows("Training")
 def test_a_damaged_checkpoint_is_named(loras, trained, tmp_path, harm):
     """Cut short, no such file at all, half of it, or settings that are none."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)

@@ -128,6 +128,7 @@ def test_maps_of_several_pictures_are_those_of_each_alone(pipe, attach):
 
 
 @pytest.mark.parametrize("slicing", [False, *thorough(True)])
+@pytest.mark.shows("binding with attention slicing or another attention backend")
 def test_closed_words_reach_every_attention_processor(attach, pipe, draw, slicing):
     attach(HALVES)
     expected = draw(pipe, PROMPT)
@@ -195,6 +196,7 @@ def test_words_are_closed_in_layers_that_perturbed_attention_splits(guidance, tm
 
 
 @pytest.mark.thorough
+@pytest.mark.shows("binding with `torch.compile`")
 def test_blocks_compiled_one_by_one_are_bound(attach, pipe, draw):
     torch.compiler.reset()
     attach(HALVES)
@@ -210,6 +212,7 @@ def test_blocks_compiled_one_by_one_are_bound(attach, pipe, draw):
 
 
 @pytest.mark.thorough
+@pytest.mark.shows("binding with `torch.compile`")
 def test_a_unet_compiled_whole_is_bound_in_the_text_alone(attach, pipe, draw):
     """What was drawn before it was compiled leaves no masks behind."""
     torch.compiler.reset()

@@ -98,6 +98,7 @@ def test_a_trace_keeps_the_maps_of_joint_attention(other):
 
 
 @pytest.mark.parametrize("other", ["flux"], indirect=True)
+@pytest.mark.shows("binding with attention slicing or another attention backend")
 def test_closed_words_do_not_depend_on_the_attention_backend(other):
     binding = {"fox": ("fox", "left"), "ink": ("owl", "right")}
     _, native = bound_pictures(other, binding)
@@ -115,6 +116,7 @@ def test_closed_words_do_not_depend_on_the_attention_backend(other):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("other", ["flux"], indirect=True)
+@pytest.mark.shows("binding with `torch.compile`")
 def test_compiled_blocks_of_a_transformer_are_bound(other):
     torch.compiler.reset()
     mixture, expected = bound_pictures(other, {"fox": "fox", "ink": "owl"}, steps=3)

@@ -305,6 +305,7 @@ class OneEncoder:
 
 
 @pytest.mark.parametrize("name", ["sdxl", *thorough("sd3")])
+@pytest.mark.shows("binding with `prompt_2`")
 def test_words_of_a_second_prompt_are_found_in_its_own_text(name, tmp_path):
     """The other route: an expert is off by hand in the encoder whose text has none of its words."""
     pipe, options = hosts.HOSTS[name]()
@@ -342,6 +343,7 @@ def test_weights_by_hand_know_which_texts_of_a_batch_have_whose_words(attach, pi
 
 
 @pytest.mark.parametrize("name", ["sdxl", *thorough("sd3")])
+@pytest.mark.shows("binding with `prompt_2`")
 def test_words_of_two_prompts_share_the_tokens_of_both(name, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}

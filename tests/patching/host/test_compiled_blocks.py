@@ -33,6 +33,7 @@ def narrow(width):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("family", LEARNED)
+@pytest.mark.shows("`torch.compile`")
 def test_sixteen_blocks_share_the_graphs_that_the_base_has(family, awake, tmp_path):
     pipe = tiny_pipeline()
     width = pipe.unet.config.cross_attention_dim

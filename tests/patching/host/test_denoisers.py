@@ -145,6 +145,7 @@ WITHOUT = ("HiDreamImageTransformer2DModel", "CosmosTransformer3DModel", "LTX2Vi
 
 
 @pytest.mark.parametrize("name", WITHOUT)
+@pytest.mark.shows("Pipelines")
 def test_a_class_without_a_record_is_refused(name):
     """Those of HiDream, Anima and LTX-2."""
     kind = getattr(diffusers, name)

@@ -41,6 +41,11 @@ def text_states(pipe, prompts, skip=None):
 
 
 @pytest.mark.parametrize("skip", [*thorough(None), 1])
+@pytest.mark.shows(
+    "`clip_skip`",
+    "prompt embeddings given directly",
+    "`clip_skip` looks for a module that `CLIPTextModel` no longer has",
+)
 def test_prompt_embeddings_and_clip_skip(mixed, draw, skip):
     with torch.no_grad():  # diffusers skips layers for the prompt alone
         states, empty = text_states(mixed, ["a fox in ink"], skip), text_states(mixed, [""])
@@ -51,6 +56,7 @@ def test_prompt_embeddings_and_clip_skip(mixed, draw, skip):
 
 
 @pytest.mark.thorough
+@pytest.mark.shows("`clip_skip`")
 def test_clip_skip_of_sdxl(awake, tmp_path):
     pipe, _ = hosts.HOSTS["sdxl"]()
     awake(mole.attach(pipe, {str(i): tiny_lora(pipe, tmp_path / str(i), seed=i) for i in range(2)}, "mole"))
@@ -61,6 +67,7 @@ def test_clip_skip_of_sdxl(awake, tmp_path):
     assert not torch.allclose(by_hand, hosts.draw(pipe, {}), atol=1e-3)
 
 
+@pytest.mark.shows("several prompts, `num_images_per_prompt`")
 def test_several_prompts_and_several_pictures_of_each(mixed):
     together = pictures(mixed, ["a fox", "ink"], (1, 2, 3, 4), num_images_per_prompt=2)
     alone = [pictures(mixed, prompt, [seed]) for prompt, seed in (("a fox", 1), ("a fox", 2), ("ink", 3), ("ink", 4))]
@@ -68,6 +75,7 @@ def test_several_prompts_and_several_pictures_of_each(mixed):
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 32), *thorough((16, 64), (64, 64))])
+@pytest.mark.shows("any resolution")
 def test_any_resolution(mixed, draw, loras, height, width):
     """The other route: gates held at what they would be if they were still, summed by diffusers itself."""
     weights = {"fox": 0.3, "ink": 0.5, "hat": 0.2}
@@ -84,6 +92,7 @@ def test_any_resolution(mixed, draw, loras, height, width):
 # ---- how the models compute
 
 
+@pytest.mark.shows("`channels_last`")
 def test_channels_last(mixed, draw):
     picture = draw(mixed)
     for model in (mixed.unet, mixed.vae):
@@ -91,6 +100,7 @@ def test_channels_last(mixed, draw):
     torch.testing.assert_close(draw(mixed), picture, **CLOSE)
 
 
+@pytest.mark.shows("attention slicing")
 def test_attention_slicing_on_and_off(mixed, draw):
     picture = draw(mixed)
     mixed.enable_attention_slicing(1)
@@ -103,6 +113,7 @@ def test_attention_slicing_on_and_off(mixed, draw):
     assert {type(p).__name__ for p in mixed.unet.attn_processors.values()} <= kinds | {"AttnProcessor2_0"}
 
 
+@pytest.mark.shows("VAE tiling and slicing")
 def test_vae_tiling(mixed, draw):
     """The other route: latents drawn without tiles, decoded tile by tile by hand."""
     size = {"height": 64, "width": 64}
@@ -123,6 +134,10 @@ def test_vae_tiling(mixed, draw):
 # ---- what is saved, shared or made of the models
 
 
+@pytest.mark.shows(
+    "`save_pretrained` of a plain pipeline",
+    "`save_pretrained` under an adapter writes weights that load as random ones",
+)
 def test_saving_a_pipeline_with_a_mixture_saves_the_original(mixed, loras, draw, tmp_path):
     picture = draw(mixed)
     mixed.save_pretrained(tmp_path / "pipe")
@@ -145,6 +160,7 @@ def test_a_copy_made_under_a_mixture_saves_as_the_original(mixed, tmp_path):
     assert all(torch.equal(saved[name], original[name]) for name in saved)
 
 
+@pytest.mark.shows("`ControlNetModel.from_unet`", "`ControlNetModel.from_unet` fails on adapted models")
 def test_a_controlnet_is_made_of_the_original(mixed):
     with pytest.raises(ValueError, match=r"carries the experts of a mixture.*inside `with mixture.lifted\(\):`"):
         diffusers.ControlNetModel.from_unet(mixed.unet)
@@ -157,6 +173,7 @@ def test_a_controlnet_is_made_of_the_original(mixed):
     assert mixed.unet.state_dict().keys() >= {"mole_gates.gates.network.log_tau"}
 
 
+@pytest.mark.shows("`from_pipe`")
 def test_from_pipe_of_diffusers_shares_the_mixture_and_casts_what_is_shared(loras, draw, awake):
     pipe = tiny_pipeline().to(torch.bfloat16)
     mixture = awake(mole.attach(pipe, loras, "mole"))

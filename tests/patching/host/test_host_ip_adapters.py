@@ -65,6 +65,7 @@ CASES = [*FAST, *thorough(*(case for case in THOROUGH if case not in FAST))]
 
 
 @pytest.mark.parametrize(("name", "order", "end"), CASES)
+@pytest.mark.shows("IP-Adapter")
 def test_an_ip_adapter_comes_and_goes_before_and_after_the_mixture(awake, tmp_path, name, order, end):
     case = Case(name, tmp_path, awake)
     base = case.draw()
@@ -97,6 +98,7 @@ MASKED = ["sd15", *thorough("sdxl", "sd21", "animatediff")]
 
 @pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("order", [ORDERS[0], *thorough(ORDERS[1])])
+@pytest.mark.shows("IP-Adapter")
 def test_ip_adapter_masks_reach_the_adapter_through_the_mixture(awake, tmp_path, name, order):
     """The other route: the gates held at fixed weights, diffusers' own adapters at the same."""
     case = Case(name, tmp_path, awake)

@@ -38,6 +38,7 @@ def theirs(other, pipe, extra, weight):
     return picture
 
 
+@pytest.mark.shows("an ordinary LoRA beside the mixture", "`set_adapters` beside the mixture", "hotswap")
 def test_an_ordinary_lora_is_weighed_swapped_and_deleted_beside_the_mixture(other, ordinary):
     pipe = other.pipe
     second = hosts.quiet(type(pipe).from_pipe(pipe, dtype=torch.float32))
@@ -57,6 +58,7 @@ def test_an_ordinary_lora_is_weighed_swapped_and_deleted_beside_the_mixture(othe
         assert not torch.allclose(ours, before, atol=1e-3)
 
 
+@pytest.mark.shows("`fuse_lora`", "`disable_lora`, `enable_lora`, `scale`", "`unload_lora_weights`")
 def test_the_lora_calls_of_a_pipeline_reach_the_mixture(other):
     pipe, options = other.pipe, other.options
     base = hosts.draw(pipe, options)
@@ -74,6 +76,7 @@ def test_the_lora_calls_of_a_pipeline_reach_the_mixture(other):
     assert torch.equal(hosts.draw(pipe, options), base)
 
 
+@pytest.mark.shows("`fuse_lora`", "a fused adapter silences all others in its layers")
 def test_a_lora_that_is_fused_before_attach(other, ordinary):
     pipe = other.pipe
     pipe.load_lora_weights(ordinary[0], adapter_name="lcm")
@@ -89,6 +92,7 @@ def test_a_lora_that_is_fused_before_attach(other, ordinary):
     assert torch.equal(hosts.draw(pipe, other.options), fused)
 
 
+@pytest.mark.shows("`fuse_qkv_projections`")
 def test_fusing_q_k_and_v_is_refused_on_either_side_of_attach(other):
     pipe, denoiser = other.pipe, hosts.denoiser(other.pipe)
     other.attach()
@@ -158,6 +162,7 @@ def test_what_is_disabled_stays_so(pipe, loras, draw, tmp_path, beside):
 
 
 @pytest.mark.parametrize("mixed", [*thorough(False), True], ids=["on both models", "beside experts on more models"])
+@pytest.mark.shows("`disable_lora`, `enable_lora`, `scale`")
 def test_what_is_switched_in_a_lifted_block_stays(pipe, loras, draw, tmp_path, mixed):
     """The same calls inside the block and outside of it give the same pictures."""
     draw = partial(draw, num_inference_steps=1)

@@ -20,6 +20,7 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 @pytest.mark.thorough  # whole models are in studio/test_drawing.py, and the leaves of Flux in test_host_switches.py
 @pytest.mark.parametrize("name", OFFLOADS)
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.shows("`enable_model_cpu_offload`, sequential and group offload")
 def test_offloading_before_and_after_attach(pipe, loras, draw, awake, tmp_path, name, first):
     base = draw(pipe)
     awake(mole.attach(pipe, loras, "mole")).save_pretrained(tmp_path)
@@ -74,6 +75,7 @@ def test_no_gate_reads_weights_before_the_host_has_brought_them(pipe, loras, dra
 @pytest.mark.thorough
 @torch._dynamo.config.patch(recompile_limit=64)
 @pytest.mark.parametrize("how", ["module", "wrapped first", "wrapped after", "blocks"])
+@pytest.mark.shows("`torch.compile`")
 def test_compiled_whole(pipe, loras, draw, awake, how):
     """One graph without breaks; strengths and masks still count, and the original comes back."""
     torch.compiler.reset()
@@ -100,6 +102,7 @@ def test_compiled_whole(pipe, loras, draw, awake, how):
 
 
 @pytest.mark.parametrize("first", [*thorough(True), False])
+@pytest.mark.shows("fp8 layerwise casting")
 def test_layerwise_casting_rounds_the_host_and_not_the_experts(pipe, loras, draw, awake, first):
     """The other route: the same layers of the host rounded to fp8 by hand."""
     cast = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
@@ -122,6 +125,7 @@ def test_layerwise_casting_rounds_the_host_and_not_the_experts(pipe, loras, draw
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("how", ["whole", "blocks"])
+@pytest.mark.shows("`torch.compile`")
 def test_gates_strengths_and_masks_change_without_compiling_again(pipe, loras, draw, awake, how):
     torch.compiler.reset()
     mixture = awake(mole.attach(pipe, loras, "mole"))

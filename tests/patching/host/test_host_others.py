@@ -17,6 +17,7 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 HELD = {"fox": 0.7, "ink": -0.4}
 
 
+@pytest.mark.shows("any resolution")
 def test_any_resolution(other):
     """The other route: diffusers' own adapters at the same weights."""
     pipe, options = other.pipe, other.options | {"height": 16, "width": 64}
@@ -30,6 +31,7 @@ def test_any_resolution(other):
     torch.testing.assert_close(held, hosts.draw(pipe, options), **CLOSE)
 
 
+@pytest.mark.shows("`from_pipe`")
 def test_from_pipe_shares_the_mixture(other):
     kind = type(other.pipe)
     mixture = other.attach()
@@ -50,6 +52,7 @@ def seen_by_the_denoiser(other):
     return calls[0]
 
 
+@pytest.mark.shows("gradient checkpointing")
 def test_gradient_checkpointing_gives_the_same_gradients(other):
     mixture, denoiser = other.attach(), hosts.denoiser(other.pipe)
     args, kwargs = seen_by_the_denoiser(other)
@@ -78,6 +81,7 @@ PLACES = {  # what is interrupted -> the modules one of which it happens in
 
 
 @pytest.mark.parametrize("place", ["denoiser", "callback", *thorough("text encoder")])
+@pytest.mark.shows("exceptions, interrupts, threads")
 def test_an_interrupt_leaves_a_usable_pipeline(other, place):
     pipe, options = other.pipe, other.options
     base = hosts.draw(pipe, options)
@@ -99,6 +103,7 @@ def test_an_interrupt_leaves_a_usable_pipeline(other, place):
     assert torch.equal(hosts.draw(pipe, options), base)
 
 
+@pytest.mark.shows("exceptions, interrupts, threads")
 def test_threads_draw_what_each_would_alone(other):
     mixture = other.attach()
 
@@ -124,6 +129,7 @@ CONTROLLERS = {  # the models that are made of a denoiser's weights; there is no
 
 
 @pytest.mark.parametrize("name", ["flux", *thorough("sdxl", "sd21", "sd3")])
+@pytest.mark.shows("`ControlNetModel.from_unet`", "`ControlNetModel.from_unet` fails on adapted models")
 def test_a_controlnet_is_made_of_the_original(name, tmp_path):
     pipe, _ = hosts.HOSTS[name]()
     make, denoiser = CONTROLLERS[name], hosts.denoiser(pipe)
@@ -138,6 +144,7 @@ def test_a_controlnet_is_made_of_the_original(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", thorough("sdxl", "sd21", "animatediff"))
+@pytest.mark.shows("attention slicing")
 def test_attention_slicing_on_and_off(name, awake, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     awake(mole.attach(pipe, {n: mole.testing.tiny_lora(pipe, tmp_path / n, seed=i) for i, n in enumerate(HELD)}, "mole"))
@@ -150,6 +157,7 @@ def test_attention_slicing_on_and_off(name, awake, tmp_path):
 
 @pytest.mark.thorough
 @torch._dynamo.config.patch(recompile_limit=64)
+@pytest.mark.shows("`torch.compile`")
 def test_compiled_in_one_graph(other):
     torch.compiler.reset()
     pipe, options = other.pipe, other.options

@@ -55,6 +55,7 @@ SWITCHES = {
 @pytest.mark.filterwarnings("ignore:attention runs on PyTorch's own backend")
 @pytest.mark.parametrize("switch", ["backend", *thorough(*(name for name in SWITCHES if name != "backend"))])
 @each("qwen")
+@pytest.mark.shows("attention backends of PyTorch", "group offload, by block or by layer", "`compile_repeated_blocks`")
 def test_a_switch_changes_no_picture(host, switch):
     name, pipe, options, files = host
     torch.compiler.reset()
@@ -81,6 +82,7 @@ def stock(pipe, files):
 
 # diffusers' cache fails by itself on Chroma and Flux.2, and Z-Image's transformer takes none.
 @pytest.mark.parametrize("host", ["qwen", *thorough("flux", "wan")], indirect=True)
+@pytest.mark.shows("`FirstBlockCacheConfig`")
 def test_a_cache_of_blocks_skips_what_it_skips_for_diffusers_own_adapters(host):
     name, pipe, options, files = host
     mole.attach(pipe, files, binding=None)
@@ -104,6 +106,7 @@ def test_a_cache_of_blocks_skips_what_it_skips_for_diffusers_own_adapters(host):
 
 
 @each("z_image")
+@pytest.mark.shows("fp8 layerwise casting on a transformer")
 def test_fp8_storage_before_and_after_attach_is_the_same(host):
     _, pipe, options, files = host
     mole.attach(pipe, files, binding=None)
@@ -117,6 +120,7 @@ def test_fp8_storage_before_and_after_attach_is_the_same(host):
 
 
 @each()
+@pytest.mark.shows("`enable_lora_hotswap`")
 def test_hotswap_is_prepared_before_attach(host):
     _, pipe, options, files = host
     mole.attach(pipe, {"fox": files["fox"]}, binding=None)
@@ -135,6 +139,7 @@ def test_hotswap_is_prepared_before_attach(host):
 
 @pytest.mark.parametrize("kind", ["gguf-Q8_0", *thorough(*(kind for kind in KINDS if "gguf" not in kind))])
 @each()
+@pytest.mark.shows("GGUF on a transformer")
 def test_experts_ride_on_packed_layers_as_diffusers_own_adapters(host, kind):
     _, pipe, options, files = host
     plain = hosts.draw(pipe, options, PROMPT)

@@ -51,6 +51,7 @@ def train_one_step(pipe, options, mixture):
     assert learned <= {id(p) for p in mixture.parameters()}
 
 
+@pytest.mark.shows("Pipelines")
 def test_attach_train_save_reload_detach(host, experts, tmp_path):
     pipe, options = host
     base, before = hosts.draw(pipe, options), snapshot(pipe)
@@ -140,6 +141,7 @@ def test_a_denoiser_without_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", tiers("sd15", "flux"))
+@pytest.mark.shows("Pipelines", "perturbed attention splits the batch inside a processor")
 def test_weights_held_are_those_of_diffusers_own_adapters(name, awake, tmp_path):
     """What the host adds, residuals, masks, image prompts, perturbed rows, meets the experts as it meets plain LoRAs."""
     pipe, options = hosts.HOSTS[name]()

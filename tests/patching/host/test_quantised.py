@@ -103,6 +103,7 @@ def packed(request):
     return pipe
 
 
+@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto", "a packed weight has a different shape than its layer")
 def test_experts_ride_on_a_quantised_host(packed, files, awake, tmp_path):
     """The other route: diffusers' own adapters on the same host."""
     weight = packed.unet.get_submodule(LAYER).weight
@@ -130,6 +131,7 @@ def test_experts_ride_on_a_quantised_host(packed, files, awake, tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.shows("binding on a quantised model")
 def test_a_bound_picture_on_a_quantised_host(packed, files):
     plain = wide()
     read_back(packed.unet, plain.unet)
@@ -137,6 +139,7 @@ def test_a_bound_picture_on_a_quantised_host(packed, files):
 
 
 @pytest.mark.parametrize("kind", EACH)
+@pytest.mark.shows("binding on a quantised model")
 def test_a_bound_picture_on_other_quantised_hosts(other, kind, decided):
     (plain, _), model = HOSTS[other.name](), denoiser(other.pipe)
     assert repacked(model, KINDS[kind])
@@ -191,6 +194,7 @@ def compared(model, part, weighed, run):
 
 
 @pytest.mark.parametrize("kind", EACH)
+@pytest.mark.shows("quantised text encoder", "transformers refuses `add_adapter` with this peft")
 def test_experts_ride_on_a_quantised_text_encoder(files, kind):
     """The other route is by hand, since transformers' loading of adapters changes packed weights."""
     pipe = wide()
@@ -202,6 +206,7 @@ def test_experts_ride_on_a_quantised_text_encoder(files, kind):
 
 
 @pytest.mark.parametrize("kind", EACH)
+@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto", "quantised text encoder")
 def test_experts_ride_on_other_quantised_hosts(other, kind):
     """Those layers of the denoiser and of the first text encoder that are wide enough are packed."""
     weights = {"fox": 0.8, "ink": -0.5}
@@ -221,6 +226,7 @@ def repacked(model, pack):
     return {name for name in before if type(now[name]) is not nn.Linear or type(now[name].weight.data) is not before[name]}
 
 
+@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto")
 def test_gates_learn_on_a_quantised_host(packed, files):
     mixture = mole.attach(packed, files, "mole")
     for gate in mixture.parameters():
@@ -250,6 +256,7 @@ class Packed(nn.Module):
         self.register_buffer("qweight", layer.weight.detach().to(torch.int8))
 
 
+@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto")
 def test_layers_that_take_no_lora_are_named(files):
     pipe = wide()
     for model in (pipe.unet, pipe.text_encoder):

@@ -45,6 +45,7 @@ def sd15(dtype):
     return pipe
 
 
+@pytest.mark.shows("Pipelines")
 def test_three_experts_on_sd15_at_512_pixels(tmp_path):
     pipe = sd15(torch.bfloat16)
     assert sum(p.numel() for p in pipe.unet.parameters()) == 859_520_964

@@ -69,6 +69,7 @@ def train_one_step(pipe, mixture):
     assert len(moved) >= 70  # every block of the UNet
 
 
+@pytest.mark.shows("Pipelines")
 def test_two_experts_on_sdxl_at_512_pixels(tmp_path):
     pipe = sdxl()
     assert sum(p.numel() for p in pipe.unet.parameters()) == 2_567_463_684

@@ -60,6 +60,7 @@ def drawn(request, tmp_path):
 
 
 @pytest.mark.parametrize("drawn", list(TEXTS), indirect=True)
+@pytest.mark.shows("Words and places")
 def test_an_unbound_sum_is_set_adapters_and_each_words_tokens_are_known(request, drawn, monkeypatch):
     monkeypatch.setattr(prompt_tokens, "ALIKE", 2.0)  # texts are found by being the same, not alike
     pipe, options, files = drawn
@@ -88,6 +89,7 @@ def test_an_unbound_sum_is_set_adapters_and_each_words_tokens_are_known(request,
 
 @pytest.mark.parametrize("name", thorough(*LAST))
 @pytest.mark.parametrize("words", ["fox", None])
+@pytest.mark.shows("Words and places")
 def test_a_given_region_acts_inside_it_alone(name, words, tmp_path, monkeypatch):
     """Of a LoRA for the last layer, which mixes no tokens: inside, it is as without a region; outside, the base is drawn."""
     monkeypatch.setattr(bound_text, "CLOSING", 0.0)  # closing the words would change the base, too
@@ -153,6 +155,7 @@ VIDEOS = {"wan": "WanTransformer3DModel", "ltx": "LTXVideoTransformer3DModel"}
 
 
 @pytest.mark.parametrize("name", [*VIDEOS, *thorough(*ACTING)])
+@pytest.mark.shows("Words and places")
 def test_a_region_acts_or_is_refused(name, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     mixture = mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox", ends=LAYERS + FEED_FORWARD)}, "sum", binding=None)

@@ -45,6 +45,7 @@ BREAKS = [(error, place) for place in [*PLACES, "callback"] for error in (Runtim
 
 
 @pytest.mark.parametrize(("error", "place"), [*FAST, *thorough(*(b for b in BREAKS if b not in FAST))])
+@pytest.mark.shows("exceptions, interrupts, threads", "Threads and interruptions")
 def test_a_call_interrupted_anywhere_leaves_a_usable_pipeline(pipe, loras, draw, awake, error, place):
     """At each of the calls of a place in turn, three steps long."""
     base = draw(pipe)
@@ -114,6 +115,7 @@ def test_a_copy_keeps_what_is_outside_of_blocks(pipe, loras, draw):
     assert torch.equal(draw(copy.deepcopy(pipe)), base)
 
 
+@pytest.mark.shows("`copy.deepcopy`, pickling")
 def test_a_copy_of_a_model_is_the_original_s(pipe, loras):
     original = copy.deepcopy(pipe.unet).state_dict()
     mole.attach(pipe, {"ink": loras["ink"]})
@@ -122,6 +124,7 @@ def test_a_copy_of_a_model_is_the_original_s(pipe, loras):
     assert all(torch.equal(twin[k], original[k]) for k in twin)
 
 
+@pytest.mark.shows("`copy.deepcopy`, pickling")
 def test_a_copy_of_a_pipeline_has_a_mixture_of_its_own(pipe, loras, draw, awake):
     base = draw(pipe)
     mixture = awake(mole.attach(pipe, {"fox": (loras["fox"], 0.7), "ink": loras["ink"]}, "mole", binding={"fox": "a fox"}))
@@ -138,6 +141,7 @@ def test_a_copy_of_a_pipeline_has_a_mixture_of_its_own(pipe, loras, draw, awake)
     assert torch.equal(draw(pipe), picture)
 
 
+@pytest.mark.shows("`copy.deepcopy`, pickling")
 def test_pickling_is_refused_but_of_the_original(pipe, loras, draw):
     base = draw(pipe)
     mixture = mole.attach(pipe, {"ink": loras["ink"]})
@@ -149,6 +153,7 @@ def test_pickling_is_refused_but_of_the_original(pipe, loras, draw):
 
 
 @pytest.mark.parametrize("share", [0.97, *thorough(0.02, 0.2, 0.4, 0.6, 0.8, 0.9)])
+@pytest.mark.shows("Threads and interruptions")
 def test_an_interrupted_attach_is_undone(pipe, loras, share):
     """Ctrl-C at the entry of some function of ours, the same share of the way through attaching."""
     experts = {name: mole.read_expert(loras[name], name) for name in ("fox", "ink")}
@@ -172,6 +177,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("what", ["collapsed", *thorough("detach", "only", "lifted")])
 @pytest.mark.parametrize("rounds", [1, *thorough(50)])
+@pytest.mark.shows("Threads and interruptions")
 def test_an_interrupted_block_can_be_restored(pipe, loras, draw, what, rounds):
     """Ctrl-C at the entry of functions of ours, drawn at random: the mixture draws as before, and comes off as a whole."""
     pipe, kind = of_its_own_kind(pipe)

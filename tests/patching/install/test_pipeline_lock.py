@@ -28,6 +28,7 @@ SETTINGS = {  # one per thread
 
 
 @pytest.mark.parametrize("drop_in", [*thorough(False), True])
+@pytest.mark.shows("exceptions, interrupts, threads", "Threads and interruptions")
 def test_eight_threads_draw_what_each_would_alone(loras, draw, awake, drop_in):
     pipe = tiny_pipeline()
     pipe = mole.MoLEStableDiffusionPipeline(**pipe.components, requires_safety_checker=False) if drop_in else pipe
@@ -164,6 +165,7 @@ def test_blocks_of_generators_may_end_in_any_order(pipe, loras):
     assert mixture.strength("fox") == mixture.strength("ink") == 1
 
 
+@pytest.mark.shows("Threads and interruptions")
 def test_a_block_of_another_task_is_refused(pipe, loras, draw):
     mixture = mole.attach(pipe, loras)
     whole = draw(pipe)
@@ -188,6 +190,7 @@ def test_a_block_of_another_task_is_refused(pipe, loras, draw):
         assert torch.equal(asyncio.run(asyncio.to_thread(lambda: None)) or whole, whole)
 
 
+@pytest.mark.shows("Threads and interruptions")
 def test_a_block_left_open_by_a_thread_that_ended_is_said(pipe, loras, draw):
     mixture = mole.attach(pipe, loras)
     block = mixture.only("fox")
@@ -200,6 +203,7 @@ def test_a_block_left_open_by_a_thread_that_ended_is_said(pipe, loras, draw):
     draw(pipe)
 
 
+@pytest.mark.shows("Threads and interruptions")
 def test_a_fork_while_another_thread_holds_a_block_does_not_hang(pipe, loras):
     mixture = mole.attach(pipe, loras)
     opened, done = threading.Event(), threading.Event()

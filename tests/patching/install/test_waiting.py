@@ -101,6 +101,7 @@ def test_blocks_leave_nothing_behind(pipe, loras, draw, threads):
         gc.enable()
 
 
+@pytest.mark.shows("Threads and interruptions")
 def test_a_block_that_waits_for_a_call_of_another_thread_is_warned_of(pipe, loras, draw, threads, monkeypatch):
     monkeypatch.setattr(pipeline_lock, "WARN_AFTER", 0.2)
     mixture = mole.attach(pipe, loras)
