@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mole_diffusers.binding import vocabulary as known
+from mole_diffusers.binding.contact import Touch, touching
 from mole_diffusers.binding.finding import Match, Span, Tokens
 from mole_diffusers.binding.layout import MOST_THINGS
 from mole_diffusers.binding.marking import MARKER, SIDE, kind, marked, sentences
@@ -25,45 +26,43 @@ Found = tuple[list[Segment], list[tuple[int, int, str]]]  # items, and their rel
 
 @dataclass(frozen=True)
 class Listing:
-    """What a text says of who is where.
+    """What a text says of who is where."""
 
-    Attributes:
-        items: the segments of its list, from left to right; none if it lists nothing, or if that is unclear.
-        relations: (first item, second item, axis): the first has the smaller coordinate.
-        sides: words for a side of the picture, such as "on the left".
-        styles: the matches that name a style, a medium or a setting.
-        why: why there is no list.
-    """
-
-    items: tuple[Segment, ...] = ()
-    relations: tuple[tuple[int, int, str], ...] = ()
-    sides: tuple[Span, ...] = ()
-    styles: tuple[Match, ...] = ()
-    why: str = ""
+    items: tuple[Segment, ...] = ()  # of its list, from left to right; none if it lists nothing, or if that is unclear
+    relations: tuple[tuple[int, int, str], ...] = ()  # (first item, second, axis): the first has the smaller coordinate
+    sides: tuple[Span, ...] = ()  # words for a side of the picture, such as "on the left"
+    styles: tuple[Match, ...] = ()  # those that name a style, a medium or a setting
+    touches: tuple[Touch, ...] = ()  # the things that touch
+    why: str = ""  # why there is no list
 
 
 def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int] = ()) -> Listing:
     """The list of a text's things. Experts in `placeless` act in the whole picture, so their words name no thing."""
-    sides, styles, found, why = list[Span](), list[Match](), list[Found](), NOTHING_LISTED
+    sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), NOTHING_LISTED
+    found, tags = list[Found](), list[Found]()
     placed = [match for match in matches if not {k for k, _ in match.of} <= set(placeless)]
     for begin, end, named in sentences(tokens, placed):
         marks = marked(tokens, begin, end, named)
         sides += [tokens.span(mark.begin, mark.end) for mark in marks if mark.kind == SIDE]
+        touches += touching(tokens, marks)
         segments = segments_of(marks)
         for segment in segments:
             styles += segment.styles
             if segment.noun.name is not None and segment.is_scenery:
                 styles.append(segment.noun.name)
         for run in _runs(segments) if sum(segment.is_thing for segment in segments) > 1 else ():
-            items = _kept(run)
+            is_closed = any(item.joint in CLOSING for item in run[1:])
+            items = _kept(run) if is_closed else _tags(run)
             if items and (objection := _objection(items, run[: run.index(items[0])])):
                 why = objection
             elif items:
-                found.append((items, list(dict.fromkeys([*_relations(items), *_side_relations(items)]))))
+                relations = list(dict.fromkeys([*_relations(items), *_side_relations(items)]))
+                (found if is_closed else tags).append((items, relations))
+    found = found or tags
     items, relations = max(found, key=lambda each: len(each[0]), default=([], []))
     if any(not _names(each) <= _names(items) for each, _ in found):
         items, relations, why = [], [], TWO_LISTS
-    return Listing(tuple(items), tuple(relations), tuple(sides), tuple(styles), "" if items else why)
+    return Listing(tuple(items), tuple(relations), tuple(sides), tuple(styles), tuple(touches), "" if items else why)
 
 
 def _names(items: Sequence[Segment]) -> set[Any]:
@@ -128,32 +127,21 @@ def _after_said(item: Segment, segment: Segment) -> str:
         return "item" if segment.is_person else "unclear"
     if not item.said.has_object:  # "smiling and"
         return "item"
-    if item.noun.is_determined and not (
-        item.said.object_is_determined or segment.noun.is_determined
-    ):  # "a parade with cars and people"
-        return "unclear"
-    takes_two = (
-        item.said.marker in known.TWO_PARTY or item.said.marker in known.HOLDING or item.said.marker not in known.HAVING
-    )
-    if segment.is_person and item.said.marker not in known.TWO_PARTY:
+    marker, have_article = item.said.marker, item.noun.is_determined or segment.noun.is_determined
+    if item.noun.is_determined and not (item.said.object_is_determined or segment.noun.is_determined):
+        return "unclear"  # "a parade with cars and people"
+    if segment.is_person and marker not in known.TWO_PARTY:
         return "item"
-    parallel = segment.said.marker in known.HAVING
-    if item.said.marker not in known.WEARING:
-        parallel = parallel or (kind(segment.said.marker) == MARKER and segment.said.marker not in known.PREPOSITIONS)
+    takes_two = marker in known.TWO_PARTY or marker in known.HOLDING or marker not in known.HAVING
+    parallel = kind(segment.said.marker) == MARKER and segment.said.marker not in known.PREPOSITIONS - known.HAVING
     if parallel and not (takes_two and item.others):  # each has what is said of it
         return "item"
-    if takes_two and (
-        item.others or item.said.marker in known.TWO_PARTY or item.said.marker in known.PREPOSITIONS - known.HAVING
-    ):
+    if takes_two and (item.others or marker in known.TWO_PARTY or marker in known.PREPOSITIONS - known.HAVING):
         return "unclear"
-    if item.said.marker not in known.WEARING and (item.said.object in known.GARMENTS or not takes_two):
+    if marker not in known.WEARING and (item.said.object in known.GARMENTS or not takes_two):
         return "item"
     # "sks dog with a ball and xyz cat", but not "a sloth with a staff and a book"
-    return (
-        "item"
-        if item.said.object_is_determined and not (item.noun.is_determined or segment.noun.is_determined)
-        else "unclear"
-    )
+    return "item" if item.said.object_is_determined and not have_article else "unclear"
 
 
 def _beside_said(item: Segment, segment: Segment) -> str:
@@ -162,10 +150,8 @@ def _beside_said(item: Segment, segment: Segment) -> str:
         return "part"
     if item.said.marker not in known.HAVING and (item.others or item.said.marker in known.TWO_PARTY):
         return "unclear"
-    if (
-        segment.relation is not None and segment.relation[0] == "y" and item.said.has_object
-    ):  # "holding an arrow above its head"
-        return "unclear"
+    if segment.relation is not None and segment.relation[0] == "y" and item.said.has_object:
+        return "unclear"  # "holding an arrow above its head"
     return "item" if segment.is_thing or segment.is_noun else "part"
 
 
@@ -191,6 +177,14 @@ def _kept(run: Sequence[Segment]) -> list[Segment]:
     for item in kept:
         once.setdefault(_name(item), item)
     return list(once.values()) if is_closed and sum(item.is_thing for item in once.values()) > 1 else []
+
+
+def _tags(run: Sequence[Segment]) -> list[Segment]:
+    """The items of a run without an "and": "a fox, an owl, night" has two. Each is a whole tag, with an article."""
+    things = [i for i, item in enumerate(run) if item.is_thing and item.is_bare]
+    items = list(run[things[0] : things[-1] + 1]) if things else []
+    is_list = all(item.is_bare and not item.is_clothing and (item.is_thing or item.is_noun) for item in items)
+    return items if is_list and len(set(map(_name, (run[i] for i in things)))) == len(things) > 1 else []
 
 
 def _objection(items: Sequence[Segment], before: Sequence[Segment]) -> str:

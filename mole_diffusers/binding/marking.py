@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.finding import Match, Tokens
 
 NAME, WORD, DETERMINER, MARKER, COMMA, AND, OR, BESIDE, SIDE, POSSESSIVE, JOINER, SILENT = range(12)
 STOPS, COMMAS, JOINERS = frozenset(".;!?|。！？；"), frozenset(",，、–—"), frozenset("-_")
-MAY_BEGIN_SIDE = known.IS | {"in", "on", "to", "at"}
-MAY_BEGIN_BESIDE = known.words("next adjacent beside alongside above below to on left right as along together")
-RELATIONS = {"left": ("x", True), "right": ("x", False), "above": ("y", True), "below": ("y", False)}
 Side = tuple[str, bool]  # axis, and whether it is where coordinates are small
+SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}
+RELATIONS = {"left": ("x", True), "right": ("x", False), "above": ("y", True), "below": ("y", False)}
+_IS, _WHOLE = known.one_of(known.IS), known.one_of(known.MEDIA | {"canvas", "frame"})
+ON_A_SIDE = re.compile(  # words for a side of the picture; "on the left cheek" are none
+    rf"(?:(?:{_IS}) )?(?:in|on|to|at) the (left|right|top|bottom)(?: (?:side|half|part))?"
+    rf"(?: of the (?:{_WHOLE})|(?! of ))(?: there)?(?: (?:is|are))? "
+)
+STANDS_BESIDE = re.compile(r"(?:(?:next|adjacent) to|beside|alongside|(?:(?:to|on) the )?(left|right) of|(above|below)) ")
+AS_WELL = re.compile(r"(?:as well as|along with|together with) ")
+MAY_BEGIN = known.IS | known.words("in on to at next adjacent beside alongside above below left right as along together")
+LONGEST = 10  # words of these
 
 
 def sentences(tokens: Tokens, matches: Sequence[Match]) -> Iterator[tuple[int, int, list[Match]]]:
     """The sentences that have matches: (first token, the one after the last, matches)."""
-    words, at = tokens.words, 0
-    for i, match in enumerate(matches):
-        if i < at:
-            continue
-        begin, end = match.begin, match.end
-        while begin > 0 and not _stops(words, begin - 1):
-            begin -= 1
-        while end < len(words) and not _stops(words, end):
-            end += 1
-        at = i
-        while at < len(matches) and matches[at].begin < end:
-            at += 1
-        yield begin, end, list(matches[i:at])
+    inside = {i for match in matches for i in range(match.begin, match.end)}
+    ends = [i for i in range(len(tokens.words)) if i not in inside and _stops(tokens.words, i)]
+    begins = [match.begin for match in matches]
+    for before, end in pairwise([-1, *ends, len(tokens.words)]) if matches else ():
+        if named := matches[bisect_left(begins, before) : bisect_left(begins, end)]:
+            yield before + 1, end, list(named)
 
 
 def _stops(words: Sequence[str], i: int) -> bool:
-    word = words[i]
-    if word == "break":
-        return True
+    word, around = words[i], [*words[max(i - 1, 0) : i], *words[i + 1 : i + 2]]
     if word == ":":
-        return not (i + 1 < len(words) and words[i + 1].isdigit())
-    return word[0] in STOPS and not (
-        word == "." and 0 < i < len(words) - 1 and words[i - 1].isdigit() and words[i + 1].isdigit()
-    )
+        return not words[i + 1 : i + 2] or not words[i + 1].isdigit()
+    is_decimal = word == "." and len(around) == 2 and all(each.isdigit() for each in around)
+    return word == "break" or (word[0] in STOPS and not is_decimal)
 
 
 @dataclass(slots=True)
@@ -96,56 +97,21 @@ def _mark(words: Sequence[str], i: int, end: int, names: Mapping[int, Match]) ->
         while after < end and (words[after].isdigit() or words[after] == "."):
             after += 1
         return Mark(SILENT, word, i, after)
-    if word in MAY_BEGIN_SIDE and (stop := _side(words, i, end, names)) is not None:
-        side = next(each for each in words[i:stop] if each in known.SIDES)
-        return Mark(SIDE, side, i, stop, relation=known.SIDES[side])
-    return (_beside(words, i, end) if word in MAY_BEGIN_BESIDE else None) or _one(words, i)
+    return (_phrase(words, i, end, names) if word in MAY_BEGIN else None) or _one(words, i)
 
 
-def _side(words: Sequence[str], i: int, end: int, starts: Collection[int]) -> int | None:
-    """The end of words for a side of the picture that begin here; "on the left cheek" are none."""
-    j = i
-    if words[j] in known.IS and j + 1 < end:
-        j += 1
-    if words[j : j + 1] == ["in"] and words[j + 1 : j + 2] == ["the"] or words[j] in ("on", "to", "at"):
-        if words[j + 1 : j + 2] != ["the"] or j + 2 >= end or words[j + 2] not in known.SIDES:
-            return None
-    else:
-        return None
-    j += 3
-    if j < end and words[j] in ("side", "half", "part"):
-        j += 1
-    if j < end and words[j] == "of":
-        rest = words[j + 1 : j + 3]
-        if len(rest) < 2 or rest[0] != "the" or rest[1] not in known.MEDIA | {"canvas", "frame"}:
-            return None
-        j += 3
-    if j < end and words[j] == "there":
-        j += 1
-    if j < end and words[j] in ("is", "are"):
-        j += 1
-    if j >= end or j in starts:
-        return j
-    return None if words[j].isalpha() and kind(words[j]) == WORD else j
-
-
-def _beside(words: Sequence[str], i: int, end: int) -> Mark | None:
-    """Words that say that one thing stands beside another."""
-    here = words[i : min(i + 4, end)]
-    if here[:2] == ["next", "to"] or here[:2] == ["adjacent", "to"]:
-        return Mark(BESIDE, "next to", i, i + 2)
-    if here[0] in ("beside", "alongside"):
-        return Mark(BESIDE, here[0], i, i + 1)
-    if here[0] in ("above", "below") and words[i - 1 : i] != ["from"]:
-        return Mark(BESIDE, here[0], i, i + 1, relation=RELATIONS[here[0]])
-    j = 2 if here[0] in ("to", "on") and here[1:2] == ["the"] else 0
-    if here[j : j + 1] in (["left"], ["right"]) and here[j + 1 : j + 2] == ["of"]:
-        return Mark(BESIDE, here[j], i, i + j + 2, relation=RELATIONS[here[j]])
-    if here[:3] == ["as", "well", "as"]:
-        return Mark(AND, "and", i, i + 3)
-    if here[:2] in (["along", "with"], ["together", "with"]):
-        return Mark(AND, "and", i, i + 2)
-    return None
+def _phrase(words: Sequence[str], i: int, end: int, names: Mapping[int, Match]) -> Mark | None:
+    """Words for a side of the picture, or that one thing stands beside another."""
+    text = " ".join(words[i : min(i + LONGEST, end)]) + " "
+    if found := ON_A_SIDE.match(text):
+        stop = i + found[0].count(" ")
+        if stop >= end or stop in names or not words[stop].isalpha() or kind(words[stop]) != WORD:
+            return Mark(SIDE, found[1], i, stop, relation=SIDES[found[1]])
+    if (found := STANDS_BESIDE.match(text)) and not (found[2] and words[max(i - 1, 0)] == "from"):  # "seen from above"
+        side = found[1] or found[2]
+        return Mark(BESIDE, side or found[0].strip(), i, i + found[0].count(" "), relation=RELATIONS.get(side))
+    found = AS_WELL.match(text)
+    return Mark(AND, "and", i, i + found[0].count(" ")) if found else None
 
 
 def _one(words: Sequence[str], i: int) -> Mark:

@@ -27,24 +27,15 @@ JOINTS = {COMMA: ",", AND: "and", OR: "or", BESIDE: "beside"}
 
 @dataclass(slots=True)
 class NounPhrase:
-    """The words that name a thing. Numbers are places among the text's tokens.
+    """The words that name a thing."""
 
-    Attributes:
-        begin, end: where it stands; `begin` is -1 before its first word.
-        name: what names the thing; None if no expert's words do.
-        words: without articles.
-        is_determined: whether it has an article or the like.
-        is_mixed: whether several experts' words stand in it.
-        is_of: "a piece of fruit".
-    """
-
-    begin: int = -1
+    begin: int = -1  # among the text's tokens; -1 before its first word
     end: int = -1
-    name: Match | None = None
-    words: list[str] = field(default_factory=list)
-    is_determined: bool = False
-    is_mixed: bool = False
-    is_of: bool = False
+    name: Match | None = None  # what names the thing; None if no expert's words do
+    words: list[str] = field(default_factory=list)  # without articles
+    is_determined: bool = False  # by an article or the like
+    is_mixed: bool = False  # of several experts' words
+    is_of: bool = False  # "a piece of fruit"
 
     @property
     def head(self) -> str:
@@ -54,48 +45,31 @@ class NounPhrase:
 
 @dataclass(slots=True)
 class Predicate:
-    """What is said of a thing.
+    """What is said of a thing."""
 
-    Attributes:
-        marker: the verb or preposition that it begins with; "" if nothing is said.
-        has_object: whether that has an object: "holding a cup", not "smiling". `object` is its last word.
-        is_clause: whether it makes a sentence of its own: "a fox is in a tree".
-        is_behind: "in the background".
-    """
-
-    marker: str = ""
-    has_object: bool = False
-    object: str = ""
+    marker: str = ""  # the verb or preposition that it begins with; "" if nothing is said
+    has_object: bool = False  # "holding a cup", not "smiling"
+    object: str = ""  # its last word
     object_is_determined: bool = False
-    is_clause: bool = False
-    is_behind: bool = False
+    is_clause: bool = False  # a sentence of its own: "a fox is in a tree"
+    is_behind: bool = False  # "in the background"
 
 
 @dataclass(slots=True)
 class Segment:
-    """A part of a sentence between commas, "and" and the like.
+    """A part of a sentence between commas, "and" and the like."""
 
-    Attributes:
-        joint: what joins it to the segment before: "", ",", "and", ", and", "beside" or "or".
-        relation: of a "beside": the axis, and whether the segment before has the smaller coordinate.
-        stop: the place among the text's tokens where what is said of the thing ends.
-        others: the matches that say more of it: what it wears, or holds.
-        styles: the matches before it that name a medium: "ink" in "ink drawing of a fox".
-        side: "on the left".
-        is_said: whether the whole segment is said of what precedes: "holding a cup".
-        is_introduced: whether a medium precedes: "a photo of a fox".
-    """
-
-    joint: str = ""
-    relation: Side | None = None
+    joint: str = ""  # what joins it to the segment before: "", ",", "and", ", and", "beside" or "or"
+    relation: Side | None = None  # of a "beside": the axis, and whether the segment before has the smaller coordinate
     noun: NounPhrase = field(default_factory=NounPhrase)
     said: Predicate = field(default_factory=Predicate)
-    stop: int = -1
-    others: list[Match] = field(default_factory=list)
-    styles: list[Match] = field(default_factory=list)
-    side: Side | None = None
-    is_said: bool = False
-    is_introduced: bool = False
+    stop: int = -1  # where what is said ends, among the text's tokens
+    others: list[Match] = field(default_factory=list)  # what it wears, or holds
+    styles: list[Match] = field(default_factory=list)  # before it: "ink" in "ink drawing of a fox"
+    side: Side | None = None  # "on the left"
+    is_said: bool = False  # all of it is said of what precedes: "holding a cup"
+    is_introduced: bool = False  # a medium precedes: "a photo of a fox"
+    is_bare: bool = False  # an article and a noun, of which nothing is said
 
     @property
     def is_scenery(self) -> bool:
@@ -151,6 +125,8 @@ def segments_of(marks: Sequence[Mark]) -> list[Segment]:
         now = Segment(joint if segments else "", side=side, relation=mark.relation)
     if now.noun.begin >= 0 or now.is_said:
         segments.append(now)
+    for segment in segments:
+        segment.is_bare = segment.noun.is_determined and not (segment.said.marker or segment.noun.is_of)
     return segments
 
 

@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mole_diffusers.binding import vocabulary as known
+from mole_diffusers.binding.contact import FRONT, OF_BOTH
 from mole_diffusers.binding.finding import Match, Phrases, Span, Tokens, by_expert
 from mole_diffusers.binding.listing import Listing, listing
 from mole_diffusers.binding.segments import Segment
+from mole_diffusers.binding.vocabulary import one_of
 
 OPENING, CLOSING = "([{", ")]}"
 WEIGHT = re.compile(r"\s*:\s*[\d.]+\s*")
 CLOSED = re.compile(rf"(?:{WEIGHT.pattern})?\s*[{re.escape(CLOSING)}]")  # the end of a bracket, and its weight
 AROUND = " \t\r\n,;:"  # what a prompt neither begins nor ends with
+TOGETHER = re.compile(  # what two do together, "hand in hand", or what is said of several
+    rf"(?<!\S)(?:(?P<act>{one_of(known.CONTACT)}|hold(?:ing|s) (?:hands|each)|(\S+) (?:in|to|by) \2)"
+    rf"|{one_of(known.GROUPS)}|each other|one another)(?!\S)"
+)
+SEVERAL = (  # how many there are: "2 girls", "two big people", "a group"
+    rf"(?<!\S)(?:\d+ (?:girl|boy|other)|(?:{one_of(known.SEVERAL)})(?: \S+){{{{0,2}}}}? (?:{{}})|group|pair)(?!\S)"
+)
 BETWEEN_SIDES = re.compile(r"\s*[,:]?")
 
 
 @dataclass(frozen=True)
 class Mention:
-    """A thing that has a place of its own.
+    """A thing that has a place of its own, or that touches another."""
 
-    Attributes:
-        name: its words in the text.
-        spans: where its words are, and those of what it wears or holds.
-        experts: the experts whose words name it; none for a noun of nobody.
-        phrases: the indices of these words among the phrases of the first expert.
-        worn: the experts whose words say what it wears or holds.
-    """
-
-    name: str
-    spans: tuple[Span, ...]
-    experts: tuple[int, ...] = ()
-    phrases: tuple[int, ...] = ()
-    worn: tuple[int, ...] = ()
+    name: str  # its words in the text
+    spans: tuple[Span, ...]  # where its words are, and those of what it wears or holds
+    experts: tuple[int, ...] = ()  # whose words name it; none for a noun of nobody
+    phrases: tuple[int, ...] = ()  # the indices of these words among the phrases of the first expert
+    worn: tuple[int, ...] = ()  # the experts whose words say what it wears or holds
 
 
 @dataclass(frozen=True)
 class Part:
-    """A prompt made of `pieces` of another prompt."""
+    """A prompt made of pieces of another prompt."""
 
     text: str
     pieces: tuple[Span, ...]
@@ -56,26 +57,36 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """A text as binding reads it.
+class Contact:
+    """Two things that touch."""
 
-    Attributes:
-        words: [N], where each expert's words are, and the index of that phrase.
-        things: those that the text lists side by side, in the order of naming, and those with a region that a user gave.
-        relations: (first thing, second thing, "x" or "y"): the first has the smaller coordinate.
-        parts: the prompt of each listed thing alone, in their order.
-        why_no_places, why_no_tiles: "" if things have places, or may be drawn apart.
-        styles: the experts whose words name a style, a medium or a setting wherever they stand.
-    """
+    things: tuple[Mention, Mention]
+    relation: str  # what the first does, a key of `contact.FRONT`, whatever words the prompt has for it
+    parts: tuple[Part, Part]  # the prompt of each alone, without what the two do
+
+    @property
+    def front(self) -> int:
+        """Which of the two is in front, 0 or 1."""
+        return FRONT[self.relation]
+
+    def __str__(self) -> str:
+        first, second = (repr(thing.name) for thing in self.things)
+        return f"{first} {self.relation} {second}, with {(first, second)[self.front]} in front"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text as binding reads it."""
 
     text: str
-    words: tuple[Mapping[Span, int], ...]
-    things: tuple[Mention, ...] = ()
-    relations: tuple[tuple[int, int, str], ...] = ()
-    parts: tuple[Part, ...] = ()
-    why_no_places: str = ""
-    why_no_tiles: str = ""
-    styles: frozenset[int] = frozenset()
+    words: tuple[Mapping[Span, int], ...]  # [N], where each expert's words are, and the index of that phrase
+    things: tuple[Mention, ...] = ()  # those listed side by side, as they are named, and those with a region from the user
+    relations: tuple[tuple[int, int, str], ...] = ()  # (first thing, second, "x" or "y"): the first has the smaller
+    parts: tuple[Part, ...] = ()  # the prompt of each listed thing alone
+    contacts: tuple[Contact, ...] = ()
+    why_no_places: str = ""  # "" if things have places
+    why_no_tiles: str = ""  # "" if they may be drawn apart
+    styles: frozenset[int] = frozenset()  # experts whose words name a style, a medium or a setting wherever they stand
 
     @property
     def mentioned(self) -> tuple[bool, ...]:
@@ -84,17 +95,11 @@ class Sentence:
 
 
 class Who(NamedTuple):
-    """What a text is read for.
+    """What a text is read for."""
 
-    Attributes:
-        acting: the experts that act; None for all. Words of others are nobody's.
-        given: the experts with a region that a user gave. All words of one of them name one thing.
-        everywhere: the experts that a user wants in the whole picture.
-    """
-
-    acting: Collection[int] | None = None
-    given: Collection[int] = ()
-    everywhere: Collection[int] = ()
+    acting: Collection[int] | None = None  # the experts that act; None for all. Words of others are nobody's
+    given: Collection[int] = ()  # those with a region from the user. All words of one of them name one thing
+    everywhere: Collection[int] = ()  # those that a user wants in the whole picture
 
 
 ALL = Who()
@@ -113,46 +118,51 @@ def parse(text: str, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Senten
         if any(k in acting for k, _ in m.of)
     ]
     listed = listing(tokens, acted, everywhere)
-    things = [_mention(tokens, item, words) for item in listed.items]
-    things = _with_all_words(tokens, listed, things, words)
+    own = _own_phrases(tokens, listed.items)
+    things = _things(tokens, listed.items, own, words)
+    own = [_with_brackets(text, *span) for span in own]
+    hidden = [_with_comma(text, *span) for span in listed.sides]
+    parts = tuple(_part(text, own[0][0], span, own[-1][1], hidden) for span in own)
+    contacts = (*_touching(tokens, listed, words), *_of_both(tokens, listed, things, own, hidden))
+    why = f"the prompt has {contacts[0]}" if contacts and not listed.items else listed.why
     placed = {k for thing in things for k in thing.experts}
     for k in given:
         if k in acting and words[k] and k not in placed:
             spans = tuple(words[k])
             things.append(Mention(text[slice(*spans[0])].lower(), spans, (k,), (0,)))
-    parts, why = (_parts(tokens, listed, things, words, acting)) if listed.items else ((), listed.why)
     styled = set(listed.styles)
-    styles = {k for k in acting if words[k] and all(m in styled for m in acted if any(k == j for j, _ in m.of))}
     return Sentence(
-        text, words, tuple(things), listed.relations, parts, "" if things else listed.why, why, frozenset(styles)
+        text,
+        words,
+        tuple(things),
+        listed.relations,
+        parts,
+        contacts,
+        why_no_places="" if things else why,
+        why_no_tiles=why or _why_together(tokens, listed, own) or _why_unparted(parts, things, [words[k] for k in acting]),
+        styles=frozenset(k for k in acting if words[k] and all(m in styled for m in acted if any(k == j for j, _ in m.of))),
     )
 
 
-def _mention(tokens: Tokens, item: Segment, words: Sequence[Mapping[Span, int]]) -> Mention:
-    if item.noun.name is None:
-        span = tokens.span(item.noun.begin, item.noun.end)
-        first = next(i for i in range(item.noun.begin, item.noun.end) if tokens.words[i] not in known.DETERMINERS)
-        noun = tokens.span(first, item.noun.end)
-        return Mention(tokens.text[slice(*noun)].lower(), (noun if noun[0] < span[1] else span,))
-    span = tokens.span(item.noun.name.begin, item.noun.name.end)
-    experts = tuple(dict.fromkeys(k for k, _ in item.noun.name.of))
-    return Mention(
-        tokens.text[slice(*span)].lower(), (span,), experts, tuple(i for k, i in item.noun.name.of if k == experts[0])
+def _own_phrases(tokens: Tokens, items: Sequence[Segment]) -> list[Span]:
+    """Where each item stands, with what is said of it. What is said after the last one is said of all, unless each keeps
+    its own.
+    """
+    keeps = any(
+        item.said.marker and (item.said.has_object or following.joint != "beside")
+        for item, following in zip(items, items[1:], strict=False)
     )
+    return [tokens.span(i.noun.begin, i.stop if keeps or i is not items[-1] else i.noun.end) for i in items]
 
 
-def _with_all_words(
-    tokens: Tokens, listed: Listing, things: list[Mention], words: Sequence[Mapping[Span, int]]
+def _things(
+    tokens: Tokens, items: Sequence[Segment], own: Sequence[Span], words: Sequence[Mapping[Span, int]]
 ) -> list[Mention]:
-    """The things with all words of their experts, and with the experts of what they wear."""
-    alone = {k for t in things for k in t.experts if sum(k in other.experts for other in things) == 1}
-    owners = {k for t in things for k in t.experts}
-    last = len(things) - 1
-    keeps = bool(things) and _keep_their_own(listed.items)
+    """The things that are listed, with all words of their experts, and with the experts of what they wear."""
+    named = [_named(tokens, item.noun.name) if item.noun.name else _noun(tokens, item) for item in items]
+    owners = [k for thing in named for k in thing.experts]
     found = []
-    for i, (thing, item) in enumerate(zip(things, listed.items, strict=True)):
-        stop = item.stop if i < last or keeps else item.noun.end
-        begin, end = tokens.span(item.noun.begin, stop)
+    for thing, item, (begin, end) in zip(named, items, own, strict=True):
         worn = [
             k
             for k in dict.fromkeys(k for match in item.others for k, _ in match.of)
@@ -160,62 +170,74 @@ def _with_all_words(
         ]
         spans = dict.fromkeys(thing.spans)
         for k in (*thing.experts, *worn):
-            spans |= dict.fromkeys(s for s, p in words[k].items() if k in alone or k in worn or p in thing.phrases)
-        found.append(Mention(thing.name, tuple(sorted(spans)), thing.experts, thing.phrases, tuple(worn)))
+            spans |= dict.fromkeys(s for s, p in words[k].items() if owners.count(k) < 2 or p in thing.phrases)
+        found.append(replace(thing, spans=tuple(sorted(spans)), worn=tuple(worn)))
     return found
 
 
-def _keep_their_own(items: Sequence[Segment]) -> bool:
-    """Whether each item keeps what is said of it; otherwise what is said after the last one is said of all."""
-    return any(
-        item.said.marker and (item.said.has_object or following.joint != "beside")
-        for item, following in zip(items, items[1:], strict=False)
-    )
+def _named(tokens: Tokens, match: Match) -> Mention:
+    """The thing that an expert's words name."""
+    span, experts = tokens.span(match.begin, match.end), tuple(dict.fromkeys(k for k, _ in match.of))
+    phrases = tuple(i for k, i in match.of if k == experts[0])
+    return Mention(tokens.text[slice(*span)].lower(), (span,), experts, phrases)
+
+
+def _noun(tokens: Tokens, item: Segment) -> Mention:
+    """A thing of nobody, without its articles."""
+    begin, end = item.noun.begin, item.noun.end
+    span = tokens.span(next(i for i in range(begin, end) if tokens.words[i] not in known.DETERMINERS), end)
+    return Mention(tokens.text[slice(*span)].lower(), (span,))
+
+
+# ---- what touches
+
+
+def _touching(tokens: Tokens, listed: Listing, words: Sequence[Mapping[Span, int]]) -> Iterator[Contact]:
+    """The pairs with words between them that say so."""
+    for touch in listed.touches:
+        named = (_named(tokens, match) for match in touch.matches)
+        things = [replace(thing, spans=tuple(sorted(s for k in thing.experts for s in words[k]))) for thing in named]
+        own = [_with_brackets(tokens.text, *tokens.span(*phrase)) for phrase in touch.phrases]
+        begin, end = min(own)[0], max(own)[1]
+        first, second = (_part(tokens.text, begin, span, end, ()) for span in own)
+        yield Contact((things[0], things[1]), touch.relation, (first, second))
+
+
+def _of_both(
+    tokens: Tokens, listed: Listing, things: Sequence[Mention], own: Sequence[Span], hidden: Sequence[Span]
+) -> Iterator[Contact]:
+    """A list of two of whom it is said together: "a fox and an owl hugging"."""
+    if len(things) != 2 or not all(thing.experts for thing in things):
+        return
+    begin = listed.items[-1].noun.end
+    if (said := OF_BOTH.search(" ".join(tokens.words[begin:]))) is None:
+        return
+    begin, end = (begin + len(said.string[:place].split()) for place in said.span(1))
+    if end < len(tokens.words) and tokens.words[end] in known.DETERMINERS:  # "hugging a tree"
+        return
+    without = [*hidden, _with_comma(tokens.text, *tokens.span(begin, end))]
+    first, second = (_part(tokens.text, own[0][0], span, own[1][1], without) for span in own)
+    yield Contact((things[0], things[1]), "hugging", (first, second))
 
 
 # ---- prompts of single things
 
 
-def _parts(
-    tokens: Tokens,
-    listed: Listing,
-    things: Sequence[Mention],
-    words: Sequence[Mapping[Span, int]],
-    acting: Collection[int],
-) -> tuple[tuple[Part, ...], str]:
-    """Each listed thing's prompt: what stands before the list, its own phrase, and what follows. And why no tiles."""
-    items, text = listed.items, tokens.text
-    keeps, last = _keep_their_own(items), len(items) - 1
-    own = [
-        _with_brackets(text, *tokens.span(i.noun.begin, i.stop if n < last or keeps else i.noun.end))
-        for n, i in enumerate(items)
-    ]
-    hidden = [_with_comma(text, begin, end) for begin, end in listed.sides]
-    parts = tuple(_part(text, own[0][0], span, own[-1][1], hidden) for span in own)
-    why = _why_together(tokens, listed, own) or _why_unparted(parts, things, [words[k] for k in acting], last + 1)
-    return parts, why
-
-
 def _part(text: str, start: int, span: Span, rest: int, hidden: Sequence[Span]) -> Part:
-    """What stands before the list, one thing's phrase, and what follows the list, without words for sides."""
-    pieces = list[Span]()
-    for begin, end in ((0, start), span, (rest, len(text))):
-        for a, b in hidden:
-            if begin < b and a < end:
-                pieces.append((begin, max(begin, a)))
-                begin = min(end, b)
-        pieces.append((begin, end))
-    pieces = [piece for piece in pieces if piece[0] < piece[1]]
-    while pieces and not text[slice(*pieces[0])].lstrip(AROUND):
-        pieces.pop(0)
-    while pieces and not text[slice(*pieces[-1])].rstrip(AROUND):
-        pieces.pop()
-    if pieces:
-        (begin, end), (first, last) = pieces[0], pieces[-1]
-        pieces[0] = end - len(text[begin:end].lstrip(AROUND)), end
-        first = pieces[-1][0]
-        pieces[-1] = first, first + len(text[first:last].rstrip(AROUND))
-    return Part("".join(text[slice(*piece)] for piece in pieces), tuple(pieces))
+    """What stands before the list, one thing's phrase, and what follows the list, without what is hidden."""
+    pieces = [(0, start), span, (rest, len(text))]
+    for a, b in hidden:
+        pieces = [piece for begin, end in pieces for piece in ((begin, min(end, a)), (max(begin, b), end))]
+    whole = "".join(text[begin:end] for begin, end in pieces)
+    left, kept, found = len(whole) - len(whole.lstrip(AROUND)), len(whole.strip(AROUND)), list[Span]()
+    for begin, end in pieces:
+        first = min(begin + left, max(begin, end))
+        last = min(first + kept, end)
+        if first < last:
+            found.append((first, last))
+            kept -= last - first
+        left -= first - begin
+    return Part(whole.strip(AROUND), tuple(found))
 
 
 def _with_brackets(text: str, begin: int, end: int) -> Span:
@@ -243,44 +265,24 @@ def _why_together(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> str:
     """Why things cannot be drawn apart: what the text says of several of them."""
     if listed.items[0].joint in ("and", "or"):  # "strong and brave sks man and xyz woman"
         return "it is not clear where the list begins"
-    words, heads = tokens.words, {f"{item.noun.head}s" for item in listed.items}
-    for i, word in enumerate(words):
-        after = words[i + 1 : i + 4]
-        if contact := _contact(word, after):
-            return f"the prompt says {contact!r}, which two do together"
-        if word in known.GROUPS or [word, *after[:1]] in (["each", "other"], ["one", "another"]):
-            return f"the prompt speaks of several together: {word!r}"
-        if counted := _counted(word, after, heads):
-            begin, end = tokens.spans[i]
-            if not any(a <= begin and end <= b for a, b in own):
-                return f"the prompt counts several: {counted!r}"
+    text = " ".join(tokens.words)
+    if found := TOGETHER.search(text):
+        if found["act"]:
+            return f"the prompt says {found[0]!r}, which two do together"
+        return f"the prompt speaks of several together: {found[0]!r}"
+    counted = "|".join([*sorted(known.COUNTED), *(re.escape(f"{item.noun.head}s") for item in listed.items)])
+    for found in re.finditer(SEVERAL.format(counted), text):
+        begin, end = tokens.spans[text.count(" ", 0, found.start())]
+        if not any(a <= begin and end <= b for a, b in own):
+            return f"the prompt counts several: {found[0]!r}"
     return ""
 
 
-def _contact(word: str, after: Sequence[str]) -> str:
-    """What two do together: "hugging", "holding hands", "hand in hand"."""
-    if word in known.CONTACT:
-        return word
-    if word in ("holding", "holds") and after[:1] and after[0] in ("hands", "each"):
-        return f"{word} {after[0]}"
-    is_twice = list(after[:2]) in (["in", word], ["to", word], ["by", word])
-    return " ".join((word, *after[:2])) if is_twice else ""
-
-
-def _counted(word: str, after: Sequence[str], heads: Collection[str]) -> str:
-    """What is counted: "two people", "2girls", "a group"."""
-    if word.isdigit() and after[:1] and after[0] in ("girl", "boy", "other"):
-        return f"{word}{after[0]}"
-    if word in known.SEVERAL and (plural := [each for each in after if each in known.COUNTED or each in heads]):
-        return f"{word} {plural[0]}"
-    return word if word in ("group", "pair") else ""
-
-
-def _why_unparted(parts: Sequence[Part], things: Sequence[Mention], words: Sequence[Mapping[Span, int]], listed: int) -> str:
+def _why_unparted(parts: Sequence[Part], things: Sequence[Mention], words: Sequence[Mapping[Span, int]]) -> str:
     """Words of a thing must stand in no other thing's prompt, and every expert's words in some prompt."""
-    for i in range(listed):
-        if any(parts[j].has(begin) for begin, _ in things[i].spans for j in range(listed) if i != j):
-            return f"the prompt speaks of {things[i].name!r} again outside of the list"
+    for part, thing in zip(parts, things, strict=False):
+        if any(other.has(begin) for begin, _ in thing.spans for other in parts if other is not part):
+            return f"the prompt speaks of {thing.name!r} again outside of the list"
     if any(not any(part.has(begin) for part in parts) for each in words for begin, _ in each):
         return "words of a LoRA stand between the things that are listed"
     return ""

@@ -11,6 +11,11 @@ def words(*texts: str) -> frozenset[str]:
     return frozenset(" ".join(texts).split())
 
 
+def one_of(words: frozenset[str]) -> str:
+    """A pattern for any of these words."""
+    return "|".join(sorted(words))
+
+
 def _plural(*texts: str) -> frozenset[str]:
     found = words(*texts)
     return found | {f"{word}s" for word in found} | {f"{word}es" for word in found if word.endswith(("s", "x", "ch", "sh"))}
@@ -49,11 +54,12 @@ HOLDING = words(
 )  # what can be done with a thing as well as with clothes
 IS = words("is are was were be being stands stand sits sit")
 POSTURES = IS | _verbs("stand sit walk pose lie wait rest smile laugh") | words("lying seated located placed parked")
-# What two do with one another. Then each alone would be another picture.
-CONTACT = _verbs(
-    "hug kiss embrace ride dance cuddle wrestle fight carry lift touch snuggle spoon hold grab chase push pull",
-    "feed pet lick bite catch share shake clasp"
-) - words("holds holding carries carrying shares sharing") | words("embrace hug kiss embraced hugged kissed")  # fmt: skip
+# What two do with one another. Then each alone would be another picture. "Hugging" is also said of two that are listed.
+MUTUAL = _verbs("hug kiss embrace cuddle snuggle spoon dance wrestle fight") | words("embraced hugged")
+CARRYING = _verbs("hold carry lift cradle")
+TOUCHING = MUTUAL | CARRYING | _verbs("ride straddle touch grab clasp pet lick bite feed")
+OF_ONE = words("holds holding carries carrying cradles cradling straddles straddling shares sharing")  # also of a thing
+CONTACT = (TOUCHING | _verbs("chase push pull catch share shake") | {"embrace", "hug", "kiss", "kissed"}) - OF_ONE
 TWO_PARTY = CONTACT | _verbs(
     "watch follow meet greet face lead teach paint draw photograph film help attack guard surround catch see look",
     "talk wave point",
@@ -85,7 +91,7 @@ SETTINGS = _plural(
     "restaurant stage road bridge window wall floor ground snow rain fog mist cloud storm moon sun star weather",
     "alley skyline cityscape backdrop meadow valley cave ruin station shop store library museum palace pool shore",
     "coast horizon distance bokeh blur focus depth quality masterpiece detail colour color palette mood",
-    "atmosphere camera lens"
+    "atmosphere camera lens paper canvas"
 )  # fmt: skip
 GARMENTS = _plural(
     "dress suit hat cap shirt t-shirt coat jacket cape cloak scarf glove boot shoe sock skirt trouser pant jean",
@@ -113,4 +119,3 @@ COUNTED = words(
     "adults subjects figures brothers sisters twins lovers heroes"
 )  # fmt: skip
 GROUPS = words("couple duo trio twins both together them they their theirs themselves everyone everybody")
-SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}  # axis, and whether first

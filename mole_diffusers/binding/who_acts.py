@@ -9,7 +9,7 @@ from PIL import Image
 
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
-from mole_diffusers.binding.sentence import Sentence, Who, parse
+from mole_diffusers.binding.sentence import Contact, Sentence, Who, parse
 
 EVERY_PLACE, OWN_PLACE, SILENT = "everywhere", "own", "silent"
 UNBOUND = "nothing is bound"
@@ -76,11 +76,13 @@ class Explanation:
         experts: name -> its role.
         tiles: the prompts of the things that are first drawn apart, from left to right as named; None if the picture is
             drawn as one. `why_no_tiles` says why.
+        contacts: the things that touch.
     """
 
     experts: Mapping[str, Role]
     tiles: list[str] | None
     why_no_tiles: str = ""
+    contacts: tuple[Contact, ...] = ()
 
     @classmethod
     def of_unbound(cls, names: Iterable[str]) -> Explanation:
@@ -96,7 +98,7 @@ class Explanation:
             lines.append(f"no tiles: {self.why_no_tiles}")
         else:
             lines += [f"tile {i}: {prompt}" for i, prompt in enumerate(self.tiles, 1)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"contact: {contact}" for contact in self.contacts)])
 
 
 def roles(names: Sequence[str], bound: Sequence[Bound], acting: Sequence[bool], sentence: Sentence) -> dict[str, Role]:
@@ -104,24 +106,23 @@ def roles(names: Sequence[str], bound: Sequence[Bound], acting: Sequence[bool], 
     there = present(bound, acting, sentence.mentioned)
     found = {}
     for k, name in enumerate(names):
-        spans = sorted(sentence.words[k])
-        words = tuple(dict.fromkeys(sentence.text[slice(*span)] for span in spans))
-        place, why = (
-            _told(bound[k], acting[k], there[k]) or _listed(k, names, sentence) or _anywhere(k, bound, there, sentence)
-        )
+        words = tuple(dict.fromkeys(sentence.text[slice(*span)] for span in sorted(sentence.words[k])))
+        set_by_user = _set(bound[k], acting[k], there[k], words)
+        place, why = set_by_user or _listed(k, names, sentence) or _anywhere(k, bound[k], there, sentence)
         found[name] = Role(place, words, why)
     return found
 
 
-def _told(own: Bound, is_on: bool, is_there: bool) -> tuple[str, str] | None:
-    """Place and reason if the user has set them, or if the expert does not act."""
+def _set(own: Bound, is_on: bool, is_there: bool, words: Sequence[str]) -> tuple[str, str] | None:
+    """Place and reason if the user has set them, or if none of the expert's words is there."""
     if not is_on:
         return SILENT, "it is off, or at strength 0"
-    if not is_there:
-        return SILENT, f"the prompt has none of its words: {', '.join(own.words)}"
-    if own.given is not None:
+    if is_there and own.given is not None:
         return OWN_PLACE, f"you gave it the region {'of a mask' if isinstance(own.given, Image.Image) else repr(own.given)}"
-    return (EVERY_PLACE, "you said so") if own.region == EVERYWHERE else None
+    if is_there and own.region == EVERYWHERE:
+        return EVERY_PLACE, "you said so"
+    without = f"the prompt has none of its words: {', '.join(own.words)}"
+    return (EVERY_PLACE if is_there else SILENT, without) if own.words and not words else None
 
 
 def _listed(k: int, names: Sequence[str], sentence: Sentence) -> tuple[str, str] | None:
@@ -136,13 +137,11 @@ def _listed(k: int, names: Sequence[str], sentence: Sentence) -> tuple[str, str]
     return None
 
 
-def _anywhere(k: int, bound: Sequence[Bound], there: Sequence[bool], sentence: Sentence) -> tuple[str, str]:
+def _anywhere(k: int, own: Bound, there: Sequence[bool], sentence: Sentence) -> tuple[str, str]:
     """The same for an expert without a place."""
-    if bound[k].words and not sentence.words[k]:
-        return EVERY_PLACE, f"the prompt has none of its words: {', '.join(bound[k].words)}"
     if sum(there) == 1:
         return EVERY_PLACE, "no other LoRA acts"
-    if not bound[k].words:
+    if not own.words:
         return EVERY_PLACE, "it has no words of its own"
     if k in sentence.styles:
         return EVERY_PLACE, "its words name a style, a medium or a setting"

@@ -21,35 +21,23 @@ Marks = tuple[bool, ...]  # [T]
 
 @dataclass(frozen=True)
 class Thing:
-    """Something with a place in the picture.
-
-    Attributes:
-        name, experts, phrases, worn: see `sentence.Mention`.
-        tokens: [T] bool, the tokens of its words.
-    """
+    """Something with a place in the picture, see `sentence.Mention`."""
 
     name: str
     experts: tuple[int, ...]
-    tokens: Marks
+    tokens: Marks  # [T], those of its words
     phrases: tuple[int, ...] = ()
     worn: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One text as binding reads it.
+    """One text as binding reads it."""
 
-    Attributes:
-        own: [N][T] bool: the tokens of each expert's words.
-        things: those that the text lists side by side, and those with a region that a user gave.
-        relations: (first thing, second thing, "x" or "y"): the first has the smaller coordinate.
-        said: a phrase of an expert -> [T] bool, its tokens.
-    """
-
-    own: tuple[Marks, ...]
-    things: tuple[Thing, ...] = ()
-    relations: tuple[tuple[int, int, str], ...] = ()
-    said: Mapping[Phrase, Marks] = field(default_factory=dict)
+    own: tuple[Marks, ...]  # [N][T], the tokens of each expert's words
+    things: tuple[Thing, ...] = ()  # those that the text lists side by side, and those with a region from the user
+    relations: tuple[tuple[int, int, str], ...] = ()  # see `sentence.Sentence`
+    said: Mapping[Phrase, Marks] = field(default_factory=dict)  # a phrase of an expert -> [T], its tokens
 
     @property
     def mentioned(self) -> tuple[bool, ...]:
@@ -122,15 +110,18 @@ def _merged(readings: Sequence[Reading]) -> Reading:
         return readings[0]
     own = tuple(map(_union, zip(*(reading.own for reading in readings), strict=True)))
     said: dict[Phrase, Marks] = {}
+    tokens: dict[ThingKey, list[Marks]] = {}
     for reading in readings:
-        for phrase, tokens in reading.said.items():
-            said[phrase] = _union((said[phrase], tokens)) if phrase in said else tokens
+        for phrase, marks in reading.said.items():
+            said[phrase] = _union((said.get(phrase, marks), marks))
+        for key, thing in zip(keys(reading.things), reading.things, strict=True):
+            tokens.setdefault(key, []).append(thing.tokens)
     longest = max(readings, key=lambda reading: len(reading.things))
     experts = {thing.experts for thing in longest.things}
     if any(thing.experts not in experts for reading in readings for thing in reading.things if thing.experts):
         return Reading(own, (), (), said)
     things = [
-        replace(thing, tokens=_union((*_same(thing, key, readings), *_claimed(thing, longest.things, own, said))))
+        replace(thing, tokens=_union((*tokens[key], *_claimed(thing, longest.things, own, said))))
         for thing, key in zip(longest.things, keys(longest.things), strict=True)
     ]
     relations = dict.fromkeys(longest.relations)
@@ -141,15 +132,6 @@ def _merged(readings: Sequence[Reading]) -> Reading:
             if theirs[a] in place and theirs[b] in place:
                 relations[place[theirs[a]], place[theirs[b]], axis] = None
     return Reading(own, tuple(things), tuple(relations), said)
-
-
-def _same(thing: Thing, key: ThingKey, readings: Sequence[Reading]) -> Iterator[Marks]:
-    """The tokens of this thing in each text that lists it."""
-    yield thing.tokens
-    for reading in readings:
-        for other, its_key in zip(reading.things, keys(reading.things), strict=True):
-            if its_key == key:
-                yield other.tokens
 
 
 def _claimed(thing: Thing, things: Sequence[Thing], own: Sequence[Marks], said: Mapping[Phrase, Marks]) -> Iterator[Marks]:

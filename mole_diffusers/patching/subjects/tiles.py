@@ -116,7 +116,8 @@ def explain(
     asked, things = Asked(pipe, tiling, call, bound, acting), Things(call["prompt"], bound, acting)
     found = roles(list(bound), things.bound, [name in acting for name in bound], things.sentence)
     why = why_no_tiles(asked)
-    return Explanation(found, None if why else [part.text for part in things.prompts.values()], why)
+    tiles = None if why else [part.text for part in things.prompts.values()]
+    return Explanation(found, tiles, why, things.sentence.contacts)
 
 
 def size_for_tiles(

@@ -1,0 +1,100 @@
+"""Which things touch in a prompt, and who is in front."""
+
+import pytest
+
+from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding.sentence import Who, parse
+from mole_diffusers.binding.who_acts import Explanation, read_prompt, roles
+from mole_diffusers.emoji.captions import BETWEEN
+from mole_diffusers.emoji.scenes import CONTACTS
+
+NAMES = ("fox", "owl", "bear", "ink")
+
+
+def contacts(prompt, names=NAMES):
+    """(first, relation, second) of each pair."""
+    return [
+        (contact.things[0].name, contact.relation, contact.things[1].name)
+        for contact in parse(prompt, [[name] for name in names]).contacts
+    ]
+
+
+@pytest.mark.parametrize("relation", CONTACTS)
+def test_the_worlds_captions_say_their_relation_and_who_is_in_front(relation):
+    for between in BETWEEN[relation]:
+        sentence = parse(f"ink drawing of a fox {between} an owl on a beach", [[name] for name in NAMES])
+        (contact,) = sentence.contacts
+        assert ([thing.experts for thing in contact.things], contact.relation) == ([(0,), (1,)], relation)
+        assert contact.front == CONTACTS[relation]
+        assert [part.text for part in contact.parts] == [
+            "ink drawing of a fox on a beach",
+            "ink drawing of an owl on a beach",
+        ]
+        assert not sentence.things  # no strips
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("a fox sitting on an owl", ("fox", "on", "owl")),
+        ("a fox is standing on the big old owl's back", ("fox", "on", "owl")),
+        ("a fox perched atop an owl", ("fox", "on", "owl")),
+        ("fox riding on owl, ink", ("fox", "riding", "owl")),
+        ("an owl ridden by a fox", ("fox", "riding", "owl")),
+        ("a fox in a red hat carrying an owl on its back", ("fox", "holding", "owl")),
+        ("a fox held by an owl", ("owl", "holding", "fox")),
+        ("a fox in the arms of an owl", ("owl", "holding", "fox")),
+        ("a fox hiding behind an owl", ("fox", "behind", "owl")),
+        ("a fox stands in front of an owl wearing a hat", ("fox", "in front of", "owl")),
+        ("a fox gently kissing an owl", ("fox", "hugging", "owl")),
+        ("a fox holding hands with an owl", ("fox", "hugging", "owl")),
+        ("a fox and an owl dancing in the rain", ("fox", "hugging", "owl")),
+        ("a fox and an owl, hand in hand", ("fox", "hugging", "owl")),
+        ("a fox next to an owl", None),
+        ("a fox and an owl", None),
+        ("a fox and an owl riding a bike", None),
+        ("a fox and an owl hugging a tree", None),
+        ("a fox watching a man who rides an owl", None),
+        ("a fox, a man holding an owl", None),
+        ("a fox on a beach and an owl", None),
+        ("a fox chasing an owl", None),
+        ("a fox in ink", None),
+        ("a fox on ink paper, an owl", None),
+        ("a fox. On an owl", None),
+    ],
+)
+def test_other_words_say_the_same_and_what_does_not_touch_says_nothing(prompt, wanted):
+    assert contacts(prompt) == ([wanted] if wanted else [])
+
+
+def test_each_pair_of_a_chain_touches():
+    assert contacts("a fox riding a bear holding an owl") == [("fox", "riding", "bear"), ("bear", "holding", "owl")]
+
+
+def test_only_those_who_act_touch_and_never_one_lora_with_itself():
+    text, words = "a fox riding an owl", [["fox"], ["owl"]]
+    assert not parse(text, words, Who(acting=[0])).contacts
+    assert not parse(text, words, Who(everywhere=[1])).contacts
+    assert not parse(text, [["fox", "owl"]]).contacts
+
+
+def test_the_prompt_of_each_alone_is_without_what_they_do():
+    def apart(prompt):
+        (contact,) = parse(prompt, [[name] for name in NAMES]).contacts
+        return [part.text for part in contact.parts]
+
+    assert apart("a photo of a fox in a hat hugging an (owl:1.2), night") == [
+        "a photo of a fox in a hat, night", "a photo of an (owl:1.2), night"
+    ]  # fmt: skip
+    assert apart("a fox and an owl hugging in a cafe") == ["a fox in a cafe", "an owl in a cafe"]
+    assert apart("an owl held by a fox, ink") == ["a fox, ink", "an owl, ink"]
+
+
+def test_an_explanation_names_the_contact():
+    names, bound = NAMES[:2], [Bound((name,)) for name in NAMES[:2]]
+    sentence = read_prompt("a fox holding an owl", bound, [True, True])
+    found = Explanation(roles(names, bound, [True, True], sentence), None, sentence.why_no_tiles, sentence.contacts)
+    assert [role.place for role in found.experts.values()] == ["everywhere", "everywhere"]
+    said = "'fox' holding 'owl', with 'owl' in front"
+    assert {role.why for role in found.experts.values()} == {f"the prompt has {said}"}
+    assert str(found).splitlines()[-2:] == [f"no tiles: the prompt has {said}", f"contact: {said}"]
