@@ -201,7 +201,8 @@ class DropIn:
         with its words.
 
         Raises ValueError if gates depend on the prompt or the picture, or if binding gives LoRAs words or places of their
-        own, which fused weights cannot hold.
+        own, which fused weights cannot hold; and if an expert has layers of a text encoder that diffusers fuses nothing
+        into, such as Flux's T5.
         """
         mixture = self.mixture
         if mixture is None:
@@ -212,6 +213,10 @@ class DropIn:
                 "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
                 "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"
             )
+        unfusable = set(hosts(self)) - set(self._lora_loadable_modules)  # type: ignore[attr-defined]  # of diffusers' classes
+        for name, expert in mixture.experts.items():
+            if unfused := sorted(unfusable & set(expert.layers)):
+                raise ValueError(f"diffusers fuses nothing into the {unfused[0]} of {name!r}: leave it unfused")
         for name, bound in (mixture.binding or {}).items():
             if bound.needs_words:
                 words = " or ".join(map(repr, bound.words))

@@ -329,6 +329,17 @@ def test_what_fused_weights_cannot_hold_is_refused(both):
         ours.fuse_lora()
 
 
+def test_layers_that_diffusers_does_not_fuse_are_not_dropped(tmp_path):
+    ours, options = hosts.HOSTS["flux"]()
+    ours = hosts.quiet(mole.MoLEPipeline.from_pipe(ours))
+    fox = tiny_lora(ours, tmp_path / "fox.safetensors", ends=("attn.to_q", "SelfAttention.q"))
+    ours.load_lora_weights(fox, adapter_name="fox")
+    picture = hosts.draw(ours, options)
+    with pytest.raises(ValueError, match="diffusers fuses nothing into the text_encoder_2 of 'fox': leave it unfused"):
+        ours.fuse_lora()
+    assert torch.equal(hosts.draw(ours, options), picture)
+
+
 def test_auto_pipelines_find_the_drop_ins(both):
     ours, _, options, files = both
     load(ours, files)
