@@ -8,6 +8,7 @@ each row goes. The weights themselves stay here, with each layer's own scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -86,23 +87,29 @@ def host_layers(layers: Mapping[str, int], convert: Convert) -> dict[str, list[R
     found: dict[str, list[Rows]] = {}
     for form in FORMS:
         left = {name: rows for name, rows in layers.items() if name not in found}
-        if form.is_flat or any("." in name for name in layers):
+        if left and (form.is_flat or any("." in name for name in layers)):
             found |= _converted(left, form, convert)
     return found
 
 
 def _converted(layers: Mapping[str, int], form: Form, convert: Convert) -> dict[str, list[Rows]]:
-    if not layers:
-        return {}
+    """The layers of which every row has a place in what becomes of their probe."""
+    names = list(layers)
     try:
         converted = convert(_probe(layers, form))
     except Exception:  # whatever a converter meets where it does not know a layer
-        half, names = len(layers) // 2, list(layers)
-        if not half:
-            return {}
-        parts = ({name: layers[name] for name in part} for part in (names[:half], names[half:]))
-        return {name: rows for part in parts for name, rows in _converted(part, form, convert).items()}
-    return _whole(layers, _read(converted))
+        parts = [names[: len(names) // 2], names[len(names) // 2 :]] if len(names) > 1 else []
+        return {k: v for part in parts for k, v in _converted({n: layers[n] for n in part}, form, convert).items()}
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in converted.items():
+        with suppress(ValueError):
+            if (key := parse_key(name)).component == "transformer":
+                pairs.setdefault(key.layer, {})[key.role] = tensor
+    places: dict[str, list[Rows]] = {}
+    for layer, pair in pairs.items():
+        if pair.keys() == {"down", "up"}:
+            places.setdefault(names[int(pair["down"].item())], []).append(Rows(layer, pair["up"][:, 0].long()))
+    return {name: rows for name, rows in places.items() if len(torch.cat([r.rows for r in rows]).unique()) == layers[name]}
 
 
 def _probe(layers: Mapping[str, int], form: Form) -> dict[str, torch.Tensor]:
@@ -114,28 +121,3 @@ def _probe(layers: Mapping[str, int], form: Form) -> dict[str, torch.Tensor]:
         if form.is_flat:
             tensors[f"{stem}.alpha"] = torch.ones(())
     return tensors
-
-
-def _read(converted: Mapping[str, torch.Tensor]) -> list[tuple[int, Rows]]:
-    """What is left of a probe: the place of a layer, and where its rows went."""
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in converted.items():
-        try:
-            key = parse_key(name)
-        except ValueError:
-            continue
-        if key.component == "transformer":
-            halves.setdefault(key.layer, {})[key.role] = tensor
-    return [
-        (int(pair["down"].item()), Rows(layer, pair["up"][:, 0].long()))
-        for layer, pair in halves.items()
-        if pair.keys() == {"down", "up"}
-    ]
-
-
-def _whole(layers: Mapping[str, int], read: list[tuple[int, Rows]]) -> dict[str, list[Rows]]:
-    """The layers of which every row has a place."""
-    places: dict[str, list[Rows]] = {}
-    for place, rows in read:
-        places.setdefault(list(layers)[place], []).append(rows)
-    return {name: rows for name, rows in places.items() if len(torch.cat([r.rows for r in rows]).unique()) == layers[name]}

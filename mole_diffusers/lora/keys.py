@@ -78,21 +78,13 @@ EMBEDDED_IN = {  # how a key of an embedding ends -> the text encoder
 
 @dataclass(frozen=True)
 class Key:
-    """A parsed key of a file.
+    """A parsed key of a file."""
 
-    Attributes:
-        component: "unet", "text_encoder", ...
-        layer: the layer key. For a transformer it may be an original name, which may stand for several layers.
-        module: the layer's name in the file, without the component: dotted in files of diffusers and PEFT.
-        role: "down", "up", "mid", "alpha", "magnitude" (PEFT's), "dora_scale", or LyCORIS's own name ("hada_w1_a", ...).
-        format: of the file, as in `Expert.format`.
-    """
-
-    component: str
-    layer: str
-    module: str
-    role: str
-    format: str
+    component: str  # "unet", "text_encoder", ...
+    layer: str  # the layer key. For a transformer it may be an original name, which may stand for several layers
+    module: str  # the layer's name in the file, without the component: dotted in files of diffusers and PEFT
+    role: str  # "down", "up", "mid", "alpha", "magnitude" (PEFT's), "dora_scale", or LyCORIS's own ("hada_w1_a", ...)
+    format: str  # of the file, as in `Expert.format`
 
 
 def parse_key(key: str) -> Key:

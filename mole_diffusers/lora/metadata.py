@@ -96,25 +96,18 @@ def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 # ---- PEFT's config
 
 
+Patterns = Mapping[str, tuple[int, float]]  # end of a module's name, or the whole after "^" -> place in the config, number
+
+
 @dataclass(frozen=True)
 class Scaling:
-    """alpha / r of one component's layers by its PEFT config, or alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023).
+    """alpha / r of one component's layers by its PEFT config, or alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023)."""
 
-    Attributes:
-        alpha: None: equal to the rank.
-        patterns: end of a module's name, or the whole name after "^" -> its place in the config, and alpha; the first that
-            fits counts.
-        root: divide by sqrt(r), as rsLoRA does.
-        rank: of layers whose matrices do not tell it, LoKr's with two whole ones; None: their scale is 1.
-        ranks: patterns like those of alphas -> place, and rank.
-        dora: whether the layers are DoRA.
-    """
-
-    alpha: float | None = None
-    patterns: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    root: bool = False
-    rank: float | None = None
-    ranks: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    alpha: float | None = None  # None: equal to the rank
+    patterns: Patterns = field(default_factory=dict)  # alphas of some layers; of those that fit, the first counts
+    root: bool = False  # divide by sqrt(r), as rsLoRA does
+    rank: float | None = None  # where matrices do not tell it, as LoKr's with two whole ones; None: the scale is 1
+    ranks: Patterns = field(default_factory=dict)
     dora: bool = False
 
     def __call__(self, module: str, told: int | None) -> float:
@@ -126,7 +119,7 @@ class Scaling:
         return (rank if alpha is None else alpha) / (rank**0.5 if self.root else rank)
 
 
-def _named(patterns: Mapping[str, tuple[int, float]], module: str, default: float | None) -> float | None:
+def _named(patterns: Patterns, module: str, default: float | None) -> float | None:
     """The number of the first pattern that fits a module's name."""
     parts = module.split(".")
     fitting = (f"^{module}", *(".".join(parts[i:]) for i in range(len(parts))))

@@ -41,15 +41,10 @@ GENERIC = re.compile(
 
 
 class OwnWords(NamedTuple):
-    """The words of one LoRA among others.
+    """The words of one LoRA among others."""
 
-    Attributes:
-        words: none if it has no words of its own.
-        stated: whether they are meant as trigger words. Tags only tell what its training pictures show.
-    """
-
-    words: tuple[str, ...]
-    stated: bool
+    words: tuple[str, ...]  # none if it has no words of its own
+    stated: bool  # whether they are meant as trigger words. Tags only tell what its training pictures show
 
 
 def own_words(experts: Mapping[str, Expert]) -> dict[str, OwnWords]:

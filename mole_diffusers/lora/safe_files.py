@@ -37,6 +37,13 @@ PICTURE_ERRORS = (  # what Pillow raises for a broken picture: of its parts afte
     OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, struct.error, Image.DecompressionBombError,
 )  # fmt: skip
 
+HTML = (b"<!doctype", b"<html", b"<head", b"<?xml")
+OTHER_KINDS = {  # how files begin that are no safetensors, in lower case -> what they are
+    (b"version https://git-lfs",): "a Git LFS pointer, not the file itself; fetch that with `git lfs pull`",
+    HTML: "an HTML page, as a download without the needed login leaves; download it again",
+    (b"pk",): "a zip archive, as PyTorch's pickle files are, which can run code; only safetensors are read",
+    (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"): "a pickle, which can run code; only safetensors are read",
+}
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
@@ -96,14 +103,18 @@ def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str,
     if len(values) > MAX_TENSORS:
         raise RefusedFileError(f"{path}: its header lists {len(values)} tensors; at most {MAX_TENSORS} are read")
     for key, about in values.items():
+        shape, dtype = about["shape"], about["dtype"]
         if len(key) > MAX_NAME:
-            raise RefusedFileError(f"{path}: the name of a tensor has {len(key)} characters; at most {MAX_NAME} are read")
-        if len(about["shape"]) > MAX_DIMS:
-            raise RefusedFileError(f"{path}: tensor {key!r} has {len(about['shape'])} sides; at most {MAX_DIMS} are read")
-        if math.prod(side or 1 for side in about["shape"]) > MOST_NUMBERS:  # one side may be 0, so that it has no bytes
-            raise RefusedFileError(f"{path}: tensor {key!r} has the sides {about['shape']}, as no tensor can have")
-        if about["dtype"] not in DTYPES:
-            raise RefusedFileError(f"{path}: tensor {key!r} has dtype {about['dtype']!r}; known: {list(DTYPES)}")
+            why = f"the name of a tensor has {len(key)} characters; at most {MAX_NAME} are read"
+        elif len(shape) > MAX_DIMS:
+            why = f"tensor {key!r} has {len(shape)} sides; at most {MAX_DIMS} are read"
+        elif math.prod(side or 1 for side in shape) > MOST_NUMBERS:  # one side may be 0, so that it has no bytes
+            why = f"tensor {key!r} has the sides {shape}, as no tensor can have"
+        elif dtype not in DTYPES:
+            why = f"tensor {key!r} has dtype {dtype!r}; known: {list(DTYPES)}"
+        else:
+            continue
+        raise RefusedFileError(f"{path}: {why}")
     in_order = sorted(values.items(), key=lambda each: each[1]["data_offsets"])
     return {key: tuple(about["shape"]) for key, about in in_order}, metadata
 
@@ -240,20 +251,14 @@ def _header(path: Path) -> dict[str, Any]:
 
 def _kind(head: bytes) -> str:
     """What a file is instead of safetensors."""
-    text = head.lstrip().lower()
     if not head:
         return "empty"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "an HTML page, as a download without the needed login leaves; download it again"
-    if head.startswith(b"PK"):
-        return "a zip archive, as PyTorch's pickle files are, which can run code; only safetensors are read"
-    if head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "a pickle, which can run code; only safetensors are read"
-    if len(head) < 9:
-        return f"truncated: it has {len(head)} bytes"
-    return "not a safetensors file, the only format that is read"
+    for starts, what in OTHER_KINDS.items():
+        if head.lstrip().lower().startswith(starts):
+            return what
+    return (
+        f"truncated: it has {len(head)} bytes" if len(head) < 9 else "not a safetensors file, the only format that is read"
+    )
 
 
 def check_memory(size: int, what: str) -> None:

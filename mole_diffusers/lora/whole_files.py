@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -54,7 +54,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             shutil.copymode(path, part)
         yield part
         if Path.cwd().is_relative_to(path):
-            _move_into(part, path)
+            for new in list(part.iterdir()):
+                old = path / new.name
+                if old.is_dir() and not old.is_symlink():
+                    shutil.rmtree(old)
+                new.replace(old)
             return
         if path.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
@@ -95,24 +99,15 @@ def _part(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Try to lock a folder while the block runs: whether it worked. It does not on a system or a disk without locks."""
-    if sys.platform == "win32":
-        yield False
-        return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # it is gone
-        yield False
-        return
-    try:
-        try:
+    """Try to lock a folder while the block runs: whether it worked. It does not on Windows, or on a disk without locks."""
+    works = False
+    with ExitStack() as stack:
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             works = True
-        except OSError:
-            works = False
         yield works
-    finally:
-        os.close(descriptor)
 
 
 def whole_folder(path: Path) -> Path:
@@ -169,14 +164,6 @@ def check_no_file(folder: Path) -> None:
     """Raises FileExistsError, with a full sentence, if there is a file where a folder should be."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, where a folder is to be written; give the name of a folder")
-
-
-def _move_into(part: Path, path: Path) -> None:
-    for new in list(part.iterdir()):
-        old = path / new.name
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        new.replace(old)
 
 
 def _aside(path: Path) -> Path:
