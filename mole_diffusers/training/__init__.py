@@ -9,19 +9,11 @@ if TYPE_CHECKING:
     from mole_diffusers.training.data import Samples, TrainingData, read_folder
     from mole_diffusers.training.gate_trainer import mean_losses, train_gates
     from mole_diffusers.training.latents import encode
-    from mole_diffusers.training.lora_adapter import save_kohya, save_lora
+    from mole_diffusers.training.lora_adapter import save_lora
     from mole_diffusers.training.lora_trainer import class_samples, train_lora
 
 # Those with the fewest imports come first.
-_FILES = (
-    "config",
-    "data",
-    "latents",
-    "clip",
-    "lora_adapter",
-    "gate_trainer",
-    "lora_trainer",
-)
+_FILES = ("config", "data", "latents", "clip", "lora_adapter", "gate_trainer", "lora_trainer")
 __all__ = [
     "Clip",
     "GateTraining",
@@ -34,7 +26,6 @@ __all__ = [
     "mean_losses",
     "read_clip",
     "read_folder",
-    "save_kohya",
     "save_lora",
     "train_gates",
     "train_lora",

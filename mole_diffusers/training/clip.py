@@ -44,10 +44,7 @@ class Clip:
         side = self.model.config.vision_config.image_size
         if pixels.shape[-2:] != (side, side):
             pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False)
-        return self.features(((pixels / 2 + 0.5).clamp(0, 1) - mean) / std)
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] of the model's size, normalised for it -> [B, D] features of length 1."""
+        x = ((pixels / 2 + 0.5).clamp(0, 1) - mean) / std
         pooled = self.model.vision_model(pixel_values=x.to(self.model.device, self.model.dtype)).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
 from mole_diffusers.options import check_kinds, check_names, check_options
 
@@ -31,14 +31,6 @@ def _check(config: Any, what: str, **least: int) -> None:
         value = vars(config).get(name)
         if value is not None and not value >= low:  # which NaN is not, either
             raise ValueError(f"{name} of {what} must be {low} or more, got {value!r}")
-
-
-def _settings(values: Mapping[str, Any], config: type) -> dict[str, Any]:
-    """The settings of a file. (YAML reads a bare no as false.) Raises ValueError for unknown names; `config` checks the
-    kinds.
-    """
-    check_names(values, get_type_hints(config), "the training")
-    return dict(values) | ({"precision": "no"} if values.get("precision") is False else {})
 
 
 # ---- the terms of the loss
@@ -164,7 +156,42 @@ def parse_term(name: str, given: float | Mapping[str, Any]) -> Term:
     return term
 
 
-# ---- gates
+# ---- trainings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """The settings of every training.
+
+    Attributes:
+        steps: number of updates.
+        batch: rows per term and update, over all processes and accumulated parts together.
+        accumulation: compute a batch in this many parts, for less memory.
+        seed: seed of all random choices.
+        precision: "no", "bf16" or "fp16" (with loss scaling) for the forward pass; what is trained stays fp32.
+        checkpointing: compute activations again in the backward pass, for less memory and more time.
+        every: updates between checkpoints.
+        keep: how many checkpoints to keep.
+    """
+
+    steps: int = 150
+    batch: int = 8
+    accumulation: int = 1
+    seed: int = 0
+    precision: Precision = "no"
+    checkpointing: bool = False
+    every: int = 50
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self, "the training")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The settings of a file. Raises ValueError for unknown options, and values of the wrong kind."""
+        check_names(values, get_type_hints(cls), "the training")
+        is_no = values.get("precision") is False  # as YAML reads a bare no
+        return cls(**dict(values) | ({"precision": "no"} if is_no else {}))
 
 
 @dataclass(frozen=True)
@@ -190,7 +217,7 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class GateTraining:
+class GateTraining(Updates):
     """How gates are trained.
 
     Attributes:
@@ -199,9 +226,6 @@ class GateTraining:
             MiLoRA's load-balance loss (0.01 there).
         initial: the gates' weights before the first update. "uniform": equal weights. "scalars": the best weights per
             gate on the experts' own activations. "ssr": those nearest to SSR-Merge.
-        steps: number of updates.
-        batch: rows per term and update, over all processes and accumulated parts together.
-        accumulation: compute a batch in this many parts, for less memory.
         drop: chance that each expert sits out an update, though never all of them (RAMoLE: 0.5).
         lr: AdamW's peak learning rate. Default: for each gate, what moves its logits by at most 0.05 in an update.
         schedule: name of a diffusers schedule for the learning rate.
@@ -210,11 +234,6 @@ class GateTraining:
         max_norm: clip gradients to this length; 0 does not clip.
         ema: decay of an exponential moving average of the gates, which then draws pictures and is saved; 0 means none.
             As in diffusers, update n decays by at most n / (n + 9), so 0.99 is reached at update 891.
-        precision: "no", "bf16" or "fp16" (with loss scaling) for the forward pass; gates stay fp32.
-        checkpointing: compute activations again in the backward pass, for less memory and more time.
-        seed: seed of all random choices.
-        every: updates between checkpoints.
-        keep: how many checkpoints to keep.
         tracker: a tracker that Accelerate knows, "tensorboard" or "wandb". Default: none.
         validation: pictures to draw during training.
         width, height: pixels of the pictures of composed prompts. Default: the model's own size, which single prompts use.
@@ -222,9 +241,6 @@ class GateTraining:
 
     terms: Mapping[str, float | Mapping[str, Any]] = field(default_factory=lambda: {"single": 1.0, "composed": 1.0})
     initial: Initial = "uniform"
-    steps: int = 150
-    batch: int = 8
-    accumulation: int = 1
     drop: float = 0.0
     lr: float | None = None
     schedule: Schedule = "cosine"
@@ -232,21 +248,18 @@ class GateTraining:
     weight_decay: float = 0.0
     max_norm: float = 1.0
     ema: float = 0.0
-    precision: Precision = "no"
-    checkpointing: bool = False
-    seed: int = 0
-    every: int = 50
-    keep: int = 2
     tracker: str | None = None
     validation: Validation = Validation()
     width: int | None = None
     height: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self, "the training")
+        super().__post_init__()
         if not set(self.parsed) - {BALANCE}:
             objectives = [name for name in TERMS if name != BALANCE]
             raise ValueError(f"at least one term of {objectives} needs a weight, got {dict(self.terms)}")
+        if self.warmup and self.schedule == "constant":
+            raise ValueError("the schedule 'constant' has no warmup: 'constant_with_warmup' has one")
         for name in ("ema", "drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 0 or more and less than 1, got {getattr(self, name)}")
@@ -258,37 +271,27 @@ class GateTraining:
         return {name: term for name, term in found.items() if term.weight}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GateTraining:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`. Raises ValueError for unknown options, and values of the wrong kind."""
         looks = values.get("validation", {})
         check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
         check_names(looks, get_type_hints(Validation), "the validation")
-        return cls(**_settings(values, cls) | {"validation": Validation(**looks)})
+        return super().from_dict({**values, "validation": Validation(**looks)})
 
 
-# ---- LoRAs
-
-
-@dataclass(frozen=True)
-class LoraTraining:
+@dataclass(frozen=True, kw_only=True)
+class LoraTraining(Updates):
     """How a concept LoRA is trained.
 
     Attributes:
         rank: rank of every layer, 1 or more.
         alpha: the scale is alpha / rank. Default: the rank, in a file and on the command line.
         layers: which layers get a LoRA: attention, feed-forward, convolution.
-        steps: number of updates.
         batch: pictures per update, over all processes and accumulated parts together; plus as many class pictures.
         lr: AdamW's peak learning rate, with a cosine down to a tenth.
         text_lr: the same for the text encoder; 0 does not train it.
-        seed: seed of all random choices.
-        precision: "no", "bf16" or "fp16" (with loss scaling) for the forward pass; the LoRA stays fp32.
         prior: weight of the loss on class pictures (DreamBooth's prior preservation), if there are any.
         beam: let ranks compete (BeamLoRA); needs a rank of 8 or more.
-        accumulation: compute a batch in this many parts, for less memory.
-        checkpointing: compute activations again in the backward pass, for less memory and more time.
-        every: updates between checkpoints.
-        keep: how many checkpoints to keep.
     """
 
     rank: int = 8
@@ -298,17 +301,12 @@ class LoraTraining:
     batch: int = 16
     lr: float = 1e-3
     text_lr: float = 5e-4
-    seed: int = 0
-    precision: Precision = "no"
     prior: float = 1.0
     beam: bool = False
-    accumulation: int = 1
-    checkpointing: bool = False
     every: int = 100
-    keep: int = 2
 
     def __post_init__(self) -> None:
-        _check(self, "the training")
+        super().__post_init__()
         object.__setattr__(self, "layers", tuple(self.layers))  # a file has a list
         unknown = sorted(set(self.layers) - set(LORA_LAYERS))
         if unknown or not self.layers:
@@ -317,9 +315,9 @@ class LoraTraining:
             raise ValueError(f"ranks that compete need a rank of {LEAST_BEAM_RANK} or more, got {self.rank}")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LoraTraining:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The alpha is the rank unless it is given. Raises ValueError for unknown options, and values of the wrong kind."""
-        return cls(**{"alpha": values.get("rank", cls.alpha)} | _settings(values, cls))
+        return super().from_dict({"alpha": values.get("rank", cls.alpha), **values})
 
     @property
     def rates(self) -> dict[str, float]:

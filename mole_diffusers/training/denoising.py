@@ -67,7 +67,7 @@ def sample_latents(
     checkpointing: bool = False,
     stop: int | None = None,
 ) -> torch.Tensor:
-    """From noise x [B, C, H, W] to clean latents without chance (`Noise.step`), with the gradient of every step.
+    """From noise x [B, C, H, W] to clean latents without chance (`Diffusion.step`), with the gradient of every step.
 
     Args:
         guidance: classifier-free guidance; 1 runs no unconditional row.

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mole_diffusers.lora.whole_files import new_folder, write_text
 from mole_diffusers.patching.install.component import BANK
 from mole_diffusers.patching.undo import Undo
-from mole_diffusers.training.config import GateTraining, LoraTraining
+from mole_diffusers.training.config import Updates
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of autocast
 READ_EVERY = 10  # updates between reading their numbers, which waits for the device
@@ -139,7 +139,7 @@ class Engine:
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
     schedule: Any
-    config: GateTraining | LoraTraining
+    config: Updates
     checkpoints: Checkpoints
     diagnose: Callable[[], str]
     max_norm: float = 1.0
@@ -206,7 +206,8 @@ class Engine:
             if validate is not None and validates:
                 validate(done)
             if saves:
-                self.save(done)
+                self.checkpoints.write(self.writes_to, done, self.log.rows, keep=self.config.keep)
+                self.accelerator.wait_for_everyone()
             for row in self.log.rows[reported:]:
                 if report is not None:
                     report(row)
@@ -270,11 +271,6 @@ class Engine:
         self.good = [p.detach().clone() for p in self.parameters]
 
     # ---- checkpoints
-
-    def save(self, step: int) -> None:
-        """Write checkpoint-`step`, see `Checkpoints.write`, in one process while the others wait."""
-        self.checkpoints.write(self.writes_to, step, self.log.rows, keep=self.config.keep)
-        self.accelerator.wait_for_everyone()
 
     def resume(self, asked: str | None) -> bool:
         """Restore everything from a checkpoint, and say whether there is one; a new run stays as it is.

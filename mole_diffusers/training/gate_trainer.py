@@ -102,55 +102,51 @@ class GateTrainer:
 
     def __init__(self, context: TrainingContext, *, folder: Path | None = None, success: Success | None = None):
         """Check the settings and prepare updates. Under `accelerate launch` this joins the other processes."""
-        self.config = config = context.config
-        self.success = success
-        self.pipe, self.mixture, self.data = context.pipe, context.mixture, context.data
-        self.network = network(self.pipe)  # raises for a pipeline that cannot be trained on
-        if not self.mixture.parameters():
-            raise ValueError(f"gates of family {self.mixture.config.family!r} have nothing to train")
-        for name in (*self.data.singles, *self.data.others, *self.data.styles):
-            self.mixture.strength(name)  # raises for an unknown expert
-        self.validation_prompts = list(config.validation.prompts or self.data.composed)
-        if config.validation.every and not self.validation_prompts:
+        config, mixture, data = context.config, context.mixture, context.data
+        network(context.pipe)  # raises for a pipeline that cannot be trained on
+        if not mixture.parameters():
+            raise ValueError(f"gates of family {mixture.config.family!r} have nothing to train")
+        for name in (*data.singles, *data.others, *data.styles):
+            mixture.strength(name)  # raises for an unknown expert
+        if config.validation.every and not (config.validation.prompts or data.composed):
             raise ValueError("validation draws the composed prompts, and there are none: give some, or prompts of its own")
         _ = context.composed_shape  # raises for a size that cannot be drawn
         warn_of_missing_triggers(context)
         known = [name for name in map(str, get_available_trackers()) if name in TRACKERS]
         if config.tracker and config.tracker not in known:
             raise ValueError(f"the tracker {config.tracker!r} is not installed; installed: {known}")
-        self.accelerator = join_processes(self.pipe.device, log_with=config.tracker, project_dir=folder)
-        self.context = replace(context, progress=context.progress and self.accelerator.is_main_process)
-        groups = parameter_groups(self.gates, config.lr)
-        optimizer = adamw(groups, self.pipe.device, weight_decay=config.weight_decay)
-        schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
-        self.ema = EMAModel(self.mixture.parameters(), decay=config.ema) if config.ema else None
-        stateful = {"kept": self.context, **{f"gates of {part}": bank for part, bank in self.mixture.banks.items()}}
-        stateful |= {"ema": self.ema} if self.ema else {}
-        kept = Checkpoints(folder, self._identity(), self.mixture.save_pretrained, stateful)
-        self.engine = Engine(self.accelerator, optimizer, schedule, config, kept, self._diagnose, config.max_norm)
+        accelerator = join_processes(context.pipe.device, log_with=config.tracker, project_dir=folder)
         for name, term in config.parsed.items():
-            check_batch(term.batch or config.batch, self.accelerator, config.accumulation, f"the {name} term's batch")
-        self.loss_fns: dict[str, LossFn] = {}
+            check_batch(term.batch or config.batch, accelerator, config.accumulation, f"the {name} term's batch")
+        self.context = replace(context, progress=context.progress and accelerator.is_main_process)
+        self.success, self.loss_fns = success, dict[str, LossFn]()
+        self.ema = EMAModel(mixture.parameters(), decay=config.ema) if config.ema else None
+        optimizer = adamw(parameter_groups(self.gates, config.lr), context.pipe.device, weight_decay=config.weight_decay)
+        schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+        stateful = {"kept": self.context, **{f"gates of {part}": bank for part, bank in mixture.banks.items()}}
+        stateful |= {"ema": self.ema} if self.ema else {}
+        kept = Checkpoints(folder, identity(context), mixture.save_pretrained, stateful)
+        self.engine = Engine(accelerator, optimizer, schedule, config, kept, self._diagnose, config.max_norm)
 
     @contextmanager
     def only_gates_learn(self) -> Iterator[None]:
         """Compute gradients only for the gates while the block runs; then restore the pipeline."""
-        clip = self.context.clip
-        models = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        pipe, clip = self.context.pipe, self.context.clip
+        models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
         models += [clip.model] if clip else []
-        gates = {id(p) for p in self.mixture.parameters()}
+        gates = {id(p) for p in self.context.mixture.parameters()}
         with undoing() as undo:
             for p in {p for model in models for p in model.parameters()}:
                 undo.callback(p.requires_grad_, p.requires_grad)
                 p.requires_grad_(id(p) in gates)
-            if self.config.checkpointing:
-                save_activation_memory(self.network.model, undo)
+            if self.context.config.checkpointing:
+                save_activation_memory(network(pipe).model, undo)
             yield
 
     def prepare(self) -> None:
         """Make the loss of each term. This draws the teachers' pictures."""
         with self.engine.autocast():
-            for name, term in self.config.parsed.items():
+            for name, term in self.context.config.parsed.items():
                 if name != BALANCE:
                     self.loss_fns[name] = OBJECTIVES[name](self.context, term)
 
@@ -158,37 +154,39 @@ class GateTrainer:
 
     def fit(self, report: OnUpdate | None = None) -> None:
         """Run the updates, set the gates to their final weights, save them, and close the trackers."""
-        if self.config.tracker:
-            self.accelerator.init_trackers("mole")
-        how: dict[str, Any] = {"progress": self.context.progress, "every": self.config.validation.every}
+        config, accelerator = self.context.config, self.engine.accelerator
+        if config.tracker:
+            accelerator.init_trackers("mole")
+        how: dict[str, Any] = {"progress": self.context.progress, "every": config.validation.every}
         self.engine.fit(self.update, name="gates", report=report, validate=self.validate, **how)
         if self.ema is not None:
             self._set_gates(self.ema.shadow_params)
         if folder := self.engine.writes_to:
-            self.mixture.save_pretrained(folder)
-        for tracker in self.accelerator.trackers:
+            self.context.mixture.save_pretrained(folder)
+        for tracker in accelerator.trackers:
             tracker.finish()
 
     def update(self, step: int) -> None:
         """One step of the optimizer on the weighted sum of the terms, without waiting for the device."""
         self.engine.update(partial(self.losses, step))
         for gate in self.gates:
-            gate.rebalance(self.accelerator.reduce)
+            gate.rebalance(self.engine.accelerator.reduce)
         if self.ema is not None:
-            self.ema.step(self.mixture.parameters())
+            self.ema.step(self.context.mixture.parameters())
 
     def losses(self, step: int, *, index: int, shares: int) -> dict[str, torch.Tensor]:
         """Each term without its weight, and "loss", their weighted sum, on share `index` of `shares` of a batch."""
-        generator = self.engine.generator(step)
-        mixture, terms, decisions = self.mixture, self.config.parsed, list[Decision]()
-        drop, names = self.config.drop, list(mixture.experts)
-        dropout = mixture.only(*drop_experts(names, drop, generator)) if drop else nullcontext()
+        generator, config, mixture = self.engine.generator(step), self.context.config, self.context.mixture
+        terms, decisions = config.parsed, list[Decision]()
+        dropout = (
+            mixture.only(*drop_experts(list(mixture.experts), config.drop, generator)) if config.drop else nullcontext()
+        )
         found = {}
         with ExitStack() as stack:
             routed = [stack.enter_context(g.noting_routes()) for g in self.gates] if BALANCE in terms else []
             with self.engine.autocast(), dropout, mixture.listen(decisions.append):
                 for name, loss in self.loss_fns.items():
-                    found[name] = loss(RandomBatch(generator, terms[name].batch or self.config.batch, index, shares))
+                    found[name] = loss(RandomBatch(generator, terms[name].batch or config.batch, index, shares))
             if BALANCE in terms:
                 live = [d for d in decisions if d.gates.requires_grad]  # without those of teachers
                 found[BALANCE] = self._balance(live, routed)
@@ -203,23 +201,24 @@ class GateTrainer:
 
     def _over_processes(self, own: torch.Tensor) -> torch.Tensor:
         """The mean of `own` over processes, with the gradient of `own`; averaged gradients are then those of the mean."""
-        if self.accelerator.num_processes == 1:
+        accelerator = self.engine.accelerator
+        if accelerator.num_processes == 1:
             return own
-        return own + (self.accelerator.reduce(own.detach().clone(), "mean") - own.detach())
+        return own + (accelerator.reduce(own.detach().clone(), "mean") - own.detach())
 
     @property
     def gates(self) -> list[Gate]:
-        return [gate for bank in self.mixture.banks.values() for gate in bank]
+        return [gate for bank in self.context.mixture.banks.values() for gate in bank]
 
     @torch.no_grad()
     def _diagnose(self) -> str:
         """The experts that predict non-finite values even alone."""
-        broken = []
-        x = torch.randn(1, *self.context.composed_shape, generator=torch.Generator().manual_seed(0)).to(self.pipe.device)
-        timestep = torch.tensor([500], device=self.pipe.device)
-        for name in self.mixture.experts:
-            with self.engine.autocast(), self.mixture.fixed({name: self.mixture.strength(name)}):
-                if not torch.isfinite(predict(self.pipe, x, timestep, [name])).all():
+        broken, pipe, mixture = [], self.context.pipe, self.context.mixture
+        x = torch.randn(1, *self.context.composed_shape, generator=torch.Generator().manual_seed(0)).to(pipe.device)
+        timestep = torch.tensor([500], device=pipe.device)
+        for name in mixture.experts:
+            with self.engine.autocast(), mixture.fixed({name: mixture.strength(name)}):
+                if not torch.isfinite(predict(pipe, x, timestep, [name])).all():
                     broken.append(name)
         if broken:
             return f"expert {' and '.join(map(repr, broken))} alone predicts what is not finite"
@@ -230,25 +229,26 @@ class GateTrainer:
     @torch.no_grad()
     def validate(self, step: int) -> None:
         """Draw the validation prompts from fixed noise; log the share that is right, save and track the pictures."""
-        if not self.accelerator.is_main_process:
+        accelerator, config, pipe = self.engine.accelerator, self.context.config, self.context.pipe
+        if not accelerator.is_main_process:
             return
-        how, images, shares = self.config.validation, [], []
-        call: dict[str, Any] = {"width": self.config.width, "height": self.config.height}
-        call |= {"num_inference_steps": how.steps} | self.network.guided(how.guidance, how.seeds)
-        for prompt in self.validation_prompts:
+        how, images, shares = config.validation, [], []
+        call: dict[str, Any] = {"width": config.width, "height": config.height, "num_inference_steps": how.steps}
+        call |= network(pipe).guided(how.guidance, how.seeds)
+        for prompt in how.prompts or self.context.data.composed:
             with self._averaged(), self.engine.autocast():
-                drawn = sample(self.pipe, prompt, range(self.config.seed, self.config.seed + how.seeds), **call)
+                drawn = sample(pipe, prompt, range(config.seed, config.seed + how.seeds), **call)
             images += drawn
             shares += [self.success(drawn, prompt)] if self.success else []
         if shares:
             row = self.engine.log.rows[-1]
             row["success"] = sum(shares) / len(shares)
-            self.accelerator.log({"success": row["success"]}, step=step - 1)
+            accelerator.log({"success": row["success"]}, step=step - 1)
         if folder := self.engine.checkpoints.folder:
             path = folder / "validation" / f"step-{step}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             make_image_grid(images, len(images) // how.seeds, how.seeds).save(path)
-        for tracker in self.accelerator.trackers:
+        for tracker in accelerator.trackers:
             pixels = np.stack([np.asarray(image) for image in images])
             tracker.log_images({"validation": pixels}, step=step - 1, **TRACKERS[tracker.name])
 
@@ -257,23 +257,24 @@ class GateTrainer:
         """Use the gates' moving average instead of the gates, if there is one."""
         with ExitStack() as undo:
             if self.ema is not None:
-                undo.callback(self._set_gates, [p.detach().clone() for p in self.mixture.parameters()])
+                undo.callback(self._set_gates, [p.detach().clone() for p in self.context.mixture.parameters()])
                 self._set_gates(self.ema.shadow_params)
             yield
 
     @torch.no_grad()
     def _set_gates(self, values: Iterable[torch.Tensor]) -> None:
         """Set all parameters. (EMAModel would do it through `parameter.data`, and gates would not notice, see `Derived`.)"""
-        for parameter, value in zip(self.mixture.parameters(), values, strict=True):
+        for parameter, value in zip(self.context.mixture.parameters(), values, strict=True):
             parameter.copy_(value)
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to resume."""
-        settings = {name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE}
-        experts = {name: [expert.sha256, strength] for name, (expert, strength) in self.mixture.weighed().items()}
-        base, clip = digest(self.pipe.components.values()), self.context.clip
-        models = {"base": base, "clip": digest([clip.model]) if clip else None}
-        return {**settings, **self.data.to_dict(), **models, "gates": self.mixture.config.to_dict(), "experts": experts}
+
+def identity(context: TrainingContext) -> dict[str, Any]:
+    """What must be the same for a run to resume."""
+    mixture, clip = context.mixture, context.clip
+    settings = {name: value for name, value in asdict(context.config).items() if name not in MAY_CHANGE}
+    experts = {name: [expert.sha256, strength] for name, (expert, strength) in mixture.weighed().items()}
+    models = {"base": digest(context.pipe.components.values()), "clip": digest([clip.model]) if clip else None}
+    return {**settings, **context.data.to_dict(), **models, "gates": mixture.config.to_dict(), "experts": experts}
 
 
 def mean_losses(log: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:

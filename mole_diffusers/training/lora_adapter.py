@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,9 +139,6 @@ def save_lora(
     """
     metadata = {**(about or {}), TRIGGERS: triggers}
     write_lora(_by_layer(tensors, alpha), path, format=format, alphas=format == "kohya", dtype=dtype, metadata=metadata)
-
-
-save_kohya = partial(save_lora, format="kohya")
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor], alpha: float) -> dict[str, dict[str, LoraWeights]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -18,33 +19,14 @@ from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser
 from mole_diffusers.training.data import token_ids
 
 
-class Noise(ABC):
-    """The noise levels of pictures of one size: those that a model is trained on, or the steps of a sampler.
-
-    Attributes:
-        timesteps: [S] on the CPU, so that reading one does not wait for the device.
-    """
-
-    timesteps: torch.Tensor
-
-    @abstractmethod
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, H, W] with noise at these levels [B]."""
-
-    @abstractmethod
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the model should predict there."""
-
-    @abstractmethod
-    def step(self, prediction: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
-        """The latents after step `i` of a sampler without chance, from x [B, C, H, W]."""
-
-
-class Diffusion(Noise):
-    """Of a UNet: the pipeline's noise schedule with deterministic DDIM (Song et al., 2021), whatever its sampler.
+class Diffusion:
+    """Noise levels of a UNet: the pipeline's schedule with deterministic DDIM (Song et al., 2021), whatever its sampler.
 
     Args:
         steps: of a sampler; None for all levels that the model is trained on.
+
+    Attributes:
+        timesteps: [S] on the CPU, so that reading one does not wait for the device.
     """
 
     def __init__(self, pipe: Any, steps: int | None = None):
@@ -55,10 +37,11 @@ class Diffusion(Noise):
             self.timesteps = self._scheduler.timesteps
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, H, W] with noise at these levels [B]."""
         return self._scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """According to the scheduler's config the noise, or the velocity (Salimans & Ho, 2022)."""
+        """What the model should predict there: the noise or, if its config says so, the velocity (Salimans & Ho, 2022)."""
         kind = self._scheduler.config.prediction_type
         if kind == "epsilon":
             return noise
@@ -67,11 +50,12 @@ class Diffusion(Noise):
         raise ValueError(f"prediction type {kind!r} cannot be trained; known: ['epsilon', 'v_prediction']")
 
     def step(self, prediction: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The latents after step `i` of a sampler without chance, from x [B, C, H, W]."""
         return self._scheduler.step(prediction, self.timesteps[i], x).prev_sample
 
 
-class Flow(Noise):
-    """Straight paths from pictures to noise (rectified flow, Liu et al., 2022), at the levels that the pipeline draws at.
+class Flow:
+    """As `Diffusion`, for straight paths from pictures to noise (rectified flow, Liu et al., 2022), at its levels.
 
     The scheduler's shift moves them towards noise, for large pictures more; random levels are shifted alike.
 
@@ -131,7 +115,7 @@ class Network(ABC):
         """Height and width of the model's own latents; None if it names none."""
 
     @abstractmethod
-    def noise(self, height: int, width: int, steps: int | None = None) -> Noise:
+    def noise(self, height: int, width: int, steps: int | None = None) -> Diffusion | Flow:
         """The noise levels of latents of this size: all that the model is trained on, or those of a sampler."""
 
     def guided(self, guidance: float, pictures: int) -> dict[str, Any]:
@@ -209,7 +193,7 @@ def _encode(pipe: Any, tokenizer: Any, encoder: Any, prompts: Sequence[str], **o
 
 
 class Transformer(Network):
-    """One of `Flow`: it predicts noise - picture. A token is of 2 x 2 latents."""
+    """One of `Flow` that reads tokens of 2 x 2 latents: it predicts noise - picture."""
 
     patch = 2
 
@@ -223,9 +207,18 @@ class Transformer(Network):
     def noise(self, height: int, width: int, steps: int | None = None) -> Flow:
         return Flow(self.pipe, height * width // 4, steps)
 
-    def _guidance(self, x: torch.Tensor) -> torch.Tensor | None:
-        """For a model that learned to be told how much to guide itself: not at all."""
-        return torch.ones(len(x), device=x.device) if self.model.config.guidance_embeds else None
+    @abstractmethod
+    def places(self, states: torch.Tensor, height: int, width: int) -> dict[str, Any]:
+        """The arguments of the model that say where `height` x `width` tokens are, beside text of these states [B, T, C]."""
+
+    def call(self, x: torch.Tensor, timesteps: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
+        states, (height, width) = text["encoder_hidden_states"], (side // 2 for side in x.shape[2:])
+        # A model that learned to be told how much to guide itself is told: not at all.
+        guidance = torch.ones(len(x), device=x.device) if self.model.config.guidance_embeds else None
+        tokens = F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2).to(states.dtype)  # [B, T, 4 C]
+        how = self.places(states, height, width) | text
+        found = self.model(tokens, timestep=timesteps.to(states.dtype) / 1000, guidance=guidance, **how).sample.float()
+        return F.pixel_shuffle(found.transpose(1, 2).unflatten(2, (height, width)), 2)
 
 
 class Flux(Transformer):
@@ -235,19 +228,9 @@ class Flux(Transformer):
         states, pooled, ids = self.pipe.encode_prompt(list(prompts), None)
         return {"encoder_hidden_states": states, "pooled_projections": pooled, "txt_ids": ids}
 
-    def call(self, x: torch.Tensor, timesteps: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
-        height, width = x.shape[2] // 2, x.shape[3] // 2
-        rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-        places = torch.cartesian_prod(torch.zeros(1, device=x.device), rows.float(), columns.float())  # [H W, 3]
-        states = text["encoder_hidden_states"]
-        found = self.model(
-            _packed(x).to(states.dtype),
-            timestep=timesteps.to(states.dtype) / 1000,
-            img_ids=places.to(states.dtype),
-            guidance=self._guidance(x),
-            **text,
-        ).sample
-        return _unpacked(found.float(), height)
+    def places(self, states: torch.Tensor, height: int, width: int) -> dict[str, Any]:
+        axes = (torch.arange(length, device=states.device).float() for length in (1, height, width))
+        return {"img_ids": torch.cartesian_prod(*axes).to(states.dtype)}  # [H W, 3]
 
 
 class QwenImage(Transformer):
@@ -260,20 +243,14 @@ class QwenImage(Transformer):
         states, mask = self.pipe.encode_prompt(list(prompts))
         return {"encoder_hidden_states": states, "encoder_hidden_states_mask": mask}
 
-    def call(self, x: torch.Tensor, timesteps: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
-        height, width, dtype = x.shape[2] // 2, x.shape[3] // 2, text["encoder_hidden_states"].dtype
-        found = self.model(
-            _packed(x).to(dtype),
-            timestep=timesteps.to(dtype) / 1000,
-            img_shapes=[[(1, height, width)]] * len(x),
-            guidance=self._guidance(x),
-            **text,
-        ).sample
-        return _unpacked(found.float(), height)
+    def places(self, states: torch.Tensor, height: int, width: int) -> dict[str, Any]:
+        return {"img_shapes": [[(1, height, width)]] * len(states)}
 
 
-class ZImage(Transformer):
+class ZImage(Network):
     """Of Z-Image, which counts time from noise to picture and predicts picture - noise."""
+
+    patch = 2
 
     @property
     def channels(self) -> int:
@@ -282,6 +259,9 @@ class ZImage(Transformer):
     def own_size(self) -> tuple[int, int]:
         return (1024 // self.pipe.vae_scale_factor,) * 2
 
+    def noise(self, height: int, width: int, steps: int | None = None) -> Flow:
+        return Flow(self.pipe, height * width // 4, steps)
+
     def embed(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         return self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0]
 
@@ -289,16 +269,6 @@ class ZImage(Transformer):
         pictures = list(x.to(self.model.dtype)[:, :, None].unbind())  # [C, 1, H, W] each
         found = self.model(pictures, (1000 - timesteps) / 1000, text, return_dict=False)[0]
         return -torch.stack(found)[:, :, 0].float()
-
-
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    """Latents [B, C, H, W] -> tokens [B, T, 4 C] of 2 x 2 latents each."""
-    return torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
-
-
-def _unpacked(tokens: torch.Tensor, height: int) -> torch.Tensor:
-    """The latents [B, C, H, W] of tokens [B, T, 4 C], of which `height` are one below the other."""
-    return torch.nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, -1)), 2)
 
 
 NETWORKS: Mapping[str, Callable[[Any], Network]] = {
