@@ -91,12 +91,10 @@ class DropIn:
             return
         expert = read_lora(source, adapter_name, **where)
         with lock_of_pipeline(self).held():
-            experts, ordinary = self._experts(), self._ordinary()
-            loaded = [*experts, *ordinary]
-            name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in loaded)
+            experts, ordinary, name = self._experts(), self._ordinary(), self._named(adapter_name)
             if name in ordinary or (name in experts) != hotswap:
                 what = "is not loaded, so it cannot be swapped" if hotswap else "is in use"
-                raise ValueError(f"adapter name {name!r} {what}; loaded: {loaded}")
+                raise ValueError(f"adapter name {name!r} {what}; loaded: {[*experts, *ordinary]}")
             if self.mixture is not None and self.mixture.parameters():
                 warnings.warn("the gates do not know the new expert; all experts are summed until load_gates", stacklevel=2)
             self._attach({**experts, name: (expert if expert is source else replace(expert, name=name), 1.0)})
@@ -105,11 +103,9 @@ class DropIn:
 
     @_one_at_a_time
     def _load_control(self, control: Control, adapter_name: str | None, hotswap: bool) -> None:
-        mixture = self.mixture
-        loaded = [*self._experts(), *self._ordinary()]
-        name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in loaded)
+        mixture, name = self.mixture, self._named(adapter_name)
         if name in self._experts():
-            raise ValueError(f"adapter name {name!r} is in use; loaded: {loaded}")
+            raise ValueError(f"adapter name {name!r} is in use; loaded: {[*self._experts(), *self._ordinary()]}")
         if mixture is not None and control.widens:  # diffusers raises the same for LoRAs that it has loaded
             raise RuntimeError(
                 f"size mismatch for x_embedder.lora_A.{name}.weight: a LoRA that widens the model comes before others, and "
@@ -309,7 +305,15 @@ class DropIn:
 
         Both pipelines share a mixture on the models. A call of either draws as if the mixture were attached to it.
         """
-        pipe = cls._over_models_of(pipeline, **kwargs)
+        models, dtypes = [], list[torch.dtype]()
+        if not {"torch_dtype", "dtype"} & set(kwargs):
+            models = [model for model in pipeline.components.values() if hasattr(model, "dtype")]
+            dtypes = [model.dtype for model in models]
+            kwargs["dtype"] = functools.reduce(torch.promote_types, dtypes, dtypes[0])
+        pipe = super().from_pipe(pipeline, **kwargs)
+        for model, dtype in zip(models, dtypes, strict=True):
+            if model.dtype != dtype:
+                model.to(dtype)
         for each in (pipe, pipeline):  # either may load LoRAs
             if isinstance(each, DropIn):
                 share_calls(each, each._drawing)
@@ -319,20 +323,6 @@ class DropIn:
         """The block that a call with these arguments runs in."""
         mixture = self.mixture
         return nullcontext() if mixture is None else mixture.drawing(call, pipe=self)
-
-    @classmethod
-    def _over_models_of(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """Diffusers' `from_pipe` without its cast to float32."""
-        if {"torch_dtype", "dtype"} & set(kwargs):
-            return super().from_pipe(pipeline, **kwargs)
-        models = [model for model in pipeline.components.values() if hasattr(model, "dtype")]
-        dtypes = [model.dtype for model in models]
-        widest = functools.reduce(torch.promote_types, dtypes, dtypes[0])
-        pipe = super().from_pipe(pipeline, dtype=widest, **kwargs)
-        for model, dtype in zip(models, dtypes, strict=True):
-            if dtype != widest:
-                model.to(dtype)
-        return pipe
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card; `options` are those of `gates.hub.upload`."""
@@ -382,6 +372,11 @@ class DropIn:
         """The names of adapters that diffusers or peft put on."""
         listed = super().get_list_adapters()
         return list(dict.fromkeys(name for names in listed.values() for name in names if name != ADAPTER))
+
+    def _named(self, asked: str | None) -> str:
+        """The name of a LoRA that is loaded: the one that is asked for, or the first that is free."""
+        taken = [*self._experts(), *self._ordinary()]
+        return asked or next(free for i in count() if (free := f"default_{i}") not in taken)
 
     def _require(self) -> Mixture:
         if self.mixture is None:
