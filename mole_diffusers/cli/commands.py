@@ -1,7 +1,8 @@
 """Turn functions into commands: parameters become options, and the docstring becomes the help.
 
-A parameter that is a `Group` becomes several options, which commands can share. The help of an option is its entry `name
-(METAVAR): help` under Args or Attributes of the docstring; otherwise it comes from the type.
+A parameter that is a `Group` becomes several options, which commands can share; one that is `Given` tells which options
+were given. The help of an option is its entry `name (METAVAR): help` under Args or Attributes of the docstring; otherwise it
+comes from the type.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -42,9 +44,14 @@ class Group:
     prefix: ClassVar[str] = ""
 
 
-def _be_quiet_unless(ctx: Context, verbose: bool) -> None:
-    if not verbose:
-        ctx.with_resource(quiet())
+class Given(frozenset[str]):
+    """The names of the options on the command line."""
+
+    def check_beside(self, option: str, reads: Collection[str], why: str) -> None:
+        """Raise ValueError for options that would be ignored beside this one, which `reads` these alone."""
+        always = {field.name for field in fields(Console)}
+        if option in self and (unread := sorted(self - {option, *reads} - always)):
+            raise ValueError(f"{_flag(option)} {why}: leave out {', '.join(map(_flag, unread))}")
 
 
 @dataclass
@@ -55,7 +62,7 @@ class Verbose(Group):
         verbose: show warnings, notices and loading bars of other libraries.
     """
 
-    verbose: Annotated[bool, Option("--verbose", "-v", callback=_be_quiet_unless)] = False
+    verbose: Annotated[bool, Option("--verbose", "-v")] = False
 
 
 @dataclass
@@ -72,26 +79,28 @@ class Console(Verbose):
 def as_command(command: Callable[..., Result | None]) -> Callable[..., int]:
     """The function that typer turns into a command. It prints what `command` returns, and returns the exit status."""
     signature = inspect.signature(command, eval_str=True)
+    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     groups: dict[str, Any] = {"console": Verbose if signature.return_annotation is None else Console}
-    options, entries = [], _entries(command)
-    for name, parameter in signature.parameters.items():
-        kind = parameter.annotation
-        if isinstance(kind, type) and issubclass(kind, Group):
-            groups[name] = kind
-        else:
-            options.append(_option(name, kind, parameter.default, entries.get(name)))
+    groups |= {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Group)}
+    told = [name for name, kind in kinds.items() if kind is Given]
+    entries, own = _entries(command), [name for name in kinds if name not in (*groups, *told)]
+    options = [_option(name, kinds[name], signature.parameters[name].default, entries.get(name)) for name in own]
     options += [option for group in groups.values() for option in _options(group)]
 
-    def run(**given: Any) -> int:
-        made = {n: g(**{f.name: given.pop(g.prefix + f.name) for f in fields(g)}) for n, g in groups.items()}
+    def run(ctx: Context, **values: Any) -> int:
+        given = Given(name for name in values if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE")
+        made = {n: g(**{f.name: values.pop(g.prefix + f.name) for f in fields(g)}) for n, g in groups.items()}
         console = made.pop("console")
-        if (result := command(**given, **made)) is None:
+        with nullcontext() if console.verbose else quiet():
+            result = command(**values, **made, **dict.fromkeys(told, given))
+        if result is None:
             return 0
         print(json.dumps(result.facts) if console.as_json else result.words)
         return result.status
 
-    vars(run)["__signature__"] = inspect.Signature(options)
-    run.__annotations__ = {option.name: option.annotation for option in options}
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=Context)
+    vars(run)["__signature__"] = inspect.Signature([context, *options])
+    run.__annotations__ = {option.name: option.annotation for option in (context, *options)}
     return run
 
 
@@ -112,56 +121,45 @@ def settings_of(
     Args:
         only: names of fields; by default all but those in `without`.
     """
-    found: dict[str, list[tuple[type, Any]]] = {}  # option -> the configs that have it, and its types there
+    found: dict[str, dict[type, Any]] = {}  # option -> the configs that have it, and its types there
     for config in configs:
         for name, kind in get_type_hints(config, include_extras=True).items():
             if name not in without and (only is None or name in only) and get_origin(kind) is not ClassVar:
-                found.setdefault(name, []).append((config, kind))
+                found.setdefault(name, {})[config] = kind
 
     def added(group: type[T]) -> type[T]:
-        own = _entries(group)
-        about = [inspect.getdoc(group) or "", *(() if own else ("\nAttributes:",))]
-        for name, places in found.items():
-            group.__annotations__ = inspect.get_annotations(group) | {name: _setting(name, places)}
+        options = {name: _setting(name, kinds) for name, kinds in found.items()}
+        group.__annotations__ = inspect.get_annotations(group) | options
+        for name in options:
             setattr(group, name, None)
-            if name not in own:
-                about.append(f"    {name}: {_help(name, [config for config, _ in places])}")
-        group.__doc__ = "\n".join(about)
         return dataclass(group)
 
     return added
 
 
-def _setting(name: str, places: Sequence[tuple[type, Any]]) -> Any:
-    """The type of an option: that of a field, or the values of several, or None."""
-    kind = places[0][1]
+def _setting(name: str, kinds: Mapping[type, Any]) -> Any:
+    """The type of an option that these configs have as a field, or None, with its help."""
+    kind, least, most, said = next(iter(kinds.values())), None, None, dict[str, list[str]]()
     if get_origin(kind) is Literal:
-        kind = Literal[tuple(dict.fromkeys(value for _, each in places for value in get_args(each)))]  # type: ignore[valid-type]
-    least, most = None, None
+        kind = Literal[tuple(dict.fromkeys(value for each in kinds.values() for value in get_args(each)))]  # type: ignore[valid-type]
     if get_origin(kind) is Annotated:
         kind, least, most = get_args(kind)
-    defaults = {repr(getattr(config, name)): getattr(config, name) for config, _ in places}
-    default = next(iter(defaults.values())) if len(defaults) == 1 else None
-    several = get_origin(kind) is Sequence
-    shown = False if default is None or default == "" else ", ".join(default) if several else str(default)
-    return Annotated[kind if several else kind | None, Option(show_default=shown, min=least, max=most)]
-
-
-def _help(name: str, configs: Sequence[Any]) -> str:
-    """The help of a field; if several configs have it, after their names."""
-    if len(configs) == 1 and not hasattr(configs[0], "name"):
-        return _entries(configs[0])[name][1]
-    said: dict[str, list[str]] = {}
-    for config in configs:
-        said.setdefault(_entries(config)[name][1], []).append(config.name)
-    return " ".join(f"{', '.join(names)}: {text}" for text, names in said.items())
+    for config in kinds:
+        said.setdefault(_entries(config)[name][1], []).append(getattr(config, "name", ""))
+    text = " ".join(f"{', '.join(names)}: {text}".removeprefix(": ") for text, names in said.items())
+    defaults = [getattr(config, name) for config in kinds]
+    default, several = defaults[0], get_origin(kind) is Sequence
+    is_shown = default not in (None, "") and all(each == default for each in defaults)
+    shown = False if not is_shown else ", ".join(default) if several else str(default)
+    return Annotated[kind if several else kind | None, Option(show_default=shown, min=least, max=most, help=text)]
 
 
 def _options(group: type[Group]) -> list[inspect.Parameter]:
     """The options of base classes come first; each has the panel of its own class."""
     kinds, options = get_type_hints(group, include_extras=True), []
+    entries = _entries(group)
     for each in reversed(group.__mro__[:-2]):
-        entries, panel = _entries(each), vars(each).get("panel")
+        panel = vars(each).get("panel")
         for name in inspect.get_annotations(each):
             default = getattr(group, name, inspect.Parameter.empty)
             options.append(_option(group.prefix + name, kinds[name], default, entries.get(name), panel))
@@ -173,9 +171,9 @@ def _option(
 ) -> inspect.Parameter:
     kind, *given = get_args(kind) if get_origin(kind) is Annotated else [kind]
     is_argument = not given and default is inspect.Parameter.empty
-    flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # only --name, no --no-name
+    flag = [_flag(name)] if kind is bool else []  # only --name, no --no-name
     info: Any = copy(given[0]) if given else Argument() if is_argument else Option(*flag)
-    info.metavar, info.help = entry or (info.metavar, info.help)
+    info.metavar, info.help = entry or (info.metavar, info.help)  # an own entry comes before that of a config
     info.rich_help_panel = panel
     if get_origin(kind) is Sequence:  # typer only knows lists
         kind = list[get_args(kind)[0]]  # type: ignore[misc]
@@ -186,7 +184,12 @@ def _option(
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _entries(thing: Any) -> dict[str, tuple[str | None, str]]:
-    """Name -> (metavar, help) from the Args or Attributes of a docstring."""
-    entries = ENTRY.findall(inspect.getdoc(thing) or "")
+    """Name -> (metavar, help) from the Args or Attributes of a docstring; those of a class's bases are its own, too."""
+    docs = [each.__doc__ for each in reversed(thing.__mro__[:-1])] if isinstance(thing, type) else [thing.__doc__]
+    entries = [entry for doc in docs for entry in ENTRY.findall(inspect.cleandoc(doc or ""))]
     return {n: (metavar or None, " ".join(text.split())) for names, metavar, text in entries for n in names.split(", ")}

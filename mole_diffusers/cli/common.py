@@ -103,11 +103,19 @@ def parse_file(text: str) -> tuple[Path, float]:
         raise ValueError(f"{text!r}: the strength {strength!r} is not a number") from None
 
 
+def lora_files(files: Mapping[str, str]) -> dict[str, tuple[Path, float]]:
+    """Name -> FILE[:STRENGTH], as name -> (file, strength). Raises FileNotFoundError before anything is loaded."""
+    parsed = {name: parse_file(text) for name, text in files.items()}
+    if gone := [path for path, _ in parsed.values() if not path.exists()]:
+        raise FileNotFoundError(f"no LoRA file at {gone[0]}")
+    return parsed
+
+
 def read_experts(files: Mapping[str, str]) -> dict[str, tuple[Expert, float]]:
     """Name -> FILE[:STRENGTH], as name -> (LoRA, strength)."""
+    parsed = lora_files(files)
     from mole_diffusers.lora import read_expert
 
-    parsed = {name: parse_file(text) for name, text in files.items()}
     return {name: (read_expert(path, name), strength) for name, (path, strength) in parsed.items()}
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.commands import Result, settings_of
-from mole_diffusers.cli.common import completed, first_recipe, open_catalog, opened, target
+from mole_diffusers.cli.commands import Given, Result, settings_of
+from mole_diffusers.cli.common import completed, first_recipe, lora_files, named_values, open_catalog, opened, target
 from mole_diffusers.cli.console import note
 from mole_diffusers.options import printable
-from mole_diffusers.studio.names import WORLD
+from mole_diffusers.studio.names import WORLD, matching_lora
 
 if TYPE_CHECKING:
     from mole_diffusers.studio.recipe import Recipe
@@ -38,13 +40,19 @@ class RecipeOptions(options.Drawing, OverOptions):
         styles (FILE): styles.csv of A1111 or Forge, or a .json of Fooocus. Default: styles.csv here.
     """
 
-    preset: Path | None = None
+    preset: options.File = None
     style: Sequence[str] = ()
-    styles: Path = Path("styles.csv")
+    styles: options.File = None
 
 
 def draw(
-    prompt: str, *, explain: bool = False, files: options.Studio, settings: RecipeOptions, output: options.Output
+    prompt: str,
+    *,
+    explain: bool = False,
+    files: options.Studio,
+    settings: RecipeOptions,
+    output: options.Output,
+    given: Given,
 ) -> Result:
     """Draw one picture of a prompt with <lora:...> tags. The PNG holds its recipe, for mole redraw and other tools.
 
@@ -52,8 +60,10 @@ def draw(
         prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), [fox] and BREAK work as in A1111.
         explain: draw nothing, and say which LoRA would act on which words, where, and why.
     """
-    _check_strengths(settings, is_larger=False)
+    _check_settings(files, settings)
     if explain:
+        if given & vars(output).keys():
+            raise ValueError("--explain draws nothing: leave out --out and --overwrite")
         studio, asked, pictures = open_recipe(prompt, files, settings)
         recipe = completed(studio, asked, pictures.get("image"))
         return Result({"explanation": (table := str(studio.explain(recipe))), **recipe.to_dict()}, table)
@@ -61,7 +71,13 @@ def draw(
     return draw_recipe(*open_recipe(prompt, files, settings), path)
 
 
-def redraw(picture: Path, *, files: options.Studio, over: options.Pictures, output: options.Output) -> Result:
+def redraw(
+    picture: Annotated[Path, Argument(exists=True, dir_okay=False)],
+    *,
+    files: options.Studio,
+    over: options.Pictures,
+    output: options.Output,
+) -> Result:
     """Draw a picture again from its recipe. On the same machine its pixels are the same.
 
     LoRAs are found by their hash, whatever their files are called here. If the picture was drawn over another one, pass
@@ -114,7 +130,11 @@ def grid(
     from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
 
     across, down = parse_axis(x), parse_axis(y)
-    _check_strengths(settings, is_larger="hires" in (across.varies, down.varies))
+    for axis, text in ((across, x), (down, y)):
+        if vars(settings).get(axis.varies) is not None:
+            flag = axis.varies.replace("_", "-")
+            raise ValueError(f"the axis {text!r} varies what --{flag} gives: leave it out, or vary something else")
+    _check_settings(files, settings, is_larger="hires" in (across.varies, down.varies))
     path = target(output, "grid.png")
     studio, asked, pictures = open_recipe(prompt, files, settings)
     first = completed(studio, asked, pictures.get("image"))
@@ -134,9 +154,13 @@ def grid(
     return Result({"out": str(path), **axes, **first.to_dict()}, words)
 
 
-def _check_strengths(settings: RecipeOptions, *, is_larger: bool) -> None:
-    """Raises ValueError for a strength that nothing is drawn over at; `is_larger`: some pictures are, by an axis."""
+def _check_settings(files: options.Studio, settings: RecipeOptions, *, is_larger: bool = False) -> None:
+    """Raises for a file that is missing, and for settings of what is not asked for; `is_larger`: some pictures are, by an
+    axis."""
     asked = vars(settings)
+    lora_files(named_values(files.expert, "--expert"))
+    if asked["styles"] is not None and not asked["style"]:
+        raise ValueError("--styles is the file that styles are read from: give --style NAME")
     if asked["strength"] is not None and settings.image is None:
         raise ValueError("--strength says how much of a picture is redrawn: give --image")
     if asked["hires_strength"] is not None and asked["hires"] in (None, 1) and not is_larger:
@@ -148,6 +172,7 @@ def open_recipe(prompt: str, files: options.Studio, settings: RecipeOptions) -> 
     from mole_diffusers.binding.regions import AUTO
     from mole_diffusers.gates import checkpoint
     from mole_diffusers.studio.picture_passes import with_pictures
+    from mole_diffusers.studio.prompt_syntax import parse
     from mole_diffusers.studio.styles import preset, read_styles, styled
 
     pictures = open_pictures(settings)
@@ -161,7 +186,13 @@ def open_recipe(prompt: str, files: options.Studio, settings: RecipeOptions) -> 
         asked["gates"] = folder.resolve().name
         studio.catalog.add_gates(asked["gates"], folder)
     recipe = first_recipe(studio, prompt=prompt, **asked)
-    recipe = styled(recipe, names, read_styles(styles)) if names else recipe
+    recipe = styled(recipe, names, read_styles(styles or "styles.csv")) if names else recipe
+    tags, experts = parse(recipe.prompt, studio.catalog.loras).tags, named_values(files.expert, "--expert")
+    if unnamed := sorted(experts.keys() - {matching_lora(tag.name, experts) for tag in tags}):
+        raise ValueError(f"no tag of the prompt names {unnamed[0]!r}, which would do nothing: add <lora:{unnamed[0]}:1>")
+    settings_of_loras = [f"--{name}" for name in ("gates", "binding") if vars(settings)[name] is not None]
+    if settings_of_loras and not tags:
+        raise ValueError(f"{' and '.join(settings_of_loras)} would do nothing: the prompt has no <lora:NAME:1> tag")
     return studio, with_pictures(recipe, **pictures), pictures
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.commands import Group, Result
-from mole_diffusers.cli.common import experts_for, grouped_values, named_values, opened
+from mole_diffusers.cli.commands import Given, Group, Result
+from mole_diffusers.cli.common import experts_for, grouped_values, lora_files, named_values, opened
 from mole_diffusers.cli.console import note
 from mole_diffusers.studio.names import WORLD
 
@@ -46,18 +46,18 @@ class ArmOptions(Group):
     """
 
     arm: Sequence[str] = ()
-    gates: Path | None = None
+    gates: options.Folder = None
     split: Literal["validation", "test"] = "validation"
     limit: Annotated[int | None, Option(min=1)] = None
     attached: Sequence[int] = ()
     share: Sequence[float] = ()
-    weights: Path | None = None
+    weights: options.File = None
     search: bool = False
 
 
 @dataclass
-class CheckpointData(Group):
-    """Data to evaluate a checkpoint on; the emoji world has its own.
+class CheckpointOptions(Group):
+    """Data to evaluate a checkpoint on, and the models that measure its pictures; the emoji world has its own.
 
     Attributes:
         loras (FOLDER): the LoRAs, in subfolders too. A subfolder or the start of a name may say what one draws:
@@ -69,24 +69,6 @@ class CheckpointData(Group):
         own (NAME=PROMPT): a prompt for one concept alone. Default: one from its trigger words.
         kind (NAME=KIND): what a LoRA draws, if neither folder nor name says it.
         thing (NAME=WORDS): what the detector looks for. Default: the trigger words.
-    """
-
-    panel = "A checkpoint of your own"
-    loras: Path | None = None
-    expert: options.Experts = ()
-    protocol: Sequence[str] = ()
-    cases: Path | None = None
-    images: Sequence[str] = ()
-    own: Sequence[str] = ()
-    kind: Sequence[str] = ()
-    thing: Sequence[str] = ()
-
-
-@dataclass
-class CheckpointOptions(CheckpointData):
-    """The data, and the models that measure the pictures.
-
-    Attributes:
         clip (MODEL): a CLIP of open_clip, a folder or hf-hub:NAME. Default: ViT-B-32 of LAION.
         dino (MODEL): a DINO of timm, a name or folder. Default: vit_base_patch14_dinov2.lvd142m.
         detector (MODEL): an open-vocabulary detector, a folder or hub id. Default: google/owlv2-base-patch16-ensemble.
@@ -94,6 +76,14 @@ class CheckpointOptions(CheckpointData):
     """
 
     panel = "A checkpoint of your own"
+    loras: options.Folder = None
+    expert: options.Experts = ()
+    protocol: Sequence[str] = ()
+    cases: options.File = None
+    images: Sequence[str] = ()
+    own: Sequence[str] = ()
+    kind: Sequence[str] = ()
+    thing: Sequence[str] = ()
     clip: str | None = None
     dino: str | None = None
     detector: str | None = None
@@ -113,6 +103,7 @@ def evaluate(
     wanted: ArmOptions,
     own: CheckpointOptions,
     machine: options.Machine,
+    given: Given,
 ) -> Result | None:
     """Compare ways to compose LoRAs on many prompts and seeds, with intervals.
 
@@ -126,12 +117,15 @@ def evaluate(
         sheet: write a sheet on which people choose between two arms.
         judged: count the answers on the sheet in --out, and stop.
     """
+    given.check_beside("judged", ["out"], "counts answers and draws nothing")
+    if base != WORLD and "split" in given:
+        raise ValueError("--split chooses cases of the embedded world; a --base has prompts of --protocol or --cases")
+    lora_files(named_values(own.expert, "--expert"))
     _check_installed()
     from datetime import timedelta
 
     from accelerate import PartialState
 
-    from mole_diffusers import emoji
     from mole_diffusers.evaluation import judging_sheet, runner
     from mole_diffusers.evaluation.arms import check_names
     from mole_diffusers.evaluation.rows import Rows
@@ -145,11 +139,7 @@ def evaluate(
     # Processes wait for one another, and their shares of the work differ by more than torch's usual half an hour.
     state = PartialState(cpu=machine.device == "cpu", timeout=timedelta(days=30))
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
-    if base == WORLD:
-        work = _world(wanted, own, call, machine)
-        wanted = replace(wanted, gates=wanted.gates or emoji.default_folder() / "gates")
-    else:
-        work = _checkpoint(wanted, own, call, base, machine)
+    work = _world(wanted, own, call, machine) if base == WORLD else _checkpoint(wanted, own, call, base, machine)
     setup, cases = work.setup, work.cases
     if wanted.attached:
         cases = runner.add_idle_experts(cases, sorted(setup.experts), wanted.attached)
@@ -189,7 +179,7 @@ def _written(out: Path, rows: list[Row], work: Work, arms: Sequence[Arm], cases:
 
 def _check_search(base: str, wanted: ArmOptions) -> None:
     """Raises ValueError if --search would not count successes, would choose by the test split, or would draw other arms."""
-    if given := [f"--{name}" for name in ("arm", "share", "weights") if getattr(wanted, name)]:
+    if given := [f"--{name}" for name in ("arm", "gates", "share", "weights") if getattr(wanted, name)]:
         raise ValueError(f"--search draws arms of its own: leave out {', '.join(given)}")
     if base != WORLD:
         raise ValueError("--search counts successes, which only the judge of the embedded world tells")
@@ -205,6 +195,7 @@ class Work:
         metrics: measures pictures as they are drawn.
         measured: the rows with what is measured once all are drawn.
         default: arms that are drawn if none is named.
+        gates: the folder of trained gates; None if there is none.
         about: what measures the pictures, for the page.
     """
 
@@ -214,6 +205,7 @@ class Work:
     measured: Callable[[list[Row], Rows, PartialState], list[Row]]
     report: EvaluationReport
     default: Sequence[str]
+    gates: Path | None
     about: Mapping[str, Any]
 
 
@@ -237,16 +229,9 @@ def _world(wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], mac
     groups = emoji.TEST if wanted.split == "test" else emoji.VALIDATION
     found = emoji_protocol.cases({kind: group[: wanted.limit] for kind, group in groups.items()})
     metrics, setup = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found), emoji_protocol.setup(world, call)
-    cases = [case for case, _ in found]
-    return Work(
-        setup,
-        cases,
-        metrics,
-        lambda rows, store, state: rows,
-        emoji_protocol.REPORT,
-        list(ARMS),
-        {"judge": "the world's own"},
-    )
+    gates, about = wanted.gates or emoji.default_folder() / "gates", {"judge": "the world's own"}
+    cases, report = [case for case, _ in found], emoji_protocol.REPORT
+    return Work(setup, cases, metrics, lambda rows, store, state: rows, report, list(ARMS), gates, about)
 
 
 def _device(machine: options.Machine) -> str:
@@ -308,16 +293,9 @@ def _checkpoint(
         return checkpoint_protocol.measured(rows, measures, found)
 
     default = [*DEFAULT_ARMS, *(("gates", known.BOUND_GATES) if wanted.gates else ())]
-    seen = {"pictures of each concept alone": "given" if pictures else "drawn by its LoRA"}
-    return Work(
-        setup,
-        cases,
-        checkpoint_protocol.unmeasured,
-        measured,
-        checkpoint_protocol.report(setup.styles),
-        default,
-        models.names | seen,
-    )
+    measures = models.names | {"pictures of each concept alone": "given" if pictures else "drawn by its LoRA"}
+    report, metrics = checkpoint_protocol.report(setup.styles), checkpoint_protocol.unmeasured
+    return Work(setup, cases, metrics, measured, report, default, wanted.gates, measures)
 
 
 def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
@@ -333,11 +311,14 @@ def _arms(wanted: ArmOptions, work: Work, cases: Sequence[Case]) -> list[Arm]:
     from mole_diffusers.evaluation import arms as known
     from mole_diffusers.evaluation.strength_search import read_weights
 
-    setup, gates, shares = work.setup, wanted.gates, wanted.share
+    setup, gates, shares = work.setup, work.gates, wanted.share
     strengths = read_weights(wanted.weights) if wanted.weights else None
     names = list(wanted.arm) or (["sum", "gates"] if shares else list(work.default))
     if strengths and "grid search" not in names:
         raise ValueError("--weights are for the arm 'grid search', which is not drawn here")
+    reading = [name for name, arm in known.ARMS.items() if known.trained_gates in arm.needs]
+    if wanted.gates and not set(reading) & set(names):
+        raise ValueError(f"--gates are for the arms {', '.join(reading)}, none of which is drawn here")
     if not wanted.arm:
         blocked = known.obstacles(names, setup, gates, weights=strengths)
         for reason in blocked.values():

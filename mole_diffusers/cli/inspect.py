@@ -22,6 +22,8 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
         files (FILE): LoRA files.
         base (MODEL): a pipeline to match the layers with.
     """
+    if base is None and (machine.device or machine.base_config):
+        raise ValueError("--device and --base-config open a base to match the layers with: give --base")
     pipe = opened(base, machine).pipe if base else None
     reports, failed = list[dict[str, Any]](), False
     for path in files:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Option
+from typer import Argument, Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.commands import Group, Result
+from mole_diffusers.cli.commands import Given, Group, Result
 from mole_diffusers.cli.common import opened, target
 from mole_diffusers.cli.compose import PromptSheet, SheetOptions
 from mole_diffusers.studio.names import WORLD
@@ -39,22 +39,30 @@ class Search(Group):
         threshold: similarity that a LoRA needs if its trigger words are not in the prompt.
     """
 
-    library: Annotated[Path, Option()]
+    library: Annotated[Path, Option(exists=True, file_okay=False)]
     k: options.AtLeastOne = 3
     threshold: float = THRESHOLD
     encoder: Encoder = None
 
 
-def index(library: Path, encoder: Encoder = None, base: options.Base = WORLD, *, machine: options.Machine) -> Result:
+def index(
+    library: Annotated[Path, Argument(exists=True, file_okay=False)],
+    encoder: Encoder = None,
+    base: options.Base = WORLD,
+    *,
+    machine: options.Machine,
+    given: Given,
+) -> Result:
     """Index a folder of LoRAs as a library, so that prompts can find the LoRAs they need.
 
     Args:
         library (FOLDER): LoRA files, in subfolders too.
     """
-    from mole_diffusers.retrieval.encoders import text_encoder_for
+    given.check_beside("encoder", ["library"], "reads the texts, and no base is opened")
+    from mole_diffusers.retrieval.encoders import PipelineText, SentenceText
     from mole_diffusers.retrieval.library import LoraLibrary
 
-    made = LoraLibrary.index(library, text_encoder_for(opened(base, machine).pipe, encoder))
+    made = LoraLibrary.index(library, SentenceText(encoder) if encoder else PipelineText(opened(base, machine).pipe))
     words = [f"{library}: {len(made.entries)} LoRAs", *(f"left out {file}: {why}" for file, why in made.skipped.items())]
     return Result({"loras": [entry.name for entry in made.entries], "skipped": made.skipped}, "\n".join(words))
 
@@ -109,10 +117,10 @@ def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, sear
 
 def open_library(search: Search, pipe: Any) -> LoraLibrary:
     """The library of --library, with the encoder of --encoder."""
-    from mole_diffusers.retrieval.encoders import text_encoder_for
+    from mole_diffusers.retrieval.encoders import PipelineText, SentenceText
     from mole_diffusers.retrieval.library import LoraLibrary
 
-    return LoraLibrary.open(search.library, text_encoder_for(pipe, search.encoder))
+    return LoraLibrary.open(search.library, SentenceText(search.encoder) if search.encoder else PipelineText(pipe))
 
 
 def in_words(found: Sequence[RetrievedLora], library: LoraLibrary) -> str:

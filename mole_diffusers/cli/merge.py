@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 from typer import Option
 
 from mole_diffusers.cli.commands import Result
-from mole_diffusers.cli.common import grouped_values, json_or_text, named_values, opened, parse_file, read_experts, target
+from mole_diffusers.cli.common import (
+    grouped_values,
+    json_or_text,
+    lora_files,
+    named_values,
+    opened,
+    parse_file,
+    read_experts,
+    target,
+)
 from mole_diffusers.cli.console import busy
 from mole_diffusers.cli.options import Machine, Output
 
@@ -43,6 +52,7 @@ def merge(
         base (MODEL): the pipeline to run the LoRAs on.
         own (NAME=PROMPT): a prompt for one LoRA alone. Default: its trigger words.
     """
+    lora_files(named := by_name(files))
     from mole_diffusers.lora.own_words import own_words
     from mole_diffusers.lora.writing import save_expert
     from mole_diffusers.merging.merge import METHODS, by_activations, resolved
@@ -56,7 +66,7 @@ def merge(
     if protect and method != "np":
         raise ValueError(f"--protect is for --method np; {method} protects no LoRA")
     out = target(output, "merged.safetensors")
-    experts = read_experts(by_name(files))
+    experts = read_experts(named)
     settings = {key: json_or_text(value) for key, value in named_values(option, "--option").items()}
     resolved(method, settings)
     own_of = own_words({name: expert for name, (expert, _) in experts.items()})

@@ -22,6 +22,8 @@ Base = Annotated[
     ),
 ]
 Experts = Annotated[Sequence[str], Option(metavar="NAME=FILE[:STRENGTH]", help="a LoRA file and the name you give it.")]
+File = Annotated[Path | None, Option(exists=True, dir_okay=False)]
+Folder = Annotated[Path | None, Option(exists=True, file_okay=False)]
 Steps = Annotated[int, Option(min=1, help="steps of the sampler: more take longer.")]
 Seed = Annotated[int, Option(min=-1)]
 AtLeastOne = Annotated[int, Option(min=1)]
@@ -69,10 +71,10 @@ class Files(Group):
             base is in.
     """
 
-    loras: Path | None = None
-    embeddings: Path | None = None
-    upscalers: Path | None = None
-    trained: Path | None = None
+    loras: Folder = None
+    embeddings: Folder = None
+    upscalers: Folder = None
+    trained: Folder = None
 
 
 @dataclass
@@ -124,5 +126,5 @@ class Pictures(Group):
     """
 
     panel = "Drawing over a picture"
-    image: Path | None = None
-    mask: Path | None = None
+    image: File = None
+    mask: File = None

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from typer import Option
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.commands import Group, Result, settings_of
-from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, named_values, once, opened
+from mole_diffusers.cli.commands import Given, Group, Result, settings_of
+from mole_diffusers.cli.common import experts_for, grouped_values, json_or_text, lora_files, named_values, once, opened
 from mole_diffusers.cli.console import note
 from mole_diffusers.cli.declared import declared
 from mole_diffusers.options import check_kinds, check_options
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mole_diffusers.training.data import Samples
 
 READ_BY = {  # an option of `mole train` -> the terms that learn from it
+    "prompt": ("composed", "separate", "clip", "rollout"),
     "part": ("collage",),
     "single": ("single", "rollout"),
     "style": ("composed", "separate"),
@@ -39,7 +40,9 @@ READ_BY = {  # an option of `mole train` -> the terms that learn from it
     "other": ("rollout",),
     "data": ("denoise", "clip"),
     "clip": ("clip", "rollout"),
+    **dict.fromkeys(("width", "height"), ("composed", "separate", "collage", "rollout")),
 }
+NO_SETTINGS = ("out", "resume", "device", "push_to_hub")  # options that a file of settings does not hold
 RECOMMENDED = "factors"  # the best on validation compositions, see docs/training.md
 
 # ---- what both commands share
@@ -59,7 +62,7 @@ class Run(options.Machine):
 
     base: str | None = None
     out: Path | None = None
-    config: Path | None = None
+    config: options.File = None
     write_config: Path | None = None
     resume: str | None = None
 
@@ -79,8 +82,8 @@ def settings(
     alone = {"base": run.base, "base_config": run.base_config, **others}
     kinds = {**dict.fromkeys(alone, str), **dict.fromkeys(sections, Mapping[str, Any]), "data": Sequence[str]}
     file = _read(run.config, kinds) if run.config else {}
-    merged = {name: file.get(name, {}) | given(section) for name, section in sections.items()}
-    return {"base": WORLD, "data": [], **dict.fromkeys(others)} | file | merged | given({**alone, "data": data})
+    merged = {name: file.get(name, {}) | stated(section) for name, section in sections.items()}
+    return {"base": WORLD, "data": [], **dict.fromkeys(others)} | file | merged | stated({**alone, "data": data})
 
 
 def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,8 +111,8 @@ def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a section that the user gave."""
+def stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not empty."""
     return {name: value for name, value in values.items() if value is not None and value not in ([], (), {})}
 
 
@@ -154,7 +157,7 @@ def is_main_process() -> bool:
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
-def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Result]) -> Result | None:
+def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Result], given: Given) -> Result | None:
     """Train with these settings, or write them for --write-config: as JSON if the file's name says so, else as YAML.
 
     If Ctrl-C interrupts it, a note on stderr says which checkpoint there is and how to continue.
@@ -164,6 +167,8 @@ def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Result
     from mole_diffusers.lora.whole_files import only_run, write_text
 
     if run.write_config:
+        if others := [f"--{name.replace('_', '-')}" for name in NO_SETTINGS if name in given]:
+            note(f"the file does not hold {', '.join(others)}: give that again with --config")
         as_json = run.write_config.suffix == ".json"
         text = json.dumps(asked, indent=2) + "\n" if as_json else yaml.safe_dump(dict(asked), sort_keys=False)
         if run.write_config.exists():
@@ -256,6 +261,7 @@ def train(
     lesson: Lesson,
     training: GateUpdates,
     gates: Gates,
+    given: Given,
 ) -> Result | None:
     """Train gates for a set of LoRAs: how much each one acts, where and when.
 
@@ -265,9 +271,6 @@ def train(
     Args:
         push_to_hub (REPO): upload the gates, with a model card.
     """
-    from mole_diffusers.gates import GateConfig
-    from mole_diffusers.training.data import TrainingData
-
     learned = {
         "composed": lesson.prompt,
         "plain": lesson.plain,
@@ -282,6 +285,17 @@ def train(
     asked = settings(run, sections, lesson.data, clip=lesson.clip)
     if experts:
         asked["experts"] = experts  # not beside those of the file
+    check_kinds(asked["experts"], dict.fromkeys(asked["experts"], str), "the experts")
+    if not run.write_config:
+        lora_files(asked["experts"])
+    if training.validate is not None:
+        looks = asked["training"].get("validation", {})
+        check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
+        asked["training"]["validation"] = {**looks, "every": training.validate}
+    GateTraining.from_dict(stated(asked["training"]))  # without the terms that prompts decide, and the size
+    from mole_diffusers.gates import GateConfig
+    from mole_diffusers.training.data import TrainingData
+
     if lesson.prompt or lesson.part:  # then parts in the file are of another prompt, or others
         asked["lesson"].pop("parts", None)
     if lesson.part:
@@ -290,14 +304,8 @@ def train(
             raise ValueError(f"--part tells the subjects of one --prompt, got {len(prompts)} prompts")
         asked["lesson"]["parts"] = {prompts[0]: list(lesson.part)}
     asked["gates"] = {"family": RECOMMENDED, **asked["gates"]}
-    check_kinds(asked["experts"], dict.fromkeys(asked["experts"], str), "the experts")
-    if training.validate is not None:
-        looks = asked["training"].get("validation", {})
-        check_kinds({"validation": looks}, {"validation": Mapping[str, Any]}, "the training")
-        asked["training"]["validation"] = {**looks, "every": training.validate}
-    GateTraining.from_dict(given(asked["training"]))  # without the terms that prompts decide, and the size
     data, family = TrainingData.from_dict(asked["lesson"]), GateConfig.from_dict(asked["gates"])
-    return carried_out(run, asked, partial(_train_gates, asked, data, family, run, push_to_hub))
+    return carried_out(run, asked, partial(_train_gates, asked, data, family, run, push_to_hub), given)
 
 
 def _term(text: str) -> tuple[str, Any]:
@@ -324,6 +332,9 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo
     there = {"part": data.parts, "style": data.styles, "plain": data.plain, "other": data.others}
     there |= {"data": asked["data"], "clip": asked["clip"]}
     there |= {"single": data.singles} if config.initial == "uniform" else {}  # other first weights need them
+    if not config.validation.every:  # which draws them
+        there |= {"prompt": [prompt for prompt in data.composed if prompt not in data.parts]}
+        there |= {name: asked["training"].get(name) for name in ("width", "height")}
     unread = [name for name, value in there.items() if value and not set(READ_BY[name]) & set(config.parsed)]
     if unread and is_main_process():
         needed = ", ".join(f"--{name} (--term {' or '.join(READ_BY[name])})" for name in unread)
@@ -439,6 +450,7 @@ def train_lora(
     concept: Concept,
     prior: Prior,
     training: LoraUpdates,
+    given: Given,
 ) -> Result | None:
     """Teach a base one concept from pictures. The result is an ordinary LoRA file, named after the folder --out.
 
@@ -452,13 +464,21 @@ def train_lora(
     asked = settings(run, {"concept": vars(concept), "prior": vars(prior), "training": updates}, data)
     for section, group in (("concept", Concept), ("prior", Prior)):
         check_options(asked[section], get_type_hints(group), f"the {section}")
+    drawn = [f"--prior-{name}" for name in ("count", "steps", "guidance") if name in asked["prior"]]
+    if drawn and asked["prior"].get("data"):
+        raise ValueError(f"--prior-data is pictures of the class, and none are drawn: leave out {', '.join(drawn)}")
+    folders = [*asked["data"], *asked["prior"].get("data", [])]
+    if not run.write_config and (gone := [folder for folder in folders if not Path(folder).is_dir()]):
+        raise ValueError(f"there is no folder {gone[0]} with pictures")
     config = LoraTraining.from_dict(asked["training"])
-    return carried_out(run, asked, partial(_train_lora, asked, config, run))
+    return carried_out(run, asked, partial(_train_lora, asked, config, run), given)
 
 
 def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: Path) -> Result:
-    from mole_diffusers.training import train_lora as fit
     from mole_diffusers.training.engine import check_batch, join_processes, save_weight_memory
+    from mole_diffusers.training.lora_adapter import header, save_lora
+    from mole_diffusers.training.lora_trainer import class_samples
+    from mole_diffusers.training.lora_trainer import train_lora as fit
     from mole_diffusers.training.networks import unet_of
 
     concept = asked["concept"]
@@ -473,33 +493,20 @@ def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: P
     pictures: Any = samples(pipe, asked["data"], prompt=concept.get("prompt") or trigger, side=side)
     if mute := [caption for caption in pictures.captions if trigger not in caption]:
         warnings.warn(f"the caption {mute[0]!r} lacks the trigger {trigger!r}, {len(mute)} do", stacklevel=2)
-    prior = _prior(pipe, asked["prior"], out if is_main_process() else None, side=side, seed=config.seed)
+    drawing = dict(asked["prior"])
+    of_class, folders = drawing.pop("prompt", None), drawing.pop("data", [])
+    prior = samples(pipe, folders, prompt=of_class, side=side)
+    if of_class and prior is None:
+        prior = class_samples(pipe, of_class, seed=config.seed, folder=out if is_main_process() else None, **drawing)
     save_weight_memory(pipe.unet, config.precision)  # the class was drawn in full precision
     name = Path(os.path.abspath(out)).name  # "." has a name, and a link keeps its own
     tensors = fit(pipe, pictures, config, prior=prior, name=name, folder=out, resume_from=run.resume)
-    path = out / f"{name}.safetensors"
-    if is_main_process():
-        _save(pipe, tensors, path, config, concept=concept, pictures=len(pictures.captions))
-    facts = {"file": str(path), "trigger": trigger, "pictures": len(pictures.captions), "rank": config.rank}
-    return Result(facts, f"{path}: trigger {trigger!r}")
-
-
-def _prior(pipe: Any, asked: Mapping[str, Any], folder: Path | None, *, side: int | None, seed: int) -> Any:
-    """Pictures of the class: the user's, else those that the base draws, else none."""
-    from mole_diffusers.training import class_samples
-
-    options = dict(asked)
-    prompt, folders = options.pop("prompt", None), options.pop("data", [])
-    if folders:
-        return samples(pipe, folders, prompt=prompt, side=side)
-    return class_samples(pipe, prompt, seed=seed, folder=folder, **options) if prompt else None
-
-
-def _save(pipe: Any, tensors: Any, path: Path, config: LoraTraining, *, concept: Mapping[str, Any], pictures: int) -> None:
-    from mole_diffusers.training.lora_adapter import header, save_lora
-
+    path, count = out / f"{name}.safetensors", len(pictures.captions)
     format: Any = concept.get("format") or "diffusers"
-    alpha = config.alpha if format == "kohya" else config.rank  # otherwise it is folded into the weights
-    about = header(pipe, title=path.stem, rank=config.rank, alpha=alpha, pictures=pictures)
-    about["mole.training"] = json.dumps({name: str(value) for name, value in asdict(config).items()})
-    save_lora(tensors, path, alpha=config.alpha, triggers=concept["trigger"], about=about, format=format)
+    if is_main_process():
+        alpha = config.alpha if format == "kohya" else config.rank  # otherwise it is folded into the weights
+        about = header(pipe, title=name, rank=config.rank, alpha=alpha, pictures=count)
+        about["mole.training"] = json.dumps({key: str(value) for key, value in asdict(config).items()})
+        save_lora(tensors, path, alpha=config.alpha, triggers=trigger, about=about, format=format)
+    facts = {"file": str(path), "trigger": trigger, "pictures": count, "rank": config.rank}
+    return Result(facts, f"{path}: trigger {trigger!r}")

@@ -77,18 +77,20 @@ def open_base(base: str, *, config: str | Path | None = None, memory: Memory | N
         memory: how to put it on this machine; by default, whatever fits.
 
     Raises:
-        ValueError: for a pickle, a file that is not a checkpoint or lacks parts, or an unknown name. The message lists the
-            names that are there.
+        ValueError: for a pickle, a file that is not a checkpoint or lacks parts, an unknown name, or a config for what has
+            its own. The message lists the names that are there.
     """
     memory = memory or Memory()
     memory.check_device()
+    found = base if base == WORLD else find_base(base)
+    if config is not None and not Path(found).is_file():
+        raise ValueError(f"{base} has a config of its own: leave out --base-config, which is for checkpoint files")
     if base == WORLD:
         from mole_diffusers.emoji.world import emoji_world
 
         memory = replace(memory, dtype=memory.dtype or "float32").completed("StableDiffusionPipeline")
         pipe = emoji_world(dtype=memory.torch_dtype).pipe
         return Base(pipe, base, place(pipe, memory))
-    found = find_base(base)
     if isinstance(found, Path) and found.is_file():
         pipe, memory = _open_file(found, config, memory)
     else:

@@ -16,8 +16,11 @@ from mole_diffusers.cli.common import parse_file
 from mole_diffusers.cli.library import THRESHOLD, Mode
 from mole_diffusers.cli.merge import Method, by_name
 from mole_diffusers.cli.mole import main, parser
+from mole_diffusers.emoji.world import concept_files
 from mole_diffusers.studio import infotext
 from mole_diffusers.testing import tiny_pipeline
+
+FOX = str(concept_files()["fox"])
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +115,15 @@ def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, 
         (["compose", "a fox", "--bind", "fox=a fox", "--bind", "fox=an owl"], "--bind 'fox' is given more than once"),
         (["draw", "a fox", "--strength", "0.3"], "--strength says how much of a picture is redrawn: give --image"),
         (["draw", "a fox", "--hires-strength", "0.3"], "--hires-strength says how much of the enlarged picture is"),
-        (["draw", "a fox", "--trained", "nowhere"], "--trained nowhere has no gates, one folder each"),
+        (["draw", "a fox", "--trained", str(Path(__file__).parent)], "has no gates, one folder each"),
         (["compose", "a sunflower", "--bind", "sunflower=@ghost.png"], "there is no file ghost.png"),
-        (["redraw", "ghost.png"], "there is no file ghost.png"),
-        (["draw", "a fox", "--image", "ghost.png"], "there is no file ghost.png"),
-        (["draw", "a fox", "--loras", "nowhere"], "nowhere is not there; give the folder of lora files"),
-        (["draw", "a fox", "--loras", __file__], "test_cli.py is a file; give the folder of lora files"),
+        (["redraw", "ghost.png"], "Invalid value for 'picture': file 'ghost.png' does not exist"),
+        (["draw", "a fox", "--image", "ghost.png"], "Invalid value for '--image': file 'ghost.png' does not exist"),
+        (["draw", "a fox", "--loras", "nowhere"], "Invalid value for '--loras': dir 'nowhere' does not exist"),
+        (["draw", "a fox", "--loras", __file__], "test_cli.py' is a file"),
         (["compose", "a fox", "--base", "somewhere"], "give at least one --expert"),
         (["merge", "a.safetensors", "b/a.safetensors", "--out", "x.safetensors"], "name one yourself: a2=b/a.s"),
-        (["merge", "a.safetensors", "--out", "x"], "--out x must be the name of a .safetensors file"),
+        (["merge", FOX, "--out", "x"], "--out x must be the name of a .safetensors file"),
         (["compose", "a fox", "--out", "new/"], "--out new must be the name of a .png file"),
         (["draw", "a fox", "--out", "a.jpg"], "--out a.jpg must be the name of a .png file"),
         (
@@ -131,9 +134,9 @@ def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, 
         (["compose", "a fox", "--sead", "1"], "No such option: --sead"),
         (["compose", "a <lora:fox:1>"], "a prompt with <lora:...> tags is for mole draw"),
         (["compos"], "No such command 'compos'"),
-        (["merge", "a.safetensors", "--protect", "a"], "--protect is for --method np; svd protects no LoRA"),
+        (["merge", FOX, "--protect", "fox"], "--protect is for --method np; svd protects no LoRA"),
         (
-            ["merge", "a.safetensors", "--base", "b", "--device", "cpu", "--own", "a=x"],
+            ["merge", FOX, "--base", "b", "--device", "cpu", "--own", "fox=x"],
             "svd runs no LoRA and would not read --base, --own, --device, as ssr, regmean, iteris, scalars do",
         ),
         (["merge", "a.safetensors", "--rank", "0"], "Invalid value for '--rank'"),

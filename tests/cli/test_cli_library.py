@@ -100,12 +100,12 @@ def test_several_subjects_are_drawn_in_tiles_where_there_is_room(folder, tmp_pat
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["index", "nowhere"], "no folder at nowhere"),
-        (["retrieve", "a fox", "--library", "nowhere"], "nowhere has no index; make one with: mole index nowhere"),
-        (["compose-library", "a <lora:fox:1>", "--library", "x"], "the library chooses the LoRAs"),
-        (["compose-library", "a fox", "--library", "x", "--mode", "both"], "'both' is not one of 'selection', 'mixture'"),
+        (["index", "nowhere"], "dir 'nowhere' does not exist"),
+        (["retrieve", "a fox", "--library", "."], ". has no index; make one with: mole index ."),
+        (["compose-library", "a <lora:fox:1>", "--library", "."], "the library chooses the LoRAs"),
+        (["compose-library", "a fox", "--library", ".", "--mode", "both"], "'both' is not one of 'selection', 'mixture'"),
         (["retrieve", "a fox"], "Missing option '--library'"),
-        (["compose-library", "a fox", "--library", "x", "--k", "0"], "Invalid value for '--k'"),
+        (["compose-library", "a fox", "--library", ".", "--k", "0"], "Invalid value for '--k'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(argv, message, capsys):

@@ -27,16 +27,40 @@ def test_help_loads_no_model_library(argv):
     assert len(out.splitlines()) > 1
 
 
-def test_what_works_on_files_loads_no_model_library_and_nothing_for_a_file_that_is_missing(loras, tmp_path):
+def test_what_works_on_files_loads_no_model_library(loras, tmp_path):
     fox, ink = str(loras["fox"]), str(loras["ink"])
     asked = "from mole_diffusers.cli.mole import main; import sys; "
-    for argv, loaded in (
-        (["inspect", "gone.safetensors"], []),
-        (["inspect", fox], ["torch"]),
-        (["merge", fox, ink, "--out", str(tmp_path / "one.safetensors")], ["torch"]),
-    ):
+    for argv in (["inspect", fox], ["merge", fox, ink, "--out", str(tmp_path / "one.safetensors")]):
         out, _ = shell(f"{asked}main({argv}); print([name for name in {SLOW} if name in sys.modules])")
-        assert out.splitlines()[-1] == str(loaded)
+        assert out.splitlines()[-1] == "['torch']"
+
+
+MISSING = [
+    ["inspect", "ghost.safetensors"],
+    ["merge", "ghost.safetensors", "b.safetensors"],
+    *(["draw", "a fox <lora:ghost:1>", *words] for words in (
+        ["--image", "ghost.png"], ["--preset", "ghost.png"], ["--loras", "ghost"], ["--expert", "ghost=ghost.safetensors"],
+    )),
+    ["redraw", "ghost.png"],
+    ["grid", "a fox", "--image", "ghost.png"],
+    ["compose", "a fox", "--expert", "fox=ghost.safetensors"],
+    ["train", "--config", "ghost.yaml"],
+    ["train", "--expert", "fox=ghost.safetensors", "--out", "x"],
+    ["train-lora", "--data", "ghost", "--trigger", "x", "--out", "x"],
+    ["index", "ghost"],
+    ["retrieve", "a fox", "--library", "ghost"],
+    ["compose-library", "a fox", "--library", "ghost"],
+    ["evaluate", "--base", "x", "--expert", "a=ghost.safetensors"],
+    ["evaluate", "--weights", "ghost.json"],
+]  # fmt: skip
+
+
+def test_a_file_that_is_missing_is_said_before_anything_is_loaded():
+    asked = "from mole_diffusers.cli.mole import main; import sys; "
+    count = f"print([main(argv) for argv in {MISSING}].count(1), [name for name in {SLOW} if name in sys.modules])"
+    out, err = shell(asked + count)
+    assert out.splitlines()[-1] == f"{len(MISSING)} []"
+    assert ["ghost" in line for line in err.splitlines()] == [True] * (len(MISSING) - 1)
 
 
 def test_importing_the_package_loads_no_model_library():
@@ -76,6 +100,7 @@ def test_other_libraries_speak_where_asked(tmp_path):
     out, err = shell(f"from mole_diffusers.cli.mole import main; main({argv})")
     assert out == f"a fox <lora:fox:1>: {tmp_path}/x.png\n"
     assert "Loading pipeline components" in err
+    assert not [word for word in ("torchvision", "torch_dtype", "deprecated") if word in err]
 
 
 @pytest.mark.thorough

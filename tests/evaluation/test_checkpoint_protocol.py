@@ -237,6 +237,7 @@ def test_strengths_reach_the_pictures_and_the_rows(checkpoint, loras, tmp_path, 
 
 def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, loras, tmp_path, capsys, monkeypatch):
     fox = ["--expert", f"fox={loras['fox']}"]
+    (tmp_path / "none").mkdir()
     several = ["'grid search' needs the weights of a search", "'gates' needs a folder of trained gates"]
     for asked, message in (
         (["--arm", "grid search", "--arm", "gates"], "; ".join(several)),

@@ -17,9 +17,9 @@ from mole_diffusers.cli.train import READ_BY, _canvas
 from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.clip import Clip
-from mole_diffusers.training.config import TERMS
+from mole_diffusers.training.config import TERMS, GateTraining
 from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.training.data import RandomBatch, Samples, TrainingData
 from mole_diffusers.training.objectives import OBJECTIVES
 
 
@@ -135,11 +135,14 @@ def test_parts_of_a_prompt_are_learned_from_as_collages(loras, base, tmp_path, c
 
 def test_what_no_term_learns_from_is_said_and_not_read(flags, tmp_path, capsys):
     nowhere = ["--data", str(tmp_path / "nowhere"), "--clip", str(tmp_path / "nowhere"), "--plain", "a cat"]
+    nowhere += ["--width", "32"]
     assert main(["train", *flags, *nowhere, "--style", "ink", "--steps", "1", "--out", str(tmp_path / "x")]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert notes == [
         "note: nothing is learned from --style (--term composed or separate), --plain (--term base), --other "
-        "(--term rollout), --data (--term denoise or clip), --clip (--term clip or rollout); the terms are single, balance"
+        "(--term rollout), --data (--term denoise or clip), --clip (--term clip or rollout), --prompt (--term composed or "
+        "separate or clip or rollout), --width (--term composed or separate or collage or rollout); the terms are single, "
+        "balance"
     ]
 
 
@@ -167,16 +170,20 @@ def test_terms_learn_from_what_the_note_says(pipe, loras):
     class Context(Watched, TrainingContext):
         pass
 
+    class Config(Watched, GateTraining):
+        pass
+
     mixture = mole.attach(pipe, {name: loras[name] for name in ("fox", "ink")}, "static")
     pictures = Samples(torch.randn(1, 4, 16, 16), ["a fox"])
     words = {"fox": ["a fox"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"], [], {"a fox in ink": ["a fox", "ink"]}
-    context = Context(pipe, mixture, Data(*words, samples=pictures), Clip(tiny_clip(), tiny_tokenizer()))
+    context = Context(pipe, mixture, Data(*words, samples=pictures), Clip(tiny_clip(), tiny_tokenizer()), Config())
     fields = {"parts": "part", "singles": "single", "styles": "style", "plain": "plain", "others": "other"}
-    fields |= {"samples": "data", "clip": "clip"}
+    fields |= {"samples": "data", "clip": "clip", "composed": "prompt", "width": "width", "height": "height"}
     for name, objective in OBJECTIVES.items():
         kinds = TERMS[name].__dataclass_fields__
         read.clear()
-        objective(context, TERMS[name](**{option: 1 for option in ("seeds", "steps", "pictures") if option in kinds}))
+        loss = objective(context, TERMS[name](**{n: 1 for n in ("seeds", "steps", "pictures") if n in kinds}))
+        loss(RandomBatch(torch.Generator().manual_seed(0), 1))
         assert {fields[each] for each in read & set(fields)} == {each for each in READ_BY if name in READ_BY[each]}, name
 
 
@@ -234,7 +241,7 @@ def test_a_base_that_cannot_be_trained_on_is_one_line(loras, tmp_path, capsys):
     assert "training a LoRA needs a UNet, and FluxPipeline has none" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["train", "--prompt", "a fox"], ["train-lora", "--data", "x", "--trigger", "fox"]])
+@pytest.mark.parametrize("command", [["train", "--prompt", "a fox"], ["train-lora", "--data", ".", "--trigger", "fox"]])
 def test_a_folder_that_a_run_may_not_write_to_is_said_before_the_base_is_opened(tmp_path, monkeypatch, capsys, command):
     monkeypatch.setattr(import_module("mole_diffusers.cli.train"), "trained_pipeline", lambda *_: pytest.fail("opened"))
     with only_run(tmp_path):
@@ -285,7 +292,7 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
         ("training: {steps: 1, steps: 2}", [], "run.yaml: the key 'steps' is given more than once"),
         ("{}", ["--term", "single", "--term", "single=2"], "--term 'single' is given more than once"),
         ("trainning: {}", [], "unknown options ['trainning'] of "),
-        ("training: {stepps: 1, terms: {single: 1}}", [], "unknown options ['stepps'] of the training; known: ['terms'"),
+        ("training: {stepps: 1, terms: {single: 1}}", [], "unknown options ['stepps'] of the training; known: ['steps'"),
         ("gates: {family: moe}", [], "unknown gate family 'moe'; known: "),
         ("experts: {hat: 'hat.safetensors:big'}", [], "the strength 'big' is not a number"),
         ("{}", ["--lr", "fast"], "Invalid value for '--lr'"),
