@@ -92,8 +92,3 @@ class SentenceText:
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         vectors = self.model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
         return F.normalize(vectors.float().cpu(), dim=-1)
-
-
-def text_encoder_for(pipe: Any, name: str | None = None) -> Encoder:
-    """The pipeline's own text encoder, or the sentence-transformers model `name`."""
-    return PipelineText(pipe) if name is None else SentenceText(name)

@@ -16,7 +16,7 @@ from mole_diffusers.lora.families import fits
 from mole_diffusers.lora.metadata import as_read
 from mole_diffusers.retrieval import store
 from mole_diffusers.retrieval.encoders import Encoder
-from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, read_entry, stamps
+from mole_diffusers.retrieval.entries import LibraryEntry, read_entry, stamps
 from mole_diffusers.retrieval.phrases import phrases
 from mole_diffusers.retrieval.ranking import centroid, similarity, top
 
@@ -80,21 +80,21 @@ class LoraLibrary:
         A file that is not a readable LoRA is left out and named in `skipped`.
         """
         folder = Path(folder)
-        index = _build_index(folder, store.lora_files(folder), _indexed_before(folder, encoder), encoder)
+        index = _build_index(folder, store.lora_files(folder), _known_before(folder, encoder), encoder)
         store.save(folder, index)
         return cls(folder, index, encoder)
 
     @classmethod
     def open(cls, folder: str | Path, encoder: Encoder) -> LoraLibrary:
-        """Read a folder's index.
+        """Read a folder's index. Files that were added or have changed since it was made are read again, each time.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it was made with another encoder, files were added, removed or changed since, or it fails its checks.
+            ValueError: it was made with another encoder, or it fails its checks.
         """
-        index = store.load(Path(folder))
-        store.check_current(Path(folder), index, encoder)
-        return cls(folder, index, encoder)
+        folder = Path(folder)
+        known = _known(store.load(folder, encoder))
+        return cls(folder, _build_index(folder, store.lora_files(folder), known, encoder), encoder)
 
     @classmethod
     def of(cls, files: Mapping[str, Path], encoder: Encoder) -> LoraLibrary:
@@ -114,7 +114,7 @@ class LoraLibrary:
         known = {
             path.relative_to(root).as_posix(): pair
             for folder in sorted(around, key=lambda folder: len(folder.parts))  # the nearest index wins
-            for file, pair in _indexed_before(folder, encoder).items()
+            for file, pair in _known_before(folder, encoder).items()
             if (path := folder / file) in paths
         }
         index = _build_index(root, list(names), known, encoder)
@@ -197,44 +197,42 @@ def _without(tokens: Tokens, triggers: Sequence[Match]) -> str:
     return ",".join([*pieces, tokens.text[at:]])
 
 
-def _build_index(
-    folder: Path, files: Sequence[str], known: Mapping[str, tuple[LibraryEntry, torch.Tensor]], encoder: Encoder
-) -> store.Index:
-    """The index of a folder's files; those in `known` (file -> entry, embedding) with unchanged stamps are not read."""
+Known = Mapping[str, tuple[LibraryEntry, torch.Tensor]]  # file -> its entry and its embedding [D]
+
+
+def _build_index(folder: Path, files: Sequence[str], known: Known, encoder: Encoder) -> store.Index:
+    """The index of a folder's files; those that are known with the stamps that they have now are not read."""
     entries: list[LibraryEntry] = []
     rows: list[torch.Tensor] = []
     skipped: dict[str, str] = {}
-    skipped_stamps: dict[str, tuple[Stamp, ...]] = {}
     for file in tqdm(files, desc="LoRAs", delay=2, leave=False):
         if (name := store.shown(file)) != file:
             skipped[name] = "its name is not UTF-8: rename it"
             continue
-        now: tuple[Stamp, ...] = ()
+        before = known.get(file)
         try:
-            now = stamps(folder, file)  # before reading, so that a change during it is noticed next time
-            if file in known and known[file][0].stamps == now:
-                entry, row = known[file]
-            else:
-                entry, _ = read_entry(folder, file)
-                row = embedding(entry.samples, encoder)
+            is_same = before is not None and before[0].stamps == stamps(folder, file)
+            entry = before[0] if before and is_same else read_entry(folder, file)[0]
         except (ValueError, OSError) as error:  # such as a broken link
-            skipped[file], skipped_stamps[file] = str(error), now
+            skipped[file] = str(error)
             continue
         entries.append(replace(entry, file=file))
-        rows.append(row)
+        rows.append(before[1] if before and before[0].same_content(entry) else embedding(entry.samples, encoder))
     if not entries:
         raise ValueError(f"{folder} holds no LoRA that can be read; {len(skipped)} files were skipped")
-    return store.Index(encoder.id, encoder(store.PROBE), tuple(entries), torch.stack(rows), skipped, skipped_stamps)
+    return store.Index(encoder.id, encoder(store.PROBE), tuple(entries), torch.stack(rows), skipped)
 
 
-def _indexed_before(folder: Path, encoder: Encoder) -> dict[str, tuple[LibraryEntry, torch.Tensor]]:
-    """file -> entry and embedding from the folder's present index; empty if it is missing, broken or has another encoder."""
+def _known(index: store.Index) -> Known:
+    return {entry.file: (entry, row) for entry, row in zip(index.entries, index.embeddings, strict=True)}
+
+
+def _known_before(folder: Path, encoder: Encoder) -> Known:
+    """What the folder's present index knows; nothing if it is missing, broken or has another encoder."""
     try:
-        index = store.load(folder)
-        store.check_encoder(folder, index, encoder)
+        return _known(store.load(folder, encoder))
     except (FileNotFoundError, ValueError):
         return {}
-    return {entry.file: (entry, row) for entry, row in zip(index.entries, index.embeddings, strict=True)}
 
 
 def embedding(samples: Sequence[str], encoder: Encoder) -> torch.Tensor:

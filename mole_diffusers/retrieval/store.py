@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,12 @@ from mole_diffusers.lora.safe_files import RefusedFileError, TensorFile, path_in
 from mole_diffusers.lora.whole_files import new_file
 from mole_diffusers.options import check_kinds
 from mole_diffusers.retrieval.encoders import Encoder
-from mole_diffusers.retrieval.entries import LibraryEntry, Stamp, entry_from_json, read_entry, stamps
+from mole_diffusers.retrieval.entries import LibraryEntry, entry_from_json
 
 FORMAT, VERSION = "mole_diffusers.retrieval", 1
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
-FIELD_TYPES = {  # of the JSON's fields
-    "encoder": str,
-    "cards": Sequence[Mapping[str, Any]],
-    "skipped": Mapping[str, str],
-    "skipped_stamps": Mapping[str, Sequence[Sequence[int]]],
-}
+FIELD_TYPES = {"encoder": str, "cards": Sequence[Mapping[str, Any]], "skipped": Mapping[str, str]}  # of the JSON
 MAX_ABOUT = 256 << 20  # bytes of JSON; 10,000 entries of 20 captions take 15 MB
 PROBE = ("a photo of a person", "an animal in the snow", "drawing", "red and blue")
 PROBE_TOLERANCE = 0.02  # half precision and other devices stay far below it, other models far above
@@ -40,7 +35,6 @@ class Index:
         probe: its embeddings [P, D] of `PROBE`, which reveal another encoder with the same id.
         entries: every LoRA, in the order of the rows of `embeddings` [N, D].
         skipped: file -> why it is not an entry.
-        skipped_stamps: file -> its stamps when it was skipped; none if it was a link that leads out of the folder.
     """
 
     encoder: str
@@ -48,7 +42,6 @@ class Index:
     entries: tuple[LibraryEntry, ...]
     embeddings: torch.Tensor
     skipped: dict[str, str]
-    skipped_stamps: dict[str, tuple[Stamp, ...]] = field(default_factory=dict)
 
 
 def lora_files(folder: Path) -> list[str]:
@@ -76,27 +69,32 @@ def save(folder: Path, index: Index) -> None:
             "embeddings": read_safetensors(vectors).sha256,
             "cards": [asdict(entry) for entry in index.entries],
             "skipped": index.skipped,
-            "skipped_stamps": index.skipped_stamps,
         }
         about.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def load(folder: Path) -> Index:
-    """Read an index.
+def load(folder: Path, encoder: Encoder) -> Index:
+    """Read an index that this encoder made.
 
     Raises:
         FileNotFoundError: there is none.
-        RefusedFileError: it cannot be read, has another version, names files outside the folder, or its two files were
-            not written together.
+        RefusedFileError: it cannot be read, has another version, names files outside the folder, its two files were not
+            written together, or another encoder made it, if only with the same id but other weights.
     """
     try:
         about = read_json(path_inside(folder, ABOUT), limit=MAX_ABOUT)
         vectors = read_safetensors(path_inside(folder, VECTORS))
-        return _checked(folder, about, vectors)
+        index = _checked(folder, about, vectors)
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} has no index; make one with: mole index {folder}") from None
     except ValueError as error:
         raise reindex_error(folder, f"cannot be used: {error}") from None
+    if index.encoder != encoder.id:
+        raise reindex_error(folder, f"was made with another encoder ({index.encoder!r}; this one is {encoder.id})")
+    probe = encoder(PROBE)
+    if probe.shape != index.probe.shape or (probe - index.probe).abs().max() > PROBE_TOLERANCE:
+        raise reindex_error(folder, f"was made with other weights of its encoder ({encoder.id})")
+    return index
 
 
 def _checked(folder: Path, about: Any, vectors: TensorFile) -> Index:
@@ -116,45 +114,7 @@ def _checked(folder: Path, about: Any, vectors: TensorFile) -> Index:
     for tensor, count in zip((embeddings, probe), rows, strict=True):
         if tensor.shape != (count, *width) or tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise ValueError(f"its embeddings are not finite fp32 matrices with {rows[0]} and {rows[1]} rows of one width")
-    marks = {file: tuple(map(tuple, own)) for file, own in about["skipped_stamps"].items()}
-    return Index(about["encoder"], probe, entries, embeddings, about["skipped"], marks)
-
-
-def check_current(folder: Path, index: Index, encoder: Encoder) -> None:
-    """Raise RefusedFileError, in one sentence, if another encoder made the index or the folder's files have changed."""
-    check_encoder(folder, index, encoder)
-    there, known = set(map(shown, lora_files(folder))), {entry.file for entry in index.entries} | set(index.skipped)
-    if new := sorted(there - known):
-        raise reindex_error(folder, f"is stale: {new[0]!r} is new")
-    if gone := sorted(known - there):
-        raise reindex_error(folder, f"is stale: {gone[0]!r} is gone")
-    for entry in index.entries:
-        # A copied folder has other modification times; an index is stale only if the contents changed.
-        if stamps(folder, entry.file) != entry.stamps and not read_entry(folder, entry.file)[0].same_content(entry):
-            raise reindex_error(folder, f"is stale: {entry.file!r} has changed")
-    for file, before in index.skipped_stamps.items():
-        if _can_be_read_now(folder, file, before):
-            raise reindex_error(folder, f"is stale: {file!r}, which was left out, can be read now")
-
-
-def _can_be_read_now(folder: Path, file: str, before: Sequence[Stamp]) -> bool:
-    """Whether a file that had these stamps when it was skipped has become a LoRA."""
-    try:
-        if stamps(folder, file) == before:
-            return False
-        read_entry(folder, file)
-    except (ValueError, OSError):
-        return False
-    return True
-
-
-def check_encoder(folder: Path, index: Index, encoder: Encoder) -> None:
-    """Raise RefusedFileError if another encoder made the index, even one with the same id but other weights."""
-    if index.encoder != encoder.id:
-        raise reindex_error(folder, f"was made with another encoder ({index.encoder!r}; this one is {encoder.id})")
-    probe = encoder(PROBE)
-    if probe.shape != index.probe.shape or (probe - index.probe).abs().max() > PROBE_TOLERANCE:
-        raise reindex_error(folder, f"was made with other weights of its encoder ({encoder.id})")
+    return Index(about["encoder"], probe, entries, embeddings, about["skipped"])
 
 
 def reindex_error(folder: Path, problem: str) -> RefusedFileError:
