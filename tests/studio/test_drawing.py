@@ -256,18 +256,18 @@ def test_with_a_second_prompt_weights_bring_no_tiles(tmp_path):
 @pytest.mark.thorough
 def test_a_part_of_a_prompt_has_the_weights_of_its_words_in_tiles(studio, loras, room_for_tiles):
     """By itself, where there is room, as without weights; each tile's prompt is the part with its brackets."""
-    prompt = "(ink:1.2) a fox, a ((hat)) <lora:fox:0.8:word=fox> <lora:ink:1:word=hat>"
+    prompt = "(ink:1.2), a fox, a ((hen)) <lora:fox:0.8:word=fox> <lora:ink:1:word=hen>"
     recipe = studio.complete(dataclasses.replace(RECIPE, prompt=prompt, binding="tiles", steps=2))
     pipe = tiny_pipeline()
-    attach(pipe, {"fox": (loras["fox"], 0.8), "ink": loras["ink"]}, binding={"fox": "fox", "ink": "hat"})
-    written = {"ink a fox": "(ink:1.2) a fox", "ink a hat": "(ink:1.2) a ((hat))"}
+    attach(pipe, {"fox": (loras["fox"], 0.8), "ink": loras["ink"]}, binding={"fox": "fox", "ink": "hen"})
+    written = {"ink, a fox": "(ink:1.2), a fox", "ink, a hen": "(ink:1.2), a ((hen))"}
 
     def encode(part):
         return call_arguments(pipe, written[part.text], guided=False)["prompt_embeds"], None
 
     call = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
-    with attached(pipe).tiled(prompt="ink a fox, a hat", encode=encode):
-        states = call_arguments(pipe, "(ink:1.2) a fox, a ((hat))")
+    with attached(pipe).tiled(prompt="ink, a fox, a hen", encode=encode):
+        states = call_arguments(pipe, "(ink:1.2), a fox, a ((hen))")
         (wanted,) = pipe(**states, generator=torch.Generator().manual_seed(7), **call).images
     assert far(studio.draw(recipe), wanted) <= 1
     automatic = dataclasses.replace(recipe, binding="auto")
@@ -286,7 +286,7 @@ def test_a_part_of_a_prompt_has_the_weights_of_its_words_in_tiles(studio, loras,
     assert far(against["blur"], against["(blur:1.5)"]) > 0
     bound = studio.draw(dataclasses.replace(plain, negative="(blur:1.5)", binding="bound"))
     assert far(against["(blur:1.5)"], bound) > 1
-    in_parts = dataclasses.replace(automatic, prompt=prompt.replace("hat))", "hat)) BREAK ink"))
+    in_parts = dataclasses.replace(automatic, prompt=prompt.replace("hen))", "hen)) BREAK ink"))
     assert not studio.draws_in_tiles(in_parts)
     assert far(studio.draw(in_parts), studio.draw(dataclasses.replace(in_parts, binding="bound"))) == 0
 
