@@ -169,24 +169,32 @@ def dispatch() -> str:
     text = ""
     for cost in costs(load("dispatch.json")[0]):
         goal = met(cost.ratio, GOALS[cost.arm]) if cost.arm in GOALS else ""
-        if cost.experts:
+        if cost.experts and cost.arm != "again":
             text += f"| {cost.arm} | {cost.experts} | {shown(cost)} | {goal} |\n"
     return text
 
 
 def operations() -> str:
     """The operations of a step."""
-    counts = {(row["arm"], row["experts"]): row for row in load("operations.json")[0]["rows"]}
     text = ""
-    for (arm, n), row in counts.items():
-        goal = ""
+    for arm, rows in _by_count():
+        row, gates, goal = rows[0], arm.removeprefix("bound "), ""
         if arm in MORE_GOALS:
             goal = met(row["more"], MORE_GOALS[arm])
-        elif arm.startswith("bound "):
-            goal = f"{_more_if_bound(arm.removeprefix('bound '), n)} over `{arm.removeprefix('bound ')}` "
-            goal += met(_more_if_bound(arm.removeprefix("bound "), n), BOUND_GOAL)
-        text += f"| {arm} | {n or ''} | {row['operations']:,} | {row['more'] or ''} | {goal} |\n"
+        elif arm != gates:
+            more = _more_if_bound(gates, row["experts"])
+            goal = f"{more} over `{gates}` {met(more, BOUND_GOAL)}"
+        numbers = ", ".join(str(each["experts"]) for each in rows if each["experts"])
+        text += f"| {arm} | {numbers} | {row['operations']:,} | {row['more'] or ''} | {goal} |\n"
     return text
+
+
+def _by_count() -> list[tuple[str, list[dict[str, Any]]]]:
+    """Each arm with its rows, those of several numbers of LoRAs together if they have as many operations."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in load("operations.json")[0]["rows"]:
+        found.setdefault((row["arm"], row["operations"]), []).append(row)
+    return [(arm, rows) for (arm, _), rows in found.items()]
 
 
 def _more_if_bound(gates: str, n: int) -> int:
@@ -197,7 +205,7 @@ def _more_if_bound(gates: str, n: int) -> int:
 def factors() -> str:
     """Dispatch of gates at every layer."""
     (result,) = load("factors-dispatch.json")
-    found = [cost for cost in costs(result) if cost.experts]
+    found = [cost for cost in costs(result) if cost.experts and cost.arm != "again"]
     rows = [f"| {cost.arm.replace('gated', 'factors')} | {cost.experts} | {shown(cost)} |\n" for cost in found]
     return FACTORS.replace("ROUNDS", str(result["repeats"])) + "".join(rows)
 

@@ -726,7 +726,7 @@ def attach(
     """Put concept LoRAs on a pipeline, weighed by gates. Attaching again replaces them; `detach` restores the original.
 
     Args:
-        pipe: any pipeline with a `unet` or a `transformer`.
+        pipe: a pipeline whose `unet` or `transformer` is of a class in `patching.host.denoisers.RECORDS`.
         experts: name -> file, or (file, strength). Strength is your own factor: any sign and size, 1 by default, 0 means
             absent. Or a folder: all LoRA files in it, each silent unless the prompt has its words.
         gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote (a Path, or

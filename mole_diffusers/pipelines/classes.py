@@ -102,7 +102,7 @@ class MoLEPipeline:
     def from_pipe(pipe: Any, **kwargs: Any) -> Any:
         """The drop-in pipeline for `pipe`'s class, over the same models; `kwargs` as in diffusers.
 
-        Raises ValueError if that class has no drop-in; `attach` works with any pipeline.
+        Raises ValueError if that class has no drop-in; `attach` may take its pipelines nevertheless.
         """
         return _drop_in([cls.__name__ for cls in type(pipe).__mro__]).from_pipe(pipe, **kwargs)
 

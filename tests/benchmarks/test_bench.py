@@ -244,10 +244,10 @@ def test_curves_and_pictures(what, first, capsys, monkeypatch):
         assert {(row["curve"], row["at"]) for row in rows} == {("experts", 1), ("experts", 2), ("rank", 4), ("pictures", 2)}
 
 
-def test_every_file_of_the_page_but_those_of_before_can_be_measured_again():
+def test_every_file_of_the_page_can_be_measured_again():
     docs = Path(__file__).parents[2] / "docs"
     runs = runpy.run_path(str(docs / "make_speed.py"))["RUNS"]
-    kept = {path.stem for path in (docs / "speed").glob("*.json") if not path.stem.endswith("-before")}
+    kept = {path.stem for path in (docs / "speed").glob("*.json")}
     assert kept - {"reuse"} <= set(runs)  # that is of benchmarks/reuse.py
     for argv in runs.values():
         assert parser().parse_args([*argv, "--json"]).json

@@ -11,6 +11,7 @@ from pkgutil import resolve_name
 import pytest
 from PIL import Image
 from tiers import thorough
+from typer import BadParameter
 
 import mole_diffusers as mole
 from mole_diffusers.cli.mole import main, parser
@@ -142,7 +143,10 @@ def test_every_command_of_a_page_is_one_that_mole_takes(page):
     for words in (shlex.split(command, comments=True) for line in lines for command in line.split("&&")):
         if words and words[0].rpartition("/")[2] == "mole":
             name, *given = words[1:]
-            assert parser().commands[name].make_context(name, given)
+            try:
+                parser().commands[name].make_context(name, given)
+            except BadParameter as error:  # the reader's own file or folder
+                assert "does not exist" in str(error)
 
 
 def joined(block):
