@@ -63,7 +63,7 @@ def touching(tokens: Tokens, marks: Sequence[Mark]) -> Iterator[Touch]:
     for first, second in zip(subjects, subjects[1:], strict=False):
         between = " ".join(tokens.words[first.match.end : marks[second.begin].begin][-FARTHEST:])
         found = next(((m, relation, passive) for p, relation, passive in SAID if (m := p.search(between))), None)
-        if found is None or {k for k, _ in first.match.of} & {k for k, _ in second.match.of}:
+        if found is None or set(first.match.experts) & set(second.match.experts):
             continue
         said, relation, is_passive = found
         stop = marks[second.begin].begin - len(between[said.start(1) :].split())

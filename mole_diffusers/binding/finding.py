@@ -27,6 +27,11 @@ class Match(NamedTuple):
     end: int
     of: tuple[Phrase, ...]
 
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Whose phrase it is."""
+        return tuple(dict.fromkeys(k for k, _ in self.of))
+
 
 class Tokens:
     """The first tokens of a text: `words` in lower case, and their `spans`."""

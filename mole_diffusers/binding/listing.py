@@ -40,7 +40,7 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
     """The list of a text's things. Experts in `placeless` act in the whole picture, so their words name no thing."""
     sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), NOTHING_LISTED
     found, tags = list[Found](), list[Found]()
-    placed = [match for match in matches if not {k for k, _ in match.of} <= set(placeless)]
+    placed = [match for match in matches if not set(match.experts) <= set(placeless)]
     for begin, end, named in sentences(tokens, placed):
         marks = marked(tokens, begin, end, named)
         sides += [tokens.span(mark.begin, mark.end) for mark in marks if mark.kind == SIDE]

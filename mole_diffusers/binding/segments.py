@@ -170,16 +170,12 @@ def _add_to_noun_phrase(now: Segment, mark: Mark, before: Mark | None) -> None:
             now.others.append(now.noun.name)
             now.noun.name, now.noun.is_determined = None, True
     else:
-        if mark.match is not None and now.noun.name is not None and _experts(now.noun.name) != _experts(mark.match):
+        if mark.match is not None and now.noun.name is not None and set(now.noun.name.experts) != set(mark.match.experts):
             now.noun.is_mixed = now.noun.is_mixed or before is None or before.kind != NAME
             now.others.append(now.noun.name)
             now.noun.name = mark.match
         now.noun.name = now.noun.name or mark.match
         now.noun.words.append(mark.word)
-
-
-def _experts(match: Match) -> set[int]:
-    return {k for k, _ in match.of}
 
 
 def _is_adjective(now: Segment, marks: Sequence[Mark], n: int) -> bool:

@@ -165,7 +165,7 @@ def _things(
     for thing, item, (begin, end) in zip(named, items, own, strict=True):
         worn = [
             k
-            for k in dict.fromkeys(k for match in item.others for k, _ in match.of)
+            for k in dict.fromkeys(k for match in item.others for k in match.experts)
             if k not in owners and words[k] and all(begin <= a and b <= end for a, b in words[k])
         ]
         spans = dict.fromkeys(thing.spans)
@@ -177,9 +177,9 @@ def _things(
 
 def _named(tokens: Tokens, match: Match) -> Mention:
     """The thing that an expert's words name."""
-    span, experts = tokens.span(match.begin, match.end), tuple(dict.fromkeys(k for k, _ in match.of))
-    phrases = tuple(i for k, i in match.of if k == experts[0])
-    return Mention(tokens.text[slice(*span)].lower(), (span,), experts, phrases)
+    span, first = tokens.span(match.begin, match.end), match.of[0][0]
+    phrases = tuple(i for k, i in match.of if k == first)
+    return Mention(tokens.text[slice(*span)].lower(), (span,), match.experts, phrases)
 
 
 def _noun(tokens: Tokens, item: Segment) -> Mention:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mole_diffusers.lora.expert import COMPONENTS
@@ -132,11 +131,6 @@ def _located(stem: str) -> tuple[str, str, str]:
     if ".processor." in module:  # old diffusers files name the attention processor, and to_out_lora for to_out.0
         module = re.sub(r"\.to_out$", ".to_out.0", module.replace(".processor.", "."))
     return component, module, ""
-
-
-def is_flux(layers: Iterable[tuple[str, str]]) -> bool:
-    """Whether (component, layer) pairs belong to Flux, whose T5 is its second text encoder."""
-    return any(component == "transformer" and layer.startswith(FLUX_BLOCKS) for component, layer in layers)
 
 
 def layer_key(module_name: str) -> str:

@@ -9,14 +9,10 @@ The original transformers hold q, k and v (and the feed-forward of a single bloc
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import torch
 
 from mole_diffusers.lora.expert import LoraWeights
-
-Layers = dict[str, LoraWeights]
-Split = Callable[[LoraWeights, tuple[str, ...]], Layers]
 
 # ---- the UNet
 
@@ -107,71 +103,42 @@ BLOCKS = {  # how the layers of a block begin -> what diffusers calls the block,
 }
 
 
+LAST_NORM = "final_layer_adaLN_modulation_1"
+
+
 def is_original_transformer(layer: str) -> bool:
     """Whether this is a layer name of an original transformer."""
     return _transformer_targets(layer)[0] != (layer,)
 
 
-def split_fused(layer: str, weights: LoraWeights) -> Layers:
+def split_fused(layer: str, weights: LoraWeights) -> dict[str, LoraWeights]:
     """A transformer layer of a file -> diffusers' layers: several for a fused matrix; other names are kept as they are."""
-    targets, how = _transformer_targets(layer)
-    return how(weights, targets)
+    targets, name = _transformer_targets(layer)
+    rows, width, count = len(weights.up), weights.down.shape[1], len(targets)
+    # The text stream of SD 3's last block has a last normalisation, too: two values per channel instead of six.
+    is_last_norm = name == LAST_NORM or (name == "mod_lin" and rows == 2 * width)
+    if count == 1 and not is_last_norm:
+        return {targets[0]: weights}
+    if name == "linear1":  # q, k and v are as wide as the input, and the feed-forward takes the remaining rows
+        sizes, wanted = [width] * 3 + [rows - 3 * width], f"q, k, v of {width} and a feed-forward"
+    else:
+        count = 2 if is_last_norm else count
+        sizes, wanted = [rows // count] * count, f"{count} equal parts"
+    if min(sizes) <= 0 or sum(sizes) != rows:
+        raise ValueError(f"{rows} rows are not {wanted}")
+    parts = torch.arange(rows).split(sizes)
+    if is_last_norm:  # diffusers has scale before shift there
+        parts = (torch.cat(parts[::-1]),)
+    return {target: weights.of_rows(part) for target, part in zip(targets, parts, strict=True)}
 
 
-def _transformer_targets(layer: str) -> tuple[tuple[str, ...], Split]:
-    """diffusers' layer names, and how the rows of the up matrix are divided among them."""
-    if layer == "final_layer_adaLN_modulation_1":
-        return ("norm_out_linear",), _swapped
+def _transformer_targets(layer: str) -> tuple[tuple[str, ...], str]:
+    """diffusers' layer names, and the name in the original block."""
+    if layer == LAST_NORM:
+        return ("norm_out_linear",), layer
     for start, (block, layers) in BLOCKS.items():
         if found := re.match(start, layer):
             name = OF_SD3.get(layer[found.end() :], layer[found.end() :])
             if name in layers:
-                return tuple(f"{block}_{found[1]}_{target}" for target in layers[name]), DIVIDED.get(name, _whole)
-    return (TRANSFORMER_OUTSIDE_BLOCKS.get(layer, layer),), _whole
-
-
-# ---- how the rows of a fused up matrix are divided
-
-
-def _whole(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
-    return {names[0]: weights}
-
-
-def _equal(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
-    if weights.up.shape[0] % len(names):
-        raise ValueError(f"{weights.up.shape[0]} rows are not {len(names)} equal parts")
-    return _rows(weights, dict.fromkeys(names, weights.up.shape[0] // len(names)))
-
-
-def _square_then_rest(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
-    """q, k and v are as wide as the input; the feed-forward takes the remaining rows."""
-    *square, last = names
-    sizes = dict.fromkeys(square, weights.down.shape[1])
-    rest = weights.up.shape[0] - sum(sizes.values())
-    if rest <= 0:
-        raise ValueError(f"{weights.up.shape[0]} rows do not hold q, k, v and a feed-forward of {weights.down.shape[1]}")
-    return _rows(weights, sizes | {last: rest})
-
-
-def _rows(weights: LoraWeights, sizes: dict[str, int]) -> Layers:
-    rows = torch.arange(len(weights.up)).split(list(sizes.values()))
-    return {name: weights.of_rows(part) for name, part in zip(sizes, rows, strict=True)}
-
-
-def _swapped(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
-    """diffusers has scale before shift in its last normalisation."""
-    if len(weights.up) % 2:
-        raise ValueError(f"{len(weights.up)} rows are not 2 equal parts")
-    shift, scale = torch.arange(len(weights.up)).chunk(2)
-    return {names[0]: weights.of_rows(torch.cat([scale, shift]))}
-
-
-def _modulation(weights: LoraWeights, names: tuple[str, ...]) -> Layers:
-    """Six values per channel in order; the text stream of SD 3's last block has only the two of a last normalisation."""
-    last = weights.up.shape[0] == 2 * weights.down.shape[1]
-    return (_swapped if last else _whole)(weights, names)
-
-
-DIVIDED: dict[str, Split] = {
-    "linear1": _square_then_rest, "qkv": _equal, "attn_qkv": _equal, "attn2_qkv": _equal, "mod_lin": _modulation
-}  # fmt: skip
+                return tuple(f"{block}_{found[1]}_{target}" for target in layers[name]), name
+    return (TRANSFORMER_OUTSIDE_BLOCKS.get(layer, layer),), layer

@@ -13,7 +13,7 @@ from mole_diffusers.lora.algorithms import Budget, alpha_value, layer_weights
 from mole_diffusers.lora.dora import SHAPES, with_magnitude
 from mole_diffusers.lora.expert import Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
-from mole_diffusers.lora.keys import EMBEDDED_IN, EMBEDDING, Key, is_flux, parse_key
+from mole_diffusers.lora.keys import EMBEDDED_IN, EMBEDDING, FLUX_BLOCKS, Key, parse_key
 from mole_diffusers.lora.metadata import Scaling, read_peft_config, scalings
 from mole_diffusers.lora.original_names import HAVE_ORIGINAL_NAMES, split_fused
 from mole_diffusers.lora.own_words import stated_words
@@ -139,11 +139,11 @@ def _grouped(
     keys: Mapping[str, Key], tensors: Mapping[str, torch.Tensor]
 ) -> dict[tuple[str, str], tuple[str, dict[str, torch.Tensor]]]:
     """(component, layer) -> its name in the file, and {role: tensor}."""
-    flux = is_flux((key.component, key.layer) for key in keys.values())
+    is_flux = any(key.component == "transformer" and key.layer.startswith(FLUX_BLOCKS) for key in keys.values())
     grouped: dict[tuple[str, str], tuple[str, dict[str, torch.Tensor]]] = {}
     for name, key in keys.items():
         # T5 is Flux's second text encoder, whatever number or name a trainer gives it.
-        component = "text_encoder_2" if flux and key.component == "text_encoder_3" else key.component
+        component = "text_encoder_2" if is_flux and key.component == "text_encoder_3" else key.component
         _, roles = grouped.setdefault((component, key.layer), (key.module, {}))
         if key.role in roles:
             raise ValueError(f"{name!r}: its layer has two {key.role} tensors under different keys")
