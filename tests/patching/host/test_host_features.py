@@ -67,6 +67,20 @@ def test_clip_skip_of_sdxl(awake, tmp_path):
     assert not torch.allclose(by_hand, hosts.draw(pipe, {}), atol=1e-3)
 
 
+@pytest.mark.shows("`enable_freeu`")
+def test_freeu_draws_what_it_draws_of_diffusers_own_adapters(pipe, loras, draw):
+    for name, file in loras.items():
+        pipe.load_lora_weights(file, adapter_name=name)
+    pipe.set_adapters(list(loras))
+    pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.3, b2=1.4)
+    wanted = draw(pipe)
+    pipe.unload_lora_weights()
+    mole.attach(pipe, loras, binding=None)
+    torch.testing.assert_close(draw(pipe), wanted, **CLOSE)
+    pipe.disable_freeu()
+    assert not torch.allclose(draw(pipe), wanted, atol=1e-3)
+
+
 @pytest.mark.shows("several prompts, `num_images_per_prompt`")
 def test_several_prompts_and_several_pictures_of_each(mixed):
     together = pictures(mixed, ["a fox", "ink"], (1, 2, 3, 4), num_images_per_prompt=2)
