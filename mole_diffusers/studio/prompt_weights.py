@@ -48,12 +48,15 @@ def prompts_read(pipe: Any) -> set[str]:
     return {name for name in names if name in given}
 
 
-def unread(pipe: Any, *, negative: str, prompt_2: str, negative_2: str) -> list[str]:
-    """A sentence for each of these prompts that the pipeline does not read."""
+def unread(pipe: Any, *, negative: str, prompt_2: str, negative_2: str, guidance: float) -> list[str]:
+    """A sentence for each of these prompts that the pipeline does not read, at all or with this guidance."""
     given = [("negative_prompt", negative, "the negative prompt"), ("prompt_2", prompt_2, "a second prompt")]
     given.append(("negative_prompt_2", negative_2, "a second negative prompt"))
     kind, known = type(pipe).__name__, prompts_read(pipe)
-    return [f"{kind} is drawn without {words}" for name, text, words in given if text and name not in known]
+    sentences = [f"{kind} is drawn without {words}" for name, text, words in given if text and name not in known]
+    if guidance <= 1 and any(text and name in known for name, text, _ in given if name.startswith("negative")):
+        sentences.append(f"negative prompts are read from a guidance above 1 on, and it is {guidance:g}")
+    return sentences
 
 
 def cut_off(pipe: Any, prompt: str, prompt_2: str = "") -> list[str]:

@@ -250,7 +250,7 @@ class Studio:
         if asked.clip_skip != recipe.clip_skip:
             notes.append(f"{type(self.pipe).__name__} is drawn without clip skip")
         notes += cut_off(self.pipe, recipe.text, recipe.prompt_2)
-        return notes + unread(self.pipe, negative=recipe.negative, prompt_2=recipe.prompt_2, negative_2=recipe.negative_2)
+        return notes + unread(self.pipe, **{name: getattr(recipe, name) for name in (*PROMPTS[1:], "guidance")})
 
     def _notes_on_tiles(self, recipe: Recipe, *, is_over: bool) -> list[str]:
         notes = []

@@ -29,7 +29,8 @@ def latent_shape(pipe: Any, width: int | None = None, height: int | None = None)
     high, wide = (side if pixels is None else pixels // scale for side, pixels in zip(own, (height, width), strict=True))
     if high is None or wide is None:
         raise ValueError("the UNet names no size of its own: give the width and the height of every prompt's pictures")
-    return model.channels, high, wide
+    config = pipe.vae.config
+    return config.z_dim if isinstance(pipe.vae, AutoencoderKLQwenImage) else config.latent_channels, high, wide
 
 
 def default_side(pipe: Any) -> int:

@@ -73,8 +73,7 @@ class LoraLayers:
             parameter.copy_(state[name])
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        short = {k.replace("lora_A.weight", "down").replace("lora_B.weight", "up"): half for k, half in self.halves.items()}
-        return short | {f"{name}.g": logits for name, logits in self.logits.items()}
+        return self.halves | {f"{name}.g": logits for name, logits in self.logits.items()}
 
 
 def add_lora(pipe: Any, config: LoraTraining, undo: Undo) -> LoraLayers:

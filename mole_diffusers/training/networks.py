@@ -105,11 +105,6 @@ class Network(ABC):
         # As the pipeline has it, compiled or not.
         self.model: Any = next(model for name in DENOISERS if (model := getattr(pipe, name, None)) is not None)
 
-    @property
-    @abstractmethod
-    def channels(self) -> int:
-        """Channels of the latents."""
-
     @abstractmethod
     def own_size(self) -> tuple[int | None, int | None]:
         """Height and width of the model's own latents; None if it names none."""
@@ -149,10 +144,6 @@ class EncodedText:
 
 class UNet(Network):
     """Of Stable Diffusion 1.5, 2.1 and XL."""
-
-    @property
-    def channels(self) -> int:
-        return self.model.config.in_channels
 
     def own_size(self) -> tuple[int | None, int | None]:
         size = self.model.config.sample_size
@@ -196,10 +187,6 @@ class Transformer(Network):
     """One of `Flow` that reads tokens of 2 x 2 latents: it predicts noise - picture."""
 
     patch = 2
-
-    @property
-    def channels(self) -> int:
-        return self.model.config.in_channels // 4
 
     def own_size(self) -> tuple[int | None, int | None]:
         return (self.pipe.default_sample_size,) * 2
@@ -251,10 +238,6 @@ class ZImage(Network):
     """Of Z-Image, which counts time from noise to picture and predicts picture - noise."""
 
     patch = 2
-
-    @property
-    def channels(self) -> int:
-        return self.model.config.in_channels
 
     def own_size(self) -> tuple[int, int]:
         return (1024 // self.pipe.vae_scale_factor,) * 2

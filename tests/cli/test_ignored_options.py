@@ -75,3 +75,10 @@ def test_a_prompt_and_a_size_that_no_term_learns_from_are_said(tmp_path, monkeyp
             main(["train", *words, *more])
         said = capsys.readouterr().err
         assert [text for text in ("--prompt (--term composed", "--width (--term composed") if text in said] == unread, more
+
+
+@pytest.mark.parametrize(("guidance", "is_read"), [("1", False), ("1.5", True)])
+def test_a_negative_prompt_that_nothing_reads_is_said(guidance, is_read, capsys):
+    assert main(["draw", "a fox <lora:fox:1>", "--negative", "blur", "--guidance", guidance, "--explain"]) == 0
+    said = "note: negative prompts are read from a guidance above 1 on, and it is 1\n" in capsys.readouterr().err
+    assert said != is_read

@@ -254,13 +254,13 @@ def test_texts_of_two_encoders_may_have_several_parts():
 def test_what_a_pipeline_does_not_read_is_said_and_left_out(pipe):
     given = {"prompt_2": "a hat", "negative_2": "ink"}
     assert call_arguments(pipe, "a fox", "blur", **given) == {"prompt": "a fox", "negative_prompt": "blur"}
-    assert unread(pipe, negative="blur", **given) == [
+    assert unread(pipe, negative="blur", guidance=7, **given) == [
         "StableDiffusionPipeline is drawn without a second prompt",
         "StableDiffusionPipeline is drawn without a second negative prompt",
     ]
     flux, _ = hosts.HOSTS["flux"]()
     assert call_arguments(flux, "a fox", "blur", **given) == {"prompt": "a fox", "prompt_2": "a hat"}
-    assert [note.partition("without ")[2] for note in unread(flux, negative="blur", **given)] == [
+    assert [note.partition("without ")[2] for note in unread(flux, negative="blur", guidance=1, **given)] == [
         "the negative prompt",
         "a second negative prompt",
     ]
