@@ -70,10 +70,19 @@ class Browser:
         return next((found.text for found in self.all(css)), "")
 
     def click(self, css: str) -> None:
-        """Scroll to an element and click it."""
-        found = self.one(css)
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
-        found.click()
+        """Scroll to an element and click it, once nothing covers it."""
+        from selenium.common.exceptions import ElementClickInterceptedException
+
+        def clicked() -> bool:
+            found = self.one(css)
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+            try:
+                found.click()
+            except ElementClickInterceptedException:  # the page is still being laid out
+                return False
+            return True
+
+        self.until(clicked, WAIT)
 
     def tab(self, name: str) -> None:
         """Show a tab."""

@@ -126,8 +126,10 @@ def _panel(page: Page, browse: Any) -> None:
         return search(text, where, order, cards, most + AT_ONCE)
 
     outputs = [grid, names, count, more, where, said]
-    asking = [browse.click, page.shown.change, text.input, where.input, order.input]
+    asking = [browse.click, text.input, where.input, order.input]
     gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden")
+    marks, last = [*asked, count], {"trigger_mode": "always_last", "show_progress": "hidden"}
+    page.shown.change(lambda *given: {grid: search(*given)[grid]}, marks, grid, **last)  # which are in the prompt
     more.click(show_more, [*asked, count], outputs)
     again.click(look_again, asked, outputs).then(page.now, None, page.lists, show_progress="hidden")
     grid.select(picked, [names, *page.written], [*page.written, page.shown, said], trigger_mode="multiple", **ORDERED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -33,25 +35,34 @@ MOST_CHIPS = 8  # trigger words on a card
 def build(page: Page) -> None:
     """Lay out the cards. They are redrawn whenever `page.shown` changes."""
     prompt = page.controls["prompt"]
+    said = gr.HTML("", elem_id="roles")
 
-    @gr.render(inputs=[page.shown, prompt, page.visitor], triggers=[page.shown.change], **ORDERED)
-    def draw(shown: dict[str, Any], prompt_now: str, visitor: str) -> None:
+    @gr.render(inputs=[page.shown, prompt], triggers=[page.shown.change], **ORDERED)
+    def draw(shown: dict[str, Any], prompt_now: str) -> None:
         cards = shown["cards"]
         if not cards:
             gr.Markdown(
                 "No LoRA yet. Browse yours, or let the app find those that the prompt asks for.", elem_classes="hint"
             )
             return
-        said = sentences(page, None, visitor, prompt_now)
-        lines = [_card(page, card, prompt_now, said.get(card["name"], "")) for card in cards]
+        for n, card in enumerate(cards):
+            _card(page, card, n, prompt_now)
 
-        def again(request: gr.Request, visitor: str, prompt_now: str) -> Any:
-            said = sentences(page, request, visitor, prompt_now)
-            found = [gr.update(label=said.get(card["name"]) or "Advanced") for card in cards]
-            return found if len(found) > 1 else found[0]
+    def tell(request: gr.Request, visitor: str, prompt_now: str, shown: dict[str, Any]) -> str:
+        return lines(sentences(page, request, visitor, prompt_now), shown["cards"])
 
-        events = [prompt.change, page.showing.change]  # another listener of blur here would replace the page's own
-        gr.on(events, again, [page.visitor, prompt], lines, show_progress="hidden", api_visibility="private")
+    # Not in `draw`: a page whose cards are just drawn anew could call an event that is gone.
+    events = [prompt.change, page.showing.change, page.shown.change]
+    gr.on(events, tell, [page.visitor, prompt, page.shown], said, trigger_mode="always_last", show_progress="hidden")
+
+
+def lines(said: Mapping[str, str], cards: Sequence[MixerCard]) -> str:
+    """CSS that writes on each card what its LoRA does. Only letters and digits are not escaped, since files have words, too."""
+    rules = []
+    for n, card in enumerate(cards):
+        words = re.sub(r"\W", lambda char: f"\\{ord(char[0]):06x}", said.get(card["name"], ""))
+        rules.append(f'.card.n{n} .rest > button::before {{ content: "{words}"; }}')
+    return f"<style>{' '.join(rules)}</style>"
 
 
 def sentences(page: Page, request: gr.Request | None, visitor: str, prompt: str) -> dict[str, str]:
@@ -85,9 +96,9 @@ def stands(region: Any) -> str:
     return " ".join(found) or "in the middle"
 
 
-def _card(page: Page, card: MixerCard, prompt: str, said: str) -> Any:
-    """The card of one LoRA: switch, strength and place; what it does, and below that, folded if unused, the rest of its tag
-    and its file's facts. Returns the panel whose label says what it does."""
+def _card(page: Page, card: MixerCard, n: int, prompt: str) -> None:
+    """The card of one LoRA: switch, strength and place; what it does (see `lines`), and below that, folded if unused, the
+    rest of its tag and its file's facts."""
     name, report = card["name"], page.actions.report(card["name"])
     typed = fields_of(card, page.actions.studio.catalog.loras)
     triggers = report["triggers"][:MOST_CHIPS]
@@ -103,7 +114,7 @@ def _card(page: Page, card: MixerCard, prompt: str, said: str) -> Any:
             triggers, value=present, label=f"Trigger words of {name}", elem_classes="chips", **BARE, **EDITABLE
         )
 
-    with gr.Column(elem_classes=["card", f"c{card['colour']}"]):
+    with gr.Column(elem_classes=["card", f"c{card['colour']}", f"n{n}"]):
         with gr.Row(elem_classes="head", equal_height=True):
             figure(picture_of(page, name), label=f"what {name} looks like", **SMALL)
             parts: dict[str, Any] = {"on": gr.Checkbox(card["on"], label=name, container=False, min_width=80, **EDITABLE)}
@@ -123,7 +134,7 @@ def _card(page: Page, card: MixerCard, prompt: str, said: str) -> Any:
             SWITCH, value=in_switch(typed["region"]), label=f"Where {name} acts", elem_classes="place", **BARE, **EDITABLE
         )
         chips = trigger_words() if len(present) < len(triggers) else None
-        with gr.Accordion(said or "Advanced", open=bool(is_set), elem_classes="rest") as line:
+        with gr.Accordion("Advanced", open=bool(is_set), elem_classes="rest"):
             if chips is None:
                 chips = trigger_words()
             with gr.Row(elem_classes="binding"):
@@ -136,7 +147,6 @@ def _card(page: Page, card: MixerCard, prompt: str, said: str) -> Any:
     parts["place"] = switch
     _connect_fields(page, card, parts)
     _connect_prompt(page, name, remove=remove, chips=chips, ticked=gr.State(present))
-    return line
 
 
 def in_switch(region: str) -> str | None:

@@ -17,7 +17,8 @@ from mole_diffusers.inspection.gate_figures import COLOURS
 from mole_diffusers.studio.names import known_names, matching_lora
 from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, Parsed, number, parse
 
-MixerCard = dict[str, Any]  # name, on, tag (its text), colour (an index of COLOURS); plain data for the page's state
+# name, on, tag (its text), colour (an index of COLOURS), picked (by hand, not by typing a tag); plain data for a gr.State
+MixerCard = dict[str, Any]
 
 
 def parse_named(prompt: str, known: Collection[str], preferred: Callable[[str], float | None] = lambda _: None) -> Parsed:
@@ -39,14 +40,18 @@ def cards_of(
     known: Collection[str],
     preferred: Callable[[str], float | None] = lambda _: None,
 ) -> list[MixerCard]:
-    """The cards after the prompt has changed. Each takes its tag from the prompt; a card without a tag there is off."""
+    """The cards after the prompt has changed. Each takes its tag from the prompt.
+
+    Without a tag there, a card is off if its LoRA was picked or it was off before; one that a tag brought goes with the tag.
+    """
     tags = {tag.name: str(tag) for tag in parse_named(prompt, known, preferred).tags}
     if unknown := [name for name in tags if name not in known]:
         raise ValueError(f"there is no LoRA {unknown[0]!r}; {known_names(unknown[0], known)}")
-    found = [{**card, "on": card["name"] in tags, "tag": tags.get(card["name"], card["tag"])} for card in cards]
+    stay = [card for card in cards if card["name"] in tags or card["picked"] or not card["on"]]
+    found = [{**card, "on": card["name"] in tags, "tag": tags.get(card["name"], card["tag"])} for card in stay]
     for name in tags:
         if name not in [card["name"] for card in found]:
-            found.append({"name": name, "on": True, "tag": tags[name], "colour": _free_colour(found)})
+            found.append({"name": name, "on": True, "tag": tags[name], "colour": _free_colour(found), "picked": False})
     return found
 
 
@@ -96,7 +101,7 @@ def edit(
     """
     card = next((card for card in cards if card["name"] == name), None)
     if card is None:
-        card = {"name": name, "tag": str(LoraTag(name)), "colour": _free_colour(cards)}
+        card = {"name": name, "tag": str(LoraTag(name)), "colour": _free_colour(cards), "picked": True}
         cards = [*cards, card]
     tag = _changed(name, fields_of(card, known), fields, known)
     cards = [{**card, "on": on, "tag": str(tag)} if old["name"] == name else old for old in cards]

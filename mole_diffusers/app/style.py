@@ -29,6 +29,8 @@ def theme() -> Any:
         block_info_text_color_dark="*neutral_300",
         block_label_text_color="*neutral_700",
         block_title_text_color="*neutral_700",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
         button_primary_background_fill="*primary_700",

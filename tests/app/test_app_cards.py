@@ -42,6 +42,14 @@ def test_a_card_that_is_off_keeps_its_whole_tag():
     assert "<lora:fox:0@0,1@0.4:lbw=OUTALL:start=2>" in text
 
 
+def test_a_card_that_a_tag_brought_goes_with_it_and_one_that_was_picked_stays():
+    text, found = cards.edit("<lora:fox:1>", cards.cards_of("<lora:fox:1>", [], KNOWN), "ink", KNOWN, unet="0.5")
+    assert cards.cards_of(text, found, KNOWN) == found
+    ink, hat = cards.cards_of("<lora:hat:1>", found, KNOWN)
+    assert (ink, hat["name"]) == ({**found[1], "on": False}, "hat")
+    assert cards.cards_of("", [ink, hat], KNOWN) == [ink]
+
+
 def test_a_lora_keeps_its_colour_whatever_comes_and_goes():
     found = cards.cards_of("<lora:ink:1> <lora:fox:1>", [], KNOWN)
     assert cards.shades(found) == {"ink": COLOURS[0], "fox": COLOURS[1]}

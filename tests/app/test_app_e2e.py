@@ -92,7 +92,8 @@ def _picks_from_the_browser(page):
     cards(page, "fox", "hat", "ink")
     assert value(page, "#prompt") == "<lora:fox:1> <lora:hat:1> <lora:ink:0.6>"  # the strength it likes
     page.type("#prompt textarea", f"a fox and a hat in ink {value(page, '#prompt')}")
-    page.until(lambda: page.text(".c0 .rest > button").startswith("Acts in its own place on “a fox”"), WAIT)
+    line = "return getComputedStyle(document.querySelector('.c0 .rest > button'), '::before').content"
+    page.until(lambda: page.driver.execute_script(line).startswith('"Acts in its own place on “a fox”'), WAIT)
 
 
 def _previews_in_the_frame_of_the_picture(page, folder):

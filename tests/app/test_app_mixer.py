@@ -20,7 +20,7 @@ def drawn(loras, tmp_path_factory):
     cards = cards_of(TEXT, [], loras)
     before = set(blocks.fns)
     with blocks:
-        mixer_of(blocks).fn({"cards": cards}, TEXT, "me")
+        mixer_of(blocks).fn({"cards": cards}, TEXT)
     events = [event for number, event in blocks.fns.items() if number not in before]
     return cards, list(blocks.blocks.values()), events, blocks
 
@@ -232,3 +232,22 @@ def test_events_that_write_the_prompt_or_its_cards_wait_for_each_other(drawn):
     assert {(event.concurrency_id, event.concurrency_limit) for event in events} == {("prompt", 1)}
     last = {event.fn.__name__ for event in events if event.trigger_mode == "always_last"}
     assert last >= {"changed", "write", "switched"}
+
+
+def test_a_card_listens_to_its_own_parts_alone(drawn):
+    """When the cards are drawn anew, a change of the rest of the page would call an event that is gone."""
+    *_, of_cards, blocks = drawn
+    outside = {one._id for event in blocks.fns.values() if event not in of_cards for one in event.inputs}
+    listened = {number for event in of_cards for number, _ in event.targets}
+    assert listened
+    assert not listened & outside
+
+
+def test_what_a_lora_does_is_written_on_its_card_and_nothing_else():
+    from mole_diffusers.app.mixer import lines
+
+    style = lines({"fox": 'Acts on "</style>{}"'}, [{"name": "ink"}, {"name": "fox"}])
+    assert style.count("{") == style.count("}") == 2
+    assert style.count("<") == 2
+    assert '.card.n0 .rest > button::before { content: ""; }' in style
+    assert r'.card.n1 .rest > button::before { content: "Acts\000020on\000020\000022\00003c' in style
