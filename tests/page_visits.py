@@ -13,7 +13,7 @@ from mole_diffusers.studio.recipe import Recipe
 sys.path.insert(0, str(Path(__file__).parents[1] / "demos" / "app"))
 import browser
 
-WAIT = 120  # seconds; machines that are busy are slow
+WAIT = 240  # seconds; machines that are busy are slow
 RECIPE = Recipe("a fox <lora:fox:1>", steps=2, width=32, height=32, gates="sum")
 FROM_PICTURE = "input[type=file][data-testid^='Settings from a picture']"
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,42 +18,33 @@ import torch
 from PIL import Image
 
 from mole_diffusers.app import files
+from mole_diffusers.app.bases import Bases
 from mole_diffusers.app.gallery import Gallery
 from mole_diffusers.app.gate_report import GateReport, gate_report
 from mole_diffusers.app.gate_training import TrainingRequest, train
 from mole_diffusers.app.jobs import ReportProgress, StoppedError, Work
+from mole_diffusers.app.loras import THUMBNAIL, Loras
 from mole_diffusers.app.preview import PreviewDecoder
-from mole_diffusers.app.sentences import without_folders
-from mole_diffusers.binding.as_text import mask_text
 from mole_diffusers.binding.picture_layout import Layout
-from mole_diffusers.binding.who_acts import Role
 from mole_diffusers.inspection.contributions import contributions
-from mole_diffusers.lora.host_names import with_host_names
-from mole_diffusers.lora.own_words import words_of
 from mole_diffusers.lora.safe_files import read_picture
-from mole_diffusers.lora.stacking import match
 from mole_diffusers.mixture import FOLDED, Mixture
-from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
-from mole_diffusers.retrieval.composing import retrieve_for
-from mole_diffusers.retrieval.encoders import PipelineText, text_beside
-from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
+from mole_diffusers.patching.host.denoiser_inputs import denoiser
 from mole_diffusers.studio import infotext, xy_grid
-from mole_diffusers.studio.base_models import Base, open_base, usual_guidance
-from mole_diffusers.studio.catalog import UNTRAINED, preview
+from mole_diffusers.studio.base_models import Base, open_base
+from mole_diffusers.studio.catalog import UNTRAINED
 from mole_diffusers.studio.found_recipe import FoundRecipe
-from mole_diffusers.studio.names import known_names, matching, shared_name
 from mole_diffusers.studio.picture_notes import PictureNotes
 from mole_diffusers.studio.picture_passes import check_pictures, with_pictures
-from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag, parse
+from mole_diffusers.studio.prompt_syntax import LoraTag
 from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import BOUND, TILES, Recipe
-from mole_diffusers.studio.render import DETAILS, MAX_SIDE, MixtureContext, Studio, check_size
+from mole_diffusers.studio.render import DETAILS, MixtureContext, Studio, check_size
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.weight_syntax import plain_text
 
 MAX_PICTURES, MAX_FOLDERS = 400, 16  # kept in the app's own folder; the browser has copies
-MAX_COUNT, MAX_THUMBNAIL = 16, 4 << 20
-THUMBNAIL = 256  # pixels of the longer side of small copies
+MAX_COUNT = 16
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 
 SourcePictures = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`
@@ -123,16 +113,13 @@ class Actions:
 
     Attributes:
         folder: temporary files, deleted when the app ends.
-        uploads: LoRAs that visitors have uploaded. They are still here after a restart if `home` is set.
         unkept: pictures that are not kept, namely those of comparisons and grids. The gallery keeps a sheet of them.
-        bases: name -> argument of `opening`, for the base models that can be chosen.
 
     Args:
         home: folder of the trained gates and the uploaded LoRAs. By default they are deleted when the app ends.
         gallery: folder of the composed pictures. By default they are deleted when the app ends.
-        thumbnail: name of a LoRA -> a small picture, or None to take the one next to its file, see `preview`.
-        bases: the base models that can be chosen, named as by `base_models.bases_of`; by default only the studio's own.
-        opening: opens one of them.
+        thumbnail: see `Loras`.
+        bases, opening: see `Bases`.
     """
 
     def __init__(
@@ -145,61 +132,14 @@ class Actions:
         bases: Mapping[str, str] | None = None,
         opening: Callable[[str], Base] = open_base,
     ):
-        self.studio, self._thumbnail = studio, thumbnail
-        self.bases, self._opening = dict(bases or {Path(studio.base).name: studio.base}), opening
-        self._first_base = studio.base
+        self.studio, self._preview = studio, PreviewDecoder()
         self._temporary = TemporaryDirectory(prefix="mole_app_")
         self.folder = Path(self._temporary.name)
         self.home = home or self.folder / "gates"
-        self.uploads = self.home / ".loras"  # gates cannot have this name
-        studio.catalog.find_loras([self.uploads])
         self.unkept = Gallery(self.folder / "drawn", most=MAX_PICTURES)
         self.gallery = Gallery(gallery) if gallery else Gallery(self.folder / "gallery", most=MAX_PICTURES)
-        self._preview = PreviewDecoder()
-        self._adding = threading.Lock()
-        self._finding, self._reader = threading.Lock(), text_beside(studio.pipe)
-        self._library: LoraLibrary | None = None
-        self._library_of: Any = None  # base, reader and files; opening a base again makes a new reader
-
-    # ---- the base model
-
-    @property
-    def base(self) -> str | None:
-        """The name of the open base model, one of `bases`; None if none is open, see `Studio.base`."""
-        return next((name for name, source in self.bases.items() if source == self.studio.base), None)
-
-    def change_base(self, name: str) -> Work:
-        """Replace the base model for all visitors. The work returns a sentence.
-
-        Raises ValueError for a name that is not in `bases`.
-        """
-        if (found := matching(name, self.bases)) is None:
-            raise ValueError(f"there is no base model {name!r}; {known_names(name, self.bases)}")
-
-        def work(report: ReportProgress) -> str:
-            report(f"opening {found}")
-            if self.base != found:
-                with self._finding:
-                    self._reader = self._library = self._library_of = None  # they hold weights
-                try:
-                    self.studio.change_base(self.bases[found], self._opening)
-                finally:
-                    self._reader = text_beside(self.studio.pipe)
-            return f"{found} is open: {type(self.studio.pipe).__name__}"
-
-        return work
-
-    def other_base(self, asked: str | None) -> str | None:
-        """The name of the base model that settings are for, or None if that one is open.
-
-        Args:
-            asked: the base's name in `bases` or in a recipe. A base that is not in `bases` is recognised by its file name.
-        """
-        asked = asked or ""
-        wanted, here = shared_name(self.bases.get(asked, asked)), shared_name(self.studio.base)
-        known = next((name for name, source in self.bases.items() if shared_name(source) == wanted), None)
-        is_open = wanted == here or (known is None and Path(wanted).name == Path(here).name)
-        return None if is_open else known or Path(wanted).name
+        self.loras = Loras(studio, self.home / ".loras", thumbnail)  # gates cannot have this name
+        self.bases = Bases(studio, self.loras, bases, opening)
 
     def notes(self, found: FoundRecipe, recipe: Recipe | None) -> list[str]:
         """What a user should know about a recipe that was read from a file.
@@ -209,116 +149,19 @@ class Actions:
         """
         asked = found.recipe
         notes = [] if recipe is None else self.studio.notes(asked, recipe)
-        if asked.base and (other := self.other_base(asked.base)) is not None:
-            notes.append(f"it was drawn with the base {other!r}, and here is {self.base!r}")
+        if asked.base and (other := self.bases.other(asked.base)) is not None:
+            notes.append(f"it was drawn with the base {other!r}, and here is {self.bases.open!r}")
         return notes + found.notes(self.studio.base)
-
-    def check_base(self, asked: str | None, mend: str) -> None:
-        """Raises ValueError if settings are for another base model than the open one; `mend` says what to do about it."""
-        self.studio.check_open()
-        if (other := self.other_base(asked)) is not None:
-            raise ValueError(f"this is for the base model {other!r}, and here is {self.base!r}: {mend}")
-
-    def settings_of_base(self) -> dict[str, Any]:
-        """An open size and the usual guidance of the base model, as in a Recipe; {} for the one from the start."""
-        if self.studio.base == self._first_base:
-            return {}
-        return {"width": 0, "height": 0, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
 
     def size_of(self, recipe: Recipe) -> tuple[int, int]:
         """Width and height in pixels that a recipe is drawn at. Raises what `Studio.complete` raises."""
         drawn = self.studio.complete(recipe)
         return drawn.width, drawn.height
 
-    # ---- LoRAs and gates
-
-    def report(self, name: str, *, keep: bool = True) -> dict[str, Any]:
-        """What a LoRA's file says about itself, how many of its layers this pipeline has, and what is wrong with it, or "".
-
-        Args:
-            keep: whether the LoRA stays in memory, ready to be drawn with.
-        """
-        catalog = self.studio.catalog
-        facts: dict[str, Any] = {"name": name, "base": "", "format": "", "sha256": "", "ranks": "", "triggers": []}
-        facts |= {"layers": 0, "matched": 0, "problem": ""}
-        try:
-            expert = catalog.expert(name, keep=keep)
-            low, high = expert.ranks
-            total = sum(len(layers) for layers in expert.layers.values())
-            facts |= {"base": expert.base, "format": expert.format, "sha256": expert.sha256}
-            facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(words_of(expert).words)}
-            facts["layers"] = total
-            pipe, models = self.studio.pipe, models_of(self.studio.pipe)
-            return facts | {"matched": total - len(match(with_host_names(expert, pipe, models), models).unmatched)}
-        except (ValueError, OSError) as error:
-            return facts | {"problem": without_folders(str(error))}
-
-    def choices(self) -> list[tuple[str, str]]:
-        """(label in a list, name) of every LoRA. Those that cannot be read, and those made for another model, are marked."""
-        return [(f"{name}{self._mark(name)}", name) for name in self.studio.catalog.loras]
-
-    def _mark(self, name: str) -> str:
-        try:
-            self.studio.catalog.family(name)
-        except (ValueError, OSError):
-            return " (cannot be read)"
-        return " (for another model)" if self.studio.misfit(name) else ""
-
-    def roles(self, prompt: str) -> dict[str, Role]:
-        """What each LoRA of a prompt's tags would do in the picture, as the prompt is read. Nothing is drawn or attached."""
-        tags = parse(prompt, self.studio.catalog.loras).tags
-        painted = {tag.name: mask_text(Image.new("L", (1, 1), 255)) for tag in tags if tag.region == PAINTED}
-        return dict(self.studio.explain(self.studio.complete(Recipe(prompt=prompt, masks=painted))).experts)
-
-    def find(self, prompt: str) -> list[RetrievedLora]:
-        """The LoRAs of the catalog that a prompt asks for, not counting its tags. It contains their name or a trigger, or
-        resembles their samples.
-
-        The library is indexed on first use, with the pipeline's own text encoder, and again when the catalog has changed.
-        The search does not wait for a picture that is being drawn, unless the model is offloaded.
-        """
-        if not (loras := self.studio.catalog.loras):
-            return []
-        with self._finding, ExitStack() as stack:
-            if (reader := self._reader) is None:
-                stack.enter_context(self.studio.lock.held())
-            self.studio.check_open()
-            wanted = (self.studio.base, reader, loras)
-            if self._library is None or self._library_of != wanted:
-                self._library = LoraLibrary.of(loras, reader or PipelineText(self.studio.pipe))
-                self._library_of = wanted
-            return retrieve_for(self._library, self.studio.pipe, parse(prompt, loras).text)
-
-    def add_lora(self, path: Path) -> str:
-        """Add an uploaded LoRA and return its name, see `files.add_lora`."""
-        with self._adding:  # two of the same name may come at once
-            return files.add_lora(self.studio.catalog, path, self.uploads, models_of(self.studio.pipe))
-
-    def find_loras(self) -> list[str]:
-        """Add LoRA files that are new in the folders of the known ones, and return their names."""
-        catalog = self.studio.catalog
-        with self._adding:
-            return catalog.find_loras(file.parent for file in catalog.loras.values())
-
     def add_gates(self, paths: Sequence[Path], name: str) -> dict[str, Any]:
         """Add uploaded gates and return their description, see `files.import_gates`."""
         name = files.import_gates(self.studio.catalog, paths, name, home=self.home)
         return files.describe_gates(self.studio.catalog, name)
-
-    def thumbnail(self, name: str) -> Image.Image | None:
-        """A small picture of a LoRA; None if there is none or it cannot be read."""
-        if self._thumbnail and (small := self._thumbnail(name)):
-            return small
-        catalog = self.studio.catalog
-        path = preview(catalog.loras[catalog.name(name)])
-        if path is None or path.stat().st_size > MAX_THUMBNAIL:
-            return None
-        try:
-            small = read_picture(path, path.name, most=MAX_SIDE**2).convert("RGB")
-        except ValueError:  # another program wrote it, and we can do without
-            return None
-        small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-        return small
 
     # ---- pictures
 

@@ -24,8 +24,9 @@ from PIL import Image
 from mole_diffusers.app.files import describe_all_gates, export_gates, uploaded
 from mole_diffusers.app.gate_training import TRAINED, TrainingRequest
 from mole_diffusers.app.jobs import Work
-from mole_diffusers.app.page import Page, session
+from mole_diffusers.app.page import Page
 from mole_diffusers.app.sentences import USER_ERRORS, without_folders
+from mole_diffusers.app.visits import session
 from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.options import check_kinds
 from mole_diffusers.studio import infotext
@@ -80,7 +81,7 @@ class Endpoints:
 
     def bases(self) -> tuple[str, list[str]]:
         """The name of the open base model ("" if none is open), and the names of all that you can open."""
-        return self.actions.base or "", list(self.actions.bases)
+        return self.actions.bases.open or "", list(self.actions.bases.sources)
 
     async def base(self, request: gr.Request, name: str) -> str:
         """Open another base model, for everyone, once the jobs before it are done. Returns its name.
@@ -88,12 +89,12 @@ class Endpoints:
         Args:
             name: one of `bases`.
         """
-        await self._job(request, "base", self.actions.change_base, name)
-        return self.actions.base or ""
+        await self._job(request, "base", self.actions.bases.change, name)
+        return self.actions.bases.open or ""
 
     def loras(self) -> list[dict]:
         """What the file of each LoRA says about it, how many of its layers match the pipeline, and what is wrong with it."""
-        return [self.actions.report(name, keep=False) for name in self.actions.studio.catalog.loras]
+        return [self.actions.loras.report(name, keep=False) for name in self.actions.studio.catalog.loras]
 
     async def find(self, prompt: str) -> list[dict]:
         """Find LoRAs that a prompt asks for, best first, as {"name", "why", "score", "passed_over"}. The score is a
@@ -102,7 +103,7 @@ class Endpoints:
         Args:
             prompt: any text. Tags in it are ignored.
         """
-        hits = await asyncio.to_thread(self.actions.find, prompt)
+        hits = await asyncio.to_thread(self.actions.loras.find, prompt)
         return [{name: getattr(hit, name) for name in ("name", "why", "score", "passed_over")} for hit in hits]
 
     def upload(self, file: gr.FileData) -> dict:
@@ -111,7 +112,7 @@ class Endpoints:
         Args:
             file: a .safetensors file with a plain LoRA.
         """
-        return self.actions.report(self.actions.add_lora(_uploaded(file)))
+        return self.actions.loras.report(self.actions.loras.add(_uploaded(file)))
 
     async def compose(
         self,
@@ -158,7 +159,7 @@ class Endpoints:
             hires_strength: how much of the enlarged picture is redrawn, 0..1.
             prompt_2: what the second text encoder reads, if the model has two, without tags; "" means the same prompt.
             negative_2: the same for the negative prompt.
-            binding: "bound" to words and places, "tiles" (the same, first drawn apart), "auto" (tiles if they fit), "none".
+            binding: "bound" to words and places, "tiles" (in part drawn apart), "auto" (tiles if they fit), "none".
             clip_skip: the last layer of the text encoder that is read, counted from the end. 1, the default, reads all.
             upscaler: the model that enlarges the picture for hires, by the name of its file; "" interpolates its pixels.
             detail: how much of each subject's place is redrawn at the end, enlarged: 0, the default, or 0.2 to 0.3.
@@ -350,10 +351,10 @@ class Endpoints:
     # ---- what they share
 
     def _recipe(self, given: dict) -> Recipe:
-        first = {**self.page.fresh().to_dict(), "prompt": None, "seed": 0, "base": ""}
+        first = {**self.page.form.fresh().to_dict(), "prompt": None, "seed": 0, "base": ""}
         recipe = Recipe.from_dict({**first, **given})
         if recipe.base:
-            self.actions.check_base(recipe.base, "change it first")
+            self.actions.bases.check(recipe.base, "change it first")
         return recipe
 
     async def _drawing(
@@ -370,14 +371,14 @@ class Endpoints:
         """The result of a job. The job is stopped if its client goes away or cancels it (`submit(...).cancel()`)."""
         work = await asyncio.to_thread(work_of, *given)
         owner = session(request)
-        job = self.page.jobs.submit(owner or f"call {id(request)}", kind, work)
+        job = self.page.visits.jobs.submit(owner or f"call {id(request)}", kind, work)
         try:
             while not job.is_over:
                 await asyncio.sleep(0.05)
                 if owner and is_gone(self.page.blocks, owner):
                     break
         finally:
-            self.page.jobs.stop(job)
+            self.page.visits.jobs.stop(job)
         if job.error is not None:
             raise job.error
         if job.state != "done":

@@ -12,16 +12,17 @@ from starlette.middleware import Middleware
 from mole_diffusers.app import compare_tab, compose_tab, gallery_tab, recipe_tab, train_tab
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.api import Endpoints, add
+from mole_diffusers.app.form import OF_BASE
 from mole_diffusers.app.gallery_files import GalleryPicturesOnly
 from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.own_pages import OwnPagesOnly
-from mole_diffusers.app.page import OF_BASE, ORDERED, Page, Values
+from mole_diffusers.app.page import TABS, Page
 from mole_diffusers.app.page_jobs import follow
+from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import markdown
-from mole_diffusers.app.style import CARDS, status_line, theme
+from mole_diffusers.app.style import CARDS, Values, status_line, theme
 from mole_diffusers.studio.recipe import Recipe
 
-TABS = {"Compose": compose_tab, "Compare": compare_tab, "Gallery": gallery_tab, "Recipe": recipe_tab, "Train": train_tab}
 THEME = """() => {
   const dark = document.body.classList.toggle("dark");
   localStorage.setItem("mole-theme", dark ? "dark" : "light");
@@ -43,9 +44,9 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
             gr.Button("Dark / light", size="sm", min_width=90, scale=0, elem_id="theme").click(None, js=THEME)
         blocks.load(None, js=THEME_OF_LAST_TIME)
         with page.tabs.render():
-            for name, tab in TABS.items():
-                with gr.Tab(name, elem_id=f"tab-{name.lower()}", id=name) as page.tab:
-                    tab.build(page)
+            for name, module in zip(TABS, (compose_tab, compare_tab, gallery_tab, recipe_tab, train_tab), strict=True):
+                with page.tab[name].render():
+                    module.build(page)
         for event in blocks.fns.values():
             if event.api_name not in vars(Endpoints):
                 event.api_visibility = "private"
@@ -54,24 +55,24 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
 
 def _base(page: Page) -> None:
     """The choice of the base model, or its name if there is one alone."""
-    if len(page.actions.bases) == 1:
-        gr.Markdown(f"Base model: {markdown(page.actions.base or '')}", elem_id="base-name")
-    page.base.render()
+    if len(page.actions.bases.sources) == 1:
+        gr.Markdown(f"Base model: {markdown(page.actions.bases.open or '')}", elem_id="base-name")
+    page.form.base.render()
     status = status_line(elem_id="base-status")
-    sizes = [page.controls[name] for name in OF_BASE]
+    sizes = [page.form.controls[name] for name in OF_BASE]
 
     def show(job: Job) -> Values:
         if not job.is_over or job.is_shown:  # after a reload, keep what was chosen since then
             return {}
         if job.state != "done":
-            return {page.base: page.actions.base or gr.update(value=None)}
-        fresh, now = page.fresh(), page.now()
-        now[page.controls["sampler"]]["value"] = "default"
-        return {page.base: page.actions.base} | {size: page.values(fresh)[size] for size in sizes} | now
+            return {page.form.base: page.actions.bases.open or gr.update(value=None)}
+        fresh, now = page.form.fresh(), page.form.now()
+        now[page.form.controls["sampler"]]["value"] = "default"
+        return {page.form.base: page.actions.bases.open} | {size: page.form.values(fresh)[size] for size in sizes} | now
 
-    outputs = [status, page.base, *sizes, *page.lists]
-    (changed,) = follow(page, "base", [page.base.input], page.actions.change_base, [page.base], show, outputs)
-    changed.then(page.redraw, page.cards, [page.cards, page.shown], **ORDERED)
+    outputs = [status, page.form.base, *sizes, *page.form.lists]
+    (changed,) = follow(page, "base", [page.form.base.input], page.actions.bases.change, [page.form.base], show, outputs)
+    changed.then(page.prompt.redraw, page.prompt.cards, [page.prompt.cards, page.prompt.shown], **ORDERED)
 
 
 def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:

@@ -11,10 +11,10 @@ from mole_diffusers.app.actions import SourcePictures
 from mole_diffusers.app.gate_report import GateReport
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, parse_named, shades
-from mole_diffusers.app.page import Page, Values
+from mole_diffusers.app.page import Page
 from mole_diffusers.app.page_jobs import buttons, connect_job
 from mole_diffusers.app.sentences import errors_to, markdown
-from mole_diffusers.app.style import BUTTONS, figure, gallery, gallery_items, row, status_line
+from mole_diffusers.app.style import BUTTONS, Values, figure, gallery, gallery_items, row, status_line
 from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import MERGES
@@ -39,9 +39,10 @@ def _buttons(page: Page, kind: str, label: str) -> tuple[Any, Any, Any]:
     last = gr.State(None)
 
     def last_seed(request: gr.Request, visitor: str) -> int | None:
-        return next((picture.recipe.seed for picture in reversed(page.drawn(request, visitor))), None)
+        return next((picture.recipe.seed for picture in reversed(page.visits.drawn(request, visitor))), None)
 
-    return start.click(last_seed, page.visitor, last, trigger_mode="multiple", concurrency_limit=None).then, status, last
+    pressed = start.click(last_seed, page.visits.visitor, last, trigger_mode="multiple", concurrency_limit=None)
+    return pressed.then, status, last
 
 
 def at_seed(recipe: Recipe, last: int | None) -> tuple[Recipe, list[str]]:
@@ -120,7 +121,7 @@ def _gate_report(page: Page) -> None:
         }
 
     outputs = [status, heat, shares, places, sites, gates, block]
-    connect_job(page, "look", [look], work_of, show, outputs, more=[page.cards, last])
+    connect_job(page, "look", [look], work_of, show, outputs, more=[page.prompt.cards, last])
 
 
 def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
@@ -136,7 +137,7 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
             free = gr.Button("Free all", size="sm", elem_id="free")
         locked = gr.Textbox(NO_LOCKS, label="Set by hand", interactive=False, lines=1, max_lines=12, elem_id="held")
         why = status_line(elem_id="by-hand-status")
-    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
+    catalog, prompt = page.actions.studio.catalog, page.prompt.text
 
     @errors_to(why)
     def set_lock(block: str | None, weights: str, factor: float | None, sites: dict, text: str, locks: dict) -> Values:
@@ -144,15 +145,15 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
             raise ValueError("watch the gates first, then choose a block")
         names = [tag.name for tag in parse_named(text, catalog.loras).tags]
         row = {name: weight * (1.0 if factor is None else factor) for name, weight in parse_lock(weights, names).items()}
-        return {page.locks: {**locks, sites[block]: row}}
+        return {page.form.locks: {**locks, sites[block]: row}}
 
     def held(locks: dict[str, dict[str, float]], sites: dict[str, str]) -> str:
         labels = {site: label for label, site in sites.items()}
         return "\n".join(f"{labels.get(site, site)}: {_typed(row)}" for site, row in locks.items()) or NO_LOCKS
 
-    lock.click(set_lock, [block, weights, factor, sites, prompt, page.locks], [page.locks, why])
-    free.click(lambda: {}, None, page.locks)
-    gr.on([page.locks.change, sites.change], held, [page.locks, sites], locked, show_progress="hidden")
+    lock.click(set_lock, [block, weights, factor, sites, prompt, page.form.locks], [page.form.locks, why])
+    free.click(lambda: {}, None, page.form.locks)
+    gr.on([page.form.locks.change, sites.change], held, [page.form.locks, sites], locked, show_progress="hidden")
     block.change(lambda block, gates: gates.get(block, ""), [block, gates], weights)
     return block
 
@@ -168,11 +169,11 @@ def _grid(page: Page) -> None:
         "An axis is `seed=1,2,3`, `weight fox=0,0.5,1` or `arm=base,sum,gates`. An arm is a way to combine the "
         f"LoRAs: base (none of them), alone NAME, sum, merge METHOD or gates. The others are {markdown(others)}."
     )
-    row(*page.axes)
+    row(*page.form.axes)
     make, status = buttons(page, "grid", "Make the grid")
     sheet = figure(label="Grid", visible=False, elem_id="sheet")
 
     def show(job: Job) -> Values:
         return {sheet: gr.update(value=job.event.sheet, visible=True)} if job.event.sheet else {}
 
-    connect_job(page, "grid", [make.click], page.actions.grid, show, [status, sheet], more=page.axes)
+    connect_job(page, "grid", [make.click], page.actions.grid, show, [status, sheet], more=page.form.axes)

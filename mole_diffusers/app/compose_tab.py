@@ -9,12 +9,13 @@ import gradio as gr
 
 from mole_diffusers.app import lora_browser, mixer, sizes
 from mole_diffusers.app.mixer_cards import MixerCard
-from mole_diffusers.app.page import ORDERED, Page, Values
+from mole_diffusers.app.page import Page
 from mole_diffusers.app.paint import Painting
+from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.queue_panel import QueuePanel
 from mole_diffusers.app.recipe_tab import fill_from
 from mole_diffusers.app.stage import Stage
-from mole_diffusers.app.style import row, status_line
+from mole_diffusers.app.style import Values, row, status_line
 
 HISTORY = 30  # earlier prompts that are listed
 
@@ -38,7 +39,7 @@ def build(page: Page) -> None:
             lora_browser.build(page)
             mixer.build(page)
             _settings(page)
-    queue.connect(stage, [page.controls["prompt"].submit], [*page.inputs, page.count, page.over])
+    queue.connect(stage, [page.prompt.text.submit], [*page.form.inputs, page.form.more["count"], page.over.editor])
     stage.connect()
     painting.connect(paint)
     _connect_prompt(page, undo)
@@ -46,9 +47,9 @@ def build(page: Page) -> None:
 
 def _ask(page: Page, queue: QueuePanel) -> Any:
     """The prompt, and the buttons that draw it. Returns the one that undoes its last change."""
-    page.controls["prompt"].render()
-    page.problem.render()
-    page.controls["negative"].render()
+    page.prompt.text.render()
+    page.prompt.problem.render()
+    page.form.controls["negative"].render()
     with gr.Row(elem_id="go", equal_height=True):
         queue.button.render()
         queue.more.render()
@@ -60,41 +61,41 @@ def _ask(page: Page, queue: QueuePanel) -> Any:
 
 def _connect_prompt(page: Page, undo: Any) -> None:
     """Keep the cards in step with what is typed, and bring back what the prompt was."""
-    prompt = page.controls["prompt"]
+    prompt = page.prompt.text
 
     def changed(text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
-        return page.cards_now(text, cards) | {page.rewrites: page.typed(text, rewrites)}
+        return page.prompt.cards_now(text, cards) | {page.prompt.rewrites: page.prompt.typed(text, rewrites)}
 
-    gr.on([prompt.blur, prompt.submit], changed, page.written, page.of_cards, **mixer.LAST)
-    undo.click(page.undo, [prompt, page.rewrites], [prompt, *page.of_cards], **ORDERED)
+    gr.on([prompt.blur, prompt.submit], changed, page.prompt.written, page.prompt.of_cards, **mixer.LAST)
+    undo.click(page.prompt.undo, [prompt, page.prompt.rewrites], [prompt, *page.prompt.of_cards], **ORDERED)
 
 
 def _settings(page: Page) -> None:
     """The other fields of a recipe."""
-    fields = page.controls
+    fields = page.form.controls
     sizes.build(page)
     with gr.Row():
         fields["seed"].render()
         new = gr.Button("New seed", size="sm", min_width=80, scale=0, elem_id="new-seed")
         new.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False)
-    row(page.count, fields["steps"])
+    row(page.form.more["count"], fields["steps"])
     fields["guidance"].render()
     _earlier(page)
-    with page.over_panel.render():
+    with page.over.panel.render():
         gr.Markdown("Paint what is to change in a picture, or nothing for all of it.")
-        page.over.render()
-        page.over_status.render()
+        page.over.editor.render()
+        page.over.status.render()
         fields["strength"].render()
         row(fields["hires"], fields["hires_strength"])
         row(fields["upscaler"], fields["detail"])
-    with page.second.render():
+    with page.form.more["second"].render():
         for name in ("prompt_2", "negative_2"):
             fields[name].render()
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         row(fields["width"], fields["height"])
         row(fields["sampler"], fields["clip_skip"])
         row(fields["binding"], fields["gates"])
-        page.add.render()
+        page.form.more["add"].render()
 
 
 def _earlier(page: Page) -> None:
@@ -111,8 +112,8 @@ def _earlier(page: Page) -> None:
 
     def taken(prompt: str, *now: Any) -> Values:
         text, cards, rewrites = now
-        written = page.rewrite(text, prompt, page.typed(text, rewrites))
-        return page.cards_now(prompt, cards) | written
+        written = page.prompt.rewrite(text, prompt, page.prompt.typed(text, rewrites))
+        return page.prompt.cards_now(prompt, cards) | written
 
     panel.expand(listed, None, earlier)
-    earlier.input(taken, [earlier, *page.written], [page.controls["prompt"], *page.of_cards], **ORDERED)
+    earlier.input(taken, [earlier, *page.prompt.written], [page.prompt.text, *page.prompt.of_cards], **ORDERED)

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image, ImageChops, ImageFilter
 
+from mole_diffusers.app.style import Values, status_line
 from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.picture_passes import on_white
@@ -63,10 +64,32 @@ editor: Any = partial(
 )
 
 
-def put(path: Path) -> dict[str, Any]:
-    """A value for the editor: the picture in a file, without paint."""
-    picture = Image.open(path).convert("RGB")
-    return {"background": picture, "layers": [], "composite": picture}
+class OverPanel:
+    """The panel of a picture to draw over. Its parts are laid out (`render`) by the tab.
+
+    Attributes:
+        panel: all of it.
+        editor: the picture, and what is painted on it.
+        status: a status line.
+        has: whether a picture is in the editor (hidden). The browser keeps this, but not the picture.
+    """
+
+    def __init__(self) -> None:
+        self.panel = gr.Accordion("Draw over a picture, or larger", open=False, render=False, elem_id="over")
+        sources = ("upload", "clipboard")
+        self.editor = editor(label="To draw over", sources=sources, elem_id="over-picture", render=False)
+        self.status = status_line(elem_id="over-status", render=False)
+        self.has = gr.Checkbox(False, visible="hidden", elem_id="has-over")
+        self.editor.upload(None, None, [self.has, self.status], js="() => [true, '']")
+        self.editor.clear(None, None, self.has, js="() => false")
+
+    def put(self, path: Path) -> Values:
+        """Updates that put a picture into the editor, and open the panel. Raises ValueError if its file is gone."""
+        if not path.exists():
+            raise ValueError("this picture is not in the gallery any more")
+        picture = Image.open(path).convert("RGB")
+        value = {"background": picture, "layers": [], "composite": picture}
+        return {self.editor: value, self.panel: gr.update(open=True)}
 
 
 def paint(value: dict[str, Any]) -> Image.Image:

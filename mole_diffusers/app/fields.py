@@ -58,8 +58,8 @@ CONTROLS: dict[str, Callable[..., Any]] = {  # field of a Recipe -> its componen
         choice,
         BINDINGS,
         label="Binding",
-        info="bound: each LoRA on its words, in its place; tiles: drawn there by itself at first; automatic: tiles "
-        "where there is room",
+        info="bound: each LoRA on its words, in its place; tiles: in some steps also drawn there by "
+        "itself; automatic: tiles where there is room",
     ),
     "clip_skip": slider("clip_skip", 1, "Clip skip", "1: all layers; many checkpoints for drawings want 2"),
     "strength": slider("strength", 0.05, "Change (denoising strength)", "how much of the picture is drawn anew"),

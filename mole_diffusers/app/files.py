@@ -1,14 +1,13 @@
-"""Files that visitors upload and download: LoRAs, and trained gates as a pair of files.
+"""Files that visitors upload and download, above all trained gates as a pair of files.
 
 The pair is a .safetensors with the weights and a .json with their config.
 """
 
 from __future__ import annotations
 
-import filecmp
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,8 +16,6 @@ from typing import Any
 from mole_diffusers.app.sentences import without_folders
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.gates import FAMILIES, checkpoint
-from mole_diffusers.lora import read_expert
-from mole_diffusers.lora.families import check_family
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.names import matching
 
@@ -42,35 +39,6 @@ def check_room(kept: Iterable[Path], new: Iterable[Path]) -> None:
     """Raises ValueError if the files that are kept and the new ones are more than `MOST_KEPT` together."""
     if sum(path.stat().st_size for path in (*kept, *new) if path.is_file()) > MOST_KEPT:
         raise ValueError(f"there is no room: uploads take at most {MOST_KEPT >> 30} GiB here; delete some first")
-
-
-def add_lora(catalog: Catalog, path: Path, folder: Path, hosts: Mapping[str, Any]) -> str:
-    """Copy an uploaded LoRA into `folder`, add it to the catalog under its file name, and return that name.
-
-    If the same file is already here, it is not copied, and its name here is returned. Raises ValueError for anything but a
-    good LoRA file for the models `hosts`, for a name that another file has, and if there is no room. Nothing is left behind
-    then.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with uploaded(path):
-        size = path.stat().st_size
-        for known, file in list(catalog.loras.items()):
-            if file.is_file() and file.stat().st_size == size and filecmp.cmp(file, path, shallow=False):
-                return known
-        name = re.sub(r"[^\w .+-]", "_", path.name.removesuffix(".safetensors"))[:80].strip(" .") or "lora"
-        copy = folder / f"{name}.safetensors"
-        if matching(name, catalog.loras) is not None or copy.exists():
-            raise ValueError(f"there is already another LoRA {name!r}; rename the file")
-        check_room(folder.iterdir(), [path])
-        try:
-            check_family((expert := read_expert(path, name)).base, hosts)
-        except ValueError as error:
-            said = without_folders(str(error))
-            raise ValueError(said if path.name in said else f"{path.name}: {said}") from error
-        part = copy.with_suffix(".part")
-        shutil.copyfile(path, part)
-        catalog.add_lora(name, part.rename(copy), expert)
-        return name
 
 
 def check_gates_name(name: str) -> str:

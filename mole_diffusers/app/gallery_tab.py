@@ -7,9 +7,10 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.page import ORDERED, Page, Values
+from mole_diffusers.app.page import Page
 from mole_diffusers.app.sentences import errors_to, markdown
-from mole_diffusers.app.style import clicked, gallery, gallery_items, status_line
+from mole_diffusers.app.stage import chosen_picture, connect_use
+from mole_diffusers.app.style import Values, clicked, gallery, gallery_items, status_line
 
 AT_ONCE = 60  # pictures shown at first; "Show more" adds as many
 
@@ -52,37 +53,17 @@ def build(page: Page) -> None:
         return clicked(event), f"chosen: {markdown(clicked(event))}"
 
     @errors_to(status)
-    def reuse(name: str) -> Values:
-        entry = kept.entry(_the_chosen(name))
-        _, values, notes = page.filled(entry.contents)
-        tab = "Compare" if entry.contents.axes else "Compose"  # the tab with the button for it
-        words = ["its settings are in all fields", entry.sheet and f"it shows {entry.sheet}", *notes]
-        return values | {page.tabs: gr.update(selected=tab), status: markdown("; ".join(filter(None, words)))}
-
-    @errors_to(status)
-    def draw_over_it(name: str) -> Values:
-        put = page.put_over(kept.entry(_the_chosen(name)).path)
-        return put | {page.tabs: gr.update(selected="Compose"), status: 'it is in "Draw over a picture"'}
-
-    @errors_to(status)
     def favour(name: str, *asked: Any) -> Values:
-        on = not kept.entry(_the_chosen(name)).favourite
+        on = not kept.entry(chosen_picture(name)).favourite
         kept.favour(name, on)
         found = search(*asked, words="marked; " if on else "no longer marked; ")
         return found | {chosen: name if name in [Path(file).name for file, _ in found[pictures]["value"]] else ""}
 
     outputs = [pictures, count, more, chosen, status]
     # Search while typing, not when the field loses focus: clicking a picture does that, and the click would be lost.
-    asking = [page.tab.select, starred.input, text.input, lora.input]
+    asking = [page.tab["Gallery"].select, starred.input, text.input, lora.input]
     gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden")
     more.click(show_more, [*asked, count], outputs)
     pictures.select(choose, None, [chosen, status], trigger_mode="multiple")
-    use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **ORDERED)
-    over.click(draw_over_it, chosen, [page.over, page.over_panel, page.tabs, status])
+    connect_use(page, chosen, use, over, status)
     star.click(favour, [chosen, *asked, count], outputs)
-
-
-def _the_chosen(name: str) -> str:
-    if not name:
-        raise ValueError("click a picture first")
-    return name

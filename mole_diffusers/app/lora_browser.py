@@ -11,9 +11,10 @@ import gradio as gr
 
 from mole_diffusers.app.mixer import picture_of
 from mole_diffusers.app.mixer_cards import MixerCard
-from mole_diffusers.app.page import ORDERED, Page, Values
+from mole_diffusers.app.page import Page
+from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import errors_to, markdown
-from mole_diffusers.app.style import status_line
+from mole_diffusers.app.style import Values, status_line
 
 ALL = "all folders"
 ORDERS = {"for this base first": "fit", "by name": "name", "newest first": "newest"}
@@ -34,11 +35,11 @@ def build(page: Page) -> None:
     def chosen(name: str | None, *now: Any) -> Values:
         names = [name] if name else []
         check_fit(names)
-        return page.edited(names, *now) | {page.add: None}
+        return page.prompt.edited(names, *now) | {by_name: None}
 
     @errors_to(why)
     def found(text: str) -> Any:
-        hits = page.actions.find(text)
+        hits = page.actions.loras.find(text)
         names = [hit.name for hit in hits]
         check_fit(names)
         words = "; ".join(f"**{markdown(hit.name)}**: {markdown(hit.why)}" for hit in hits)
@@ -46,15 +47,16 @@ def build(page: Page) -> None:
 
     @errors_to(why)
     def uploaded(path: str) -> Any:
-        name = page.actions.add_lora(Path(path))
+        name = page.actions.loras.add(Path(path))
         check_fit([name])
         return [name], f"added **{markdown(name)}**"
 
-    outputs = [*page.written, page.shown, page.add, why]
-    page.add.input(chosen, [page.add, *page.written], outputs, trigger_mode="multiple", **ORDERED)
-    _add_found(page, find.click, found, page.controls["prompt"], why, concurrency_limit=None)
+    by_name = page.form.more["add"]
+    outputs = [*page.prompt.written, page.prompt.shown, by_name, why]
+    by_name.input(chosen, [by_name, *page.prompt.written], outputs, trigger_mode="multiple", **ORDERED)
+    _add_found(page, find.click, found, page.prompt.text, why, concurrency_limit=None)
     event = _add_found(page, upload.upload, uploaded, upload, why)
-    event.then(page.now, None, page.lists, show_progress="hidden")
+    event.then(page.form.now, None, page.form.lists, show_progress="hidden")
 
 
 def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **options: Any) -> Any:
@@ -62,10 +64,10 @@ def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **option
     names = gr.State([])
 
     def add(found: list[str], *now: Any) -> Values:
-        return (page.edited(found, *now) if found else {}) | {names: []}
+        return (page.prompt.edited(found, *now) if found else {}) | {names: []}
 
     known = event(find, given, [names, why], **options)
-    return known.then(add, [names, *page.written], [names, *page.written, page.shown], **ORDERED)
+    return known.then(add, [names, *page.prompt.written], [names, *page.prompt.written, page.prompt.shown], **ORDERED)
 
 
 def _panel(page: Page, browse: Any) -> None:
@@ -108,31 +110,34 @@ def _panel(page: Page, browse: Any) -> None:
             said: "; ".join(filter(None, [words, number])) if loras else NONE_HERE,
         }
 
-    asked = [text, where, order, page.cards]
+    asked = [text, where, order, page.prompt.cards]
 
     @errors_to(said)
     def picked(event: gr.SelectData, names: list[str], *now: Any) -> Values:
         name, (_, cards, _) = names[event.index], now
         page.actions.studio.check_fit([name])
         if any(card["name"] == name and card["on"] for card in cards):
-            return page.edited([name], *now, on=False) | {said: f"**{markdown(name)}** is off"}
-        return page.edited([name], *now) | {said: f"added **{markdown(name)}**"}
+            return page.prompt.edited([name], *now, on=False) | {said: f"**{markdown(name)}** is off"}
+        return page.prompt.edited([name], *now) | {said: f"added **{markdown(name)}**"}
 
     def look_again(*asked: Any) -> Values:
-        new = page.actions.find_loras()
+        new = page.actions.loras.look_for_new()
         return search(*asked, words=f"new: {markdown(', '.join(new))}" if new else "no new files")
 
     def show_more(text: str, where: str, order: str, cards: list[MixerCard], most: int) -> Values:
         return search(text, where, order, cards, most + AT_ONCE)
 
+    def marked(*given: Any) -> Values:  # which are in the prompt
+        return {grid: search(*given)[grid]}
+
     outputs = [grid, names, count, more, where, said]
     asking = [browse.click, text.input, where.input, order.input]
     gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden")
-    marks, last = [*asked, count], {"trigger_mode": "always_last", "show_progress": "hidden"}
-    page.shown.change(lambda *given: {grid: search(*given)[grid]}, marks, grid, **last)  # which are in the prompt
+    page.prompt.shown.change(marked, [*asked, count], grid, trigger_mode="always_last", show_progress="hidden")
     more.click(show_more, [*asked, count], outputs)
-    again.click(look_again, asked, outputs).then(page.now, None, page.lists, show_progress="hidden")
-    grid.select(picked, [names, *page.written], [*page.written, page.shown, said], trigger_mode="multiple", **ORDERED)
+    again.click(look_again, asked, outputs).then(page.form.now, None, page.form.lists, show_progress="hidden")
+    written = page.prompt.written
+    grid.select(picked, [names, *written], [*written, page.prompt.shown, said], trigger_mode="multiple", **ORDERED)
     browse.click(lambda: gr.update(visible=True), None, panel)
     done.click(lambda: gr.update(visible=False), None, panel)
 

@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mole_diffusers.app.fields import CARD
 from mole_diffusers.app.mixer_cards import MixerCard, edit, fields_of, newest, triggers_in, with_tag, with_triggers
-from mole_diffusers.app.page import ORDERED, Page, Values
+from mole_diffusers.app.page import Page
+from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import errors_to, markdown
-from mole_diffusers.app.style import figure
+from mole_diffusers.app.style import Values, figure
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.binding.who_acts import Role
 from mole_diffusers.studio.prompt_syntax import PAINTED
@@ -33,13 +34,13 @@ MOST_CHIPS = 8  # trigger words on a card
 
 
 def build(page: Page) -> None:
-    """Lay out the cards. They are redrawn whenever `page.shown` changes."""
-    prompt = page.controls["prompt"]
+    """Lay out the cards. They are redrawn whenever `PromptBox.shown` changes."""
+    prompt, shown = page.prompt.text, page.prompt.shown
     said = gr.HTML("", elem_id="roles")
 
-    @gr.render(inputs=[page.shown, prompt], triggers=[page.shown.change], **ORDERED)
-    def draw(shown: dict[str, Any], prompt_now: str) -> None:
-        cards = shown["cards"]
+    @gr.render(inputs=[shown, prompt], triggers=[shown.change], **ORDERED)
+    def draw(drawn: dict[str, Any], prompt_now: str) -> None:
+        cards = drawn["cards"]
         if not cards:
             gr.Markdown(
                 "No LoRA yet. Browse yours, or let the app find those that the prompt asks for.", elem_classes="hint"
@@ -48,16 +49,16 @@ def build(page: Page) -> None:
         for n, card in enumerate(cards):
             _card(page, card, n, prompt_now)
 
-    def tell(request: gr.Request, visitor: str, prompt_now: str, shown: dict[str, Any]) -> str:
-        return lines(sentences(page, request, visitor, prompt_now), shown["cards"])
+    def tell(request: gr.Request, visitor: str, prompt_now: str, drawn: dict[str, Any]) -> str:
+        return lines(sentences(page, request, visitor, prompt_now), drawn["cards"])
 
     # Not in `draw`: a page whose cards are just drawn anew could call an event that is gone.
-    events = [prompt.change, page.showing.change, page.shown.change]
-    gr.on(events, tell, [page.visitor, prompt, page.shown], said, trigger_mode="always_last", show_progress="hidden")
+    events, given = [prompt.change, page.showing.change, shown.change], [page.visits.visitor, prompt, shown]
+    gr.on(events, tell, given, said, trigger_mode="always_last", show_progress="hidden")
 
 
 def lines(said: Mapping[str, str], cards: Sequence[MixerCard]) -> str:
-    """CSS that writes on each card what its LoRA does. Only letters and digits are not escaped, since files have words, too."""
+    """CSS that writes on each card what its LoRA does. All but letters and digits is escaped: files have words, too."""
     rules = []
     for n, card in enumerate(cards):
         words = re.sub(r"\W", lambda char: f"\\{ord(char[0]):06x}", said.get(card["name"], ""))
@@ -68,10 +69,10 @@ def lines(said: Mapping[str, str], cards: Sequence[MixerCard]) -> str:
 def sentences(page: Page, request: gr.Request | None, visitor: str, prompt: str) -> dict[str, str]:
     """LoRA -> what it does in the picture of a prompt; {} for a prompt that cannot be read."""
     try:
-        roles = page.actions.roles(prompt)
+        roles = page.actions.loras.roles(prompt)
     except (ValueError, FileNotFoundError):  # said below the prompt
         return {}
-    last = next(reversed(page.drawn(request, visitor)), None)
+    last = next(reversed(page.visits.drawn(request, visitor)), None)
     regions = last.layout.regions if last and last.layout else {}
     return {name: sentence(role, stands(regions.get(name))) for name, role in roles.items()}
 
@@ -99,7 +100,7 @@ def stands(region: Any) -> str:
 def _card(page: Page, card: MixerCard, n: int, prompt: str) -> None:
     """The card of one LoRA: switch, strength and place; what it does (see `lines`), and below that, folded if unused, the
     rest of its tag and its file's facts."""
-    name, report = card["name"], page.actions.report(card["name"])
+    name, report = card["name"], page.actions.loras.report(card["name"])
     typed = fields_of(card, page.actions.studio.catalog.loras)
     triggers = report["triggers"][:MOST_CHIPS]
     present = triggers_in(prompt, triggers)
@@ -156,7 +157,7 @@ def in_switch(region: str) -> str | None:
 
 def picture_of(page: Page, name: str) -> Image.Image:
     """What a LoRA looks like, or its first letter."""
-    if (found := page.actions.thumbnail(name)) is not None:
+    if (found := page.actions.loras.thumbnail(name)) is not None:
         return found
     letter = Image.new("RGB", (SIDE, SIDE), "#4b5563")
     ImageDraw.Draw(letter).text((SIDE / 2,) * 2, name[:1].upper(), "white", ImageFont.load_default(SIDE // 2), anchor="mm")
@@ -195,7 +196,7 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
 
     seen = gr.State(shows(card))  # the values that this card shows
 
-    @errors_to(page.problem)
+    @errors_to(page.prompt.problem)
     def write(seen_now: dict[str, Any], text: str, cards: list[MixerCard], rewrites: list[str], *values: Any) -> Values:
         given = dict(zip(parts, values, strict=True))
         edits = {key: value for key, value in given.items() if (value or None) != (seen_now[key] or None)}
@@ -213,31 +214,31 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
         written = {parts[key]: value for key, value in shown.items() if key != "slider" and value != given[key]}
         if not is_moved and shown["unet"] != seen_now["unet"]:
             written[parts["slider"]] = gr.update(**slider_update(shown["unet"]))
-        asked = {page.to_paint: (name, time.monotonic_ns())} if given["place"] == PAINTED != seen_now["place"] else {}
-        return page.rewrite(text, rewritten, rewrites) | written | {page.cards: cards, seen: shown} | asked
+        asked = {page.prompt.to_paint: (name, time.monotonic_ns())} if given["place"] == PAINTED != seen_now["place"] else {}
+        return page.prompt.rewrite(text, rewritten, rewrites) | written | {page.prompt.cards: cards, seen: shown} | asked
 
-    now = [seen, *page.written]
+    now = [seen, *page.prompt.written]
     events = [parts["slider"].release, *(parts[key].input for key in ("on", "lbw", "word", "region", "place"))]
     for key in ("unet", "te", "start", "stop"):
         events += [parts[key].submit, parts[key].blur]
-    outputs = [*now, *parts.values(), page.to_paint, page.problem]
+    outputs = [*now, *parts.values(), page.prompt.to_paint, page.prompt.problem]
     gr.on(events, write, [*now, *parts.values()], outputs, **LAST)
 
 
 def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: Any) -> None:
     """Let removing the card and switching trigger words change the prompt."""
-    catalog, prompt = page.actions.studio.catalog, page.controls["prompt"]
+    prompt, known = page.prompt, page.actions.studio.catalog.loras
 
-    @errors_to(page.problem)
+    @errors_to(prompt.problem)
     def removed(text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
         left = [other for other in cards if other["name"] != name]
-        rewritten = page.rewrite(text, with_tag(newest(text, rewrites), name, None, catalog.loras), rewrites)
-        return rewritten | page.redraw(left)
+        return prompt.rewrite(text, with_tag(newest(text, rewrites), name, None, known), rewrites) | prompt.redraw(left)
 
-    @errors_to(page.problem)
+    @errors_to(prompt.problem)
     def switched(before: list[str], chosen: list[str], text: str, rewrites: list[str]) -> Values:
-        new = with_triggers(newest(text, rewrites), before, chosen, catalog.loras)
-        return page.rewrite(text, new, rewrites) | {ticked: chosen}
+        new = with_triggers(newest(text, rewrites), before, chosen, known)
+        return prompt.rewrite(text, new, rewrites) | {ticked: chosen}
 
-    chips.input(switched, [ticked, chips, prompt, page.rewrites], [prompt, page.rewrites, ticked, page.problem], **LAST)
-    remove.click(removed, page.written, [*page.written, page.shown, page.problem], **LAST)
+    now = [prompt.text, prompt.rewrites]
+    chips.input(switched, [ticked, chips, *now], [*now, ticked, prompt.problem], **LAST)
+    remove.click(removed, prompt.written, [*prompt.written, prompt.shown, prompt.problem], **LAST)

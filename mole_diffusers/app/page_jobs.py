@@ -9,9 +9,10 @@ import gradio as gr
 
 from mole_diffusers.app.actions import Progress
 from mole_diffusers.app.jobs import Job, Jobs, Work
-from mole_diffusers.app.page import Page, Values, session
+from mole_diffusers.app.page import Page
 from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem
-from mole_diffusers.app.style import status_line
+from mole_diffusers.app.style import Values, status_line
+from mole_diffusers.app.visits import session
 
 Show = Callable[[Job], Values]
 Refused = Callable[[Exception], Values] | None
@@ -40,10 +41,11 @@ def connect_job(
     """
 
     def work(*values: Any) -> Work:
-        recipe, *given, over = page.asked(*values)
+        recipe, *given, over = page.form.asked(*values)
         return work_of(recipe, *given, over)
 
-    follow(page, kind, start, work, [*page.inputs, *more, page.over if draws else gr.State()], show, outputs, refused)
+    inputs = [*page.form.inputs, *more, page.over.editor if draws else gr.State()]
+    follow(page, kind, start, work, inputs, show, outputs, refused)
 
 
 def follow(
@@ -69,26 +71,26 @@ def follow(
 
     def watch(request: gr.Request, job: Job) -> Iterator[Values]:
         before: Values = {}
-        for _ in page.watch(request, kind, job):
+        for _ in page.visits.watch(request, kind, job):
             now = show(job) if job.event is not None else {}
-            yield {status: said(page.jobs, job)} | {c: v for c, v in now.items() if c not in before or before[c] != v}
+            yield {status: said(page.visits.jobs, job)} | {c: v for c, v in now.items() if c not in before or before[c] != v}
             before |= now
 
     def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
         try:
-            job = page.jobs.submit(visitor or session(request), kind, work_of(*values))
+            job = page.visits.jobs.submit(visitor or session(request), kind, work_of(*values))
         except USER_ERRORS as error:
             yield {status: problem(error)} | (refused(error) if refused else {})
         else:
             yield from watch(request, job)
 
     def resume(request: gr.Request, visitor: str) -> Iterator[Any]:
-        job = page.jobs.latest(visitor, kind)
+        job = page.visits.jobs.latest(visitor, kind)
         yield from [gr.skip()] if job is None else watch(request, job)
 
-    page.entered.then(resume, page.visitor, outputs, concurrency_limit=None)
+    page.entered.then(resume, page.visits.visitor, outputs, concurrency_limit=None)
     every_press: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": None}  # is a job of its own
-    return [event(begin, [page.visitor, *inputs], outputs, **every_press) for event in start]
+    return [event(begin, [page.visits.visitor, *inputs], outputs, **every_press) for event in start]
 
 
 def buttons(page: Page, kind: str, start: str, stop: str = "Cancel") -> tuple[Any, Any]:
@@ -106,10 +108,10 @@ def buttons(page: Page, kind: str, start: str, stop: str = "Cancel") -> tuple[An
 
     def cancel(request: gr.Request, visitor: str) -> Any:
         owners = {visitor or session(request), session(request)}  # a job that began while the page opened is its session's
-        stopped = [page.jobs.stop_all(owner, kind) for owner in owners]
+        stopped = [page.visits.jobs.stop_all(owner, kind) for owner in owners]
         return gr.skip() if any(stopped) else "nothing of yours is running"  # else the job itself reports that it stops
 
-    stops.click(cancel, page.visitor, status, concurrency_limit=None)
+    stops.click(cancel, page.visits.visitor, status, concurrency_limit=None)
     return starts, status
 
 

@@ -11,10 +11,11 @@ from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.draw_over import OPACITY
 from mole_diffusers.app.mixer_cards import MixerCard, parse_named, shades
-from mole_diffusers.app.page import ORDERED, Page, Values
+from mole_diffusers.app.page import Page
+from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.stage import Stage
-from mole_diffusers.app.style import status_line
+from mole_diffusers.app.style import Values
 from mole_diffusers.binding.as_text import mask_text, parse_region, read_mask
 from mole_diffusers.binding.regions import BOXES, region_mask
 from mole_diffusers.inspection.layout_figure import as_grey
@@ -45,16 +46,16 @@ class Painting:
                 self.use = gr.Button("Use this region", size="sm", variant="primary", min_width=100, elem_id="paint-use")
                 self.empty = gr.Button("Start empty", size="sm", min_width=90, elem_id="paint-empty")
                 self.back = gr.Button("Back to the picture", size="sm", min_width=100, elem_id="paint-back")
-            self.status = status_line(elem_id="paint-status")
 
     def connect(self, opens: Any) -> None:
         """Connect it. `opens` is the button that opens it; a card that is switched to painted does so, too."""
         page, stage = self.page, self.stage
-        panels = [stage.picture, self.panel, self.editor, self.which, self.status, stage.status]
+        panels = [stage.picture, self.panel, self.editor, self.which, stage.status]
 
-        def started(
-            request: gr.Request, visitor: str, name: str | None, shown: str, cards: list[MixerCard], masks: dict, *now: Any,
-            keep: bool = True,
+        @errors_to(stage.status)
+        def opened(
+            request: gr.Request, visitor: str, keep: bool, name: str | None, shown: str, cards: list[MixerCard],
+            masks: dict[str, str], *now: Any,
         ) -> Values:  # fmt: skip
             """Open the editor with a LoRA's present region, or empty."""
             text, width, height = now
@@ -62,7 +63,7 @@ class Painting:
             if not names:
                 raise ValueError("add a LoRA first: a region is where one acts")
             name = name if name is not None and name in names else names[0]
-            picture = next((each for each in page.drawn(request, visitor) if each.path.name == shown), None)
+            picture = next((each for each in page.visits.drawn(request, visitor) if each.path.name == shown), None)
             background = picture.path if picture else page.actions.gallery.folder / shown if shown else None
             own = picture_size(background) or page.actions.size_of(Recipe(text, width=width or 0, height=height or 0))
             tags = parse_named(text, page.actions.studio.catalog.loras).tags
@@ -73,43 +74,32 @@ class Painting:
                 self.panel: gr.update(visible=True),
                 self.editor: gr.update(value=canvas(background, own, region, colour), brush=draw_over.brush(colour)),
                 self.which: gr.update(choices=names, value=name),
-                stage.status: "",
             }
 
-        @errors_to(self.status)
-        def start(request: gr.Request, *given: Any) -> Values:
-            return started(request, *given)
-
-        @errors_to(stage.status)
-        def opened(request: gr.Request, *given: Any) -> Values:
-            return started(request, *given)
-
-        def by_card(request: gr.Request, visitor: str, asked: Any, *given: Any) -> Values:
-            return opened(request, visitor, asked[0], *given)
-
-        @errors_to(self.status)
-        def emptied(request: gr.Request, *given: Any) -> Values:
-            return started(request, *given, keep=False)
+        def by_card(request: gr.Request, visitor: str, keep: bool, asked: Any, *given: Any) -> Values:
+            return opened(request, visitor, keep, asked[0], *given)
 
         def closed() -> Values:
-            return {stage.picture: gr.update(visible=True), self.panel: gr.update(visible=False), self.status: ""}
+            return {stage.picture: gr.update(visible=True), self.panel: gr.update(visible=False)}
 
-        @errors_to(self.status)
+        @errors_to(stage.status)
         def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], *now: Any) -> Values:
             if not name:
                 raise ValueError("choose the LoRA whose region this is")
             found = {**masks, name: mask_text(painted_mask(painted, edge))}
             said = f"**{markdown(name)}** acts in what you painted, from the next picture on"
-            return page.edited([name], *now, region=PAINTED) | {page.masks: found, stage.status: said} | closed()
+            return page.prompt.edited([name], *now, region=PAINTED) | {page.form.masks: found, stage.status: said} | closed()
 
-        given = [page.showing, page.cards, page.masks, *(page.controls[name] for name in ("prompt", "width", "height"))]
-        opens.click(opened, [page.visitor, self.which, *given], panels)
-        page.to_paint.change(by_card, [page.visitor, page.to_paint, *given], panels)
-        self.which.input(start, [page.visitor, self.which, *given], panels, trigger_mode="always_last")
-        self.empty.click(emptied, [page.visitor, self.which, *given], panels)
-        self.back.click(closed, None, panels[:2] + [self.status])
-        taken = [page.masks, *page.written, page.shown, *panels]
-        self.use.click(used, [self.which, self.editor, self.edge, page.masks, *page.written], taken, **ORDERED)
+        sizes = [page.form.controls[name] for name in ("width", "height")]
+        given = [page.showing, page.prompt.cards, page.form.masks, page.prompt.text, *sizes]
+        visitor, present, nothing = page.visits.visitor, gr.State(True), gr.State(False)
+        opens.click(opened, [visitor, present, self.which, *given], panels)
+        page.prompt.to_paint.change(by_card, [visitor, present, page.prompt.to_paint, *given], panels)
+        self.which.input(opened, [visitor, present, self.which, *given], panels, trigger_mode="always_last")
+        self.empty.click(opened, [visitor, nothing, self.which, *given], panels)
+        self.back.click(closed, None, panels[:2])
+        taken = [page.form.masks, *page.prompt.written, page.prompt.shown, *panels]
+        self.use.click(used, [self.which, self.editor, self.edge, page.form.masks, *page.prompt.written], taken, **ORDERED)
 
 
 def picture_size(path: Any) -> tuple[int, int] | None:

@@ -13,17 +13,18 @@ import gradio as gr
 
 from mole_diffusers.app.api import is_gone
 from mole_diffusers.app.jobs import Job
-from mole_diffusers.app.page import Page, Values, session
+from mole_diffusers.app.page import Page
 from mole_diffusers.app.page_jobs import said
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.stage import Stage
-from mole_diffusers.app.style import status_line
+from mole_diffusers.app.style import Values, status_line
+from mole_diffusers.app.visits import session
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
 
 COMPOSE, CANCEL = "Compose", "Cancel"  # what the button does, and says
 KIND = "compose"
-EVERY = 0.25  # seconds between looks at the queue
+EVERY = 0.4  # seconds between looks at the queue
 Rows = list[dict[str, Any]]  # of the queue: number of the job, title
 
 
@@ -48,7 +49,7 @@ class QueuePanel:
 
     def view(self, request: gr.Request, visitor: str, stage: Stage) -> tuple[int, Values]:
         """The number of the job that is shown, -1 for none, and what the page shows of the visitor's queue."""
-        jobs = self.page.jobs.of(self.page.owners(request, visitor), KIND)
+        jobs = self.page.visits.jobs.of(self.page.visits.owners(request, visitor), KIND)
         going = [job for job in jobs if not job.is_over]
         shown = going[0] if going else next(reversed(jobs), None)
         label, variant = (CANCEL, "stop") if going else (COMPOSE, "primary")
@@ -56,7 +57,7 @@ class QueuePanel:
         values: Values = {self.button: gr.update(value=label, variant=variant), self.rows: rows}
         if shown is None:
             return -1, values | stage.first()
-        values |= {self.status: said(self.page.jobs, shown), self.bar: _bar(shown)}
+        values |= {self.status: said(self.page.visits.jobs, shown), self.bar: _bar(shown)}
         return shown.number, values | stage.shows(shown.event)
 
     def connect(self, stage: Stage, starts: Sequence[Any], inputs: Sequence[Any]) -> None:
@@ -71,17 +72,17 @@ class QueuePanel:
 
         @errors_to(self.status)
         def queued(request: gr.Request, visitor: str, *values: Any) -> Values:
-            recipe, count, over = page.asked(*values)
+            recipe, count, over = page.form.asked(*values)
             work = page.actions.compose(recipe, count, over)
-            page.jobs.submit(visitor or session(request), KIND, work, self.title(recipe, count))
+            page.visits.jobs.submit(visitor or session(request), KIND, work, self.title(recipe, count))
             return {self.button: gr.update(value=CANCEL, variant="stop")}
 
         @errors_to(self.status)
         def pressed(request: gr.Request, label: str, visitor: str, *values: Any) -> Any:
             if label != CANCEL:
                 return queued(request, visitor, *values)
-            going = [job for job in page.jobs.of(page.owners(request, visitor), KIND) if not job.is_over]
-            stopped = [page.jobs.stop(job) for job in going[:1]]
+            going = [job for job in page.visits.jobs.of(page.visits.owners(request, visitor), KIND) if not job.is_over]
+            stopped = [page.visits.jobs.stop(job) for job in going[:1]]
             return {self.status: gr.skip() if any(stopped) else "nothing of yours is running"}
 
         async def watch(request: gr.Request, visitor: str) -> AsyncIterator[Values]:
@@ -93,12 +94,12 @@ class QueuePanel:
                 before, at = now, number
                 await asyncio.sleep(EVERY)
 
-        outputs, given = [self.status, self.button], [page.visitor, *inputs]
+        outputs, given = [self.status, self.button], [page.visits.visitor, *inputs]
         self.button.click(pressed, [self.button, *given], outputs, **every_press)
         for start in (self.more.click, *starts):
             start(queued, given, outputs, **every_press)
         watched = [self.status, self.button, self.bar, self.rows, *stage.outputs]
-        page.entered.then(watch, page.visitor, watched, concurrency_limit=None, show_progress="hidden")
+        page.entered.then(watch, page.visits.visitor, watched, concurrency_limit=None, show_progress="hidden")
 
     def title(self, recipe: Recipe, count: int) -> str:
         """What a job draws, for the list."""
@@ -118,21 +119,21 @@ class QueuePanel:
                 with gr.Row(elem_classes="job", equal_height=True):
                     gr.Markdown(f"{'now' if place == 0 else place} · {markdown(row['title'])}")
                     if place > 1:
-                        self._button("Up", row, self.page.jobs.advance)
+                        self._button("Up", row, self.page.visits.jobs.advance)
                     if place > 0:
-                        self._button("Cancel", row, self.page.jobs.stop)
+                        self._button("Cancel", row, self.page.visits.jobs.stop)
 
     def _button(self, label: str, row: dict[str, Any], does: Callable[[Job], bool]) -> None:
         """A button of a job that waits, and what it does."""
         page = self.page
 
         def act(request: gr.Request, visitor: str) -> None:
-            for job in page.jobs.of(page.owners(request, visitor), KIND):
+            for job in page.visits.jobs.of(page.visits.owners(request, visitor), KIND):
                 if job.number == row["number"]:
                     does(job)
 
         button = gr.Button(label, size="sm", min_width=44, scale=0, elem_classes=label.lower())
-        button.click(act, page.visitor, None, concurrency_limit=None, api_visibility="private")
+        button.click(act, page.visits.visitor, None, concurrency_limit=None, api_visibility="private")
 
 
 def _bar(job: Job) -> str:

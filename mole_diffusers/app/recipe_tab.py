@@ -9,10 +9,11 @@ import gradio as gr
 
 from mole_diffusers.app.files import uploaded
 from mole_diffusers.app.jobs import Job, Work
-from mole_diffusers.app.page import ORDERED, Page, Values
+from mole_diffusers.app.page import Page
 from mole_diffusers.app.page_jobs import connect_job
+from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import errors_to, markdown
-from mole_diffusers.app.style import status_line
+from mole_diffusers.app.style import Values, status_line
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
 from mole_diffusers.studio.picture_passes import with_pictures
@@ -67,7 +68,7 @@ def _saving(page: Page) -> None:
     text = gr.Code(label="Code", language="python", interactive=False, visible=False, elem_id="code-text", buttons=["copy"])
 
     def completed(*values: Any) -> Recipe:
-        recipe, over = page.asked(*values)
+        recipe, over = page.form.asked(*values)
         return page.actions.studio.complete(with_pictures(recipe, **over))
 
     @errors_to(status)
@@ -88,6 +89,6 @@ def _saving(page: Page) -> None:
         is_there = job.state == "done" and job.event.path.exists()
         return {file: gr.update(value=str(job.event.path), visible=True)} if is_there else {}
 
-    save.click(recipe_file, [*page.inputs, page.over], [file, status])
-    code.click(script, [*page.inputs, page.over], [text, status])
+    save.click(recipe_file, [*page.form.inputs, page.over.editor], [file, status])
+    code.click(script, [*page.form.inputs, page.over.editor], [text, status])
     connect_job(page, "export", [export.click], work_of, show, [status, file], more=[rank], draws=False)

@@ -7,9 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app.page import Page, Values
+from mole_diffusers.app.page import Page
 from mole_diffusers.app.sentences import errors_to
-from mole_diffusers.app.style import status_line
+from mole_diffusers.app.style import Values, status_line
 from mole_diffusers.studio.recipe import Recipe
 
 FIT = "the model's own"
@@ -19,7 +19,7 @@ SCALES = {"1 ×": 1.0, "1.25 ×": 1.25, "1.5 ×": 1.5, "2 ×": 2.0}
 
 def build(page: Page) -> None:
     """Lay out the buttons and connect them."""
-    width, height, prompt = (page.controls[name] for name in ("width", "height", "prompt"))
+    width, height, prompt = (page.form.controls[name] for name in ("width", "height", "prompt"))
     shape = gr.Radio(list(SHAPES), value=FIT, label="Shape", elem_id="shape", elem_classes="pills")
     scale = gr.Radio(list(SCALES), value=next(iter(SCALES)), label="Size", elem_id="scale", elem_classes="pills")
     with gr.Row(equal_height=True, elem_id="size-now"):
@@ -34,7 +34,7 @@ def build(page: Page) -> None:
 
     def told(*values: Any) -> Values:
         try:
-            recipe = page.recipe(*values)
+            recipe = page.form.recipe(*values)
             drawn = page.actions.studio.complete(recipe)
             better = page.actions.studio.size_with_room(drawn)
         except ValueError:  # said where it was typed
@@ -51,9 +51,9 @@ def build(page: Page) -> None:
     sizes = [width, height]
     gr.on([shape.input, scale.input], chosen, [shape, scale, prompt], [*sizes, said], show_progress="hidden")
     take.click(took, roomy, sizes)
-    asking = [width.change, height.change, page.shown.change, prompt.blur, page.controls["binding"].change]
+    asking = [width.change, height.change, page.prompt.shown.change, prompt.blur, page.form.controls["binding"].change]
     outputs = [said, take, roomy, shape, scale]
-    gr.on(asking, told, page.inputs, outputs, trigger_mode="always_last", show_progress="hidden")
+    gr.on(asking, told, page.form.inputs, outputs, trigger_mode="always_last", show_progress="hidden")
 
 
 def choices_for(page: Page, recipe: Recipe) -> tuple[str | None, str | None]:

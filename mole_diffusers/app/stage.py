@@ -10,9 +10,10 @@ from PIL import Image
 
 from mole_diffusers.app.actions import Progress
 from mole_diffusers.app.mixer_cards import MixerCard, shades
-from mole_diffusers.app.page import ORDERED, Page, Values
+from mole_diffusers.app.page import Page
+from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import errors_to, markdown
-from mole_diffusers.app.style import BUTTONS, figure, status_line
+from mole_diffusers.app.style import BUTTONS, Values, figure, status_line
 from mole_diffusers.inspection.layout_figure import overlay
 
 RECENT = 30  # pictures of the strip
@@ -96,29 +97,17 @@ class Stage:
         self.status.render()
 
         @errors_to(self.status)
-        def draw_over_it(name: str) -> Values:
-            return page.put_over(kept.entry(the_shown(name)).path)
-
-        @errors_to(self.status)
-        def use_settings(name: str) -> Values:
-            recipe, values, notes = page.filled(kept.entry(the_shown(name)).contents)
-            return values | {
-                self.status: markdown("; ".join([f"its settings are in all fields, seed {recipe.seed}", *notes]))
-            }
-
-        @errors_to(self.status)
         def use_seed(name: str) -> Values:
-            return {page.controls["seed"]: kept.entry(the_shown(name)).recipe.seed}
+            return {page.form.controls["seed"]: kept.entry(chosen_picture(name)).recipe.seed}
 
         @errors_to(self.status)
         def favour(name: str) -> Values:
-            on = not kept.entry(the_shown(name)).favourite
+            on = not kept.entry(chosen_picture(name)).favourite
             kept.favour(name, on)
             return self.newest() | {self.status: "a favourite" if on else "no favourite any more"}
 
-        over.click(draw_over_it, page.showing, [page.over, page.over_panel, self.status])
-        use.click(use_settings, page.showing, [*page.filled_fields, self.status], **ORDERED)
-        seed.click(use_seed, page.showing, [page.controls["seed"], self.status])
+        connect_use(page, page.showing, use, over, self.status)
+        seed.click(use_seed, page.showing, [page.form.controls["seed"], self.status])
         star.click(favour, page.showing, [self.strip, self.names, self.status])
         return paint
 
@@ -131,14 +120,14 @@ class Stage:
             return self.put(page.actions.gallery.entry(names[event.index]).path)
 
         def acted(request: gr.Request, visitor: str, name: str, cards: list[MixerCard]) -> Any:
-            picture = next((each for each in page.drawn(request, visitor) if each.path.name == name), None)
+            picture = next((each for each in page.visits.drawn(request, visitor) if each.path.name == name), None)
             if picture is None or picture.layout is None or not picture.layout.regions:
                 return gr.update(visible=False)
             found = overlay(Image.open(picture.path), picture.layout, shades=shades(cards))
             return gr.update(value=found, visible=True)
 
         self.strip.select(chosen, self.names, [self.picture, self.frame, page.showing, self.status], trigger_mode="multiple")
-        page.showing.change(acted, [page.visitor, page.showing, page.cards], self.map, show_progress="hidden")
+        page.showing.change(acted, [page.visits.visitor, page.showing, page.prompt.cards], self.map, show_progress="hidden")
 
 
 def framed(size: tuple[int, int]) -> str:
@@ -148,8 +137,29 @@ def framed(size: tuple[int, int]) -> str:
     return f"<style>:root {{ --wide: {width}; --high: {height}; --rendering: {rendering}; }}</style>"
 
 
-def the_shown(name: str) -> str:
-    """The file name of the large picture. Raises ValueError if there is none."""
+def connect_use(page: Page, chosen: gr.State, use: gr.Button, over: gr.Button, status: gr.Markdown) -> None:
+    """Let buttons use the settings of the picture with the chosen file name, and draw over it."""
+    kept = page.actions.gallery
+
+    @errors_to(status)
+    def reuse(name: str) -> Values:
+        entry = kept.entry(chosen_picture(name))
+        recipe, values, notes = page.filled(entry.contents)
+        tab = "Compare" if entry.contents.axes else "Compose"  # the tab with the button for it
+        words = [f"its settings are in all fields, seed {recipe.seed}", entry.sheet and f"it shows {entry.sheet}", *notes]
+        return values | {page.tabs: gr.update(selected=tab), status: markdown("; ".join(filter(None, words)))}
+
+    @errors_to(status)
+    def draw_over_it(name: str) -> Values:
+        put = page.over.put(kept.entry(chosen_picture(name)).path)
+        return put | {page.tabs: gr.update(selected="Compose"), status: 'it is in "Draw over a picture"'}
+
+    use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **ORDERED)
+    over.click(draw_over_it, chosen, [page.over.editor, page.over.panel, page.tabs, status])
+
+
+def chosen_picture(name: str) -> str:
+    """The file name of the chosen picture. Raises ValueError if there is none."""
     if not name:
-        raise ValueError("compose a picture first, or choose one")
+        raise ValueError("choose a picture first")
     return name

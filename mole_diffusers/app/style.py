@@ -12,6 +12,7 @@ from mole_diffusers.app.actions import Picture
 from mole_diffusers.app.gallery import Entry
 from mole_diffusers.inspection.gate_figures import COLOURS
 
+Values = dict[Any, Any]  # component -> its value, or a `gr.update`
 BUTTONS: Any = ["fullscreen", "download"]  # on pictures; without Gradio's "share", which would send them to the network
 figure = partial(gr.Image, format="png", interactive=False, buttons=BUTTONS, elem_classes="figure")
 gallery = partial(  # of PNG files

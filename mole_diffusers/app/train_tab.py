@@ -13,10 +13,10 @@ from mole_diffusers.app.files import GATES, default_gates_name, export_gates
 from mole_diffusers.app.gate_training import TrainingProgress, TrainingRequest
 from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import parse_named
-from mole_diffusers.app.page import Page, Values
+from mole_diffusers.app.page import Page
 from mole_diffusers.app.page_jobs import buttons, connect_job
 from mole_diffusers.app.sentences import errors_to, markdown
-from mole_diffusers.app.style import figure, gallery, row, status_line
+from mole_diffusers.app.style import Values, figure, gallery, row, status_line
 from mole_diffusers.app.training_runs import AGAIN, GatesExistError
 from mole_diffusers.binding.as_text import parse_phrases
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
@@ -65,14 +65,14 @@ def build(page: Page) -> None:
     begins: list[Any] = [start.click]
     for button, answer in zip((more, over), AGAIN, strict=True):
         begins.append(button.click(lambda answer=answer: (hidden, answer), None, [asked, again]).then)  # type: ignore[misc]
-    outputs = [status, loss, pictures, page.controls["gates"], page.trained, asked, again]
-    inputs = [*page.training.values(), again]
+    outputs = [status, loss, pictures, page.form.controls["gates"], page.form.more["trained"], asked, again]
+    inputs = [*page.form.training.values(), again]
     connect_job(page, "train", begins, work_of, show, outputs, more=inputs, draws=False, refused=refused)
 
 
 def _request(page: Page, values: Sequence[Any]) -> TrainingRequest:
     """The training that the fields ask for."""
-    wanted = dict(zip(page.training, values, strict=True))
+    wanted = dict(zip(page.form.training, values, strict=True))
     wanted |= {"name": wanted["name"] or "", "styles": wanted["styles"] or []}
     wanted |= {"singles": parse_singles(wanted["singles"]), "composed": _lines(wanted["composed"])}
     return TrainingRequest(**wanted)
@@ -80,7 +80,7 @@ def _request(page: Page, values: Sequence[Any]) -> TrainingRequest:
 
 def _fields(page: Page) -> None:
     """The fields of a TrainingRequest, and the button that fills them from the prompt."""
-    catalog, fields, prompt = page.actions.studio.catalog, page.training, page.controls["prompt"]
+    catalog, fields, prompt = page.actions.studio.catalog, page.form.training, page.prompt.text
     for name in ("name", "singles", "composed", "styles", "steps"):
         fields[name].render()
     row(fields["family"], fields["way"])
@@ -101,7 +101,7 @@ def _fields(page: Page) -> None:
             fields["name"]: default_gates_name(experts),
             fields["singles"]: "\n".join(f"{name}={own}" for name, prompts in singles.items() for own in prompts),
             fields["composed"]: text,
-            fields["styles"]: page.chosen(fields["styles"], found),
+            fields["styles"]: page.form.chosen(fields["styles"], found),
             why: "; ".join(words),
         }
 
@@ -178,7 +178,7 @@ def _lines(text: str | None) -> list[str]:
 
 def _gate_files(page: Page) -> None:
     """Lay out the download and upload of trained gates."""
-    catalog, which = page.actions.studio.catalog, page.trained
+    catalog, which = page.actions.studio.catalog, page.form.more["trained"]
     with gr.Accordion("Gates as files", open=False, elem_id="gate-files"):
         with gr.Row():
             which.render()
@@ -205,9 +205,9 @@ def _gate_files(page: Page) -> None:
         return _chosen(page, found["name"]) | {status: words}
 
     download.click(downloaded, which, [files, status])
-    upload.upload(uploaded, [upload, name], [page.controls["gates"], which, status])
+    upload.upload(uploaded, [upload, name], [page.form.controls["gates"], which, status])
 
 
 def _chosen(page: Page, name: str) -> Values:
     """Updates for both choices of gates after `name` was added."""
-    return {field: page.chosen(field, name) for field in (page.controls["gates"], page.trained)}
+    return {field: page.form.chosen(field, name) for field in (page.form.controls["gates"], page.form.more["trained"])}

@@ -49,7 +49,7 @@ def compose(
     """Draw a prompt with several LoRAs, next to the base, each LoRA alone and the plain sum.
 
     Each LoRA acts on its own words of the prompt and in its own place. If every place has room for a picture of the size
-    that the model was trained at, each LoRA's subject is first drawn by itself, in tiles.
+    that the model was trained at, each LoRA's subject is also drawn by itself in some steps, in tiles.
 
     Without --expert, mole takes the LoRAs of the emoji world that the prompt names.
 

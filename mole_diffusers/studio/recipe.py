@@ -53,8 +53,9 @@ class Recipe:
         embeddings: embedding that a prompt names as "embedding:NAME" -> sha256 of its tensors.
         gates_sha256: the hash of the trained gates; "" for a family.
         base: the base pipeline's name; in a file, its `shared_name`.
-        binding: bound: each LoRA acts on its own words and in its own place; tiles: each subject is also first drawn by
-            itself in its place; auto: tiles if each has room, else bound; none: every LoRA acts everywhere. Default: auto.
+        binding: bound: each LoRA acts on its own words and in its own place; tiles: in some steps each subject is also
+            drawn by itself in its place; auto: tiles if each has room, else bound; none: every LoRA acts everywhere.
+            Default: auto.
         masks: LoRA whose tag says region=painted -> its mask picture, as `binding.as_text.mask_text` writes it.
         image, mask: sha256 of the pixels of the picture that is drawn over and of its mask, which is white where the picture
             is redrawn; "" for none.

@@ -210,8 +210,8 @@ class Studio:
         )
 
     def size_with_room(self, recipe: Recipe) -> tuple[int, int] | None:
-        """The width and height from which on each subject of a completed recipe is first drawn by itself; None if they are
-        already, or if that cannot be."""
+        """The width and height from which on each subject of a completed recipe is drawn by itself in some steps; None if
+        they are already, or if that cannot be."""
         if recipe.binding != AUTO or recipe.arm != "gates" or recipe.image:
             return None
         asked = self._bound_call(recipe)
@@ -266,7 +266,7 @@ class Studio:
 
     def _note_on_room(self, size: tuple[int, int]) -> str:
         """What is said of a size with room for several subjects, which is larger than the base was trained at."""
-        words = f"from {size[0]} x {size[1]} pixels on, each subject is first drawn by itself"
+        words = f"from {size[0]} x {size[1]} pixels on, each subject is drawn by itself in some steps"
         if self.base != WORLD:
             width, height = usual_size(self.pipe, self.base, "")
             words += f"; the base was trained at {width} x {height}, and may draw things twice there"

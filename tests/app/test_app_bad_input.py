@@ -58,7 +58,7 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
     import hosts
 
     from mole_diffusers.app.actions import Actions
-    from mole_diffusers.app.files import add_lora
+    from mole_diffusers.app.loras import Loras
     from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.render import Studio
 
@@ -73,7 +73,7 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
     good = tiny_lora(pipe, tmp_path / "good.safetensors", seed=9).read_bytes()
     with monkeypatch.context() as patch:  # it is read once
         patch.delattr("mole_diffusers.studio.catalog.read_expert")
-        assert actions.add_lora(sent("owl.safetensors", good)) == "owl"
+        assert actions.loras.add(sent("owl.safetensors", good)) == "owl"
         assert actions.studio.catalog.expert("owl").sha256 == read_expert(tmp_path / "good.safetensors").sha256
     other = tiny_lora(pipe, tmp_path / "other.safetensors", seed=10).read_bytes()
     kept = {path: path.read_bytes() for path in actions.home.rglob("*") if path.is_file()}
@@ -87,12 +87,12 @@ def test_what_is_refused_leaves_nothing_and_overwrites_nothing(loras, pipe, tmp_
     ):
         path = sent(name, data)
         with pytest.raises(ValueError, match=message) as error:
-            actions.add_lora(path)
+            actions.loras.add(path)
         assert str(tmp_path) not in str(error.value)
         assert not path.exists()
     flux = sent("flux.safetensors", tiny_lora(hosts.HOSTS["flux"]()[0], tmp_path / "f.safetensors").read_bytes())
     with pytest.raises(ValueError, match="flux.safetensors: it is made for Flux and this pipeline is SD 3"):
-        add_lora(Catalog({}, {}), flux, actions.folder, {"transformer": hosts.HOSTS["sd3"]()[0].transformer})
+        Loras(Studio(hosts.HOSTS["sd3"]()[0], Catalog({}, {}), "sd3"), actions.folder / "more").add(flux)
     assert not flux.exists()
     for files in ([sent("a.safetensors", b"x"), sent("a.json", b"{}")], [sent("b.json", b"{}"), sent("c.json", b"{}")]):
         with pytest.raises(ValueError):  # noqa: PT011
@@ -114,8 +114,8 @@ def test_uploads_have_a_limit_together(loras, pipe, tmp_path, monkeypatch):
     attach(pipe, loras, "mole").save_pretrained(tmp_path / "mine")
     gates = [tmp_path / "mine" / name for name in (checkpoint.WEIGHTS, checkpoint.CONFIG)]
     monkeypatch.setattr(files, "MOST_KEPT", sent[0].stat().st_size)
-    assert actions.add_lora(sent[0]) == "owl"
-    for add in (lambda: actions.add_lora(sent[1]), lambda: actions.add_gates(gates, "mine")):
+    assert actions.loras.add(sent[0]) == "owl"
+    for add in (lambda: actions.loras.add(sent[1]), lambda: actions.add_gates(gates, "mine")):
         with pytest.raises(ValueError, match="there is no room: uploads take at most 0 GiB here"):
             add()
     assert [path.name for path in actions.home.rglob("*") if path.is_file()] == ["owl.safetensors"]
@@ -137,7 +137,7 @@ def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path)
 
     first, sent = started(), tiny_lora(pipe, tmp_path / "owl.safetensors", seed=9)
     content = sent.read_bytes()
-    assert first.add_lora(sent) == "owl"
+    assert first.loras.add(sent) == "owl"
     attach(pipe, loras, "mole").save_pretrained(tmp_path / "owl")
     first.studio.catalog.add_gates("owl", tmp_path / "owl")
     export_gates(first.studio.catalog, "owl", first.new_folder())
@@ -146,12 +146,12 @@ def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path)
     again = started()
     assert list(again.studio.catalog.loras) == ["fox", "owl"]
     assert again.studio.catalog.loras["owl"].read_bytes() == content
-    assert again.find_loras() == []
+    assert again.loras.look_for_new() == []
     for name in ("hat", "OWL"):
         shutil.copy(loras["hat"], tmp_path / "library" / f"{name}.safetensors")
-    assert again.find_loras() == ["library/OWL", "hat"]
+    assert again.loras.look_for_new() == ["library/OWL", "hat"]
     assert again.studio.catalog.name("hat") == "hat"
-    assert again.find_loras() == []
+    assert again.loras.look_for_new() == []
     others = [tmp_path / side / "library" / "hat.safetensors" for side in ("left", "right")]
     for other in others:
         other.parent.mkdir(parents=True)
@@ -165,7 +165,6 @@ def test_uploads_stay_and_files_that_are_copied_are_found(loras, pipe, tmp_path)
 def test_two_uploads_of_one_name_at_once_overwrite_nothing(loras, pipe, tmp_path, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
-    from mole_diffusers.app import files
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.render import Studio
@@ -178,14 +177,14 @@ def test_two_uploads_of_one_name_at_once_overwrite_nothing(loras, pipe, tmp_path
             both.wait(0.5)
         return check_family(*given)
 
-    monkeypatch.setattr(files, "check_family", slowly)
+    monkeypatch.setattr("mole_diffusers.app.loras.check_family", slowly)
     sent = []
     for i in range(2):
         (tmp_path / str(i)).mkdir()
         sent.append(tiny_lora(pipe, tmp_path / str(i) / "owl.safetensors", seed=i + 9))
     content = [path.read_bytes() for path in sent]
     with ThreadPoolExecutor(2) as threads:
-        ends = [threads.submit(actions.add_lora, path) for path in sent]
+        ends = [threads.submit(actions.loras.add, path) for path in sent]
     said = [str(end.exception()) for end in ends if end.exception()]
     assert said == ["there is already another LoRA 'owl'; rename the file"]
     (first,) = (i for i, end in enumerate(ends) if not end.exception())
@@ -249,8 +248,8 @@ def test_loras_and_gates_that_come_while_a_list_is_read_break_nothing(loras, pip
 
     monkeypatch.setattr(actions.studio, "misfit", meanwhile)
     monkeypatch.setattr(checkpoint, "load", trained)
-    assert [name for _, name in actions.choices()] == list(loras)
-    assert [name for _, name in actions.choices()] == [*loras, "owl"]
+    assert [name for _, name in actions.loras.choices()] == list(loras)
+    assert [name for _, name in actions.loras.choices()] == [*loras, "owl"]
     assert catalog.gates_for(["fox", "ink"]) == "old"
     assert catalog.gates_for(["fox", "hat"]) == "new"
 

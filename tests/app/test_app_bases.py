@@ -99,7 +99,7 @@ def test_jobs_that_were_asked_for_before_are_drawn_with_the_old_base(actions, tm
     recipe = Recipe(PROMPT, steps=1, width=32, height=32, gates="sum")
     jobs.submit("me", "hold", lambda report: held.wait(60))
     before = jobs.submit("me", "compose", actions.compose(recipe, 1))
-    change = jobs.submit("you", "base", actions.change_base("flux"))
+    change = jobs.submit("you", "base", actions.bases.change("flux"))
     after = jobs.submit("me", "compose", actions.compose(recipe, 1))
     held.set()
     *_, _ = jobs.follow(after)
@@ -109,7 +109,7 @@ def test_jobs_that_were_asked_for_before_are_drawn_with_the_old_base(actions, tm
         "this was meant for the base model 'dream.safetensors', and now 'flux' is here: start it again"
     )
     with pytest.raises(ValueError, match="there is no base model 'gone'"):
-        actions.change_base("gone")
+        actions.bases.change("gone")
 
 
 def test_a_training_for_another_base_is_refused(actions):
@@ -118,7 +118,7 @@ def test_a_training_for_another_base_is_refused(actions):
     request = TrainingRequest("mine", {"fox": ["a fox"], "ink": ["ink"]}, ["a fox in ink"], [], steps=1)
     recipe = Recipe(PROMPT, steps=1, width=32, height=32)
     work = train(actions.studio, recipe, request, home=actions.home)
-    actions.change_base("flux")(ignore)
+    actions.bases.change("flux")(ignore)
     with pytest.raises(ValueError, match="was meant for the base model 'dream.safetensors'"):
         work(ignore)
     assert not (actions.home / "mine").exists()
@@ -158,16 +158,16 @@ def test_pictures_know_their_base_among_those_of_one_name_and_tell_no_folder(lor
     assert b"jane" not in picture.path.read_bytes()
     read = infotext.read(picture.path)
     for base in (read.base, bases["new"]):  # of today, and of before
-        assert (actions.other_base(base), app({"new": bases["new"]}).other_base(base)) == (None, None)
+        assert (actions.bases.other(base), app({"new": bases["new"]}).bases.other(base)) == (None, None)
     assert not noted(actions, picture.path)
     assert np.array_equal(np.asarray(actions.studio.draw(read)), pixels(picture.path))
-    actions.change_base("old")(ignore)
+    actions.bases.change("old")(ignore)
     for base in (read.base, bases["new"]):
         with pytest.raises(ValueError, match="this is for the base model 'new', and here is 'old': change it first"):
-            actions.check_base(base, "change it first")
+            actions.bases.check(base, "change it first")
     assert noted(actions, picture.path)
-    assert app({"dream": "/elsewhere/dream.safetensors"}).other_base(read.base) is None  # by its name, on another machine
-    assert app({"toon": "/elsewhere/toon.safetensors"}).other_base(read.base) == "dream.safetensors"
+    assert app({"dream": "/elsewhere/dream.safetensors"}).bases.other(read.base) is None  # by its name, on another machine
+    assert app({"toon": "/elsewhere/toon.safetensors"}).bases.other(read.base) == "dream.safetensors"
 
 
 @pytest.mark.parametrize("names", [["dream_v1"], ["dream_v1", "toon"]])
@@ -233,7 +233,7 @@ def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions
     old[labels.index("Base model")] = "dream"
     old[labels.index("Prompt")] = "a hat"
     old[labels.index("Sampler")] = "Euler"
-    actions.change_base("flux")(ignore)
+    actions.bases.change("flux")(ignore)
     fresh = dict(zip(labels, plain(enter)("", None)[1], strict=True))
     assert (fresh["Base model"], fresh["Width"], fresh["Guidance (CFG scale)"]) == ("flux", 0, 3.5)
     back = dict(zip(labels, plain(enter)("me", old)[1], strict=True))
@@ -263,14 +263,14 @@ def test_a_base_that_cannot_be_opened_is_said_and_the_choice_goes_back(blocks, a
 
 def test_after_two_failures_a_page_can_choose_the_old_base_again(actions, blocks):
     change = event_of(blocks, "begin", ["Base model"])
-    actions._opening = lambda source: opening(BASES["broken"])
+    actions.bases._opening = lambda source: opening(BASES["broken"])
     *_, last = plain(change)(page("mine"), "me", "flux")
     assert "cannot be opened again" in last[0]
-    assert (actions.base, last[1]["value"]) == (None, None)  # the page shows none, so that any can be chosen
+    assert (actions.bases.open, last[1]["value"]) == (None, None)  # the page shows none, so that any can be chosen
     assert "no base model is open" in QueueVisit(blocks, "you", page("other")).press()
-    actions._opening = opening
+    actions.bases._opening = opening
     *_, last = plain(change)(page("mine"), "me", "dream")
-    assert (actions.base, last[1]) == ("dream", "dream")
+    assert (actions.bases.open, last[1]) == ("dream", "dream")
 
 
 def test_the_command_takes_several_bases(loras, tmp_path, monkeypatch, capsys):
@@ -288,15 +288,15 @@ def test_the_command_takes_several_bases(loras, tmp_path, monkeypatch, capsys):
     assert main(["app", *bases, "--loras", files, "--device", "cpu", "--keep", str(tmp_path / "gates")]) == 0
     assert capsys.readouterr().err.splitlines()[-1].endswith("dream: StableDiffusionPipeline, cpu, float32")
     actions, recipe = built
-    assert (actions.base, list(actions.bases), recipe.width) == ("dream", ["dream", "flux"], 0)
-    actions.change_base("flux")(ignore)
+    assert (actions.bases.open, list(actions.bases.sources), recipe.width) == ("dream", ["dream", "flux"], 0)
+    actions.bases.change("flux")(ignore)
     said = capsys.readouterr().err.splitlines()
     assert said[-2].endswith("flux: FluxPipeline, cpu, float32")
     assert said[-1].startswith(
         "note: pictures can be drawn, but training on this page needs a UNet, and FluxPipeline has none"
     )
     assert actions.studio.pipe._progress_bar_config["disable"]
-    assert actions.settings_of_base()["guidance"] == 3.5
+    assert actions.bases.settings()["guidance"] == 3.5
     assert main(["app", *bases, "--base-config", str(tmp_path / "flux"), "--loras", files]) == 1
     assert "--base-config is the config of one model, and these are 2: dream, flux" in capsys.readouterr().err
     assert main(["app", "--base", str(tmp_path / "gone.safetensors"), "--loras", files]) == 1

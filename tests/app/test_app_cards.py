@@ -172,7 +172,7 @@ def test_the_page_says_what_a_mixture_says_of_each_lora(actions, loras):
     from mole_diffusers.testing import tiny_pipeline
 
     prompt = "a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl> <lora:ink:1:region=painted>"
-    found = actions.roles(prompt)
+    found = actions.loras.roles(prompt)
     mixture = mole.attach(tiny_pipeline(), dict(loras), binding={"fox": "fox", "hat": "owl"})
     said = mixture.explain("a fox and an owl").experts
     assert {name: role.place for name, role in found.items()} == {"fox": "own", "hat": "own", "ink": "own"}
@@ -184,7 +184,9 @@ def test_the_page_says_what_a_mixture_says_of_each_lora(actions, loras):
 def test_a_card_says_in_one_line_what_its_lora_does(actions):
     from mole_diffusers.app.mixer import sentence, stands
 
-    roles = actions.roles("a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl> <lora:ink:1:region=everywhere>")
+    roles = actions.loras.roles(
+        "a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl> <lora:ink:1:region=everywhere>"
+    )
     said = {name: sentence(role) for name, role in roles.items()}
     assert said["fox"] == "Acts in its own place on “fox”: the prompt lists it beside 'owl'"
     assert said["ink"].startswith("Acts everywhere")

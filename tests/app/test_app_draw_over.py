@@ -445,13 +445,13 @@ def test_a_region_is_painted_on_the_picture_in_the_colour_of_its_lora(actions):
     cards = [{"name": "fox", "colour": 0}, {"name": "ink", "colour": 3}]
     at = {getattr(each, "elem_id", None): i for i, each in enumerate(event.outputs)}
     for name, colour in (("ink", 3), (None, 0), ("gone", 0)):
-        shown = plain(event)(request, "me", name, "", cards, {}, PROMPT, 64, 32)
+        shown = plain(event)(request, "me", True, name, "", cards, {}, PROMPT, 64, 32)
         brush = shown[at["paint"]]["brush"]
         wanted = ", ".join(map(str, ImageColor.getrgb(COLOURS[colour])))
         assert [one.startswith(f"rgba({wanted}, ") for one in brush.colors] == [True]
         assert shown[at["paint"]]["value"]["background"].size == (1024, 512)
         assert (shown[at["picture"]]["visible"], shown[at["painting"]]["visible"]) == (False, True)
-    *_, said = plain(event)(request, "me", None, "", [], {}, PROMPT, 64, 32)
+    *_, said = plain(event)(request, "me", True, None, "", [], {}, PROMPT, 64, 32)
     assert said.startswith("**add a LoRA first")
 
 

@@ -1,6 +1,7 @@
 """A whole session in a real browser, on a desk and on a phone, and what holds for the page as a whole."""
 
 import base64
+import json
 import shutil
 from dataclasses import replace
 
@@ -47,7 +48,8 @@ def folder(loras, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(loras[name], path)
         Image.new("RGB", (64, 64), colour).save(path.with_suffix(".png"))
-    (tmp_path / "loras" / "styles" / "ink.json").write_text('{"activation text": "ink", "preferred weight": 0.6}')
+        about = {"activation text": name} | ({"preferred weight": 0.6} if name == "ink" else {})
+        path.with_suffix(".json").write_text(json.dumps(about))
     return tmp_path / "loras"
 
 
@@ -93,7 +95,7 @@ def _picks_from_the_browser(page):
     assert value(page, "#prompt") == "<lora:fox:1> <lora:hat:1> <lora:ink:0.6>"  # the strength it likes
     page.type("#prompt textarea", f"a fox and a hat in ink {value(page, '#prompt')}")
     line = "return getComputedStyle(document.querySelector('.c0 .rest > button'), '::before').content"
-    page.until(lambda: page.driver.execute_script(line).startswith('"Acts in its own place on “a fox”'), WAIT)
+    page.until(lambda: page.driver.execute_script(line).startswith('"Acts in its own place on “fox”'), WAIT)
 
 
 def _previews_in_the_frame_of_the_picture(page, folder):
@@ -177,11 +179,59 @@ def _drops_a_picture_of_another_program(page, folder):
 
 
 @pytest.mark.thorough
+def test_everything_is_done_by_keyboard(folder, tmp_path):
+    from mole_diffusers.studio.render import Studio
+
+    studio = Studio(tiny_pipeline(), Catalog(files_of(folder, "lora"), {}), "tiny")
+    with visiting(studio, replace(RECIPE, prompt="", width=64), tmp_path) as page:
+        _reaches(page, "#browse", Keys.ENTER)
+        page.until(lambda: len(page.all("#loras .thumbnail-item")) == 3, WAIT)
+        for n, name in enumerate(("fox", "hat"), 1):
+            _reaches(page, f"#loras .gallery-item:nth-child({n}) .thumbnail-item", Keys.ENTER)
+            page.until(lambda name=name: page.text("#lora-status") == f"added {name}", WAIT)
+        _reaches(page, "#lora-done", Keys.ENTER)
+        cards(page, "fox", "hat")
+        _reaches(page, "#prompt textarea", Keys.HOME, "a fox and a hat ")
+        ActionChains(page.driver).key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
+        page.until(lambda: len(kept(tmp_path)) == 1 and page.text("#compose-status").startswith("done"), WAIT)
+        assert infotext.read(kept(tmp_path)[0]).prompt == "a fox and a hat <lora:fox:1> <lora:hat:1>"
+        _reaches(page, ".c0 .place input", Keys.ARROW_RIGHT)
+        page.until(lambda: "<lora:fox:1:region=everywhere>" in value(page, "#prompt"), WAIT)
+        _reaches(page, ".c1 .rest > button", Keys.ENTER)
+        _reaches(page, ".c1 .region input")  # in place of painting
+        whole = ActionChains(page.driver).key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL)
+        whole.send_keys("left", Keys.ENTER).perform()
+        page.until(lambda: "<lora:hat:1:region=left>" in value(page, "#prompt"), WAIT)
+        _reaches(page, "#compose", Keys.ENTER)
+        page.until(lambda: len(kept(tmp_path)) == 2, WAIT)
+        page.until(lambda: len(page.all("#strip .thumbnail-item")) == 2 and page.text("#compose") == "Compose", WAIT)
+        _reaches(page, "#strip .gallery-item:nth-child(2) .thumbnail-item", Keys.ENTER)
+        page.until(lambda: kept(tmp_path)[0].name in page.one("#picture img").get_attribute("src"), WAIT)
+        _reaches(page, "#use-settings", Keys.ENTER)
+        page.until(lambda: value(page, "#prompt") == "a fox and a hat <lora:fox:1> <lora:hat:1>", WAIT)
+        assert not page.errors()
+
+
+def _reaches(page, css, *keys):
+    """Go to an element with the Tab key, and press keys there."""
+    is_there = "return document.activeElement === document.querySelector(arguments[0])"
+    for _ in range(150):
+        if page.driver.execute_script(is_there, css):
+            break
+        ActionChains(page.driver).send_keys(Keys.TAB).perform()
+    assert page.driver.execute_script(is_there, css), css
+    if keys:
+        ActionChains(page.driver).send_keys(*keys).perform()
+
+
+@pytest.mark.thorough
 def test_the_page_is_light_and_can_be_used_by_everyone(tiny):
     """By axe-core, in light and dark; nothing comes from elsewhere."""
     cards(tiny, "fox")
-    loaded = tiny.driver.execute_script("return performance.getEntriesByType('resource').map(e => [e.name, e.transferSize])")
+    entries = "[...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]"
+    loaded = tiny.driver.execute_script(f"return {entries}.map(each => [each.name, each.transferSize])")
     assert [name for name, _ in loaded if not name.startswith((tiny.url, "data:", "blob:"))] == []
+    assert sum(size for _, size in loaded) < 1_000_000  # bytes
     for dark in (False, True):
         for tab in ("Compose", "Compare", "Gallery", "Recipe", "Train"):
             tiny.tab(tab)

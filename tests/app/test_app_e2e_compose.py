@@ -38,10 +38,10 @@ def test_a_picture_comes_back_from_itself(tiny, tmp_path):
 
 @pytest.mark.thorough
 def test_cards_and_tags_are_in_step(tiny, tmp_path):
-    tiny.until(lambda: tiny.all(".c0"), WAIT)  # the fox of a fresh page, beside which ink gets the next colour
+    cards(tiny, "fox")
     tiny.type("#prompt textarea", "ink <lora:ink:0@0,1@0.4:stop=2>")
-    tiny.until(lambda: value(tiny, ".c1 .any") == "0@0,1@0.4", WAIT)
-    tiny.type(".c1 .any input, .c1 .any textarea", "-7")
+    tiny.until(lambda: value(tiny, ".c0 .any") == "0@0,1@0.4", WAIT)  # of ink, the only one
+    tiny.type(".c0 .any input, .c0 .any textarea", "-7")
     tiny.until(lambda: value(tiny, "#prompt") == "ink <lora:ink:-7:stop=2>", WAIT)
     assert not tiny.driver.find_elements("css selector", ".card :is(input, textarea, button):disabled")
     assert infotext.read(composed(tiny, tmp_path)).tags[0].unet(0, 1) == -7
@@ -68,14 +68,14 @@ def test_a_trigger_word_is_ticked_and_the_rest_of_the_prompt_stays(loras, tmp_pa
 @pytest.mark.thorough
 def test_what_is_typed_while_a_page_opens_stays(tiny, monkeypatch):
     """The other fields come back, and the cards are those of what was typed."""
-    from mole_diffusers.app.page import Page
+    from mole_diffusers.app import page
 
     cards(tiny, "fox")
     tiny.type("#prompt textarea", "ink <lora:ink:0.5>")
     tiny.type("#seed input", "5")
     cards(tiny, "ink")
-    kept, typed = Page._kept, Event()
-    monkeypatch.setattr(Page, "_kept", lambda page, values: typed.wait(WAIT) and kept(page, values))
+    restored, typed = page.restored, Event()
+    monkeypatch.setattr(page, "restored", lambda *kept: typed.wait(WAIT) and restored(*kept))
     tiny.open(tiny.url)
     tiny.type("#prompt textarea", "hat <lora:hat:1>")
     typed.set()
@@ -97,7 +97,7 @@ def test_a_region_is_painted_and_comes_back(any_width, tmp_path):
     assert not page.all("#picture")
     page.click("#paint-empty")
     page.click("#paint-use")
-    page.until(lambda: "nothing is painted" in page.text("#paint-status"), WAIT)
+    page.until(lambda: "nothing is painted" in page.text("#picture-status"), WAIT)
     painted(page)
     page.click("#paint-use")
     page.until(lambda: "acts in what you painted" in page.text("#picture-status"), WAIT)

@@ -184,7 +184,7 @@ def test_the_gallery_keeps_finds_and_gives_back(any_width, tmp_path):
     page.type("#find-lora :is(input, textarea)", "FOX")
     page.until(lambda: labels() == ["a fox · seed 0"], WAIT)
     page.click("#star")
-    page.until(lambda: page.text("#gallery-status") == "click a picture first", WAIT)
+    page.until(lambda: page.text("#gallery-status") == "choose a picture first", WAIT)
     page.click("#gallery .thumbnail-item")
     page.until(lambda: page.text("#gallery-status").startswith("chosen"), WAIT)
     page.click("#star")

@@ -53,12 +53,12 @@ def test_finding_does_not_wait_for_a_job(loras, tmp_path):
     found, jobs = threading.Event(), Jobs()
     job = jobs.submit("me", "compose", draw)
     assert begun.wait(60)  # and stays where it is
-    hits = actions.find("a fox and a hat")
+    hits = actions.loras.find("a fox and a hat")
     found.set()
     *_, _ = jobs.follow(job)
     assert (held, job.state) == ([True], "done")
     assert [hit.name for hit in hits] == ["fox", "hat"]
-    assert hits == actions.find("a fox and a hat")
+    assert hits == actions.loras.find("a fox and a hat")
 
 
 @pytest.mark.parametrize("offload", [None, "model"])
@@ -71,12 +71,12 @@ def test_another_base_reads_with_its_own_encoder(loras, offload):
 
     bases = {"tiny": "tiny", "other": "other"}
     actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), bases=bases, opening=opening)
-    actions.find("a fox")
-    assert torch.equal(actions._library.encoder(TEXTS), PipelineText(tiny_pipeline(0))(TEXTS))
+    actions.loras.find("a fox")
+    assert torch.equal(actions.loras._library.encoder(TEXTS), PipelineText(tiny_pipeline(0))(TEXTS))
     actions.compose(RECIPE, 1)(ignore)
-    actions.change_base("other")(ignore)
-    assert [hit.name for hit in actions.find("a fox")] == ["fox"]
-    assert torch.equal(actions._library.encoder(TEXTS), PipelineText(tiny_pipeline(1))(TEXTS))
+    actions.bases.change("other")(ignore)
+    assert [hit.name for hit in actions.loras.find("a fox")] == ["fox"]
+    assert torch.equal(actions.loras._library.encoder(TEXTS), PipelineText(tiny_pipeline(1))(TEXTS))
 
 
 def test_a_base_that_is_opened_again_is_read_anew(loras, monkeypatch):
@@ -90,8 +90,8 @@ def test_a_base_that_is_opened_again_is_read_anew(loras, monkeypatch):
     studio = Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
     actions = Actions(studio, bases={"tiny": "tiny", "broken": "broken"}, opening=opening)
     change, hits = studio.change_base, []
-    monkeypatch.setattr(studio, "change_base", lambda *given: (hits.append(actions.find("a fox")), change(*given)))
+    monkeypatch.setattr(studio, "change_base", lambda *given: (hits.append(actions.loras.find("a fox")), change(*given)))
     with pytest.raises(ValueError, match="cannot be opened"):
-        actions.change_base("broken")(ignore)
-    assert [actions.find("a fox")] == hits
-    assert actions._library.encoder is actions._reader
+        actions.bases.change("broken")(ignore)
+    assert [actions.loras.find("a fox")] == hits
+    assert actions.loras._library.encoder is actions.loras._reader

@@ -261,9 +261,9 @@ def test_a_thumbnail_is_the_picture_that_other_tools_put_there(loras, tmp_path):
     file = tmp_path / "fox.safetensors"
     file.write_bytes(loras["fox"].read_bytes())
     actions = Actions(Studio(tiny_pipeline(), Catalog({"fox": file}, {}), "tiny"))
-    assert actions.thumbnail("fox") is None
+    assert actions.loras.thumbnail("fox") is None
     Image.new("RGB", (64, 32), "red").save(tmp_path / "fox.preview.jpg")
-    small = actions.thumbnail("fox")
+    small = actions.loras.thumbnail("fox")
     assert small.size == (64, 32)
     assert np.abs(np.asarray(small)[16, 32].astype(int) - (255, 0, 0)).max() < 9
 
@@ -275,9 +275,9 @@ def test_a_picture_that_cannot_be_read_is_no_thumbnail(loras, tmp_path, broken):
     file.write_bytes(loras["fox"].read_bytes())
     file.with_suffix(".png").write_bytes(broken)
     actions = Actions(Studio(tiny_pipeline(), Catalog({"fox": file}, {}), "tiny"))
-    assert actions.thumbnail("fox") is None
+    assert actions.loras.thumbnail("fox") is None
     Image.new("L", (4096, 2048)).save(file.with_suffix(".png"))  # which would take its time
-    assert actions.thumbnail("fox") is None
+    assert actions.loras.thumbnail("fox") is None
 
 
 def test_a_thumbnail_is_a_mean_of_pixels(loras, tmp_path):
@@ -285,6 +285,6 @@ def test_a_thumbnail_is_a_mean_of_pixels(loras, tmp_path):
     file = tmp_path / "fox.safetensors"
     file.write_bytes(loras["fox"].read_bytes())
     Image.fromarray(np.indices((512, 512)).sum(0).astype(np.uint8) % 2 * 255).save(file.with_suffix(".png"))
-    small = Actions(Studio(tiny_pipeline(), Catalog({"fox": file}, {}), "tiny")).thumbnail("fox")
+    small = Actions(Studio(tiny_pipeline(), Catalog({"fox": file}, {}), "tiny")).loras.thumbnail("fox")
     assert small.size == (256, 256)
     assert np.ptp(np.asarray(small)) < 9

@@ -126,7 +126,7 @@ def test_the_switch_of_places_and_the_field_of_regions_are_one(drawn):
     assert visit.do(visit.edit(region="left")).endswith("<lora:ink:0.5:region=left>")
     assert visit.values[visit.part("place")] is None  # none of its three
     assert visit.do(visit.edit(place="painted")).endswith("<lora:ink:0.5:region=painted>")
-    (asked,) = [one for one in visit.event("write", 1).outputs if one is visit.event("by_card").inputs[1]]
+    (asked,) = [one for one in visit.event("write", 1).outputs if one is visit.event("by_card").inputs[2]]
     assert visit.values[asked][0] == "ink"  # which is painted on the picture now
     assert visit.do(visit.edit(place="auto")) == TEXT
 
@@ -226,7 +226,7 @@ def test_events_that_write_the_prompt_or_its_cards_wait_for_each_other(drawn):
     visit, renderable = Visit(drawn), mixer_of(drawn[3])
     ours = {visit.prompt, visit.cards, visit.rewrites}
     events = [event for event in visit.events if ours & {*event.outputs}]
-    names = "fill cards_for changed undo taken chosen add picked write switched removed used load use_settings reuse redraw"
+    names = "fill cards_for changed undo taken chosen add picked write switched removed used load reuse redraw"
     assert {event.fn.__name__ for event in events} == set(names.split())
     events += [event for event in drawn[3].fns.values() if event.renderable is renderable]
     assert {(event.concurrency_id, event.concurrency_limit) for event in events} == {("prompt", 1)}

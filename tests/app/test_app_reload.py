@@ -169,17 +169,17 @@ def test_what_has_a_random_seed_is_seen_at_the_seed_of_the_last_picture(loras, t
             assert (infotext.read(shown[0][0]).seed == seed) == said
 
 
-def test_pages_that_were_closed_are_forgotten_but_none_whose_job_goes_on(loras, tmp_path):
-    from mole_diffusers.app.page import MAX_WATCHED, Page
+def test_pages_that_were_closed_are_forgotten_but_none_whose_job_goes_on():
+    from mole_diffusers.app.visits import MAX_WATCHED, Visits
 
-    with gr.Blocks() as blocks:
-        page = Page(Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), home=tmp_path), Recipe("a"), blocks)
+    with gr.Blocks():
+        visits = Visits()
     requests = [type("Request", (), {"session_hash": str(i)})() for i in range(MAX_WATCHED + 3)]
     jobs = [Job("me", "compose", ignore) for _ in requests]
     for i, (request, job) in enumerate(zip(requests, jobs, strict=True)):
         job.state = "running" if i == 1 else "done"
-        next(page.watch(request, "compose", job))
-    kept = [page.watched(request, "compose") for request in requests]
+        next(visits.watch(request, "compose", job))
+    kept = [visits._watched.get((request.session_hash, "compose")) for request in requests]
     assert kept == [None, jobs[1], None, None, *jobs[4:]]
 
 
