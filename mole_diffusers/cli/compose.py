@@ -43,6 +43,7 @@ def compose(
     bind: Sequence[str] = (),
     unbound: bool = False,
     arm: Sequence[str] = (),
+    arms_from: options.FileOrFolder = None,
     *,
     sheet: SheetOptions,
 ) -> Result:
@@ -60,7 +61,8 @@ def compose(
             fox=@0,0,0.5,1, fox=everywhere, fox=fox@mask.png. Default: the file's trigger words, and places found from
             attention.
         unbound: let every LoRA act on every word and in the whole picture.
-        arm (NAME): one more column, by a composer of mole evaluate, such as mean or switch; a wrong name lists all.
+        arm (NAME): one more column, by a composer of mole evaluate, such as mean or np; a wrong name lists all.
+        arms_from (FILE): a Python file or folder with further composers, all of which are drawn without --arm. It is run.
     """
     from tqdm import tqdm
 
@@ -85,7 +87,7 @@ def compose(
     hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
     strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
     ways = columns(mixture, tiles)
-    ways |= {name: context for name, context in _composers(page, mixture, arm).items() if name not in ways}
+    ways |= {name: context for name, context in _composers(page, mixture, arm, arms_from).items() if name not in ways}
     for label, context in tqdm(ways.items(), desc="columns", delay=2, leave=False):
         with context():
             page.draw(label)
@@ -97,19 +99,22 @@ def compose(
 
 
 def _composers(
-    page: PromptSheet, mixture: Mixture, names: Sequence[str]
+    page: PromptSheet, mixture: Mixture, names: Sequence[str], file: Path | None
 ) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     """Composers of the evaluation by their names there. They attach the LoRAs of the mixture in their own way.
 
     Raises ValueError for an unknown one, and for one that cannot draw this prompt.
     """
-    from mole_diffusers.evaluation.arms import chosen_arms
+    from mole_diffusers.evaluation.arms import ARMS, Request, arms_from, chosen_arms
     from mole_diffusers.evaluation.runner import Case, Setup
 
     strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
     setup = Setup(page.pipe, mixture.experts, page.call, strengths=strengths)
     case = Case(tuple(strengths), "prompt", page.recipe.plain_text)
-    arms = chosen_arms(names, setup)
+    others = arms_from(file)
+    arms, lacking = chosen_arms(names or list(others), Request(setup), known=ARMS | others)
+    if lacking:
+        raise ValueError("; ".join(lacking))
     if unfit := [arm.name for arm in arms if not arm.covers(case)]:
         raise ValueError(f"the composer {unfit[0]!r} does not draw {len(strengths)} LoRAs")
     return {arm.name: partial(arm.draws, setup, case) for arm in arms}

@@ -20,6 +20,7 @@ from mole_diffusers.studio.names import WORLD
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from mole_diffusers.evaluation.arms import Choice
     from mole_diffusers.evaluation.report import EvaluationReport
     from mole_diffusers.evaluation.rows import Row, Rows
     from mole_diffusers.evaluation.runner import Arm, Case, Metrics, Setup
@@ -36,6 +37,7 @@ class ArmOptions(Group):
     Attributes:
         arm (NAME): a composer, such as alone, sum, 'words only' or a method of merge; a wrong name lists all. Default: all
             of them; on a checkpoint base, alone, sum, bound, tiles, and with --gates also gates and 'bound gates'.
+        arms_from (FILE): a Python file or folder with further arms, all of which are drawn without --arm. It is run.
         gates (FOLDER): trained gates, one folder per case, named a+b. The emoji world has its own.
         split: which cases of the emoji world. Choose on validation; run test once.
         limit: cases per kind. Default: all; of prompts made from trigger words, 24.
@@ -46,6 +48,7 @@ class ArmOptions(Group):
     """
 
     arm: Sequence[str] = ()
+    arms_from: options.FileOrFolder = None
     gates: options.Folder = None
     split: Literal["validation", "test"] = "validation"
     limit: Annotated[int | None, Option(min=1)] = None
@@ -127,7 +130,7 @@ def evaluate(
     from accelerate import PartialState
 
     from mole_diffusers.evaluation import judging_sheet, runner
-    from mole_diffusers.evaluation.arms import check_names
+    from mole_diffusers.evaluation.arms import ARMS, arms_from, check_names
     from mole_diffusers.evaluation.rows import Rows
     from mole_diffusers.evaluation.strength_search import search_arms
 
@@ -135,7 +138,8 @@ def evaluate(
         return Result(judging_sheet.votes(out), judging_sheet.count_answers(out))
     if wanted.search:
         _check_search(base, wanted)
-    check_names(wanted.arm)
+    others = arms_from(wanted.arms_from)
+    check_names(wanted.arm, ARMS | others)
     # Processes wait for one another, and their shares of the work differ by more than torch's usual half an hour.
     state = PartialState(cpu=machine.device == "cpu", timeout=timedelta(days=30))
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
@@ -143,7 +147,7 @@ def evaluate(
     setup, cases = work.setup, work.cases
     if wanted.attached:
         cases = runner.add_idle_experts(cases, sorted(setup.experts), wanted.attached)
-    arms = search_arms(setup) if wanted.search else _arms(wanted, work, cases)
+    arms = search_arms(setup) if wanted.search else _arms(wanted, work, cases, others)
     if sheet and all(sum(arm.covers(case) for arm in arms) < 2 for case in cases):
         raise ValueError("a sheet needs two arms or more that draw the same case")
     if state.is_main_process:
@@ -179,7 +183,14 @@ def _written(out: Path, rows: list[Row], work: Work, arms: Sequence[Arm], cases:
 
 def _check_search(base: str, wanted: ArmOptions) -> None:
     """Raises ValueError if --search would not count successes, would choose by the test split, or would draw other arms."""
-    if given := [f"--{name}" for name in ("arm", "gates", "share", "weights") if getattr(wanted, name)]:
+    taken = {
+        "--arm": wanted.arm,
+        "--arms-from": wanted.arms_from,
+        "--gates": wanted.gates,
+        "--share": wanted.share,
+        "--weights": wanted.weights,
+    }
+    if given := [name for name, value in taken.items() if value]:
         raise ValueError(f"--search draws arms of its own: leave out {', '.join(given)}")
     if base != WORLD:
         raise ValueError("--search counts successes, which only the judge of the embedded world tells")
@@ -306,30 +317,26 @@ def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
     return [case for group in kinds.values() for case in group[:limit]]
 
 
-def _arms(wanted: ArmOptions, work: Work, cases: Sequence[Case]) -> list[Arm]:
-    """The arms of --arm, or the usual ones that can be drawn; a note lists those that are left out."""
-    from mole_diffusers.evaluation import arms as known
+def _arms(wanted: ArmOptions, work: Work, cases: Sequence[Case], others: dict[str, Choice]) -> list[Arm]:
+    """The arms of --arm, or the usual ones and `others` that can be drawn; a note lists those that are left out."""
+    from mole_diffusers.evaluation.arms import ARMS, BOUND_GATES, CONTROLS, Request, chosen_arms, gates_of
     from mole_diffusers.evaluation.strength_search import read_weights
 
-    setup, gates, shares = work.setup, work.gates, wanted.share
     strengths = read_weights(wanted.weights) if wanted.weights else None
-    names = list(wanted.arm) or (["sum", "gates"] if shares else list(work.default))
+    names = list(wanted.arm) or [*(("sum", "gates") if wanted.share else work.default), *others]
     if strengths and "grid search" not in names:
         raise ValueError("--weights are for the arm 'grid search', which is not drawn here")
-    reading = [name for name, arm in known.ARMS.items() if known.trained_gates in arm.needs]
-    if wanted.gates and not set(reading) & set(names):
+    reading = (*CONTROLS, BOUND_GATES)
+    if wanted.gates and not {*reading, *others} & {*names}:
         raise ValueError(f"--gates are for the arms {', '.join(reading)}, none of which is drawn here")
-    if not wanted.arm:
-        blocked = known.obstacles(names, setup, gates, weights=strengths)
-        for reason in blocked.values():
-            note(f"left out: {reason}")
-        names = [name for name in names if name not in blocked]
-    arms = known.chosen_arms(names, setup, gates, weights=strengths, shares=shares)
+    request = Request(work.setup, work.gates, strengths)
+    arms, lacking = chosen_arms(names, request, shares=wanted.share, known=ARMS | others)
     if idle := [a.name for a in arms if not any(map(a.covers, cases)) and not a.name.startswith("alone ")]:
-        first = known.gates_of(Path())(cases[0])
-        reason = f"{idle} can draw none of the cases (gates: {gates}, where {first} is the first's folder)"
-        if wanted.arm:
-            raise ValueError(reason)
+        first = gates_of(Path())(cases[0])
+        lacking.append(f"{idle} can draw none of the cases (gates: {work.gates}, where {first} is the first's folder)")
+    if lacking and wanted.arm:
+        raise ValueError("; ".join(lacking))
+    for reason in lacking:
         note(f"left out: {reason}")
     return arms
 

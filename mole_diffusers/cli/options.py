@@ -24,6 +24,7 @@ Base = Annotated[
 Experts = Annotated[Sequence[str], Option(metavar="NAME=FILE[:STRENGTH]", help="a LoRA file and the name you give it.")]
 File = Annotated[Path | None, Option(exists=True, dir_okay=False)]
 Folder = Annotated[Path | None, Option(exists=True, file_okay=False)]
+FileOrFolder = Annotated[Path | None, Option(exists=True)]
 Steps = Annotated[int, Option(min=1, help="steps of the sampler: more take longer.")]
 Seed = Annotated[int, Option(min=-1)]
 AtLeastOne = Annotated[int, Option(min=1)]

@@ -1,36 +1,29 @@
 """Arms: every composer under test in one form, and the arms by name.
 
-They are single LoRAs, weighted sums, merges, composers that act while sampling, trained gates and their controls.
+They are single LoRAs, weighted sums, merges, binding, trained gates and their controls. A file of your own can add others,
+see `arms_from`.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
 
 from mole_diffusers.binding.config import Bound, to_json
-from mole_diffusers.binding.regions import AUTO
-from mole_diffusers.evaluation.freefuse import CORE, FIRST_PASS, freefuse
-from mole_diffusers.evaluation.isolation import UNTIL as ISOLATED
-from mole_diffusers.evaluation.isolation import isolated_prompts
-from mole_diffusers.evaluation.kl_choice import kl_choice
-from mole_diffusers.evaluation.loratorio import CENTRE, PATCH, TEMPERATURE, loratorio
-from mole_diffusers.evaluation.prompt_aware import PERIOD, TAIL, w_composed, w_switched
-from mole_diffusers.evaluation.regional_composers import THRESHOLD, RegionalPrompt, masked_blend, regional_prompts
 from mole_diffusers.evaluation.rows import digest_files, digest_texts
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
-from mole_diffusers.evaluation.sampling_composers import ALPHA, BETA, composed_scores, encodes_by_expert, k_lora, switched
-from mole_diffusers.gates import GateConfig, checkpoint
+from mole_diffusers.gates import checkpoint
 from mole_diffusers.gates.transforms import frozen_random, hardened, uniform
 from mole_diffusers.inspection.compare import sample
-from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.merging.merge import METHODS, by_activations, check_fits, merge, resolved
 from mole_diffusers.mixture import Gates, Mixture, attach, detach
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
@@ -39,8 +32,6 @@ from mole_diffusers.patching.subjects.things import SINCE, UNTIL
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
 Binding = Callable[[Setup, Case], Mapping[str, Any]]  # words and regions, as `Mixture.bind` takes them
-RegionalPrompts = Callable[[Setup, Case], Mapping[str, RegionalPrompt]]  # each subject's own prompt and region
-Order = Callable[[Setup, Case], Sequence[str]]  # a case's experts, in the order that a composer uses
 ByKind = Mapping[str, Mapping[str, float]]  # kind of case -> {"subject": strength, "style": strength}
 
 
@@ -201,124 +192,9 @@ def merged(method: str, name: str = "", weights: Weights = ones) -> Arm:
     return Arm(name or method, draws, settings)
 
 
-def subjects_first(setup: Setup, names: Sequence[str]) -> list[str]:
-    """Subjects, then styles, each in the order given."""
-    return sorted(names, key=lambda name: name in setup.styles)
-
-
-def in_order(order: Order) -> Weights:
-    """Every expert at the user's own strength, in this order."""
-    return lambda setup, case: dict.fromkeys(order(setup, case), 1.0)
-
-
-def switch(period: int = 5) -> Arm:
-    """LoRA Switch: subjects, then styles, then idle experts take turns."""
-    order = in_order(lambda setup, case: [*subjects_first(setup, case.concepts), *case.idle])
-
-    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        return switched(setup.pipe, mixture, period=period)
-
-    return weighted("switch", order, context=context, period=period)
-
-
-def composite() -> Arm:
-    """LoRA Composite. It takes one UNet call per step and expert."""
-    return weighted("composite", context=lambda setup, case, mixture: composed_scores(setup.pipe, mixture))
-
-
-def w_switch(name: str = "w-switch", *, period: int = PERIOD, tail: int = TAIL) -> Arm:
-    """W-Switch: as LoRA Switch, with longer turns for LoRAs whose words matter more; the first has the last steps."""
-    order = in_order(lambda setup, case: [*subjects_first(setup, case.concepts), *case.idle])
-
-    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        return w_switched(setup.pipe, mixture, case.prompt, period=period, tail=tail)
-
-    return weighted(name, order, context=context, reads_words=True, period=period, tail=tail)
-
-
-def w_composite() -> Arm:
-    """W-Composite. It takes one UNet call per step and expert."""
-
-    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        return w_composed(setup.pipe, mixture, case.prompt)
-
-    return weighted("w-composite", context=context, reads_words=True)
-
-
-def patchwise(name: str = "loratorio", *, patch: int = PATCH, temperature: float = TEMPERATURE) -> Arm:
-    """LoRAtorio. It takes one UNet call per step and expert, plus one."""
-
-    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        return loratorio(setup.pipe, mixture, patch=patch, temperature=temperature)
-
-    return weighted(name, context=context, patch=patch, temperature=temperature, centre=CENTRE)
-
-
-MATRIX = GateConfig("static", granularity="matrix")
-
-
-def klora() -> Arm:
-    """K-LoRA, for cases of two experts. The style LoRA is the one that is a style, or the second if both or neither are."""
-
-    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        content, style = mixture.experts
-        return k_lora(setup.pipe, mixture, content=content, style=style)
-
-    order, covers = in_order(lambda setup, case: subjects_first(setup, case.experts)), lambda case: len(case.experts) == 2
-    return weighted("k-lora", order, gates=MATRIX, context=context, covers=covers, alpha=ALPHA, beta=BETA)
-
-
-def kl_chosen() -> Arm:
-    """The choice by KL divergence, for cases of two experts: in the paper a subject and a style."""
-    covers = lambda case: len(case.experts) == 2  # noqa: E731
-    return weighted(
-        "kl choice", gates=MATRIX, context=lambda setup, case, mixture: kl_choice(setup.pipe, mixture), covers=covers
-    )
-
-
 def subjects_of(setup: Setup, case: Case) -> list[str]:
     """The concepts of a case that are not styles."""
     return [name for name in case.concepts if name not in setup.styles]
-
-
-def regional(parts: RegionalPrompts) -> Arm:
-    """Regional prompts: a prompt and a LoRA for each region. `parts` gives the regions."""
-    return in_parts("regional prompts", regional_prompts, parts, gates=MATRIX)
-
-
-def isolated_regional(parts: RegionalPrompts, until: float = ISOLATED) -> Arm:
-    """Regional prompts whose subjects do not see one another in self-attention up to this share of the steps."""
-    composer = partial(isolated_prompts, until=until)
-    return in_parts("isolation until half", composer, parts, gates=MATRIX, until=until)
-
-
-def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, RegionalPrompt]:
-    """Each subject's prompt is that of the case, and its region is found."""
-    return dict.fromkeys(subjects_of(setup, case), (case.prompt, AUTO))
-
-
-def blended(name: str = "masked blend", parts: RegionalPrompts = in_the_whole_prompt) -> Arm:
-    """One prediction for each LoRA, blended by regions. It takes one UNet call per step and subject, plus one."""
-    return in_parts(name, masked_blend, parts, reads_words=True, threshold=THRESHOLD)
-
-
-def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], parts: RegionalPrompts, **options: Any) -> Arm:
-    """A composer by parts of the picture, which rows state. A case with only styles has no parts, and gets the sum."""
-
-    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        found = parts(setup, case)
-        return composer(setup.pipe, mixture, case.prompt, found) if found else nullcontext()
-
-    return weighted(name, context=context, parts=parts, **options)
-
-
-def freefused() -> Arm:
-    """FreeFuse. A third of the steps run twice."""
-
-    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        return freefuse(setup.pipe, mixture, subjects_of(setup, case))
-
-    return weighted("freefuse", context=context, reads_words=True, subjects=subjects_of, first_pass=FIRST_PASS, core=CORE)
 
 
 def gates_of(folder: Path) -> Callable[[Case], Path]:
@@ -351,95 +227,73 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
 # ---- arms by name
 
 
-class Request(NamedTuple):
-    """What arms are made for.
+@dataclass(frozen=True)
+class Request:
+    """What named arms are made for.
 
     Attributes:
         gates: a folder with one folder of trained gates per case, see `gates_of`.
         searches: the result of a search, see `searched`.
-        at, weights: for arms whose strengths can be moved: the end of the name, and the weights.
+        at, weights: of arms whose strengths are moved: the end of the name, and the weights.
     """
 
     setup: Setup
-    gates: Path | None
-    searches: ByKind | None
+    gates: Path | None = None
+    searches: ByKind | None = None
     at: str = ""
     weights: Weights = ones
 
 
-Need = Callable[[Request], str]  # what an arm lacks, as the end of a sentence that begins with its name; "" if nothing
+# The arms of a name. Raises ValueError if something is lacking; the message is the end of a sentence that begins with the
+# name.
+Choice = Callable[[Request], Sequence[Arm]]
 
 
-def a_unet(request: Request) -> str:
+def choice(make: Callable[[], Arm], *needs: Callable[[Setup], None]) -> Choice:
+    """An arm that is the same in every setup. Each of `needs` raises ValueError for a setup that lacks something."""
+
+    def made(request: Request) -> list[Arm]:
+        for need in needs:
+            need(request.setup)
+        return [make()]
+
+    return made
+
+
+def a_unet(setup: Setup) -> None:
     """A pipeline with a UNet."""
-    pipe = request.setup.pipe
-    return "" if getattr(pipe, "unet", None) is not None else f"needs a unet, unlike {type(pipe).__name__}"
-
-
-def prompts_by_expert(request: Request) -> str:
-    """A pipeline that can read a prompt with single experts."""
-    pipe = request.setup.pipe
-    return "" if encodes_by_expert(pipe) else f"needs a unet and one text encoder, unlike {type(pipe).__name__}"
-
-
-def own_prompts(request: Request) -> str:
-    """Prompts of each expert's own, to run it on."""
-    lacking = sorted(name for name in request.setup.experts if not request.setup.prompts.get(name))
-    return f"runs every expert on prompts of its own, and there are none for {lacking}" if lacking else ""
-
-
-def a_search(request: Request) -> str:
-    """The weights of a search."""
-    return "" if request.searches is not None else "needs the weights of a search"
-
-
-def trained_gates(request: Request) -> str:
-    """A folder of trained gates."""
-    return "" if request.gates is not None else "needs a folder of trained gates"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An arm that can be chosen by its name.
-
-    Attributes:
-        made: the arm, or several, if nothing is lacking.
-        needs: what it needs.
-        movable: whether its strengths can be moved from subjects to styles.
-    """
-
-    made: Callable[[Request], Sequence[Arm]]
-    needs: Sequence[Need] = ()
-    movable: bool = False
-
-
-class Plain(NamedTuple):
-    """An arm that is the same in every setup, and what it needs."""
-
-    make: Callable[[], Arm]
-    needs: Sequence[Need] = ()
-
-    def choice(self) -> Choice:
-        """To be chosen by its name."""
-        return Choice(lambda request: [self.make()], self.needs)
+    if getattr(setup.pipe, "unet", None) is None:
+        raise ValueError(f"needs a unet, unlike {type(setup.pipe).__name__}")
 
 
 def _merge(method: str) -> Choice:
-    needs = [own_prompts] if by_activations(method) else []
-    return Choice(lambda request: [merged(method, method + request.at, request.weights)], needs, movable=True)
+    def made(request: Request) -> list[Arm]:
+        try:
+            check_fits(list(request.setup.experts.values()), method)
+            if by_activations(method):
+                request.setup.activations.check_prompts(request.setup.experts)
+        except ValueError as error:
+            raise ValueError(f"cannot be drawn: {error}") from error
+        return [merged(method, method + request.at, request.weights)]
+
+    return made
 
 
-def _gated(name: str, *, movable: bool = False, **how: Any) -> Choice:
+def _gated(name: str, **how: Any) -> Choice:
     """Trained gates; `how` as in `weighted`."""
 
     def made(request: Request) -> list[Arm]:
-        return (
-            []
-            if request.gates is None
-            else [weighted(name + request.at, request.weights, gates=gates_of(request.gates), **how)]
-        )
+        if request.gates is None:
+            raise ValueError("needs a folder of trained gates")
+        return [weighted(name + request.at, request.weights, gates=gates_of(request.gates), **how)]
 
-    return Choice(made, [trained_gates], movable=movable)
+    return made
+
+
+def _searched(request: Request) -> list[Arm]:
+    if request.searches is None:
+        raise ValueError("needs the weights of a search")
+    return [searched(request.searches)]
 
 
 MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
@@ -451,80 +305,75 @@ CONTROLS: dict[str, Context] = {
     "gates averaged": averaged,
 }
 BOUND_GATES = "bound gates"
-PLAIN = {
-    "base": Plain(base),
-    "sum": Plain(summed),
-    "mean": Plain(mean),
-    "bound": Plain(bound),
-    "words only": Plain(words_only),
-    "tiles": Plain(in_tiles, [a_unet]),
-    "switch": Plain(switch, [prompts_by_expert]),
-    "composite": Plain(composite, [prompts_by_expert]),
-    "k-lora": Plain(klora, [a_unet]),
-    "w-switch": Plain(w_switch, [prompts_by_expert]),
-    "w-composite": Plain(w_composite, [prompts_by_expert]),
-    "loratorio": Plain(patchwise, [prompts_by_expert]),
-    "kl choice": Plain(kl_chosen, [a_unet]),
-    "masked blend": Plain(blended, [prompts_by_expert]),
-    "freefuse": Plain(freefused, [prompts_by_expert]),
-}
+MOVABLE = ("sum", *MERGES, "gates")  # those whose strengths can be moved from subjects to styles
 ARMS: dict[str, Choice] = {
-    **{name: plain.choice() for name, plain in PLAIN.items()},
-    "sum": Choice(lambda request: [weighted("sum" + request.at, request.weights)], movable=True),
-    "alone": Choice(lambda request: [alone(concept) for concept in request.setup.experts]),
-    "grid search": Choice(lambda request: [] if request.searches is None else [searched(request.searches)], [a_search]),
+    "base": choice(base),
+    "alone": lambda request: [alone(concept) for concept in request.setup.experts],
+    "sum": lambda request: [weighted("sum" + request.at, request.weights)],
+    "mean": choice(mean),
+    "bound": choice(bound),
+    "words only": choice(words_only),
+    "tiles": choice(in_tiles, a_unet),
+    "grid search": _searched,
     **{method: _merge(method) for method in MERGES},
-    **{name: _gated(name, context=context, movable=name == "gates") for name, context in CONTROLS.items()},
+    **{name: _gated(name, context=context) for name, context in CONTROLS.items()},
     BOUND_GATES: _gated(BOUND_GATES, binding=from_files),
 }
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for names that are not in `ARMS`."""
-    if unknown := [name for name in names if name not in ARMS]:
-        raise ValueError(f"unknown arms {unknown}; known: {list(ARMS)}")
+def imported(path: Path) -> ModuleType:
+    """A Python file or package, imported from where it is.
+
+    Raises ValueError if it cannot be found.
+    """
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        return importlib.import_module(path.stem)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path} cannot be imported: {error}") from error
+    finally:
+        sys.path.pop(0)
+
+
+def arms_from(path: Path | None) -> dict[str, Choice]:
+    """The dict ARMS like that of this file, of a Python file or package, see `imported`; nothing without a path.
+
+    Raises ValueError if it has none.
+    """
+    found = {} if path is None else getattr(imported(path), "ARMS", None)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} has no ARMS, a dict from the names of arms to what makes them")
+    return found
+
+
+def check_names(names: Sequence[str], known: Mapping[str, Choice] = ARMS) -> None:
+    """Raises ValueError for names that are not known."""
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown arms {unknown}; known: {list(known)}")
 
 
 def chosen_arms(
-    names: Sequence[str],
-    setup: Setup,
-    gates: Path | None = None,
-    *,
-    weights: ByKind | None = None,
-    shares: Sequence[float] = (),
-) -> list[Arm]:
-    """The arms of these names from `ARMS`; "alone" is one arm per expert.
+    names: Sequence[str], request: Request, *, shares: Sequence[float] = (), known: Mapping[str, Choice] = ARMS
+) -> tuple[list[Arm], list[str]]:
+    """The arms of these names that can be drawn, and a sentence for each name that cannot. "alone" is one arm per expert.
 
     Args:
-        gates: a folder with one folder of trained gates per case, see `gates_of`.
-        weights: the result of a search, see `searched`.
         shares: draw each arm once per share s, with strength moved from subjects, at 2 - 2s, to styles, at 2s. Their
             names are like "sum @ 0.3", which `plots.frontier` reads.
 
-    Raises ValueError for an unknown name, an arm that cannot be drawn (see `obstacles`) or whose strengths cannot be
-    moved, or a share outside 0..1.
+    Raises ValueError for an unknown name, one whose strengths cannot be moved, or a share outside 0..1.
     """
-    check_names(names)
-    movable = [name for name, choice in ARMS.items() if choice.movable]
-    if shares and (fixed := [name for name in names if name not in movable]):
-        raise ValueError(f"the strengths of {fixed} cannot be moved; those of {movable} can")
+    check_names(names, known)
+    if shares and (fixed := [name for name in names if name not in MOVABLE]):
+        raise ValueError(f"the strengths of {fixed} cannot be moved; those of {list(MOVABLE)} can")
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ValueError(f"a share must be from 0 to 1, got {wrong[0]}")
-    if found := obstacles(names, setup, gates, weights=weights):
-        raise ValueError("; ".join(found.values()))
-    moved = [(f" @ {share:g}", by_role(2 - 2 * share, 2 * share)) for share in shares] or [("", ones)]
-    return [arm for name, each in product(names, moved) for arm in ARMS[name].made(Request(setup, gates, weights, *each))]
-
-
-def obstacles(
-    names: Sequence[str], setup: Setup, gates: Path | None = None, *, weights: ByKind | None = None
-) -> dict[str, str]:
-    """Named arms that cannot be drawn with this setup -> the reason, known before anything is drawn."""
-    request = Request(setup, gates, weights)
-    found = {name: f"{name!r} {why}" for name in names for need in ARMS[name].needs if (why := need(request))}
-    for name in (name for name in names if name in MERGES):
+    moved = [replace(request, at=f" @ {s:g}", weights=by_role(2 - 2 * s, 2 * s)) for s in shares] or [request]
+    found: list[Arm] = []
+    lacking: dict[str, str] = {}
+    for name, each in product(names, moved):
         try:
-            check_fits(list(setup.experts.values()), name)
-        except RefusedFileError as error:
-            found[name] = str(error)
-    return found
+            found += known[name](each)
+        except ValueError as error:
+            lacking[name] = f"{name!r} {error}"
+    return found, list(lacking.values())

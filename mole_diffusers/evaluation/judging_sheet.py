@@ -6,7 +6,6 @@ import csv
 import json
 from collections.abc import Sequence
 from itertools import permutations
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +72,13 @@ def votes(folder: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for an answer that is not in `ANSWERS`, and for a table that is not the sheet's.
     """
-    found = [own | {"judge": judge} for judge, given in _by_judge(folder).items() for own in given if own["better"]]
     counted = []
-    for arms, own in pd.DataFrame(found, columns=["arms", "better", "judge", *SAME_NOISE]).groupby("arms", sort=False):
+    for arms, own in _asked(folder).dropna(subset=["better"]).groupby("arms", sort=False):
         twice = [pair for _, pair in own.groupby(["judge", *SAME_NOISE])["better"] if len(pair) == 2]
         agree = sum(pair.nunique() == 1 for pair in twice) / len(twice) if twice else None
         counts = [int((own["better"] == better).sum()) for better in (*arms, "same")]
         decided = own[own["better"] != "same"]
-        first = decided.assign(first=decided["better"] == arms[0])
-        share = interval(first, "first") if len(first) else None
+        share = interval(decided.assign(first=decided["better"] == arms[0]), "first") if len(decided) else None
         counted.append(dict(zip(COLUMNS, [*arms, *counts, share, agree], strict=True)))
     return counted
 
@@ -91,33 +88,31 @@ def agreement(folder: Path) -> float | None:
 
     A question is a unit. Judges may leave out questions.
     """
-    judges = [[own["better"] or None for own in given] for given in _by_judge(folder).values()]
-    named = sorted({choice for given in judges for choice in given if choice})
-    if len(judges) < 2 or len(named) < 2:
+    asked = _asked(folder)
+    codes, named = pd.factorize(asked["better"])  # -1 for no answer
+    table = asked.assign(code=codes).pivot(index="judge", columns="question", values="code")
+    if len(table) < 2 or len(named) < 2:
         return None
-    data = [[nan if choice is None else named.index(choice) for choice in given] for given in judges]
-    return float(krippendorff.alpha(data, level_of_measurement="nominal"))
+    return float(krippendorff.alpha(table.where(table >= 0).to_numpy(), level_of_measurement="nominal"))
 
 
-def _by_judge(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Judge -> every question of the sheet with its two arms and the better of them, "same", or "" if unanswered."""
+def _asked(folder: Path) -> pd.DataFrame:
+    """Every question for every judge, with its two arms and the better of them, "same", or None if unanswered."""
     questions = json.loads((folder / "sheet" / "key.json").read_text())
-    found: dict[str, list[dict[str, Any]]] = {}
+    found = []
     for path in sorted((folder / "sheet").glob("answers*.csv")):
         answers = _answers(path)
         if [number for number, _ in answers] != list(range(len(questions))):
             raise ValueError(
                 f"{path.name} is to have a row for each question from 0000 to {len(questions) - 1:04}, each once"
             )
-        found[path.stem] = []
         for (number, answer), question in zip(answers, questions, strict=True):
             if answer not in (*ANSWERS, ""):
                 raise ValueError(f"{path.name}, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
-            better = question.get(answer, "same") if answer else ""
-            found[path.stem].append(
-                question | {"arms": tuple(sorted((question["left"], question["right"]))), "better": better}
-            )
-    return found
+            arms = tuple(sorted((question["left"], question["right"])))
+            better = question.get(answer, "same") if answer else None
+            found.append(question | {"judge": path.stem, "question": number, "arms": arms, "better": better})
+    return pd.DataFrame(found)
 
 
 def _answers(path: Path) -> list[tuple[int, str]]:

@@ -162,17 +162,12 @@ def _listed(names: Sequence[str]) -> str:
 Kinds = Iterator[list[Case]]  # the cases of one kind after the other
 
 
-def _together(name: str, size: int, wordings: Sequence[str]) -> Callable[[Sequence[Concept]], Kinds]:
+def _together(name: str, wordings: Sequence[str], *sizes: int) -> Callable[[Sequence[Concept]], Kinds]:
+    """So many subjects; a kind for each size."""
+
     def made(concepts: Sequence[Concept]) -> Kinds:
-        yield _told(name, _groups(concepts, size), wordings)
-
-    return made
-
-
-def _in_groups(name: str, wordings: Sequence[str]) -> Callable[[Sequence[Concept]], Kinds]:
-    def made(concepts: Sequence[Concept]) -> Kinds:
-        for size in GROUPS:
-            yield _told(f"{name}, {size} subjects", _groups(concepts, size), wordings)
+        for size in sizes:
+            yield _told(name if len(sizes) == 1 else f"{name}, {size} subjects", _groups(concepts, size), wordings)
 
     return made
 
@@ -196,12 +191,12 @@ def _styles(concepts: Sequence[Concept]) -> Kinds:
 
 PROTOCOLS: dict[str, Callable[[Sequence[Concept]], Kinds]] = {
     "composlora": _composlora,
-    "pairs": _together("pairs", 2, TOGETHER),
-    "triples": _together("triples", 3, TOGETHER),
+    "pairs": _together("pairs", TOGETHER, 2),
+    "triples": _together("triples", TOGETHER, 3),
     "styles": _styles,
-    "neutral": _in_groups("neutral", NEUTRAL),
-    "occlusion": _in_groups("occlusion", OCCLUSION),
-    "interaction": _in_groups("interaction", INTERACTION),
-    "scenes": _together("scenes", 2, SCENES),
-    "contact": _together("contact", 2, CONTACT),
+    "neutral": _together("neutral", NEUTRAL, *GROUPS),
+    "occlusion": _together("occlusion", OCCLUSION, *GROUPS),
+    "interaction": _together("interaction", INTERACTION, *GROUPS),
+    "scenes": _together("scenes", SCENES, 2),
+    "contact": _together("contact", CONTACT, 2),
 }

@@ -34,7 +34,7 @@ def estimate(table: torch.Tensor, units: Sequence[Sequence[str]], kind: Kind, *,
     cases = cases[~cases.isnan()]
     count = min(len(cases), len({name for own in units for name in own}))
     if kind == "share":
-        few = _share(mean, count)
+        few = wilson(mean, count)
     elif kind == "change":
         few = _change(cases.clamp(min=0).mean().item(), cases.clamp(max=0).neg().mean().item(), count)
     elif count > 1 and cases.std() > EQUAL:
@@ -45,8 +45,10 @@ def estimate(table: torch.Tensor, units: Sequence[Sequence[str]], kind: Kind, *,
     return mean, min(few[0], low), max(few[1], high)
 
 
-def _share(share: float, count: int) -> tuple[float, float]:
-    """Wilson's interval. Seeds of a case may disagree: it then counts in part, and the interval errs on the wide side."""
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of so many. Seeds of a case may disagree: it then counts in part, and the interval
+    errs on the wide side.
+    """
     z = stats.norm.ppf(0.975)
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
@@ -55,7 +57,7 @@ def _share(share: float, count: int) -> tuple[float, float]:
 
 def _change(better: float, worse: float, count: int) -> tuple[float, float]:
     """Interval of `better - worse`, two shares of the same cases, from that of each (Zou and Donner, 2008)."""
-    (up_low, up_high), (down_low, down_high) = _share(better, count), _share(worse, count)
+    (up_low, up_high), (down_low, down_high) = wilson(better, count), wilson(worse, count)
     change = better - worse
     return change - hypot(better - up_low, down_high - worse), change + hypot(up_high - better, worse - down_low)
 

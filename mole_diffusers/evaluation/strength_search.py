@@ -61,15 +61,10 @@ def read_weights(path: Path) -> dict[str, dict[str, float]]:
 
     Raises ValueError if the file holds anything else.
     """
-    form = f'{path}: not {{"KIND": {{"subject": STRENGTH, "style": STRENGTH}}, ..}}'
-    found = read_json(path)
+    form, found = f'{path}: not {{"KIND": {{"subject": STRENGTH, "style": STRENGTH}}, ..}}', read_json(path)
     if not isinstance(found, dict) or not found:
         raise ValueError(form)
     for kind, strengths in found.items():
-        if (
-            not isinstance(strengths, dict)
-            or set(strengths) != set(ROLES)
-            or not all(type(value) in (int, float) for value in strengths.values())
-        ):
+        if not isinstance(strengths, dict) or {*strengths} != {*ROLES} or {*map(type, strengths.values())} - {int, float}:
             raise ValueError(f"{form}: {kind!r} has {json.dumps(strengths)}")
     return found

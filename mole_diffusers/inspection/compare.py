@@ -26,7 +26,7 @@ def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[st
         tiles: the prompt, in the form that `Mixture.tiled` takes, to add the column "tiles".
     """
     strengths = {name: mixture.strength(name) for name in mixture.experts}
-    alone = {f"{n} alone": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
+    alone = {f"alone {n}": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
     found: dict[str, Callable[[], AbstractContextManager]] = {"base": partial(mixture.fixed, {}), **alone}
     found["sum"] = partial(mixture.fixed, strengths)
     family, binds, untiled = mixture.config.family, mixture.binding is not None, partial(mixture.tiled, 0)

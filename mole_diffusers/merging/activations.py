@@ -80,9 +80,8 @@ class Activations:
     def check_prompts(self, names: Iterable[str]) -> None:
         """Raises ValueError if one of these experts has no prompts."""
         if lacking := [name for name in names if not self.prompts.get(name)]:
-            raise ValueError(
-                f"no prompts for expert {', '.join(map(repr, lacking))}; there are some for {sorted(self.prompts)}"
-            )
+            known = sorted(filter(self.prompts.get, self.prompts))
+            raise ValueError(f"no prompts for expert {', '.join(map(repr, lacking))}; there are some for {known}")
 
     @contextmanager
     def _recording(self, name: str, expert: Expert) -> Iterator[dict[str, list[torch.Tensor]]]:

@@ -21,6 +21,7 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.testing import tiny_pipeline
 
 FOX = str(concept_files()["fox"])
+RIVALS = Path(__file__).parents[2] / "demos" / "experiments" / "rivals"
 
 
 @pytest.fixture(scope="module")
@@ -269,19 +270,20 @@ def test_compose_draws_composers_of_the_evaluation(loras, base, tmp_path, capsys
     drawn = ["--base", str(base), "--steps", "2", "--rows", "1", "--expert", f"fox={loras['fox']}"]
     compose = ["compose", "a fox in ink", *drawn, "--expert", f"ink={loras['ink']}:0.5"]
     assert main([*compose, "--out", str(tmp_path / "plain.png")]) == 0
-    more = [word for name in ("mean", "k-lora", "sum") for word in ("--arm", name)]
+    more = [word for name in ("mean", "np", "sum") for word in ("--arm", name)]
     assert main([*compose, *more, "--out", str(tmp_path / "more.png")]) == 0
     plain, found = sheets
-    assert list(found) == [*plain, "mean", "k-lora"]
+    assert list(found) == [*plain, "mean", "np"]
     assert found["sum"] == plain["sum"]
-    assert len({image.tobytes() for (image,) in map(found.get, ("sum", "mean", "k-lora", "base"))}) == 4
+    assert len({image.tobytes() for (image,) in map(found.get, ("sum", "mean", "np", "base"))}) == 4
     halved = [*compose[:-1], f"ink={loras['ink']}:0.25"]
     assert main([*halved, "--arm", "mean", "--out", str(tmp_path / "less.png")]) == 0
     assert sheets[-1]["mean"] != found["mean"]
     capsys.readouterr()
     for options, why in (
         (["best"], "unknown arms ['best']; known: ['base',"),
-        (["k-lora"], "'k-lora' does not draw 3 LoRAs"),
+        (["k-lora", "--arms-from", str(RIVALS)], "'k-lora' does not draw 3 LoRAs"),
+        (["gates"], "'gates' needs a folder of trained gates"),
     ):
         asked = [*compose, "--expert", f"hat={loras['hat']}", "--arm", *options]
         assert main(asked) == 1

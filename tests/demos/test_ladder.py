@@ -10,6 +10,7 @@ import torch
 from tiers import thorough
 
 import mole_diffusers as mole
+from mole_diffusers.evaluation import arms
 from mole_diffusers.evaluation.runner import Case, Setup
 from mole_diffusers.lora import read_expert
 from mole_diffusers.training.config import GateTraining
@@ -95,7 +96,7 @@ def test_gradient_reaches_what_a_rung_frees_and_nothing_else(ladder, pipe, exper
 def test_what_was_trained_is_what_is_drawn(ladder, pipe, experts, tmp_path, monkeypatch, name):
     monkeypatch.setattr(ladder, "WORK", tmp_path)
     setup, case, base, after = Setup(pipe, experts, {}), Case(NAMES, "pair", PROMPT), answer(pipe), []
-    with ladder.ARMS["bound"]().draws(setup, case):
+    with arms.bound().draws(setup, case):
         untrained = answer(pipe)
     arm = ladder.bound(name, 2)
     assert not arm.covers(case)

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+import rivals
 
-from mole_diffusers.evaluation import arms
 from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.merging.merge import METHODS, by_activations
 from mole_diffusers.retrieval.composing import MODES
@@ -26,7 +26,7 @@ def test_every_family_and_every_merge_has_its_row():
     assert rows("Merges")[-4:] == [method for method in METHODS if by_activations(method)]
 
 
-@pytest.mark.parametrize("name", sorted(set(arms.PLAIN) - {"base", "sum", "mean", "bound", "words only", "tiles"}))
+@pytest.mark.parametrize("name", sorted(rivals.ARMS))
 def test_every_rival_while_sampling_is_there(name):
     assert f"**{name}**" in SECTIONS["While sampling"].lower()
 

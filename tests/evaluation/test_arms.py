@@ -3,36 +3,31 @@
 import json
 import re
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 
 import pytest
+import rivals
 import torch
+from drawn_arms import CASE, OPTIONS, by_hand, drawn, settings_of, setup_of
 from hosts import sdxl
 from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers import emoji
 from mole_diffusers.evaluation import arms, emoji_protocol
-from mole_diffusers.evaluation.isolation import isolated_prompts
-from mole_diffusers.evaluation.regional_composers import masked_blend, regional_prompts
-from mole_diffusers.evaluation.runner import Case, Setup, add_idle_experts
-from mole_diffusers.evaluation.sampling_composers import k_lora, switched
+from mole_diffusers.evaluation.runner import Case, add_idle_experts
 from mole_diffusers.evaluation.strength_search import VALUES, best_weights, search_arms
 from mole_diffusers.inspection.compare import sample
-from mole_diffusers.lora import read_expert, safe_files
+from mole_diffusers.lora import safe_files
 from mole_diffusers.merging.merge import METHODS
 
-OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0}
-CASE = Case(("fox", "ink"), "subject x style", "a fox in ink")
 WEIGHTS = {"subject x style": {"subject": 0.7, "style": 1.3}}
+KNOWN = arms.ARMS | rivals.ARMS
 
 
 @pytest.fixture
 def setup(pipe, loras):
-    prompts = {"fox": ["a fox"], "ink": ["in ink"], "hat": ["a hat"]}
-    experts = {n: replace(read_expert(path, n), triggers=(n,)) for n, path in loras.items()}
-    return Setup(pipe, experts, OPTIONS, prompts=prompts, styles=frozenset({"ink"}))
+    return setup_of(pipe, loras)
 
 
 @pytest.fixture
@@ -45,28 +40,21 @@ def gates(setup, tmp_path, awake):
     return tmp_path
 
 
-def drawn(setup, arm, case=CASE, seeds=(3,)):
-    with arm.draws(setup, case):
-        return [image.tobytes() for image in sample(setup.pipe, case.prompt, seeds, **OPTIONS)]
-
-
-def by_hand(setup, experts, inside=None, gates="sum"):
-    mixture = mole.attach(setup.pipe, experts, gates, binding=None)
-    try:
-        with inside(mixture) if inside else mixture.only(*mixture.experts):
-            return [image.tobytes() for image in sample(setup.pipe, CASE.prompt, [3], **OPTIONS)]
-    finally:
-        mole.detach(setup.pipe)
+def made(names, setup, gates=None):
+    """All arms of these names, of which none lacks anything."""
+    found, lacking = arms.chosen_arms(names, arms.Request(setup, gates, WEIGHTS), known=KNOWN)
+    assert not lacking
+    return found
 
 
 @pytest.mark.parametrize(
     "names",
-    [tuple(a for a in arms.ARMS if a == "svd" or a not in arms.MERGES), *thorough((arms.ARMS,))],
+    [tuple(a for a in KNOWN if a == "svd" or a not in arms.MERGES), *thorough((KNOWN,))],
     ids=["one merge", "all"],
 )
 def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gates, names):
     before = drawn(setup, arms.base())
-    chosen = arms.chosen_arms(names, setup, gates, weights=WEIGHTS)
+    chosen = made(names, setup, gates)
     assert {a.name for a in chosen} == {*names, *(f"alone {n}" for n in setup.experts)} - {"alone"}
     pictures = {a.name: drawn(setup, a)[0] for a in chosen if a.covers(CASE)}
     assert set(pictures) == {a.name for a in chosen} - {"alone hat"}
@@ -88,7 +76,7 @@ def test_every_arm_draws_its_own_picture_and_gives_the_pipeline_back(setup, gate
 def test_other_words_in_a_file_are_another_row_for_the_arms_that_read_them(setup, gates):
     unread = ("sum", "gates", "svd", "switch")
     named = (*unread, "bound", "words only", "tiles", "bound gates", "masked blend", "freefuse", "w-switch", "w-composite")
-    chosen = arms.chosen_arms(named, setup, gates)
+    chosen = made(named, setup, gates)
     before = {a.name: dict(a.settings(setup, CASE)) for a in chosen}
     assert not any("words" in settings for settings in before.values())  # each LoRA's word is its name
     setup.experts = {**setup.experts, "fox": replace(setup.experts["fox"], triggers=("vixen",))}
@@ -122,63 +110,6 @@ def test_merges_protect_the_style_and_take_strengths(setup):
     arm = arms.merged("svd", "weak", arms.by_role(0.4, 1.6))
     assert arm.name == "weak"
     assert drawn(setup, arm) == by_hand(setup, {"m": weak})
-
-
-@pytest.mark.parametrize("concepts", [*thorough((("fox", "ink"),)), ("ink", "fox")])
-@pytest.mark.parametrize("name", ["k-lora", *thorough("switch")])
-def test_switch_and_k_lora_know_the_style_by_its_name(setup, name, concepts):
-    """Content before style whatever place a case gives them; a case that does not say which is which keeps its own order."""
-    case = Case(concepts, CASE.kind, CASE.prompt)
-    pipe, gates = setup.pipe, arms.MATRIX
-    arm, form, inside = {
-        "switch": (arms.switch(period=1), "sum", lambda m, order: switched(pipe, m, period=1)),
-        "k-lora": (arms.klora(), gates, lambda m, order: k_lora(pipe, m, content=order[0], style=order[1])),
-    }[name]
-    seen = []
-    for styles, order in (
-        (frozenset({"ink"}), ["fox", "ink"]),
-        (frozenset(), concepts),
-        (frozenset(concepts), concepts),
-    ):
-        setup.styles = styles
-        wanted = by_hand(setup, {n: setup.experts[n] for n in order}, partial(inside, order=order), gates=form)
-        assert drawn(setup, arm, case) == wanted, styles
-        seen.append((wanted, dict(arm.settings(setup, case))))
-    assert (seen[0] == seen[1]) == (concepts == ("fox", "ink"))  # and another order is another row
-    assert seen[1] == seen[2]
-
-
-def test_switch_takes_what_was_asked_for_before_what_only_stands_by(setup):
-    case = Case(("ink", "fox"), CASE.kind, CASE.prompt, idle=("hat",))
-    with arms.switch().draws(setup, case):
-        assert list(mole.attached(setup.pipe).experts) == ["fox", "ink", "hat"]
-
-
-def test_k_lora_takes_a_bystander_for_the_content_of_a_style(setup):
-    with arms.klora().draws(setup, Case(("ink",), "single", CASE.prompt, idle=("fox",))):
-        assert list(mole.attached(setup.pipe).experts) == ["fox", "ink"]
-
-
-def test_parts_of_a_case_are_drawn_and_said(setup):
-    """By regional prompts and by a masked blend; a case of styles alone has no parts, and gets the sum."""
-    parts = {"fox": ("a fox", "left")}
-    of = lambda setup, case: {name: parts[name] for name in arms.subjects_of(setup, case)}  # noqa: E731
-    experts = {name: setup.experts[name] for name in CASE.concepts}
-    composers = {
-        arms.regional(of): (regional_prompts, arms.MATRIX),
-        arms.blended("given", of): (masked_blend, "sum"),
-    }
-    for arm, (composer, gates) in composers.items():
-        inside = partial(composer, setup.pipe, prompt=CASE.prompt, parts=parts)
-        assert drawn(setup, arm) == by_hand(setup, experts, lambda m, inside=inside: inside(mixture=m), gates)
-        assert settings_of(setup, arm)["parts"] == parts
-    assert drawn(setup, arm, Case(("ink",), "style", CASE.prompt)) == drawn(setup, arms.alone("ink"))
-    assert settings_of(setup, arms.blended())["parts"] == {"fox": (CASE.prompt, "auto")}
-    both = {"fox": ("a fox", "left"), "ink": ("in ink", "right")}
-    isolated = drawn(setup, arms.isolated_regional(lambda *_: both))
-    inside = partial(isolated_prompts, setup.pipe, prompt=CASE.prompt, parts=both)
-    assert isolated == by_hand(setup, experts, lambda m: inside(mixture=m), arms.MATRIX)
-    assert isolated != drawn(setup, arms.regional(lambda *_: both))
 
 
 def test_a_search_sets_strengths_by_kind_and_role(setup):
@@ -230,8 +161,8 @@ def test_the_users_strengths_reach_every_arm(setup, gates):
     """A strength of 1.6 draws what the same LoRA scaled by 1.6 draws, by every composer."""
     setup.options = OPTIONS | {"num_inference_steps": 1}
     alike = {*arms.MERGES} - {"svd", "ssr"} | {"gates uniform", "gates random", "gates hardened"}  # as those that stay
-    names = [name for name in arms.ARMS if name not in alike]
-    chosen = [arm for arm in arms.chosen_arms(names, setup, gates, weights=WEIGHTS) if arm.covers(CASE)]
+    names = [name for name in KNOWN if name not in alike]
+    chosen = [arm for arm in made(names, setup, gates) if arm.covers(CASE)]
     plain = {arm.name: pixels(setup, arm) for arm in chosen}
     setup.strengths = {"fox": 1.6, "hat": 0.3}
     strong = {arm.name: pixels(setup, arm) for arm in chosen}
@@ -244,37 +175,50 @@ def test_the_users_strengths_reach_every_arm(setup, gates):
 
 
 def test_what_cannot_be_drawn_is_known_before(setup, gates):
-    assert arms.obstacles(arms.ARMS, setup, gates, weights=WEIGHTS) == {}
+    made(KNOWN, setup, gates)
     setup.prompts["hat"].clear()
     setup.pipe = sdxl()
-    found = arms.obstacles(arms.ARMS, setup)
-    assert set(found) == {
+    found, lacking = arms.chosen_arms(KNOWN, arms.Request(setup), known=KNOWN)
+    assert {said.split("'")[1] for said in lacking} == {
         "ssr", "regmean", "iteris", "scalars", "switch", "composite", "masked blend", "freefuse", "grid search",
         "w-switch", "w-composite", "loratorio", *arms.CONTROLS, "bound gates"
     }  # fmt: skip
-    assert found["ssr"] == "'ssr' runs every expert on prompts of its own, and there are none for ['hat']"
-    for name, reason in found.items():
-        with pytest.raises(ValueError, match=re.escape(reason)):
-            arms.chosen_arms(["base", name], setup)
-    with pytest.raises(ValueError, match="'gates' needs a folder of trained gates"):
-        arms.chosen_arms(["sum", "gates"], setup, shares=[0.5])
+    assert not {arm.name for arm in found} & {said.split("'")[1] for said in lacking}
+    assert "'ssr' cannot be drawn: no prompts for expert 'hat'; there are some for ['fox', 'ink']" in lacking
+    assert "'freefuse' needs a unet and one text encoder, unlike StableDiffusionXLPipeline" in lacking
+    moved, lacking = arms.chosen_arms(["sum", "gates"], arms.Request(setup), shares=[0.5, 1])
+    assert [arm.name for arm in moved] == ["sum @ 0.5", "sum @ 1"]
+    assert lacking == ["'gates' needs a folder of trained gates"]
 
 
 def test_a_merge_that_memory_cannot_hold_is_left_out(setup, monkeypatch):
     monkeypatch.setattr(safe_files.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    found = arms.obstacles(["sum", "dare", "svd", "ties"], setup)
-    assert list(found) == ["dare", "ties"]
-    assert re.fullmatch(r"a merge by 'dare' without a rank takes \d+ bytes, more than the 1000 bytes .*", found["dare"])
+    found, lacking = arms.chosen_arms(["sum", "dare", "svd", "ties"], arms.Request(setup))
+    assert [arm.name for arm in found] == ["sum", "svd"]
+    assert re.fullmatch(
+        r"'dare' cannot be drawn: a merge by 'dare' without a rank takes \d+ bytes, more than the 1000 bytes .*", lacking[0]
+    )
+    assert lacking[1].startswith("'ties' ")
 
 
-def settings_of(setup, arm):
-    return dict(arm.settings(setup, CASE))
+def test_a_file_adds_arms_of_its_own(setup, tmp_path):
+    lines = ["from mole_diffusers.evaluation.arms import by_role, choice, weighted"]
+    lines += ['ARMS = {"weak": choice(lambda: weighted("weak", by_role(0.4, 0.4)))}']
+    (tmp_path / "weak_arms.py").write_text("\n".join(lines))
+    others = arms.arms_from(tmp_path / "weak_arms.py")
+    (weak,), _ = arms.chosen_arms(["weak"], arms.Request(setup), known=arms.ARMS | others)
+    wanted = by_hand(setup, {n: setup.experts[n] for n in CASE.concepts}, lambda m: m.fixed({"fox": 0.4, "ink": 0.4}))
+    assert drawn(setup, weak) == wanted
+    assert arms.arms_from(None) == {}
+    (tmp_path / "no_arms.py").touch()
+    for name, why in (("no_arms.py", "no_arms.py has no ARMS"), ("missing.py", "cannot be imported: No module named")):
+        with pytest.raises(ValueError, match=why):
+            arms.arms_from(tmp_path / name)
 
 
 def test_rows_say_what_their_pictures_depend_on(setup, gates, monkeypatch):
     """A changed file, option, default, prompt or style is another setting; the same again is the same."""
-    made = lambda: arms.chosen_arms(arms.ARMS, setup, gates, weights=WEIGHTS)  # noqa: E731
-    everything = lambda: {a.name: settings_of(setup, a) for a in made()}  # noqa: E731
+    everything = lambda: {a.name: settings_of(setup, a) for a in made(KNOWN, setup, gates)}  # noqa: E731
     before = everything()
     assert everything() == before
     trained = {"gates", "gates uniform", "gates random", "gates hardened", "gates averaged", "bound gates"}
@@ -298,7 +242,7 @@ def test_rows_say_what_their_pictures_depend_on(setup, gates, monkeypatch):
     assert changed() == {"np", "masked blend", "freefuse", "grid search"}
     setup.styles = frozenset({"ink"})
     monkeypatch.setitem(METHODS["np"].__kwdefaults__, "mu", 0.25)
-    monkeypatch.setattr(arms, "ALPHA", 1.0)
+    monkeypatch.setattr(rivals, "ALPHA", 1.0)
     assert changed() == {"np", "k-lora"}
 
 
@@ -342,7 +286,7 @@ def test_the_world_knows_its_styles():
 
 
 def test_moved_strengths_go_from_subjects_to_styles(setup, gates):
-    chosen = arms.chosen_arms(["sum", "svd", "gates"], setup, gates, shares=[0.25, 1.0])
+    chosen, _ = arms.chosen_arms(["sum", "svd", "gates"], arms.Request(setup, gates), shares=[0.25, 1.0])
     assert [a.name for a in chosen] == [f"{n} @ {s}" for n in ("sum", "svd", "gates") for s in ("0.25", "1")]
     experts = {n: setup.experts[n] for n in CASE.concepts}
     assert drawn(setup, chosen[0]) == by_hand(setup, experts, lambda m: m.fixed({"fox": 1.5, "ink": 0.5}))
@@ -352,9 +296,9 @@ def test_moved_strengths_go_from_subjects_to_styles(setup, gates):
         mixture = mole.attached(setup.pipe)
         assert [mixture.strength(n) for n in CASE.concepts] == [1.5, 0.5]
     with pytest.raises(ValueError, match=r"the strengths of \['base'\] cannot be moved"):
-        arms.chosen_arms(["base"], setup, shares=[0.5])
+        arms.chosen_arms(["base"], arms.Request(setup), shares=[0.5])
     with pytest.raises(ValueError, match="a share must be from 0 to 1, got 2"):
-        arms.chosen_arms(["sum"], setup, shares=[2])
+        arms.chosen_arms(["sum"], arms.Request(setup), shares=[2])
 
 
 def test_crowds_grow_to_the_number_asked_for():

@@ -141,11 +141,11 @@ def test_bad_cases_and_arms_are_refused_before_models_are_asked_for(loras, tmp_p
 @pytest.mark.thorough
 def test_evaluate_on_any_checkpoint(checkpoint, loras, tmp_path, capsys):
     args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--own", "fox=a fox", "--own", "ink=a ink", "--sheet"]
-    args += [word for arm in ("base", "np", "ssr", "k-lora", "sum") for word in ("--arm", arm)]
+    args += [word for arm in ("base", "np", "ssr", "mean", "sum") for word in ("--arm", arm)]
     assert main(args) == 0
     text, said = capsys.readouterr()
     assert text.startswith("| arm | collapse | DINO | CLIP-T | LPIPS | SSIM | seam |")
-    names = ["| base", "| np", "| ssr", "| k-lora"]
+    names = ["| base", "| np", "| ssr", "| mean"]
     assert [line.split(" | ")[0] for line in text.splitlines()[2:7]] == [*names, "| sum"]
     paired = text.splitlines()[8:]
     assert [line.split(" | ")[0] for line in paired[:6]] == ["| arm, less sum", "| ---", *names]
@@ -248,10 +248,13 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
         assert main([*checkpoint, *fox, "--arm", "sum", *asked]) == 1
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("rows*"))
-    monkeypatch.setattr(evaluating, "DEFAULT_ARMS", ("base", "grid search", "k-lora"))
-    assert main([*checkpoint, *fox, "--gates", str(tmp_path / "none"), "--seeds", "1", "--json"]) == 0
+    monkeypatch.setattr(evaluating, "DEFAULT_ARMS", ("base", "grid search"))
+    lines = ["from mole_diffusers.evaluation.arms import choice, mean", 'ARMS = {"half": choice(mean)}']
+    (tmp_path / "halves.py").write_text("\n".join(lines))
+    others = ["--arms-from", str(tmp_path / "halves.py")]
+    assert main([*checkpoint, *fox, *others, "--gates", str(tmp_path / "none"), "--seeds", "1", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert {row["arm"] for row in json.loads(out)} == {"base", "k-lora"}
+    assert {row["arm"] for row in json.loads(out)} == {"base", "mean"}
     assert "left out: 'grid search' needs the weights of a search" in err
     assert "left out: ['gates', 'bound gates'] can draw none of the cases" in err
 

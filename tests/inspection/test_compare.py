@@ -18,7 +18,7 @@ def test_a_comparison_shows_what_a_call_gives_by_default(pipe, loras):
     )
     call = {"num_inference_steps": 2, "width": 64, "height": 32}
     found = compare(pipe, mixture, "a fox and a hen", seeds=[1], **call)
-    assert list(found) == ["base", "fox alone", "hat alone", "sum", "bound", "tiles"]
+    assert list(found) == ["base", "alone fox", "alone hat", "sum", "bound", "tiles"]
     assert found["tiles"] == sample(pipe, "a fox and a hen", [1], **call)
     assert found["tiles"] != found["bound"]
     assert "tiles" not in compare(pipe, mixture, "a fox and a hen", seeds=[1], **call | {"width": 32})

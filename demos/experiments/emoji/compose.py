@@ -19,8 +19,8 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from check_world import joint_file
@@ -35,10 +35,7 @@ from mole_diffusers.emoji import TEST, VALIDATION, Scene, scene_in, words
 from mole_diffusers.emoji.compositions import LARGER, compositions
 from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
-from mole_diffusers.evaluation.isolation import UNTIL as ISOLATED
-from mole_diffusers.evaluation.isolation import isolated
 from mole_diffusers.evaluation.plots import bars
-from mole_diffusers.evaluation.regional_composers import RegionalPrompt
 from mole_diffusers.evaluation.rows import Row, Rows, digest_files, picture_path
 from mole_diffusers.evaluation.runner import Arm, Case, Metrics, Setup, evaluate
 from mole_diffusers.evaluation.strength_search import best_weights, read_weights, search_arms
@@ -47,6 +44,7 @@ from mole_diffusers.inspection.compare import image_grid, sample
 from mole_diffusers.inspection.layout_figure import overlay
 from mole_diffusers.training.losses import cells
 
+rivals = arms.imported(Path(__file__).parents[1] / "rivals")
 DOCS = Path(__file__).parents[3] / "docs"
 STRENGTHS = DOCS / "results" / "strengths.json"  # from a grid search: the best on validation, by kind
 GRID = (0.6, 0.8, 1.0, 1.2)
@@ -64,7 +62,7 @@ def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
     return {name: Bound((), boxes.get(name, "everywhere")) for name in case.concepts}
 
 
-def parts(setup: Setup, case: Case) -> dict[str, RegionalPrompt]:
+def parts(setup: Setup, case: Case) -> dict[str, Any]:
     """For each subject: a prompt that names only this one, and its square."""
     scene = scene_in(case.prompt)
     boxes = zip(scene.subjects, cells(len(scene.subjects), *case.size), strict=True)
@@ -86,34 +84,32 @@ def in_file(name: str, file: Callable[[Case], Path], *, by_words: bool = False) 
     )
 
 
-ARMS = {
-    **{name: plain.make for name, plain in arms.PLAIN.items()},
-    **{method: partial(arms.merged, method) for method in arms.MERGES},
-    "tiles from the first step": lambda: arms.in_tiles("tiles from the first step", since=0),
-    "grid search": lambda: arms.searched(read_weights(STRENGTHS)),
-    "places only": lambda: arms.bound("places only", lambda setup, case: given(setup, case, words=False)),
-    "words and given places": lambda: arms.bound(
-        "words and given places", lambda setup, case: given(setup, case, words=True)
-    ),
-    "regional prompts": lambda: arms.regional(parts),
-    "isolation until half": lambda: arms.isolated_regional(parts),
-    "bound, isolation until half": lambda: arms.weighted(
-        "bound, isolation until half",
-        binding=lambda setup, case: given(setup, case, words=True),
-        context=lambda setup, case, mixture: isolated(setup.pipe, [box for _, box in parts(setup, case).values()]),
-        until=ISOLATED,
-    ),
-    # The paper has 100 steps, we 20: turns and tail a fifth as long.
-    "w-switch, short turns": lambda: arms.w_switch("w-switch, short turns", period=1, tail=1),
-    "loratorio, sharp": lambda: arms.patchwise("loratorio, sharp", temperature=0.02),
-    "masked blend, given places": lambda: arms.blended("masked blend, given places", parts),
-    "bound, trained gates": lambda: arms.weighted(
-        "bound, trained gates", gates=arms.gates_of(WORK / "gates"), binding=arms.from_files
-    ),
-    "MoLE, the paper's form": lambda: arms.weighted("MoLE, the paper's form", gates=arms.gates_of(WORK / "paper")),
-    "joint LoRA": lambda: in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
-    "joint LoRA, tiles": lambda: in_file("joint LoRA, tiles", lambda case: joint_file(case.concepts), by_words=True),
-}
+def own_arms() -> list[Arm]:
+    """Arms that are told more than a prompt, are trained elsewhere, or have another setting."""
+    return [
+        arms.in_tiles("tiles from the first step", since=0),
+        arms.bound("places only", lambda setup, case: given(setup, case, words=False)),
+        arms.bound("words and given places", lambda setup, case: given(setup, case, words=True)),
+        rivals.regional(parts),
+        rivals.isolated_regional(parts),
+        arms.weighted(
+            "bound, isolation until half",
+            binding=lambda setup, case: given(setup, case, words=True),
+            context=lambda setup, case, _: rivals.isolated(setup.pipe, [box for _, box in parts(setup, case).values()]),
+            until=rivals.UNTIL,
+        ),
+        # The paper has 100 steps, we 20: turns and tail a fifth as long.
+        rivals.w_switch("w-switch, short turns", period=1, tail=1),
+        rivals.patchwise("loratorio, sharp", temperature=0.02),
+        rivals.blended("masked blend, given places", parts),
+        arms.weighted("bound, trained gates", gates=arms.gates_of(WORK / "gates"), binding=arms.from_files),
+        arms.weighted("MoLE, the paper's form", gates=arms.gates_of(WORK / "paper")),
+        in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
+        in_file("joint LoRA, tiles", lambda case: joint_file(case.concepts), by_words=True),
+    ]
+
+
+ARMS = arms.ARMS | rivals.ARMS | {arm.name: lambda _, arm=arm: [arm] for arm in own_arms()}
 OF_BINDING = (
     "sum",
     "words only",
@@ -245,7 +241,10 @@ def main() -> None:
     found = emoji_protocol.cases({kind: split[kind][: args.per_kind] for kind in args.kinds or split})
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "compose" / args.split)
-    drawn = search_arms(setup, GRID) if args.search else [ARMS[name]() for name in args.arms]
+    request = arms.Request(setup, WORK / "gates", read_weights(STRENGTHS))
+    drawn, lacking = (search_arms(setup, GRID), []) if args.search else arms.chosen_arms(args.arms, request, known=ARMS)
+    if lacking:
+        parser.error("; ".join(lacking))
     metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
     verdicts = measured(setup, drawn, found, metrics, seeds=seeds, rows=rows)
     table = as_frame(verdicts)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compose import ARMS, SEEDS, measured
+from compose import SEEDS, measured
 from loop import WORK, device, note, small_attention
 from packing import pack
 from sampling import GUIDANCE, STEPS
@@ -206,7 +206,7 @@ def main() -> None:
             log = train(world.pipe, experts, RUNGS[name], lesson(case.concepts), folder, config=config)
         note(f"ladder {name} {updates} {case.name}", **reached(log), seconds=round(time.time() - start))
     trained = [bound(name, n) for n in args.updates for name in args.rungs]
-    drawn = [*(ARMS[name]() for name in ("sum", "bound", "tiles")), *trained]
+    drawn = [arms.summed(), arms.bound(), arms.in_tiles(), *trained]
     seeds = range(SEEDS["validation"], SEEDS["validation"] + args.seeds)
     metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
     rows = Rows(WORK / "ladder" / "rows")

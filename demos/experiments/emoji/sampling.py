@@ -1,6 +1,5 @@
 """Draw pictures with a pipeline, and count shares of them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from loop import mixed_precision, small_attention
 from PIL import Image
 
 from mole_diffusers.emoji.scenes import Scene
+from mole_diffusers.evaluation.statistics import wilson
 
 STEPS, GUIDANCE, BATCH = 20, 3.0, 16
 
@@ -53,9 +53,7 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        z, n, p = 1.96, self.count, self.share
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+        return wilson(self.share, self.count)
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -20,7 +20,7 @@ from typing import Any
 
 import ladder
 import torch
-from compose import ARMS, SEEDS, SPLITS, measured
+from compose import SEEDS, SPLITS, measured
 from loop import WORK, device, multiplies_bf16, note, small_attention
 from packing import pack
 from sampling import GUIDANCE, STEPS
@@ -221,7 +221,7 @@ def main() -> None:
             with small_attention():
                 TRAIN[name](setup, cases["validation"] * args.rounds)
     for split, found in cases.items():
-        drawn = [ARMS["bound"](), *(DRAWN[name]() for name in args.gates)]
+        drawn = [arms.bound(), *(DRAWN[name]() for name in args.gates)]
         seeds, rows = range(SEEDS[split], SEEDS[split] + args.seeds), Rows(FOLDER / "rows" / split)
         metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
         table = as_frame(measured(setup, drawn, found, metrics, seeds=seeds, rows=rows))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import train_gates
-from compose import SEEDS, SPLITS, measured
+from compose import SEEDS, SPLITS, measured, rivals
 from ladder import layers
 from loop import WORK, device
 from packing import pack
@@ -30,7 +30,6 @@ from mole_diffusers.emoji.world import emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.rows import Row, Rows
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
-from mole_diffusers.evaluation.sampling_composers import StepCounter
 from mole_diffusers.evaluation.tables import as_frame, by_kind
 from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.patching.undo import undoing
@@ -99,7 +98,7 @@ def arm(name: str) -> Arm:
     def context(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
         tags = [f"<lora:{name}:{way.style if name in setup.styles else way.subjects}>" for name in mixture.experts]
         schedule = StrengthSchedule(list(mixture.experts), parse("".join(tags)).tags, unet=setup.pipe.unet, steps=STEPS)
-        steps = StepCounter(setup.pipe.unet)
+        steps = rivals.StepCounter(setup.pipe.unet)
 
         def before(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
             schedule.step = steps.at(args, kwargs)

@@ -5,10 +5,10 @@ import types
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler
+from rivals import sampling_composers
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.evaluation import sampling_composers
 from mole_diffusers.merging.factors import Pair
 from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.studio.clip_skip import clip_skip

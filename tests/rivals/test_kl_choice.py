@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 from one_step import PROMPT, latents
+from rivals.kl_choice import kl_choice
 from torch import nn
 
 import mole_diffusers as mole
-from mole_diffusers.evaluation.kl_choice import kl_choice
 from mole_diffusers.lora import read_expert
 
 MATRIX = mole.GateConfig("static", granularity="matrix")

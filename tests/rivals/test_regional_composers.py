@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 from attention import watched, word_map
+from rivals import regional_composers
+from rivals.regional_composers import masked_blend, regional_prompts
 from torch import nn
 
 import mole_diffusers as mole
 from mole_diffusers.binding.regions import region_mask
-from mole_diffusers.evaluation import regional_composers
-from mole_diffusers.evaluation.regional_composers import masked_blend, regional_prompts
 from mole_diffusers.lora import read_expert
 
 PROMPT = "a fox a hat ink"  # a token per letter: "fox" is tokens 2..4, "hat" 6..8

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from one_step import latents
+from rivals.isolation import isolated, isolated_prompts
+from rivals.regional_composers import regional_prompts
 
 import mole_diffusers as mole
-from mole_diffusers.evaluation.isolation import isolated, isolated_prompts
-from mole_diffusers.evaluation.regional_composers import regional_prompts
 
 LEFT, MIDDLE = (0, 0, 0.5, 0.75), (0.25, 0.5, 0.75, 1)  # they overlap, and leave a background
 SEEDS = (3, 4)

@@ -8,10 +8,10 @@ import torch
 from attention import watched, word_map
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
+from rivals.freefuse import balanced_argmax, freefuse
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.evaluation.freefuse import balanced_argmax, freefuse
 from mole_diffusers.lora import read_expert
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 

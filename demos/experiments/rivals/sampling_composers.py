@@ -86,15 +86,10 @@ class StepCounter:
         return self.step
 
 
-def encodes_by_expert(pipe: Any) -> bool:
-    """Whether this kind of pipeline supports composers that read a text in several ways (LoRA Switch and Composite)."""
-    return getattr(pipe, "unet", None) is not None and getattr(pipe, "text_encoder_2", None) is None
-
-
 def check_encodes_by_expert(pipe: Any) -> None:
-    """Raises ValueError if `encodes_by_expert` is false."""
-    if not encodes_by_expert(pipe):
-        raise ValueError(f"this composer needs a unet and one text encoder, unlike {type(pipe).__name__}")
+    """Raises ValueError for a pipeline in which a text cannot be read in several ways."""
+    if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
+        raise ValueError(f"needs a unet and one text encoder, unlike {type(pipe).__name__}")
 
 
 def read_by(pipe: Any, mixture: Mixture, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:

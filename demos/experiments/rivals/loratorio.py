@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mole_diffusers.evaluation.sampling_composers import read_by, texts_apart
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.host.denoiser_inputs import prompted_rows
+from rivals.sampling_composers import read_by, texts_apart
 
 PATCH = 4  # latent pixels on each side of a patch
 TEMPERATURE = 1.0  # of the softmin

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from one_step import after_a_step, latents, predictions
+from rivals.loratorio import loratorio
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.evaluation.loratorio import loratorio
 
 SEEDS = (3, 4)
 

@@ -5,10 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from one_step import PROMPT, latents
-
-import mole_diffusers as mole
-from mole_diffusers.evaluation import prompt_aware
-from mole_diffusers.evaluation.prompt_aware import (
+from rivals import prompt_aware
+from rivals.prompt_aware import (
     ablation_weights,
     trigger_weights,
     turn_at,
@@ -16,6 +14,8 @@ from mole_diffusers.evaluation.prompt_aware import (
     w_switched,
     without_words,
 )
+
+import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
 
 

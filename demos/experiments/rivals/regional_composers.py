@@ -17,12 +17,12 @@ from torch import nn
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.picture_layout import side_of
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, GridSize, Region, region_mask
-from mole_diffusers.evaluation.sampling_composers import read_by, texts_apart
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.cross_attention import cross_attentions
 from mole_diffusers.patching.host.denoiser_inputs import prompted_rows
 from mole_diffusers.patching.undo import replaced_forward
 from mole_diffusers.training.data import token_ids
+from rivals.sampling_composers import read_by, texts_apart
 
 RegionalPrompt = tuple[str, Region]  # a prompt for one concept alone, and where in the picture it is
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from mole_diffusers.binding.finding import spans
-from mole_diffusers.evaluation.sampling_composers import check_encodes_by_expert, composed_scores, in_turns
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.training.data import token_ids
+from rivals.sampling_composers import check_encodes_by_expert, composed_scores, in_turns
 
 PERIOD, TAIL = 5, 5  # steps of the longest turn, and last steps, which belong to the first expert; of the paper's 100
 LEAST = 0.05  # the smallest ablation weight, before they are made to sum to 1

@@ -12,11 +12,11 @@ from torch import nn
 
 from mole_diffusers.binding.picture_layout import side_of
 from mole_diffusers.binding.regions import AUTO, Region
-from mole_diffusers.evaluation.regional_composers import RegionalPrompt, place_mask, regional_prompts
-from mole_diffusers.evaluation.sampling_composers import StepCounter, sampling_steps
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, prompted_rows
 from mole_diffusers.patching.undo import undoing
+from rivals.regional_composers import RegionalPrompt, place_mask, regional_prompts
+from rivals.sampling_composers import StepCounter, sampling_steps
 
 UNTIL = 0.5  # of the steps; Krea2-Regional and the trials that led here: 0.4 to 0.6
 

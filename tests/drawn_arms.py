@@ -1,0 +1,35 @@
+"""A case of two tiny LoRAs, and what arms draw of it."""
+
+from dataclasses import replace
+
+import mole_diffusers as mole
+from mole_diffusers.evaluation.runner import Case, Setup
+from mole_diffusers.inspection.compare import sample
+from mole_diffusers.lora import read_expert
+
+OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0}
+CASE = Case(("fox", "ink"), "subject x style", "a fox in ink")
+
+
+def setup_of(pipe, loras):
+    prompts = {"fox": ["a fox"], "ink": ["in ink"], "hat": ["a hat"]}
+    experts = {n: replace(read_expert(path, n), triggers=(n,)) for n, path in loras.items()}
+    return Setup(pipe, experts, OPTIONS, prompts=prompts, styles=frozenset({"ink"}))
+
+
+def drawn(setup, arm, case=CASE, seeds=(3,)):
+    with arm.draws(setup, case):
+        return [image.tobytes() for image in sample(setup.pipe, case.prompt, seeds, **OPTIONS)]
+
+
+def by_hand(setup, experts, inside=None, gates="sum"):
+    mixture = mole.attach(setup.pipe, experts, gates, binding=None)
+    try:
+        with inside(mixture) if inside else mixture.only(*mixture.experts):
+            return [image.tobytes() for image in sample(setup.pipe, CASE.prompt, [3], **OPTIONS)]
+    finally:
+        mole.detach(setup.pipe)
+
+
+def settings_of(setup, arm):
+    return dict(arm.settings(setup, CASE))
