@@ -359,7 +359,7 @@ def test_a_search_writes_weights_that_the_next_run_uses(tmp_path, capsys, monkey
     chosen = ["--weights", str(tmp_path / "search" / "weights.json"), "--arm", "grid search"]
     assert main([*WORLD, *chosen, "--out", str(tmp_path / "used")]) == 0
     rows = Rows(tmp_path / "used").read()
-    assert [r["settings"]["weights"] for r in rows] == [weights] * 4
+    assert [r["settings"]["weights"] for r in rows] == [weights] * len(emoji.VALIDATION)
     capsys.readouterr()
     assert main([*WORLD, "--search", "--split", "test", "--out", str(tmp_path / "none")]) == 1
     assert "nothing is chosen on the test split" in capsys.readouterr().err
@@ -402,5 +402,5 @@ def test_a_launcher_divides_a_run(tmp_path):
     made = [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("rows-*.jsonl"))]
     assert len(made) == 2
     assert min(made) > 0
-    assert sum(made) == 12
+    assert sum(made) == 3 * len(emoji.VALIDATION)
     assert (tmp_path / "table.md").exists()
