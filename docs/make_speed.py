@@ -53,15 +53,16 @@ ABOUT_DISPATCH = """
 ![Cost of a step against the number of LoRAs, where a step is nearly all dispatch](speed.png)
 
 A layer makes one down product, one product with the factor and one `addmm` beside the host's own product: 5
-operations more than the host's 4. Keys and values of the text are kept while a call of the pipeline runs. The
-operations of PyTorch in a step (`--what operations --gates factors --experts 3 8`; `gated` are `factors`), counted
-later than the times above, when `sum` added 644, `mole` 980 and `flow` 932:
+operations more than the host's 4. The operations of PyTorch in a step (`--what operations --gates factors --experts 3
+8`; `gated` are `factors`), counted later than the times above, when `sum` added 644, `mole` 980 and `flow` 932:
 
 | arm | N | operations | more than the base | goal |
 |---|---|---|---|---|
 OPERATIONS
-What is left with `sum`: 96 layers read the picture and take 5 more each; the 32 that read the text take none, not even the
-host's 4; 4 are the noise level. A `mole` gate takes seven in a block, a `flow` gate three, and two give each row its factor.
+What is left with `sum`: 128 layers take 5 more each, and 4 are the noise level. A `mole` gate takes seven in a block, a `flow`
+gate three, and two give each row its factor. Keeping the keys and values of the text for the steps of a call was tried: it
+gained .015 to .040 of a step with `sum`, `flow` and `factors` and nothing with `mole` (quartiles up to .07 away), which does
+not pay for its memory and code.
 """
 FACTORS = """
 `factors`, which `mole train` trains by default, sit at every layer; what they give is kept until something changes.
@@ -85,7 +86,7 @@ Each LoRA has its own word and its own part of the picture, beside the same gate
 Stable Diffusion 1.5 at 256 pixels in bf16 (two threads, wall clock). "More" is the median over rounds of the
 difference. For dispatch its standard error is about .017, so a value near the goal may or may not meet it. When this
 was measured binding took 24 operations more with `sum` and 7 with `mole`; now it takes MORE_SUM and MORE_MOLE, and
-`mole` without it 357 fewer.
+`mole` without it 197 fewer.
 
 | | gates | N | not bound | bound | more |
 |---|---|---|---|---|---|
@@ -93,9 +94,7 @@ was measured binding took 24 operations more with `sum` and 7 with `mole`; now i
 ONCE = """
 ## Once, and memory
 
-The same command with `--what attach`, `update`, `collapse` or `memory`. Kept keys and values of the text, by
-arithmetic, add 7.7 MB in SD 1.5 and 51.3 MB in SDXL for one picture with guidance in half precision, and at most
-twice that.
+The same command with `--what attach`, `update`, `collapse` or `memory`.
 
 | | measured | goal |
 |---|---|---|

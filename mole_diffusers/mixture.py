@@ -329,7 +329,6 @@ class Mixture:
                 done = True
             finally:
                 sampling.entered.leave()
-                sampling.texts.end()
                 for hears in sampling.listeners.layouts.now:
                     hears(self.layouts)
                 if binding is not None:

@@ -148,11 +148,6 @@ class GateSite(ABC):
         self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
         self._decided, self._kept = Decided(), Kept()
 
-    @property
-    def keeps_factors(self) -> bool:
-        """Whether layers get the same factors again in later calls, until what the gate depends on changes."""
-        return self.shares_factors and self._kept.epoch is not None
-
     # ---- evaluating
 
     def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:

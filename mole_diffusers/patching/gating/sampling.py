@@ -23,7 +23,6 @@ from mole_diffusers.functional import onto
 from mole_diffusers.patching.gating.decision import Listeners, Present
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.gating.settings import Change, Setting, Settings
-from mole_diffusers.patching.gating.text_products import KeptTexts
 from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.hooks import Entered, ForwardHook
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, lora_scale
@@ -155,7 +154,6 @@ class Sampling:
     Attributes:
         inputs: reads what the denoiser is called with.
         entered: what hooks have entered around modules that run.
-        texts: what layers made of the texts of the pipeline's call.
     """
 
     inputs: DenoiserInputs
@@ -165,13 +163,12 @@ class Sampling:
     effective: EffectiveSettings
     listeners: Listeners
     entered: Entered
-    texts: KeptTexts
 
     @classmethod
     def of(cls, experts: int, inputs: DenoiserInputs, tokens: PromptTokens) -> Sampling:
         """For a new mixture of so many experts: all are on, at strength 1."""
         settings, step = Settings(Setting([True] * experts), Setting([1.0] * experts)), Step()
-        return cls(inputs, tokens, settings, step, EffectiveSettings(settings, step), Listeners(), Entered(), KeptTexts())
+        return cls(inputs, tokens, settings, step, EffectiveSettings(settings, step), Listeners(), Entered())
 
     def set(self, setting: Setting[T], value: T) -> None:
         """Change a setting, in the block that it comes from, if any."""
@@ -234,8 +231,6 @@ class StepHook(ForwardHook):
         step.begin(text, time, is_off=self.is_off(lora_scale(dict(zip(inputs.names, args, strict=False)) | kwargs)))
         if step.is_off != was_off:
             effective.changed()
-        if step.pipe.now is not None:
-            sampling.texts.begin(text)
         if effective.masks is not None and effective.masks.on_denoiser(
             text,
             inputs.latents(args, kwargs),
