@@ -59,10 +59,10 @@ operations more than the host's 4. The operations of PyTorch in a step (`--what 
 | arm | N | operations | more than the base | goal |
 |---|---|---|---|---|
 OPERATIONS
-What is left with `sum`: 128 layers take 5 more each, and 4 are the noise level. A `mole` gate takes seven in a block, a `flow`
-gate three, and two give each row its factor. Keeping the keys and values of the text for the steps of a call was tried: it
-gained .015 to .040 of a step with `sum`, `flow` and `factors` and nothing with `mole` (quartiles up to .07 away), which does
-not pay for its memory and code.
+What is left with `sum`: 128 layers take 5 more each, and 4 are the noise level. A `mole` gate takes seven in a block, a
+`flow` gate three, and two give each row its factor. Keeping the keys and values of the text for the steps of a call was
+tried: it gained .015 to .040 of a step with `sum`, `flow` and `factors` and nothing with `mole` (quartiles up to .07
+away), which does not pay for its memory and code.
 """
 FACTORS = """
 `factors`, which `mole train` trains by default, sit at every layer; what they give is kept until something changes.

@@ -45,7 +45,6 @@ from mole_diffusers.patching.host.denoiser_inputs import (
 )
 from mole_diffusers.patching.host.offloading import loaded
 from mole_diffusers.patching.install.component import Component
-from mole_diffusers.patching.install.embeddings import embedded
 from mole_diffusers.patching.install.folding import (
     Averages,
     Folded,
@@ -55,30 +54,22 @@ from mole_diffusers.patching.install.folding import (
     reads_nothing,
     truncated,
 )
-from mole_diffusers.patching.install.installation import Contents, Installation, held, installed, remove
+from mole_diffusers.patching.install.installation import Installation, held, installed, remove
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
-from mole_diffusers.patching.subjects.things import PLACE_SOURCES, SINCE, UNTIL, Asked, Encode, Tiling
+from mole_diffusers.patching.subjects.things import PLACE_SOURCES, SINCE, UNTIL, Encode, PictureCall, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles, draws_in_tiles, explain, things_for_tiles
-from mole_diffusers.patching.undo import Undo, undoing
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
 
 
 class PersistentSettings(NamedTuple):
-    """What a mixture is set to outside of all `with` blocks.
+    """What a mixture is set to outside of all `with` blocks."""
 
-    Attributes:
-        experts: name -> (expert, strength), as `attach` takes them.
-        active: the experts that are switched on.
-        plan: the plan that `choose` has set, if any.
-        binding: each expert's words and region; None if nothing is bound.
-    """
-
-    experts: dict[str, tuple[Expert, float]]
-    active: set[str]
-    plan: Plan | None
-    binding: dict[str, Bound] | None
+    experts: dict[str, tuple[Expert, float]]  # name -> (expert, strength), as `attach` takes them
+    active: set[str]  # the experts that are switched on
+    plan: Plan | None  # that `choose` has set, if any
+    binding: dict[str, Bound] | None  # each expert's words and region; None if nothing is bound
 
 
 class Mixture:
@@ -93,21 +84,31 @@ class Mixture:
 
     Attributes:
         config: the gates' configuration.
+        experts: name -> Expert, in the order of the gates' columns.
+        file_words: name -> the words that its file gives it beside the others, see `lora.own_words`.
+        unmatched: name -> layer keys of the file that the pipeline does not have.
     """
 
-    def __init__(self, pipe: Any, experts: Mapping[str, Expert], config: GateConfig):
-        models = hosts(pipe)
-        matches = [match(expert, models) for expert in experts.values()]
-        unmatched = {name: tuple(m.unmatched) for name, m in zip(experts, matches, strict=True)}
-        self.config, self._pipe = config, pipe
-        self._contents = Contents(dict(experts), files_bindings(experts), embedded(experts), unmatched)
-        self._sampling = Sampling.of(len(experts), DenoiserInputs(denoiser(pipe)), PromptTokens(tokenizers_of(pipe)))
+    def __init__(
+        self,
+        pipe: Any,
+        experts: Mapping[str, tuple[Expert, float]],
+        config: GateConfig,
+        binding: Mapping[str, Any] | str | None,
+    ):
+        models, files = hosts(pipe), {name: expert for name, (expert, _) in experts.items()}
+        matches = [match(expert, models) for expert in files.values()]
+        self.config, self.experts, self.file_words, self._pipe = config, files, files_bindings(files), pipe
+        self.unmatched = {name: tuple(m.unmatched) for name, m in zip(files, matches, strict=True)}
+        strengths = [strength for _, strength in experts.values()]
+        self._sampling = Sampling.of(strengths, DenoiserInputs(denoiser(pipe)), PromptTokens(tokenizers_of(pipe)))
         self._components = [
             Component(name, models[name], stacks, family=config.options, sampling=self._sampling)
             for name, stacks in stack_all(matches, models).items()
         ]
-        self._installation = Installation(self, pipe, self._contents, self._components, self._sampling)
+        self._installation = Installation(self, pipe, files, self._components, self._sampling)
         self._lock = self._installation.lock
+        self._sampling.set(self._settings.binding, self._masks(binding))
 
     def __repr__(self) -> str:
         strengths = zip(self.experts, self._settings.strengths.now, self._settings.active.now, strict=True)
@@ -115,21 +116,6 @@ class Mixture:
         on, bound = self._installation, "not bound" if self.binding is None else "bound"
         where = "on" if on.is_on else "lifted off" if on.is_lifted else "not attached any more to"
         return f"<Mixture of {experts}; gates {self.config.family!r}, {bound}; {where} {type(self._pipe).__name__}>"
-
-    @property
-    def experts(self) -> dict[str, Expert]:
-        """name -> Expert, in the order of the gates' columns."""
-        return self._contents.experts
-
-    @property
-    def file_words(self) -> dict[str, Bound]:
-        """name -> the words that its file gives it beside the others, see `lora.own_words`."""
-        return self._contents.words
-
-    @property
-    def unmatched(self) -> dict[str, tuple[str, ...]]:
-        """name -> layer keys of the file that the pipeline does not have."""
-        return self._contents.unmatched
 
     @property
     def without_embedding(self) -> list[str]:
@@ -154,15 +140,12 @@ class Mixture:
         """
         index = self._index(name)
         with self._lock.held():
+            strengths = self._settings.strengths.now
             if value is not None:
                 self._installation.check_in_use()
-                self._set_strength(index, finite(name, value))
-            return self._settings.strengths.now[index]
-
-    def _set_strength(self, index: int, value: float) -> None:
-        strengths = self._settings.strengths.now
-        strengths[index] = value  # in this list, so that a block of `strengths` knows it from what `choose` sets
-        self._sampling.set(self._settings.strengths, strengths)
+                strengths[index] = finite(name, value)  # in this list, so that a block of `strengths` knows it from `choose`
+                self._sampling.set(self._settings.strengths, strengths)
+            return strengths[index]
 
     @property
     def active(self) -> set[str]:
@@ -209,9 +192,11 @@ class Mixture:
                 with self._with_settings(self._settings.strengths.to(inside)):
                     yield
             finally:
-                for i, now in enumerate(inside):
-                    if i not in changed and now != before[i]:  # set by `strength` inside
-                        self._set_strength(i, now)
+                now = self._settings.strengths.now
+                for i, strength in enumerate(inside):
+                    if i not in changed and strength != before[i]:  # set by `strength` inside
+                        now[i] = strength
+                self._sampling.set(self._settings.strengths, now)
 
     def only(self, *names: str) -> AbstractContextManager[None]:
         """Mask all other experts and renormalise the gates inside the block (MoLE's second inference mode)."""
@@ -343,33 +328,25 @@ class Mixture:
         # Weights by hand hold everywhere, and rows of sets belong to other prompts.
         if call is None or binding is None or settings.fixed.now is not None or settings.rows.now is not None:
             return nullcontext()
-        asked = Asked(pipe, tiling, call, binding.bound, self._acting)
+        read = PictureCall(pipe, tiling, call, binding.bound, self._acting)
         set_places = partial(self._set_places, binding)
-        if tiling.until and (things := things_for_tiles(asked)) is not None:
-            return Tiles(asked, things, alone=self._alone, set_places=set_places).drawn()
-        found = (source(asked, alone=self._alone_unheard, set_places=set_places) for source in PLACE_SOURCES)
+        if tiling.until and (things := things_for_tiles(read)) is not None:
+            return Tiles(read, things, alone=self._alone, set_places=set_places).drawn()
+        unheard = partial(self._alone, is_heard=False)
+        found = (source(read, alone=unheard, set_places=set_places) for source in PLACE_SOURCES)
         return next((placing for placing in found if placing is not None), nullcontext())
 
-    def _alone(self, names: Sequence[str]) -> AbstractContextManager[None]:
-        """Only these experts, on every word, for calls of the denoiser that are parts of a step."""
-        return self._changed_while(self._sampling.step.part.to(tuple(name in names for name in self.experts)))
-
-    def _alone_unheard(self, names: Sequence[str]) -> AbstractContextManager[None]:
-        """The same for calls that draw nothing, which listeners do not hear."""
-        part = self._sampling.step.part.to(tuple(name in names for name in self.experts))
-        return self._changed_while(part, self._sampling.listeners.decisions.to(()))
+    def _alone(self, names: Sequence[str], *, is_heard: bool = True) -> AbstractContextManager[None]:
+        """Only these experts, on every word, for calls of the denoiser that are parts of a step, or that draw nothing."""
+        changes: list[Change[Any]] = [self._sampling.step.part.to(tuple(name in names for name in self.experts))]
+        if not is_heard:
+            changes.append(self._sampling.listeners.decisions.to(()))
+        return self._changed_while(*changes)
 
     def _set_places(self, masks: TokenMasks, places: Mapping[ThingKey, torch.Tensor]) -> bool:
         done = masks.set_places(places)
         self._sampling.effective.changed()
         return done
-
-    def announce_text(self, ids: torch.Tensor) -> None:
-        """Announce the token ids [B, T], on the CPU, that a text encoder is about to get.
-
-        They then need not be read back from the device.
-        """
-        self._sampling.tokens.announce(ids)
 
     def weighed(self) -> dict[str, tuple[Expert, float]]:
         """name -> (expert, strength), as `attach` takes them."""
@@ -378,13 +355,13 @@ class Mixture:
     def persistent_settings(self) -> PersistentSettings:
         """The settings outside of all `with` blocks, those of other threads included: what is copied and saved."""
         with self._lock.held():
-            settings = self._settings
-            strengths, active, binding = settings.strengths.outside, settings.active.outside, settings.binding.outside
+            settings, binding = self._settings, self._settings.binding.outside
+            strengths, active = settings.strengths.outside, settings.active.outside
             return PersistentSettings(
                 {name: (expert, s) for (name, expert), s in zip(self.experts.items(), strengths, strict=True)},
                 {name for name, on in zip(self.experts, active, strict=True) if on},
                 settings.plan.outside,
-                None if binding is None else dict(binding.bound),
+                None if binding is None else binding.bound,
             )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -433,7 +410,7 @@ class Mixture:
         with self._lock.held():
             if self._settings.folded.now:
                 raise ValueError("this mixture is already folded into the pipeline's weights, by an outer `collapsed` block")
-            if self._contents.embeddings:
+            if self._installation.embeddings:
                 warnings.warn("folded experts are without the words that their files trained embeddings of", stacklevel=3)
             layers, _ = self._one_lora(prompt, call)
             with self._changed_while(self._settings.folded.to(True)), self.lifted(), folded(self._components, layers):
@@ -553,7 +530,7 @@ class Mixture:
         """
         with self._lock.held():
             self._installation.check_in_use()
-            self._sampling.set(self._settings.binding, self._masks(self._bound(binding)))
+            self._sampling.set(self._settings.binding, self._masks(binding))
 
     @property
     def is_bound(self) -> bool:
@@ -564,7 +541,7 @@ class Mixture:
     @contextmanager
     def bound(self, binding: Mapping[str, Any] | None) -> Iterator[None]:
         """`bind` while the block runs."""
-        with self._lock.held(), self._with_settings(self._settings.binding.to(self._masks(self._bound(binding)))):
+        with self._lock.held(), self._with_settings(self._settings.binding.to(self._masks(binding))):
             yield
 
     def restore_point(self) -> AbstractContextManager[None]:
@@ -578,17 +555,7 @@ class Mixture:
         points = [self._sampling.step.restore_point(), *(site.restore_point() for site in sites)]
         if masks is not None:
             points.append(masks.restore_point())
-        return self._restored(points, settings.binding.to(masks), settings.active.to(list(settings.active.now)))
-
-    @contextmanager
-    def _restored(self, points: Sequence[Callable[[Undo], None]], *changes: Change[Any]) -> Iterator[None]:
-        follow = self._sampling.effective.changed
-        with self._sampling.changed_while(*changes), undoing() as undo:
-            undo.callback(follow)
-            for restore in points:
-                restore(undo)
-            follow()
-            yield
+        return self._sampling.restored(points, settings.binding.to(masks), settings.active.to(list(settings.active.now)))
 
     def tiled(
         self,
@@ -679,39 +646,31 @@ class Mixture:
         call = {"prompt": prompt, "width": width, "height": height}
         return explain(self._pipe, self._settings.tiling.now, call, bound, self._acting)
 
-    def _bound(self, binding: Mapping[str, Any] | str | None) -> dict[str, Bound] | None:
-        if binding is None:
-            return None
-        return bindings(binding, self.file_words, self.binding or self.file_words)
-
     # ---- begin and copy
-
-    def _set_up(self, strengths: Sequence[float], binding: Mapping[str, Any] | str | None) -> None:
-        """What it begins with: strengths [N], and a binding as `bind` takes it."""
-        self._sampling.set(self._settings.strengths, list(strengths))
-        self._sampling.set(self._settings.binding, self._masks(self._bound(binding)))
 
     def copied_to(self, pipe: Any) -> Installation:
         """What puts this mixture on a copy of its pipeline, with copies of its gates and settings. Call it while lifted."""
-        mixture = Mixture(pipe, self.experts, self.config)
+        kept = self.persistent_settings()
+        mixture = Mixture(pipe, kept.experts, self.config, kept.binding)
         for name, bank in self.banks.items():  # inside `lifted` it is not offloaded
             mixture.banks[name].load_state_dict(bank.state_dict())
-        kept = self.persistent_settings()
         mixture._set([strength for _, strength in kept.experts.values()], kept.active, copy(kept.plan))
-        mixture._sampling.set(mixture._settings.binding, mixture._masks(kept.binding))
         return mixture._installation
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixture | None:
         """The mixture of the pipeline's copy."""
         return attached(deepcopy(self._pipe, memo))
 
-    def _masks(self, binding: Mapping[str, Bound] | None) -> TokenMasks | None:
-        record = self._sampling.inputs.record
-        given = [name for name, bound in (binding or {}).items() if bound.given is not None]
+    def _masks(self, binding: Mapping[str, Any] | str | None) -> TokenMasks | None:
+        """The masks of a binding, as `bind` takes it."""
+        if binding is None:
+            return None
+        bound = bindings(binding, self.file_words, self.binding or self.file_words)
+        given, record = [name for name, each in bound.items() if each.given is not None], self._sampling.inputs.record
         if given and record.side is None:
             named = " and ".join(map(repr, given))
             raise ValueError(f"a {type(denoiser(self._pipe)).__name__} has no regions, and one was given for {named}")
-        return None if binding is None else TokenMasks(binding, self._sampling.tokens, record.blocks)
+        return TokenMasks(bound, self._sampling.tokens, record.blocks)
 
 
 def attach(
@@ -748,7 +707,7 @@ def attach(
         mixture = _prepared(pipe, experts, gates, binding)
         for name, expert in mixture.experts.items():
             # An expert that is on the pipeline has been accepted before.
-            if not allow_missing_layers and (before is None or before.contents.experts.get(name) is not expert):
+            if not allow_missing_layers and (before is None or before.experts.get(name) is not expert):
                 check_share(expert, mixture.unmatched[name], models_of(pipe))
         mixture._installation.replace(before)
     for why in mixture.without_embedding:
@@ -777,7 +736,12 @@ def _prepared(
     read = read_weighed(files_of(experts) if isinstance(experts, str | Path) else experts)
     if not read:
         raise ValueError("attach needs at least one expert")
-    files = {name: with_host_names(expert, pipe, models_of(pipe)) for name, (expert, _) in read.items()}
+    named = {name: (with_host_names(expert, pipe, models_of(pipe)), strength) for name, (expert, strength) in read.items()}
+    files = {name: expert for name, (expert, _) in named.items()}
+    said: Any = {} if binding == AUTO else binding
+    if is_folder and isinstance(said, Mapping):
+        own = files_bindings(files)
+        said = {name: dataclasses.replace(each, required=True) for name, each in own.items()} | dict(said)
     if not isinstance(gates, str | Path | GateConfig):
         known = ", ".join(FAMILIES)
         raise TypeError(f"gates are a family, a GateConfig, a folder or a hub id, got {gates!r}; families: {known}")
@@ -788,17 +752,10 @@ def _prepared(
             f"GateConfig({gates!r}) for the family"
         )
     if isinstance(gates, GateConfig) or gates in FAMILIES:
-        config = gates if isinstance(gates, GateConfig) else GateConfig(family=str(gates))
-        mixture = Mixture(pipe, files, config)
-    else:
-        saved = checkpoint.load(gates)
-        mixture = Mixture(pipe, {name: files[name] for name in saved.order(files)}, saved.config)
-        saved.fill(mixture.banks)
-    said: Any = {} if binding == AUTO else binding
-    if is_folder and isinstance(said, Mapping):
-        own = files_bindings(mixture.experts)
-        said = {name: dataclasses.replace(each, required=True) for name, each in own.items()} | dict(said)
-    mixture._set_up([read[name][1] for name in mixture.experts], said)
+        return Mixture(pipe, named, gates if isinstance(gates, GateConfig) else GateConfig(family=str(gates)), said)
+    saved = checkpoint.load(gates)
+    mixture = Mixture(pipe, {name: named[name] for name in saved.order(files)}, saved.config, said)
+    saved.fill(mixture.banks)
     return mixture
 
 

@@ -21,8 +21,8 @@ from mole_diffusers.app.training_runs import AGAIN, GatesExistError
 from mole_diffusers.binding.as_text import parse_phrases
 from mole_diffusers.binding.config import Bound, bindings, files_bindings
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
+from mole_diffusers.binding.who_acts import read_prompt
 from mole_diffusers.inspection import gate_figures
-from mole_diffusers.patching.subjects.things import Things
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.weight_syntax import plain_text
 
@@ -128,16 +128,15 @@ def suggested(
     for name, each in own.items():
         words = each.words or (name,)  # as in `training.context.triggers`
         bound[name] = Bound(words, EVERYWHERE if name in styles else AUTO)
-    things = Things(text, bound, bound)
-    sentence, names = things.sentence, list(bound)
+    sentence, names = read_prompt(text, list(bound.values()), [True] * len(bound)), list(bound)
     found = [name for k, name in enumerate(names) if k in sentence.styles or name in styles]
     silent = [name for name, said in zip(names, sentence.mentioned, strict=True) if not said and name not in found]
     others = {name: [word for other in bound if other != name for word in bound[other].words] for name in bound}
     if way == "collage":
         subjects: dict[str, list[str]] = {}
-        for i, prompt in things.prompts.items():
-            for name in things.experts(i):
-                subjects.setdefault(name, []).append(prompt.text)
+        for thing, part in zip(sentence.things, sentence.parts, strict=False):  # the listed ones come first
+            for k in thing.experts:
+                subjects.setdefault(names[k], []).append(part.text)
         for name in names:  # those that the prompt does not list side by side
             if name not in (*subjects, *found, *silent):
                 rest = [word for other in names if other not in (name, *found) for word in bound[other].words]

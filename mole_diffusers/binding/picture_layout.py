@@ -62,8 +62,7 @@ class PictureLayout:
         self.picture_rows = sorted(set(self.prompt_of))  # for each picture, the row whose prompt says what is in it
         self._is_prompt = [groups[min(row // pictures, len(groups) - 1)] for row in range(len(readings))]
         self._maps: dict[int, torch.Tensor] = {}  # row -> [K, h, w], attention to each thing's words
-        self._regions: dict[int, torch.Tensor] = {}  # row -> [K, H, W], if its things have places
-        self._decided: set[int] = set()  # rows whose layout is decided: with places, or without any
+        self._decided: dict[int, torch.Tensor | None] = {}  # row -> [K, H, W], the places of its things; None: without any
 
     # ---- deciding
 
@@ -111,19 +110,18 @@ class PictureLayout:
             if self.side is not None:
                 things = self._to_place(row)
                 regions, margin = regions_of_things(self.readings[row], things, maps.cpu(), self.bound, self.side)
-                named = _listed([thing.name for thing in things])
+                named, self._decided[row] = _listed([thing.name for thing in things]), None
                 if not regions.flatten(1).any(1).all():
                     warned.append(f"the given regions leave {named} no place: they act in the whole picture")
                 elif margin < UNDECIDED and len(things) > 1:
                     warned.append(f"the places of {named} are undecided, so they act in the whole picture: give a region")
                 else:
-                    self._regions[row] = regions
-                self._decided.add(row)
+                    self._decided[row] = regions
         return warned
 
     def set_places(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
         """Take places [H, W] that were decided elsewhere, by `words.keys`. Returns whether all things have one."""
-        found = {}
+        found: dict[int, torch.Tensor | None] = {}
         for row in self.picture_rows:
             things, placed = self.readings[row].things, self._to_place(row)
             given = [regions.get(key) for key, thing in zip(keys(things), things, strict=True) if thing in placed]
@@ -131,7 +129,7 @@ class PictureLayout:
             if not fitting or len(fitting) < len(given):
                 return False
             found[row] = torch.stack(fitting)
-        self._regions, self._decided = found, set(found)
+        self._decided = found
         return True
 
     def names_only(self, wanted: Collection[ThingKey]) -> bool:
@@ -145,10 +143,9 @@ class PictureLayout:
             return
         for row, other in zip(rows, others, strict=True):
             if other in before._decided and self._named(row) == before._named(other):
-                self._decided.add(row)
-                for ours, theirs in ((self._regions, before._regions), (self._maps, before._maps)):
-                    if other in theirs:
-                        ours[row] = theirs[other]
+                self._decided[row] = before._decided[other]
+                if other in before._maps:
+                    self._maps[row] = before._maps[other]
 
     def _named(self, row: int) -> list[str]:
         return [thing.name for thing in self.readings[row].things]
@@ -205,7 +202,7 @@ class PictureLayout:
     def expert_masks(self) -> torch.Tensor | None:
         """[B, N, H, W] in 0..1: where each expert acts; None if all act everywhere."""
         given = {k: b.given for k, b in enumerate(self.bound) if b.given is not None}
-        if self.side is None or not (self._regions or given):
+        if self.side is None or not (given or any(regions is not None for regions in self._decided.values())):
             return None
         rows = []
         for row in self.prompt_of or [0]:
@@ -237,7 +234,8 @@ class PictureLayout:
 
     def _with_places(self, row: int) -> list[tuple[Thing, torch.Tensor]]:
         """The things of a row that have a region, decided or given."""
-        found = list(zip(self._to_place(row), self._regions[row], strict=True)) if row in self._regions else []
+        regions = self._decided.get(row)
+        found = [] if regions is None else list(zip(self._to_place(row), regions, strict=True))
         there = [thing for thing, _ in found]
         for thing in self.readings[row].things if self.readings else ():
             if thing not in there and self.side is not None and (region := given_region(thing, self.bound)) is not None:

@@ -52,7 +52,7 @@ def describe(expert: Expert, path: Path, pipe: Any) -> dict[str, Any]:
         "file": str(path),
         "format": expert.format,
         "base": expert.base + (f" (its metadata says {stated})" if stated not in (None, expert.base) else ""),
-        "algorithm": ", ".join(f"{name} {count}" for name, count in expert.algorithms.items()),
+        "algorithm": ", ".join(f"{name} {count}" for name, count in expert.notes.algorithms.items()),
         "ranks": str(low) if low == high else f"{low}..{high}",
         "parts": ", ".join(f"{part} {len(expert.layers[part])}" for part in COMPONENTS if part in expert.layers),
         "triggers": ", ".join(own.words) + ("" if own.stated else ", from its training tags")
@@ -63,8 +63,8 @@ def describe(expert: Expert, path: Path, pipe: Any) -> dict[str, Any]:
     }
     if error:
         report["cut"] = f"LoHa and LoKr layers to lower ranks, relative error at most {error:.2g}"
-    if expert.left_out:
-        report["left out"] = _reasons(expert.left_out)
+    if expert.notes.left_out:
+        report["left out"] = _reasons(expert.notes.left_out)
     if pipe is not None:
         from mole_diffusers.lora.host_names import with_host_names
         from mole_diffusers.lora.stacking import match

@@ -23,36 +23,22 @@ FAMILIES: dict[str, type[Family]] = {}  # name -> family, each entered by its ow
 
 @dataclass
 class Layer:
-    """The experts of the layer that a gate sits at.
+    """The experts of the layer that a gate sits at."""
 
-    Attributes:
-        low: A x: [B, R], [B, T, R] or [B, R, H, W].
-        up: [Cout, R] or [Cout, R, 1, 1].
-        segment: [R] -> index of the expert that each rank belongs to.
-    """
-
-    low: torch.Tensor
-    up: torch.Tensor
-    segment: torch.Tensor
+    low: torch.Tensor  # A x: [B, R], [B, T, R] or [B, R, H, W]
+    up: torch.Tensor  # [Cout, R] or [Cout, R, 1, 1]
+    segment: torch.Tensor  # [R] -> index of the expert that each rank belongs to
 
 
 @dataclass(slots=True)
 class Context:
-    """What a gate gets besides the state it reads.
+    """What a gate gets besides the state it reads."""
 
-    Attributes:
-        mask: [N] bool, the experts that are present and active; [B, N] if each row of the batch has its own set.
-        time: [B] in 0..1, the noise level (1 is pure noise).
-        layer: the layer's experts, if the gate sits at one layer.
-        tokens: [B, T] bool, the tokens of a text that count; None if all do.
-        all_weighed: whether `mask` is true for all experts, known without asking the device.
-    """
-
-    mask: torch.Tensor
-    time: torch.Tensor
-    layer: Layer | None = None
-    tokens: torch.Tensor | None = None
-    all_weighed: bool = False
+    mask: torch.Tensor  # [N] bool, the experts that are present and active; [B, N] if each row has its own set
+    time: torch.Tensor  # [B] in 0..1, the noise level (1 is pure noise)
+    layer: Layer | None = None  # the layer's experts, if the gate sits at one layer
+    tokens: torch.Tensor | None = None  # [B, T] bool, the tokens of a text that count; None if all do
+    all_weighed: bool = False  # whether `mask` is true for all experts, known without asking the device
 
     @property
     def mask_or_none(self) -> torch.Tensor | None:
@@ -133,23 +119,14 @@ class LayerOfGate:
 
 @dataclass(frozen=True)
 class GatePlace:
-    """Where a gate sits, and what it weighs there.
+    """Where a gate sits, and what it weighs there."""
 
-    Attributes:
-        experts: N.
-        width: channels C of what it reads, D if that is the experts' outputs.
-        tokens: T at the model's default resolution, times the family's `picture_area` in a denoiser; 0 if it is not fixed.
-        is_network: whether it weighs the layers outside of blocks, or all layers of the model.
-        presents: [M][N], which experts each of its layers has if it `weighs_layers_apart`; otherwise one row, all true.
-        stack: the experts of its layer, if it sits at one.
-    """
-
-    experts: int
-    width: int
-    tokens: int
-    is_network: bool
-    presents: Sequence[Sequence[bool]]
-    stack: Stack | None
+    experts: int  # N
+    width: int  # channels C of what it reads, D if that is the experts' outputs
+    tokens: int  # T at the model's default resolution, times `picture_area` in a denoiser; 0 if it is not fixed
+    is_network: bool  # whether it weighs the layers outside of blocks, or all layers of the model
+    presents: Sequence[Sequence[bool]]  # [M][N], who has each layer if it `weighs_layers_apart`; else one row, all true
+    stack: Stack | None  # the experts of its layer, if it sits at one
 
     @property
     def one_layer(self) -> Stack:

@@ -51,6 +51,15 @@ class LoraWeights:
 
 
 @dataclass(frozen=True)
+class FileNotes:
+    """What reading a file found out about its layers."""
+
+    algorithms: dict[str, int] = field(default_factory=dict)  # "LoRA", "LoCon", "LoHa", "LoKr", "DoRA" -> layers
+    left_out: dict[str, str] = field(default_factory=dict)  # key or layer of the file -> why it is not used
+    file_names: dict[str, str] = field(default_factory=dict, repr=False)  # "component.layer" -> its name in the file
+
+
+@dataclass(frozen=True)
 class Expert:
     """One concept LoRA: every layer of its file, and what the file says about itself.
 
@@ -67,11 +76,9 @@ class Expert:
     source: str  # the file
     sha256: str  # of the tensor bytes after the header, so that edited metadata does not change it
     metadata: dict[str, str] = field(default_factory=dict, repr=False)
-    algorithms: dict[str, int] = field(default_factory=dict)  # "LoRA", "LoCon", "LoHa", "LoKr", "DoRA" -> layers
     # a word that was trained with it -> text encoder -> its vectors [n, C]
     embeddings: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
-    left_out: dict[str, str] = field(default_factory=dict)  # key or layer of the file -> why it is not used
-    file_names: dict[str, str] = field(default_factory=dict, repr=False)  # "component.layer" -> its name in the file
+    notes: FileNotes = field(default_factory=FileNotes)
 
     @property
     def needs_base(self) -> bool:

@@ -60,7 +60,7 @@ def with_host_names(expert: Expert, pipe: Any, hosts: Mapping[str, nn.Module]) -
         return expert
     if (known := set(modules_by_key(model))) >= layers.keys():
         return expert
-    names = {key: expert.file_names.get(f"transformer.{key}", key) for key in layers if key not in known}
+    names = {key: expert.notes.file_names.get(f"transformer.{key}", key) for key in layers if key not in known}
     convert: Convert = pipe.lora_state_dict  # type: ignore[attr-defined]  # of each class that loads LoRAs
     placed = host_layers({name: len(layers[key].up) for key, name in names.items()}, convert)
     if not (found := {name: rows for name, rows in placed.items() if all(each.layer in known for each in rows)}):

@@ -11,7 +11,7 @@ import torch
 
 from mole_diffusers.lora.algorithms import Budget, alpha_value, layer_weights
 from mole_diffusers.lora.dora import SHAPES, with_magnitude
-from mole_diffusers.lora.expert import Expert, LoraWeights
+from mole_diffusers.lora.expert import Expert, FileNotes, LoraWeights
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import EMBEDDED_IN, EMBEDDING, FLUX_BLOCKS, Key, parse_key
 from mole_diffusers.lora.metadata import Scaling, read_peft_config, scalings
@@ -96,10 +96,8 @@ def _expert(path: Path, name: str, contents: TensorFile, *, tolerance: float, dr
         source=str(path),
         sha256=contents.sha256,
         metadata=contents.metadata,
-        algorithms=dict(algorithms),
         embeddings=embeddings,
-        left_out=left_out,
-        file_names=file_names,
+        notes=FileNotes(dict(algorithms), left_out, file_names),
     )
 
 

@@ -124,7 +124,7 @@ class RecordedTokens:
         ends = ids == tokenizer.eos_token_id
         return (ids != tokenizer.bos_token_id) & (ends.cumsum(1) - ends.long() == 0)
 
-    def _encodes(self, encoder: str, ids: torch.Tensor, _: torch.device) -> None:
+    def _encodes(self, encoder: str, ids: torch.Tensor) -> None:
         self._own[encoder] = self._to_end(encoder, ids)
 
     def denoises(self, expert: str, part: str, model: nn.Module, args: tuple, kwargs: dict) -> None:

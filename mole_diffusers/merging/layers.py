@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from mole_diffusers.lora import Expert, LoraWeights, layer_key
-from mole_diffusers.lora.expert import joined_embeddings
+from mole_diffusers.lora.expert import FileNotes, joined_embeddings
 from mole_diffusers.lora.own_words import own_words
 from mole_diffusers.merging.factors import Merged, Pair
 
@@ -73,7 +73,7 @@ def as_expert(merged: Merged, experts: WeightedExperts, *, name: str, metadata: 
         sha256=_hash(merged),
         metadata=dict(metadata),
         embeddings=joined_embeddings(alone.values()),
-        file_names={key: name for expert, _ in experts.values() for key, name in expert.file_names.items()},
+        notes=FileNotes(file_names={key: n for expert in alone.values() for key, n in expert.notes.file_names.items()}),
     )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 
 from mole_diffusers.patching.undo import Undo
@@ -30,7 +32,7 @@ class ForwardHook(ABC):
         """Called before the forward; may return other arguments for it."""
 
 
-class Entered(threading.local):
+class EnteredContexts(threading.local):
     """What each thread has entered around modules that run."""
 
     def __init__(self) -> None:
@@ -45,7 +47,7 @@ class Entered(threading.local):
 class AroundForward(ForwardHook):
     """Contexts that are entered before each forward of a module and end with it."""
 
-    def __init__(self, entered: Entered):
+    def __init__(self, entered: EnteredContexts):
         self.entered = entered
 
     def register(self, module: nn.Module, undo: Undo) -> None:
@@ -64,3 +66,22 @@ class AroundForward(ForwardHook):
     @abstractmethod
     def enter(self, module: Any, stack: ExitStack) -> None:
         """Enter contexts in `stack`."""
+
+
+class Uncompiled(AroundForward):
+    """On a model: runs blocks that were compiled one by one uncompiled, in the calls that begin while `needed()` is true.
+
+    Hooks do something there that compiled code leaves out.
+    """
+
+    def __init__(self, entered: EnteredContexts, blocks: Sequence[nn.Module], needed: Callable[[], bool]):
+        super().__init__(entered)
+        self.blocks, self.needed = blocks, needed
+
+    def enter(self, module: Any, stack: ExitStack) -> None:
+        if torch.compiler.is_compiling() or not self.needed():
+            return
+        for block in self.blocks:
+            if (call := getattr(block, "_compiled_call_impl", None)) is not None:
+                stack.callback(setattr, block, "_compiled_call_impl", call)
+                block._compiled_call_impl = None

@@ -62,6 +62,17 @@ class Undo:
             del self._steps[-1]
 
 
+def restore_point(owner: Any, *names: str) -> Callable[[Undo], None]:
+    """A function that gives `owner` the values that these attributes have now, until it is undone."""
+    values = {name: vars(owner)[name] for name in names}
+
+    def restore(undo: Undo) -> None:
+        for name, value in values.items():
+            undo.override(owner, name, value)
+
+    return restore
+
+
 @contextmanager
 def undoing() -> Iterator[Undo]:
     """Steps that run when the block ends, also if that is interrupted before the first of them."""

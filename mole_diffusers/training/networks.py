@@ -14,7 +14,6 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from mole_diffusers.functional import onto
-from mole_diffusers.mixture import attached
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser
 from mole_diffusers.training.data import token_ids
 
@@ -155,9 +154,9 @@ class UNet(Network):
     def embed(self, prompts: Sequence[str]) -> EncodedText:
         pipe = self.pipe
         if getattr(pipe, "text_encoder_2", None) is None:
-            return EncodedText(_encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts)[0])
-        first = _encode(pipe, pipe.tokenizer, pipe.text_encoder, prompts, output_hidden_states=True)
-        second = _encode(pipe, pipe.tokenizer_2, pipe.text_encoder_2, prompts, output_hidden_states=True)
+            return EncodedText(_encode(pipe.tokenizer, pipe.text_encoder, prompts)[0])
+        first = _encode(pipe.tokenizer, pipe.text_encoder, prompts, output_hidden_states=True)
+        second = _encode(pipe.tokenizer_2, pipe.text_encoder_2, prompts, output_hidden_states=True)
         states, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second[0]
         if pipe.config.force_zeros_for_empty_prompt:
             said = onto(torch.tensor([[prompt != ""] for prompt in prompts]), pipe.device)  # [B, 1]
@@ -173,11 +172,8 @@ class UNet(Network):
         return self.model(x.to(text.states.dtype), timesteps, text.states, added_cond_kwargs=added).sample.float()
 
 
-def _encode(pipe: Any, tokenizer: Any, encoder: Any, prompts: Sequence[str], **options: Any) -> Any:
-    ids = token_ids(tokenizer, prompts)
-    if (mixture := attached(pipe)) is not None:
-        mixture.announce_text(ids)
-    return encoder(onto(ids, encoder.device), **options)
+def _encode(tokenizer: Any, encoder: Any, prompts: Sequence[str], **options: Any) -> Any:
+    return encoder(onto(token_ids(tokenizer, prompts), encoder.device), **options)
 
 
 # ---- transformers

@@ -562,7 +562,7 @@ def test_dora_draws_the_picture_that_diffusers_draws(pipelines, tmp_path, host):
 def test_kohyas_dora_of_fused_layers_is_that_of_their_parts(pipelines, tmp_path):
     pipe = pipelines("flux2")
     expert = read_expert(dora(pipe, FILES["flux2"]["kohya"], tmp_path / "x.safetensors", "dora_scale"))
-    assert expert.algorithms == {"DoRA": len(FLUX2_KOHYA)}
+    assert expert.notes.algorithms == {"DoRA": len(FLUX2_KOHYA)}
     mole.attach(pipe, {"x": (expert, 0.5)}, "sum", binding=None)
     try:
         half = see(pipe, "flux2")

@@ -222,7 +222,7 @@ def test_layers_that_are_not_finite_can_be_dropped(tmp_path):
     save_file(GOOD | bad, tmp_path / "x.safetensors")
     expert = read_expert(tmp_path / "x.safetensors", drop_nonfinite=True)
     assert list(expert.layers["unet"]) == [KEY.removeprefix("unet.")]
-    assert expert.left_out == {KEY.replace("attn1", "attn2"): "its down holds NaN or infinite values"}
+    assert expert.notes.left_out == {KEY.replace("attn1", "attn2"): "its down holds NaN or infinite values"}
     save_file(bad, tmp_path / "x.safetensors")
     with pytest.raises(RefusedFileError, match="it holds no LoRA layers"):
         read_expert(tmp_path / "x.safetensors", drop_nonfinite=True)

@@ -251,7 +251,7 @@ def test_other_tools(read, tool):
     embeddings["nan.clip_l"] = torch.full((1, 4), torch.nan)
     expert = read(tensors | {f"bundle_emb.{name}": vectors for name, vectors in embeddings.items()})
     assert expert.format == tool.split()[0]
-    assert expert.left_out == {
+    assert expert.notes.left_out == {
         "bundle_emb.zwx.t5": "an embedding for a text encoder that takes no new words",
         "bundle_emb.nan.clip_l": "an embedding that is no list of vectors of finite numbers",
     }
@@ -272,7 +272,7 @@ def test_locon_with_and_without_a_core(read):
     stem = "lora_unet_conv_out"
     tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_mid.weight": core, f"{stem}.lora_up.weight": up}
     expert = read(plain | tensors | {f"{stem}.alpha": torch.tensor(6.0)})
-    assert expert.algorithms == {"LoCon": 2}
+    assert expert.notes.algorithms == {"LoCon": 2}
     torch.testing.assert_close(expert.layers["unet"]["conv_in"].delta(), plain_delta)
     expected = 6 / 3 * torch.einsum("or,rskl,si->oikl", up[:, :, 0, 0], core, down[:, :, 0, 0])
     torch.testing.assert_close(expert.layers["unet"]["conv_out"].delta(), expected)
@@ -297,7 +297,7 @@ def test_loha_is_exact(read, kind):
     tensors, delta = loha(kind)
     stem = {"linear": f"lora_unet_{BLOCK}_attn1_to_q"}.get(kind, "lora_unet_conv_in")
     expert = read({f"{stem}.{k}": v for k, v in tensors.items()} | {f"{stem}.alpha": torch.tensor(4.0)}, tolerance=0)
-    assert expert.algorithms == {"LoHa": 1}
+    assert expert.notes.algorithms == {"LoHa": 1}
     torch.testing.assert_close(only(expert).delta(), 4 / 2 * delta, rtol=1e-4, atol=1e-5)
 
 
@@ -326,7 +326,7 @@ def test_lokr_is_exact(read, kind):
     tensors, delta, rank = lokr(kind)
     tensors = {f"lora_unet_conv_in.{k}": v for k, v in tensors.items()} | {"lora_unet_conv_in.alpha": torch.tensor(3.0)}
     expert = read(tensors, tolerance=0)
-    assert expert.algorithms == {"LoKr": 1}
+    assert expert.notes.algorithms == {"LoKr": 1}
     torch.testing.assert_close(only(expert).delta(), (3 / rank if rank else 1) * delta, rtol=1e-4, atol=1e-5)
 
 

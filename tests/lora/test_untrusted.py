@@ -64,7 +64,7 @@ def test_a_layer_with_a_bad_alpha_can_be_dropped(tmp_path):
     save_file(other | bad, tmp_path / "x")
     expert = read_expert(tmp_path / "x", drop_nonfinite=True)
     assert list(expert.layers["unet"]) == [KEY.removeprefix("unet.").replace("to_q", "to_v")]
-    assert expert.left_out == {KEY: "its alpha holds NaN or infinite values"}
+    assert expert.notes.left_out == {KEY: "its alpha holds NaN or infinite values"}
 
 
 @pytest.mark.shows("Files")

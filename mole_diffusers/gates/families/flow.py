@@ -10,7 +10,7 @@ from torch import nn
 
 from mole_diffusers import functional
 from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
-from mole_diffusers.gates.seen import Derived
+from mole_diffusers.gates.unchanged import Derived
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 from mole_diffusers import functional
 from mole_diffusers.functional import Routed
 from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
-from mole_diffusers.gates.seen import Seen, version
+from mole_diffusers.gates.unchanged import LastTensor, version
 
 GELU = (  # coefficients of `rational` fitted to GELU on -3..3; the error is below 0.01 there
     (0.004525, 1.512375, 3.159837, 0.949968, -2.522988, -0.995814, 0.886464),
@@ -84,7 +84,7 @@ class PromptGate(Gate):
         self.pooler = nn.Parameter(torch.zeros(width))  # w
         self.weight = nn.Parameter(torch.zeros(count, width))  # W
         self.numerator, self.denominator = (nn.Parameter(torch.tensor(c)) for c in GELU)
-        self._last = Seen(), 0, torch.zeros(0)  # the last text, with the versions and logits for it
+        self._last = LastTensor(), 0, torch.zeros(0)  # the last text, with the versions and logits for it
         self._routed: list[Routed] | None = None
 
     def pooled(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
@@ -135,7 +135,7 @@ class PromptGate(Gate):
             return self.route(hidden, tokens)
         versions = sum(version(p) for p in self.parameters())
         text, before, logits = self._last
-        if not text.again(hidden) or before != versions:
+        if not text.is_again(hidden) or before != versions:
             logits = self.route(hidden, tokens)
             self._last = text, versions, logits
         return logits

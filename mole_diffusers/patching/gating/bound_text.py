@@ -12,7 +12,7 @@ from mole_diffusers import functional
 from mole_diffusers.binding.picture_layout import PictureLayout, side_of, sides
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.functional import onto
-from mole_diffusers.gates.seen import version
+from mole_diffusers.gates.unchanged import version
 from mole_diffusers.patching.host.denoisers import Blocks
 
 CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
@@ -21,31 +21,20 @@ LayerCache = dict[tuple, torch.Tensor | None]  # masks and biases, by a layer's 
 
 
 class Silence(NamedTuple):
-    """The experts whose words are not in a text. They count as at strength 0.
+    """The experts whose words are not in a text. They count as at strength 0."""
 
-    Attributes:
-        experts: [N], those that are silent in all rows.
-        rows: [B, N] bool, if rows differ.
-    """
-
-    experts: tuple[bool, ...]
-    rows: torch.Tensor | None = None
+    experts: tuple[bool, ...]  # [N], those that are silent in all rows
+    rows: torch.Tensor | None = None  # [B, N] bool, if rows differ
 
 
 @dataclass(frozen=True, eq=False)
 class TextInput:
-    """What the denoiser was called with: a text, for pictures of one size.
+    """What the denoiser was called with: a text, for pictures of one size."""
 
-    Attributes:
-        text: its states, [B, S, C], which count as the same as long as nothing changes them (`version`).
-        shape: of the latents.
-        acting: [N], the experts that were on.
-    """
-
-    text: torch.Tensor
+    text: torch.Tensor  # its states, [B, S, C], which count as the same as long as nothing changes them
     version: int
-    shape: torch.Size
-    acting: tuple[bool, ...]
+    shape: torch.Size  # of the latents
+    acting: tuple[bool, ...]  # [N], the experts that were on
 
     def is_of(self, text: torch.Tensor, latents: torch.Tensor, acting: tuple[bool, ...]) -> bool:
         """Whether this is the input of such a call. A copy of the text counts: offloading makes one at every step."""
@@ -60,29 +49,19 @@ class TextInput:
 
 @dataclass(eq=False)
 class BoundText:
-    """A text that the denoiser reads, and everything that follows from it.
-
-    Attributes:
-        blocks: of the denoiser.
-        input: the text, and what was drawn with it.
-        word_mask: [B, S, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
-        silence: the experts whose words are not in it.
-        prompt: the text whose experts and places this one takes over. A negative prompt that the denoiser reads in a
-            separate call names no expert, and takes over those of the prompt.
-        image: [B, N, H, W] in 0..1, the places that each expert acts on; None if all act everywhere.
-        biases: tokens of the picture -> [B, T, S], subtracted from cross-attention's logits.
-        cache: what layers have asked for, until places change.
-    """
+    """A text that the denoiser reads, and everything that follows from it."""
 
     blocks: Blocks
     input: TextInput
     picture: PictureLayout
-    word_mask: torch.Tensor | None
+    word_mask: torch.Tensor | None  # [B, S, N] bool, the tokens that each expert acts on; None if all act on every token
     silence: Silence
+    # The text whose experts and places this one takes over: a negative prompt that the denoiser reads in a separate call
+    # names no expert, and takes over those of the prompt.
     prompt: BoundText | None = None
-    image: torch.Tensor | None = None
-    biases: dict[int, torch.Tensor] = field(default_factory=dict)
-    cache: LayerCache = field(default_factory=dict)
+    image: torch.Tensor | None = None  # [B, N, H, W] in 0..1, where each expert acts; None if all act everywhere
+    biases: dict[int, torch.Tensor] = field(default_factory=dict)  # tokens of the picture -> [B, T, S], added to logits
+    cache: LayerCache = field(default_factory=dict)  # what layers have asked for, until places change
 
     def place(self) -> None:
         """Make the picture's masks from the known regions."""
@@ -99,7 +78,7 @@ class BoundText:
             self.image, self.cache = self.prompt.image, {}
 
     def forget(self) -> None:
-        """Drop what was computed for layers. It is computed again when they ask."""
+        """Drop what was computed for layers."""
         self.cache = {}
 
     # ---- what layers ask
@@ -130,11 +109,8 @@ class BoundText:
         if stream == "joint":
             return self._joint(tokens)
         if stream == "text":
-            return (
-                None
-                if self.word_mask is None
-                else F.pad(self.word_mask, (0, 0, 0, max(0, tokens - self.tokens)), value=True)
-            )
+            added = (0, 0, 0, max(0, tokens - self.tokens))
+            return None if self.word_mask is None else F.pad(self.word_mask, added, value=True)
         side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(tokens)
         return None if side is None else self._image_tokens(side)
 
@@ -175,11 +151,7 @@ class BoundText:
 
     def bias(self, tokens: int, rows: int) -> torch.Tensor | None:
         """[B, T, S], added to cross-attention's logits: words of a thing are closed outside its region. None: no word is
-        closed.
-
-        Args:
-            tokens: T.
-            rows: B, of the layer; a video's frames are separate rows there.
+        closed. In a layer, a video's frames are separate rows.
         """
         bias = self.biases.get(tokens)
         if bias is None or (rows > len(bias) and rows % len(bias)):
@@ -187,10 +159,8 @@ class BoundText:
         return functional.rows_for_layer(bias, rows)
 
     def bias_of_heads(self, tokens: int, rows: int, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The same for each head, [B heads, T, S].
-
-        It is made once for all steps, in the form that diffusers would otherwise repeat at each step. If that would be
-        large, it is returned without the repetition.
+        """The same for each head, [B heads, T, S], which diffusers would otherwise repeat at each step. If that would be
+        large, it is not repeated here.
         """
         key = "bias of heads", tokens, rows, heads, dtype
         if key not in self.cache:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from mole_diffusers.patching.gating.sampling import Sampling
-from mole_diffusers.patching.hooks import Call, ForwardHook
+from mole_diffusers.patching.hooks import Call, ForwardHook, Uncompiled
 from mole_diffusers.patching.host.placement import tokens_of
-from mole_diffusers.patching.host.uncompiled import Uncompiled
 
 MAP_TOKENS = 256  # maps are read in layers with about this many tokens: 16 x 16 in SD 1.5 at 512 pixels
 
@@ -48,11 +48,12 @@ def map_layers(model: Any) -> list[str]:
     return [name for name, size in sizes.items() if size and abs(math.log(size / MAP_TOKENS)) == nearest]
 
 
+@dataclass(eq=False)
 class CrossAttention(ForwardHook):
     """On a cross-attention: reads how much attention words get, if its maps are read, and closes words."""
 
-    def __init__(self, sampling: Sampling, *, reads_maps: bool):
-        self.sampling, self.reads_maps = sampling, reads_maps
+    sampling: Sampling
+    reads_maps: bool
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         masks = self.sampling.effective.masks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,31 +15,17 @@ from mole_diffusers.patching.gating.settings import Setting
 Present = tuple[bool, ...]  # which of the N experts a layer has
 
 
-class Named(Protocol):
-    """The site of a gate, to those who hear of its decisions."""
-
-    name: str
-
-
 class Decision(NamedTuple):
-    """The weights of one gate for the layers with one set of experts.
+    """The weights of one gate for the layers with one set of experts."""
 
-    Attributes:
-        of: the gate's site.
-        present: which experts these layers have. A site's first decision is for the largest set.
-        output: [N], [B, N] or [B, T, N], the gate's output. For a gate per rank, R instead of N.
-        applied: the same times the user's strengths. The layers are multiplied by this, and by masks of tokens. Layers
-            outside of blocks, which share one gate, are also multiplied by a plan's strengths for where each is.
-        mask: [N] or [B, N] bool: experts that are present, active and not at strength 0.
-        segment: [R], the expert of each rank, if the gate weighs ranks.
-    """
-
-    of: Named
-    present: Present
-    output: torch.Tensor
+    of: Any  # the gate's site, which has a name
+    present: Present  # which experts these layers have; a site's first decision is for the largest set
+    output: torch.Tensor  # [N], [B, N] or [B, T, N], the gate's output; for a gate per rank, R instead of N
+    # The same times the user's strengths. The layers are multiplied by this, and by masks of tokens. Layers outside of
+    # blocks, which share one gate, are also multiplied by a plan's strengths for where each is.
     applied: torch.Tensor
-    mask: torch.Tensor
-    segment: torch.Tensor | None
+    mask: torch.Tensor  # [N] or [B, N] bool: experts that are present, active and not at strength 0
+    segment: torch.Tensor | None  # [R], the expert of each rank, if the gate weighs ranks
 
     @property
     def place(self) -> str:

@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,98 +23,37 @@ import torch.nn.functional as F
 from mole_diffusers import functional
 from mole_diffusers.functional import onto
 from mole_diffusers.gates import Context, Gate, Layer
-from mole_diffusers.gates.seen import Seen, version
+from mole_diffusers.gates.unchanged import LastTensor, version
 from mole_diffusers.patching.gating.decision import Decision, Present
 from mole_diffusers.patching.gating.sampling import Sampling, WeighedExperts
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import Undo, restore_point
 
 NEVER = -1  # rows for which a site's weights never hold without asking it
 
 
 @dataclass(frozen=True)
 class WeighedLayer:
-    """A layer whose experts take the weights of a site.
+    """A layer whose experts take the weights of a site."""
 
-    Attributes:
-        name: component first.
-        present: which experts it has; `ranks` [N] says how many ranks each has.
-        stream: which tokens it reads, see `placement.stream_of`.
-        down, up: the modules that hold A [R, Cin] and B [Cout, R].
-    """
-
-    name: str
+    name: str  # component first
     present: Present
-    ranks: tuple[int, ...]
-    stream: str | None
-    down: Any
-    up: Any
+    ranks: tuple[int, ...]  # [N]
+    stream: str | None  # which tokens it reads, see `placement.stream_of`
+    down: Any  # the module that holds A [R, Cin]
+    up: Any  # and B [Cout, R]
 
     @property
     def segment(self) -> torch.Tensor:
         """[R] -> index of the expert that each rank belongs to."""
         return self.down._buffers["segment"]
 
-    def described(self, low: torch.Tensor) -> Layer:
-        """What a gate at this layer gets to know about it, with A x."""
-        return Layer(low, self.up._parameters["weight"], self.segment)
-
 
 @dataclass(eq=False)
-class Decided:
+class KeptDecisions:
     """Decisions of a gate, and the factors that were made of them, by what layers have in common."""
 
     decisions: list[Decision] = field(default_factory=list)
     factors: dict[tuple, torch.Tensor] = field(default_factory=dict)
-
-
-class Epoch(NamedTuple):
-    """What all kept decisions of a gate depend on: those of an earlier epoch are dropped. 0 is for what does not matter.
-
-    Attributes:
-        settings: what the user set.
-        parameters: the version of the gate's parameters.
-        text: the number of the text that the gate reads, or that is drawn.
-        turn: the number of the calls that share one decision, see `Mixture.every`.
-    """
-
-    settings: tuple
-    parameters: int = 0
-    text: int = 0
-    turn: int = 0
-
-
-class Call(NamedTuple):
-    """What differs between the calls of an epoch, whose decisions are kept side by side. None is for what does not matter.
-
-    Attributes:
-        part: the experts of a part of a step, if the call is one.
-        device, rows, tokens: of what enters the site.
-    """
-
-    part: tuple[bool, ...] | None
-    device: torch.device | None = None
-    rows: int | None = None
-    tokens: int | None = None
-
-
-@dataclass(eq=False)
-class Kept:
-    """What a gate decided in the calls of one epoch."""
-
-    epoch: Epoch | None = None
-    decided: dict[Call, Decided] = field(default_factory=dict)
-
-    def find(self, holds: tuple[Epoch, Call] | None, decide: Callable[[], list[Decision]]) -> Decided:
-        """What was decided in a call of this epoch, or what `decide` decides now. None: nothing holds beyond this call."""
-        if holds is None:
-            self.epoch, self.decided = None, {}
-            return Decided(decide())
-        epoch, call = holds
-        if epoch != self.epoch:
-            self.epoch, self.decided = epoch, {}
-        if call not in self.decided:
-            self.decided[call] = Decided(decide())
-        return self.decided[call]
 
 
 class GateSite(ABC):
@@ -132,6 +71,7 @@ class GateSite(ABC):
     shares_factors = True  # whether all layers of the same ranks have the same factor
     rows = NEVER  # of a layer's input, for which the last weights hold without asking; only a `BlockSite` has any
     spans_blocks = False  # whether each layer multiplies its own block's strength from a schedule
+    text: LastTensor | None = None  # what the gate reads, if it reads only the text, as its layers do
 
     def __init__(
         self,
@@ -146,7 +86,8 @@ class GateSite(ABC):
     ):
         self.name, self.gate, self.sampling = name, gate, sampling
         self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
-        self._decided, self._kept = Decided(), Kept()
+        self._decided = KeptDecisions()
+        self._kept: tuple[tuple | None, dict[tuple, KeptDecisions]] = None, {}  # the values of `_holds_for`
 
     # ---- evaluating
 
@@ -157,26 +98,35 @@ class GateSite(ABC):
             layer: given if the gate sits at one layer.
             tokens: [B, T] bool, the tokens of a text that count.
         """
-        self._decided = self._kept.find(self._holds_for(hidden), lambda: self._decide(hidden, layer, tokens))
+        state, call = self._holds_for(hidden)
+        if state is None or state != self._kept[0]:
+            self._kept = state, {}
+        kept = self._kept[1]
+        if call not in kept:
+            kept[call] = KeptDecisions(self._decide(hidden, layer, tokens))
+        self._decided = kept[call]
         for listener in self.sampling.listeners.decisions.now:
             for decision in self._decided.decisions:
                 listener(decision)
 
-    def _holds_for(self, hidden: torch.Tensor) -> tuple[Epoch, Call] | None:
-        """The epoch and the call that decisions on `hidden` hold for; None if they hold for nothing beyond this call."""
-        step, every = self.sampling.step, self.sampling.settings.every.now
-        if not self._may_keep():
-            return None
-        if self.gate.input_free:
-            return Epoch(self._settings(), self._gate_version()), Call(step.part.now, hidden.device, hidden.shape[0])
-        if self.timed and every > 1:
-            epoch = Epoch(self._settings(), text=step.texts, turn=step.calls_of_text // every)
-            return epoch, Call(step.part.now, hidden.device, *hidden.shape[:2])
-        return None
+    def _holds_for(self, hidden: torch.Tensor) -> tuple[tuple | None, tuple]:
+        """How long decisions on `hidden` hold: until the first value changes; None if for this call alone.
 
-    def _may_keep(self) -> bool:
-        """Whether decisions may hold beyond this call at all."""
-        return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.sampling.settings.control.now is None
+        The second value tells apart the calls until then that are decided separately, such as those for tiles.
+        """
+        step, every = self.sampling.step, self.sampling.settings.every.now
+        is_open = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if is_open or self.sampling.settings.control.now is not None:
+            return None, ()
+        if self.gate.input_free:
+            return (*self._settings(), self._gate_version()), (step.part.now, hidden.device, hidden.shape[0])
+        if self.timed and every > 1:
+            turn = step.texts, step.calls_of_text // every
+            return (*self._settings(), *turn), (step.part.now, hidden.device, *hidden.shape[:2])
+        if self.text is not None:
+            self.text.is_again(hidden)
+            return (*self._settings(), self._gate_version(), self.text.number), (step.part.now,)
+        return None, ()
 
     def _settings(self) -> tuple[Any, ...]:
         """What the decisions depend on besides the gate and its input."""
@@ -190,9 +140,8 @@ class GateSite(ABC):
 
     def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> list[Decision]:
         """One decision for each set of experts among the site's layers."""
-        fixed = self._fixed()
         segment = layer.segment if layer is not None and self.gate.ranked else None
-        if fixed is not None:
+        if (fixed := self._fixed()) is not None:
             return [self._by_hand(present, fixed, hidden, segment) for present in self.presents]
         if torch.is_autocast_enabled(hidden.device.type):  # entering the context costs as much as a small gate
             with torch.autocast(hidden.device.type, enabled=False):
@@ -316,9 +265,7 @@ class GateSite(ABC):
     def _mask(self, layer: WeighedLayer, low: torch.Tensor, rows_of: int | None) -> torch.Tensor | None:
         """Where a layer's experts act, in the shape of its A x; None if every expert acts on every token.
 
-        Args:
-            low: [B, R], [B, T, R] or [B, R, H, W]; or rows [B T, R].
-            rows_of: B if `low` are rows, else None.
+        `low` is [B, R], [B, T, R] or [B, R, H, W]; or rows [B T, R], and `rows_of` is B.
         """
         masks, stream = self.sampling.effective.masks, layer.stream
         if masks is None or not masks.binds or stream is None or (text := masks.text_of(stream)) is None:
@@ -356,8 +303,7 @@ class BlockSite(GateSite):
 
     def __init__(self, *args: Any, reads_text: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._texts = Texts() if reads_text else None
-        self.rows = NEVER
+        self.text = LastTensor() if reads_text else None
 
     def begin_block(self) -> None:
         """The gate must be evaluated again, except for decisions that hold beyond a call (`_holds_for`)."""
@@ -367,36 +313,14 @@ class BlockSite(GateSite):
         super().evaluate(hidden, layer, tokens=tokens)
         self.rows = hidden.shape[0]
 
-    def _holds_for(self, hidden: torch.Tensor) -> tuple[Epoch, Call] | None:
-        found = super()._holds_for(hidden)
-        if found is None and self._texts is not None and self._may_keep():
-            found = (
-                Epoch(self._settings(), self._gate_version(), self._texts.number(hidden)),
-                Call(self.sampling.step.part.now),
-            )
-        return found
-
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
         self.evaluate(_as_input(x, low))
-
-
-class Texts:
-    """Numbers the texts that a gate reads one after the other."""
-
-    def __init__(self) -> None:
-        self._last, self._number = Seen(), 0
-
-    def number(self, text: torch.Tensor) -> int:
-        """The number of a text, which is that of the last one if it is the same."""
-        self._number += not self._last.again(text)
-        return self._number
 
 
 class OutputSite(GateSite):
     """A gate that weighs what each expert alone adds to the output of its block, see `OutputMixing`.
 
-    The block runs without experts and then once with each, so its layers take one expert at a time. Weights by hand hold in
-    the layers instead, and the block runs once.
+    Its layers take no expert, then one at a time. Weights by hand hold in the layers instead, and the block runs once.
     """
 
     shares_factors = False
@@ -423,8 +347,7 @@ class OutputSite(GateSite):
     @property
     def experts(self) -> list[int]:
         """The indices of the experts that may add anything."""
-        settings, part = self.sampling.settings, self.sampling.step.part.now
-        on = settings.active.now if part is None else part
+        on = self.sampling.step.part.now or self.sampling.settings.active.now
         return [i for i, there in enumerate(self.presents[0]) if there and on[i]]
 
     def take(self, expert: int) -> None:
@@ -451,7 +374,7 @@ class LayerSite(GateSite):
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
         if not self.gate.input_free:
             low = _of_tokens(low, x)
-        self.evaluate(_as_input(x, low), layer.described(low))
+        self.evaluate(_as_input(x, low), Layer(low, layer.up._parameters["weight"], layer.segment))
 
 
 class ModelSite(GateSite):
@@ -486,8 +409,7 @@ class ModelSite(GateSite):
 
     def restore_point(self) -> Callable[[Undo], None]:
         """A function that sets the weights back to those of now, until it is undone."""
-        decided = self._decided
-        return lambda undo: undo.override(self, "_decided", decided)
+        return restore_point(self, "_decided")
 
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
         self.evaluate_deferred()

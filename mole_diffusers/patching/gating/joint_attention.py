@@ -19,9 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from mole_diffusers.patching.gating.bound_text import BoundText
 from mole_diffusers.patching.gating.sampling import Sampling
-from mole_diffusers.patching.hooks import AroundForward, ForwardHook
+from mole_diffusers.patching.hooks import AroundForward, ForwardHook, Uncompiled
 from mole_diffusers.patching.host.placement import blocks
-from mole_diffusers.patching.host.uncompiled import Uncompiled
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of PyTorch's attention, by position
 
@@ -73,10 +72,10 @@ class JointAttention(AroundForward):
             stack.callback(setattr, processor, "_attention_backend", chosen)
             processor._attention_backend = None
         stack.enter_context(attention_backend("native"))
-        stack.enter_context(_Watched(self.sampling, closes=closes, reads_maps=reads))
+        stack.enter_context(_WatchedAttention(self.sampling, closes=closes, reads_maps=reads))
 
 
-class _Watched(TorchFunctionMode):
+class _WatchedAttention(TorchFunctionMode):
     """`scaled_dot_product_attention` with maps read from its queries and keys, and a bias added to its logits."""
 
     def __init__(self, sampling: Sampling, *, closes: bool, reads_maps: bool):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mole_diffusers.gates.seen import Seen
+from mole_diffusers.gates.unchanged import LastTensor
 from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.undo import Undo
 
@@ -27,25 +27,17 @@ def word_mask(ids: torch.Tensor, end: int | None = None) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Input and output of one run of a text encoder.
+class EncoderRun:
+    """Input and output of one run of a text encoder."""
 
-    Attributes:
-        encoder: its name in the pipeline.
-        ids: [B, T].
-        words: [B, T] bool, the tokens before the padding.
-        attended: [B, T] bool, the tokens that it attended to; None if that is not known.
-        states: the outputs that a denoiser may get, [B, T, C] each.
-    """
-
-    encoder: str
-    ids: torch.Tensor
-    words: torch.Tensor
-    attended: torch.Tensor | None
-    states: tuple[torch.Tensor, ...]
+    encoder: str  # its name in the pipeline
+    ids: torch.Tensor  # [B, T]
+    words: torch.Tensor  # [B, T] bool, the tokens before the padding
+    attended: torch.Tensor | None  # [B, T] bool, the tokens that it attended to; None if that is not known
+    states: tuple[torch.Tensor, ...]  # the outputs that a denoiser may get, [B, T, C] each
 
 
-Run = tuple[Encoded, int]  # and the row in it
+Run = tuple[EncoderRun, int]  # and the row in it
 # The parts of one row of a text, token after token. A part has a run for each encoder whose channels lie side by side
 # there. The rest of the text is zeros.
 Row = list[list[Run]]
@@ -62,28 +54,23 @@ class PromptTokens:
     def __init__(self, tokenizers: Mapping[str, Any]) -> None:
         self.tokenizers = dict(tokenizers)
         self.current: torch.Tensor | None = None
-        self._announced: torch.Tensor | None = None
-        self._known: deque[Encoded] = deque()
-        self._asked = Seen()
-        self._rows: list[Row] | None = None  # of the text that was asked about last
+        self._known: deque[EncoderRun] = deque()
+        self._text = LastTensor()
+        self._rows: list[Row] | None = None  # of this text
 
-    def announce(self, ids: torch.Tensor) -> None:
-        """Announce the input of a text encoder, [B, T] on the CPU, so that nothing waits for a device to read it."""
-        self._announced = ids
-
-    def begin(self, ids: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """A text encoder begins to read `ids` [B, T], of which `words` [B, T] are words. Returns the ids."""
+    def begin(self, words: torch.Tensor) -> None:
+        """A text encoder begins to read a text with these words, [B, T]."""
         self.current = words
-        announced, self._announced = self._announced, None
-        return ids if announced is None or announced.shape != ids.shape else announced
 
-    def keep(self, encoded: Encoded) -> None:
+    def keep(self, encoded: EncoderRun) -> None:
         """Keep a run of a text encoder, instead of the oldest ones."""
         self._known.append(encoded)
         while len(self._known) > LEAST_RUNS and sum(s.nbytes for e in self._known for s in e.states) > MOST_BYTES:
             self._known.popleft()
 
-    def of(self, text: torch.Tensor, tokens: Callable[[Encoded], torch.Tensor] = attrgetter("words")) -> torch.Tensor | None:
+    def of(
+        self, text: torch.Tensor, tokens: Callable[[EncoderRun], torch.Tensor] = attrgetter("words")
+    ) -> torch.Tensor | None:
         """The words in states [B, T, C] as a denoiser gets them: [B, T] bool, or None if a row is not known.
 
         If encoders' channels lie side by side, a token is a word if one of them read a word there.
@@ -106,11 +93,10 @@ class PromptTokens:
     def rows(self, text: torch.Tensor) -> list[Row] | None:
         """The runs that each row of states [B, T, C] comes from, or None if a row is not known.
 
-        A row is found by its values. Guidance combines rows of several texts, several pictures repeat them, SDXL joins
-        two encoders' channels, and SD 3 and long prompts join runs token after token. A text that comes again, as at
-        every step, is not searched again.
+        A row is found by its values: guidance combines rows of several texts, several pictures repeat them, SDXL joins two
+        encoders' channels, and SD 3 and long prompts join runs token after token.
         """
-        if not self._asked.again(text):
+        if not self._text.is_again(text):
             self._rows = self._found(text)
         return self._rows
 
@@ -118,9 +104,8 @@ class PromptTokens:
         for encoded in reversed(self._known):
             if any(_same_memory(states, text) for states in encoded.states):
                 return [[[(encoded, i)]] for i in range(len(text))]
-        found = [self._row(row) for row in text.detach()]
-        rows = [row for row in found if row is not None]
-        return rows if len(rows) == len(found) else None
+        rows = [row for each in text.detach() if (row := self._row(each)) is not None]
+        return rows if len(rows) == len(text) else None
 
     def _row(self, row: torch.Tensor) -> Row | None:
         parts: Row = []
@@ -145,9 +130,8 @@ class TextHook(ForwardHook):
     """Records the token ids that a text encoder reads, and the states that it returns.
 
     Args:
-        name: of the text encoder in the pipeline.
         layers: the hidden states that the denoiser may get.
-        on_text: called first, with that name, ids [B, T] and where the encoder is.
+        on_text: called first, with the encoder's name and ids [B, T].
     """
 
     def __init__(
@@ -155,7 +139,7 @@ class TextHook(ForwardHook):
         name: str,
         tokens: PromptTokens,
         layers: Sequence[int],
-        on_text: Callable[[str, torch.Tensor, torch.device], None] | None = None,
+        on_text: Callable[[str, torch.Tensor], None] | None = None,
     ):
         self.name, self.tokens, self.layers, self.on_text = name, tokens, layers, on_text
         # ids, words and the tokens that are attended to
@@ -173,10 +157,10 @@ class TextHook(ForwardHook):
         attended = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         attended = None if attended is None else attended.bool()
         words = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended
-        known = self.tokens.begin(ids, words)
-        self._reading = known, words, attended
+        self.tokens.begin(words)
+        self._reading = ids, words, attended
         if self.on_text is not None:
-            self.on_text(self.name, known, ids.device)
+            self.on_text(self.name, ids)
 
     def after(self, module: Any, args: tuple, output: Any) -> None:
         """Called after the forward."""
@@ -188,16 +172,16 @@ class TextHook(ForwardHook):
         states = [*last, *hidden, *skipped]
         texts = tuple(s.detach() for s in states if s.dim() == 3)
         if self._reading is not None and texts:
-            self.tokens.keep(Encoded(self.name, *self._reading, texts))
+            self.tokens.keep(EncoderRun(self.name, *self._reading, texts))
 
 
-def _candidates(known: Sequence[Encoded], rest: torch.Tensor) -> list[tuple[Encoded, torch.Tensor]]:
+def _candidates(known: Sequence[EncoderRun], rest: torch.Tensor) -> list[tuple[EncoderRun, torch.Tensor]]:
     """The states, newest first, that rest [T, C] may begin with: they have no more tokens and no more channels."""
     tokens, width = rest.shape
     return [(e, s) for e in reversed(known) for s in e.states if s.shape[1] <= tokens and s.shape[2] <= width]
 
 
-def _same(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
+def _same(known: Sequence[EncoderRun], rest: torch.Tensor) -> Run | None:
     for encoded, states in _candidates(known, rest):
         tokens, width = states.shape[1:]
         same = (states.to(rest.device, rest.dtype) == rest[:tokens, :width]).flatten(1).all(1)  # [b]
@@ -206,7 +190,7 @@ def _same(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
     return None
 
 
-def _cut(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
+def _cut(known: Sequence[EncoderRun], rest: torch.Tensor) -> Run | None:
     """The text of which rest [T, C] is a part, with its padding or without: pipelines leave out the beginning of a template,
     its end, and padding.
     """
@@ -221,7 +205,7 @@ def _cut(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
                         continue
                     part = slice(start, start + min(len(own) - start, len(rest)))
                     ids, words = (each[i : i + 1, kept[part].to(each.device)] for each in (encoded.ids, encoded.words))
-                    return Encoded(encoded.encoder, ids, words, None, (own[None, part],)), 0
+                    return EncoderRun(encoded.encoder, ids, words, None, (own[None, part],)), 0
     return None
 
 
@@ -234,11 +218,11 @@ def _place(own: torch.Tensor, rest: torch.Tensor) -> int | None:
     return None
 
 
-def _most_alike(known: Sequence[Encoded], rest: torch.Tensor) -> Run | None:
+def _most_alike(known: Sequence[EncoderRun], rest: torch.Tensor) -> Run | None:
     """The text whose words point the same way, since prompt weighting scales them. None if two texts are about equally
     close.
     """
-    best: dict[tuple, tuple[float, Encoded, int]] = {}  # the ids -> how alike, and where
+    best: dict[tuple, tuple[float, EncoderRun, int]] = {}  # the ids -> how alike, and where
     for encoded, states in _candidates(known, rest):
         tokens, width = states.shape[1:]
         cosine = F.cosine_similarity(states.to(rest.device).float(), rest[:tokens, :width].float(), dim=-1)  # [b, T]

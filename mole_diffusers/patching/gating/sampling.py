@@ -24,9 +24,9 @@ from mole_diffusers.patching.gating.decision import Listeners, Present
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.gating.settings import Change, Setting, Settings
 from mole_diffusers.patching.gating.token_masks import TokenMasks
-from mole_diffusers.patching.hooks import Entered, ForwardHook
+from mole_diffusers.patching.hooks import EnteredContexts, ForwardHook
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, lora_scale
-from mole_diffusers.patching.undo import Undo, undoing
+from mole_diffusers.patching.undo import Undo, restore_point, undoing
 
 T = TypeVar("T")
 
@@ -60,13 +60,7 @@ class Step:
 
     def restore_point(self) -> Callable[[Undo], None]:
         """A function that sets the noise level, and whether experts act, back to what they are now, until it is undone."""
-        time, is_off = self.time, self.is_off
-
-        def restore(undo: Undo) -> None:
-            undo.override(self, "time", time)
-            undo.override(self, "is_off", is_off)
-
-        return restore
+        return restore_point(self, "time", "is_off")
 
     def begin_compiled(self, time: torch.Tensor, *, is_heard: bool) -> None:
         """The same in compiled code. It is counted only if it is heard: a counter compiles the model anew at every step."""
@@ -75,19 +69,12 @@ class Step:
 
 
 class WeighedExperts(NamedTuple):
-    """The experts that a gate weighs, and their strengths.
+    """The experts that a gate weighs, and their strengths."""
 
-    Attributes:
-        mask: [N] or [B, N] bool: those that the layer has, that are switched on, not at strength 0, and not silent.
-        strengths: [N] or [B, N].
-        all_weighed: whether the mask is true for all, known without asking the device.
-        unit_strengths: whether all strengths are 1.
-    """
-
-    mask: torch.Tensor
-    strengths: torch.Tensor
-    all_weighed: bool
-    unit_strengths: bool
+    mask: torch.Tensor  # [N] or [B, N] bool: those that the layer has, that are on, not at strength 0, and not silent
+    strengths: torch.Tensor  # [N] or [B, N]
+    all_weighed: bool  # whether the mask is true for all, known without asking the device
+    unit_strengths: bool  # whether all strengths are 1
 
 
 class EffectiveSettings:
@@ -149,12 +136,7 @@ class EffectiveSettings:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The parts, see above.
-
-    Attributes:
-        inputs: reads what the denoiser is called with.
-        entered: what hooks have entered around modules that run.
-    """
+    """The parts, see above; what reads the denoiser's inputs; and what hooks have entered around modules that run."""
 
     inputs: DenoiserInputs
     tokens: PromptTokens
@@ -162,13 +144,13 @@ class Sampling:
     step: Step
     effective: EffectiveSettings
     listeners: Listeners
-    entered: Entered
+    entered: EnteredContexts
 
     @classmethod
-    def of(cls, experts: int, inputs: DenoiserInputs, tokens: PromptTokens) -> Sampling:
-        """For a new mixture of so many experts: all are on, at strength 1."""
-        settings, step = Settings(Setting([True] * experts), Setting([1.0] * experts)), Step()
-        return cls(inputs, tokens, settings, step, EffectiveSettings(settings, step), Listeners(), Entered())
+    def of(cls, strengths: Sequence[float], inputs: DenoiserInputs, tokens: PromptTokens) -> Sampling:
+        """For a new mixture of experts with these strengths, [N]: all are on."""
+        settings, step = Settings(Setting([True] * len(strengths)), Setting(list(strengths))), Step()
+        return cls(inputs, tokens, settings, step, EffectiveSettings(settings, step), Listeners(), EnteredContexts())
 
     def set(self, setting: Setting[T], value: T) -> None:
         """Change a setting, in the block that it comes from, if any."""
@@ -185,9 +167,19 @@ class Sampling:
         with undoing() as undo:  # a leftover setting would change all later pictures
             undo.callback(follow)
             for change in changes:
-                undo.callback(change.end)
-                change.begin()
+                undo.callback(change.setting.end, change)
+                change.setting.begin(change)
             follow()
+            yield
+
+    @contextmanager
+    def restored(self, points: Sequence[Callable[[Undo], None]], *changes: Change[Any]) -> Iterator[None]:
+        """The same, and what was noted at some `restore_point`s holds again while the block runs."""
+        with self.changed_while(*changes), undoing() as undo:
+            undo.callback(self.effective.changed)
+            for restore in points:
+                restore(undo)
+            self.effective.changed()
             yield
 
     @property
@@ -204,22 +196,19 @@ class Sampling:
         for hears in self.listeners.maps.now:
             hears(masks.text.picture.named_maps(shares, side))
 
-    def on_text(self, encoder: str, ids: torch.Tensor, device: torch.device) -> None:
-        """A text encoder on `device` is about to read `ids` [B, T]."""
+    def on_text(self, encoder: str, ids: torch.Tensor) -> None:
+        """A text encoder is about to read `ids` [B, T]."""
         masks, in_call = self.effective.masks, self.step.pipe.now is not None
-        if masks is not None and masks.on_text(encoder, ids, device, in_call=in_call, acting=self.settings.acting):
+        if masks is not None and masks.on_text(encoder, ids, in_call=in_call, acting=self.settings.acting):
             self.effective.changed()
 
 
+@dataclass(eq=False)
 class StepHook(ForwardHook):
-    """On the denoiser: notes where sampling is, and lets the masks follow.
+    """On the denoiser: notes where sampling is, and lets the masks follow."""
 
-    Args:
-        is_off: whether no expert acts in a call of the denoiser, given the scale of LoRAs in it.
-    """
-
-    def __init__(self, sampling: Sampling, is_off: Callable[[float], bool]):
-        self.sampling, self.is_off = sampling, is_off
+    sampling: Sampling
+    is_off: Callable[[float], bool]  # whether no expert acts in a call, given the scale of LoRAs in it
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         sampling, inputs, step, effective = self.sampling, self.sampling.inputs, self.sampling.step, self.sampling.effective

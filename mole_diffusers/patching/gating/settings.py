@@ -50,19 +50,12 @@ class Setting(Generic[T]):
         self.now = self._values[-1].value
 
 
+@dataclass(eq=False)
 class Change(Generic[T]):
     """A setting's value in one block."""
 
-    def __init__(self, setting: Setting[T], value: T):
-        self.setting, self.value = setting, value
-
-    def begin(self) -> None:
-        """The block begins."""
-        self.setting.begin(self)
-
-    def end(self) -> None:
-        """The block has ended."""
-        self.setting.end(self)
+    setting: Setting[T]
+    value: T
 
 
 class Plan(Protocol):
@@ -73,15 +66,12 @@ class Plan(Protocol):
 
     def part(self, part: str) -> Sequence[float]:
         """For a whole component, "unet" or "text_encoder", at this step."""
-        ...
 
     def block(self, module: str) -> Sequence[float]:
         """For the block that contains `module` (a site or a layer, component first)."""
-        ...
 
     def gates(self, place: str) -> Sequence[float] | None:
         """Weights that replace those of the gate at `place`; None keeps the gate's weights."""
-        ...
 
 
 class PlainSum:
@@ -90,55 +80,34 @@ class PlainSum:
     def __init__(self, experts: int):
         self.ones = [1.0] * experts
 
-    def part(self, part: str) -> Sequence[float]:
+    def part(self, _: str) -> Sequence[float]:
         return self.ones
 
-    def block(self, module: str) -> Sequence[float]:
-        return self.ones
-
-    def gates(self, place: str) -> Sequence[float] | None:
-        return self.ones
+    block = gates = part
 
 
 class Rows(NamedTuple):
-    """Sets of experts that differ within a batch.
+    """Sets of experts that differ within a batch."""
 
-    Attributes:
-        factors: [b, N], one for each prompt and expert.
-        images: pictures per prompt in the denoiser's batch.
-    """
-
-    factors: torch.Tensor
-    images: int
+    factors: torch.Tensor  # [b, N], one for each prompt and expert
+    images: int  # pictures per prompt in the denoiser's batch
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a user can set.
+    """Everything that a user can set."""
 
-    Attributes:
-        active: [N], which experts are switched on.
-        strengths: [N].
-        fixed: [N], weights that replace every gate's, by hand or for a teacher.
-        rows: sets of experts that differ within a batch.
-        control: transforms every gate's output.
-        every: the denoiser's gates are evaluated once in this many of its calls.
-        plan: a strength schedule.
-        binding: each expert's words and place, and what they mean for the texts and pictures of this moment.
-        tiling: whether pictures are drawn in tiles at first.
-        folded: whether the experts are folded into the model's weights.
-    """
-
-    active: Setting[Sequence[bool]]
-    strengths: Setting[list[float]]
-    fixed: Setting[Sequence[float] | None] = field(default_factory=lambda: Setting(None))
+    active: Setting[Sequence[bool]]  # [N], which experts are switched on
+    strengths: Setting[list[float]]  # [N]
+    fixed: Setting[Sequence[float] | None] = field(default_factory=lambda: Setting(None))  # [N], by hand for every gate
     rows: Setting[Rows | None] = field(default_factory=lambda: Setting(None))
-    control: Setting[Control | None] = field(default_factory=lambda: Setting(None))
-    every: Setting[int] = field(default_factory=lambda: Setting(1))
+    control: Setting[Control | None] = field(default_factory=lambda: Setting(None))  # transforms every gate's output
+    every: Setting[int] = field(default_factory=lambda: Setting(1))  # gates are evaluated once in so many of its calls
     plan: Setting[Plan | None] = field(default_factory=lambda: Setting(None))
+    # Each expert's words and place, and what they mean for the texts and pictures of this moment.
     binding: Setting[TokenMasks | None] = field(default_factory=lambda: Setting(None))
     tiling: Setting[Tiling] = field(default_factory=lambda: Setting(Tiling()))
-    folded: Setting[bool] = field(default_factory=lambda: Setting(False))
+    folded: Setting[bool] = field(default_factory=lambda: Setting(False))  # into the model's weights
 
     @property
     def acting(self) -> list[bool]:

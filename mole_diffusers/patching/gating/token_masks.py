@@ -18,7 +18,7 @@ the tokens that it reads.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,12 +32,12 @@ from mole_diffusers.binding.regions import EVERYWHERE, GridSize
 from mole_diffusers.binding.who_acts import notices, present, who_counts
 from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
 from mole_diffusers.functional import onto
-from mole_diffusers.gates.seen import version
+from mole_diffusers.gates.unchanged import version
 from mole_diffusers.patching.gating.bound_text import BoundText, LayerCache, Silence, TextInput
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.host.denoiser_inputs import Groups, groups_of, repeats
 from mole_diffusers.patching.host.denoisers import Blocks
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import Undo, restore_point
 
 MOST_TEXTS = 5  # texts that are kept: pictures of one call may be drawn with several, in turn
 UNKNOWN = (
@@ -45,24 +45,18 @@ UNKNOWN = (
     "LoRAs or gates were last attached, or too many texts ago"
 )
 
-
-Part = Sequence[tuple[str, list[int]]]  # (text encoder, its ids) of what lies side by side in the channels of a text
+Part = tuple[tuple[str, tuple[int, ...]], ...]  # (text encoder, its ids) of what lies side by side in a text's channels
 
 
 @dataclass
 class EncoderText:
-    """The text that a text encoder reads, or read last.
-
-    Attributes:
-        word_mask: [B, T, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
-        cache: what layers have asked for.
-    """
+    """The text that a text encoder reads, or read last: [B, T, N] bool, and what layers have asked for."""
 
     word_mask: torch.Tensor | None = None
     cache: LayerCache = field(default_factory=dict)
 
     def rows_among(self, tokens: int) -> int | None:
-        """As in `BoundText`; a text encoder's layers get the tokens of each row apart."""
+        """A text encoder's layers get the tokens of each row apart."""
         return None
 
     def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
@@ -71,12 +65,7 @@ class EncoderText:
 
 
 class TextReader:
-    """Reads texts for one binding.
-
-    Args:
-        bound: each expert's binding, in the order of the gates' columns.
-        tokens: knows the tokens of texts that were encoded.
-    """
+    """Reads texts for one binding. `acting` [N] are the experts that are on."""
 
     def __init__(self, bound: Mapping[str, Bound], tokens: PromptTokens):
         self.bound, self.tokens = dict(bound), tokens
@@ -84,13 +73,10 @@ class TextReader:
         self.nobody = Silence((False,) * len(bound))
 
     def encoder_text(self, encoder: str, ids: torch.Tensor, acting: Sequence[bool]) -> list[Reading] | None:
-        """What a text encoder is about to read, ids [B, T], row by row; None if its tokenizer is not known.
-
-        `acting` [N] are the experts that are on.
-        """
+        """What a text encoder is about to read, ids [B, T], row by row; None if its tokenizer is not known."""
         if self.tokens.tokenizers[encoder] is None:
             return None
-        return self._readings([[[(encoder, row)]] for row in ids.tolist()], acting)
+        return self._readings([(((encoder, tuple(row)),),) for row in ids.tolist()], acting)
 
     def denoiser_text(self, text: torch.Tensor, acting: Sequence[bool]) -> list[Reading] | None:
         """The texts of the denoiser's states [B, S, C], row by row; None if their words are not known."""
@@ -98,27 +84,19 @@ class TextReader:
         encoders = {run.encoder for row in found or () for part in row for run, _ in part}
         if found is None or any(self.tokens.tokenizers[encoder] is None for encoder in encoders):
             return None
-        rows = [[[(run.encoder, run.ids[i].tolist()) for run, i in part] for part in row] for row in found]
+        rows = [tuple(tuple((run.encoder, tuple(run.ids[i].tolist())) for run, i in part) for part in row) for row in found]
         return self._readings(rows, acting, tokens=text.shape[1])
 
-    def _readings(self, rows: Sequence[Sequence[Part]], acting: Sequence[bool], tokens: int = 0) -> list[Reading]:
-        """Read texts by their tokens.
-
-        A row consists of parts, token after token. The rest of `tokens` has no words.
-        """
-        known: dict[tuple, Reading] = {}
+    def _readings(self, rows: Sequence[tuple[Part, ...]], acting: Sequence[bool], tokens: int = 0) -> list[Reading]:
+        """Read rows, which consist of parts, token after token. The rest of `tokens` has no words."""
+        known: dict[tuple[Part, ...], Reading] = {}
         bounds = list(self.bound.values())
-        phrases = [bound.words for bound in bounds]
-        of_row = partial(read, phrases=phrases, who=who_counts(bounds, acting))
-        readings = []
-        for row in rows:
-            key = tuple(tuple((encoder, *ids) for encoder, ids in part) for part in row)
-            if key not in known:
-                texts = [overlaid([of_row(ids, self.tokens.tokenizers[encoder]) for encoder, ids in part]) for part in row]
-                left = max(0, tokens - sum(len(text.own[0]) for text in texts))
-                known[key] = joined([*texts, Reading(((False,) * left,) * len(phrases))] if left else texts)
-            readings.append(known[key])
-        return readings
+        of_row = partial(read, phrases=[bound.words for bound in bounds], who=who_counts(bounds, acting))
+        for row in dict.fromkeys(rows):
+            texts = [overlaid([of_row(ids, self.tokens.tokenizers[encoder]) for encoder, ids in part]) for part in row]
+            left = max(0, tokens - sum(len(text.own[0]) for text in texts))
+            known[row] = joined([*texts, Reading(((False,) * left,) * len(bounds))] if left else texts)
+        return [known[row] for row in rows]
 
     def acting_tokens(
         self, readings: Sequence[Reading], acting: Sequence[bool], device: torch.device
@@ -140,11 +118,7 @@ class TextReader:
         return None if acts.all() else onto(acts, device)
 
     def silence(self, mentioned: Sequence[Sequence[bool]], device: torch.device) -> Silence:
-        """Who requires words that the text does not have.
-
-        Args:
-            mentioned: [B][N], whether each row has the expert's words.
-        """
+        """Who requires words that the text does not have. `mentioned` [B][N]: whether each row has the expert's words."""
         bounds = list(self.bound.values())
         rows = [tuple(b.needs_words and not there for b, there in zip(bounds, row, strict=True)) for row in mentioned]
         if len(set(rows)) == 1:
@@ -160,16 +134,10 @@ class TokenMasks:
         text: the denoiser's current text.
         binds: whether any expert is kept off any token, of the text encoder or of the denoiser.
         warned: the warnings since the call of the pipeline began.
-
-    Args:
-        bound: each expert's binding, in the order of the gates' columns.
-        tokens: knows the tokens of texts that were encoded.
-        blocks: of the denoiser.
     """
 
     def __init__(self, bound: Mapping[str, Bound], tokens: PromptTokens, blocks: Blocks):
-        self.blocks = blocks
-        self.reader = TextReader(bound, tokens)
+        self.blocks, self.reader = blocks, TextReader(bound, tokens)
         self.silence, self.binds = self.reader.nobody, False
         self.text: BoundText | None = None
         self.warned: list[str] = []
@@ -224,22 +192,20 @@ class TokenMasks:
         self._texts, self.text, self.warned, self._places = [], None, [], {}
         self._hold(None, self.reader.nobody)
 
-    def on_text(
-        self, encoder: str, ids: torch.Tensor, device: torch.device, *, in_call: bool, acting: Sequence[bool]
-    ) -> bool:
-        """A text encoder on `device` is about to read `ids` [B, T]. Outside of a call, this begins another picture.
+    def on_text(self, encoder: str, ids: torch.Tensor, *, in_call: bool, acting: Sequence[bool]) -> bool:
+        """A text encoder is about to read `ids` [B, T]. Outside of a call, this begins another picture.
 
-        `acting` [N] are the experts that are on. Returns whether anything may have changed for layers.
+        Returns whether anything may have changed for layers.
         """
         if not in_call:
             self._texts = []
         if not self.reader.has_words:
             return False
         readings = self.reader.encoder_text(encoder, ids, acting)
-        acts = None if readings is None else self.reader.acting_tokens(readings, acting, device)
+        acts = None if readings is None else self.reader.acting_tokens(readings, acting, ids.device)
         self._encoder_text = EncoderText(acts)
         mentioned = [(True,) * len(self.bound)] if readings is None else [reading.mentioned for reading in readings]
-        self._hold(self.text, self.reader.silence(mentioned, device))
+        self._hold(self.text, self.reader.silence(mentioned, ids.device))
         return True
 
     def on_denoiser(
@@ -272,14 +238,12 @@ class TokenMasks:
         if state is None:
             state = self._new(text, latents, side(), pipe, acting)
             self._texts = [*self._texts, state][-MOST_TEXTS:]
-            for warning in state.picture.lost_regions(acting):
-                self._warn(warning)
+            self._warn(*state.picture.lost_regions(acting))
             if pipe is not None:  # training prompts name single experts
-                self._tell_of(state)
+                self._warn(*self._notices(state), *state.picture.crowded(acting))
         places = state.image
         if state.picture.can_decide:
-            for warning in state.picture.decide():
-                self._warn(warning)
+            self._warn(*state.picture.decide())
             state.place()
         state.follow_prompt()
         others_are_silent = self.silence.experts != state.silence.experts or self.silence.rows is not state.silence.rows
@@ -288,16 +252,13 @@ class TokenMasks:
             self._hold(state, state.silence)
         return changes
 
-    def _tell_of(self, state: BoundText) -> None:
-        """Warn of what a user may not expect of the pictures of a text."""
-        picture, acting = state.picture, state.input.acting
-        if picture.readings and state.prompt is None:
+    def _notices(self, text: BoundText) -> Iterator[str]:
+        """What a user may not expect of the pictures of a text."""
+        picture = text.picture
+        if picture.readings and text.prompt is None:
             rows = [picture.readings[row].mentioned for row in picture.picture_rows]
             mentioned = tuple(map(any, zip(*rows, strict=True)))
-            for notice in notices(list(self.bound), list(self.bound.values()), acting, mentioned):
-                self._warn(notice)
-        for warning in picture.crowded(acting):
-            self._warn(warning)
+            yield from notices(list(self.bound), list(self.bound.values()), text.input.acting, mentioned)
 
     def set_places(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
         """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read.
@@ -324,13 +285,7 @@ class TokenMasks:
 
     def restore_point(self) -> Callable[[Undo], None]:
         """A function that holds the text of now for the layers again, until it is undone."""
-        text, silence = self.text, self.silence
-
-        def hold(undo: Undo) -> None:
-            undo.callback(self._hold, self.text, self.silence)
-            self._hold(text, silence)
-
-        return hold
+        return restore_point(self, "text", "silence", "binds")
 
     def _hold(self, text: BoundText | None, silence: Silence) -> None:
         """Hold a text for the layers that run now."""
@@ -349,8 +304,8 @@ class TokenMasks:
     ) -> BoundText:
         """What follows from a new text. Within a call, it keeps the layout of the last prompt if the things are the same.
 
-        If it is not known whether the text is a prompt, a text without any expert's words counts as the unconditional
-        one of guidance that calls the denoiser separately. It then has the experts and places of the last prompt.
+        If it is not known whether it is a prompt, a text without any expert's words counts as the unconditional one of
+        guidance that calls the denoiser separately. It then has the experts and places of the last prompt.
         """
         groups = None if pipe is None else groups_of(pipe, text, latents)
         readings = self._read(text, acting)
@@ -385,11 +340,12 @@ class TokenMasks:
         """The texts of the current pictures that name an expert."""
         return [text for text in self._texts if _names_an_expert(text.picture.readings)]
 
-    def _warn(self, message: str) -> None:
+    def _warn(self, *messages: str) -> None:
         """Warn once in a call of the pipeline."""
-        if message not in self.warned:
-            self.warned.append(message)
-            warnings.warn(message, PictureWarning, stacklevel=2)
+        for message in messages:
+            if message not in self.warned:
+                self.warned.append(message)
+                warnings.warn(message, PictureWarning, stacklevel=2)
 
 
 def _names_an_expert(readings: Sequence[Reading]) -> bool:

@@ -39,7 +39,6 @@ class Trace:
     _largest: dict[str, Present] = field(default_factory=dict, repr=False)
 
     def record(self, decision: Decision) -> None:
-        """Record one gate's decision."""
         place = decision.place
         largest = self._largest.setdefault(place, decision.present)
         if decision.present != largest:
@@ -48,11 +47,9 @@ class Trace:
         self.records.append((place, self.step.number - self.before, decision.weights.detach().float().cpu()))
 
     def record_layouts(self, layouts: list[Layout]) -> None:
-        """Keep where each expert acted in a call."""
         self.layouts = layouts
 
     def record_maps(self, pictures: list[dict[str, torch.Tensor]]) -> None:
-        """Add the maps of one layer."""
         kept = self.maps.setdefault(self.step.number - self.before, [{} for _ in pictures])
         for maps, layer in zip(kept, pictures, strict=True):
             maps |= {name: maps.get(name, 0) + map_ for name, map_ in layer.items()}
@@ -67,23 +64,22 @@ class Trace:
 
         In a step that is drawn in tiles, each expert's weight is the mean over the tiles in which it is not 0.
         """
-        records = [(i, step, weights) for i, (name, step, weights) in enumerate(self.records) if name == place]
-        if not records:
+        if place not in (found := self.all_weights()):
             raise ValueError(f"no gate was evaluated at {place!r}; known: {self.places}")
-        return _by_step(records)
+        return found[place]
 
     def all_weights(self) -> dict[str, torch.Tensor]:
         """`weights` of every place, read in one pass: SDXL has gates at 700 places."""
-        records = dict[str, list[tuple[int, int, torch.Tensor]]]()
-        for i, (name, step, weights) in enumerate(self.records):
-            records.setdefault(name, []).append((i, step, weights))
-        return {place: _by_step(found) for place, found in records.items()}
+        steps = dict[str, dict[tuple[int, int], list[torch.Tensor]]]()  # place -> (step, number before the first step)
+        for i, (place, step, weights) in enumerate(self.records):
+            mean = weights.reshape(-1, weights.shape[-1]).mean(0)  # [N]
+            steps.setdefault(place, {}).setdefault((step, i if step < 0 else 0), []).append(mean)
+        return {place: torch.stack([_mean_of_shown(each) for each in of.values()]) for place, of in steps.items()}
 
     def mean(self) -> dict[str, float]:
         """Each expert's weight, averaged over steps, rows and the places in which it is not 0."""
         self._refuse_empty()
-        table = torch.stack([weights.mean(0) for weights in self.all_weights().values()])  # [places, N]
-        average = table.sum(0) / (table != 0).sum(0).clamp_min(1)
+        average = _mean_of_shown([weights.mean(0) for weights in self.all_weights().values()])
         return dict(zip(self.experts, average.tolist(), strict=True))
 
     def entropy(self) -> float:
@@ -96,10 +92,7 @@ class Trace:
             raise ValueError("this trace has no records: no gate was evaluated; call the pipeline inside the block")
 
 
-def _by_step(records: Sequence[tuple[int, int, torch.Tensor]]) -> torch.Tensor:
-    """(number, step, weights) of one place -> mean weights by step [steps, N]; by number before the first step."""
-    steps: dict[tuple[int, int], list[torch.Tensor]] = {}
-    for i, step, weights in records:
-        steps.setdefault((step, i if step < 0 else 0), []).append(weights.reshape(-1, weights.shape[-1]).mean(0))
-    calls = [torch.stack(each) for each in steps.values()]  # [calls, N] of each step
-    return torch.stack([each.sum(0) / (each != 0).sum(0).clamp_min(1) for each in calls])
+def _mean_of_shown(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean of weights [N] each, for each expert over those that are not 0."""
+    table = torch.stack(list(weights))
+    return table.sum(0) / (table != 0).sum(0).clamp_min(1)

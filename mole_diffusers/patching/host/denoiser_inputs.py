@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from mole_diffusers.binding.regions import GridSize
-from mole_diffusers.gates.seen import Seen
+from mole_diffusers.gates.unchanged import LastTensor
 from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.patching.host.denoisers import record
 
@@ -39,7 +39,7 @@ class DenoiserInputs:
         self.record = record(denoiser)
         self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._config = getattr(denoiser, "config", None)
-        self._seen: list[Seen] = []  # the texts as they were given last, and as blocks read them
+        self._given: list[LastTensor] = []  # the texts as they were given last, and as blocks read them
         self._text: torch.Tensor | None = None
 
     def _read(self, name: str, args: tuple, kwargs: dict) -> Any:
@@ -47,7 +47,7 @@ class DenoiserInputs:
 
     def timestep(self, args: tuple, kwargs: dict) -> Any:
         """What the denoiser is given as the time: a tensor or a number."""
-        return self._read(self.record.time, args, kwargs)
+        return self._read(self.record.arguments.time, args, kwargs)
 
     def time(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The noise level [B], 0..1, where 1 is pure noise."""
@@ -69,7 +69,7 @@ class DenoiserInputs:
 
         Raises ValueError for a list of pictures that are not alike.
         """
-        given = self._read(self.record.latents, args, kwargs)
+        given = self._read(self.record.arguments.latents, args, kwargs)
         if not isinstance(given, list):
             return given
         if any(not isinstance(one, torch.Tensor) or one.shape != given[0].shape for one in given):
@@ -82,14 +82,15 @@ class DenoiserInputs:
         The texts of a list are padded with zeros as in the denoiser. Of several layers' states the last are given. The same
         texts give the same tensor again.
         """
-        given = self._read(self.record.text, args, kwargs)
-        shown = None if self.record.text_shown is None else self._read(self.record.text_shown, args, kwargs)
+        given = self._read(self.record.arguments.text, args, kwargs)
+        shown_by = self.record.arguments.text_shown
+        shown = None if shown_by is None else self._read(shown_by, args, kwargs)
         if isinstance(given, torch.Tensor) and given.dim() == 3 and shown is None:
             return given
         texts = given if isinstance(given, list) else [given]
-        if len(self._seen) != len(texts):
-            self._seen, self._text = [Seen() for _ in texts], None
-        again = [seen.again(text) for seen, text in zip(self._seen, texts, strict=True)]
+        if len(self._given) != len(texts):
+            self._given, self._text = [LastTensor() for _ in texts], None
+        again = [last.is_again(text) for last, text in zip(self._given, texts, strict=True)]
         if self._text is None or not all(again):
             self._text = self._in_blocks(given, shown)
         return self._text

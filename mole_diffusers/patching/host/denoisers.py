@@ -18,21 +18,6 @@ from mole_diffusers.binding.regions import GridSize
 Read = Callable[[str], Any]  # the name of an argument of a call -> its value
 
 
-class Layers(NamedTuple):
-    """Which tokens layers read, by their names. All others read the picture's.
-
-    Attributes:
-        text: a name, or dotted part of one, of layers that read the text's tokens.
-        joint: what the names of layers begin with that read the tokens of both, in the order of attention.
-        frames: parts of names of layers that read neither: the frames of a video at one place of the picture, or a picture
-            that says what to draw.
-    """
-
-    text: tuple[str, ...]
-    joint: tuple[str, ...] = ()
-    frames: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True)
 class Blocks:
     """What the blocks of a denoiser do with text and picture.
@@ -42,13 +27,18 @@ class Blocks:
             attention.
         attention: "cross" if it is over text or picture, one at a time: then cross-attention takes a mask. Otherwise it is
             over both together, with one of them first: then PyTorch's attention inside the processor takes a mask.
-        layers: which tokens layers read.
+        text: a name, or dotted part of one, of layers that read the text's tokens. Those not named here read the picture's.
+        joint: what the names of layers begin with that read the tokens of both, in the order of attention.
+        frames: parts of names of layers that read neither: the frames of a video at one place of the picture, or a picture
+            that says what to draw.
         multiple: text and picture, each by itself, are padded to a multiple of this number of tokens.
     """
 
     entries: tuple[str, ...]
     attention: Literal["cross", "text first", "picture first"]
-    layers: Layers
+    text: tuple[str, ...]
+    joint: tuple[str, ...] = ()
+    frames: tuple[str, ...] = ()
     multiple: int = 1
 
     @property
@@ -72,11 +62,29 @@ class Blocks:
         None if its tokens are neither (the frames of a video).
         """
         name = f".{layer}."
-        if any(f".{part}." in name for part in self.layers.frames):
+        if any(f".{part}." in name for part in self.frames):
             return None
-        if any(f".{part}." in name for part in self.layers.text):
+        if any(f".{part}." in name for part in self.text):
             return "text"
-        return "joint" if layer.startswith(self.layers.joint) else "image"
+        return "joint" if layer.startswith(self.joint) else "image"
+
+
+class Arguments(NamedTuple):
+    """What a denoiser's forward calls its inputs.
+
+    Attributes:
+        latents: what is denoised: [B, C, H, W], [B, C, F, H, W] for a video, tokens [B, T, C], of given pictures too if they
+            follow, or a list of B pictures [C, F, H, W].
+        text: its states [B, S, C], of several layers [B, S, L, C], or of a list of B texts [S, C].
+        time: the noise level.
+        text_shown: the text's mask [B, S], if the model leaves out the padding behind it where it attends to text and
+            picture together.
+    """
+
+    latents: str = "hidden_states"
+    text: str = "encoder_hidden_states"
+    time: str = "timestep"
+    text_shown: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,6 @@ class Denoiser:
     """What is special about one class.
 
     Attributes:
-        latents: name of the argument for what is denoised: [B, C, H, W], [B, C, F, H, W] for a video, tokens [B, T, C], of
-            given pictures too if they follow, or a list of B pictures [C, F, H, W].
-        text, time: names of the arguments for the text's states [B, S, C], of several layers [B, S, L, C], or of a list of B
-            texts [S, C], and the noise level.
         pure_noise, clean: what its pipelines pass as the noise level of pure noise, and of a finished picture.
         side: height and width of the picture, from a call's arguments and the model's config; None if the call does not
             say it. Then nothing has a place. None instead of the function: nothing ever has one, and regions are refused.
@@ -96,22 +100,17 @@ class Denoiser:
         prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
         unguided: the guidance scale of its pipelines that means no guidance.
         text_layers: the hidden states of text encoders that its pipelines make the text of.
-        text_shown: name of the argument for the text's mask [B, S], if the model leaves out the padding behind it where it
-            attends to text and picture together.
     """
 
-    latents: str
     pure_noise: float
     side: Callable[[Read, Any], GridSize | None] | None
     text_width: str
     blocks: Blocks
-    text: str = "encoder_hidden_states"
-    time: str = "timestep"
+    arguments: Arguments = Arguments()
     clean: float = 0
     prompts_first: bool = False
     unguided: float = 1
     text_layers: tuple[int, ...] = (-4, -3, -2, -1)
-    text_shown: str | None = None
 
 
 def _of_sample(read: Read, config: Any) -> GridSize:
@@ -159,94 +158,79 @@ def _of_pictures(read: Read, config: Any) -> GridSize | None:
 
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # of a block with cross-attention: its keys and values
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder")
-UNET = Denoiser("sample", 1000, _of_sample, "cross_attention_dim", Blocks(("attn1",), "cross", Layers(TEXT_LAYERS)))
+UNET = Denoiser(
+    1000, _of_sample, "cross_attention_dim", Blocks(("attn1",), "cross", TEXT_LAYERS), Arguments(latents="sample")
+)
 # In single blocks, which read text and picture, `proj_mlp` runs beside the attention, on the same input.
 FLUX = Denoiser(
-    "hidden_states",
     1,
     _of_ids,
     "joint_attention_dim",
-    Blocks(("proj_mlp", "attn"), "text first", Layers(JOINT, joint=("single_transformer_blocks.",))),
+    Blocks(("proj_mlp", "attn"), "text first", JOINT, joint=("single_transformer_blocks.",)),
 )
 RECORDS: Mapping[str, Denoiser] = {
     "UNet2DConditionModel": UNET,
-    "UNetMotionModel": replace(UNET, blocks=replace(UNET.blocks, layers=Layers(TEXT_LAYERS, frames=("motion_modules",)))),
-    "SD3Transformer2DModel": Denoiser(
-        "hidden_states", 1000, _of_patches, "joint_attention_dim", Blocks(("attn",), "picture first", Layers(JOINT))
-    ),
+    "UNetMotionModel": replace(UNET, blocks=replace(UNET.blocks, frames=("motion_modules",))),
+    "SD3Transformer2DModel": Denoiser(1000, _of_patches, "joint_attention_dim", Blocks(("attn",), "picture first", JOINT)),
     "FluxTransformer2DModel": FLUX,
     "Flux2Transformer2DModel": replace(FLUX, text_layers=(9, 18, 27, 10, 20, 30)),  # of klein, and of dev
     "ChromaTransformer2DModel": FLUX,
     "LongCatImageTransformer2DModel": FLUX,
     "OvisImageTransformer2DModel": FLUX,
     "QwenImageTransformer2DModel": Denoiser(
-        "hidden_states",
         1,
         _of_shapes,
         "joint_attention_dim",
-        Blocks(("attn",), "text first", Layers((*JOINT, "txt_mod", "txt_mlp", "txt_in"))),
+        Blocks(("attn",), "text first", (*JOINT, "txt_mod", "txt_mlp", "txt_in")),
     ),
     "ZImageTransformer2DModel": Denoiser(
-        "x",
         0,
         _of_pictures,
         "cap_feat_dim",
         Blocks(
             ("attention",),
             "picture first",
-            Layers(("context_refiner", "cap_embedder"), joint=("layers.", "all_final_layer.")),
+            ("context_refiner", "cap_embedder"),
+            joint=("layers.", "all_final_layer."),
             multiple=32,
         ),
-        text="cap_feats",
-        time="t",
+        Arguments("x", "cap_feats", "t"),
         clean=1,
         prompts_first=True,
         unguided=0,
     ),
     "Lumina2Transformer2DModel": Denoiser(
-        "hidden_states",
         0,
         _beside_texts_of_one_length,
         "cap_feat_dim",
-        Blocks(
-            ("attn",),
-            "text first",
-            Layers(("context_refiner", "caption_embedder"), joint=("layers.", "norm_out.")),
-        ),
+        Blocks(("attn",), "text first", ("context_refiner", "caption_embedder"), joint=("layers.", "norm_out.")),
+        Arguments(text_shown="encoder_attention_mask"),
         clean=1,
-        text_shown="encoder_attention_mask",
     ),
     "Krea2Transformer2DModel": Denoiser(
-        "hidden_states",
         1,
         _of_both,
         "text_hidden_dim",
         Blocks(
             ("attn",),
             "text first",
-            Layers(
-                ("refiner_blocks", "txt_in"),
-                joint=("transformer_blocks.",),
-                frames=("layerwise_blocks", "projector"),
-            ),
+            ("refiner_blocks", "txt_in"),
+            joint=("transformer_blocks.",),
+            frames=("layerwise_blocks", "projector"),
         ),
     ),
     "LTXVideoTransformer3DModel": Denoiser(
-        "hidden_states",
-        1000,
-        None,
-        "caption_channels",
-        Blocks(("attn1",), "cross", Layers((*TEXT_LAYERS, "caption_projection"))),
+        1000, None, "caption_channels", Blocks(("attn1",), "cross", (*TEXT_LAYERS, "caption_projection"))
     ),
     "WanTransformer3DModel": Denoiser(
-        "hidden_states",
         1000,
         None,  # a token is of a few frames
         "text_dim",
         Blocks(
             ("attn1",),
             "cross",
-            Layers((*TEXT_LAYERS, "text_embedder"), frames=("add_k_proj", "add_v_proj", "image_embedder")),
+            (*TEXT_LAYERS, "text_embedder"),
+            frames=("add_k_proj", "add_v_proj", "image_embedder"),
         ),
     ),
 }

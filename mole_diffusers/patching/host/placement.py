@@ -22,14 +22,6 @@ TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's g
 class Place:
     """Where one gate is, what it reads, and when.
 
-    Attributes:
-        name: the module name of the block, layer or matrix; "" for all layers outside of blocks.
-        entry: the module whose input the gate reads; "" is the denoiser, whose text it reads. None if a layer of the
-            place gives its own input.
-        block: when this module is entered, the gate must be evaluated again, and its layers share the new weights.
-        width: channels C of that input.
-        tokens: T at the model's default resolution, for flattened features; 0 if it is not fixed.
-
     `entry` and `block` are
 
     - per "block": its first attention, and the block; per "layer": the attention or feed-forward for both;
@@ -39,19 +31,16 @@ class Place:
     - outside of blocks otherwise: "" in a denoiser, the first block in a text encoder; and None.
     """
 
-    name: str
+    name: str  # the module name of the block, layer or matrix; "" for all layers outside of blocks
+    # The module whose input the gate reads; "" is the denoiser, whose text it reads. None: a layer gives its own input.
     entry: str | None
-    block: str | None
-    width: int
-    tokens: int
+    block: str | None  # when it is entered, the gate must be evaluated again, and its layers share the new weights
+    width: int  # channels C of that input
+    tokens: int  # T at the model's default resolution, for flattened features; 0 if it is not fixed
 
 
 def blocks(model: nn.Module, entries: Sequence[str]) -> dict[str, str]:
-    """{name of a transformer block: name of the module that its input enters first}.
-
-    Args:
-        entries: names of that module in a block, see `Blocks.entries`; a block is what has one.
-    """
+    """{name of a transformer block: name of the module that its input enters first}, see `Blocks.entries`."""
     return {
         name: f"{name}.{first}"
         for name, module in model.named_modules()
@@ -60,11 +49,7 @@ def blocks(model: nn.Module, entries: Sequence[str]) -> dict[str, str]:
 
 
 def place_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str:
-    """The name of the place that gates `layer`.
-
-    Args:
-        one_gate_per: the unit that has one gate, see `Family.one_gate_per`.
-    """
+    """The name of the place that gates `layer`, see `Family.one_gate_per`."""
     block = _block_of(layer, block_names)
     if one_gate_per == "matrix" or (one_gate_per == "stream" and block is None):
         return layer
@@ -83,11 +68,9 @@ def _block_of(module: str, block_names: Iterable[str]) -> str | None:
 def describe_place(
     name: str, one_gate_per: str, model: nn.Module, entries: Mapping[str, str], *, denoises: bool, reads_prompt: bool
 ) -> Place:
-    """Describe the place with a name from `place_name`, in a denoiser or a text encoder.
+    """Describe the place with a name from `place_name`, in a denoiser or a text encoder whose `blocks` are `entries`.
 
-    Args:
-        entries: its `blocks`.
-        reads_prompt: whether the gate reads the text: what a denoiser gets, or what enters a text encoder's block.
+    A gate that `reads_prompt` reads what a denoiser gets, or what enters a text encoder's block.
     """
     block = _block_of(name, entries)
     if reads_prompt and not denoises and block is not None:

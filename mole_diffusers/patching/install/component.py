@@ -21,7 +21,7 @@ from mole_diffusers.patching.gating.decision import Present
 from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, LayerSite, ModelSite, OutputSite
 from mole_diffusers.patching.gating.prompt_tokens import TextHook
 from mole_diffusers.patching.gating.sampling import Sampling, StepHook
-from mole_diffusers.patching.hooks import ForwardHook
+from mole_diffusers.patching.hooks import ForwardHook, Uncompiled
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.host.denoisers import TEXT_LAYERS, record
 from mole_diffusers.patching.host.placement import (
@@ -34,7 +34,6 @@ from mole_diffusers.patching.host.placement import (
     probed,
     stream_of,
 )
-from mole_diffusers.patching.host.uncompiled import Uncompiled
 from mole_diffusers.patching.install import peft_injection
 from mole_diffusers.patching.install.gate_inputs import BlockBegins, GateInput, ModelInput, MoLEAttnProcessor, OutputMixing
 from mole_diffusers.patching.undo import Undo
@@ -78,14 +77,11 @@ class Component:
         }
         at = {layer: places[name] for name, layers in by_site.items() for layer in layers}
         self.bank = GateBank({name: self._gate(name, layers, at[layers[0]]) for name, layers in self._gated.items()})
-        self.placed = [
-            PlacedSite(self._site(places[name], layers), places[name], layers) for name, layers in by_site.items()
-        ]
+        self.placed = [PlacedSite(self._site(at, by_site[at.name]), at, by_site[at.name]) for at in places.values()]
         self.site_of = {layer: each.site for each in self.placed for layer in each.layers}
 
     def install(self, undo: Undo) -> None:
-        """Put experts, gates and attention processors on the model. The undo step of each change is recorded in `undo`
-        before the change. The hooks are `hooks`.
+        """Put experts, gates and attention processors on the model, each recorded in `undo` first; its hooks are `hooks`.
 
         A gate at a block reads what enters its attention. Where diffusers lets the processor of an attention be replaced,
         ours does that inside the attention, so that a processor that replaces ours is seen (`BlockSite`). Everything else
@@ -129,12 +125,10 @@ class Component:
 
     @property
     def sites(self) -> list[GateSite]:
-        """The sites, in the order of the model's layers."""
         return [each.site for each in self.placed]
 
     @property
     def denoises(self) -> bool:
-        """Whether it is the denoiser, not a text encoder."""
         return self.name in DENOISERS
 
     @property
@@ -159,7 +153,6 @@ class Component:
 
     @property
     def model_sites(self) -> list[ModelSite]:
-        """The sites of gates that are evaluated once in a call of the model."""
         return [site for site in self.sites if isinstance(site, ModelSite)]
 
     def evaluate_input_free(self) -> None:
@@ -168,13 +161,12 @@ class Component:
         Raises ValueError if a gate depends on its input.
         """
         device = next(self.model.parameters()).device
+        rows = self.sampling.effective.rows_of_prompts
         for each in self.placed:
-            site, at = each.site, each.at
+            site, at, layer = each.site, each.at, None
             if self.sampling.settings.fixed.now is None and not site.gate.input_free:
                 reads = "prompt" if site.gate.step_invariant else "picture"
                 raise ValueError(f"the gate of {site.name} depends on the {reads}; give a prompt to average over")
-            rows = self.sampling.effective.rows_of_prompts
-            layer = None
             if site.gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
                 stack = self.stacks[at.name]
                 layer = Layer(torch.zeros(1, len(stack.segment), device=device), stack.up, stack.segment.to(device))
@@ -274,10 +266,7 @@ def all_hooks(
 ) -> Iterator[tuple[nn.Module, ForwardHook]]:
     """Each hook of a mixture with its module, in the order in which they run on a module that has several.
 
-    Args:
-        encoders: the text encoders, by their names in the pipeline.
-        parts: the models with experts.
-        is_off: whether no expert acts in a call of the denoiser, given the scale of LoRAs in it.
+    `is_off` says whether no expert acts in a call of the denoiser, given the scale of LoRAs in it.
     """
     # Where sampling is and what texts say: all others need it, also the gate of the denoiser as a whole.
     yield denoiser, StepHook(sampling, is_off)

@@ -21,7 +21,7 @@ def left_out(experts: Mapping[str, Expert]) -> list[str]:
     return [
         f"expert {name!r}: {key!r} of its file is not used: {why}"
         for name, expert in experts.items()
-        for key, why in expert.left_out.items()
+        for key, why in expert.notes.left_out.items()
         if EMBEDDING.fullmatch(key)
     ]
 

@@ -36,7 +36,6 @@ class Averages:
 
     @property
     def weights(self) -> Weights:
-        """(place, present) -> [N] or [R]."""
         return {key: total / count for key, (total, count) in self._sums.items()}
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,21 +63,21 @@ def _with_signature(cls: Any, kind: Any) -> Any:
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 
 
+@dataclass(eq=False)
 class BlockBegins(ForwardHook):
     """On a block: its gate must be evaluated again."""
 
-    def __init__(self, site: BlockSite):
-        self.site = site
+    site: BlockSite
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self.site.begin_block()
 
 
+@dataclass(eq=False)
 class OutputMixing(ForwardHook):
     """On a block: runs it again with each expert alone, and adds what they change, weighed by the gate, to its output."""
 
-    def __init__(self, site: OutputSite):
-        self.site = site
+    site: OutputSite
 
     def register(self, module: nn.Module, undo: Undo) -> None:
         super().register(module, undo)
@@ -100,26 +101,25 @@ class OutputMixing(ForwardHook):
         return base + self.site.mixed(torch.stack(changes))
 
 
+@dataclass(eq=False)
 class GateInput(ForwardHook):
-    """On a module whose input a gate reads, if it has no attention processor.
+    """On a module whose input a gate reads, if it has no attention processor."""
 
-    Args:
-        tokens: in a text encoder, knows which tokens are words.
-    """
-
-    def __init__(self, site: GateSite, tokens: PromptTokens | None):
-        self.site, self.tokens = site, tokens
+    site: GateSite
+    tokens: PromptTokens | None  # in a text encoder, knows which tokens are words
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         words = None if self.tokens is None else self.tokens.current
         self.site.evaluate(args[0] if args else kwargs["hidden_states"], tokens=words)
 
 
+@dataclass(eq=False)
 class ModelInput(ForwardHook):
     """On the denoiser: gives sites the text if they read the prompt, otherwise its mean and the noise level."""
 
-    def __init__(self, sites: Sequence[ModelSite], sampling: Sampling, *, reads_prompt: bool):
-        self.sites, self.sampling, self.reads_prompt = sites, sampling, reads_prompt
+    sites: Sequence[ModelSite]
+    sampling: Sampling
+    reads_prompt: bool
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = self.sampling.inputs

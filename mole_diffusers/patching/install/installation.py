@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from mole_diffusers.binding.config import Bound
 from mole_diffusers.lora import Expert
 from mole_diffusers.patching.gating.sampling import Sampling
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser, denoisers, hosts, models_of
 from mole_diffusers.patching.host.offloading import loaded
 from mole_diffusers.patching.install.component import Component, all_hooks
-from mole_diffusers.patching.install.embeddings import Words, add_words, left_out
+from mole_diffusers.patching.install.embeddings import Words, add_words, embedded, left_out
 from mole_diffusers.patching.install.host_calls import guard
 from mole_diffusers.patching.install.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches
 from mole_diffusers.patching.install.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
@@ -26,23 +25,6 @@ from mole_diffusers.patching.undo import Undo, undoing
 
 HANDLE = "_mole_installation"  # attribute of each changed model that holds the installation on it
 _lifted: WeakKeyDictionary[Any, Installation] = WeakKeyDictionary()  # denoiser -> what `lifted` took off it
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What the files of the experts hold.
-
-    Attributes:
-        experts: name -> Expert, in the order of the gates' columns.
-        words: name -> the words that its file gives it beside the others, see `lora.own_words`.
-        embeddings: text encoder -> expert -> its words with trained embeddings.
-        unmatched: name -> layer keys of the file that the pipeline does not have.
-    """
-
-    experts: dict[str, Expert]
-    words: dict[str, Bound]
-    embeddings: dict[str, dict[str, Words]]
-    unmatched: dict[str, tuple[str, ...]]
 
 
 class Installable(Protocol):
@@ -68,15 +50,24 @@ class Installation:
         without_embedding: a sentence for each trained embedding of the files that the pipeline's text encoders cannot take.
     """
 
-    def __init__(self, mixture: Installable, pipe: Any, contents: Contents, parts: Sequence[Component], sampling: Sampling):
-        self.mixture, self.pipe, self.contents, self.parts, self.sampling = mixture, pipe, contents, parts, sampling
-        found, unet = hosts(pipe), denoiser(pipe)
-        changed = (
-            {name for name in found if found[name] is unet} | {part.name for part in parts} | contents.embeddings.keys()
-        )
-        self.models = {name: model for name, model in found.items() if name in changed}
+    def __init__(
+        self,
+        mixture: Installable,
+        pipe: Any,
+        experts: Mapping[str, Expert],
+        parts: Sequence[Component],
+        sampling: Sampling,
+    ):
+        self.mixture, self.pipe, self.experts, self.parts, self.sampling = mixture, pipe, experts, parts, sampling
+        unet, changed = denoiser(pipe), {part.name for part in parts} | self.embeddings.keys()
+        self.models = {name: model for name, model in hosts(pipe).items() if name in changed or model is unet}
         self.lock, self.without_embedding = lock_of(unet), list[str]()
         self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
+
+    @property
+    def embeddings(self) -> dict[str, dict[str, Words]]:
+        """Text encoder -> expert -> its words with trained embeddings."""
+        return embedded(self.experts)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -167,12 +158,11 @@ class Installation:
                 encoders = {name: model for name, model in hosts(self.pipe).items() if name not in DENOISERS}
                 for module, hook in all_hooks(self.denoiser, encoders, self.parts, self.sampling, self.is_off):
                     hook.register(module, undo)
-                embeddings, with_gates = self.contents.embeddings, {part.name for part in self.parts}
-                self.without_embedding = left_out(self.contents.experts) + [
-                    why for part, words in embeddings.items() for why in add_words(self.pipe, part, words, undo)
+                self.without_embedding = left_out(self.experts) + [
+                    why for part, words in self.embeddings.items() for why in add_words(self.pipe, part, words, undo)
                 ]
-                models = [model for name, model in self.models.items() if name in with_gates or name in embeddings]
-                guard(self.pipe, models, lift=self.lifted, remove=lambda: remove(self.pipe), copy=self.copied, undo=undo)
+                models, off = self.models.values(), partial(remove, self.pipe)
+                guard(self.pipe, models, lift=self.lifted, remove=off, copy=self.copied, undo=undo)
         except BaseException:
             self._uninstall()
             raise

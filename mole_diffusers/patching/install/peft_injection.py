@@ -35,10 +35,9 @@ class GatedLinear(lora.Linear):
 
 
 def inject(model: Any, stacks: Mapping[str, Stack], layers: Mapping[str, tuple[GateSite, str | None]], undo: Undo) -> None:
-    """Put the stacked experts on the named layers of `model`. The undo step of each change is recorded in `undo` first.
+    """Put the stacked experts on the named layers of `model`, each change recorded in `undo` first.
 
-    Args:
-        layers: name of a layer -> the site of its gate, and what it reads, see `placement.stream_of`.
+    `layers` has the site of each layer's gate, and what it reads, see `placement.stream_of`.
     """
     before, active = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)

@@ -28,16 +28,11 @@ _making = threading.RLock()
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """A block that holds a lock, or waits for it.
-
-    Attributes:
-        task: that of asyncio which entered it, if any.
-        draws: whether a picture is drawn inside.
-    """
+    """A block that holds a lock, or waits for it."""
 
     thread: threading.Thread
-    task: Any
-    draws: bool
+    task: Any  # that of asyncio which entered it, if any
+    draws: bool  # whether a picture is drawn inside
 
     def admits(self, other: _Block) -> bool:
         """Whether another block may be entered inside this one."""

@@ -30,97 +30,76 @@ Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclass(frozen=True)
 class Tiling:
-    """Which steps of a picture are drawn in tiles.
+    """Which steps of a picture are drawn in tiles, see `Mixture.tiled`."""
 
-    Attributes:
-        until: the share of the steps in 0..1, from pure noise, after which the picture is drawn as one; 0 for no tiles.
-        since, always, prompt, encode: see `Mixture.tiled`.
-    """
-
-    until: float = UNTIL
+    until: float = UNTIL  # the share of the steps in 0..1, from pure noise, after which it is drawn as one; 0 for no tiles
     since: float = SINCE
     always: bool = False
     prompt: str | None = None
     encode: Encode | None = None
 
 
-class Things:
+class PromptThings:
     """The things that a prompt lists.
 
     Attributes:
-        sentence: what the prompt says.
-        prompts: index of a listed thing in the sentence, in the order of naming -> the prompt for it alone.
-        keys: index of a thing in the sentence -> its key, see `words.keys`.
+        sentence: what the prompt says. Its first things are those that it lists.
+        parts: the prompt for each listed thing alone, in the order of naming.
+        keys: of the sentence's things, see `words.keys`.
         everywhere: the indices of the experts that act besides those of the listed things, such as a style.
         outside: the names of those of them that the user gave a region.
-        why_not_apart: why the things may not be drawn apart; "" if they may.
     """
 
     def __init__(self, prompt: str, bound: Mapping[str, Bound], acting: Collection[str]):
         self.names, self.bound = list(bound), list(bound.values())
         on = [name in acting for name in self.names]
         self.sentence = read_prompt(prompt, self.bound, on)
-        self.prompts = dict(enumerate(self.sentence.parts))
-        self.keys = dict(enumerate(keys(self.sentence.things)))
+        self.parts, self.keys = self.sentence.parts, list(keys(self.sentence.things))
         there = present(self.bound, on, self.sentence.mentioned)
-        placed = {k for i in self.prompts for k in self.sentence.things[i].experts}
+        placed = {k for thing in self.sentence.things[: len(self.parts)] for k in thing.experts}
         self.everywhere = [k for k, acts in enumerate(there) if acts and k not in placed]
         self.outside = [self.names[k] for k in self.everywhere if self.bound[k].given is not None]
-        self.why_not_apart = self.sentence.why_no_tiles
-
-    def experts(self, thing: int) -> tuple[str, ...]:
-        """The experts of a thing."""
-        return tuple(self.names[k] for k in self.sentence.things[thing].experts)
 
     def drawing(self, thing: int) -> tuple[str, ...]:
         """The experts that draw a thing alone: its own, and the others, unless their words stand elsewhere."""
-        part, words = self.prompts[thing], self.sentence.words
+        part, words = self.parts[thing], self.sentence.words
         spoken = [k for k in self.everywhere if not words[k] or any(part.has(begin) for begin, _ in words[k])]
-        return (*self.experts(thing), *(self.names[k] for k in spoken))
+        return tuple(self.names[k] for k in (*self.sentence.things[thing].experts, *spoken))
 
     def masks(self, height: int, width: int) -> torch.Tensor:
         """[K, height, width] in 0..1: the place of each thing, as given, or a cell of the rest, in the order of naming."""
-        things, side = self.sentence.things, (height, width)
-        regions = {i: given_region(things[i], self.bound) for i in self.prompts}
-        masks = {i: region_mask(region, *side) for i, region in regions.items() if region is not None}
-        free = [i for i in self.prompts if i not in masks]
-        if free:
-            places, _ = regions_of_things(self.sentence, [things[i] for i in free], None, self.bound, side)
-            masks |= dict(zip(free, places, strict=True))
-        return torch.stack([masks[i] for i in self.prompts])
+        things, side = self.sentence.things[: len(self.parts)], (height, width)
+        regions = [given_region(thing, self.bound) for thing in things]
+        free = [thing for thing, region in zip(things, regions, strict=True) if region is None]
+        cells = iter(regions_of_things(self.sentence, free, None, self.bound, side)[0]) if free else iter(())
+        return torch.stack([next(cells) if region is None else region_mask(region, *side) for region in regions])
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A call of a pipeline, as it is read for tiles and for things in a given picture.
-
-    Attributes:
-        call: its arguments.
-        bound: each expert's words and region.
-        acting: the experts that are on.
-    """
+class PictureCall:
+    """A call of a pipeline, as it is read for tiles and for things in a given picture."""
 
     pipe: Any
     tiling: Tiling
-    call: Mapping[str, Any]
-    bound: Mapping[str, Bound]
-    acting: Collection[str]
+    given: Mapping[str, Any]  # its arguments
+    bound: Mapping[str, Bound]  # each expert's words and region
+    acting: Collection[str]  # the experts that are on
 
     @property
     def gives_states(self) -> bool:
         """Whether it gives the states of a prompt that the tiling knows."""
-        return self.call.get("prompt") is None and self.tiling.prompt is not None
+        return self.given.get("prompt") is None and self.tiling.prompt is not None
 
     @cached_property
-    def things(self) -> Things | None:
+    def things(self) -> PromptThings | None:
         """The things that its prompt names; None if it does not have exactly one prompt."""
-        prompt = self.tiling.prompt if self.gives_states else _one_prompt(self.call.get("prompt"))
-        return None if prompt is None else Things(prompt, self.bound, self.acting)
+        prompt = self.tiling.prompt if self.gives_states else _one_prompt(self.given.get("prompt"))
+        return None if prompt is None else PromptThings(prompt, self.bound, self.acting)
 
     @property
     def for_processors(self) -> list[str]:
         """What it gives attention processors besides the scale of LoRAs, such as GLIGEN's boxes."""
-        return [name for name in self.call.get("cross_attention_kwargs") or {} if name != "scale"]
+        return [name for name in self.given.get("cross_attention_kwargs") or {} if name != "scale"]
 
     @property
     def obstacle(self) -> str:
@@ -132,7 +111,7 @@ class Asked:
             return "tiles have other sizes than the picture, and the unet is compiled as one graph"
         if things is None:
             return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
-        if things.prompts and things.outside:
+        if things.parts and things.outside:
             return f"{things.outside[0]!r} has a region, but is no thing that could be drawn in a tile there"
         return ""
 
@@ -140,7 +119,7 @@ class Asked:
         """The text states of a part of its prompt, see `Encode`."""
         if self.tiling.encode is not None and self.gives_states:
             return self.tiling.encode(part)
-        given = {"clip_skip": self.call.get("clip_skip"), "lora_scale": lora_scale(self.call)}
+        given = {"clip_skip": self.given.get("clip_skip"), "lora_scale": lora_scale(self.given)}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         device = self.pipe._execution_device
         made = self.pipe.encode_prompt(
@@ -152,13 +131,11 @@ class Asked:
 class PlaceSource(Protocol):
     """Where places can come from before the first step, such as a given picture."""
 
-    def __call__(self, asked: Asked, *, alone: Alone, set_places: SetPlaces) -> AbstractContextManager[None] | None:
+    def __call__(self, call: PictureCall, *, alone: Alone, set_places: SetPlaces) -> AbstractContextManager[None] | None:
         """A block for the call, in which the source calls `set_places` once; None if it does not know this call's places.
 
-        Args:
-            alone: a context in which only some experts act, on every word, and without listeners.
+        Inside `alone(names)` only these experts act, on every word, and without listeners.
         """
-        ...
 
 
 PLACE_SOURCES: list[PlaceSource] = []  # the first that knows a call's places sets them

@@ -50,7 +50,7 @@ def qwen_call(height=4, width=8, words=5):
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_class_takes_the_arguments_of_its_record(name):
     kind, known = getattr(diffusers, name), RECORDS[name]
-    assert {known.latents, known.text, known.time} <= set(inspect.signature(kind.forward).parameters)
+    assert set(known.arguments) - {None} <= set(inspect.signature(kind.forward).parameters)
     assert known.text_width in inspect.signature(kind.__init__).parameters
 
 
@@ -77,8 +77,10 @@ def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
     def changed(_, args, kwargs, by):
         given = dict(zip(call.names, args, strict=False)) | kwargs
         words.add(call.text((), given).shape[1])
-        text = given[call.record.text]
-        return (), given | {call.record.text: [each + by for each in text] if isinstance(text, list) else text + by}
+        text = given[call.record.arguments.text]
+        return (), given | {
+            call.record.arguments.text: [each + by for each in text] if isinstance(text, list) else text + by
+        }
 
     attention.forward = watched
     for by in (0, 1):

@@ -17,7 +17,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hosts import assert_same, breaking, snapshot
 from tiers import thorough
-from turns import entered, of_its_own_kind
+from turns import entered
 
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
@@ -180,7 +180,7 @@ BLOCKS = {
 @pytest.mark.shows("Threads and interruptions")
 def test_an_interrupted_block_can_be_restored(pipe, loras, draw, what, rounds):
     """Ctrl-C at the entry of functions of ours, drawn at random: the mixture draws as before, and comes off as a whole."""
-    pipe, kind = of_its_own_kind(pipe)
+    kind = type(pipe)
     before, rng, broken = snapshot(pipe), random.Random(1), 0
     experts = {name: mole.read_expert(loras[name], name) for name in ("fox", "ink")}
     mixture = mole.attach(pipe, experts)
@@ -197,19 +197,19 @@ def test_an_interrupted_block_can_be_restored(pipe, loras, draw, what, rounds):
                 assert torch.equal(threads.submit(draw, pipe, num_inference_steps=1).result(timeout=60), first)
         mole.detach(pipe)
         assert_same(before, snapshot(pipe))
-        assert "__call__" not in vars(kind)
+        assert type(pipe) is kind
     assert broken == rounds + 2
 
 
 def test_lifting_that_is_interrupted_at_once_changes_nothing(pipe, loras, monkeypatch):
-    pipe, kind = of_its_own_kind(pipe)
+    kind = type(pipe)
     mixture = mole.attach(pipe, {"fox": loras["fox"]})
     monkeypatch.setattr("mole_diffusers.patching.install.installation.switch", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         entered(mixture.lifted())
     assert mole.attached(pipe) is mixture
     mole.detach(pipe)
-    assert "__call__" not in vars(kind)
+    assert type(pipe) is kind
 
 
 PUT_BACK = {name: BLOCKS[name] for name in ("lifted", "collapsed")} | {
@@ -221,7 +221,6 @@ PUT_BACK = {name: BLOCKS[name] for name in ("lifted", "collapsed")} | {
 @pytest.mark.parametrize("rounds", [10, *thorough(100)])
 def test_an_interrupted_mixture_is_put_back(pipe, loras, draw, what, rounds):
     """Ctrl-C in functions of ours and of the libraries, while the mixture is taken off, or put back."""
-    pipe, _ = of_its_own_kind(pipe)
     mixture = mole.attach(pipe, {name: loras[name] for name in ("fox", "ink")}, binding={"fox": ("fox", "left")})
     picture, rng = draw(pipe, num_inference_steps=1), random.Random(2)
     calls = interrupted(lambda: PUT_BACK[what](pipe, mixture), 0, peft, diffusers)

@@ -565,7 +565,7 @@ def test_nouns_keep_the_places_of_their_tiles(pipe, experts):
     for prompt in ("a fox,a b&a hen", "a fox+a t-x+a hen"):
         with mixture.tiled():
             latent(pipe, prompt, noise(16, 48), steps=2)
-        (regions,) = mixture._settings.binding.now._texts[-1].picture._regions.values()
+        (regions,) = mixture._settings.binding.now._texts[-1].picture._decided.values()
         assert torch.equal(regions, strips(3, 16, 48))
         assert not mixture.binding_warnings
 

@@ -16,7 +16,7 @@ from mole_diffusers.binding.config import given_region
 from mole_diffusers.binding.picture_layout import UNDECIDED, regions_of_things
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs
-from mole_diffusers.patching.subjects.things import Alone, Asked, SetPlaces, Things, place_source
+from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces, place_source
 from mole_diffusers.patching.undo import undoing
 
 LEVEL = 0.5  # share of the noise levels that the model was trained at; from .2 to .8 all gave the same places
@@ -29,18 +29,18 @@ WANTED: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
 
 
 @place_source
-def drawn_over(asked: Asked, *, alone: Alone, set_places: SetPlaces) -> AbstractContextManager[None] | None:
+def drawn_over(call: PictureCall, *, alone: Alone, set_places: SetPlaces) -> AbstractContextManager[None] | None:
     """Find the things of a call in the picture that it draws over.
 
     None if there is no such picture, its prompt names fewer than two things, or the model's noise is not that of DDPM.
     """
-    things = asked.things
-    if asked.call.get("image") is None or things is None or len(things.prompts) < 2 or asked.obstacle:
+    things = call.things
+    if call.given.get("image") is None or things is None or len(things.parts) < 2 or call.obstacle:
         return None
-    scheduler = asked.pipe.scheduler
+    scheduler = call.pipe.scheduler
     if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("prediction_type") not in WANTED:
         return None
-    return DrawnOver(asked, things, alone, set_places).placed()
+    return DrawnOver(call, things, alone, set_places).placed()
 
 
 class DrawnOver:
@@ -48,14 +48,10 @@ class DrawnOver:
 
     If the pipeline adds noise to no picture, to several, or to one that is not everything its UNet denoises, it finds
     nothing. Places then come from attention, as in any other call.
-
-    Args:
-        alone: a context in which only some experts act, on every word, and without listeners.
-        set_places: receives the places [H, W], by the things' keys.
     """
 
-    def __init__(self, asked: Asked, things: Things, alone: Alone, set_places: SetPlaces):
-        self.asked, self.things, self.alone, self.set_places, self.pipe = asked, things, alone, set_places, asked.pipe
+    def __init__(self, call: PictureCall, things: PromptThings, alone: Alone, set_places: SetPlaces):
+        self.call, self.things, self.alone, self.set_places, self.pipe = call, things, alone, set_places, call.pipe
         self._picture: torch.Tensor | None = None  # [B, C, H, W], the latents that noise was added to
         self._encoded: list[torch.Tensor] = []  # the pictures [b, 3, 8H, 8W] that these were made of
         self._has_begun = False  # whether the UNet was called
@@ -87,7 +83,7 @@ class DrawnOver:
         self._has_begun = True
         things, picture, reader = self.things, self._picture, DenoiserInputs(self.pipe.unet)
         latents, call = reader.latents(args, kwargs), dict(zip(reader.names, args, strict=False)) | kwargs
-        free = [i for i in things.prompts if given_region(things.sentence.things[i], things.bound) is None]
+        free = [i for i in range(len(things.parts)) if given_region(things.sentence.things[i], things.bound) is None]
         if len(free) < 2 or picture is None or latents.shape[1:] != picture.shape[1:]:
             return
         # Latents of one picture differ if each has its own generator.
@@ -102,18 +98,16 @@ class DrawnOver:
 
     @torch.no_grad()
     def _errors(self, thing: int, picture: torch.Tensor, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
-        """The squared error of one thing's model at each place, [H, W], over as many noise samples as a step has rows.
+        """The squared error of one thing's model at each place of a picture [1, C, H, W], [H, W].
 
-        Args:
-            picture: its latents, [1, C, H, W].
-            latents: of the step, [B, C, H, W]. `call` are all arguments of the UNet for it.
+        It is over as many noise samples as a step has rows. `call` are all arguments of the UNet for a step's latents.
         """
         alphas = self.pipe.scheduler.alphas_cumprod
         timestep = int(LEVEL * len(alphas))
         alpha, generator = alphas[timestep].to(latents), torch.Generator().manual_seed(0)
         noise = onto(torch.randn(latents.shape, generator=generator), latents.device).to(latents.dtype)
         with self.alone(self.things.drawing(thing)):
-            text, pooled = self.asked.encode(self.things.prompts[thing])
+            text, pooled = self.call.encode(self.things.parts[thing])
             changed = {
                 "sample": alpha.sqrt() * picture + (1 - alpha).sqrt() * noise,
                 "timestep": torch.tensor(timestep, device=latents.device),

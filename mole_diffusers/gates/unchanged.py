@@ -1,4 +1,4 @@
-"""Recognise tensors that were seen last time, so that what follows from them is not computed again at every step."""
+"""Recognise tensors that have not changed, so that what follows from them is not computed again at every step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ def version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class Seen:
-    """Remembers the last tensor. An inference tensor always counts as new, since its changes are not visible."""
+class LastTensor:
+    """The last tensor that was given.
+
+    Attributes:
+        number: counts tensors. An inference tensor always counts as another, since its changes are not visible.
+    """
 
     def __init__(self) -> None:
-        self._last: Callable[[], torch.Tensor | None] = lambda: None
+        self.number = 0
+        self._tensor: Callable[[], torch.Tensor | None] = lambda: None
         self._version = 0
 
-    def again(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` is the same as in the last call, unchanged since then."""
-        same = self._last() is tensor and self._version == version(tensor) and not tensor.is_inference()
-        if not same:
-            self._last, self._version = weakref.ref(tensor), version(tensor)
-        return same
+    def is_again(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is the last one, unchanged since then. Otherwise it is the last one from now on."""
+        if self._tensor() is tensor and self._version == version(tensor) and not tensor.is_inference():
+            return True
+        self._tensor, self._version, self.number = weakref.ref(tensor), version(tensor), self.number + 1
+        return False
 
 
 class Derived:
