@@ -6,9 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from operator import itemgetter
 from typing import Any
+
+import numpy as np
 
 from mole_diffusers.binding.as_text import parse_phrases, parse_region
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, checked_region
@@ -33,11 +34,7 @@ class Curve:
     def __call__(self, step: int, steps: int) -> float:
         """The value at `step` of a run of `steps`."""
         scale = steps - 1 if self.points[-1][0] <= 1 else 1
-        knots = [(point * scale, value) for point, value in self.points]
-        for (before, low), (after, high) in pairwise(knots):
-            if before <= step < after:
-                return low + (high - low) * (step - before) / (after - before)
-        return knots[0][1] if step < knots[0][0] else knots[-1][1]
+        return float(np.interp(step, [point * scale for point, _ in self.points], [value for _, value in self.points]))
 
     def __str__(self) -> str:
         if len(self.points) == 1 and self.points[0][0] == 0:

@@ -87,9 +87,8 @@ def call_arguments(pipe: Any, prompt: str, negative: str = "", *, guided: bool =
         guided: whether the call has classifier-free guidance, which needs the negative prompt.
     """
     chunks = _chunks_asked(pipe, prompt, negative, guided=guided, **how)
-    texts = _as_texts(chunks)
-    if texts is not None and not any(chunk.has_weights for each in chunks.values() for chunk in each):
-        return texts
+    if all(len(each) == 1 and not each[0].has_weights for each in chunks.values()):
+        return {name: each[0].text for name, each in chunks.items()}
     return _states(pipe, chunks, guided)
 
 
@@ -120,7 +119,8 @@ def _states(pipe: Any, chunks: Mapping[str, list[Chunk]], guided: bool) -> dict[
 def plain_texts(pipe: Any, prompt: str, negative: str = "", **how: Any) -> dict[str, str] | None:
     """The words of the prompts that a call reads, or None if one is too long for one chunk. Takes the arguments of
     `call_arguments`."""
-    return _as_texts(_chunks_asked(pipe, prompt, negative, **how))
+    chunks = _chunks_asked(pipe, prompt, negative, **how)
+    return {name: each[0].text for name, each in chunks.items()} if all(len(e) == 1 for e in chunks.values()) else None
 
 
 def _chunks_asked(
@@ -140,11 +140,6 @@ def _chunks_asked(
         asked.setdefault("negative_prompt", "")
     asked["prompt"] = prompt
     return {name: chunks_of(pipe, text) for name, text in asked.items()}
-
-
-def _as_texts(chunks: Mapping[str, list[Chunk]]) -> dict[str, str] | None:
-    """The words of prompts with one chunk each; None if one has more."""
-    return {name: each[0].text for name, each in chunks.items()} if all(len(e) == 1 for e in chunks.values()) else None
 
 
 def tiled_prompt(pipe: Any, prompt: str, *, prompt_2: str = "") -> dict[str, Any]:
