@@ -38,26 +38,19 @@ def predicted_clean(scheduler: Any, output: torch.Tensor, timestep: Any, sample:
     (Salimans & Ho, 2022), x itself, or for flow matching v = n - x, where a = 1 - s.
     """
     kind = getattr(scheduler.config, "prediction_type", "flow_prediction")
-    sigma = _sigma(scheduler, timestep)
-    if sigma is None:
+    if (sigmas := getattr(scheduler, "sigmas", None)) is not None:
+        index = scheduler.step_index
+        sigma = float(sigmas[scheduler.index_for_timestep(timestep) if index is None else index])
+        if kind == "flow_prediction":
+            return sample - sigma * output
+        signal = (1 + sigma**2) ** -0.5
+    elif (signals := getattr(scheduler, "alphas_cumprod", None)) is not None:
+        signal = float(signals[int(timestep)]) ** 0.5  # 0 at the first step of some schedules (Lin et al., 2024)
+    else:
         return None
-    if kind == "flow_prediction":
-        return sample - sigma * output
-    signal = (1 + sigma**2) ** -0.5
-    noise, z = sigma * signal, scheduler.scale_model_input(sample, timestep)
+    noise, z = (1 - signal**2) ** 0.5, scheduler.scale_model_input(sample, timestep)
     if kind == "epsilon":
-        return (z - noise * output) / signal
+        return (z - noise * output) / signal if signal else None
     if kind == "v_prediction":
         return signal * z - noise * output
     return output if kind == "sample" else None
-
-
-def _sigma(scheduler: Any, timestep: Any) -> float | None:
-    """The level of noise at a timestep: of flow matching its share, otherwise the noise over the signal."""
-    if (sigmas := getattr(scheduler, "sigmas", None)) is not None:
-        index = scheduler.step_index
-        return float(sigmas[scheduler.index_for_timestep(timestep) if index is None else index])
-    if (signals := getattr(scheduler, "alphas_cumprod", None)) is not None:
-        signal = float(signals[int(timestep)])
-        return ((1 - signal) / signal) ** 0.5
-    return None

@@ -39,6 +39,18 @@ def test_what_a_perfect_model_predicts_is_the_picture(kind):
     assert set(samplers_of(own)) <= set(SAMPLERS)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_first_step_from_noise_alone_predicts_what_can_be_known(kind):
+    """As the embedded world is drawn."""
+    levels = {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False, **levels)
+    scheduler.set_timesteps(10)
+    sample, output = noisy(scheduler, scheduler.timesteps[0], 0)
+    assert torch.equal(sample, NOISE)
+    clean = predicted_clean(scheduler, output, scheduler.timesteps[0], sample)
+    assert clean is None if kind == "epsilon" else torch.equal(clean, CLEAN)
+
+
 def test_flow_matching_predicts_the_picture_too():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(10)
