@@ -117,6 +117,22 @@ PAGES = [*sorted(DOCS.glob("*.md")), *(DOCS.parent / name for name in ("README.m
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
+def test_an_arm_of_the_readers_own_is_one():
+    (block,) = blocks("methods.md", "python")
+    names: dict = {}
+    exec(compile(block, "methods.md", "exec"), names)
+    assert [arm.name for made in names["ARMS"].values() for arm in made(None)] == ["weak styles"]
+
+
+def test_every_page_whose_python_runs_has_a_test_here():
+    assert {path.name for path in DOCS.glob("*.md") if blocks(path.name, "python")} == {
+        "bind.md",
+        "methods.md",
+        "tiles.md",
+        "tutorial.md",
+    }
+
+
 @pages
 def test_links_and_pictures_lead_somewhere(page):
     for path, anchor in re.findall(r"\]\((?!https?:)([\w./-]+)?#?([\w-]*)\)", page.read_text()):
