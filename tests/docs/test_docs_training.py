@@ -54,7 +54,9 @@ def test_every_command_runs(tiny, tmp_path):
     assert read_expert(tmp_path / "sks-fox" / "sks-fox.safetensors").triggers == ("sks fox",)
 
 
-def test_what_other_machines_are_needed_for_parses():
+def test_what_other_machines_are_needed_for_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").touch()  # the reader's own
     found = commands("sh")
     assert len(found) == 5
     for words in found:
