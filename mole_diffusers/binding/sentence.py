@@ -225,9 +225,13 @@ def _of_both(
 
 def _part(text: str, start: int, span: Span, rest: int, hidden: Sequence[Span]) -> Part:
     """What stands before the list, one thing's phrase, and what follows the list, without what is hidden."""
-    pieces = [(0, start), span, (rest, len(text))]
-    for a, b in hidden:
-        pieces = [piece for begin, end in pieces for piece in ((begin, min(end, a)), (max(begin, b), end))]
+    pieces = list[Span]()
+    for begin, end in ((0, start), span, (rest, len(text))):
+        for a, b in sorted(hidden):
+            if begin < b and a < end:
+                pieces.append((begin, max(begin, a)))
+                begin = min(end, b)
+        pieces.append((begin, end))
     whole = "".join(text[begin:end] for begin, end in pieces)
     left, kept, found = len(whole) - len(whole.lstrip(AROUND)), len(whole.strip(AROUND)), list[Span]()
     for begin, end in pieces:
