@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 
 from mole_diffusers.app import compare_tab, compose_tab, gallery_tab, recipe_tab, train_tab
 from mole_diffusers.app.actions import Actions
@@ -75,6 +76,17 @@ def _base(page: Page) -> None:
     changed.then(page.prompt.redraw, page.prompt.cards, [page.prompt.cards, page.prompt.shown], **ORDERED)
 
 
+class PageCompressed:
+    """An ASGI middleware that compresses the page itself. Gradio compresses only its files."""
+
+    def __init__(self, app: Any):
+        self.app, self.compressed = app, GZipMiddleware(app)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on."""
+        await (self.compressed if scope.get("path") == "/" else self.app)(scope, receive, send)
+
+
 def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[str] = (), **options: Any) -> Any:
     """Serve the app, only to this machine unless `options` say otherwise. It sends nothing to the network by itself.
 
@@ -85,7 +97,7 @@ def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[
         sites: names under which a server in front of the app shows it, see `own_pages`.
     """
     blocks.queue(max_size=64)
-    middleware = [Middleware(OwnPagesOnly, sites=sites)]
+    middleware = [Middleware(OwnPagesOnly, sites=sites), Middleware(PageCompressed)]
     middleware += [Middleware(GalleryPicturesOnly, gallery=gallery)] if gallery else []
     return blocks.launch(
         share=False,

@@ -60,3 +60,10 @@ def test_posts_of_other_pages_are_refused(address):
 def test_nothing_allows_other_pages_to_read(address):
     answer = httpx.get(f"{address}/config", headers={"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in answer.headers
+
+
+def test_the_page_itself_is_sent_compressed(address):
+    """It has the settings of every field, and is larger than any file."""
+    answer = httpx.get(f"{address}/", headers={"Accept-Encoding": "gzip"}, timeout=600)
+    assert answer.headers["content-encoding"] == "gzip"
+    assert answer.num_bytes_downloaded < 0.25 * len(answer.content)
