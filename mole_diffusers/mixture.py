@@ -56,7 +56,7 @@ from mole_diffusers.patching.install.folding import (
 )
 from mole_diffusers.patching.install.installation import Installation, held, installed, remove
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
-from mole_diffusers.patching.subjects.things import PLACE_SOURCES, SINCE, UNTIL, Encode, PictureCall, Tiling
+from mole_diffusers.patching.subjects.things import PLACE_SOURCES, UNTIL, Encode, PictureCall, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles, draws_in_tiles, explain, things_for_tiles
 
 Gates = str | Path | GateConfig
@@ -561,7 +561,7 @@ class Mixture:
         self,
         until: float = UNTIL,
         *,
-        since: float = SINCE,
+        since: float | None = None,
         always: bool = True,
         prompt: str | None = None,
         encode: Encode | None = None,
@@ -577,10 +577,15 @@ class Mixture:
         A bound mixture draws in tiles by itself if all of this holds:
 
         - The call only asks for pictures of one prompt, without img2img, inpainting or ControlNet.
-        - The prompt lists things: "a fox and an owl", but not "a fox riding an owl". At least one of them has an expert
-          that is on. A thing without an expert counts only in a list such as "a fox, a lemon and an owl".
-        - Each thing has room for a picture of the size that the UNet was trained at. Two things need 1024 x 512 pixels
-          in Stable Diffusion 1.5.
+        - The prompt lists things ("a fox and an owl"), at least one with an expert that is on. A thing without an expert
+          counts only in a list such as "a fox, a lemon and an owl". Or it says that the things of two experts touch
+          ("a fox riding an owl", "a fox in front of an owl"), and names no other expert but styles.
+        - A window of the size that the UNet was trained at has room around each thing, and three quarters of it are the
+          thing's place: two things need 768 x 512 pixels in Stable Diffusion 1.5.
+
+        Where the windows of two things overlap, tiles begin earlier, and the silhouette of the one in front decides where
+        they meet: the first thing or, if they touch, the one that the prompt says. Two that touch are laid out without
+        their LoRAs: the base knows better how one rides the other, and does not keep them apart.
 
         Inside this block it always draws in tiles, or never with `until=0`. Pictures inside `fixed` and `rows` are not
         drawn in tiles: weights by hand hold everywhere, and sets of experts belong to several prompts.
@@ -591,7 +596,7 @@ class Mixture:
         Args:
             until: share of the steps in 0..1, from pure noise, after which the picture is drawn as one; 0 for no tiles.
             since: share of the steps, less than `until`, that are drawn as one before the tiles. With 0, each thing has a
-                scene of its own.
+                scene of its own. By default 0.4, or 0.2 where windows overlap, and at most half of `until`.
             always: draw in tiles whatever the size and the prompt. False: only if the mixture would do so by itself.
             prompt: the text of the pictures, if the call gives text states instead of it.
             encode: function from a part of that prompt (`binding.sentence.Part`) to its text states [1, S, C], and to the
@@ -603,7 +608,7 @@ class Mixture:
         a prompt of several chunks, or a region of an expert that is not a thing. So do regions that leave a thing no place,
         and SDXL's refiner, `prompt_2` and sizes such as `original_size`.
         """
-        if until != 0 and not 0 <= since < until <= 1:
+        if until != 0 and not 0 <= (since or 0) < until <= 1:
             raise ValueError(
                 f"tiles need shares of the steps with 0 <= since < until <= 1, got since={since}, until={until}"
             )

@@ -15,6 +15,7 @@ from mole_diffusers.binding.finding import Match, Span, Tokens
 from mole_diffusers.binding.marking import COMMA, DETERMINER, MARKER, NAME, POSSESSIVE, WORD, Mark
 
 FRONT = {"riding": 0, "on": 0, "in front of": 0, "hugging": 0, "behind": 1, "holding": 1}  # relation -> who is in front
+STACKED = ("riding", "on")  # relations in which the first is above the second
 POSED = (
     "is are was were being that who which while gently tightly happily sitting sits seated standing stands lying lies"
     " perched resting rests sleeping sleeps balancing leaning leans waiting hiding hides peeking out from"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mole_diffusers.binding import vocabulary as known
-from mole_diffusers.binding.contact import FRONT, OF_BOTH
+from mole_diffusers.binding.contact import FRONT, OF_BOTH, STACKED
 from mole_diffusers.binding.finding import Match, Phrases, Span, Tokens, by_expert
 from mole_diffusers.binding.listing import Listing, listing
 from mole_diffusers.binding.segments import Segment
@@ -68,6 +68,11 @@ class Contact:
     def front(self) -> int:
         """Which of the two is in front, 0 or 1."""
         return FRONT[self.relation]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the first is above the second; otherwise they stand side by side."""
+        return self.relation in STACKED
 
     def __str__(self) -> str:
         first, second = (repr(thing.name) for thing in self.things)
@@ -139,7 +144,7 @@ def parse(text: str, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Senten
         parts,
         contacts,
         why_no_places="" if things else why,
-        why_no_tiles=why or _why_together(tokens, listed, own) or _why_unparted(parts, things, [words[k] for k in acting]),
+        why_no_tiles=why or _why_together(tokens, listed, own) or why_unparted(parts, things, [words[k] for k in acting]),
         styles=frozenset(k for k in acting if words[k] and all(m in styled for m in acted if any(k == j for j, _ in m.of))),
     )
 
@@ -282,7 +287,7 @@ def _why_together(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> str:
     return ""
 
 
-def _why_unparted(parts: Sequence[Part], things: Sequence[Mention], words: Sequence[Mapping[Span, int]]) -> str:
+def why_unparted(parts: Sequence[Part], things: Sequence[Mention], words: Sequence[Mapping[Span, int]]) -> str:
     """Words of a thing must stand in no other thing's prompt, and every expert's words in some prompt."""
     for part, thing in zip(parts, things, strict=False):
         if any(other.has(begin) for begin, _ in thing.spans for other in parts if other is not part):

@@ -27,7 +27,7 @@ from mole_diffusers.inspection.compare import sample
 from mole_diffusers.merging.merge import METHODS, by_activations, check_fits, merge, resolved
 from mole_diffusers.mixture import Gates, Mixture, attach, detach
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
-from mole_diffusers.patching.subjects.things import SINCE, UNTIL
+from mole_diffusers.patching.subjects.things import UNTIL
 
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
@@ -149,7 +149,7 @@ def words_only() -> Arm:
     return bound("words only", lambda setup, case: dict.fromkeys(case.experts, (None, "everywhere")))
 
 
-def in_tiles(name: str = "tiles", since: float = SINCE) -> Arm:
+def in_tiles(name: str = "tiles", since: float | None = None) -> Arm:
     """Bound, with each subject drawn in its own tile from a share of the steps on; see `Mixture.tiled`."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:

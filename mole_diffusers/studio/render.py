@@ -23,8 +23,8 @@ from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.install.pipeline_lock import PipelineLock
-from mole_diffusers.patching.subjects.things import Tiling
-from mole_diffusers.patching.subjects.tiles import draws_in_tiles, explain, size_for_tiles
+from mole_diffusers.patching.subjects.things import SINCE, UNTIL, Tiling
+from mole_diffusers.patching.subjects.tiles import begin_of_tiles, draws_in_tiles, explain, size_for_tiles
 from mole_diffusers.studio import detail_pass, embeddings, picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
@@ -351,11 +351,15 @@ class Studio:
         first, larger, _ = self._steps_of_passes(recipe)
         if step > first:
             return "the larger picture" if step <= first + larger else DETAILS
-        since, until = (share * recipe.steps + 1e-5 for share in (Tiling().since, Tiling().until))
-        is_apart = since < step <= until and not recipe.image and recipe.arm == "gates"
-        if is_apart and (recipe.binding == TILES or (recipe.binding == AUTO and self.draws_in_tiles(recipe))):
-            return "each subject by itself"
-        return ""
+        if recipe.image or recipe.arm != "gates" or recipe.binding not in (AUTO, TILES):
+            return ""
+        asked = self._bound_call(recipe)
+        since = None if asked is None else begin_of_tiles(self.pipe, *asked)
+        if since is None:
+            if recipe.binding == AUTO:
+                return ""
+            since = SINCE
+        return "each subject by itself" if since * recipe.steps < step - 1e-5 <= UNTIL * recipe.steps else ""
 
     def _pass(
         self,

@@ -206,7 +206,7 @@ THREE = "fox, hen & elk <lora:fox:1:word=fox> <lora:hat:1:word=hen> <lora:ink:1:
         ({"prompt": THREE, "width": 64}, (96, 32)),
         ({"prompt": "a fox and a hen <lora:fox:1:word=fox:region=top> <lora:ink:1:word=hen:region=bottom>"}, (32, 64)),
         ({"prompt": "a fox and a hen <lora:fox:1:word=fox:region=0,0,0.1,1> <lora:ink:1:word=hen>"}, None),  # at no size
-        ({"prompt": "a fox riding a hen <lora:fox:1:word=fox> <lora:ink:1:word=hen>"}, None),
+        ({"prompt": "a fox riding a hen <lora:fox:1:word=fox> <lora:ink:1:word=hen>"}, (32, 64)),
         ({"prompt": "a fox <lora:fox:1:word=fox>"}, None),
         ({"binding": "bound"}, None),
         ({"arm": "sum"}, None),
@@ -219,7 +219,7 @@ def test_the_size_from_which_there_is_room_for_tiles_is_said(studio, changes, ro
     assert studio.notes(recipe, recipe) == ([] if room is None else [of_room(*room)])
     if room is not None:
         assert studio.draws_in_tiles(dataclasses.replace(recipe, width=room[0], height=room[1]))
-        assert not studio.draws_in_tiles(dataclasses.replace(recipe, width=room[0] - 16, height=room[1]))
+        assert not studio.draws_in_tiles(dataclasses.replace(recipe, width=room[0] // 2, height=room[1]))
 
 
 def test_no_size_is_said_that_the_app_does_not_draw(studio, monkeypatch):

@@ -13,12 +13,13 @@ import torch
 from mole_diffusers.binding.config import Bound, given_region
 from mole_diffusers.binding.picture_layout import regions_of_things
 from mole_diffusers.binding.regions import region_mask
-from mole_diffusers.binding.sentence import Part
+from mole_diffusers.binding.sentence import Contact, Mention, Part, why_unparted
 from mole_diffusers.binding.who_acts import present, read_prompt
 from mole_diffusers.binding.words import ThingKey, keys
 from mole_diffusers.patching.host.denoiser_inputs import is_one_graph, lora_scale
 
 SINCE, UNTIL = 0.4, 0.8  # shares of the steps
+SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, so they agree on a scene earlier
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 Alone = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts act, on every word
@@ -33,20 +34,23 @@ class Tiling:
     """Which steps of a picture are drawn in tiles, see `Mixture.tiled`."""
 
     until: float = UNTIL  # the share of the steps in 0..1, from pure noise, after which it is drawn as one; 0 for no tiles
-    since: float = SINCE
+    since: float | None = None
     always: bool = False
     prompt: str | None = None
     encode: Encode | None = None
 
 
 class PromptThings:
-    """The things that a prompt lists.
+    """The things that a prompt lists, or two that touch.
 
     Attributes:
         sentence: what the prompt says. Its first things are those that it lists.
         parts: the prompt for each listed thing alone, in the order of naming.
         keys: of the sentence's things, see `words.keys`.
-        everywhere: the indices of the experts that act besides those of the listed things, such as a style.
+        contact: two things that touch, if nothing else has a place; then they are drawn apart, and not a list.
+        apart: each thing that may be drawn apart, with its prompt.
+        why_not_apart: "" if they may be drawn apart.
+        everywhere: the indices of the experts that act besides those of these things, such as a style.
         outside: the names of those of them that the user gave a region.
     """
 
@@ -56,15 +60,28 @@ class PromptThings:
         self.sentence = read_prompt(prompt, self.bound, on)
         self.parts, self.keys = self.sentence.parts, list(keys(self.sentence.things))
         there = present(self.bound, on, self.sentence.mentioned)
-        placed = {k for thing in self.sentence.things[: len(self.parts)] for k in thing.experts}
+        self.contact = self._only_contact(on)
+        of = self.contact or self.sentence
+        self.apart = tuple(zip(of.things, of.parts, strict=False))
+        self.why_not_apart = "" if self.contact else self.sentence.why_no_tiles
+        placed = {k for thing, _ in self.apart for k in thing.experts}
         self.everywhere = [k for k, acts in enumerate(there) if acts and k not in placed]
         self.outside = [self.names[k] for k in self.everywhere if self.bound[k].given is not None]
 
-    def drawing(self, thing: int) -> tuple[str, ...]:
+    def _only_contact(self, on: Sequence[bool]) -> Contact | None:
+        """The contact of two things without a given region, if the prompts of the two have all words of experts."""
+        if len(self.sentence.contacts) != 1:
+            return None
+        (contact,) = self.sentence.contacts
+        words = [own for own, acts in zip(self.sentence.words, on, strict=True) if acts]
+        is_given = any(given_region(thing, self.bound) is not None for thing in contact.things)
+        return None if is_given or why_unparted(contact.parts, contact.things, words) else contact
+
+    def drawing(self, thing: Mention, part: Part) -> tuple[str, ...]:
         """The experts that draw a thing alone: its own, and the others, unless their words stand elsewhere."""
-        part, words = self.parts[thing], self.sentence.words
+        words = self.sentence.words
         spoken = [k for k in self.everywhere if not words[k] or any(part.has(begin) for begin, _ in words[k])]
-        return tuple(self.names[k] for k in (*self.sentence.things[thing].experts, *spoken))
+        return tuple(self.names[k] for k in (*thing.experts, *spoken))
 
     def masks(self, height: int, width: int) -> torch.Tensor:
         """[K, height, width] in 0..1: the place of each thing, as given, or a cell of the rest, in the order of naming."""
@@ -111,7 +128,7 @@ class PictureCall:
             return "tiles have other sizes than the picture, and the unet is compiled as one graph"
         if things is None:
             return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
-        if things.parts and things.outside:
+        if things.apart and things.outside:
             return f"{things.outside[0]!r} has a region, but is no thing that could be drawn in a tile there"
         return ""
 

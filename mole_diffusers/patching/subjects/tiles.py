@@ -18,15 +18,26 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.picture_warning import PictureWarning
+from mole_diffusers.binding.sentence import Part
 from mole_diffusers.binding.who_acts import Explanation, roles
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.unchanged import LastTensor
-from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, prompted_rows
-from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces, Tiling
+from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, Groups, groups_of
+from mole_diffusers.patching.subjects.things import (
+    SINCE,
+    SINCE_OVERLAPPING,
+    Alone,
+    PictureCall,
+    PromptThings,
+    SetPlaces,
+    Tiling,
+)
+from mole_diffusers.patching.subjects.windows import STEADY, Window, around, meeting_of, silhouette, touching
 from mole_diffusers.patching.undo import replaced_forward
 
 # Arguments of calls that only ask for pictures of a prompt. Tiles do not support anything else, such as an input image.
@@ -52,8 +63,7 @@ class Tile:
     names: tuple[str, ...]  # the experts that draw it
     text: torch.Tensor  # its prompt's states, [1, S, C]
     pooled: torch.Tensor | None  # [1, P], the pooled states that SDXL reads; None for other models
-    mask: torch.Tensor  # [H, W] in 0..1, its place in the latents
-    box: tuple[int, int, int, int]  # (top, bottom, left, right): the part of the latents that is drawn for it
+    window: Window
 
 
 @dataclass(frozen=True)
@@ -64,13 +74,34 @@ class TileInputs:
     added: Sequence[Mapping[str, torch.Tensor]]  # what SDXL reads besides, for each tile; none for other models
     shares: torch.Tensor  # [K, H, W], how much each tile counts at a place
     outside: torch.Tensor | None  # [H, W], how much the picture as a whole does; None if it counts nowhere
+    groups: Groups  # how guidance has combined the rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the steps of pictures of one size are drawn."""
+
+    tiles: Sequence[Tile]
+    since: float  # share of the steps before the tiles
+    meeting: torch.Tensor | None  # [H, W] bool, where the silhouette of the thing in front decides; of two that overlap
+    front: int  # which of the tiles that is
+    layout: Tile | None  # draws the steps before the tiles; None for the picture as it is drawn without tiles
+
+
+def begin_of_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> float | None:
+    """The share of the steps after which a bound mixture by itself draws the pictures of a call in tiles; None if it never
+    does. The call includes their size.
+    """
+    read = PictureCall(pipe, Tiling(), call, bound, acting)
+    things = things_for_tiles(read)
+    if things is None or read.for_processors or not _has_room(read, things):
+        return None
+    return _since(Tiling(), _meeting(pipe.unet, _windows_in(read, things)))
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
     """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
-    read = PictureCall(pipe, Tiling(), call, bound, acting)
-    things = things_for_tiles(read)
-    return things is not None and not read.for_processors and _has_room(pipe.unet, _masks(read, things))
+    return begin_of_tiles(pipe, call, bound, acting) is not None
 
 
 def explain(
@@ -80,7 +111,7 @@ def explain(
     read, things = PictureCall(pipe, tiling, call, bound, acting), PromptThings(call["prompt"], bound, acting)
     found = roles(list(bound), things.bound, [name in acting for name in bound], things.sentence)
     why = _why_no_tiles(read)
-    tiles = None if why else [part.text for part in things.parts]
+    tiles = None if why else [part.text for _, part in things.apart]
     return Explanation(found, tiles, why, things.sentence.contacts)
 
 
@@ -89,11 +120,11 @@ def _why_no_tiles(call: PictureCall) -> str:
     things = call.things
     if call.tiling.until == 0:
         return "tiles are off"
-    if things is None or things.sentence.why_no_tiles:
-        return call.obstacle if things is None else things.sentence.why_no_tiles
+    if things is None or things.why_not_apart:
+        return call.obstacle if things is None else things.why_not_apart
     if call.given.get("width") is None or call.obstacle:
         return call.obstacle if call.given.get("width") is not None else ""
-    if _has_room(call.pipe.unet, _masks(call, things)):
+    if _has_room(call, things):
         return ""
     return f"{call.given['width']} x {call.given['height']} pixels are too small to draw each thing apart"
 
@@ -107,9 +138,9 @@ def size_for_tiles(
     things = things_for_tiles(read)
     if things is None or read.for_processors or not isinstance(side := pipe.unet.config.sample_size, int):
         return None
-    times = range(1, min(len(things.parts), most // (side * pipe.vae_scale_factor)) + 1)
+    times = range(1, min(len(things.apart), most // (side * pipe.vae_scale_factor)) + 1)
     for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
-        if _has_room(pipe.unet, things.masks(height * side, width * side)):
+        if _have_room(pipe.unet, _windows(pipe.unet, things, height * side, width * side)):
             return width * side * pipe.vae_scale_factor, height * side * pipe.vae_scale_factor
     return None
 
@@ -122,7 +153,7 @@ def things_for_tiles(call: PictureCall) -> PromptThings | None:
     things, always, reason = call.things, call.tiling.always, call.obstacle
     if reason and always:
         raise ValueError(reason)
-    if reason or things is None or len(things.parts) < 2:
+    if reason or things is None or len(things.apart) < 2:
         return None
     given = {name for name, value in call.given.items() if value is not None}
     if always and (lost := sorted(given & OF_WHOLE_PICTURE)):
@@ -130,37 +161,45 @@ def things_for_tiles(call: PictureCall) -> PromptThings | None:
     if always and call.for_processors:
         raise ValueError(f"{SCALE_ONLY.format(call.for_processors[0])}: draw without it, or without tiles")
     allowed = OF_A_PROMPT | OF_STATES if call.gives_states else OF_A_PROMPT
-    return things if always or (not things.sentence.why_no_tiles and given <= allowed) else None
+    return things if always or (not things.why_not_apart and given <= allowed) else None
 
 
-def _masks(call: PictureCall, things: PromptThings) -> torch.Tensor:
-    """[K, H, W]: the places of a call's things in its latents."""
-    height, width = (call.given[side] // call.pipe.vae_scale_factor for side in ("height", "width"))
-    return things.masks(height, width)
+def _windows(unet: Any, things: PromptThings, height: int, width: int) -> list[Window]:
+    """The windows of the things of a prompt in latents of this size."""
+    trained, step = unet.config.sample_size, 2 ** (len(unet.config.block_out_channels) - 1)
+    trained = trained if isinstance(trained, int) else 0
+    if things.contact is not None:
+        return touching(height, width, trained, things.contact.is_stacked)
+    return [around(mask, trained, step) for mask in things.masks(height, width)]
 
 
-def _has_room(unet: Any, masks: torch.Tensor) -> bool:
-    """Whether each place [K, H, W] is at least as large as the pictures that a UNet was trained with."""
+def _have_room(unet: Any, windows: Sequence[Window]) -> bool:
+    """Whether the UNet was trained with pictures that are as large as each window."""
     trained = unet.config.sample_size
-    return isinstance(trained, int) and all(
-        min(bottom - top, right - left) >= trained for top, bottom, left, right in map(_extent, masks)
-    )
+    return isinstance(trained, int) and all(window.has_room(trained) for window in windows)
 
 
-def _extent(mask: torch.Tensor) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) around a mask [H, W]; all 0 if it is empty."""
-    if not mask.any():
-        return 0, 0, 0, 0
-    rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
-    return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+def _windows_in(call: PictureCall, things: PromptThings) -> list[Window]:
+    """The windows of the things of a call in its picture."""
+    height, width = (call.given[side] // call.pipe.vae_scale_factor for side in ("height", "width"))
+    return _windows(call.pipe.unet, things, height, width)
 
 
-def _box(mask: torch.Tensor, unet: Any) -> tuple[int, int, int, int]:
-    """The extent of a mask [H, W], enlarged so that a UNet can halve it without a remainder."""
-    step = 2 ** (len(unet.config.block_out_channels) - 1)
-    top, bottom, left, right = _extent(mask)
-    bottom, right = (-(-end // step) * step for end in (bottom, right))
-    return top // step * step, min(bottom, mask.shape[0]), left // step * step, min(right, mask.shape[1])
+def _has_room(call: PictureCall, things: PromptThings) -> bool:
+    """Whether the things of a call have room in its picture."""
+    return _have_room(call.pipe.unet, _windows_in(call, things))
+
+
+def _meeting(unet: Any, windows: Sequence[Window]) -> torch.Tensor | None:
+    """Where two windows meet, see `meeting_of`."""
+    return meeting_of(windows[0], windows[1], unet.config.sample_size) if len(windows) == 2 else None
+
+
+def _since(tiling: Tiling, meeting: torch.Tensor | None) -> float:
+    """The share of the steps before the tiles."""
+    if tiling.since is not None:
+        return tiling.since
+    return min(SINCE if meeting is None else SINCE_OVERLAPPING, tiling.until / 2)
 
 
 class Tiles:
@@ -169,10 +208,12 @@ class Tiles:
     def __init__(self, call: PictureCall, things: PromptThings, alone: Alone, set_places: SetPlaces):
         self.call, self.things, self.alone, self.set_places = call, things, alone, set_places
         self.reader = DenoiserInputs(call.pipe.unet)
-        # (height, width of the latents, tokens of the text) -> tiles; none if the picture is drawn as one.
-        self._found: dict[tuple[int, int, int], list[Tile]] = {}
+        # (height, width of the latents, tokens of the text) -> how they are drawn; None if the picture is drawn as one.
+        self._plans: dict[tuple[int, int, int], Plan | None] = {}
         self._text = LastTensor()
-        self._inputs: TileInputs | None = None  # for this text
+        self._inputs: dict[bool, TileInputs] = {}  # of the layout and of the tiles, for this text
+        self._in_front: torch.Tensor | None = None  # [P, h, w], the silhouette of the thing in front, over the steps
+        self._is_part = False  # whether the UNet is called for a part
         self._schedule = LastTensor()
         self._levels: list[float] = []  # of noise, for each timestep of this schedule
 
@@ -184,24 +225,26 @@ class Tiles:
 
     def _denoise(self, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The UNet's prediction; `whole` draws the picture as one."""
-        if not (tiles := self._tiles(args, kwargs)) or not self._is_in_tiles(args, kwargs):
+        if self._is_part or (plan := self._plan(args, kwargs)) is None:
             return whole(*args, **kwargs)
-        out = self._parts(tiles, whole, args, kwargs)
+        begun, total = self._steps_until_here(args, kwargs)
+        is_layout = begun <= plan.since * total + 1e-5
+        if begun > self.call.tiling.until * total + 1e-5 or (is_layout and plan.layout is None):
+            return whole(*args, **kwargs)
+        out = self._parts([plan.layout] if is_layout and plan.layout else plan.tiles, plan, whole, args, kwargs)
         return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
 
-    def _is_in_tiles(self, args: tuple, kwargs: dict) -> bool:
-        """Whether this step is drawn in tiles. The last step is not, unless `until` is 1."""
+    def _steps_until_here(self, args: tuple, kwargs: dict) -> tuple[int, int]:
+        """The number of steps including this one, and of all. Of those at one noise level, the last counts."""
         times = self.call.pipe.scheduler.timesteps
         if not self._schedule.is_again(times):
             self._levels = (times.float() / self.reader.record.pure_noise).tolist()
         index = _position(self.reader.timestep(args, kwargs), times)
         now = float(self.reader.time(args, kwargs)[0]) if index is None else self._levels[index]
-        until_here = sum(level > now - 1e-5 for level in self._levels)  # Heun's method has most of them twice
-        since, until = (share * len(times) + 1e-5 for share in (self.call.tiling.since, self.call.tiling.until))
-        return since < until_here <= until
+        return sum(level > now - 1e-5 for level in self._levels), len(times)
 
-    def _tiles(self, args: tuple, kwargs: dict) -> list[Tile]:
-        """The tiles of a call; none if it draws the picture as one."""
+    def _plan(self, args: tuple, kwargs: dict) -> Plan | None:
+        """How a call is drawn in tiles; None if it draws the picture as one."""
         latents, text, reason = self.reader.latents(args, kwargs), self.reader.text(args, kwargs), ""
         if any(kwargs.get(name) is not None for name in OF_WHOLE_SIZE):
             reason = "a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them"
@@ -212,84 +255,142 @@ class Tiles:
         if reason and self.call.tiling.always:
             raise ValueError(reason)
         if reason:
-            return []
+            return None
         size = (*latents.shape[-2:], text.shape[1])
-        if size not in self._found:
-            self._found[size] = self._tiles_at(*size)
-        return self._found[size]
+        if size not in self._plans:
+            self._plans[size] = self._plan_at(*size)
+        return self._plans[size]
 
-    def _tiles_at(self, height: int, width: int, tokens: int) -> list[Tile]:
-        things, masks = self.things, self.things.masks(height, width)
-        if not self.call.tiling.always and not _has_room(self.call.pipe.unet, masks):
-            return []
+    def _plan_at(self, height: int, width: int, tokens: int) -> Plan | None:
+        things, always, unet = self.things, self.call.tiling.always, self.call.pipe.unet
+        windows = _windows(unet, things, height, width)
+        if not always and not _have_room(unet, windows):
+            return None
         if self.call.for_processors:
             why = SCALE_ONLY.format(self.call.for_processors[0])
             warnings.warn(f"{why}, so this is drawn as one picture", PictureWarning, stacklevel=2)
-            return []
-        for thing, mask in zip(things.sentence.things, masks, strict=False):
-            if not mask.any():
+            return None
+        for (thing, _), window in zip(things.apart, windows, strict=True):
+            if not window.mask.any():
                 raise ValueError(f"the regions leave no place for {thing.name!r}")
-        tiles: list[Tile] = []
-        for i, mask in enumerate(masks):
-            names = things.drawing(i)
-            with torch.no_grad(), self.alone(names):
-                text, pooled = self.call.encode(things.parts[i])
-            if (short := text.shape[1]) != tokens:
-                if self.call.tiling.always:
-                    raise ValueError(f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it")
-                return []
-            tiles.append(Tile(names, text, pooled, mask, _box(mask, self.call.pipe.unet)))
-        if self.set_places(dict(zip(things.keys, masks, strict=False))):
-            return tiles
-        if self.call.tiling.always:
-            named = " and ".join(repr(thing.name) for thing in things.sentence.things[: len(masks)])
-            raise ValueError(f"the text encoder reads other things in this prompt than {named}: shorten or reword it")
-        return []
+        tiles = []
+        for (thing, part), window in zip(things.apart, windows, strict=True):
+            names = things.drawing(thing, part)
+            tiles.append(Tile(names, *self._encoded(part, names), window))
+        if why := self._unread(tiles, tokens):
+            if always:
+                raise ValueError(why)
+            return None
+        meeting, contact = _meeting(unet, windows), things.contact
+        since = _since(self.call.tiling, meeting)
+        return Plan(tiles, since, meeting, contact.front if contact else 0, self._layout(height, width) if contact else None)
 
-    def _parts(self, tiles: Sequence[Tile], whole: Callable[..., Any], args: tuple, kwargs: dict) -> torch.Tensor:
+    def _unread(self, tiles: Sequence[Tile], tokens: int) -> str:
+        """Why a text of so many tokens cannot be drawn in these tiles; "" if it can. Sets the places of listed things."""
+        if any((short := tile.text.shape[1]) != tokens for tile in tiles):
+            return f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it"
+        places = {key: tile.window.mask for key, tile in zip(self.things.keys, tiles, strict=False)}
+        if self.things.contact is not None or self.set_places(places):
+            return ""
+        named = " and ".join(repr(thing.name) for thing, _ in self.things.apart)
+        return f"the text encoder reads other things in this prompt than {named}: shorten or reword it"
+
+    def _layout(self, height: int, width: int) -> Tile:
+        """The whole picture without the LoRAs of its things: the base knows better than they how two touch."""
+        names = tuple(self.things.names[k] for k in self.things.everywhere)
+        text = self.things.sentence.text
+        whole = Window(torch.ones(height, width), (0, height, 0, width))
+        return Tile(names, *self._encoded(Part(text, ((0, len(text)),)), names), whole)
+
+    def _encoded(self, part: Part, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with torch.no_grad(), self.alone(names):
+            return self.call.encode(part)
+
+    def _parts(
+        self, tiles: Sequence[Tile], plan: Plan, whole: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> torch.Tensor:
         """The UNet's prediction, tile by tile. Outside of all tiles it is that of `whole`, where words of things are
         closed.
         """
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
-        if not self._text.is_again(text) or self._inputs is None or self._inputs.shares.shape[1:] != latents.shape[2:]:
-            self._inputs = self._inputs_of(tiles, text, latents, kwargs.get("added_cond_kwargs"))
-        inputs = self._inputs
+        if not self._text.is_again(text):
+            self._inputs = {}
+        is_layout = tiles is not plan.tiles
+        if is_layout not in self._inputs or self._inputs[is_layout].shares.shape[1:] != latents.shape[2:]:
+            self._inputs[is_layout] = self._inputs_of(tiles, text, latents, kwargs.get("added_cond_kwargs"))
+        inputs = self._inputs[is_layout]
         call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
         channels = self.call.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
         out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
         if inputs.outside is not None:
             out += inputs.outside * whole(**call)[0]
-        for i, (tile, own, share) in enumerate(zip(tiles, inputs.texts, inputs.shares, strict=True)):
-            top, bottom, left, right = tile.box
-            changed: dict[str, Any] = {
-                "sample": latents[..., top:bottom, left:right].contiguous(),
-                "encoder_hidden_states": own,
-            }
-            if inputs.added:
-                changed["added_cond_kwargs"] = {**kwargs["added_cond_kwargs"], **inputs.added[i]}
-            with self.alone(tile.names):
-                part = self.call.pipe.unet(**call | changed)[0]
-            out[..., top:bottom, left:right] += share[top:bottom, left:right] * part
+        parts = [self._part(tile, i, inputs, call, latents) for i, tile in enumerate(tiles)]
+        shares = list(inputs.shares)
+        if plan.meeting is not None and not is_layout:
+            shares = self._by_silhouette(plan, plan.meeting, parts, inputs)
+        for tile, part, share in zip(tiles, parts, shares, strict=True):
+            top, bottom, left, right = tile.window.box
+            out[..., top:bottom, left:right] += share[..., top:bottom, left:right] * part
         return out
+
+    def _part(
+        self, tile: Tile, number: int, inputs: TileInputs, call: Mapping[str, Any], latents: torch.Tensor
+    ) -> torch.Tensor:
+        """The UNet's prediction for one tile, [B, C, h, w]."""
+        top, bottom, left, right = tile.window.box
+        changed: dict[str, Any] = {
+            "sample": latents[..., top:bottom, left:right].contiguous(),
+            "encoder_hidden_states": inputs.texts[number],
+        }
+        if inputs.added:
+            changed["added_cond_kwargs"] = {**call["added_cond_kwargs"], **inputs.added[number]}
+        self._is_part = True
+        try:
+            with self.alone(tile.names):
+                return self.call.pipe.unet(**{**call, **changed})[0]
+        finally:
+            self._is_part = False
+
+    def _by_silhouette(
+        self, plan: Plan, meeting: torch.Tensor, parts: Sequence[torch.Tensor], inputs: TileInputs
+    ) -> list[torch.Tensor]:
+        """How much two tiles count, [B, 1, H, W] each: where they meet, the silhouette of the thing in front decides."""
+        groups, shares = inputs.groups, list(inputs.shares)
+        if groups.count(True) != 1 or False not in groups:
+            return shares  # without guidance, nothing tells a thing from what is around it
+        rows = parts[plan.front].chunk(len(groups))
+        outline = silhouette(rows[groups.index(True)] - rows[groups.index(False)])
+        if self._in_front is not None and self._in_front.shape == outline.shape:
+            outline = STEADY * self._in_front + (1 - STEADY) * outline
+        self._in_front = outline
+        top, bottom, left, right = plan.tiles[plan.front].window.box
+        height, width = shares[0].shape
+        inside = F.pad(outline, (left, width - right, top, height - bottom)).to(shares[0])  # [P, H, W]
+        inside = inside.repeat(len(groups), 1, 1)[:, None]  # [B, 1, H, W]
+        meets = onto(meeting, inside.device)
+        shares[plan.front] = torch.where(meets, inside, shares[plan.front])
+        shares[1 - plan.front] = torch.where(meets, 1 - inside, shares[1 - plan.front])
+        return shares
 
     def _inputs_of(
         self, tiles: Sequence[Tile], text: torch.Tensor, latents: torch.Tensor, added: Mapping[str, Any] | None
     ) -> TileInputs:
-        prompted = prompted_rows(self.call.pipe, text, latents)
+        groups = groups_of(self.call.pipe, text, latents) or (True,)
+        prompted = torch.tensor(groups, device=text.device).repeat_interleave(len(text) // len(groups))  # [B]
         texts = [torch.where(prompted[:, None, None], tile.text.to(text), text) for tile in tiles]
-        masks = torch.stack([tile.mask for tile in tiles])  # [K, H, W]
+        masks = torch.stack([tile.window.mask for tile in tiles])  # [K, H, W]
         outside = (1 - masks.sum(0)).clamp_min(0)
         shares = (masks / masks.sum(0).clamp_min(1)).to(latents)
         for_sdxl = added is not None and all(tile.pooled is not None for tile in tiles)
         known = [self._added(tile, prompted, latents, added) for tile in tiles if added is not None and for_sdxl]
-        return TileInputs(texts, known, shares, outside.to(latents) if outside.any() else None)
+        return TileInputs(texts, known, shares, outside.to(latents) if outside.any() else None, groups)
 
     def _added(
         self, tile: Tile, prompted: torch.Tensor, latents: torch.Tensor, whole: Mapping[str, Any]
     ) -> dict[str, torch.Tensor]:
         """What SDXL reads besides the text: the pooled states, and size, crop and target size of the whole picture."""
         assert tile.pooled is not None
-        side, (top, _, left, _), (height, width) = self.call.pipe.vae_scale_factor, tile.box, latents.shape[2:]
+        side, (top, _, left, _), (height, width) = self.call.pipe.vae_scale_factor, tile.window.box, latents.shape[2:]
         size = torch.tensor((side * height, side * width, side * top, side * left, side * height, side * width))
         pooled = torch.where(prompted[:, None], tile.pooled.to(whole["text_embeds"]), whole["text_embeds"])
         times = whole["time_ids"]

@@ -19,6 +19,7 @@ from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.subjects.tiles import draws_in_tiles, size_for_tiles
+from mole_diffusers.patching.subjects.windows import silhouette
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 PROMPT = "a fox+a hen"  # a token per letter
@@ -46,10 +47,10 @@ def latent(pipe, prompt=PROMPT, x=None, steps=2, **options):
     return pipe(prompt, latents=x, height=2 * x.shape[2], width=2 * x.shape[3], **call).images
 
 
-def alone(pipe, experts, names, prompt, x, empty):
+def alone(pipe, experts, names, prompt, x, empty, **options):
     """A part of the picture drawn by itself, by these LoRAs everywhere; the unconditional text is the base's."""
     mole.attach(pipe, {name: experts[name] for name in names}, binding=None)
-    return latent(pipe, prompt, x, negative_prompt_embeds=empty)
+    return latent(pipe, prompt, x, negative_prompt_embeds=empty, **options)
 
 
 def empty_of(pipe, experts):
@@ -313,6 +314,87 @@ def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, expe
         assert torch.equal(latent(pipe), plain)
 
 
+TOUCHING = "a fox on a hen"  # one above the other, and the first is in front
+
+
+def upright():
+    return noise(12, 8)
+
+
+@pytest.fixture
+def small(pipe, experts):
+    """A pipeline whose UNet was trained with latents of 8 x 8, with fox and hat."""
+    pipe.unet.register_to_config(sample_size=8)
+    return mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+
+
+def test_two_that_touch_are_pictures_of_each_that_overlap(pipe, small, experts):
+    """Without guidance each ends in the middle. With it, the silhouette of the one in front decides near the middle."""
+    x, both = upright(), {name: experts[name] for name in ("fox", "hat")}
+    empty = empty_of(pipe, both)
+    own = {"fox": ("a fox", x[:, :, :8]), "hat": ("a hen", x[:, :, 4:])}
+
+    def parts(**options):
+        found = [
+            alone(pipe, experts, [name], prompt, part, empty, steps=1, **options) for name, (prompt, part) in own.items()
+        ]
+        mole.attach(pipe, both)
+        return found
+
+    fox, hat = parts(guidance_scale=1.0)
+    with mole.attached(pipe).tiled(1.0, since=0):
+        plain = latent(pipe, TOUCHING, x, steps=1, guidance_scale=1.0)
+    torch.testing.assert_close(plain, torch.cat([fox[:, :, :6], hat[:, :, 2:]], 2), rtol=0, atol=1e-4)
+
+    guided_fox, guided_hat = parts()
+    share = silhouette(guided_fox - fox)  # a step is linear in the prediction, and a silhouette has no scale
+    wanted = torch.cat([guided_fox[:, :, :6], guided_hat[:, :, 2:]], 2)
+    near = slice(6 - 2, 6 + 2)  # two latent pixels: three sixteenths of 8, rounded
+    wanted[:, :, near] = share[:, None, near] * guided_fox[:, :, near] + (1 - share[:, None, near]) * guided_hat[:, :, 0:4]
+    with mole.attached(pipe).tiled(1.0, since=0):
+        found = latent(pipe, TOUCHING, x, steps=1, negative_prompt_embeds=empty)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert 0 < share[:, near].mean() < 1
+
+
+def test_two_that_touch_are_laid_out_by_the_base(pipe, small, experts):
+    after = {}
+
+    def kept(pipe, step, timestep, given):
+        after[step] = given["latents"]
+        return given
+
+    call = {"x": upright(), "steps": 5, "guidance_scale": 1.0, "callback_on_step_end": kept}
+    by_itself = latent(pipe, TOUCHING, **call)
+    first, second = after[0], after[1]
+    with small.tiled():
+        assert torch.equal(latent(pipe, TOUCHING, **call), by_itself)
+    mole.detach(pipe)
+    latent(pipe, TOUCHING, **call)
+    torch.testing.assert_close(first, after[0], rtol=0, atol=1e-5)
+    assert (second - after[1]).abs().max() > 1e-3
+
+
+def test_two_that_touch_are_drawn_as_one_beside_others_or_in_given_regions_or_without_room(pipe, experts):
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, experts)
+
+    def is_apart(prompt=TOUCHING, x=None):
+        x = upright() if x is None else x
+        with mixture.tiled(0):
+            as_one = latent(pipe, prompt, x)
+        return not torch.equal(latent(pipe, prompt, x), as_one)
+
+    assert is_apart()
+    assert is_apart(f"{TOUCHING},ink")
+    assert not is_apart(x=noise(8, 12))  # no room for one above the other
+    assert not is_apart(x=noise(8, 8))
+    assert "small" in mixture.explain(TOUCHING, 24, 16).why_no_tiles
+    assert mixture.explain(TOUCHING, 16, 24).tiles == ["a fox", "a hen"]
+    mixture.bind({"fox": (None, "top")})
+    assert not is_apart()
+
+
 def test_the_last_steps_are_bound_to_the_places_of_the_tiles(pipe, experts, recwarn):
     """Also where a single one is left, and nobody reads attention."""
     mixture = mole.attach(pipe, {name: experts[name] for name in ("hat", "fox")})
@@ -572,7 +654,7 @@ def test_nouns_keep_the_places_of_their_tiles(pipe, experts):
 
 def test_what_cannot_be_drawn_in_tiles_is_said(pipe, experts, tmp_path):
     mixture = mole.attach(pipe, experts)
-    with pytest.raises(ValueError, match=r"0 <= since < until <= 1, got since=0\.4, until=1\.5"), mixture.tiled(1.5):
+    with pytest.raises(ValueError, match=r"0 <= since < until <= 1, got since=None, until=1\.5"), mixture.tiled(1.5):
         pass
     with pytest.raises(ValueError, match=r"got since=0\.5, until=0\.5"), mixture.tiled(0.5, since=0.5):
         pass

@@ -106,7 +106,7 @@ class DrawnOver:
         timestep = int(LEVEL * len(alphas))
         alpha, generator = alphas[timestep].to(latents), torch.Generator().manual_seed(0)
         noise = onto(torch.randn(latents.shape, generator=generator), latents.device).to(latents.dtype)
-        with self.alone(self.things.drawing(thing)):
+        with self.alone(self.things.drawing(self.things.sentence.things[thing], self.things.parts[thing])):
             text, pooled = self.call.encode(self.things.parts[thing])
             changed = {
                 "sample": alpha.sqrt() * picture + (1 - alpha).sqrt() * noise,
