@@ -28,65 +28,62 @@ HEAD = """# Speed and memory
 
 SHORT
 
-Ratios within one run: in each round every arm runs once, in turn, and is divided by the base of that round; tables
-show medians with quartiles. UNets have random weights, a batch of 2 (guidance), and LoRAs on all attention layers, of
-rank 16 unless a section says otherwise. They ran on one CPU thread, by the process's own time, on a machine that did
-other work, too. **No GPU was measured**; the same commands measure one. A goal that is not met says so. The times are
-older than the operations, which have become fewer since.
+**No GPU was measured.** In each round every arm runs once and is divided by the base of that round; tables show
+medians with quartiles. UNets have random weights, a batch of 2 (guidance), and N LoRAs on all attention layers, of rank
+16 unless a section says otherwise. They ran on one CPU thread, by the process's own time, on a machine that did other
+work, too. The times are older than the operations, which have become fewer since.
 
-`set_adapters` is diffusers' own stack of the N LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates,
-`gated` the family of the table. `collapsed` has the gates' average folded into the weights. `again` is the base once
-more, so it shows the noise. The page is made by `python docs/make_speed.py` from `docs/speed/`, with `--measure` all
-anew.
+`set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates, `gated`
+the family named. `collapsed` has the gates' average folded into the weights. `again` is the base once more: the noise.
+`python docs/make_speed.py` makes the page from `docs/speed/`, with `--measure` all anew.
 """
 DISPATCH = """
 ## Dispatch
 
-What a step costs if it does next to no arithmetic, which on a GPU is the work of the host's thread while the card
-computes: the modules of Stable Diffusion 1.5, but 8 to 24 channels wide, with 16 tokens of text and LoRAs of rank 4
-(`python -m benchmarks --what dispatch --threads 1 --clock cpu`).
+What a step costs if it does next to no arithmetic: the modules of Stable Diffusion 1.5, but 8 to 24 channels wide,
+with 16 tokens of text and LoRAs of rank 4 (`python -m benchmarks --what dispatch --threads 1 --clock cpu`). Times the
+base:
 
-| arm | N | x base | goal |
-|---|---|---|---|
+| arm | N = 3 | 8 | 16 | goal |
+|---|---|---|---|---|
 """
 ABOUT_DISPATCH = """
 ![Cost of a step against the number of LoRAs, where a step is nearly all dispatch](speed.png)
 
-A layer makes one down product, one product with the factor and one `addmm` beside the host's own product: 5
-operations more than the host's 4. The operations of PyTorch in a step (`--what operations --gates factors --experts 3
-8`; `gated` are `factors`), counted later than the times above, when `sum` added 644, `mole` 980 and `flow` 932:
+The operations of PyTorch in a step (`--what operations --gates factors --experts 3 8`; `gated` are `factors`), counted
+later than the times above, when `sum` added 644, `mole` 980 and `flow` 932:
 
 | arm | N | operations | more than the base | goal |
 |---|---|---|---|---|
 OPERATIONS
-What is left with `sum`: 128 layers take 5 more each, and 4 are the noise level. A `mole` gate takes seven in a block, a
-`flow` gate three, and two give each row its factor. Keeping the keys and values of the text for the steps of a call was
-tried: it gained .015 to .040 of a step with `sum`, `flow` and `factors` and nothing with `mole` (quartiles up to .07
-away), which does not pay for its memory and code.
+With `sum`, 128 layers take 5 more each, and 4 are the noise level. Keeping the keys and values of the text for the steps
+of a call gained .015 to .040 of a step with `sum`, `flow` and `factors` and nothing with `mole` (quartiles up to .07
+away), so it is not built in.
 """
 FACTORS = """
-`factors`, which `mole train` trains by default, sit at every layer; what they give is kept until something changes.
-In one run with `sum` and `mole` (`--size thin --rank 4 --arms base again sum mole gated --gates factors --experts 3 8
-16 --repeats ROUNDS`), on another machine, beside a training:
+`factors`, which `mole train` trains by default, beside `sum` and `mole` in one run (ROUNDS rounds) on another machine
+that also trained a model:
 
-| gates | N | x base |
-|---|---|---|
+| gates | N = 3 | 8 | 16 |
+|---|---|---|---|
 """
 STEPS = """
 ## Steps at real size
 
-`python -m benchmarks --threads 1 --clock cpu --dtype bf16 --pixels 256 --size sd15` (or `sdxl`), with `--arms`,
-`--experts` and `--gates` as the tables say.
+`python -m benchmarks --threads 1 --clock cpu --dtype bf16 --pixels 256 --size sd15` (or `sdxl`), times the base. Goals
+are for `gated`:
+
+| UNet, gates | base, rounds | N | again | set_adapters | gated | collapsed | goal |
+|---|---|---|---|---|---|---|---|
 """
 BINDING = """
 ## Binding
 
-Each LoRA has its own word and its own part of the picture, beside the same gates without binding (`--arms sum mole
-"bound sum" "bound mole"`): dispatch as above (150 rounds in each of two runs, on another machine), and a step of
-Stable Diffusion 1.5 at 256 pixels in bf16 (two threads, wall clock). "More" is the median over rounds of the
-difference. For dispatch its standard error is about .017, so a value near the goal may or may not meet it. When this
-was measured binding took 24 operations more with `sum` and 7 with `mole`; now it takes MORE_SUM and MORE_MOLE, and
-`mole` without it 197 fewer.
+Each LoRA has its own word and part of the picture (`--arms sum mole "bound sum" "bound mole"`): dispatch as above (150
+rounds in each of two runs, on another machine), and a step of Stable Diffusion 1.5 at 256 pixels in bf16 (two threads,
+wall clock). "More" is the median over rounds of the difference; for dispatch its standard error is about .017, so a
+value near the goal may or may not meet it. When this was measured binding took 24 operations more with `sum` and 7
+with `mole`; now it takes MORE_SUM and MORE_MOLE.
 
 | | gates | N | not bound | bound | more |
 |---|---|---|---|---|---|
@@ -141,6 +138,7 @@ GOALS = {"sum": 1.15, "mole": 1.20, "flow": 1.25}
 MORE_GOALS = {"sum": 600, "mole": 740, "flow": 720}
 BOUND_GOAL = 60  # operations more than without binding
 STEP_GOALS = {3: 1.03, 8: 1.05}
+STEP_ARMS = ("again", "set_adapters", "gated", "collapsed")
 
 
 def load(pattern: str) -> list[dict[str, Any]]:
@@ -166,11 +164,18 @@ def met(value: float, goal: float) -> str:
 def dispatch() -> str:
     """A step of the narrow UNet."""
     text = ""
-    for cost in costs(load("dispatch.json")[0]):
-        goal = met(cost.ratio, GOALS[cost.arm]) if cost.arm in GOALS else ""
-        if cost.experts and cost.arm != "again":
-            text += f"| {cost.arm} | {cost.experts} | {shown(cost)} | {goal} |\n"
+    for arm, found in _by_number(load("dispatch.json")[0]).items():
+        goal = met(max(cost.ratio for cost in found), GOALS[arm]) if arm in GOALS else ""
+        text += f"| {arm} | {' | '.join(map(shown, found))} | {goal} |\n"
     return text
+
+
+def _by_number(result: dict[str, Any]) -> dict[str, list[Cost]]:
+    """Each arm with its costs by number of LoRAs, but not the base."""
+    found: dict[str, list[Cost]] = {}
+    for cost in sorted((c for c in costs(result) if c.experts and c.arm != "again"), key=lambda c: c.experts):
+        found.setdefault(cost.arm, []).append(cost)
+    return found
 
 
 def operations() -> str:
@@ -204,27 +209,32 @@ def _more_if_bound(gates: str, n: int) -> int:
 def factors() -> str:
     """Dispatch of gates at every layer."""
     (result,) = load("factors-dispatch.json")
-    found = [cost for cost in costs(result) if cost.experts and cost.arm != "again"]
-    rows = [f"| {cost.arm.replace('gated', 'factors')} | {cost.experts} | {shown(cost)} |\n" for cost in found]
+    found = _by_number(result).items()
+    rows = [f"| {arm.replace('gated', 'factors')} | {' | '.join(map(shown, row))} |\n" for arm, row in found]
     return FACTORS.replace("ROUNDS", str(result["repeats"])) + "".join(rows)
 
 
 def steps() -> str:
-    """Steps at real size, one table for each setting."""
-    text = STEPS
+    """Steps at real size."""
+    text, shares = STEPS, ""
     for result in load("step-*.json"):
-        size, gates = NAMES[result["size"]], result["gates"]
-        text += f"\n### {size}, {result['dtype']}, {result['pixels']} pixels, `{gates}` gates\n\n"
-        text += "| arm | N | ms | x base | rounds | goal |\n|---|---|---|---|---|---|\n"
-        for cost in costs(result):
-            goal = met(cost.ratio, STEP_GOALS[cost.experts]) if cost.arm == "gated" and cost.experts in STEP_GOALS else ""
-            text += f"| {cost.arm} | {cost.experts or ''} | {cost.ms:.0f} | {shown(cost)} | {len(cost.seconds)} | {goal} |\n"
-        for n in (3, 8):
-            over = {cost.arm: cost.ratio - 1 for cost in costs(result) if cost.experts == n}
-            if n == 8 and {"gated", "set_adapters"} <= set(over):
-                share = over["gated"] / over["set_adapters"]
-                text += f"\nOverhead over that of `set_adapters` at {n} LoRAs: {share:.2f} ({met(share, 0.35)}).\n"
-    return text
+        about = f"{NAMES[result['size']]}, `{result['gates']}`"
+        found = {(cost.arm, cost.experts): cost for cost in costs(result)}
+        base = found["base", 0]
+        for n in sorted({n for _, n in found if n}):
+            cells = [shown(found[arm, n]) if (arm, n) in found else "-" for arm in STEP_ARMS]
+            row = [
+                about,
+                f"{base.ms:.0f} ms, {len(base.seconds)}",
+                str(n),
+                *cells,
+                met(found["gated", n].ratio, STEP_GOALS[n]),
+            ]
+            text += f"| {' | '.join(row)} |\n"
+        if ("set_adapters", 8) in found:
+            share = (found["gated", 8].ratio - 1) / (found["set_adapters", 8].ratio - 1)
+            shares += f"\n{about}: overhead over that of `set_adapters` at 8 LoRAs: {share:.2f} ({met(share, 0.35)}).\n"
+    return text + shares
 
 
 def binding() -> str:
@@ -292,7 +302,7 @@ def reuse() -> str:
 ## Gates evaluated less often
 
 `mixture.every(k)` evaluates the gates in one of k steps. Mean absolute difference of pictures of the embedded world,
-values in 0..1, with trained gates per token, 20 steps, no tiles (`benchmarks/reuse.py`):
+values in 0..1, trained gates per token, 20 steps, no tiles (`benchmarks/reuse.py`):
 
 | | difference |
 |---|---|

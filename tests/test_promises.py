@@ -171,7 +171,7 @@ def test_fixed_weights_stand_in_for_gates(pipe, loras, draw, awake):
     torch.testing.assert_close(fixed, draw(pipe), atol=1e-5, rtol=0)
 
 
-@pytest.mark.shows("`enable_lora` turns on the gradients of all adapters")
+@pytest.mark.shows("`disable_lora`, `enable_lora`, `scale`")
 def test_only_gates_get_gradients(pipe, loras):
     from mole_diffusers.training.denoising import predict
 

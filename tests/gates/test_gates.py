@@ -233,7 +233,7 @@ def test_gates_stay_fp32_in_a_half_precision_host(pipe, loras, awake):
     assert torch.from_numpy(image).isfinite().all()
 
 
-@pytest.mark.shows("a processor with `**kwargs` loses IP-Adapter's masks")
+@pytest.mark.shows("IP-Adapter")
 def test_our_processor_shows_the_signature_it_found(pipe, loras):
     import inspect
 

@@ -531,7 +531,6 @@ def dora(pipe, form, path, end):
 
 @pytest.mark.parametrize("host", ["sdxl", "flux", pytest.param("sd3", marks=pytest.mark.thorough)])
 @pytest.mark.shows(
-    "DoRA in kohya files is loaded as plain LoRA; LoHa and LoKr are errors",
     "DoRA of PEFT (`lora_magnitude_vector`) and kohya (`dora_scale`), also of LoHa and LoKr",
 )
 def test_dora_draws_the_picture_that_diffusers_draws(pipelines, tmp_path, host):

@@ -33,7 +33,7 @@ def kohya(pipe, path, alphas, *, rank=4, seed=0, ends=ATTENTION + CONVOLUTION, m
     return deltas
 
 
-@pytest.mark.shows("kohya files lose their alphas per layer")
+@pytest.mark.shows("kohya, SD 1.x and 2.x (`lora_unet_`, `lora_te_`)")
 def test_kohya_alphas_that_differ_per_layer_are_all_right(pipe, tmp_path):
     deltas = kohya(pipe, tmp_path / "k.safetensors", [1, 2, 4, 0.5])
     expert = read_expert(tmp_path / "k.safetensors")

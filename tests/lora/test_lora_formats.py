@@ -292,7 +292,7 @@ def loha(kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", "flattened", "core"])
-@pytest.mark.shows("DoRA in kohya files is loaded as plain LoRA; LoHa and LoKr are errors", "LoHa, also with a core")
+@pytest.mark.shows("LoHa, also with a core")
 def test_loha_is_exact(read, kind):
     tensors, delta = loha(kind)
     stem = {"linear": f"lora_unet_{BLOCK}_attn1_to_q"}.get(kind, "lora_unet_conv_in")
@@ -319,7 +319,6 @@ def lokr(kind):
 
 @pytest.mark.parametrize("kind", ["whole", "factors", "convolution", "core"])
 @pytest.mark.shows(
-    "DoRA in kohya files is loaded as plain LoRA; LoHa and LoKr are errors",
     "LoKr: blocks whole, in factors, or with a core",
 )
 def test_lokr_is_exact(read, kind):

@@ -268,7 +268,7 @@ def test_a_save_in_other_shards_leaves_nothing_of_the_old_weights(kind, tmp_path
     assert (folder / "unet/diffusion_pytorch_model.fp16.safetensors").is_file()
 
 
-@pytest.mark.shows("`from_pipe` casts the shared models to float32")
+@pytest.mark.shows("`from_pipe`")
 def test_from_pipe_shares_models_mixture_and_precision(kind, tmp_path):
     pipe, options = kind
     pipe.to(torch.bfloat16)

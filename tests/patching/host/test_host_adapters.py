@@ -56,7 +56,7 @@ def test_an_acceleration_lora_loaded_after_attach_and_its_weight(pipe, loras, lc
     assert torch.equal(draw(pipe, guidance_scale=1.0), draw(accelerated(tiny_pipeline()), guidance_scale=1.0))
 
 
-@pytest.mark.shows("`set_adapters` beside the mixture", "weights per block fail on short layer names")
+@pytest.mark.shows("`set_adapters` beside the mixture")
 def test_weights_per_block_beside_experts_outside_the_blocks(pipe, lcm, draw, tmp_path):
     """diffusers stumbles over names as short as time_embedding.linear_1, though another LoRA has that layer."""
     short = tiny_lora(tiny_pipeline(), tmp_path / "x.safetensors", ends=("conv_in", "time_embedding.linear_1"))
@@ -142,7 +142,7 @@ def test_a_second_pipeline_over_the_same_models_chooses_its_loras_beside_the_mix
 
 
 @pytest.mark.thorough
-@pytest.mark.shows("`fuse_lora`", "a fused adapter silences all others in its layers")
+@pytest.mark.shows("`fuse_lora`")
 def test_a_lora_that_is_fused_before_attach(pipe, loras, lcm, draw):
     pipe.load_lora_weights(lcm[0], adapter_name="lcm")
     pipe.fuse_lora(lora_scale=0.7)
@@ -160,7 +160,7 @@ def test_a_lora_that_is_fused_before_attach(pipe, loras, lcm, draw):
 
 
 @pytest.mark.thorough
-@pytest.mark.shows("`fuse_qkv_projections`", "fused q, k and v ignore their LoRAs")
+@pytest.mark.shows("`fuse_qkv_projections`")
 def test_fusing_q_k_and_v_under_a_mixture_is_refused(pipe, loras, draw):
     mole.attach(pipe, loras)
     picture = draw(pipe)
@@ -189,7 +189,7 @@ def test_the_attention_backend_leaves_a_unet_as_it_is(pipe, loras, draw, awake):
     assert not any(hasattr(processor, "_attention_backend") for processor in pipe.unet.attn_processors.values())
 
 
-@pytest.mark.shows("`set_attention_backend`", "UNets ignore attention backends")
+@pytest.mark.shows("`set_attention_backend`")
 def test_the_attention_backend_reaches_every_block_of_a_transformer(tmp_path):
     pipe, options = hosts.HOSTS["flux"]()
     mole.attach(pipe, {str(i): tiny_lora(pipe, tmp_path / str(i), seed=i) for i in range(2)}, "mole")

@@ -76,7 +76,7 @@ def test_the_lora_calls_of_a_pipeline_reach_the_mixture(other):
     assert torch.equal(hosts.draw(pipe, options), base)
 
 
-@pytest.mark.shows("`fuse_lora`", "a fused adapter silences all others in its layers")
+@pytest.mark.shows("`fuse_lora`")
 def test_a_lora_that_is_fused_before_attach(other, ordinary):
     pipe = other.pipe
     pipe.load_lora_weights(ordinary[0], adapter_name="lcm")

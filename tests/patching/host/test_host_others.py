@@ -129,7 +129,7 @@ CONTROLLERS = {  # the models that are made of a denoiser's weights; there is no
 
 
 @pytest.mark.parametrize("name", ["flux", *thorough("sdxl", "sd21", "sd3")])
-@pytest.mark.shows("`ControlNetModel.from_unet`", "`ControlNetModel.from_unet` fails on adapted models")
+@pytest.mark.shows("`ControlNetModel.from_unet`")
 def test_a_controlnet_is_made_of_the_original(name, tmp_path):
     pipe, _ = hosts.HOSTS[name]()
     make, denoiser = CONTROLLERS[name], hosts.denoiser(pipe)

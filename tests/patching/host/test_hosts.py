@@ -141,7 +141,7 @@ def test_a_denoiser_without_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", tiers("sd15", "flux"))
-@pytest.mark.shows("Pipelines", "perturbed attention splits the batch inside a processor")
+@pytest.mark.shows("Pipelines")
 def test_weights_held_are_those_of_diffusers_own_adapters(name, awake, tmp_path):
     """What the host adds, residuals, masks, image prompts, perturbed rows, meets the experts as it meets plain LoRAs."""
     pipe, options = hosts.HOSTS[name]()
