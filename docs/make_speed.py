@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -81,11 +81,11 @@ BINDING = """
 
 Each LoRA has its own word and part of the picture (`--arms sum mole "bound sum" "bound mole"`): dispatch as above (150
 rounds in each of two runs, on another machine), and a step of Stable Diffusion 1.5 at 256 pixels in bf16 (two threads,
-wall clock). "More" is the median over rounds of the difference; for dispatch its standard error is about .017, so a
-value near the goal may or may not meet it. When this was measured binding took 24 operations more with `sum` and 7
-with `mole`; now it takes MORE_SUM and MORE_MOLE.
+wall clock). The table has the difference from the same gates without binding, as a share of the base. For dispatch its
+standard error is about .017, so a value near the goal may or may not meet it. When this was measured binding took 24
+operations more with `sum` and 7 with `mole`; now it takes MORE_SUM and MORE_MOLE.
 
-| | gates | N | not bound | bound | more |
+| | gates | N = 3 | 8 | 16 | goal |
 |---|---|---|---|---|---|
 """
 ONCE = """
@@ -244,10 +244,10 @@ def binding() -> str:
         text = text.replace(f"MORE_{gates.upper()}", str(_more_if_bound(gates, 3)))
     for file, about, goal in (("bound-dispatch.json", "dispatch", 0.06), ("bound-step.json", "a step", 0.02)):
         found = _by_arm(file)
-        for gates, n in ((gates, n) for gates in ("sum", "mole") for arm, n in found if arm == gates):
-            plain, bound, more = found[gates, n], found[f"bound {gates}", n], _more(found, gates, n)
-            row = [about, gates, n, shown(plain), shown(bound), f"{more:+.3f} ({met(more, goal)})"]
-            text += f"| {' | '.join(map(str, row))} |\n"
+        for gates in ("sum", "mole"):
+            more = {n: _more(found, gates, n) for n in (3, 8, 16) if (gates, n) in found}
+            cells = [f"{m[1]:+.3f} [{m[0]:+.3f}, {m[2]:+.3f}]" for m in more.values()] + ["-"] * (3 - len(more))
+            text += f"| {' | '.join([about, gates, *cells, met(max(m[1] for m in more.values()), goal)])} |\n"
     return text
 
 
@@ -255,10 +255,10 @@ def _by_arm(file: str) -> dict[tuple[str, int], Cost]:
     return {(cost.arm, cost.experts): cost for cost in costs(load(file)[0])}
 
 
-def _more(found: dict[tuple[str, int], Cost], gates: str, n: int) -> float:
-    """What binding adds, as a share of the base: the median over rounds."""
+def _more(found: dict[tuple[str, int], Cost], gates: str, n: int) -> list[float]:
+    """What binding adds, as a share of the base: the quartiles over rounds."""
     rounds = zip(found[gates, n].seconds, found[f"bound {gates}", n].seconds, found["base", 0].seconds, strict=True)
-    return median((bound - plain) / base for plain, bound, base in rounds)
+    return quantiles([(bound - plain) / base for plain, bound, base in rounds], n=4, method="inclusive")
 
 
 def once() -> str:
