@@ -56,8 +56,9 @@ from mole_diffusers.patching.install.folding import (
 )
 from mole_diffusers.patching.install.installation import Installation, held, installed, remove
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
+from mole_diffusers.patching.subjects.apart import draws_in_tiles, explain, things_for_tiles
 from mole_diffusers.patching.subjects.things import PLACE_SOURCES, UNTIL, Encode, PictureCall, Tiling
-from mole_diffusers.patching.subjects.tiles import Tiles, draws_in_tiles, explain, things_for_tiles
+from mole_diffusers.patching.subjects.tiles import Tiles
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"

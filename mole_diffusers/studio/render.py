@@ -23,8 +23,8 @@ from mole_diffusers.merging.merge import METHODS, by_activations, merge
 from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.install.pipeline_lock import PipelineLock
+from mole_diffusers.patching.subjects.apart import begin_of_tiles, draws_in_tiles, explain, size_for_tiles
 from mole_diffusers.patching.subjects.things import SINCE, UNTIL, Tiling
-from mole_diffusers.patching.subjects.tiles import begin_of_tiles, draws_in_tiles, explain, size_for_tiles
 from mole_diffusers.studio import detail_pass, embeddings, picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash

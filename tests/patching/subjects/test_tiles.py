@@ -18,7 +18,7 @@ from mole_diffusers.binding.layout import strips
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.gating.gate_site import GateSite
-from mole_diffusers.patching.subjects.tiles import draws_in_tiles, size_for_tiles
+from mole_diffusers.patching.subjects.apart import draws_in_tiles, size_for_tiles
 from mole_diffusers.patching.subjects.windows import silhouette
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 

@@ -1,0 +1,142 @@
+"""Which things of a call are drawn apart, in which windows and from which step on; and why a call is drawn as one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+
+from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding.who_acts import Explanation, roles
+from mole_diffusers.patching.subjects.things import SINCE, SINCE_OVERLAPPING, PictureCall, PromptThings, Tiling
+from mole_diffusers.patching.subjects.windows import Window, around, meeting_of, touching
+
+# Arguments of calls that only ask for pictures of a prompt. Tiles do not support anything else, such as an input image.
+OF_A_PROMPT = {
+    "prompt", "negative_prompt", "negative_prompt_2", "negative_prompt_embeds", "negative_pooled_prompt_embeds", "height",
+    "width", "num_inference_steps", "guidance_scale", "guidance_rescale", "num_images_per_prompt", "eta", "generator",
+    "latents", "output_type", "return_dict", "clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+    "cross_attention_kwargs",
+}  # fmt: skip
+OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call with the text states of a known prompt
+# What SDXL is told besides the prompt. Each tile is told its own part of the prompt, and its place in the picture.
+OF_WHOLE_PICTURE = {"prompt_2"} | {
+    f"{of}{name}" for of in ("", "negative_") for name in ("original_size", "crops_coords_top_left", "target_size")
+}
+SCALE_ONLY = "in cross_attention_kwargs, tiles only know the scale of LoRAs, not {!r}"
+
+
+def begin_of_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> float | None:
+    """The share of the steps after which a bound mixture by itself draws the pictures of a call in tiles; None if it never
+    does. The call includes their size.
+    """
+    read = PictureCall(pipe, Tiling(), call, bound, acting)
+    things = things_for_tiles(read)
+    if things is None or read.for_processors or not _has_room(read, things):
+        return None
+    return since_of(Tiling(), meeting(pipe.unet, _windows_in(read, things)))
+
+
+def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
+    """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
+    return begin_of_tiles(pipe, call, bound, acting) is not None
+
+
+def explain(
+    pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
+) -> Explanation:
+    """Who acts on the prompt of a call, where and why, and the prompts of its tiles. See `Mixture.explain`."""
+    read, things = PictureCall(pipe, tiling, call, bound, acting), PromptThings(call["prompt"], bound, acting)
+    found = roles(list(bound), things.bound, [name in acting for name in bound], things.sentence)
+    why = _why_no_tiles(read)
+    tiles = None if why else [part.text for _, part in things.apart]
+    return Explanation(found, tiles, why, things.sentence.contacts)
+
+
+def _why_no_tiles(call: PictureCall) -> str:
+    """Why the picture of a call is drawn as one; "" if it is drawn in tiles. Without a size, as if there were room."""
+    things = call.things
+    if call.tiling.until == 0:
+        return "tiles are off"
+    if things is None or things.why_not_apart:
+        return call.obstacle if things is None else things.why_not_apart
+    if call.given.get("width") is None or call.obstacle:
+        return call.obstacle if call.given.get("width") is not None else ""
+    if _has_room(call, things):
+        return ""
+    return f"{call.given['width']} x {call.given['height']} pixels are too small to draw each thing apart"
+
+
+def size_for_tiles(
+    pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str], most: int
+) -> tuple[int, int] | None:
+    """The smallest width and height in pixels at which `draws_in_tiles`, in whole pictures of the size that the UNet was
+    trained at; None if there is none with sides of at most `most` pixels."""
+    read = PictureCall(pipe, Tiling(), call, bound, acting)
+    things = things_for_tiles(read)
+    if things is None or read.for_processors or not isinstance(side := pipe.unet.config.sample_size, int):
+        return None
+    times = range(1, min(len(things.apart), most // (side * pipe.vae_scale_factor)) + 1)
+    for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
+        if have_room(pipe.unet, windows_of(pipe.unet, things, height * side, width * side)):
+            return width * side * pipe.vae_scale_factor, height * side * pipe.vae_scale_factor
+    return None
+
+
+def things_for_tiles(call: PictureCall) -> PromptThings | None:
+    """The things that a call is drawn of, in tiles if there is room; None if its picture is drawn as one.
+
+    Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
+    """
+    things, always, reason = call.things, call.tiling.always, call.obstacle
+    if reason and always:
+        raise ValueError(reason)
+    if reason or things is None or len(things.apart) < 2:
+        return None
+    given = {name for name, value in call.given.items() if value is not None}
+    if always and (lost := sorted(given & OF_WHOLE_PICTURE)):
+        raise ValueError(f"each tile has a prompt and a size of its own: draw without {' and '.join(lost)}")
+    if always and call.for_processors:
+        raise ValueError(f"{SCALE_ONLY.format(call.for_processors[0])}: draw without it, or without tiles")
+    allowed = OF_A_PROMPT | OF_STATES if call.gives_states else OF_A_PROMPT
+    return things if always or (not things.why_not_apart and given <= allowed) else None
+
+
+def windows_of(unet: Any, things: PromptThings, height: int, width: int) -> list[Window]:
+    """The windows of the things of a prompt in latents of this size."""
+    trained, step = unet.config.sample_size, 2 ** (len(unet.config.block_out_channels) - 1)
+    trained = trained if isinstance(trained, int) else 0
+    if things.contact is not None:
+        return touching(height, width, trained, things.contact.is_stacked)
+    return [around(mask, trained, step) for mask in things.masks(height, width)]
+
+
+def have_room(unet: Any, windows: Sequence[Window]) -> bool:
+    """Whether the UNet was trained with pictures that are as large as each window."""
+    trained = unet.config.sample_size
+    return isinstance(trained, int) and all(window.has_room(trained) for window in windows)
+
+
+def _windows_in(call: PictureCall, things: PromptThings) -> list[Window]:
+    """The windows of the things of a call in its picture."""
+    height, width = (call.given[side] // call.pipe.vae_scale_factor for side in ("height", "width"))
+    return windows_of(call.pipe.unet, things, height, width)
+
+
+def _has_room(call: PictureCall, things: PromptThings) -> bool:
+    """Whether the things of a call have room in its picture."""
+    return have_room(call.pipe.unet, _windows_in(call, things))
+
+
+def meeting(unet: Any, windows: Sequence[Window]) -> torch.Tensor | None:
+    """Where two windows meet, see `meeting_of`."""
+    return meeting_of(windows[0], windows[1], unet.config.sample_size) if len(windows) == 2 else None
+
+
+def since_of(tiling: Tiling, meeting: torch.Tensor | None) -> float:
+    """The share of the steps before the tiles."""
+    if tiling.since is not None:
+        return tiling.since
+    return min(SINCE if meeting is None else SINCE_OVERLAPPING, tiling.until / 2)
