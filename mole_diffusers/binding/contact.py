@@ -29,11 +29,11 @@ SAID = [  # what stands between two things, their relation, and whether the seco
         (r"ridden by", "riding", True),
         (r"in front of", "in front of", False),
         (r"behind", "behind", False),
-        (rf"(?:{TOUCHING}|{HANDS})(?: (?:with|against|up to|up against))?", "hugging", False),
+        (rf"(?:{TOUCHING}|{HANDS})(?: (?:with|against|up to|up against))?|against", "hugging", False),
         (r"(?:hugged|kissed|embraced|petted|cuddled|touched) by", "hugging", True),
         (rf"(?:{CARRYING})(?: (?:up|aloft))?", "holding", False),
         (r"(?:held|carried|lifted|cradled) by|in the (?:arms|hands?|paws?) of", "holding", True),
-        (r"(?:climb(?:s|ing) )?(?:on|upon|atop|onto|on top of|on the (?:back|shoulders?|head|lap) of)|against", "on", False),
+        (r"(?:climb(?:s|ing) )?(?:on|upon|atop|onto|on top of|on the (?:back|shoulders?|head|lap) of)", "on", False),
     )
 ]
 FARTHEST = 10  # words of a noun phrase, or between two

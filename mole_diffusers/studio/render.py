@@ -24,7 +24,7 @@ from mole_diffusers.mixture import Mixture, attach, attached, detach
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.install.pipeline_lock import PipelineLock
 from mole_diffusers.patching.subjects.apart import begin_of_tiles, draws_in_tiles, explain, size_for_tiles
-from mole_diffusers.patching.subjects.things import SINCE, UNTIL, Tiling
+from mole_diffusers.patching.subjects.things import UNTIL, Tiling
 from mole_diffusers.studio import detail_pass, embeddings, picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
@@ -266,7 +266,7 @@ class Studio:
 
     def _note_on_room(self, size: tuple[int, int]) -> str:
         """What is said of a size with room for several subjects, which is larger than the base was trained at."""
-        words = f"from {size[0]} x {size[1]} pixels on, each subject is drawn by itself in some steps"
+        words = f"at {size[0]} x {size[1]} pixels, each subject is drawn by itself in some steps"
         if self.base != WORLD:
             width, height = usual_size(self.pipe, self.base, "")
             words += f"; the base was trained at {width} x {height}, and may draw things twice there"
@@ -354,12 +354,10 @@ class Studio:
         if recipe.image or recipe.arm != "gates" or recipe.binding not in (AUTO, TILES):
             return ""
         asked = self._bound_call(recipe)
-        since = None if asked is None else begin_of_tiles(self.pipe, *asked)
-        if since is None:
-            if recipe.binding == AUTO:
-                return ""
-            since = SINCE
-        return "each subject by itself" if since * recipe.steps < step - 1e-5 <= UNTIL * recipe.steps else ""
+        since = None if asked is None else begin_of_tiles(self.pipe, Tiling(always=recipe.binding == TILES), *asked)
+        if since is None or step <= max(1, since * recipe.steps) + 1e-5 or step > UNTIL * recipe.steps + 1e-5:
+            return ""
+        return "each subject by itself"
 
     def _pass(
         self,

@@ -167,7 +167,7 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo, roo
 
 def of_room(width, height, own=(32, 32)):
     beyond = f"the base was trained at {own[0]} x {own[1]}, and may draw things twice there"
-    return f"from {width} x {height} pixels on, each subject is drawn by itself in some steps; {beyond}"
+    return f"at {width} x {height} pixels, each subject is drawn by itself in some steps; {beyond}"
 
 
 @pytest.mark.parametrize("host", ["sd15", *thorough("sdxl")])

@@ -10,8 +10,8 @@ import torch
 
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.who_acts import Explanation, roles
-from mole_diffusers.patching.subjects.things import SINCE, SINCE_OVERLAPPING, PictureCall, PromptThings, Tiling
-from mole_diffusers.patching.subjects.windows import Window, around, meeting_of, touching
+from mole_diffusers.patching.subjects.things import SINCE, PictureCall, PromptThings, Tiling
+from mole_diffusers.patching.subjects.windows import Window, border_of, window_around, windows_of_two_that_touch
 
 # Arguments of calls that only ask for pictures of a prompt. Tiles do not support anything else, such as an input image.
 OF_A_PROMPT = {
@@ -25,23 +25,30 @@ OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call wit
 OF_WHOLE_PICTURE = {"prompt_2"} | {
     f"{of}{name}" for of in ("", "negative_") for name in ("original_size", "crops_coords_top_left", "target_size")
 }
+SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, so they agree on a scene earlier
 SCALE_ONLY = "in cross_attention_kwargs, tiles only know the scale of LoRAs, not {!r}"
 
 
-def begin_of_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> float | None:
-    """The share of the steps after which a bound mixture by itself draws the pictures of a call in tiles; None if it never
-    does. The call includes their size.
+def begin_of_tiles(
+    pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
+) -> float | None:
+    """The share of the steps after which a bound mixture draws the pictures of a call in tiles; None if it never does.
+
+    The call includes their size.
     """
-    read = PictureCall(pipe, Tiling(), call, bound, acting)
+    read = PictureCall(pipe, tiling, call, bound, acting)
     things = things_for_tiles(read)
-    if things is None or read.for_processors or not _has_room(read, things):
+    if things is None or read.for_processors:
         return None
-    return since_of(Tiling(), meeting(pipe.unet, _windows_in(read, things)))
+    windows = _windows_in(read, things)
+    if not tiling.always and not have_room(pipe.unet, windows):
+        return None
+    return since_of(tiling, border(pipe.unet, things, windows))
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
     """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
-    return begin_of_tiles(pipe, call, bound, acting) is not None
+    return begin_of_tiles(pipe, Tiling(), call, bound, acting) is not None
 
 
 def explain(
@@ -64,9 +71,12 @@ def _why_no_tiles(call: PictureCall) -> str:
         return call.obstacle if things is None else things.why_not_apart
     if call.given.get("width") is None or call.obstacle:
         return call.obstacle if call.given.get("width") is not None else ""
-    if _has_room(call, things):
+    if have_room(call.pipe.unet, _windows_in(call, things)):
         return ""
-    return f"{call.given['width']} x {call.given['height']} pixels are too small to draw each thing apart"
+    size = f"{call.given['width']} x {call.given['height']} pixels"
+    if things.contact is None:
+        return f"{size} are too small to draw each thing apart"
+    return f"{size} have no room for one thing {'above' if things.contact.is_stacked else 'beside'} the other"
 
 
 def size_for_tiles(
@@ -76,7 +86,7 @@ def size_for_tiles(
     trained at; None if there is none with sides of at most `most` pixels."""
     read = PictureCall(pipe, Tiling(), call, bound, acting)
     things = things_for_tiles(read)
-    if things is None or read.for_processors or not isinstance(side := pipe.unet.config.sample_size, int):
+    if things is None or read.for_processors or not (side := _trained(pipe.unet)):
         return None
     times = range(1, min(len(things.apart), most // (side * pipe.vae_scale_factor)) + 1)
     for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
@@ -106,17 +116,22 @@ def things_for_tiles(call: PictureCall) -> PromptThings | None:
 
 def windows_of(unet: Any, things: PromptThings, height: int, width: int) -> list[Window]:
     """The windows of the things of a prompt in latents of this size."""
-    trained, step = unet.config.sample_size, 2 ** (len(unet.config.block_out_channels) - 1)
-    trained = trained if isinstance(trained, int) else 0
+    trained, step = _trained(unet), 2 ** (len(unet.config.block_out_channels) - 1)
     if things.contact is not None:
-        return touching(height, width, trained, things.contact.is_stacked)
-    return [around(mask, trained, step) for mask in things.masks(height, width)]
+        return windows_of_two_that_touch(height, width, trained, step, things.contact.is_stacked)
+    return [window_around(mask, trained, step) for mask in things.masks(height, width)]
+
+
+def _trained(unet: Any) -> int:
+    """The side of the pictures that a UNet was trained with; 0 if it is not one number."""
+    side = unet.config.sample_size
+    return side if isinstance(side, int) else 0
 
 
 def have_room(unet: Any, windows: Sequence[Window]) -> bool:
     """Whether the UNet was trained with pictures that are as large as each window."""
-    trained = unet.config.sample_size
-    return isinstance(trained, int) and all(window.has_room(trained) for window in windows)
+    trained = _trained(unet)
+    return trained > 0 and all(window.has_room(trained) for window in windows)
 
 
 def _windows_in(call: PictureCall, things: PromptThings) -> list[Window]:
@@ -125,18 +140,15 @@ def _windows_in(call: PictureCall, things: PromptThings) -> list[Window]:
     return windows_of(call.pipe.unet, things, height, width)
 
 
-def _has_room(call: PictureCall, things: PromptThings) -> bool:
-    """Whether the things of a call have room in its picture."""
-    return have_room(call.pipe.unet, _windows_in(call, things))
+def border(unet: Any, things: PromptThings, windows: Sequence[Window]) -> torch.Tensor | None:
+    """[H, W] bool, where silhouettes divide two windows, see `border_of`; None where the user did."""
+    if len(windows) != 2 or any(things.is_given(thing) for thing, _ in things.apart):
+        return None
+    return border_of(windows[0], windows[1], _trained(unet))
 
 
-def meeting(unet: Any, windows: Sequence[Window]) -> torch.Tensor | None:
-    """Where two windows meet, see `meeting_of`."""
-    return meeting_of(windows[0], windows[1], unet.config.sample_size) if len(windows) == 2 else None
-
-
-def since_of(tiling: Tiling, meeting: torch.Tensor | None) -> float:
+def since_of(tiling: Tiling, border: torch.Tensor | None) -> float:
     """The share of the steps before the tiles."""
     if tiling.since is not None:
         return tiling.since
-    return min(SINCE if meeting is None else SINCE_OVERLAPPING, tiling.until / 2)
+    return min(SINCE if border is None else SINCE_OVERLAPPING, tiling.until / 2)

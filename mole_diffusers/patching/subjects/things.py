@@ -19,7 +19,6 @@ from mole_diffusers.binding.words import ThingKey, keys
 from mole_diffusers.patching.host.denoiser_inputs import is_one_graph, lora_scale
 
 SINCE, UNTIL = 0.4, 0.8  # shares of the steps
-SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, so they agree on a scene earlier
 OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 Alone = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts act, on every word
@@ -34,7 +33,7 @@ class Tiling:
     """Which steps of a picture are drawn in tiles, see `Mixture.tiled`."""
 
     until: float = UNTIL  # the share of the steps in 0..1, from pure noise, after which it is drawn as one; 0 for no tiles
-    since: float | None = None
+    since: float | None = None  # the share before them; None for the usual one
     always: bool = False
     prompt: str | None = None
     encode: Encode | None = None
@@ -69,13 +68,19 @@ class PromptThings:
         self.outside = [self.names[k] for k in self.everywhere if self.bound[k].given is not None]
 
     def _only_contact(self, on: Sequence[bool]) -> Contact | None:
-        """The contact of two things without a given region, if the prompts of the two have all words of experts."""
+        """The contact of two things without a given region, if no words of others are in the prompt, but for styles."""
         if len(self.sentence.contacts) != 1:
             return None
         (contact,) = self.sentence.contacts
-        words = [own for own, acts in zip(self.sentence.words, on, strict=True) if acts]
-        is_given = any(given_region(thing, self.bound) is not None for thing in contact.things)
-        return None if is_given or why_unparted(contact.parts, contact.things, words) else contact
+        own = {k for thing in contact.things for k in thing.experts}
+        spoken = [k for k, acts in enumerate(on) if acts and self.sentence.words[k]]
+        if any(self.is_given(thing) for thing in contact.things) or not set(spoken) <= own | self.sentence.styles:
+            return None
+        return None if why_unparted(contact.parts, contact.things, [self.sentence.words[k] for k in spoken]) else contact
+
+    def is_given(self, thing: Mention) -> bool:
+        """Whether the user gave a thing its region."""
+        return given_region(thing, self.bound) is not None
 
     def drawing(self, thing: Mention, part: Part) -> tuple[str, ...]:
         """The experts that draw a thing alone: its own, and the others, unless their words stand elsewhere."""

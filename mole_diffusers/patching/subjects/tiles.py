@@ -25,7 +25,7 @@ from mole_diffusers.binding.sentence import Part
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.unchanged import LastTensor
 from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, Groups, groups_of
-from mole_diffusers.patching.subjects.apart import SCALE_ONLY, have_room, meeting, since_of, windows_of
+from mole_diffusers.patching.subjects.apart import SCALE_ONLY, border, have_room, since_of, windows_of
 from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces
 from mole_diffusers.patching.subjects.windows import STEADY, Window, silhouette
 from mole_diffusers.patching.undo import replaced_forward
@@ -51,6 +51,7 @@ class TileInputs:
     added: Sequence[Mapping[str, torch.Tensor]]  # what SDXL reads besides, for each tile; none for other models
     shares: torch.Tensor  # [K, H, W], how much each tile counts at a place
     outside: torch.Tensor | None  # [H, W], how much the picture as a whole does; None if it counts nowhere
+    border: torch.Tensor | None  # [H, W] bool, where the silhouette of the thing in front decides whose a place is
     groups: Groups  # how guidance has combined the rows
 
 
@@ -60,7 +61,7 @@ class Plan:
 
     tiles: Sequence[Tile]
     since: float  # share of the steps before the tiles
-    meeting: torch.Tensor | None  # [H, W] bool, where the silhouette of the thing in front decides; of two that overlap
+    border: torch.Tensor | None  # [H, W] bool, where silhouettes divide two tiles that overlap
     front: int  # which of the tiles that is
     layout: Tile | None  # draws the steps before the tiles; None for the picture as it is drawn without tiles
 
@@ -76,7 +77,6 @@ class Tiles:
         self._text = LastTensor()
         self._inputs: dict[bool, TileInputs] = {}  # of the layout and of the tiles, for this text
         self._in_front: torch.Tensor | None = None  # [P, h, w], the silhouette of the thing in front, over the steps
-        self._is_part = False  # whether the UNet is called for a part
         self._schedule = LastTensor()
         self._levels: list[float] = []  # of noise, for each timestep of this schedule
 
@@ -88,13 +88,15 @@ class Tiles:
 
     def _denoise(self, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The UNet's prediction; `whole` draws the picture as one."""
-        if self._is_part or (plan := self._plan(args, kwargs)) is None:
+        if (plan := self._plan(args, kwargs)) is None:
             return whole(*args, **kwargs)
         begun, total = self._steps_until_here(args, kwargs)
-        is_layout = begun <= plan.since * total + 1e-5
+        before = plan.since * total if self.call.tiling.since is not None else max(1, plan.since * total)
+        is_layout = begun <= before + 1e-5
         if begun > self.call.tiling.until * total + 1e-5 or (is_layout and plan.layout is None):
+            self._in_front = None
             return whole(*args, **kwargs)
-        out = self._parts([plan.layout] if is_layout and plan.layout else plan.tiles, plan, whole, args, kwargs)
+        out = self._parts(plan, is_layout, whole, args, kwargs)
         return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
 
     def _steps_until_here(self, args: tuple, kwargs: dict) -> tuple[int, int]:
@@ -140,20 +142,23 @@ class Tiles:
         for (thing, part), window in zip(things.apart, windows, strict=True):
             names = things.drawing(thing, part)
             tiles.append(Tile(names, *self._encoded(part, names), window))
-        if why := self._unread(tiles, tokens):
-            if always:
-                raise ValueError(why)
+        why = self._why_not(tiles, tokens)
+        if why and always:
+            raise ValueError(why)
+        if why:
             return None
-        meets, contact = meeting(unet, windows), things.contact
-        since = since_of(self.call.tiling, meets)
-        return Plan(tiles, since, meets, contact.front if contact else 0, self._layout(height, width) if contact else None)
+        divided, contact = border(unet, things, windows), things.contact
+        since = since_of(self.call.tiling, divided)
+        if contact is None:
+            return Plan(tiles, since, divided, front=0, layout=None)
+        return Plan(tiles, since, divided, contact.front, self._layout(height, width))
 
-    def _unread(self, tiles: Sequence[Tile], tokens: int) -> str:
-        """Why a text of so many tokens cannot be drawn in these tiles; "" if it can. Sets the places of listed things."""
+    def _why_not(self, tiles: Sequence[Tile], tokens: int) -> str:
+        """Why a text of so many tokens cannot be drawn in these tiles; "" if it can, and then listed things have places."""
         if any((short := tile.text.shape[1]) != tokens for tile in tiles):
             return f"tiles read prompts of {short} tokens, and this one has {tokens}: shorten it"
         places = {key: tile.window.mask for key, tile in zip(self.things.keys, tiles, strict=False)}
-        if self.things.contact is not None or self.set_places(places):
+        if not self.things.sentence.things or self.set_places(places):
             return ""
         named = " and ".join(repr(thing.name) for thing, _ in self.things.apart)
         return f"the text encoder reads other things in this prompt than {named}: shorten or reword it"
@@ -169,18 +174,17 @@ class Tiles:
         with torch.no_grad(), self.alone(names):
             return self.call.encode(part)
 
-    def _parts(
-        self, tiles: Sequence[Tile], plan: Plan, whole: Callable[..., Any], args: tuple, kwargs: dict
-    ) -> torch.Tensor:
-        """The UNet's prediction, tile by tile. Outside of all tiles it is that of `whole`, where words of things are
-        closed.
+    def _parts(self, plan: Plan, is_layout: bool, whole: Callable[..., Any], args: tuple, kwargs: dict) -> torch.Tensor:
+        """The UNet's prediction, tile by tile, or of the layout. Outside of all tiles it is that of `whole`, where words of
+        listed things are closed.
         """
+        tiles = [plan.layout] if is_layout and plan.layout else plan.tiles
         latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
         if not self._text.is_again(text):
             self._inputs = {}
-        is_layout = tiles is not plan.tiles
         if is_layout not in self._inputs or self._inputs[is_layout].shares.shape[1:] != latents.shape[2:]:
-            self._inputs[is_layout] = self._inputs_of(tiles, text, latents, kwargs.get("added_cond_kwargs"))
+            divided = None if is_layout else plan.border
+            self._inputs[is_layout] = self._inputs_of(tiles, divided, text, latents, kwargs.get("added_cond_kwargs"))
         inputs = self._inputs[is_layout]
         call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
         channels = self.call.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
@@ -189,8 +193,8 @@ class Tiles:
             out += inputs.outside * whole(**call)[0]
         parts = [self._part(tile, i, inputs, call, latents) for i, tile in enumerate(tiles)]
         shares = list(inputs.shares)
-        if plan.meeting is not None and not is_layout:
-            shares = self._by_silhouette(plan, plan.meeting, parts, inputs)
+        if inputs.border is not None:
+            shares = self._by_silhouette(plan, inputs.border, parts, inputs)
         for tile, part, share in zip(tiles, parts, shares, strict=True):
             top, bottom, left, right = tile.window.box
             out[..., top:bottom, left:right] += share[..., top:bottom, left:right] * part
@@ -207,19 +211,15 @@ class Tiles:
         }
         if inputs.added:
             changed["added_cond_kwargs"] = {**call["added_cond_kwargs"], **inputs.added[number]}
-        self._is_part = True
-        try:
-            with self.alone(tile.names):
-                return self.call.pipe.unet(**{**call, **changed})[0]
-        finally:
-            self._is_part = False
+        with self.alone(tile.names):
+            return self.call.pipe.unet(**{**call, **changed})[0]
 
     def _by_silhouette(
-        self, plan: Plan, meeting: torch.Tensor, parts: Sequence[torch.Tensor], inputs: TileInputs
+        self, plan: Plan, border: torch.Tensor, parts: Sequence[torch.Tensor], inputs: TileInputs
     ) -> list[torch.Tensor]:
-        """How much two tiles count, [B, 1, H, W] each: where they meet, the silhouette of the thing in front decides."""
+        """How much two tiles count, [B, 1, H, W] each: at their border, the silhouette of the thing in front decides."""
         groups, shares = inputs.groups, list(inputs.shares)
-        if groups.count(True) != 1 or False not in groups:
+        if set(groups) != {True, False}:
             return shares  # without guidance, nothing tells a thing from what is around it
         rows = parts[plan.front].chunk(len(groups))
         outline = silhouette(rows[groups.index(True)] - rows[groups.index(False)])
@@ -230,23 +230,29 @@ class Tiles:
         height, width = shares[0].shape
         inside = F.pad(outline, (left, width - right, top, height - bottom)).to(shares[0])  # [P, H, W]
         inside = inside.repeat(len(groups), 1, 1)[:, None]  # [B, 1, H, W]
-        meets = onto(meeting, inside.device)
-        shares[plan.front] = torch.where(meets, inside, shares[plan.front])
-        shares[1 - plan.front] = torch.where(meets, 1 - inside, shares[1 - plan.front])
+        shares[plan.front] = torch.where(border, inside, shares[plan.front])
+        shares[1 - plan.front] = torch.where(border, 1 - inside, shares[1 - plan.front])
         return shares
 
     def _inputs_of(
-        self, tiles: Sequence[Tile], text: torch.Tensor, latents: torch.Tensor, added: Mapping[str, Any] | None
+        self,
+        tiles: Sequence[Tile],
+        border: torch.Tensor | None,
+        text: torch.Tensor,
+        latents: torch.Tensor,
+        added: Mapping[str, Any] | None,
     ) -> TileInputs:
         groups = groups_of(self.call.pipe, text, latents) or (True,)
         prompted = torch.tensor(groups, device=text.device).repeat_interleave(len(text) // len(groups))  # [B]
         texts = [torch.where(prompted[:, None, None], tile.text.to(text), text) for tile in tiles]
         masks = torch.stack([tile.window.mask for tile in tiles])  # [K, H, W]
         outside = (1 - masks.sum(0)).clamp_min(0)
+        if border is not None and False in groups:  # silhouettes share all of it
+            outside, border = outside.masked_fill(border, 0), onto(border, latents.device)
         shares = (masks / masks.sum(0).clamp_min(1)).to(latents)
         for_sdxl = added is not None and all(tile.pooled is not None for tile in tiles)
         known = [self._added(tile, prompted, latents, added) for tile in tiles if added is not None and for_sdxl]
-        return TileInputs(texts, known, shares, outside.to(latents) if outside.any() else None, groups)
+        return TileInputs(texts, known, shares, outside.to(latents) if outside.any() else None, border, groups)
 
     def _added(
         self, tile: Tile, prompted: torch.Tensor, latents: torch.Tensor, whole: Mapping[str, Any]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 ROOM = 0.75  # a place has room if its sides are at least this share of the side that the UNet was trained at
-MEETING = 3 / 16  # of that side: so near to another's place, silhouettes decide whose it is
+BORDER = 3 / 16  # of that side: so near to another's place, silhouettes decide whose it is
 STEADY = 0.5  # share of the silhouettes of earlier steps in that of a step
 INSIDE, OUTSIDE = 0.6, 0.3  # how much guidance changes a thing and what is around it, relative to where it changes most
 Box = tuple[int, int, int, int]  # top, bottom, left, right, in latent pixels
@@ -34,7 +34,7 @@ def extent(mask: torch.Tensor) -> Box:
     return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
 
 
-def around(mask: torch.Tensor, trained: int, step: int) -> Window:
+def window_around(mask: torch.Tensor, trained: int, step: int) -> Window:
     """The window of a place [H, W]. One that is a little smaller than what a UNet was trained with is enlarged to that.
 
     Its sides are multiples of `step`, so that a UNet can halve it without a remainder.
@@ -60,37 +60,38 @@ def _centred(middle: float, length: int, size: int) -> tuple[int, int]:
     return begin, begin + length
 
 
-def touching(height: int, width: int, trained: int, stacked: bool) -> list[Window]:
-    """Two windows that overlap by half, in the middle of the picture: one above the other, or side by side.
+def windows_of_two_that_touch(height: int, width: int, trained: int, step: int, stacked: bool) -> list[Window]:
+    """Two windows, one above the other or side by side, that share half of `trained` pixels in the middle of the picture.
 
-    Each place is the window up to the middle between them.
+    Each place is a half of the picture. Sides are multiples of `step`, as those of the picture.
     """
-    length, across = (height, width) if stacked else (width, height)
+    length = height if stacked else width
+    side = min(-(-(length // 2 + trained // 4) // step) * step, length)
     found = []
-    for side in (-1, 1):
-        along = _centred(length / 2 + side * trained / 4, trained, length)
-        rest = _centred(across / 2, trained, across)
-        box = (*along, *rest) if stacked else (*rest, *along)
+    for is_second in (False, True):
+        along = (length - side, length) if is_second else (0, side)
+        half = (length // 2, length) if is_second else (0, length // 2)
         mask = torch.zeros(height, width)
-        mask[box[0] : box[1], box[2] : box[3]] = 1
-        half = mask[: height // 2] if stacked else mask[:, : width // 2]
-        other = mask[height // 2 :] if stacked else mask[:, width // 2 :]
-        (other if side < 0 else half).zero_()
-        found.append(Window(mask, box))
+        mask[slice(*half) if stacked else slice(None), slice(None) if stacked else slice(*half)] = 1
+        found.append(Window(mask, (*along, 0, width) if stacked else (0, height, *along)))
     return found
 
 
-def meeting_of(first: Window, second: Window, trained: int) -> torch.Tensor | None:
-    """[H, W] bool: what is near to both places and in both windows; None if there is nothing, or the places overlap."""
-    if (first.mask * second.mask).any():
+def border_of(first: Window, second: Window, trained: int) -> torch.Tensor | None:
+    """[H, W] bool: what is near to both places and in both windows.
+
+    None if the places overlap, or the windows do not share enough to hold it.
+    """
+    reach = round(BORDER * trained)
+    top, bottom, left, right = (
+        choose(pair) for choose, pair in zip((max, min, max, min), zip(first.box, second.box, strict=True), strict=True)
+    )
+    if min(bottom - top, right - left) < max(1, 2 * reach) or torch.minimum(first.mask, second.mask).max() > 0.5:
         return None
-    reach = round(MEETING * trained)
-    near = [F.max_pool2d(w.mask[None, None], 2 * reach + 1, 1, reach)[0, 0] > 0 for w in (first, second)]
-    for near_it, (_, (top, bottom, left, right)) in zip(near, (first, second), strict=True):
-        inside = torch.zeros_like(near_it)
-        inside[top:bottom, left:right] = True
-        near_it &= inside
-    both = near[0] & near[1]
+    near = [F.max_pool2d(each.mask[None, None], 2 * reach + 1, 1, reach)[0, 0] > 0 for each in (first, second)]
+    shared = torch.zeros_like(near[0])
+    shared[top:bottom, left:right] = True
+    both = near[0] & near[1] & shared
     return both if both.any() else None
 
 

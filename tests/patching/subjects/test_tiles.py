@@ -14,11 +14,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.layout import strips
+from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.subjects.apart import draws_in_tiles, size_for_tiles
+from mole_diffusers.patching.subjects.things import PromptThings
 from mole_diffusers.patching.subjects.windows import silhouette
 from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
@@ -386,13 +389,79 @@ def test_two_that_touch_are_drawn_as_one_beside_others_or_in_given_regions_or_wi
         return not torch.equal(latent(pipe, prompt, x), as_one)
 
     assert is_apart()
-    assert is_apart(f"{TOUCHING},ink")
+    assert not is_apart(f"{TOUCHING},ink")  # nothing says that ink is a style
     assert not is_apart(x=noise(8, 12))  # no room for one above the other
     assert not is_apart(x=noise(8, 8))
-    assert "small" in mixture.explain(TOUCHING, 24, 16).why_no_tiles
+    assert "no room for one thing above the other" in mixture.explain(TOUCHING, 24, 16).why_no_tiles
     assert mixture.explain(TOUCHING, 16, 24).tiles == ["a fox", "a hen"]
     mixture.bind({"fox": (None, "top")})
     assert not is_apart()
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a fox riding an owl and a bear", "a bear watches a fox riding an owl", "a bear and a fox riding an owl, night"],
+)
+def test_a_third_lora_keeps_two_that_touch_in_one_picture(prompt):
+    bound = {name: Bound((name,), AUTO) for name in ("fox", "owl", "bear")}
+    assert PromptThings(prompt, bound, list(bound)).contact is None
+    style = {**bound, "ink": Bound(("ink",), AUTO)}
+    assert PromptThings("ink drawing of a fox riding an owl", style, list(style)).contact is not None
+
+
+@pytest.mark.parametrize("regions", [None, ((0.0, 0.0, 0.45, 1.0), (0.55, 0.0, 1.0, 1.0)), ("left", "right")])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_tiles_share_every_place(pipe, experts, regions, guidance, monkeypatch):
+    """A UNet that always predicts 1 predicts 1 in tiles."""
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    if regions is not None:
+        mixture.bind({name: (None, region) for name, region in zip(("fox", "hat"), regions, strict=True)})
+    seen, step = [], pipe.scheduler.step
+
+    def stepped(given, *args, **options):
+        seen.append(given)
+        return step(given, *args, **options)
+
+    monkeypatch.setattr(pipe.scheduler, "step", stepped)
+    monkeypatch.setattr(pipe.unet, "forward", lambda sample, *args, **options: (torch.ones_like(sample),))
+    with mixture.tiled(1.0, since=0, always=False):
+        latent(pipe, x=noise(8, 12), steps=1, guidance_scale=guidance)
+    torch.testing.assert_close(seen[0], torch.ones_like(seen[0]))
+
+
+def test_few_steps_begin_with_the_whole_picture(pipe, small):
+    sizes = []
+
+    def noted(_, args, kwargs):
+        sizes.append(tuple((args[0] if args else kwargs["sample"]).shape[2:]))
+
+    pipe.unet.register_forward_pre_hook(noted, with_kwargs=True)
+    for steps in (1, 2, 3, 4):
+        sizes.clear()
+        latent(pipe, TOUCHING, upright(), steps=steps)
+        assert sizes[0] == (12, 8), steps
+        assert ((8, 8) in sizes) == (steps > 2), steps
+
+
+def test_two_that_are_listed_and_touch_keep_their_halves(pipe, small, recwarn):
+    latent(pipe, "fox+hen hugging", noise(8, 12), steps=5)
+    assert not [w for w in recwarn if "places" in str(w.message)]
+    left = torch.zeros(8, 12)
+    left[:, :6] = 1
+    torch.testing.assert_close(small.layouts[0].regions["fox"], left)
+    torch.testing.assert_close(small.layouts[0].regions["hat"], 1 - left)
+
+
+@pytest.mark.parametrize("side", [None, (8, 8)])
+def test_a_unet_that_does_not_say_its_size_can_be_made_to_draw_in_tiles(pipe, experts, side):
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    with mixture.tiled(1.0, since=0):
+        wanted = latent(pipe)
+    pipe.unet.register_to_config(sample_size=side)
+    with mixture.tiled(1.0, since=0):
+        torch.testing.assert_close(latent(pipe), wanted)
+        latent(pipe, TOUCHING, upright())
 
 
 def test_the_last_steps_are_bound_to_the_places_of_the_tiles(pipe, experts, recwarn):

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from mole_diffusers.patching.subjects.windows import around, extent, meeting_of, silhouette, touching
+from mole_diffusers.patching.subjects.windows import (
+    border_of,
+    extent,
+    silhouette,
+    window_around,
+    windows_of_two_that_touch,
+)
 
 
 def place(height, width, top, bottom, left, right):
@@ -17,46 +23,47 @@ def place(height, width, top, bottom, left, right):
     [((0, 12), (0, 16, 0, 16)), ((12, 24), (0, 16, 8, 24)), ((6, 18), (0, 16, 4, 20))],
 )
 def test_a_place_a_little_smaller_than_a_trained_picture_is_seen_in_a_window_of_that_size(columns, box):
-    window = around(place(16, 24, 0, 16, *columns), 16, 4)
+    window = window_around(place(16, 24, 0, 16, *columns), 16, 4)
     assert window.box == box
     assert window.has_room(16)
 
 
 def test_other_places_are_seen_as_they_are_and_a_small_one_has_no_room():
-    large, small = around(place(32, 64, 0, 32, 3, 30), 16, 4), around(place(16, 64, 0, 16, 0, 11), 16, 4)
+    large, small = window_around(place(32, 64, 0, 32, 3, 30), 16, 4), window_around(place(16, 64, 0, 16, 0, 11), 16, 4)
     assert large.box == (0, 32, 0, 32)
     assert large.has_room(16)
     assert small.box == (0, 16, 0, 12)
     assert not small.has_room(16)
 
 
-@pytest.mark.parametrize("size", [(24, 16), (24, 40), (40, 24)])
+@pytest.mark.parametrize(
+    ("size", "sides"), [((24, 16), (16, 16)), ((24, 40), (16, 40)), ((32, 16), (20, 16)), ((28, 16), (20, 16))]
+)
 @pytest.mark.parametrize("stacked", [True, False])
-def test_two_that_touch_have_windows_half_over_one_another_in_the_middle(size, stacked):
-    height, width = size
-    first, second = touching(height, width, 16, stacked)
-    along = slice(0, 2) if stacked else slice(2, 4)
-    length = height if stacked else width
-    begins = [window.box[along][0] for window in (first, second)]
-    if length < 24:
-        assert not (first.has_room(16) and second.has_room(16))
-        return
-    assert begins == [length // 2 - 12, length // 2 - 4]
-    assert first.has_room(16)
-    assert second.has_room(16)
-    assert not (first.mask * second.mask).any()
-    both = first.mask + second.mask
-    assert extent(both)[along] == (length // 2 - 12, length // 2 + 12)
-    assert both.sum() == 24 * 16
-    meets = meeting_of(first, second, 16)
-    assert extent(meets)[along] == (length // 2 - 3, length // 2 + 3)  # three sixteenths of a window on both sides
+def test_two_that_touch_have_windows_that_share_the_middle_of_the_picture(size, sides, stacked):
+    height, width = size if stacked else size[::-1]
+    first, second = windows_of_two_that_touch(height, width, 16, 4, stacked)
+    for window in (first, second):
+        top, bottom, left, right = window.box
+        assert (bottom - top, right - left) == (sides if stacked else sides[::-1])
+        assert window.has_room(16)
+    assert torch.equal(first.mask + second.mask, torch.ones(height, width))
+    divided = extent(border_of(first, second, 16))[slice(0, 2) if stacked else slice(2, 4)]
+    assert divided == (size[0] // 2 - 3, size[0] // 2 + 3)  # three sixteenths of a window on both sides
 
 
-def test_windows_that_do_not_overlap_and_places_that_do_have_no_meeting():
-    apart = [around(place(16, 32, 0, 16, a, a + 16), 16, 4) for a in (0, 16)]
-    assert meeting_of(*apart, 16) is None
-    shared = [around(place(16, 24, 0, 16, *c), 16, 4) for c in ((0, 13), (11, 24))]
-    assert meeting_of(*shared, 16) is None
+def test_two_that_touch_have_no_room_in_less_than_one_and_a_half_windows():
+    assert not all(window.has_room(16) for window in windows_of_two_that_touch(20, 16, 16, 4, stacked=True))
+    assert not all(window.has_room(16) for window in windows_of_two_that_touch(24, 16, 16, 4, stacked=False))
+
+
+def test_windows_that_hardly_overlap_and_places_that_do_have_no_border():
+    apart = [window_around(place(16, 32, 0, 16, a, a + 16), 16, 4) for a in (0, 16)]
+    assert border_of(*apart, 16) is None
+    shared = [window_around(place(16, 24, 0, 16, *c), 16, 4) for c in ((0, 13), (11, 24))]
+    assert border_of(*shared, 16) is None
+    narrow = [window_around(place(16, 28, 0, 16, *c), 16, 4) for c in ((0, 14), (14, 28))]
+    assert border_of(*narrow, 16) is None  # four columns are shared, and a border has six
 
 
 def test_a_silhouette_is_where_the_prompt_changes_the_prediction_however_strong_it_is():
