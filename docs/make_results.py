@@ -50,8 +50,9 @@ def verdicts(name: str) -> pd.DataFrame:
     """A row per picture, as `tables.as_frame` gives them."""
     rows = pd.read_csv(HERE / "results" / f"{name}.csv.gz", keep_default_na=False)
     rows["success"] = rows["success"].astype(bool)
-    case = rows["concepts"]
-    return rows.assign(case=case, prompt=case, concepts=case.str.split("+"), composer=rows["arm"], group=rows["kind"])
+    case, kind = rows["concepts"], rows["kind"]
+    prompt = kind + ": " + case  # the same two may be a case of several kinds
+    return rows.assign(case=case, prompt=prompt, concepts=case.str.split("+"), composer=rows["arm"], group=kind)
 
 
 def in_order(rows: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:

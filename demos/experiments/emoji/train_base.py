@@ -33,11 +33,11 @@ from mole_diffusers.emoji.scenes import SIDE
 
 BASE = default_folder() / "base"  # the pipeline that was saved last
 TOKENS, WIDTH = 32, 128
-TURNS = ("wide", "broad", "one", "tall", "wide", "high", "square", "one", "large", "wide", "tall")  # canvases, in turn
+TURNS = ("wide", "broad", "one", "high", "tall", "broad", "square", "high", "one", "wide", "broad", "large", "high")
 BATCH = {"one": 16, "wide": 8, "tall": 8, "square": 4, "broad": 10, "high": 10, "large": 6}  # pictures per update
 RATE, EMPTY = 5e-4, 0.1  # peak learning rate; share of empty captions
 NOISY, EXTRA = 600, 0.4  # above this step of 1000, shapes are decided; share of pictures that are noised there in addition
-CHUNKS, GROWN, EVERY = 12, 90, 120  # chunks of the pool at first and in the end; updates per new chunk
+CHUNKS, GROWN, EVERY = 12, 170, 120  # chunks of the pool at first and in the end; updates per new chunk
 
 
 def build_unet() -> UNet2DConditionModel:

@@ -33,7 +33,7 @@ from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.emoji.scenes import CONTACTS, SIDE, STACKED, Scene, squares
 
 BATCH = {1: 32, 2: 18, 3: 9, 4: 9}  # subjects in the picture -> pictures per update
-TURNS = (1, 2, 2, 1, 2, 3, 2, 4)  # subjects per picture in successive updates
+TURNS = (1, 2, 2, 2, 3, 2, 2, 4)  # subjects per picture in successive updates
 CANVASES = ((96, 64), (64, 96), (96, 96))  # of other shapes: one subject, or two closer together
 PASTED = 0.25  # share of pictures that are put together from two scenes
 
@@ -93,9 +93,9 @@ def with_light(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def other_place(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same subjects before another background: of the same name, if it is a landscape, in a quarter of cases."""
+    """The same subjects before another background or, for a quarter of landscapes, before the same one in another light."""
     if scene.background not in words.BACKGROUNDS and rng.random() < 0.25:
-        return scene
+        return replace(scene, light=str(rng.choice([light for light in words.LIGHTS if light != scene.light])))
     others = [b for b in (words.OPEN, *words.PLACES, *words.BACKGROUNDS) if b != scene.background]
     return replace(scene, background=str(rng.choice(others)), light=None)
 
@@ -136,7 +136,7 @@ def _mask(size: tuple[int, int], box: tuple[int, int, int, int], soft: float) ->
 
 def scenes_of(count: int, number: int, rng: np.random.Generator) -> list[Scene]:
     """`number` random scenes of `count` subjects on one canvas. Every eighth subject stands there twice."""
-    upright, odd = bool(rng.integers(2)), rng.random() < 1 / 2
+    upright, odd = bool(rng.integers(2)), rng.random() < (3 / 4 if count == 2 else 1 / 2)  # small subjects are the hardest
     shape = CANVASES[rng.integers(len(CANVASES))] if odd and count < 3 else None
     scenes: list[Scene] = []
     while len(scenes) < number:
