@@ -66,12 +66,12 @@ def test_tools_are_served_only_where_they_are_asked_for(monkeypatch, tmp_path):
 
     monkeypatch.setenv("GRADIO_MCP_SERVER", "true")  # which Gradio would follow
     launch = build.launch
-    assert launch(Page(), server_port=1) == (False, False, 1, None, [{"sites": ()}])
+    assert launch(Page(), server_port=1) == (False, False, 1, None, [{"sites": ()}, {}])  # the last compresses
     served_with = {}
     monkeypatch.setattr(build, "launch", lambda blocks, **options: served_with.update(options))
     pictures = tmp_path / "pictures"
     assert main(["app", "--mcp", "--port", "7999", "--gallery", str(pictures), "--site", "studio.example"]) == 0
-    served = [{"sites": ["studio.example"]}, {"gallery": pictures}]
+    served = [{"sites": ["studio.example"]}, {}, {"gallery": pictures}]
     assert launch(Page(), **served_with) == (True, False, 7999, [str(pictures)], served)
     assert main(["app"]) == 0
     assert launch(Page(), **served_with)[0] is False
