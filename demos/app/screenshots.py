@@ -112,7 +112,8 @@ def gallery(page: Browser) -> None:
 def shoot(page: Browser, path: Path) -> None:
     """Save what is seen without scrolling, in 128 colours, to keep the file small."""
     page.until(lambda: not page.all(".progress-text"), WAIT)
-    page.driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
+    page.driver.execute_script("document.activeElement.blur(); document.querySelector('#controls').scrollTo(0, 0)")
+    page.driver.execute_script("window.scrollTo({top: 0, behavior: 'instant'})")
     page.driver.save_screenshot(str(path))
     with Image.open(path) as image:
         image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -29,13 +29,13 @@ class Painting:
     """The editor in place of the large picture, and its tools. It is seen while a region is painted.
 
     Attributes:
-        panel: all of it.
         which: the LoRA whose region is painted.
     """
 
     def __init__(self, page: Page, stage: Stage):
         self.page, self.stage = page, stage
-        with gr.Column(visible=False, elem_id="painting") as self.panel:
+        # It is hidden by `page.css` while the picture is seen: an editor that is just made loses the paint it is given.
+        with gr.Column(elem_id="painting"):
             self.editor = draw_over.editor(label="Paint where it acts", sources=(), show_label=False, elem_id="paint")
             with gr.Row(elem_id="paint-tools"):
                 self.which = gr.Dropdown(
@@ -50,7 +50,7 @@ class Painting:
     def connect(self, opens: Any) -> None:
         """Connect it. `opens` is the button that opens it; a card that is switched to painted does so, too."""
         page, stage = self.page, self.stage
-        panels = [stage.picture, self.panel, self.editor, self.which, stage.status]
+        panels = [stage.picture, self.editor, self.which, stage.status]
 
         @errors_to(stage.status)
         def opened(
@@ -71,7 +71,6 @@ class Painting:
             colour = ImageColor.getrgb(shades(cards)[name])[:3]
             return {
                 stage.picture: gr.update(visible=False),
-                self.panel: gr.update(visible=True),
                 self.editor: gr.update(value=canvas(background, own, region, colour), brush=draw_over.brush(colour)),
                 self.which: gr.update(choices=names, value=name),
             }
@@ -79,16 +78,14 @@ class Painting:
         def by_card(request: gr.Request, visitor: str, keep: bool, asked: Any, *given: Any) -> Values:
             return opened(request, visitor, keep, asked[0], *given)
 
-        def closed() -> Values:
-            return {stage.picture: gr.update(visible=True), self.panel: gr.update(visible=False)}
-
         @errors_to(stage.status)
         def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], *now: Any) -> Values:
             if not name:
                 raise ValueError("choose the LoRA whose region this is")
             found = {**masks, name: mask_text(painted_mask(painted, edge))}
             said = f"**{markdown(name)}** acts in what you painted, from the next picture on"
-            return page.prompt.edited([name], *now, region=PAINTED) | {page.form.masks: found, stage.status: said} | closed()
+            shown = {page.form.masks: found, stage.status: said, stage.picture: gr.update(visible=True)}
+            return page.prompt.edited([name], *now, region=PAINTED) | shown
 
         sizes = [page.form.controls[name] for name in ("width", "height")]
         given = [page.showing, page.prompt.cards, page.form.masks, page.prompt.text, *sizes]
@@ -97,7 +94,7 @@ class Painting:
         page.prompt.to_paint.change(by_card, [visitor, present, page.prompt.to_paint, *given], panels)
         self.which.input(opened, [visitor, present, self.which, *given], panels, trigger_mode="always_last")
         self.empty.click(opened, [visitor, nothing, self.which, *given], panels)
-        self.back.click(closed, None, panels[:2])
+        self.back.click(lambda: gr.update(visible=True), None, stage.picture)
         taken = [page.form.masks, *page.prompt.written, page.prompt.shown, *panels]
         self.use.click(used, [self.which, self.editor, self.edge, page.form.masks, *page.prompt.written], taken, **ORDERED)
 

@@ -43,10 +43,11 @@ A1111 = "a hat\nNegative prompt: grey\nSteps: 3, Sampler: Euler, CFG scale: 4, S
 @pytest.fixture
 def folder(loras, tmp_path):
     """A folder of LoRAs, some in folders of their own, with pictures and notes beside them."""
-    for name, place, colour in (("fox", "people", "orange"), ("hat", "people", "teal"), ("ink", "styles", "black")):
+    animal, other = ("fox", "animals", "orange"), ("hen", "animals", "teal")
+    for source, (name, place, colour) in zip(loras.values(), (animal, other, ("ink", "styles", "black")), strict=True):
         path = tmp_path / "loras" / place / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(loras[name], path)
+        shutil.copy(source, path)
         Image.new("RGB", (64, 64), colour).save(path.with_suffix(".png"))
         about = {"activation text": name} | ({"preferred weight": 0.6} if name == "ink" else {})
         path.with_suffix(".json").write_text(json.dumps(about))
@@ -78,7 +79,7 @@ def test_a_whole_session(folder, tmp_path, width):
 def _picks_from_the_browser(page):
     page.click("#browse")
     names = lambda: [label.text for label in page.all("#loras .caption-label")]  # noqa: E731
-    page.until(lambda: names() == ["fox", "hat", "ink · 0.6"], WAIT)
+    page.until(lambda: names() == ["fox", "hen", "ink · 0.6"], WAIT)
     page.type("#lora-search :is(input, textarea)", "FO")
     page.until(lambda: names() == ["fox"], WAIT)
     page.type("#lora-search :is(input, textarea)", " ")
@@ -86,14 +87,14 @@ def _picks_from_the_browser(page):
     page.until(lambda: names() == ["ink · 0.6"], WAIT)
     page.choose("#lora-folder", "all folders")
     page.until(lambda: len(names()) == 3, WAIT)
-    for i, name in enumerate(("fox", "hat", "ink")):
+    for i, name in enumerate(("fox", "hen", "ink")):
         page.all("#loras .thumbnail-item")[i].send_keys(Keys.ENTER)  # by keyboard
         page.until(lambda name=name: page.text("#lora-status") == f"added {name}", WAIT)
         page.until(lambda i=i: [("✓" in each) for each in names()].count(True) == i + 1, WAIT)
     page.click("#lora-done")
-    cards(page, "fox", "hat", "ink")
-    assert value(page, "#prompt") == "<lora:fox:1> <lora:hat:1> <lora:ink:0.6>"  # the strength it likes
-    page.type("#prompt textarea", f"a fox and a hat in ink {value(page, '#prompt')}")
+    cards(page, "fox", "hen", "ink")
+    assert value(page, "#prompt") == "<lora:fox:1> <lora:hen:1> <lora:ink:0.6>"  # the strength it likes
+    page.type("#prompt textarea", f"a fox and a hen in ink {value(page, '#prompt')}")
     line = "return getComputedStyle(document.querySelector('.c0 .rest > button'), '::before').content"
     page.until(lambda: page.driver.execute_script(line).startswith('"Acts in its own place on “fox”'), WAIT)
 
@@ -101,8 +102,7 @@ def _picks_from_the_browser(page):
 def _previews_in_the_frame_of_the_picture(page, folder):
     page.type("#steps input[type=number]", "150")
     page.click("#compose")
-    page.until(lambda: drawn(page) > 2 and page.all("#picture img"), WAIT)
-    assert page.text("#compose") == "Cancel"
+    page.until(lambda: page.text("#compose") == "Cancel" and drawn(page) > 2 and page.all("#picture img"), WAIT)
     during = page.driver.execute_script(PLACE, "#picture img")
     button = page.driver.execute_script(PLACE, "#compose")
     page.until(lambda: page.text("#compose-status").startswith("done"), WAIT)
@@ -186,29 +186,29 @@ def test_everything_is_done_by_keyboard(folder, tmp_path):
     with visiting(studio, replace(RECIPE, prompt="", width=64), tmp_path) as page:
         _reaches(page, "#browse", Keys.ENTER)
         page.until(lambda: len(page.all("#loras .thumbnail-item")) == 3, WAIT)
-        for n, name in enumerate(("fox", "hat"), 1):
+        for n, name in enumerate(("fox", "hen"), 1):
             _reaches(page, f"#loras .gallery-item:nth-child({n}) .thumbnail-item", Keys.ENTER)
             page.until(lambda name=name: page.text("#lora-status") == f"added {name}", WAIT)
         _reaches(page, "#lora-done", Keys.ENTER)
-        cards(page, "fox", "hat")
-        _reaches(page, "#prompt textarea", Keys.HOME, "a fox and a hat ")
+        cards(page, "fox", "hen")
+        _reaches(page, "#prompt textarea", Keys.HOME, "a fox and a hen ")
         ActionChains(page.driver).key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
         page.until(lambda: len(kept(tmp_path)) == 1 and page.text("#compose-status").startswith("done"), WAIT)
-        assert infotext.read(kept(tmp_path)[0]).prompt == "a fox and a hat <lora:fox:1> <lora:hat:1>"
+        assert infotext.read(kept(tmp_path)[0]).prompt == "a fox and a hen <lora:fox:1> <lora:hen:1>"
         _reaches(page, ".c0 .place input", Keys.ARROW_RIGHT)
         page.until(lambda: "<lora:fox:1:region=everywhere>" in value(page, "#prompt"), WAIT)
         _reaches(page, ".c1 .rest > button", Keys.ENTER)
         _reaches(page, ".c1 .region input")  # in place of painting
         whole = ActionChains(page.driver).key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL)
         whole.send_keys("left", Keys.ENTER).perform()
-        page.until(lambda: "<lora:hat:1:region=left>" in value(page, "#prompt"), WAIT)
+        page.until(lambda: "<lora:hen:1:region=left>" in value(page, "#prompt"), WAIT)
         _reaches(page, "#compose", Keys.ENTER)
         page.until(lambda: len(kept(tmp_path)) == 2, WAIT)
         page.until(lambda: len(page.all("#strip .thumbnail-item")) == 2 and page.text("#compose") == "Compose", WAIT)
         _reaches(page, "#strip .gallery-item:nth-child(2) .thumbnail-item", Keys.ENTER)
         page.until(lambda: kept(tmp_path)[0].name in page.one("#picture img").get_attribute("src"), WAIT)
         _reaches(page, "#use-settings", Keys.ENTER)
-        page.until(lambda: value(page, "#prompt") == "a fox and a hat <lora:fox:1> <lora:hat:1>", WAIT)
+        page.until(lambda: value(page, "#prompt") == "a fox and a hen <lora:fox:1> <lora:hen:1>", WAIT)
         assert not page.errors()
 
 
