@@ -18,7 +18,6 @@ from mole_diffusers.inspection.layout_figure import overlay
 
 RECENT = 30  # pictures of the strip
 EMPTY = "Describe a picture, add LoRAs, and press Compose."
-PIXELS = 256  # pictures whose longer side is shorter are shown with their pixels as squares
 
 
 class Stage:
@@ -133,8 +132,7 @@ class Stage:
 def framed(size: tuple[int, int]) -> str:
     """CSS that gives the frame of the large picture a shape."""
     width, height = map(int, size)
-    rendering = "pixelated" if max(width, height) < PIXELS else "auto"
-    return f"<style>:root {{ --wide: {width}; --high: {height}; --rendering: {rendering}; }}</style>"
+    return f"<style>:root {{ --wide: {width}; --high: {height}; }}</style>"
 
 
 def connect_use(page: Page, chosen: gr.State, use: gr.Button, over: gr.Button, status: gr.Markdown) -> None:
