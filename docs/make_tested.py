@@ -25,7 +25,7 @@ BY_HEADING = {
 }
 HEAD = """# Which test shows what
 
-For who changes the code. Each test is marked with the row, or the heading of the table, that it shows:
+For who changes the code. Tests are marked with the row, or the heading of the table, that they show:
 `@pytest.mark.shows("hotswap")`. `python docs/make_tested.py` makes this page of the marks, and a test fails if a row has
 none. Run one with `pytest -m "" -n0 FILE -k NAME`.
 """
@@ -64,8 +64,10 @@ def document() -> str:
         raise ValueError(f"no row or no test of: {wrong}")
     for page, headings in pages.items():
         for heading, below in headings.items():
-            text += f"\n## [{heading}]({page}.md)\n\n| what it says | tests |\n|---|---|\n"
-            text += "".join(f"| {row} | {', '.join(f'`{test}`' for test in tests[row])} |\n" for row in below)
+            text += f"\n## [{heading}]({page}.md)\n\n"
+            for row in below:
+                said = "" if row == heading else f"{row}: "
+                text += f"- {said}{', '.join(f'`{test}`' for test in tests[row])}\n"
     return text
 
 
