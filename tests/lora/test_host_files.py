@@ -301,8 +301,8 @@ def pipelines():
 )
 @pytest.mark.shows(
     "LoRA files of each kind",
-    "XLabs, Flux (`processor.qkv_lora1`)",
-    "ai-toolkit, kohya and ComfyUI for Flux.2, Qwen-Image, Z-Image, Wan, Krea 2 and LTX-Video",
+    "XLabs, Flux",
+    "newer transformers",
 )
 def test_a_file_gives_the_weights_and_the_picture_that_diffusers_gives(pipelines, tmp_path, host, form):
     pipe = pipelines(host)
@@ -531,7 +531,7 @@ def dora(pipe, form, path, end):
 
 @pytest.mark.parametrize("host", ["sdxl", "flux", pytest.param("sd3", marks=pytest.mark.thorough)])
 @pytest.mark.shows(
-    "DoRA of PEFT (`lora_magnitude_vector`) and kohya (`dora_scale`), also of LoHa and LoKr",
+    "DoRA",
 )
 def test_dora_draws_the_picture_that_diffusers_draws(pipelines, tmp_path, host):
     """Convolutions and text encoders too; a UNet's layers are wider than high, and higher than wide."""
@@ -584,7 +584,7 @@ def test_kohyas_dora_of_fused_layers_is_that_of_their_parts(pipelines, tmp_path)
             weight_of(pipe, layer).data.copy_(weight)
 
 
-@pytest.mark.shows("DoRA of PEFT (`lora_magnitude_vector`) and kohya (`dora_scale`), also of LoHa and LoKr")
+@pytest.mark.shows("DoRA")
 def test_dora_needs_the_bases_own_weights(pipelines, tmp_path):
     pipe = deepcopy(pipelines("flux2"))
     path = dora(pipe, FILES["flux2"]["kohya"], tmp_path / "x.safetensors", "dora_scale")
