@@ -1,8 +1,9 @@
-"""docs/tested.md: which test shows what the tables of the documents say, from the marks `shows` of the tests.
+"""Print which test shows what the tables of the documents say, from the marks `shows` of the tests.
 
-    python docs/make_tested.py
+    python docs/list_shown.py
 
-A test is marked with what it shows: the first cell of a row, or the heading above a table, of one of the `PAGES`.
+A test is marked with the first cell of a row, or the heading above a table, of one of the `PAGES`:
+`@pytest.mark.shows("hotswap")`. Run one with `pytest -m "" -n0 FILE -k NAME`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,6 @@ BY_HEADING = {
     "Training",
     "Threads and interruptions",
 }
-HEAD = """# Which test shows what
-
-For who changes the code. Tests are marked with the row, or the heading of the table, that they show:
-`@pytest.mark.shows("hotswap")`. `python docs/make_tested.py` makes this page of the marks, and a test fails if a row has
-none. Run one with `pytest -m "" -n0 FILE -k NAME`.
-"""
 
 
 def marks() -> dict[str, list[str]]:
@@ -55,21 +50,20 @@ def rows(page: str) -> dict[str, list[str]]:
     return found
 
 
-def document() -> str:
-    """The whole page. Raises ValueError for a mark that no table has, and for a row without a mark."""
-    tests, text = marks(), HEAD
+def listing() -> str:
+    """The tests by page, heading and row. Raises ValueError for a mark that no table has, and for a row without a mark."""
+    tests, text = marks(), ""
     pages = {page: rows(page) for page in PAGES}
     wanted = [row for page in pages.values() for below in page.values() for row in below]
     if wrong := [*sorted(set(tests) - set(wanted)), *(row for row in wanted if row not in tests)]:
         raise ValueError(f"no row or no test of: {wrong}")
     for page, headings in pages.items():
         for heading, below in headings.items():
-            text += f"\n## [{heading}]({page}.md)\n\n"
+            text += f"\n{page}.md, {heading}\n"
             for row in below:
-                said = "" if row == heading else f"{row}: "
-                text += f"- {said}{', '.join(f'`{test}`' for test in tests[row])}\n"
+                text += "\n".join([f"  {row}", *(f"    {test}" for test in tests[row]), ""])
     return text
 
 
 if __name__ == "__main__":
-    (HERE / "tested.md").write_text(document())
+    print(listing())
