@@ -149,13 +149,13 @@ def words_only() -> Arm:
     return bound("words only", lambda setup, case: dict.fromkeys(case.experts, (None, "everywhere")))
 
 
-def in_tiles(name: str = "tiles", since: float | None = None) -> Arm:
-    """Bound, with each subject drawn in its own tile from a share of the steps on; see `Mixture.tiled`."""
+def in_tiles(name: str = "tiles", since: float | None = None, gates: Gates | Callable[[Case], Path] = "sum") -> Arm:
+    """Bound, with each subject drawn in its own tile from a share of the steps on; see `Mixture.tiled` and `weighted`."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return mixture.tiled(since=since, prompt=case.prompt)
 
-    return weighted(name, binding=from_files, context=context, since=since, until=UNTIL)
+    return weighted(name, gates=gates, binding=from_files, context=context, since=since, until=UNTIL)
 
 
 def searched(weights: ByKind) -> Arm:

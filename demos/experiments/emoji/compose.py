@@ -8,8 +8,9 @@
 
 Rows are appended below work/compose/, so you can continue an interrupted run. The split "larger" has compositions of three
 and four test subjects. `--concepts` composes subjects and styles that are in no split; first make their LoRAs with
-`make_loras.py`. Trained gates are included if `train_gates.py --to work/gates` has made them, MoLE in the form of its paper
-if `train_gates.py --family outputs --unbound --to work/paper` has, and the joint LoRA if `check_world.py --rows joint` has.
+`make_loras.py`. Trained gates are included if `train_gates.py --family FAMILY --to work/gates/FAMILY` has made them, MoLE in
+the form of its paper if `train_gates.py --family outputs --unbound --to work/paper` has, and the joint LoRA if
+`check_world.py --rows joint` has.
 `--search` finds the strengths of the arm "grid search" on validation compositions. `--pack` also writes the verdicts to
 docs/results/, from which docs/make_results.py makes the tables in the documents.
 """
@@ -48,6 +49,7 @@ rivals = arms.imported(Path(__file__).parents[1] / "rivals")
 DOCS = Path(__file__).parents[3] / "docs"
 STRENGTHS = DOCS / "results" / "strengths.json"  # from a grid search: the best on validation, by kind
 GRID = (0.6, 0.8, 1.0, 1.2)
+FAMILIES = ("factors", "mole", "flow")  # of gates that are trained on top of the default
 SPLITS = {"test": TEST, "validation": VALIDATION}
 # The first seed of each split; "other" means concepts of no split.
 SEEDS = {"test": 1000, "validation": 3000, "larger": 1000, "other": 5000}
@@ -102,7 +104,7 @@ def own_arms() -> list[Arm]:
         rivals.w_switch("w-switch, short turns", period=1, tail=1),
         rivals.patchwise("loratorio, sharp", temperature=0.02),
         rivals.blended("masked blend, given places", parts),
-        arms.weighted("bound, trained gates", gates=arms.gates_of(WORK / "gates"), binding=arms.from_files),
+        *(arms.in_tiles(f"tiles, {family} gates", gates=arms.gates_of(WORK / "gates" / family)) for family in FAMILIES),
         arms.weighted("MoLE, the paper's form", gates=arms.gates_of(WORK / "paper")),
         in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
         in_file("joint LoRA, tiles", lambda case: joint_file(case.concepts), by_words=True),

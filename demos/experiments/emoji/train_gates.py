@@ -1,9 +1,9 @@
 """Train the gates that come with the world, for a few compositions, on bound LoRAs and from prompts alone.
 
-    python demos/experiments/emoji/train_gates.py [CONCEPT+CONCEPT ...] [--family factors] [--to FOLDER]
+    python demos/experiments/emoji/train_gates.py [CONCEPT+CONCEPT ...] [--family factors] [--to work/gates/factors]
     python demos/experiments/emoji/train_gates.py CONCEPT+CONCEPT ... --family outputs --unbound --to work/paper
 
-This writes `assets/gates/NAME`, or `FOLDER/NAME`. `compose.py` draws with the gates in work/gates and in work/paper.
+This writes `assets/gates/NAME`, or `FOLDER/NAME`. `compose.py` draws with the gates in work/gates/FAMILY and in work/paper.
 Existing gates are kept, so you can continue an interrupted run. The family "outputs" is as in MoLE's paper: flattened
 features, and the balance loss. The world has no CLIP, so the other loss is that of the collages.
 """
