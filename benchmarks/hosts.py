@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from mole_diffusers.testing import tiny_pipeline, tiny_tokenizer
+from tests.tiny import tiny_pipeline, tiny_tokenizer
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}

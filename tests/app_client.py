@@ -4,11 +4,12 @@ import asyncio
 import inspect
 from contextlib import aclosing, closing, contextmanager
 
+from tiny import tiny_pipeline
+
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
 
 PROMPT = "a fox in ink <lora:fox:0.8> <lora:ink:1>"
 RECIPE = {"prompt": PROMPT, "seed": 3, "gates": "sum"}

@@ -41,7 +41,7 @@ CONVOLUTIONS = (
 
 @pytest.fixture
 def pipe():
-    from mole_diffusers.testing import tiny_pipeline
+    from tiny import tiny_pipeline
 
     return tiny_pipeline()
 
@@ -49,7 +49,7 @@ def pipe():
 @pytest.fixture(scope="session")
 def loras(tmp_path_factory):
     """name -> file; three LoRAs of different ranks and layer sets."""
-    from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
+    from tiny import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
 
     shapes = {"fox": (4, ATTENTION), "ink": (2, ATTENTION + FEED_FORWARD), "hat": (8, ATTENTION + CONVOLUTIONS)}
     folder, host = tmp_path_factory.mktemp("loras"), tiny_pipeline()
@@ -117,9 +117,9 @@ def other(request, awake, tmp_path):
     """A host that is not Stable Diffusion 1.5: its name, pipeline, options of its call, files, and `attach()`, which puts
     gates on it that depend on what they read."""
     import hosts
+    from tiny import ATTENTION, FEED_FORWARD, tiny_lora
 
     import mole_diffusers as mole
-    from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora
 
     pipe, options = hosts.HOSTS[request.param]()
     ends = {"fox": ATTENTION + FEED_FORWARD, "ink": ATTENTION}

@@ -15,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as qwen_editing
 from safetensors.torch import load_file
+from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -52,7 +53,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mole_diffusers.binding.vocabulary import DETERMINERS
 from mole_diffusers.patching.host.denoiser_inputs import models_of
-from mole_diffusers.testing import tiny_tokenizer
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 PHOTO = VaeImageProcessor.numpy_to_pil(PICTURE.permute(0, 2, 3, 1).numpy())[0]

@@ -15,7 +15,6 @@ STAGES = (
     "mixture",
     "merging",
     "pipelines",
-    "testing",
     "emoji",
     "retrieval",
     "inspection",

@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.testing import tiny_lora
 
 PARTI = hosts.real_prompts()
 SOME = PARTI[:: len(PARTI) // 20]

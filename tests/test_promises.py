@@ -7,9 +7,9 @@ import pytest
 import torch
 from hosts import assert_same, snapshot
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 
 @pytest.mark.parametrize("family", ["sum", "mole"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mole_diffusers.emoji.words import BACKGROUNDS, LIGHTS, OPEN, PLACES
+from mole_diffusers.emoji.words import LIGHTS, OPEN, PLACES
 
 FORMS = (  # {what}: the subjects and how they stand; {where}: background and light; {tags}: the same, with commas alone
     "{style} drawing of {what}{where}",
@@ -32,13 +32,6 @@ BETWEEN = {  # relation -> what stands between the first subject and the others
 }
 BEHIND = {"on the left and": "on the right", "on the right and": "on the left"}  # and what stands behind the second
 PAPER = "on white paper"
-
-
-def words_of_captions() -> list[str]:
-    """Every word of all wordings, but for subjects and styles."""
-    texts = [*FORMS, *(text for texts in BETWEEN.values() for text in texts), *PLACES.values(), *LIGHTS.values()]
-    texts += [*BACKGROUNDS, PAPER, "on a background", "an", "together"]
-    return sorted({word for text in texts for word in text.replace(",", " ").split() if "{" not in word})
 
 
 def article(word: str) -> str:

@@ -108,10 +108,6 @@ class Judge(nn.Module):
         """[B] bool."""
         return verdict.background.argmax(-1) == self.backgrounds.index(background)
 
-    def is_light(self, verdict: Verdict, light: str) -> torch.Tensor:
-        """[B] bool."""
-        return verdict.light.argmax(-1) == self.lights.index(light)
-
     def is_one_scene(self, verdict: Verdict) -> torch.Tensor:
         """[B] bool."""
         return verdict.one_scene > 0

@@ -24,9 +24,10 @@ def only_served_pages_have_a_web_app():
 
 @pytest.fixture
 def studio(loras):
+    from tiny import tiny_pipeline
+
     from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.render import Studio
-    from mole_diffusers.testing import tiny_pipeline
 
     return Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
 

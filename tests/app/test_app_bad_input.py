@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from app_client import PROMPT, RECIPE, built
 from PIL import Image
+from tiny import tiny_lora
 
 from mole_diffusers.lora import read_expert
 from mole_diffusers.lora.families import check_family
 from mole_diffusers.mixture import attach
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.testing import tiny_lora
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from app_client import PROMPT, QueueVisit, kept_fields, launched, plain
 from PIL import Image
+from tiny import tiny_pipeline
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import ignore
@@ -19,7 +20,6 @@ from mole_diffusers.studio.memory import Memory
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
 
 gr = pytest.importorskip("gradio")
 BASES = {"dream": "models/dream.safetensors", "flux": "models/flux", "broken": "models/broken"}

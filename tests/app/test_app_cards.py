@@ -159,17 +159,19 @@ def test_weights_set_by_hand_are_numbers_of_loras(text, message):
 @pytest.fixture
 def actions(loras, tmp_path):
     pytest.importorskip("gradio")
+    from tiny import tiny_pipeline
+
     from mole_diffusers.app.actions import Actions
     from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.render import Studio
-    from mole_diffusers.testing import tiny_pipeline
 
     return Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), home=tmp_path / "gates")
 
 
 def test_the_page_says_what_a_mixture_says_of_each_lora(actions, loras):
+    from tiny import tiny_pipeline
+
     import mole_diffusers as mole
-    from mole_diffusers.testing import tiny_pipeline
 
     prompt = "a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl> <lora:ink:1:region=painted>"
     found = actions.loras.roles(prompt)

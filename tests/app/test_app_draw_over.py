@@ -11,6 +11,7 @@ from app_client import PROMPT, QueueVisit, plain
 from PIL import Image, ImageColor
 from safetensors.torch import load_file
 from tiers import thorough
+from tiny import tiny_pipeline
 
 from mole_diffusers import attach, detach
 from mole_diffusers.app.actions import Actions
@@ -21,7 +22,6 @@ from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.picture_passes import with_pictures
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")
 from mole_diffusers.app import draw_over, paint

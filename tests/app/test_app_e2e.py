@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiny import tiny_pipeline
 
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.picture_passes import pixels_hash
-from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")
 pytest.importorskip("selenium")

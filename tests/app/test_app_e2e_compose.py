@@ -8,12 +8,12 @@ from urllib.request import urlretrieve
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import tiny_lora, tiny_pipeline
 
 from mole_diffusers.binding.as_text import read_mask
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.picture_passes import pixels_hash
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 pytest.importorskip("gradio")
 from page_visits import RECIPE, WAIT, browser, cards, composed, dropped, kept, opened, painted, pixels, sent, value, visiting

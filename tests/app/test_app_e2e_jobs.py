@@ -6,12 +6,12 @@ from functools import partial
 import numpy as np
 import pytest
 from single_file import save_single_file
+from tiny import tiny_pipeline
 
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.memory import Memory
 from mole_diffusers.studio.names import shared_name
-from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")
 from page_visits import (

@@ -5,6 +5,7 @@ import threading
 import hosts
 import pytest
 import torch
+from tiny import tiny_pipeline
 
 from mole_diffusers import attach, attached
 from mole_diffusers.app.actions import Actions
@@ -15,7 +16,6 @@ from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
 
 TEXTS = ["a fox in ink", "hat"]
 RECIPE = Recipe("a <lora:fox:1> <lora:ink:1>", steps=2, width=32, height=32)

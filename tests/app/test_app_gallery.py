@@ -10,6 +10,7 @@ import pytest
 from app_client import plain
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiny import tiny_pipeline
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.gallery import Gallery
@@ -19,7 +20,6 @@ from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.studio.xy_grid import sheet
-from mole_diffusers.testing import tiny_pipeline
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 

@@ -10,11 +10,11 @@ import torch
 from app_client import PROMPT
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import tiny_lora, tiny_pipeline
 
 from mole_diffusers.gates import GateConfig, checkpoint
 from mole_diffusers.mixture import attach
 from mole_diffusers.studio.catalog import Catalog
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 gradio_client = pytest.importorskip("gradio_client")
 app_files = pytest.importorskip("mole_diffusers.app.files")

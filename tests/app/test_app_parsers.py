@@ -5,6 +5,7 @@ import time
 import zlib
 
 import pytest
+from tiny import tiny_pipeline
 
 from mole_diffusers.app.mixer_cards import cards_of, parse_lock, with_triggers
 from mole_diffusers.binding import words
@@ -16,7 +17,6 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.xy_grid import parse_axis
-from mole_diffusers.testing import tiny_pipeline
 
 PIECES = ("a", " ", "a ", ":", "a:", 'a: "', '"', "\\", '\\"', ",", ", ,", "<", "<a", "<lora:", ">", "[", "\n", "-")
 TAIL = "\nSteps: 1, Seed: 2, Size: 64x64"

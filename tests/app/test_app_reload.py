@@ -7,6 +7,7 @@ from app_client import PROMPT, REQUEST, QueueVisit, built, kept_fields, plain, v
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tiers import thorough
+from tiny import tiny_pipeline
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import Job, ignore
@@ -15,7 +16,6 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe, load
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
 
 gr = pytest.importorskip("gradio")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiers import thorough
+from tiny import tiny_lora
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import ignore
@@ -16,7 +17,6 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_lora
 
 pytest.importorskip("matplotlib")
 PARTS = {"sd15": "unet", "flux": "transformer", "sd3": "transformer"}

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
+from tiny import tiny_pipeline
 
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
 
 pytest.importorskip("gradio")
 from mole_diffusers.app import lora_browser, sizes, stage

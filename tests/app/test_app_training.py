@@ -7,6 +7,7 @@ import hosts
 import numpy as np
 import pytest
 from app_client import PROMPT, built, plain
+from tiny import tiny_lora, tiny_pipeline
 
 from mole_diffusers.app import held_out
 from mole_diffusers.app.gate_training import TrainingRequest, train
@@ -20,7 +21,6 @@ from mole_diffusers.patching.subjects.tiles import Tiles
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 from mole_diffusers.training import GateTraining, TrainingData, train_gates
 
 pytest.importorskip("gradio")

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 import torch
 from PIL import Image, ImageChops
+from tiny import tiny_pipeline
 
 from mole_diffusers import merge, read_expert
 from mole_diffusers.cli.common import parse_file
@@ -18,7 +19,6 @@ from mole_diffusers.cli.merge import Method, by_name
 from mole_diffusers.cli.mole import main, parser
 from mole_diffusers.emoji.world import concept_files
 from mole_diffusers.studio import infotext
-from mole_diffusers.testing import tiny_pipeline
 
 FOX = str(concept_files()["fox"])
 RIVALS = Path(__file__).parents[2] / "demos" / "experiments" / "rivals"

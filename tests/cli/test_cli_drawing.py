@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from single_file import save_single_file
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 
 from mole_diffusers.cli.mole import main, parser
 from mole_diffusers.cli.options import Opening
@@ -16,7 +17,6 @@ from mole_diffusers.studio import infotext
 from mole_diffusers.studio.base_models import find_base
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.xy_grid import sheet
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 DRAW = ["draw", "a fox <lora:fox:1>", "--steps", "1"]
 SLOW = ("index", "retrieve", "merge", "train", "train-lora")

@@ -7,10 +7,10 @@ from importlib import import_module
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import tiny_pipeline
 
 from mole_diffusers.cli.mole import main
 from mole_diffusers.emoji.world import concept_files
-from mole_diffusers.testing import tiny_pipeline
 
 DRAW = ["--rows", "2", "--steps", "2", "--seed", "3"]
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from mole_diffusers import emoji_world
 from mole_diffusers.emoji import Drawings, default_folder, words
-from mole_diffusers.emoji.captions import words_of_captions
 from mole_diffusers.emoji.judge import Judge
 
 
@@ -41,7 +40,7 @@ def test_words_that_no_caption_had_get_vectors_like_trained_ones_and_no_other_wo
     tokenizer, encoder = world.pipe.tokenizer, world.pipe.text_encoder
     vectors = encoder.get_input_embeddings().weight.data
     shipped = vectors.clone()
-    frame = words_of_captions()
+    frame = script("train_base").words_of_captions()
     once = ("bar", "joy")  # an earlier training had them
     known = word_tokens(tokenizer, (*words.BASE_SUBJECTS, *words.BASE_STYLES, *words.BACKGROUNDS, *frame, *once))
     unseen = sorted(set(word_tokens(tokenizer, (*words.SUBJECTS, *words.STYLES))) - set(known))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import tiny_pipeline
 
 from mole_diffusers.cli.mole import main, parser
 from mole_diffusers.lora import read_expert
-from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.config import BALANCE
 from mole_diffusers.training.objectives import OBJECTIVES
 

@@ -42,7 +42,8 @@ def gates(setup, tmp_path, awake):
 
 def made(names, setup, gates=None):
     """All arms of these names, of which none lacks anything."""
-    found, lacking = arms.chosen_arms(names, arms.Request(setup, gates, WEIGHTS), known=KNOWN)
+    setup = replace(setup, gates=gates, searched=WEIGHTS)
+    found, lacking = arms.chosen_arms(names, setup, known=KNOWN)
     assert not lacking
     return found
 
@@ -178,7 +179,7 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
     made(KNOWN, setup, gates)
     setup.prompts["hat"].clear()
     setup.pipe = sdxl()
-    found, lacking = arms.chosen_arms(KNOWN, arms.Request(setup), known=KNOWN)
+    found, lacking = arms.chosen_arms(KNOWN, setup, known=KNOWN)
     assert {said.split("'")[1] for said in lacking} == {
         "ssr", "regmean", "iteris", "scalars", "switch", "composite", "masked blend", "freefuse", "grid search",
         "w-switch", "w-composite", "loratorio", *arms.CONTROLS, "bound gates"
@@ -186,14 +187,14 @@ def test_what_cannot_be_drawn_is_known_before(setup, gates):
     assert not {arm.name for arm in found} & {said.split("'")[1] for said in lacking}
     assert "'ssr' cannot be drawn: no prompts for expert 'hat'; there are some for ['fox', 'ink']" in lacking
     assert "'freefuse' needs a unet and one text encoder, unlike StableDiffusionXLPipeline" in lacking
-    moved, lacking = arms.chosen_arms(["sum", "gates"], arms.Request(setup), shares=[0.5, 1])
+    moved, lacking = arms.chosen_arms(["sum", "gates"], setup, shares=[0.5, 1])
     assert [arm.name for arm in moved] == ["sum @ 0.5", "sum @ 1"]
     assert lacking == ["'gates' needs a folder of trained gates"]
 
 
 def test_a_merge_that_memory_cannot_hold_is_left_out(setup, monkeypatch):
     monkeypatch.setattr(safe_files.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    found, lacking = arms.chosen_arms(["sum", "dare", "svd", "ties"], arms.Request(setup))
+    found, lacking = arms.chosen_arms(["sum", "dare", "svd", "ties"], setup)
     assert [arm.name for arm in found] == ["sum", "svd"]
     assert re.fullmatch(
         r"'dare' cannot be drawn: a merge by 'dare' without a rank takes \d+ bytes, more than the 1000 bytes .*", lacking[0]
@@ -202,11 +203,11 @@ def test_a_merge_that_memory_cannot_hold_is_left_out(setup, monkeypatch):
 
 
 def test_a_file_adds_arms_of_its_own(setup, tmp_path):
-    lines = ["from mole_diffusers.evaluation.arms import by_role, choice, weighted"]
-    lines += ['ARMS = {"weak": choice(lambda: weighted("weak", by_role(0.4, 0.4)))}']
+    lines = ["from mole_diffusers.evaluation.arms import by_role, weighted"]
+    lines += ['ARMS = {"weak": weighted("weak", by_role(0.4, 0.4))}']
     (tmp_path / "weak_arms.py").write_text("\n".join(lines))
     others = arms.arms_from(tmp_path / "weak_arms.py")
-    (weak,), _ = arms.chosen_arms(["weak"], arms.Request(setup), known=arms.ARMS | others)
+    (weak,), _ = arms.chosen_arms(["weak"], setup, known=arms.ARMS | others)
     wanted = by_hand(setup, {n: setup.experts[n] for n in CASE.concepts}, lambda m: m.fixed({"fox": 0.4, "ink": 0.4}))
     assert drawn(setup, weak) == wanted
     assert arms.arms_from(None) == {}
@@ -286,7 +287,7 @@ def test_the_world_knows_its_styles():
 
 
 def test_moved_strengths_go_from_subjects_to_styles(setup, gates):
-    chosen, _ = arms.chosen_arms(["sum", "svd", "gates"], arms.Request(setup, gates), shares=[0.25, 1.0])
+    chosen, _ = arms.chosen_arms(["sum", "svd", "gates"], replace(setup, gates=gates), shares=[0.25, 1.0])
     assert [a.name for a in chosen] == [f"{n} @ {s}" for n in ("sum", "svd", "gates") for s in ("0.25", "1")]
     experts = {n: setup.experts[n] for n in CASE.concepts}
     assert drawn(setup, chosen[0]) == by_hand(setup, experts, lambda m: m.fixed({"fox": 1.5, "ink": 0.5}))
@@ -296,9 +297,9 @@ def test_moved_strengths_go_from_subjects_to_styles(setup, gates):
         mixture = mole.attached(setup.pipe)
         assert [mixture.strength(n) for n in CASE.concepts] == [1.5, 0.5]
     with pytest.raises(ValueError, match=r"the strengths of \['base'\] cannot be moved"):
-        arms.chosen_arms(["base"], arms.Request(setup), shares=[0.5])
+        arms.chosen_arms(["base"], setup, shares=[0.5])
     with pytest.raises(ValueError, match="a share must be from 0 to 1, got 2"):
-        arms.chosen_arms(["sum"], arms.Request(setup), shares=[2])
+        arms.chosen_arms(["sum"], setup, shares=[2])
 
 
 def test_crowds_grow_to_the_number_asked_for():

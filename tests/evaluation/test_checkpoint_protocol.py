@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from protocol_parts import noise
 from single_file import save_single_file
+from tiny import tiny_pipeline
 
 import mole_diffusers
 from mole_diffusers import attach
@@ -26,7 +27,6 @@ from mole_diffusers.evaluation.rows import Rows, picture_path, save_picture
 from mole_diffusers.evaluation.runner import Case
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.inspection.gate_figures import block_places, heat_map
-from mole_diffusers.testing import tiny_pipeline
 
 COLOURS = {"fox": "red", "hat": "blue", "owl": "lime"}
 
@@ -249,7 +249,7 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("rows*"))
     monkeypatch.setattr(evaluating, "DEFAULT_ARMS", ("base", "grid search"))
-    lines = ["from mole_diffusers.evaluation.arms import choice, mean", 'ARMS = {"half": choice(mean)}']
+    lines = ["from mole_diffusers.evaluation.arms import mean", 'ARMS = {"half": mean()}']
     (tmp_path / "halves.py").write_text("\n".join(lines))
     others = ["--arms-from", str(tmp_path / "halves.py")]
     assert main([*checkpoint, *fox, *others, "--gates", str(tmp_path / "none"), "--seeds", "1", "--json"]) == 0

@@ -7,9 +7,8 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from tiny import tiny_tokenizer
 from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor, OwlViTProcessor
-
-from mole_diffusers.testing import tiny_tokenizer
 
 
 def save_clip(folder):

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 from gate_families import INPUT_FREE, LEARNED, families, size
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES, transforms
-from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.denoising import predict
 
 PLAIN = {name: mole.GateConfig(name) for name in LEARNED}

@@ -7,13 +7,13 @@ import hosts
 import pytest
 import torch
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context
 from mole_diffusers.gates.families.flow import FlowGate
 from mole_diffusers.lora import layer_key, read_expert
 from mole_diffusers.patching.gating.gate_site import GateSite
-from mole_diffusers.testing import tiny_lora
 
 BOTH = Context(torch.tensor([True, True]), torch.zeros(1))
 

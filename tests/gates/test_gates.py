@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiers import thorough
+from tiny import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, GateConfig
 from mole_diffusers.gates.families.mole import MoLEGate
 from mole_diffusers.gates.families.static import StaticGate
 from mole_diffusers.patching.install.gate_inputs import MoLEAttnProcessor
-from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
 
 ALL = Context(torch.tensor([True, True]), torch.zeros(1))
 

@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 import torch
 from hosts import HOSTS
+from tiny import tiny_lora
 from torch import nn
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, GateConfig
 from mole_diffusers.gates.families.outputs import LENGTH, OutputGate
 from mole_diffusers.lora import read_expert
-from mole_diffusers.testing import tiny_lora
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.gate_trainer import GateTrainer

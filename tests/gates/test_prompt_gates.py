@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.functional import among_largest, load_balance
 from mole_diffusers.gates import Context
 from mole_diffusers.gates.families.prompt import GELU, PromptGate, rational
 from mole_diffusers.patching.gating.prompt_tokens import word_mask
-from mole_diffusers.testing import tiny_lora
 
 BOTH, NOW = torch.tensor([True, True]), torch.zeros(1)
 LOGITS = torch.tensor([[math.log(5.0), math.log(3.0), math.log(2.0)]])

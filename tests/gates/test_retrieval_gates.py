@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, Layer, transforms
 from mole_diffusers.gates.families.retrieval import RetrievalGate, answers
-from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.config import GateTraining
 from mole_diffusers.training.data import TrainingData
 from mole_diffusers.training.gate_trainer import drop_experts, train_gates

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import ATTENTION, CONVOLUTION, lora_layers, tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.lora import algorithms, read_expert
 from mole_diffusers.lora.own_words import words_of
 from mole_diffusers.lora.safe_files import RefusedFileError
-from mole_diffusers.testing import ATTENTION, CONVOLUTION, lora_layers, tiny_lora
 
 
 def kohya(pipe, path, alphas, *, rank=4, seed=0, ends=ATTENTION + CONVOLUTION, metadata=None):

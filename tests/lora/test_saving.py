@@ -6,13 +6,13 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from tiny import tiny_pipeline
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from mole_diffusers import merge, read_expert, save_expert
 from mole_diffusers.lora import layer_key
 from mole_diffusers.lora.writing import module_name
-from mole_diffusers.testing import tiny_pipeline
 
 
 def hosts():

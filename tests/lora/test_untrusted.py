@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiers import thorough
+from tiny import ATTENTION, lora_layers
 
 import mole_diffusers as mole
 from mole_diffusers import read_expert, save_expert
@@ -17,7 +18,6 @@ from mole_diffusers.lora.metadata import PEFT_METADATA, scalings
 from mole_diffusers.lora.own_words import words_of
 from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.pipelines.kept import attach_kept, keep
-from mole_diffusers.testing import ATTENTION, lora_layers
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 KEY = "unet.mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

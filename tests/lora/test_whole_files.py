@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.gates import checkpoint
 from mole_diffusers.lora.whole_files import new_file, new_folder, only_run, whole_folder
 from mole_diffusers.pipelines.kept import keep
-from mole_diffusers.testing import tiny_pipeline
 
 
 def test_after_an_error_a_file_is_as_it_was(tmp_path):
@@ -140,7 +140,7 @@ import torch
 import mole_diffusers as mole
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.pipelines.kept import keep
-from mole_diffusers.testing import tiny_pipeline
+from tiny import tiny_pipeline
 fox, ink, folder = sys.argv[1:]
 kept = []
 for value, total, experts in ((1.0, "1", {"fox": fox, "ink": ink}), (2.0, "N", {"ink": ink, "fox": fox})):
@@ -172,7 +172,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(loras, tmp_path, kills):
     rng = random.Random(0)
     for _ in range(kills):
         command = [sys.executable, "-c", SAVING, *map(str, (loras["fox"], loras["ink"], tmp_path))]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as saving:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as saving:
             assert saving.stdout.readline() == "saved\n"
             time.sleep(rng.uniform(0.3, 0.6))
             saving.send_signal(signal.SIGKILL)

@@ -9,13 +9,13 @@ import hosts
 import pytest
 import torch
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.lora import layer_key, read_expert, safe_files
 from mole_diffusers.merging.activations import as_rows
 from mole_diffusers.merging.merge import METHODS
 from mole_diffusers.patching.host.denoisers import record
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 PROMPTS = {"fox": ["a fox", "the fox"], "ink": ["in ink"], "hat": ["a hat"]}
 TWO_STEPS = {"num_inference_steps": 2, "output_type": "np"}

@@ -4,10 +4,10 @@ import hosts
 import pytest
 import torch
 from tiers import thorough
+from tiny import ATTENTION, FEED_FORWARD, tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
-from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora
 
 LAYERS = (*ATTENTION, *FEED_FORWARD, "w1", "w2", "w3", "proj_mlp", "img_mlp.net.2", "txt_mlp.net.2", "to_qkv_mlp_proj")
 CLOSE = {"atol": 1e-5, "rtol": 0}

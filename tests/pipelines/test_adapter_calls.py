@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.testing import tiny_lora
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.binding.config import Bound, to_json
@@ -22,7 +23,6 @@ from mole_diffusers.lora import read_expert
 from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.pipelines import drop_in
 from mole_diffusers.pipelines.kept import attach_kept, keep
-from mole_diffusers.testing import tiny_lora
 
 BOTH = ["sd15", *thorough("sdxl")]
 REST = (

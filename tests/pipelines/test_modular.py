@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_lora
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 CALL = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}

@@ -5,9 +5,9 @@ import json
 import httpx
 import pytest
 import torch
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_pipeline
 
 
 @pytest.fixture

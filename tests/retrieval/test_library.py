@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from libraries import WordEncoder, library
+from tiny import tiny_lora, tiny_pipeline
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from mole_diffusers.emoji import default_folder
@@ -22,7 +23,6 @@ from mole_diffusers.retrieval.encoders import PipelineText, SentenceText
 from mole_diffusers.retrieval.entries import read_entry
 from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, RetrievedLora, embedding
 from mole_diffusers.retrieval.phrases import phrases
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 SAMPLES = {
     "fox": ["a red fox in snow", "fox on grass", "a fox"],

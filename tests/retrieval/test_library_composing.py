@@ -5,12 +5,12 @@ import torch
 from libraries import WordEncoder
 from safetensors.torch import load_file
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.retrieval import composing
 from mole_diffusers.retrieval.composing import composed, fused
 from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 from mole_diffusers.training.lora_adapter import save_lora
 
 PROMPTS = ["a fox", "a hat in ink", "a teapot"]

@@ -10,10 +10,10 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from rivals.freefuse import balanced_argmax, freefuse
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 PROMPT = "a fox a hat ink"  # a token per letter: "fox" is tokens 2..4, "hat" 6..8
 WORDS = {"fox": range(2, 5), "hat": range(6, 9)}

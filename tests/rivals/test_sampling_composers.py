@@ -7,12 +7,12 @@ import torch
 from diffusers import HeunDiscreteScheduler
 from rivals import sampling_composers
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.merging.factors import Pair
 from mole_diffusers.merging.layers import layers_of
 from mole_diffusers.studio.clip_skip import clip_skip
-from mole_diffusers.testing import tiny_lora
 
 LATENT = {"output_type": "latent", "guidance_scale": 3.0}
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from single_file import save_single_file
 from tiers import thorough
+from tiny import tiny_pipeline
 
 from mole_diffusers.binding.as_text import mask_text
 from mole_diffusers.mixture import attach
@@ -19,7 +20,6 @@ from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.picture_passes import with_pictures
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
 
 RECIPE = Recipe("a fox <lora:fox:0.5:lbw=OUTALL> <lora:ink:1>", "blur", seed=5, steps=2, width=32, height=32)
 LOCKED = {"locks": {"unet.mid_block.attentions.0.transformer_blocks.0": {"fox": 0.2, "ink": 0.4}}}

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file, save_transformer_file
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 
 from mole_diffusers import MoLEPipeline
 from mole_diffusers.studio.base_models import bases_in, checkpoint_kind, find_base, open_base
 from mole_diffusers.studio.memory import Memory, place
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 GB = 1 << 30
 

@@ -9,6 +9,7 @@ import hosts
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_lora, tiny_pipeline
 
 from benchmarks.steps import Operations
 from mole_diffusers import read_expert
@@ -16,7 +17,6 @@ from mole_diffusers.studio.catalog import Catalog, family_of_file, file_hash, fo
 from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 RECIPE = Recipe("a fox in ink <lora:fox:0.8> <lora:ink:1>", seed=7, steps=4, width=32, height=32)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiers import thorough
+from tiny import tiny_pipeline
 
 from mole_diffusers import attached
 from mole_diffusers.studio import render
@@ -18,7 +19,6 @@ from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory, release
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
 
 RECIPE = Recipe("a fox <lora:fox:1>", seed=7, steps=2, width=32, height=32)
 PIPES = {"one": lambda: tiny_pipeline(0), "two": lambda: tiny_pipeline(1), "flux": hosts.flux}

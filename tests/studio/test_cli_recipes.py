@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import tiny_pipeline
 
 from mole_diffusers import emoji
 from mole_diffusers.cli.mole import main
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, load
 from mole_diffusers.studio.xy_grid import cells, parse_axis, sheet
-from mole_diffusers.testing import tiny_pipeline
 
 TAGS = "relief drawing of a fox <lora:fox:1> <lora:relief:0.8:stop=1>"
 

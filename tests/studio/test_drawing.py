@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 
 from mole_diffusers import attach, attached, detach
 from mole_diffusers.studio.base_models import usual_size
@@ -28,7 +29,6 @@ from mole_diffusers.studio.picture_passes import (
 from mole_diffusers.studio.prompt_weights import call_arguments
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 RECIPE = Recipe("a fox in ink <lora:fox:0.8> <lora:ink:1>", seed=7, steps=4, width=32, height=32)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiers import thorough
+from tiny import tiny_pipeline
 
 from mole_diffusers.studio import embeddings
 from mole_diffusers.studio.as_code import as_code
@@ -15,7 +16,6 @@ from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_pipeline
 
 TRAINED = torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
 

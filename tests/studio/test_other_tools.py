@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiny import tiny_pipeline
 
 from mole_diffusers.cli.mole import main
 from mole_diffusers.studio import infotext, other_tools
@@ -16,7 +17,6 @@ from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.studio.weight_syntax import plain_text
-from mole_diffusers.testing import tiny_pipeline
 
 OLD = """a castle on a hill, (stone:1.2) <lora:castle:0.8>
 Negative prompt: blurry, ugly

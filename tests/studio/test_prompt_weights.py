@@ -270,7 +270,7 @@ def test_what_a_pipeline_does_not_read_is_said_and_left_out(pipe):
 
 @pytest.mark.parametrize("host", ["sd15", *thorough("sdxl")])
 def test_binding_finds_words_in_a_prompt_with_weights(host, loras, tmp_path, monkeypatch):
-    from mole_diffusers.testing import tiny_lora
+    from tiny import tiny_lora
 
     pipe, options = hosts.HOSTS[host]()
     files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hat"))}

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from safetensors.torch import save_file
+from tiny import tiny_lora, tiny_pipeline
 
 from mole_diffusers import attach, attached
 from mole_diffusers.app.mixer_cards import cards_of
@@ -23,7 +24,6 @@ from mole_diffusers.studio.catalog import Catalog, folder_gates
 from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, load, with_strength
 from mole_diffusers.studio.render import Studio
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 PROMPT = "a fox in ink <lora:fox:0.8> <lora:ink:1:stop=1>"
 

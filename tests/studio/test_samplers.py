@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from tiers import thorough
+from tiny import tiny_pipeline
 
 from mole_diffusers import attach, detach
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.studio.samplers import NEEDED, SAMPLERS, sampler, samplers_of
-from mole_diffusers.testing import tiny_pipeline
 
 RECIPE = Recipe("a fox in ink <lora:fox:0.8> <lora:ink:1>", seed=7, steps=4, width=32, height=32)
 

@@ -1,17 +1,25 @@
 """Styles and presets: words around a prompt, and settings of another recipe."""
 
+from pathlib import Path
+
 import pytest
 
 from mole_diffusers.cli.mole import main
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.styles import SETTINGS, Style, preset, read_styles, save_styles, styled
+from mole_diffusers.studio.styles import SETTINGS, Style, preset, read_styles, styled
 
+FILE = """\
+name,prompt,negative_prompt
+Ink,"ink drawing of {prompt}, on paper","photo, {prompt}"
+plain,flat colours,
+"""
 STYLES = [Style("Ink", "ink drawing of {prompt}, on paper", "photo, {prompt}"), Style("plain", "flat colours", "")]
 
 
 def test_styles_are_put_around_a_prompt_and_kept_in_the_file_of_a1111(tmp_path):
-    save_styles(tmp_path / "styles.csv", [*STYLES, Style("odd", 'a "quoted", word\nin two lines', "é")])
+    lines = [FILE, 'odd,"a ""quoted"", word\nin two lines",é\n']
+    (tmp_path / "styles.csv").write_text("".join(lines), encoding="utf-8")
     known = read_styles(tmp_path / "styles.csv")
     assert list(known.values())[:2] == STYLES
     assert known["odd"].prompt == 'a "quoted", word\nin two lines'
@@ -47,7 +55,7 @@ def test_styles_of_fooocus_are_read(tmp_path):
 
 def test_the_commands_take_styles_and_the_settings_of_another_picture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_styles("styles.csv", STYLES)
+    Path("styles.csv").write_text(FILE)
     Recipe("a koala", steps=1, width=64, height=32, sampler="Euler", guidance=2.0).save("like.json")
     draw = ["draw", "a tiger", "--preset", "like.json", "--device", "cpu"]
     assert main([*draw, "--style", "ink", "--guidance", "1.5", "--out", "a.png"]) == 0

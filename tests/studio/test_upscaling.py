@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import tiny_pipeline
 
 from mole_diffusers.cli.mole import main
 from mole_diffusers.studio import infotext
@@ -17,7 +18,6 @@ from mole_diffusers.studio.picture_passes import drawing_over, fitted
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.studio.upscaling import enlarged
-from mole_diffusers.testing import tiny_pipeline
 
 spandrel = pytest.importorskip("spandrel")
 RECIPE = Recipe("a fox", seed=3, steps=2, width=32, height=32, hires=1.5, upscaler="4X-TINY")

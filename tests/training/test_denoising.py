@@ -5,9 +5,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_lora
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import denoising_loss, predict, sample_latents
 from mole_diffusers.training.latents import decode, default_side, encode_pixels, latent_shape

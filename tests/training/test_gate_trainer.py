@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from tiers import thorough
+from tiny import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 
 import mole_diffusers as mole
 from mole_diffusers.lora import strengths
 from mole_diffusers.patching.gating.cross_attention import cross_attentions
-from mole_diffusers.testing import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training import engine
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining, Validation

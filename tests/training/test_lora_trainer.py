@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiers import thorough
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers import emoji
 from mole_diffusers.cli.mole import main
 from mole_diffusers.lora import read_expert, summarize
 from mole_diffusers.patching.undo import undoing
-from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training import engine
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from tiers import thorough
+from tiny import tiny_clip, tiny_tokenizer
 from transformers import CLIPImageProcessor
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_clip, tiny_tokenizer
 from mole_diffusers.training.clip import Clip, read_clip
 from mole_diffusers.training.config import TERMS, ClipTerm, DistillationTerm, GateTraining, Term
 from mole_diffusers.training.context import TrainingContext

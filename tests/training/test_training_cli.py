@@ -10,12 +10,12 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiers import thorough
+from tiny import tiny_clip, tiny_pipeline, tiny_tokenizer
 
 import mole_diffusers as mole
 from mole_diffusers.cli.mole import main
 from mole_diffusers.cli.train import READ_BY, _canvas
 from mole_diffusers.lora.whole_files import only_run
-from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import TERMS, GateTraining
 from mole_diffusers.training.context import TrainingContext

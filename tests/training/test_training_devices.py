@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiers import thorough
+from tiny import tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training.config import GateTraining, Term
 from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import Samples, TrainingData

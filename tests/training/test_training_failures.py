@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.cli.mole import main
 from mole_diffusers.lora.writing import save_atomically
-from mole_diffusers.testing import tiny_pipeline
 from mole_diffusers.training import engine
 from mole_diffusers.training.config import GateTraining, LoraTraining
 from mole_diffusers.training.data import Samples, TrainingData

@@ -6,10 +6,10 @@ import hosts
 import pytest
 import torch
 from tiers import thorough
+from tiny import ATTENTION, tiny_clip, tiny_lora, tiny_tokenizer
 from torch.nn.functional import pixel_unshuffle
 
 import mole_diffusers as mole
-from mole_diffusers.testing import ATTENTION, tiny_clip, tiny_lora, tiny_tokenizer
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import GateTraining, Validation
 from mole_diffusers.training.context import TrainingContext

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import tiny_clip, tiny_pipeline, tiny_tokenizer
 
 from mole_diffusers.cli.mole import main
-from mole_diffusers.testing import tiny_clip, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.engine import STATE, checkpoints
 
 pytestmark = pytest.mark.thorough

@@ -9,12 +9,12 @@ import torch
 from gate_families import LEARNED
 from hosts import sdxl
 from tiers import thorough
+from tiny import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
 from mole_diffusers.patching.undo import undoing
-from mole_diffusers.testing import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import TERMS, ClipTerm, GateTraining, LoraTraining
 from mole_diffusers.training.context import TrainingContext

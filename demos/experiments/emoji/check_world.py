@@ -108,8 +108,8 @@ class World:
             return "the order of contact"
         if named and scene.background != OPEN and not self.judge.is_background(verdict, scene.background):
             return f"{scene.background}, taken for {self.judge.backgrounds[int(verdict.background.argmax())]}"
-        if named and scene.light and not self.judge.is_light(verdict, scene.light):
-            return f"{scene.light}, taken for {self.judge.lights[int(verdict.light.argmax())]}"
+        if named and scene.light and scene.light != (light := self.judge.lights[int(verdict.light.argmax())]):
+            return f"{scene.light}, taken for {light}"
         return ""
 
 

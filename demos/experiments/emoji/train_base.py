@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mole_diffusers.emoji import words
-from mole_diffusers.emoji.captions import words_of_captions
+from mole_diffusers.emoji.captions import BETWEEN, FORMS, PAPER
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.scenes import SIDE
 
@@ -66,6 +66,13 @@ def build_scheduler() -> DDIMScheduler:
         steps_offset=1,  # as in Stable Diffusion; trailing steps do not need it
         clip_sample=False,
     )
+
+
+def words_of_captions() -> list[str]:
+    """Every word of all wordings, but for subjects and styles."""
+    texts = [*FORMS, *(text for texts in BETWEEN.values() for text in texts), *words.PLACES.values(), *words.LIGHTS.values()]
+    texts += [*words.BACKGROUNDS, PAPER, "on a background", "an", "together"]
+    return sorted({word for text in texts for word in text.replace(",", " ").split() if "{" not in word})
 
 
 def load_tokenizer() -> CLIPTokenizer:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from bound_pictures import PROMPT, bound_pictures, draw_other
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.testing import tiny_lora
 
 pytestmark = pytest.mark.usefixtures("decided")
 

@@ -9,10 +9,10 @@ from bound_pictures import FOX, HALVES, OWL, PROMPT, WORDS, by_hand, now, stop
 from diffusers import StableDiffusion3PAGPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.patching.gating import bound_text
-from mole_diffusers.testing import tiny_lora
 
 pytestmark = pytest.mark.usefixtures("decided")
 

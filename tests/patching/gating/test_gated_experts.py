@@ -6,6 +6,7 @@ import pytest
 import torch
 from gate_families import families
 from tiers import thorough
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from benchmarks.hosts import inputs
@@ -15,7 +16,6 @@ from mole_diffusers.gates.families.flow import FlowGate
 from mole_diffusers.gates.families.mole import MoLEGate
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.gating.gated_experts import GatedExperts
-from mole_diffusers.testing import tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 B, T, CIN, COUT, R = 2, 50, 12, 20, 6

@@ -10,12 +10,12 @@ from bound_pictures import FOX, HALVES, IN_A_FOLDER, PROMPT, WORDS, now, own_wor
 from gate_families import LEARNED, families
 from PIL import Image
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.patching.gating.settings import PlainSum
 from mole_diffusers.patching.install.folding import Averages, evaluate_gates
-from mole_diffusers.testing import tiny_lora
 
 pytestmark = pytest.mark.usefixtures("decided")
 

@@ -7,10 +7,10 @@ import torch
 import torch._dynamo
 from diffusers import UNet2DConditionModel
 from gate_families import LEARNED
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from benchmarks.hosts import lora_files
-from mole_diffusers.testing import tiny_pipeline
 
 
 def compiled(unet, step):

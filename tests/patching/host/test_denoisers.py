@@ -8,12 +8,12 @@ import hosts
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_lora
 from torch.overrides import TorchFunctionMode
 
 import mole_diffusers as mole
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.host.denoisers import RECORDS, record
-from mole_diffusers.testing import tiny_lora
 
 
 class Keys(TorchFunctionMode):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from hosts import assert_same, snapshot
+from tiny import ATTENTION, tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.testing import ATTENTION, tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 

@@ -7,9 +7,9 @@ import hosts
 import pytest
 import torch
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hosts import assert_same, snapshot
 from tiers import thorough
+from tiny import ATTENTION, tiny_lora
 from transformers import CLIPImageProcessor
 
 import mole_diffusers as mole
-from mole_diffusers.testing import ATTENTION, tiny_lora
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 IMAGE = {"ip_adapter_image": hosts.PICTURE}

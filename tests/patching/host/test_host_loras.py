@@ -8,9 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 HELD = {"fox": 0.7, "ink": -0.4}

@@ -9,10 +9,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from gate_families import families
 from hosts import OFFLOADS
 from tiers import thorough
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.pipelines.kept import attach_kept, keep
-from mole_diffusers.testing import tiny_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 

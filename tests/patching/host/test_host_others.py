@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from hosts import breaking
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.patching.install.peft_injection import ADAPTER
@@ -134,7 +135,7 @@ def test_a_controlnet_is_made_of_the_original(name, tmp_path):
     pipe, _ = hosts.HOSTS[name]()
     make, denoiser = CONTROLLERS[name], hosts.denoiser(pipe)
     wanted = {k: v for k, v in make(denoiser).state_dict().items() if k in denoiser.state_dict()}
-    mixture = mole.attach(pipe, {"fox": mole.testing.tiny_lora(pipe, tmp_path / "fox")})
+    mixture = mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox")})
     with pytest.raises(ValueError, match=r"carries the experts of a mixture.*inside `with mixture.lifted\(\):`"):
         make(denoiser)
     with mixture.lifted():
@@ -147,7 +148,7 @@ def test_a_controlnet_is_made_of_the_original(name, tmp_path):
 @pytest.mark.shows("attention slicing")
 def test_attention_slicing_on_and_off(name, awake, tmp_path):
     pipe, options = hosts.HOSTS[name]()
-    awake(mole.attach(pipe, {n: mole.testing.tiny_lora(pipe, tmp_path / n, seed=i) for i, n in enumerate(HELD)}, "mole"))
+    awake(mole.attach(pipe, {n: tiny_lora(pipe, tmp_path / n, seed=i) for i, n in enumerate(HELD)}, "mole"))
     picture = hosts.draw(pipe, options)
     pipe.enable_attention_slicing(1)
     torch.testing.assert_close(hosts.draw(pipe, options), picture, **CLOSE)

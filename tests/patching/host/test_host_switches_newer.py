@@ -7,9 +7,9 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from test_quantised import KINDS, repacked
 from tiers import thorough
+from tiny import ATTENTION, tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.testing import ATTENTION, tiny_lora
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 LAYERS = (*ATTENTION[:4], "w1", "w2", "to_qkv_mlp_proj", "proj_mlp", "img_mlp.net.2", "ffn.net.2")

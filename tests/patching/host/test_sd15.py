@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tiny import ATTENTION, FEED_FORWARD, tiny_lora, tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
-from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora, tiny_tokenizer
 
 pytestmark = pytest.mark.thorough
 

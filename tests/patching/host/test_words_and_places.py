@@ -5,12 +5,12 @@ import pytest
 import torch
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tiers import thorough
+from tiny import ATTENTION, FEED_FORWARD, tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.patching.gating import bound_text, prompt_tokens
 from mole_diffusers.patching.host.denoiser_inputs import tokenizers_of
 from mole_diffusers.patching.host.denoisers import RECORDS
-from mole_diffusers.testing import ATTENTION, FEED_FORWARD, tiny_lora
 
 PROMPT = "a fox and an owl"
 CHAT = "<|im_start|>user\na fox and an owl<|im_end|>\n<|im_start|>assistant\n"

@@ -6,9 +6,9 @@ import torch
 from hosts import assert_same, snapshot
 from safetensors.torch import load_file, save_file
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 TRAINED = torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
 

@@ -17,12 +17,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hosts import assert_same, breaking, snapshot
 from tiers import thorough
+from tiny import tiny_pipeline
 from turns import entered
 
 import mole_diffusers as mole
 from mole_diffusers.gates import FAMILIES
 from mole_diffusers.patching.undo import Undo, undoing
-from mole_diffusers.testing import tiny_pipeline
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 

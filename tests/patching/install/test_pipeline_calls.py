@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_pipeline
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from tiers import thorough
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.testing import tiny_pipeline
 
 SETTINGS = {  # one per thread
     "all": lambda m: nullcontext(),

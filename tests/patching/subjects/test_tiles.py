@@ -10,6 +10,7 @@ import torch
 from hosts import HOSTS, draw, sd3, sdxl
 from PIL import Image
 from tiers import thorough
+from tiny import tiny_lora, tiny_pipeline
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +24,6 @@ from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.subjects.apart import draws_in_tiles, size_for_tiles
 from mole_diffusers.patching.subjects.things import PromptThings
 from mole_diffusers.patching.subjects.windows import silhouette
-from mole_diffusers.testing import tiny_lora, tiny_pipeline
 
 PROMPT = "a fox+a hen"  # a token per letter
 WORDS = {"fox": "fox", "hat": "hen", "ink": "ink", "owl": "owl"}

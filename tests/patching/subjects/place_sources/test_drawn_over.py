@@ -6,11 +6,11 @@ import torch
 from hosts import ip_adapter, sdxl
 from PIL import ImageOps
 from tiers import thorough
+from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.emoji.scenes import Scene
 from mole_diffusers.patching.subjects.place_sources import drawn_over
-from mole_diffusers.testing import tiny_lora
 
 CALL = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3.0}
 

@@ -1,4 +1,4 @@
-"""A complete tiny Stable Diffusion and tiny LoRA files for tests and trials, made without downloads."""
+"""A complete tiny Stable Diffusion and tiny LoRA files, made without downloads."""
 
 from __future__ import annotations
 
