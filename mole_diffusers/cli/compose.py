@@ -105,14 +105,14 @@ def _composers(
 
     Raises ValueError for an unknown one, and for one that cannot draw this prompt.
     """
-    from mole_diffusers.evaluation.arms import ARMS, Request, arms_from, chosen_arms
+    from mole_diffusers.evaluation.arms import ARMS, arms_from, chosen_arms
     from mole_diffusers.evaluation.runner import Case, Setup
 
     strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
     setup = Setup(page.pipe, mixture.experts, page.call, strengths=strengths)
     case = Case(tuple(strengths), "prompt", page.recipe.plain_text)
     others = arms_from(file)
-    arms, lacking = chosen_arms(names or list(others), Request(setup), known=ARMS | others)
+    arms, lacking = chosen_arms(names or list(others), setup, known=ARMS | others)
     if lacking:
         raise ValueError("; ".join(lacking))
     if unfit := [arm.name for arm in arms if not arm.covers(case)]:

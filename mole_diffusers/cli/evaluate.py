@@ -20,7 +20,7 @@ from mole_diffusers.studio.names import WORLD
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from mole_diffusers.evaluation.arms import Choice
+    from mole_diffusers.evaluation.arms import Entry
     from mole_diffusers.evaluation.report import EvaluationReport
     from mole_diffusers.evaluation.rows import Row, Rows
     from mole_diffusers.evaluation.runner import Arm, Case, Metrics, Setup
@@ -56,6 +56,12 @@ class ArmOptions(Group):
     share: Sequence[float] = ()
     weights: options.File = None
     search: bool = False
+
+    def strengths(self) -> Mapping[str, Mapping[str, float]] | None:
+        """The content of --weights."""
+        from mole_diffusers.evaluation.strength_search import read_weights
+
+        return read_weights(self.weights) if self.weights else None
 
 
 @dataclass
@@ -206,7 +212,6 @@ class Work:
         metrics: measures pictures as they are drawn.
         measured: the rows with what is measured once all are drawn.
         default: arms that are drawn if none is named.
-        gates: the folder of trained gates; None if there is none.
         about: what measures the pictures, for the page.
     """
 
@@ -216,7 +221,6 @@ class Work:
     measured: Callable[[list[Row], Rows, PartialState], list[Row]]
     report: EvaluationReport
     default: Sequence[str]
-    gates: Path | None
     about: Mapping[str, Any]
 
 
@@ -239,10 +243,11 @@ def _world(wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], mac
     world = emoji_world(device=_device(machine))
     groups = emoji.TEST if wanted.split == "test" else emoji.VALIDATION
     found = emoji_protocol.cases({kind: group[: wanted.limit] for kind, group in groups.items()})
-    metrics, setup = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found), emoji_protocol.setup(world, call)
-    gates, about = wanted.gates or emoji.default_folder() / "gates", {"judge": "the world's own"}
-    cases, report = [case for case, _ in found], emoji_protocol.REPORT
-    return Work(setup, cases, metrics, lambda rows, store, state: rows, report, list(ARMS), gates, about)
+    metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
+    gates = wanted.gates or emoji.default_folder() / "gates"
+    setup = emoji_protocol.setup(world, call, gates=gates, searched=wanted.strengths())
+    cases, about = [case for case, _ in found], {"judge": "the world's own"}
+    return Work(setup, cases, metrics, lambda rows, store, state: rows, emoji_protocol.REPORT, list(ARMS), about)
 
 
 def _device(machine: options.Machine) -> str:
@@ -287,6 +292,7 @@ def _checkpoint(
     about: dict[str, Any] = {"prompts": own_prompts}
     about["styles"] = frozenset(name for name, concept in concepts.items() if concept.kind not in prompts.THINGS)
     about["strengths"] = {name: strength for name, (_, strength) in chosen.items() if strength != 1}
+    about |= {"gates": wanted.gates, "searched": wanted.strengths()}
     setup = runner.Setup(
         opened(base, machine).pipe, {name: expert for name, (expert, _) in chosen.items()}, call, base, **about
     )
@@ -306,7 +312,7 @@ def _checkpoint(
     default = [*DEFAULT_ARMS, *(("gates", known.BOUND_GATES) if wanted.gates else ())]
     measures = models.names | {"pictures of each concept alone": "given" if pictures else "drawn by its LoRA"}
     report, metrics = checkpoint_protocol.report(setup.styles), checkpoint_protocol.unmeasured
-    return Work(setup, cases, metrics, measured, report, default, wanted.gates, measures)
+    return Work(setup, cases, metrics, measured, report, default, measures)
 
 
 def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
@@ -317,23 +323,20 @@ def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
     return [case for group in kinds.values() for case in group[:limit]]
 
 
-def _arms(wanted: ArmOptions, work: Work, cases: Sequence[Case], others: dict[str, Choice]) -> list[Arm]:
+def _arms(wanted: ArmOptions, work: Work, cases: Sequence[Case], others: dict[str, Entry]) -> list[Arm]:
     """The arms of --arm, or the usual ones and `others` that can be drawn; a note lists those that are left out."""
-    from mole_diffusers.evaluation.arms import ARMS, BOUND_GATES, CONTROLS, Request, chosen_arms, gates_of
-    from mole_diffusers.evaluation.strength_search import read_weights
+    from mole_diffusers.evaluation.arms import ARMS, BOUND_GATES, CONTROLS, chosen_arms, gates_of
 
-    strengths = read_weights(wanted.weights) if wanted.weights else None
     names = list(wanted.arm) or [*(("sum", "gates") if wanted.share else work.default), *others]
-    if strengths and "grid search" not in names:
+    if wanted.weights and "grid search" not in names:
         raise ValueError("--weights are for the arm 'grid search', which is not drawn here")
     reading = (*CONTROLS, BOUND_GATES)
     if wanted.gates and not {*reading, *others} & {*names}:
         raise ValueError(f"--gates are for the arms {', '.join(reading)}, none of which is drawn here")
-    request = Request(work.setup, work.gates, strengths)
-    arms, lacking = chosen_arms(names, request, shares=wanted.share, known=ARMS | others)
+    arms, lacking = chosen_arms(names, work.setup, shares=wanted.share, known=ARMS | others)
     if idle := [a.name for a in arms if not any(map(a.covers, cases)) and not a.name.startswith("alone ")]:
         first = gates_of(Path())(cases[0])
-        lacking.append(f"{idle} can draw none of the cases (gates: {work.gates}, where {first} is the first's folder)")
+        lacking.append(f"{idle} can draw none of the cases (gates: {work.setup.gates}, where {first} is the first's folder)")
     if lacking and wanted.arm:
         raise ValueError("; ".join(lacking))
     for reason in lacking:

@@ -10,8 +10,6 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 
 from mole_diffusers.binding.config import Bound, to_json
 from mole_diffusers.evaluation.rows import digest_files, digest_texts
-from mole_diffusers.evaluation.runner import Arm, Case, Setup
+from mole_diffusers.evaluation.runner import Arm, ByKind, Case, Setup
 from mole_diffusers.gates import checkpoint
 from mole_diffusers.gates.transforms import frozen_random, hardened, uniform
 from mole_diffusers.inspection.compare import sample
@@ -32,7 +30,6 @@ from mole_diffusers.patching.subjects.things import UNTIL
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
 Binding = Callable[[Setup, Case], Mapping[str, Any]]  # words and regions, as `Mixture.bind` takes them
-ByKind = Mapping[str, Mapping[str, float]]  # kind of case -> {"subject": strength, "style": strength}
 
 
 def ones(setup: Setup, case: Case) -> dict[str, float]:
@@ -85,6 +82,7 @@ def weighted(
     binding: Binding | None = None,
     context: Context = as_they_are,
     covers: Callable[[Case], bool] = lambda case: True,
+    needs: Callable[[Setup], None] = lambda setup: None,
     reads_words: bool = False,
     **settings: Any,
 ) -> Arm:
@@ -97,6 +95,7 @@ def weighted(
         binding: words and regions beyond the trigger words of the files; None binds nothing.
         context: the context in which the case is drawn.
         covers: which cases it can draw.
+        needs: what it needs of a setup, as `Arm` has it.
         reads_words: whether its context reads the trigger words of the files, as every binding does.
         settings: what rows state besides experts, binding and trained gates. If it depends on the case, give functions.
     """
@@ -121,7 +120,7 @@ def weighted(
     def can_draw(case: Case) -> bool:
         return covers(case) and (not callable(gates) or (gates(case) / checkpoint.CONFIG).exists())
 
-    return Arm(name, draws, described, can_draw)
+    return Arm(name, draws, described, can_draw, needs)
 
 
 def alone(concept: str) -> Arm:
@@ -155,11 +154,25 @@ def in_tiles(name: str = "tiles", since: float | None = None, gates: Gates | Cal
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return mixture.tiled(since=since, prompt=case.prompt)
 
-    return weighted(name, gates=gates, binding=from_files, context=context, since=since, until=UNTIL)
+    return weighted(name, gates=gates, binding=from_files, context=context, needs=a_unet, since=since, until=UNTIL)
 
 
-def searched(weights: ByKind) -> Arm:
+def a_unet(setup: Setup) -> None:
+    """A pipeline with a UNet."""
+    if getattr(setup.pipe, "unet", None) is None:
+        raise ValueError(f"needs a unet, unlike {type(setup.pipe).__name__}")
+
+
+def a_unet(setup: Setup) -> None:
+    """A pipeline with a UNet."""
+    if getattr(setup.pipe, "unet", None) is None:
+        raise ValueError(f"needs a unet, unlike {type(setup.pipe).__name__}")
+
+
+def searched(weights: ByKind | None) -> Arm:
     """The best strengths that a search found for this kind of case, see `strength_search.best_weights`."""
+    if weights is None:
+        raise ValueError("needs the weights of a search")
     return weighted(
         "grid search",
         lambda setup, case: by_role(**weights[case.kind])(setup, case),
@@ -189,7 +202,15 @@ def merged(method: str, name: str = "", weights: Weights = ones) -> Arm:
             found |= {"own_steps": runs.steps, "own_rows": runs.rows, "own_seed": runs.seed}
         return found
 
-    return Arm(name or method, draws, settings)
+    def needs(setup: Setup) -> None:
+        try:
+            check_fits(list(setup.experts.values()), method)
+            if by_activations(method):
+                setup.activations.check_prompts(setup.experts)
+        except ValueError as error:
+            raise ValueError(f"cannot be drawn: {error}") from error
+
+    return Arm(name or method, draws, settings, needs=needs)
 
 
 def subjects_of(setup: Setup, case: Case) -> list[str]:
@@ -200,6 +221,13 @@ def subjects_of(setup: Setup, case: Case) -> list[str]:
 def gates_of(folder: Path) -> Callable[[Case], Path]:
     """The folder of a case's gates inside `folder`: "fox+french_fries"."""
     return lambda case: folder / "+".join(case.experts).replace(" ", "_")
+
+
+def trained(setup: Setup, name: str, weights: Weights = ones, **how: Any) -> Arm:
+    """The trained gates of a setup; `how` as in `weighted`."""
+    if setup.gates is None:
+        raise ValueError("needs a folder of trained gates")
+    return weighted(name, weights, gates=gates_of(setup.gates), **how)
 
 
 @contextmanager
@@ -227,74 +255,8 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
 # ---- arms by name
 
 
-@dataclass(frozen=True)
-class Request:
-    """What named arms are made for.
-
-    Attributes:
-        gates: a folder with one folder of trained gates per case, see `gates_of`.
-        searches: the result of a search, see `searched`.
-        at, weights: of arms whose strengths are moved: the end of the name, and the weights.
-    """
-
-    setup: Setup
-    gates: Path | None = None
-    searches: ByKind | None = None
-    at: str = ""
-    weights: Weights = ones
-
-
-# The arms of a name. Raises ValueError if something is lacking; the message is the end of a sentence that begins with the
-# name.
-Choice = Callable[[Request], Sequence[Arm]]
-
-
-def choice(make: Callable[[], Arm], *needs: Callable[[Setup], None]) -> Choice:
-    """An arm that is the same in every setup. Each of `needs` raises ValueError for a setup that lacks something."""
-
-    def made(request: Request) -> list[Arm]:
-        for need in needs:
-            need(request.setup)
-        return [make()]
-
-    return made
-
-
-def a_unet(setup: Setup) -> None:
-    """A pipeline with a UNet."""
-    if getattr(setup.pipe, "unet", None) is None:
-        raise ValueError(f"needs a unet, unlike {type(setup.pipe).__name__}")
-
-
-def _merge(method: str) -> Choice:
-    def made(request: Request) -> list[Arm]:
-        try:
-            check_fits(list(request.setup.experts.values()), method)
-            if by_activations(method):
-                request.setup.activations.check_prompts(request.setup.experts)
-        except ValueError as error:
-            raise ValueError(f"cannot be drawn: {error}") from error
-        return [merged(method, method + request.at, request.weights)]
-
-    return made
-
-
-def _gated(name: str, **how: Any) -> Choice:
-    """Trained gates; `how` as in `weighted`."""
-
-    def made(request: Request) -> list[Arm]:
-        if request.gates is None:
-            raise ValueError("needs a folder of trained gates")
-        return [weighted(name + request.at, request.weights, gates=gates_of(request.gates), **how)]
-
-    return made
-
-
-def _searched(request: Request) -> list[Arm]:
-    if request.searches is None:
-        raise ValueError("needs the weights of a search")
-    return [searched(request.searches)]
-
+# An arm, or for what depends on the setup a function that makes them and raises ValueError like `Arm.needs`.
+Entry = Arm | Callable[[Setup], Sequence[Arm]]
 
 MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
 CONTROLS: dict[str, Context] = {
@@ -305,19 +267,23 @@ CONTROLS: dict[str, Context] = {
     "gates averaged": averaged,
 }
 BOUND_GATES = "bound gates"
-MOVABLE = ("sum", *MERGES, "gates")  # those whose strengths can be moved from subjects to styles
-ARMS: dict[str, Choice] = {
-    "base": choice(base),
-    "alone": lambda request: [alone(concept) for concept in request.setup.experts],
-    "sum": lambda request: [weighted("sum" + request.at, request.weights)],
-    "mean": choice(mean),
-    "bound": choice(bound),
-    "words only": choice(words_only),
-    "tiles": choice(in_tiles, a_unet),
-    "grid search": _searched,
-    **{method: _merge(method) for method in MERGES},
-    **{name: _gated(name, context=context) for name, context in CONTROLS.items()},
-    BOUND_GATES: _gated(BOUND_GATES, binding=from_files),
+MOVABLE: dict[str, Callable[[Setup, str, Weights], Arm]] = {  # those whose strengths can be moved from subjects to styles
+    "sum": lambda setup, name, weights: weighted(name, weights),
+    **{method: lambda setup, name, weights, method=method: merged(method, name, weights) for method in MERGES},
+    "gates": trained,
+}
+ARMS: dict[str, Entry] = {
+    "base": base(),
+    "alone": lambda setup: [alone(concept) for concept in setup.experts],
+    "sum": summed(),
+    "mean": mean(),
+    "bound": bound(),
+    "words only": words_only(),
+    "tiles": in_tiles(),
+    "grid search": lambda setup: [searched(setup.searched)],
+    **{method: merged(method) for method in MERGES},
+    **{name: lambda setup, name=name, how=how: [trained(setup, name, context=how)] for name, how in CONTROLS.items()},
+    BOUND_GATES: lambda setup: [trained(setup, BOUND_GATES, binding=from_files)],
 }
 
 
@@ -335,25 +301,25 @@ def imported(path: Path) -> ModuleType:
         sys.path.pop(0)
 
 
-def arms_from(path: Path | None) -> dict[str, Choice]:
+def arms_from(path: Path | None) -> dict[str, Entry]:
     """The dict ARMS like that of this file, of a Python file or package, see `imported`; nothing without a path.
 
     Raises ValueError if it has none.
     """
     found = {} if path is None else getattr(imported(path), "ARMS", None)
     if not isinstance(found, dict):
-        raise ValueError(f"{path} has no ARMS, a dict from the names of arms to what makes them")
+        raise ValueError(f"{path} has no ARMS, a dict from names to arms")
     return found
 
 
-def check_names(names: Sequence[str], known: Mapping[str, Choice] = ARMS) -> None:
+def check_names(names: Sequence[str], known: Mapping[str, Entry] = ARMS) -> None:
     """Raises ValueError for names that are not known."""
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown arms {unknown}; known: {list(known)}")
 
 
 def chosen_arms(
-    names: Sequence[str], request: Request, *, shares: Sequence[float] = (), known: Mapping[str, Choice] = ARMS
+    names: Sequence[str], setup: Setup, *, shares: Sequence[float] = (), known: Mapping[str, Entry] = ARMS
 ) -> tuple[list[Arm], list[str]]:
     """The arms of these names that can be drawn, and a sentence for each name that cannot. "alone" is one arm per expert.
 
@@ -368,12 +334,19 @@ def chosen_arms(
         raise ValueError(f"the strengths of {fixed} cannot be moved; those of {list(MOVABLE)} can")
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ValueError(f"a share must be from 0 to 1, got {wrong[0]}")
-    moved = [replace(request, at=f" @ {s:g}", weights=by_role(2 - 2 * s, 2 * s)) for s in shares] or [request]
     found: list[Arm] = []
-    lacking: dict[str, str] = {}
-    for name, each in product(names, moved):
+    lacking: list[str] = []
+    for name in names:
+        entry = known[name]
         try:
-            found += known[name](each)
+            if shares:
+                made = [MOVABLE[name](setup, f"{name} @ {s:g}", by_role(2 - 2 * s, 2 * s)) for s in shares]
+            else:
+                made = [entry] if isinstance(entry, Arm) else list(entry(setup))
+            for arm in made:
+                arm.needs(setup)
         except ValueError as error:
-            lacking[name] = f"{name!r} {error}"
-    return found, list(lacking.values())
+            lacking.append(f"{name!r} {error}")
+        else:
+            found += made
+    return found, lacking

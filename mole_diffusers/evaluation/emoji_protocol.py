@@ -55,17 +55,18 @@ def cases(split: Mapping[str, Sequence[emoji.Concepts]]) -> list[tuple[Case, emo
     return found
 
 
-def setup(world: EmojiWorld, options: Mapping[str, Any]) -> Setup:
+def setup(world: EmojiWorld, options: Mapping[str, Any], **others: Any) -> Setup:
     """The world's pipeline and LoRAs.
 
     Args:
         options: of the pipeline call.
+        others: further fields of the setup.
     """
     experts = {name: read_expert(path, name) for name, path in world.loras.items()}
     styles = frozenset(experts) & frozenset(emoji.words.STYLES)
     prompts = {name: own_prompts(name) for name in experts}
     base = f"emoji {digest_files(*sorted((world.folder / 'base').rglob('*.safetensors')))}"
-    return Setup(world.pipe, experts, options, base, prompts=prompts, styles=styles)
+    return Setup(world.pipe, experts, options, base, prompts=prompts, styles=styles, **others)
 
 
 def own_prompts(concept: str) -> list[str]:

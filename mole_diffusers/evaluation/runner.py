@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -17,6 +18,8 @@ from mole_diffusers.evaluation.rows import Row, Rows, digest_texts, key, picture
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora import Expert
 from mole_diffusers.merging.activations import Activations
+
+ByKind = Mapping[str, Mapping[str, float]]  # kind of case -> {"subject": strength, "style": strength}
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Setup:
         prompts: concept -> prompts for it alone.
         styles: the concepts that are styles.
         strengths: the user's own, by concept, 1 by default; multiplied with the arm's weights.
+        gates: a folder with one folder of trained gates per case, see `arms.gates_of`.
+        searched: the result of a search, see `arms.searched`.
     """
 
     pipe: Any
@@ -84,6 +89,8 @@ class Setup:
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     styles: frozenset[str] = frozenset()
     strengths: Mapping[str, float] = field(default_factory=dict)
+    gates: Path | None = None
+    searched: ByKind | None = None
 
     @cached_property
     def activations(self) -> Activations:
@@ -122,12 +129,14 @@ class Arm:
         settings: everything that its pictures of a case depend on, except the seed, the base and the options; ready for
             JSON.
         covers: whether it can draw a case. For example, it cannot without trained gates for that case.
+        needs: raises ValueError for a setup that lacks something; the message goes on after the arm's name.
     """
 
     name: str
     draws: Callable[[Setup, Case], AbstractContextManager[Any]]
     settings: Callable[[Setup, Case], Mapping[str, Any]]
     covers: Callable[[Case], bool] = lambda _: True
+    needs: Callable[[Setup], None] = lambda _: None
 
 
 Metrics = Callable[[Case, Sequence[Image.Image]], list[Row]]  # the measured fields of each picture of a case

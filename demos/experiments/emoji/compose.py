@@ -111,7 +111,7 @@ def own_arms() -> list[Arm]:
     ]
 
 
-ARMS = arms.ARMS | rivals.ARMS | {arm.name: lambda _, arm=arm: [arm] for arm in own_arms()}
+ARMS = arms.ARMS | rivals.ARMS | {arm.name: arm for arm in own_arms()}
 OF_BINDING = (
     "sum",
     "words only",
@@ -241,10 +241,10 @@ def main() -> None:
     if others := set(args.kinds or ()) - set(split):
         parser.error(f"split {args.split} has no {sorted(others)}, but {list(split)}")
     found = emoji_protocol.cases({kind: split[kind][: args.per_kind] for kind in args.kinds or split})
-    setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
+    told = {"gates": WORK / "gates", "searched": read_weights(STRENGTHS)}
+    setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}, **told)
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "compose" / args.split)
-    request = arms.Request(setup, WORK / "gates", read_weights(STRENGTHS))
-    drawn, lacking = (search_arms(setup, GRID), []) if args.search else arms.chosen_arms(args.arms, request, known=ARMS)
+    drawn, lacking = (search_arms(setup, GRID), []) if args.search else arms.chosen_arms(args.arms, setup, known=ARMS)
     if lacking:
         parser.error("; ".join(lacking))
     metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)

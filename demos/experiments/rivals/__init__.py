@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from mole_diffusers.binding.regions import AUTO
-from mole_diffusers.evaluation.arms import Choice, Weights, a_unet, choice, subjects_of, weighted
+from mole_diffusers.evaluation.arms import Entry, Weights, a_unet, subjects_of, weighted
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.mixture import Mixture
@@ -57,18 +57,27 @@ def of_two(case: Case) -> bool:
     return len(case.experts) == 2
 
 
+def prompts_by_expert(setup: Setup) -> None:
+    """A pipeline that can read a prompt with single experts."""
+    check_encodes_by_expert(setup.pipe)
+
+
 def switch(period: int = 5) -> Arm:
     """LoRA Switch: subjects, then styles, then idle experts take turns."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return switched(setup.pipe, mixture, period=period)
 
-    return weighted("switch", IN_TURN, context=context, period=period)
+    return weighted("switch", IN_TURN, context=context, needs=prompts_by_expert, period=period)
 
 
 def composite() -> Arm:
     """LoRA Composite. It takes one UNet call per step and expert."""
-    return weighted("composite", context=lambda setup, case, mixture: composed_scores(setup.pipe, mixture))
+
+    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+        return composed_scores(setup.pipe, mixture)
+
+    return weighted("composite", context=context, needs=prompts_by_expert)
 
 
 def w_switch(name: str = "w-switch", *, period: int = PERIOD, tail: int = TAIL) -> Arm:
@@ -77,7 +86,8 @@ def w_switch(name: str = "w-switch", *, period: int = PERIOD, tail: int = TAIL) 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return w_switched(setup.pipe, mixture, case.prompt, period=period, tail=tail)
 
-    return weighted(name, IN_TURN, context=context, reads_words=True, period=period, tail=tail)
+    how = {"needs": prompts_by_expert, "reads_words": True}
+    return weighted(name, IN_TURN, context=context, period=period, tail=tail, **how)
 
 
 def w_composite() -> Arm:
@@ -86,7 +96,7 @@ def w_composite() -> Arm:
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return w_composed(setup.pipe, mixture, case.prompt)
 
-    return weighted("w-composite", context=context, reads_words=True)
+    return weighted("w-composite", context=context, needs=prompts_by_expert, reads_words=True)
 
 
 def patchwise(name: str = "loratorio", *, patch: int = PATCH, temperature: float = TEMPERATURE) -> Arm:
@@ -95,7 +105,8 @@ def patchwise(name: str = "loratorio", *, patch: int = PATCH, temperature: float
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return loratorio(setup.pipe, mixture, patch=patch, temperature=temperature)
 
-    return weighted(name, context=context, patch=patch, temperature=temperature, centre=CENTRE)
+    how = {"patch": patch, "temperature": temperature, "centre": CENTRE}
+    return weighted(name, context=context, needs=prompts_by_expert, **how)
 
 
 def klora() -> Arm:
@@ -106,14 +117,17 @@ def klora() -> Arm:
         return k_lora(setup.pipe, mixture, content=content, style=style)
 
     order = in_order(lambda setup, case: subjects_first(setup, case.experts))
-    return weighted("k-lora", order, gates=MATRIX, context=context, covers=of_two, alpha=ALPHA, beta=BETA)
+    how = {"gates": MATRIX, "covers": of_two, "needs": a_unet}
+    return weighted("k-lora", order, context=context, alpha=lambda setup, case: ALPHA, beta=BETA, **how)
 
 
 def kl_chosen() -> Arm:
     """The choice by KL divergence, for cases of two experts: in the paper a subject and a style."""
-    return weighted(
-        "kl choice", gates=MATRIX, context=lambda setup, case, mixture: kl_choice(setup.pipe, mixture), covers=of_two
-    )
+
+    def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
+        return kl_choice(setup.pipe, mixture)
+
+    return weighted("kl choice", gates=MATRIX, context=context, covers=of_two, needs=a_unet)
 
 
 def regional(parts: RegionalPrompts) -> Arm:
@@ -134,7 +148,7 @@ def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, RegionalPrompt]:
 
 def blended(name: str = "masked blend", parts: RegionalPrompts = in_the_whole_prompt) -> Arm:
     """One prediction for each LoRA, blended by regions. It takes one UNet call per step and subject, plus one."""
-    return in_parts(name, masked_blend, parts, reads_words=True, threshold=THRESHOLD)
+    return in_parts(name, masked_blend, parts, needs=prompts_by_expert, reads_words=True, threshold=THRESHOLD)
 
 
 def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], parts: RegionalPrompts, **options: Any) -> Arm:
@@ -153,22 +167,18 @@ def freefused() -> Arm:
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
         return freefuse(setup.pipe, mixture, subjects_of(setup, case))
 
-    return weighted("freefuse", context=context, reads_words=True, subjects=subjects_of, first_pass=FIRST_PASS, core=CORE)
+    how = {"subjects": subjects_of, "first_pass": FIRST_PASS, "core": CORE}
+    return weighted("freefuse", context=context, needs=prompts_by_expert, reads_words=True, **how)
 
 
-def prompts_by_expert(setup: Setup) -> None:
-    """A pipeline that can read a prompt with single experts."""
-    check_encodes_by_expert(setup.pipe)
-
-
-ARMS: dict[str, Choice] = {
-    "switch": choice(switch, prompts_by_expert),
-    "composite": choice(composite, prompts_by_expert),
-    "k-lora": choice(klora, a_unet),
-    "w-switch": choice(w_switch, prompts_by_expert),
-    "w-composite": choice(w_composite, prompts_by_expert),
-    "loratorio": choice(patchwise, prompts_by_expert),
-    "kl choice": choice(kl_chosen, a_unet),
-    "masked blend": choice(blended, prompts_by_expert),
-    "freefuse": choice(freefused, prompts_by_expert),
+ARMS: dict[str, Entry] = {
+    "switch": switch(),
+    "composite": composite(),
+    "k-lora": klora(),
+    "w-switch": w_switch(),
+    "w-composite": w_composite(),
+    "loratorio": patchwise(),
+    "kl choice": kl_chosen(),
+    "masked blend": blended(),
+    "freefuse": freefused(),
 }
