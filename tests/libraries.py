@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from mole_diffusers.retrieval import store
-from mole_diffusers.retrieval.entries import LibraryEntry
 from mole_diffusers.retrieval.library import LoraLibrary, embedding
+from mole_diffusers.retrieval.store import LibraryEntry
 
 
 class WordEncoder:

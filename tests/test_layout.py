@@ -35,7 +35,6 @@ TORCH_ONLY = (
     "merging/lego.py",
     "merging/regression.py",
     "training/losses.py",
-    "retrieval/ranking.py",
 )
 
 

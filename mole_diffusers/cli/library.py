@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -14,14 +14,11 @@ from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Given, Group, Result
 from mole_diffusers.cli.common import opened, target
 from mole_diffusers.cli.compose import PromptSheet, SheetOptions
+from mole_diffusers.retrieval import THRESHOLD, Mode
 from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
     from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
-
-THRESHOLD = 0.8  # as in retrieval.library, whose import needs torch
-Mode = Literal["selection", "mixture", "sum", "fusion"]
-
 
 Encoder = Annotated[
     str | None,

@@ -397,7 +397,7 @@ def _judge(prompts: Sequence[str]) -> Callable[[Any, str], float]:
 
 
 @dataclass
-class Concept(Group):
+class ConceptOptions(Group):
     """What the LoRA should learn.
 
     Attributes:
@@ -447,7 +447,7 @@ def train_lora(
     prior_weight: float | None = None,
     *,
     run: Run,
-    concept: Concept,
+    concept: ConceptOptions,
     prior: Prior,
     training: LoraUpdates,
     given: Given,
@@ -462,7 +462,7 @@ def train_lora(
     """
     updates = {**vars(training), "prior": prior_weight}
     asked = settings(run, {"concept": vars(concept), "prior": vars(prior), "training": updates}, data)
-    for section, group in (("concept", Concept), ("prior", Prior)):
+    for section, group in (("concept", ConceptOptions), ("prior", Prior)):
         check_options(asked[section], get_type_hints(group), f"the {section}")
     drawn = [f"--prior-{name}" for name in ("count", "steps", "guidance") if name in asked["prior"]]
     if drawn and asked["prior"].get("data"):

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,8 @@ from mole_diffusers.patching.subjects.things import UNTIL
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
 Binding = Callable[[Setup, Case], Mapping[str, Any]]  # words and regions, as `Mixture.bind` takes them
+# An arm, or for what depends on the setup a function that makes them and raises ValueError like `Arm.needs`.
+Entry = Arm | Callable[[Setup], Sequence[Arm]]
 
 
 def ones(setup: Setup, case: Case) -> dict[str, float]:
@@ -223,11 +226,15 @@ def gates_of(folder: Path) -> Callable[[Case], Path]:
     return lambda case: folder / "+".join(case.experts).replace(" ", "_")
 
 
-def trained(setup: Setup, name: str, weights: Weights = ones, **how: Any) -> Arm:
+def trained(name: str, weights: Weights = ones, /, **how: Any) -> Entry:
     """The trained gates of a setup; `how` as in `weighted`."""
-    if setup.gates is None:
-        raise ValueError("needs a folder of trained gates")
-    return weighted(name, weights, gates=gates_of(setup.gates), **how)
+
+    def made(setup: Setup) -> list[Arm]:
+        if setup.gates is None:
+            raise ValueError("needs a folder of trained gates")
+        return [weighted(name, weights, gates=gates_of(setup.gates), **how)]
+
+    return made
 
 
 @contextmanager
@@ -255,9 +262,6 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
 # ---- arms by name
 
 
-# An arm, or for what depends on the setup a function that makes them and raises ValueError like `Arm.needs`.
-Entry = Arm | Callable[[Setup], Sequence[Arm]]
-
 MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
 CONTROLS: dict[str, Context] = {
     "gates": as_they_are,
@@ -267,9 +271,9 @@ CONTROLS: dict[str, Context] = {
     "gates averaged": averaged,
 }
 BOUND_GATES = "bound gates"
-MOVABLE: dict[str, Callable[[Setup, str, Weights], Arm]] = {  # those whose strengths can be moved from subjects to styles
-    "sum": lambda setup, name, weights: weighted(name, weights),
-    **{method: lambda setup, name, weights, method=method: merged(method, name, weights) for method in MERGES},
+MOVABLE: dict[str, Callable[[str, Weights], Entry]] = {  # those whose strengths can be moved from subjects to styles
+    "sum": weighted,
+    **{method: partial(merged, method) for method in MERGES},
     "gates": trained,
 }
 ARMS: dict[str, Entry] = {
@@ -282,8 +286,8 @@ ARMS: dict[str, Entry] = {
     "tiles": in_tiles(),
     "grid search": lambda setup: [searched(setup.searched)],
     **{method: merged(method) for method in MERGES},
-    **{name: lambda setup, name=name, how=how: [trained(setup, name, context=how)] for name, how in CONTROLS.items()},
-    BOUND_GATES: lambda setup: [trained(setup, BOUND_GATES, binding=from_files)],
+    **{name: trained(name, context=context) for name, context in CONTROLS.items()},
+    BOUND_GATES: trained(BOUND_GATES, binding=from_files),
 }
 
 
@@ -337,12 +341,9 @@ def chosen_arms(
     found: list[Arm] = []
     lacking: list[str] = []
     for name in names:
-        entry = known[name]
         try:
-            if shares:
-                made = [MOVABLE[name](setup, f"{name} @ {s:g}", by_role(2 - 2 * s, 2 * s)) for s in shares]
-            else:
-                made = [entry] if isinstance(entry, Arm) else list(entry(setup))
+            entries = [MOVABLE[name](f"{name} @ {s:g}", by_role(2 - 2 * s, 2 * s)) for s in shares] or [known[name]]
+            made = [arm for entry in entries for arm in ([entry] if isinstance(entry, Arm) else entry(setup))]
             for arm in made:
                 arm.needs(setup)
         except ValueError as error:

@@ -29,7 +29,7 @@ BOXES = 5  # boxes that a thing may be in
 SAME_BOX = 0.7  # two boxes that share more of their union are one
 
 
-class Box(NamedTuple):
+class Detection(NamedTuple):
     """A part of a picture in pixels, and how sure the detector is."""
 
     left: int
@@ -48,13 +48,13 @@ class Detector:
     def __init__(self, source: str, *, device: str):
         self.run = pipeline("zero-shot-object-detection", model=source, device=device)
 
-    def boxes(self, image: Image.Image, things: Sequence[str]) -> list[Box]:
+    def boxes(self, image: Image.Image, things: Sequence[str]) -> list[Detection]:
         """Different boxes for any of the things: the surest ones of each, without those that nearly cover a surer one."""
-        found: list[Box] = []
+        found: list[Detection] = []
         for thing in things:
             for each in self.run(image, candidate_labels=[thing], top_k=BOXES):
                 left, top, right, bottom = (each["box"][name] for name in ("xmin", "ymin", "xmax", "ymax"))
-                box = Box(max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height), each["score"])
+                box = Detection(max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height), each["score"])
                 if box.left < box.right and box.top < box.bottom:
                     found.append(box)
         if not found:

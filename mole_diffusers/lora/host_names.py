@@ -40,8 +40,8 @@ FORMS = (  # ai-toolkit's and ComfyUI's, and kohya's
 )
 
 
-class Rows(NamedTuple):
-    """Rows of the weight of a file's layer that make up a layer of a denoiser."""
+class HostRows(NamedTuple):
+    """HostRows of the weight of a file's layer that make up a layer of a denoiser."""
 
     layer: str  # the denoiser's layer key
     rows: torch.Tensor  # [Cout] of the denoiser's layer
@@ -75,7 +75,7 @@ def with_host_names(expert: Expert, pipe: Any, hosts: Mapping[str, nn.Module]) -
     return replace(expert, layers={**expert.layers, "transformer": renamed})
 
 
-def host_layers(layers: Mapping[str, int], convert: Convert) -> dict[str, list[Rows]]:
+def host_layers(layers: Mapping[str, int], convert: Convert) -> dict[str, list[HostRows]]:
     """Where the rows of a transformer's layers go.
 
     Args:
@@ -84,7 +84,7 @@ def host_layers(layers: Mapping[str, int], convert: Convert) -> dict[str, list[R
     Returns:
         The same names, without those that the conversion does not know or keeps only in part -> the denoiser's layers.
     """
-    found: dict[str, list[Rows]] = {}
+    found: dict[str, list[HostRows]] = {}
     for form in FORMS:
         left = {name: rows for name, rows in layers.items() if name not in found}
         if left and (form.is_flat or any("." in name for name in layers)):
@@ -92,7 +92,7 @@ def host_layers(layers: Mapping[str, int], convert: Convert) -> dict[str, list[R
     return found
 
 
-def _converted(layers: Mapping[str, int], form: Form, convert: Convert) -> dict[str, list[Rows]]:
+def _converted(layers: Mapping[str, int], form: Form, convert: Convert) -> dict[str, list[HostRows]]:
     """The layers of which every row has a place in what becomes of their probe."""
     names = list(layers)
     try:
@@ -105,10 +105,10 @@ def _converted(layers: Mapping[str, int], form: Form, convert: Convert) -> dict[
         with suppress(ValueError):
             if (key := parse_key(name)).component == "transformer":
                 pairs.setdefault(key.layer, {})[key.role] = tensor
-    places: dict[str, list[Rows]] = {}
+    places: dict[str, list[HostRows]] = {}
     for layer, pair in pairs.items():
         if pair.keys() == {"down", "up"}:
-            places.setdefault(names[int(pair["down"].item())], []).append(Rows(layer, pair["up"][:, 0].long()))
+            places.setdefault(names[int(pair["down"].item())], []).append(HostRows(layer, pair["up"][:, 0].long()))
     return {name: rows for name, rows in places.items() if len(torch.cat([r.rows for r in rows]).unique()) == layers[name]}
 
 

@@ -13,12 +13,10 @@ from mole_diffusers.lora.algorithms import Budget, alpha_value, layer_weights
 from mole_diffusers.lora.dora import SHAPES, with_magnitude
 from mole_diffusers.lora.expert import Expert, FileNotes, LoraWeights
 from mole_diffusers.lora.families import base_of
-from mole_diffusers.lora.keys import EMBEDDED_IN, EMBEDDING, FLUX_BLOCKS, Key, parse_key
-from mole_diffusers.lora.metadata import Scaling, read_peft_config, scalings
-from mole_diffusers.lora.original_names import HAVE_ORIGINAL_NAMES, split_fused
+from mole_diffusers.lora.keys import EMBEDDED_IN, EMBEDDING, FLUX_BLOCKS, HAVE_ORIGINAL_NAMES, Key, parse_key, split_fused
+from mole_diffusers.lora.metadata import Scaling, read_peft_config, scalings, stated_beside
 from mole_diffusers.lora.own_words import stated_words
 from mole_diffusers.lora.safe_files import RefusedFileError, TensorFile, read_safetensors
-from mole_diffusers.lora.sidecars import stated_beside
 
 TOLERANCE = 0.01
 

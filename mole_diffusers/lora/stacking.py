@@ -62,7 +62,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Match:
+class HostMatch:
     """How one expert's layers match a pipeline's."""
 
     about: str  # the expert, for error messages
@@ -70,7 +70,7 @@ class Match:
     unmatched: dict[str, str]  # layer key, component first -> why the host has no such layer
 
 
-def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
+def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> HostMatch:
     """Find the module of the pipeline for every layer of `expert`.
 
     Args:
@@ -103,7 +103,7 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> Match:
     if not found:
         key, why = next(iter(unmatched.items()))
         raise RefusedFileError(f"{about}: none of its {len(unmatched)} layers is in this pipeline, {key} since {why}")
-    return Match(about, found, unmatched)
+    return HostMatch(about, found, unmatched)
 
 
 def check_share(expert: Expert, unmatched: Collection[str], hosts: Mapping[str, nn.Module]) -> None:
@@ -157,7 +157,7 @@ def _check_numbers(about: str, layer: str, weights: LoraWeights, module: Any) ->
         )
 
 
-def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:
+def stack_all(matches: Sequence[HostMatch], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:
     """component -> {module name: Stack} for every layer that any expert has, in the model's order.
 
     Raises RefusedFileError if memory does not suffice, or if an expert is DoRA and the base's own weights are packed or
@@ -174,7 +174,7 @@ def stack_all(matches: Sequence[Match], hosts: Mapping[str, nn.Module]) -> dict[
     return stacks
 
 
-def _on_base(match: Match, component: str, name: str, module: Any) -> LoraWeights | None:
+def _on_base(match: HostMatch, component: str, name: str, module: Any) -> LoraWeights | None:
     """An expert's weights for a layer as up @ down, if it has the layer."""
     weights = match.layers.get(component, {}).get(name)
     if weights is None or weights.magnitude is None:

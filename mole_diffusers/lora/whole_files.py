@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
-
-if sys.platform != "win32":
-    import fcntl
 
 LOCK = ".lock"
 WEIGHTS = re.compile(r"(?P<name>.+?)(-\d+-of-\d+)?\.(safetensors|bin)(\.index(?P<variant>\.[^.]+)?\.json)?")
@@ -74,40 +72,19 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _part(path: Path) -> Iterator[Path]:
-    """A folder next to `path` to write to, until the block ends. Those that killed processes have left there are removed.
-
-    A living process holds a lock on its folder. The system takes it away when the process ends, however it does.
-    """
+    """A folder next to `path` to write to, until the block ends. What killed processes of this machine left is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    short = _short(path.name)
-    ours = re.compile(rf"\.{re.escape(short)}\.[0-9a-f]{{8}}\.part")
-    for left in [other for other in path.parent.iterdir() if ours.fullmatch(other.name)]:
-        with _locked(left) as is_mine:
-            if is_mine:
-                shutil.rmtree(left, ignore_errors=True)
-    new = path.with_name(f".{short}.{secrets.token_hex(4)}.new")  # others only see it as a part once it is locked
-    part = new.with_suffix(".part")
-    new.mkdir()
+    start = f".{_short(path.name)}.{platform.node()[:20]}."
+    ours = re.compile(rf"{re.escape(start)}(\d+)-[0-9a-f]{{8}}\.part")  # the number of the process that writes
+    for left, process in [(other, found[1]) for other in path.parent.iterdir() if (found := ours.fullmatch(other.name))]:
+        if not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    part = path.with_name(f"{start}{os.getpid()}-{secrets.token_hex(4)}.part")
+    part.mkdir()
     try:
-        with _locked(new):
-            os.rename(new, part)
-            yield part
+        yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(new, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Try to lock a folder while the block runs: whether it worked. It does not on Windows, or on a disk without locks."""
-    works = False
-    with ExitStack() as stack:
-        with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            works = True
-        yield works
 
 
 def whole_folder(path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -15,9 +15,8 @@ from mole_diffusers.merging.factors import Pair, present
 from mole_diffusers.merging.layers import as_expert, layers_of
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
 from mole_diffusers.patching.host.denoiser_inputs import models_of
-from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, RetrievedLora
-
-MODES = ("selection", "mixture", "sum", "fusion")
+from mole_diffusers.retrieval import THRESHOLD, Mode
+from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
 
 
 def retrieve_for(
@@ -77,8 +76,8 @@ def composed(
 
     Raises ValueError for an unknown mode, LoRAs that cannot be fused, or a pipeline that already has a mixture.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; known: {list(MODES)}")
+    if mode not in get_args(Mode):
+        raise ValueError(f"unknown mode {mode!r}; known: {list(get_args(Mode))}")
     if attached(pipe) is not None:
         raise ValueError("the pipeline already has a mixture; detach it first")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -8,19 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from mole_diffusers.binding.finding import Match, Phrase, Phrases, Tokens
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.families import fits
 from mole_diffusers.lora.metadata import as_read
-from mole_diffusers.retrieval import store
-from mole_diffusers.retrieval.encoders import Encoder
-from mole_diffusers.retrieval.entries import LibraryEntry, read_entry, stamps
-from mole_diffusers.retrieval.phrases import phrases
-from mole_diffusers.retrieval.ranking import centroid, similarity, top
-
-THRESHOLD = 0.8  # in steps of .05, the lowest at which seven of eight base subjects of the emoji world find nothing
+from mole_diffusers.retrieval import THRESHOLD, store
+from mole_diffusers.retrieval.encoders import Encoder, phrases
+from mole_diffusers.retrieval.store import LibraryEntry, read_entry, stamps
 
 
 @dataclass(frozen=True)
@@ -244,3 +241,31 @@ def embedding(samples: Sequence[str], encoder: Encoder) -> torch.Tensor:
     parts = [phrase for sample in samples for phrase in dict.fromkeys(phrases(sample))] or list(samples)
     texts = list(dict.fromkeys(parts))
     return centroid(encoder(texts), torch.tensor([float(parts.count(text) ** 2) for text in texts]))
+
+
+# ---- the maths: N LoRAs, P phrases, D width of the embedding
+
+
+def centroid(vectors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """LoraRetriever's E(phi), the mean embedding of a LoRA's samples, at unit length: [P, D] and weights [P] -> [D]."""
+    return F.normalize((vectors * weights[:, None]).sum(0) / weights.sum(), dim=0)
+
+
+def similarity(queries: torch.Tensor, loras: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine of each LoRA with its most similar phrase: [P, D] and [N, D] -> scores [N], index of that phrase [N].
+
+    Each sum runs over one LoRA's row only. So adding LoRAs does not change the other scores by a single bit, unlike in a
+    blocked matrix product.
+    """
+    scores = torch.stack([(loras * query).sum(-1) for query in queries])  # [P, N]
+    best = scores.max(0)
+    return best.values, best.indices
+
+
+def top(scores: torch.Tensor, allowed: torch.Tensor, k: int, threshold: float) -> list[int]:
+    """Indices of at most k allowed LoRAs that score `threshold` or more, best first; ties keep their order.
+
+    scores [N], allowed [N] bool.
+    """
+    order = torch.argsort(scores, descending=True, stable=True)
+    return order[allowed[order] & (scores[order] >= threshold)][:k].tolist()

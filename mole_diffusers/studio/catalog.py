@@ -16,8 +16,8 @@ from mole_diffusers.gates import FAMILIES, checkpoint
 from mole_diffusers.lora import Expert, LoraWeights, read_expert
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import parse_key
+from mole_diffusers.lora.metadata import preferred_weight
 from mole_diffusers.lora.safe_files import read_header
-from mole_diffusers.lora.sidecars import preferred_weight
 from mole_diffusers.studio.names import is_text, known_names, matching, matching_lora
 
 UNTRAINED = tuple(name for name, family in FAMILIES.items() if not family.learns)

@@ -57,7 +57,7 @@ T5_PLACES = (  # of T5's tokenizer: in ComfyUI, in the ComfyUI of SwarmUI, in Fo
 )
 
 
-class Encoder(NamedTuple):
+class TextEncoder(NamedTuple):
     """A text encoder of a kind of checkpoint: its class, where its tensors are, and its activation (T5 has its own)."""
 
     model: str
@@ -68,19 +68,19 @@ class Encoder(NamedTuple):
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 CLIP_L = "text_encoders.clip_l.transformer.text_model."
 T5_XXL = "text_encoders.t5xxl.transformer."
-ENCODERS: dict[str, dict[str, Encoder]] = {
-    "v1": {"text_encoder": Encoder(CLIP, "cond_stage_model.transformer.text_model.")},
-    "v2": {"text_encoder": Encoder(CLIP, "cond_stage_model.model.", "gelu")},
+ENCODERS: dict[str, dict[str, TextEncoder]] = {
+    "v1": {"text_encoder": TextEncoder(CLIP, "cond_stage_model.transformer.text_model.")},
+    "v2": {"text_encoder": TextEncoder(CLIP, "cond_stage_model.model.", "gelu")},
     "xl_base": {
-        "text_encoder": Encoder(CLIP, "conditioner.embedders.0.transformer.text_model."),
-        "text_encoder_2": Encoder(PROJECTED, "conditioner.embedders.1.model.", "gelu"),
+        "text_encoder": TextEncoder(CLIP, "conditioner.embedders.0.transformer.text_model."),
+        "text_encoder_2": TextEncoder(PROJECTED, "conditioner.embedders.1.model.", "gelu"),
     },
     "sd3": {
-        "text_encoder": Encoder(PROJECTED, CLIP_L),
-        "text_encoder_2": Encoder(PROJECTED, "text_encoders.clip_g.transformer.text_model.", "gelu"),
-        "text_encoder_3": Encoder(T5, T5_XXL),
+        "text_encoder": TextEncoder(PROJECTED, CLIP_L),
+        "text_encoder_2": TextEncoder(PROJECTED, "text_encoders.clip_g.transformer.text_model.", "gelu"),
+        "text_encoder_3": TextEncoder(T5, T5_XXL),
     },
-    "flux": {"text_encoder": Encoder(CLIP, CLIP_L), "text_encoder_2": Encoder(T5, T5_XXL)},
+    "flux": {"text_encoder": TextEncoder(CLIP, CLIP_L), "text_encoder_2": TextEncoder(T5, T5_XXL)},
 }
 
 
@@ -115,12 +115,12 @@ def models(tensors: Mapping[str, torch.Tensor], configs: Mapping[str, Any], dtyp
     return found
 
 
-def text_encoders(kind: str) -> dict[str, Encoder]:
+def text_encoders(kind: str) -> dict[str, TextEncoder]:
     """The text encoders of a kind of checkpoint, by their names in a pipeline."""
     return ENCODERS[kind if kind in ENCODERS else kind[:3] if kind.startswith("sd3") else "flux"]
 
 
-def encoders(shapes: Shapes, kind: str) -> dict[str, Encoder]:
+def encoders(shapes: Shapes, kind: str) -> dict[str, TextEncoder]:
     """The text encoders of a checkpoint. Raises ValueError if one is missing; SD 3 may lack T5."""
     known = text_encoders(kind)
     held = {name: encoder for name, encoder in known.items() if any(key.startswith(encoder.keys) for key in shapes)}
@@ -294,7 +294,7 @@ def _vae(shapes: Shapes, kind: str) -> dict[str, Any]:
     }
 
 
-def _clip(shapes: Shapes, encoder: Encoder) -> dict[str, Any]:
+def _clip(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
     net, (words, places) = _below(encoder.keys, shapes), _clip_sizes(shapes, encoder)
     is_open = "positional_embedding" in net
     blocks, inner = ("transformer.resblocks.", "mlp.c_fc.weight") if is_open else ("encoder.layers.", "mlp.fc1.weight")
@@ -319,7 +319,7 @@ def _clip(shapes: Shapes, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _clip_sizes(shapes: Shapes, encoder: Encoder) -> tuple[int, int]:
+def _clip_sizes(shapes: Shapes, encoder: TextEncoder) -> tuple[int, int]:
     """How many tokens a text encoder knows, and how many it reads at a time."""
     net = _below(encoder.keys, shapes)
     start = "" if "positional_embedding" in net else "embeddings."
@@ -327,7 +327,7 @@ def _clip_sizes(shapes: Shapes, encoder: Encoder) -> tuple[int, int]:
     return net[f"{start}token_embedding.weight"][0], places[0]
 
 
-def _t5(shapes: Shapes, encoder: Encoder) -> dict[str, Any]:
+def _t5(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
     net = _below(encoder.keys, shapes)
     attention, feed = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
     is_gated = f"{feed}wi_0.weight" in net

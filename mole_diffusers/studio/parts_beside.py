@@ -14,8 +14,8 @@ from mole_diffusers.studio.checkpoint_config import (
     LACKS,
     PIPELINES,
     T5_XXL,
-    Encoder,
     Shapes,
+    TextEncoder,
     text_encoders,
     transformer,
 )
@@ -61,7 +61,7 @@ def _vae(checkpoint: Path, shapes: Shapes, kind: str) -> Path | None:
     return next(iter(fitting), None)
 
 
-def _encoder(checkpoint: Path, encoder: Encoder, width: int | None) -> Path | None:
+def _encoder(checkpoint: Path, encoder: TextEncoder, width: int | None) -> Path | None:
     key = "shared.weight" if encoder.keys == T5_XXL else "text_model.embeddings.token_embedding.weight"
 
     def fits(own: Shapes) -> bool:
@@ -71,7 +71,7 @@ def _encoder(checkpoint: Path, encoder: Encoder, width: int | None) -> Path | No
     return max(files, key=lambda file: file.stat().st_size, default=None)
 
 
-def _width(encoder: Encoder, shapes: Shapes) -> int | None:
+def _width(encoder: TextEncoder, shapes: Shapes) -> int | None:
     """The width that a text encoder must have, if the transformer says it."""
     net = transformer(shapes)
     if encoder.keys == T5_XXL:

@@ -12,7 +12,7 @@ from mole_diffusers.binding import words
 from mole_diffusers.lora.metadata import training_tags
 from mole_diffusers.lora.own_words import is_generic, stated_words
 from mole_diffusers.lora.safe_files import parse_json
-from mole_diffusers.retrieval.phrases import phrases
+from mole_diffusers.retrieval.encoders import phrases
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe

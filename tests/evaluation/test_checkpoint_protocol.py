@@ -21,7 +21,7 @@ from mole_diffusers.cli import evaluate as evaluating
 from mole_diffusers.cli.mole import main
 from mole_diffusers.evaluation import measures
 from mole_diffusers.evaluation.checkpoint_protocol import Measures, read_cases
-from mole_diffusers.evaluation.measures import Box, seam
+from mole_diffusers.evaluation.measures import Detection, seam
 from mole_diffusers.evaluation.prompts import Concept
 from mole_diffusers.evaluation.rows import Rows, picture_path, save_picture
 from mole_diffusers.evaluation.runner import Case
@@ -41,7 +41,7 @@ class ByColour:
         self.detector, self.fit, self.change = SimpleNamespace(boxes=self.boxes), lambda *_: 0.5, lambda *_: (0.25, 0.75)
 
     def boxes(self, image, things):
-        return [Box(x, y, x + 24, y + 24, 0.5) for x, y in self.squares if image.getpixel((x, y)) != (255, 255, 255)]
+        return [Detection(x, y, x + 24, y + 24, 0.5) for x, y in self.squares if image.getpixel((x, y)) != (255, 255, 255)]
 
     def features(self, images):
         means = [torch.tensor(list(image.convert("RGB").getdata())).float().mean(0) for image in images]

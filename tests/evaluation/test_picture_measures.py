@@ -8,7 +8,7 @@ from PIL import Image
 from protocol_parts import noise
 from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
-from mole_diffusers.evaluation.measures import Box, Models, seam
+from mole_diffusers.evaluation.measures import Detection, Models, seam
 
 
 def test_scores_are_the_models_own(models):
@@ -38,7 +38,7 @@ def test_a_box_is_inside_of_the_picture_and_counts_once(models):
     raw = [{"score": score, "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))} for *box, score in given]
     detector.run = lambda image, candidate_labels, top_k: found.extend(candidate_labels) or raw
     boxes = detector.boxes(noise(0), ["a fox", "a hat"])
-    assert boxes == [Box(0, 0, 20, 20, 0.9), Box(30, 30, 56, 50, 0.7)]
+    assert boxes == [Detection(0, 0, 20, 20, 0.9), Detection(30, 30, 56, 50, 0.7)]
     assert found == ["a fox", "a hat"]
 
 

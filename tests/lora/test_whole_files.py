@@ -1,6 +1,7 @@
 """Whatever breaks a writer off, a reader meets the old or the new; and one run writes to a folder at a time."""
 
 import json
+import platform
 import random
 import signal
 import subprocess
@@ -47,7 +48,11 @@ def test_after_an_error_a_folder_is_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("writer", [new_folder, new_file])
 def test_what_killed_processes_have_left_is_removed_and_what_is_being_written_is_not(tmp_path, writer):
-    path, left, other = tmp_path / "a", tmp_path / ".a.12345678.part", tmp_path / ".a.b.12345678.part"
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    end = f"{platform.node()[:20]}.{gone.stdout.strip()}-12345678.part"
+    path, left, other = tmp_path / "a", tmp_path / f".a.{end}", tmp_path / f".a.b.{end}"
 
     def write(part, text):
         (part / "weights" if writer is new_folder else part).write_text(text)

@@ -18,11 +18,10 @@ from mole_diffusers.emoji import default_folder
 from mole_diffusers.emoji.words import BASE_SUBJECTS
 from mole_diffusers.emoji.world import concept_files
 from mole_diffusers.mixture import attach
-from mole_diffusers.retrieval import ranking, store
-from mole_diffusers.retrieval.encoders import PipelineText, SentenceText
-from mole_diffusers.retrieval.entries import read_entry
-from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, RetrievedLora, embedding
-from mole_diffusers.retrieval.phrases import phrases
+from mole_diffusers.retrieval import store
+from mole_diffusers.retrieval.encoders import PipelineText, SentenceText, phrases
+from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, RetrievedLora, embedding, similarity, top
+from mole_diffusers.retrieval.store import read_entry
 
 SAMPLES = {
     "fox": ["a red fox in snow", "fox on grass", "a fox"],
@@ -76,20 +75,20 @@ def test_what_samples_share_counts_more_than_what_one_says():
 def test_top_k_equals_brute_force():
     generator = torch.Generator().manual_seed(0)
     cards, queries = (F.normalize(torch.randn(n, 16, generator=generator), dim=-1) for n in (50, 4))
-    scores, best = ranking.similarity(queries, cards)
+    scores, best = similarity(queries, cards)
     pairs = sorted(((max(float(q @ c) for q in queries), i) for i, c in enumerate(cards)), reverse=True)
-    assert ranking.top(scores, torch.ones(50, dtype=torch.bool), 5, 0.0) == [i for _, i in pairs[:5]]
+    assert top(scores, torch.ones(50, dtype=torch.bool), 5, 0.0) == [i for _, i in pairs[:5]]
     for i in range(50):
         assert float(queries[best[i]] @ cards[i]) == pytest.approx(scores[i].item(), abs=1e-6)
-    assert ranking.top(scores, torch.ones(50, dtype=torch.bool), 50, pairs[2][0] - 1e-5) == [i for _, i in pairs[:3]]
+    assert top(scores, torch.ones(50, dtype=torch.bool), 50, pairs[2][0] - 1e-5) == [i for _, i in pairs[:3]]
 
 
 def test_adding_loras_leaves_the_other_scores_as_they_are():
     generator = torch.Generator().manual_seed(1)
     cards, queries = (F.normalize(torch.randn(n, 768, generator=generator), dim=-1) for n in (3000, 3))
-    scores, _ = ranking.similarity(queries, cards)
+    scores, _ = similarity(queries, cards)
     for n in (1, 2, 7, 100, 1025):
-        assert torch.equal(ranking.similarity(queries, cards[:n])[0], scores[:n])
+        assert torch.equal(similarity(queries, cards[:n])[0], scores[:n])
 
 
 # ---- retrieval
@@ -339,7 +338,11 @@ class Deaf(WordEncoder):
             WordEncoder(),
             "triggers of the entry 'birds/owl' must be a list",
         ),
-        (lambda f: edit_entry(f, stamps=[[1, 2]]), WordEncoder(), "stamps of the entry 'birds/owl' are not three pairs"),
+        (
+            lambda f: edit_entry(f, stamps=[[1, 2]]),
+            WordEncoder(),
+            "stamps of the entry 'birds/owl' must be a list of whole numbers",
+        ),
         (lambda f: edit_entry(f, sha256=None), WordEncoder(), "sha256 of the entry 'birds/owl' must be a text, got None"),
         (lambda f: (f / store.VECTORS).write_bytes(b"\x80\x02pickle.."), WordEncoder(), "a pickle, which can run code"),
     ],

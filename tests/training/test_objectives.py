@@ -17,8 +17,7 @@ from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import RandomBatch, Samples, TrainingData
 from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.gate_trainer import GateTrainer
-from mole_diffusers.training.objectives import OBJECTIVES
-from mole_diffusers.training.rewards import _advance, _start
+from mole_diffusers.training.objectives import OBJECTIVES, _advance, _start
 
 TEACH = {"seeds": 2, "steps": 2}
 OPTIONS = {
