@@ -189,14 +189,8 @@ def _written(out: Path, rows: list[Row], work: Work, arms: Sequence[Arm], cases:
 
 def _check_search(base: str, wanted: ArmOptions) -> None:
     """Raises ValueError if --search would not count successes, would choose by the test split, or would draw other arms."""
-    taken = {
-        "--arm": wanted.arm,
-        "--arms-from": wanted.arms_from,
-        "--gates": wanted.gates,
-        "--share": wanted.share,
-        "--weights": wanted.weights,
-    }
-    if given := [name for name, value in taken.items() if value]:
+    taken = ("arm", "arms_from", "gates", "share", "weights")
+    if given := [f"--{name.replace('_', '-')}" for name in taken if vars(wanted)[name]]:
         raise ValueError(f"--search draws arms of its own: leave out {', '.join(given)}")
     if base != WORLD:
         raise ValueError("--search counts successes, which only the judge of the embedded world tells")

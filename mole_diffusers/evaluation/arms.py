@@ -166,12 +166,6 @@ def a_unet(setup: Setup) -> None:
         raise ValueError(f"needs a unet, unlike {type(setup.pipe).__name__}")
 
 
-def a_unet(setup: Setup) -> None:
-    """A pipeline with a UNet."""
-    if getattr(setup.pipe, "unet", None) is None:
-        raise ValueError(f"needs a unet, unlike {type(setup.pipe).__name__}")
-
-
 def searched(weights: ByKind | None) -> Arm:
     """The best strengths that a search found for this kind of case, see `strength_search.best_weights`."""
     if weights is None:

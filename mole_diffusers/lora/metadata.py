@@ -67,7 +67,7 @@ def tag_counts(metadata: Mapping[str, str]) -> tuple[dict[str, int], int]:
     regularisation are left out.
     """
     folders, pictures, others = (
-        _object(metadata, key) for key in ("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs")
+        _object(metadata.get(key, "{}")) for key in ("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs")
     )
     counts: Counter[str] = Counter()
     captions = 0
@@ -84,10 +84,10 @@ def tag_counts(metadata: Mapping[str, str]) -> tuple[dict[str, int], int]:
     return dict(counts.most_common()), captions
 
 
-def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """A JSON object of a header; empty if there is none."""
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object in a text; empty if there is none."""
     try:
-        found = parse_json(metadata.get(key, "{}"), key)
+        found = parse_json(text, "it")
     except RefusedFileError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -210,29 +210,20 @@ NOTES: dict[str, Callable[[Note], Any]] = {
 }
 
 
-def note_paths(path: Path) -> list[Path]:
-    """Where the notes of a LoRA file would be."""
-    return [path.with_name(f"{path.stem}{ending}") for ending in NOTES]
-
-
 def stated_beside(path: Path) -> list[Any]:
     """What the notes of a LoRA file state as its trigger words, each as it is written."""
-    return [words(_read(file)) for file, words in zip(note_paths(path), NOTES.values(), strict=True)]
+    return [words(_read(path.with_name(f"{path.stem}{ending}"))) for ending, words in NOTES.items()]
 
 
 def preferred_weight(path: Path) -> float | None:
     """The strength at which the notes of a LoRA file say it is used; None if they do not."""
-    said: list[Any] = [_read(path.with_suffix(".json")).get("preferred weight")]  # Forge, which writes 0 for none
-    tips = _read(path.with_name(f"{path.stem}.metadata.json")).get("usage_tips")  # LoRA Manager's, as JSON in a text
-    if isinstance(tips, str):
+    of_forge, of_manager = _read(path.with_suffix(".json")), _read(path.with_name(f"{path.stem}.metadata.json"))
+    tips = of_manager.get("usage_tips")  # JSON in a text
+    tips = _object(tips) if isinstance(tips, str) else _inside(of_manager, "usage_tips")
+    said: Any
+    for said in (of_forge.get("preferred weight"), tips.get("strength")):  # Forge writes 0 for none
         try:
-            tips = parse_json(tips, "usage_tips")
-        except RefusedFileError:
-            tips = None
-    said.append(tips.get("strength") if isinstance(tips, dict) else None)
-    for value in said:
-        try:
-            number = float(value)
+            number = float(said)
         except (TypeError, ValueError, OverflowError):
             continue
         if math.isfinite(number) and 0 < abs(number) <= 10:

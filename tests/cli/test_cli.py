@@ -14,7 +14,6 @@ from tiny import tiny_pipeline
 
 from mole_diffusers import merge, read_expert
 from mole_diffusers.cli.common import parse_file
-from mole_diffusers.cli.library import THRESHOLD, Mode
 from mole_diffusers.cli.merge import Method, by_name
 from mole_diffusers.cli.mole import main, parser
 from mole_diffusers.emoji.world import concept_files
@@ -199,12 +198,9 @@ def test_a_file_may_have_a_strength():
 def test_what_is_spelled_out_for_the_help_is_what_the_package_has():
     from mole_diffusers.gates import FAMILIES
     from mole_diffusers.merging.merge import METHODS
-    from mole_diffusers.retrieval import composing, library
     from mole_diffusers.training.config import TERMS
 
     assert get_args(Method) == tuple(METHODS)
-    assert set(get_args(Mode)) == set(composing.MODES)
-    assert THRESHOLD == library.THRESHOLD
     said = {name: " ".join(option.help or "" for option in parser().commands[name].params) for name in parser().commands}
     assert [name for name in TERMS if f" {name}" not in said["train"]] == []
     assert [name for name, family in FAMILIES.items() if family.learns and name not in said["train"]] == []

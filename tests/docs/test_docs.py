@@ -121,7 +121,7 @@ def test_an_arm_of_the_readers_own_is_one():
     (block,) = blocks("methods.md", "python")
     names: dict = {}
     exec(compile(block, "methods.md", "exec"), names)
-    assert [arm.name for made in names["ARMS"].values() for arm in made(None)] == ["weak styles"]
+    assert [arm.name for arm in names["ARMS"].values()] == ["weak styles"]
 
 
 def test_every_page_whose_python_runs_has_a_test_here():

@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import rivals
 
 from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.merging.merge import METHODS, by_activations
-from mole_diffusers.retrieval.composing import MODES
+from mole_diffusers.retrieval import Mode
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "methods.md").read_text() + (DOCS / "merge.md").read_text()
@@ -32,7 +33,7 @@ def test_every_rival_while_sampling_is_there(name):
 
 
 def test_the_librarys_modes_are_there():
-    assert all(f"`{mode}`" in SECTIONS["Libraries"] for mode in MODES)
+    assert all(f"`{mode}`" in SECTIONS["Libraries"] for mode in get_args(Mode))
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.learns])
