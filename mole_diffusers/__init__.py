@@ -40,7 +40,17 @@ if TYPE_CHECKING:
         MoLEStableDiffusionXLPipeline,
         MoLEZImagePipeline,
     )
-    from mole_diffusers.pipelines.modular import MoLEStableDiffusionXLBlocks
+    from mole_diffusers.pipelines.modular import (
+        MoLEFlux2KleinBlocks,
+        MoLEFluxBlocks,
+        MoLEKrea2Blocks,
+        MoLELTXBlocks,
+        MoLEQwenImageBlocks,
+        MoLEStableDiffusion3Blocks,
+        MoLEStableDiffusionXLBlocks,
+        MoLEWanBlocks,
+        MoLEZImageBlocks,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -50,10 +60,16 @@ __all__ = [
     "GateConfig",
     "Mixture",
     "MoLEAttnProcessor",
+    "MoLEFlux2KleinBlocks",
+    "MoLEFluxBlocks",
     "MoLEFluxControlPipeline",
     "MoLEFluxPipeline",
+    "MoLEKrea2Blocks",
+    "MoLELTXBlocks",
     "MoLEPipeline",
+    "MoLEQwenImageBlocks",
     "MoLEQwenImagePipeline",
+    "MoLEStableDiffusion3Blocks",
     "MoLEStableDiffusion3Pipeline",
     "MoLEStableDiffusionControlNetImg2ImgPipeline",
     "MoLEStableDiffusionControlNetInpaintPipeline",
@@ -68,6 +84,8 @@ __all__ = [
     "MoLEStableDiffusionXLImg2ImgPipeline",
     "MoLEStableDiffusionXLInpaintPipeline",
     "MoLEStableDiffusionXLPipeline",
+    "MoLEWanBlocks",
+    "MoLEZImageBlocks",
     "MoLEZImagePipeline",
     "PictureWarning",
     "RefusedFileError",
@@ -96,7 +114,7 @@ _MODULES = {
     "patching.install.gate_inputs": ("MoLEAttnProcessor",),
     "patching.gating.trace": ("Trace",),
     "pipelines.classes": tuple(name for name in __all__ if name.endswith("Pipeline")),
-    "pipelines.modular": ("MoLEStableDiffusionXLBlocks",),
+    "pipelines.modular": tuple(name for name in __all__ if name.endswith("Blocks")),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,30 +1,29 @@
-"""SDXL blocks for modular diffusers that compose the LoRAs a call names."""
+"""Diffusers' modular blocks that compose the LoRAs a call names."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any
 
-from diffusers.modular_pipelines.modular_pipeline import PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
-from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import StableDiffusionXLAutoBlocks
+import diffusers
+from diffusers.modular_pipelines import InputParam, PipelineState
 
 from mole_diffusers.mixture import attach, attached, detach
 from mole_diffusers.patching.install.installation import lock_of_pipeline
 
 
-class MoLEStableDiffusionXLBlocks(StableDiffusionXLAutoBlocks):
-    """`StableDiffusionXLAutoBlocks` with the inputs of `attach`. A call without `experts` keeps what is attached.
+class ComposingBlocks:
+    """Mixin for all blocks of a modular pipeline, which adds the inputs of `attach`.
 
-    `MoLEStableDiffusionXLBlocks().init_pipeline(...)` is a modular pipeline. `attach` itself takes any modular pipeline,
-    too.
+    A call without `experts` keeps what is attached. `MoLEFluxBlocks().init_pipeline(...)`, say, is a modular pipeline.
+    `attach` itself takes any modular pipeline, too.
     """
 
     @property
     def inputs(self) -> list[Any]:
         """Diffusers' own inputs, and those of `attach`."""
         return [
-            *super().inputs,
+            *super().inputs,  # type: ignore[misc]
             InputParam("experts", type_hint=dict, description="name -> LoRA file, or (file, strength); {} takes all off"),
             InputParam("gates", type_hint=str, default="sum", description="a family, or a folder of trained gates"),
             InputParam("binding", default="auto", description="which words and which place are whose; None binds nothing"),
@@ -40,4 +39,40 @@ class MoLEStableDiffusionXLBlocks(StableDiffusionXLAutoBlocks):
                 detach(pipeline)
             mixture = attached(pipeline)
             with nullcontext() if mixture is None else mixture.drawing():
-                return super().__call__(pipeline, state)
+                return super().__call__(pipeline, state)  # type: ignore[misc]
+
+
+class MoLEStableDiffusionXLBlocks(ComposingBlocks, diffusers.StableDiffusionXLAutoBlocks):
+    """`StableDiffusionXLAutoBlocks` with the inputs of `attach`."""
+
+
+class MoLEStableDiffusion3Blocks(ComposingBlocks, diffusers.StableDiffusion3AutoBlocks):
+    """`StableDiffusion3AutoBlocks` with the inputs of `attach`."""
+
+
+class MoLEFluxBlocks(ComposingBlocks, diffusers.FluxAutoBlocks):
+    """`FluxAutoBlocks` with the inputs of `attach`."""
+
+
+class MoLEFlux2KleinBlocks(ComposingBlocks, diffusers.Flux2KleinAutoBlocks):
+    """`Flux2KleinAutoBlocks` with the inputs of `attach`."""
+
+
+class MoLEQwenImageBlocks(ComposingBlocks, diffusers.QwenImageAutoBlocks):
+    """`QwenImageAutoBlocks` with the inputs of `attach`."""
+
+
+class MoLEZImageBlocks(ComposingBlocks, diffusers.ZImageAutoBlocks):
+    """`ZImageAutoBlocks` with the inputs of `attach`."""
+
+
+class MoLEKrea2Blocks(ComposingBlocks, diffusers.Krea2AutoBlocks):
+    """`Krea2AutoBlocks` with the inputs of `attach`."""
+
+
+class MoLEWanBlocks(ComposingBlocks, diffusers.WanBlocks):
+    """`WanBlocks` with the inputs of `attach`."""
+
+
+class MoLELTXBlocks(ComposingBlocks, diffusers.LTXAutoBlocks):
+    """`LTXAutoBlocks` with the inputs of `attach`."""

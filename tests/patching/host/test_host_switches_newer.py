@@ -49,13 +49,14 @@ SWITCHES = {
     "block": hosts.OFFLOADS["block"],
     "compile": compiled,
     "backend": lambda pipe: pipe.transformer.set_attention_backend("_native_math"),
+    "flex": lambda pipe: pipe.transformer.set_attention_backend("flex"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:attention runs on PyTorch's own backend")
 @pytest.mark.parametrize("switch", ["backend", *thorough(*(name for name in SWITCHES if name != "backend"))])
 @each("qwen")
-@pytest.mark.shows("attention backends of PyTorch", "group offload, by block or by layer", "`compile_repeated_blocks`")
+@pytest.mark.shows("attention backends of PyTorch, flex too", "group offload, by block or by layer", "`compile_repeated_blocks`")
 def test_a_switch_changes_no_picture(host, switch):
     name, pipe, options, files = host
     torch.compiler.reset()
@@ -139,7 +140,7 @@ def test_hotswap_is_prepared_before_attach(host):
 
 @pytest.mark.parametrize("kind", ["gguf-Q8_0", *thorough(*(kind for kind in KINDS if "gguf" not in kind))])
 @each()
-@pytest.mark.shows("GGUF on a transformer")
+@pytest.mark.shows("GGUF and SDNQ on a transformer")
 def test_experts_ride_on_packed_layers_as_diffusers_own_adapters(host, kind):
     _, pipe, options, files = host
     plain = hosts.draw(pipe, options, PROMPT)

@@ -1,4 +1,4 @@
-"""Hosts whose weights are packed in few bits, as GGUF, bitsandbytes, torchao and quanto pack them.
+"""Hosts whose weights are packed in few bits, as GGUF, bitsandbytes, torchao, quanto and SDNQ pack them.
 
 The models are real and packed in memory; each kind is skipped where its package is not installed.
 """
@@ -77,6 +77,11 @@ def quanto(model):
     package.freeze(model)
 
 
+def sdnq(model, bits):
+    package = pytest.importorskip("sdnq")
+    package.sdnq_post_load_quant(model, weights_dtype=bits, minimum_allowed_numel=1, add_skip_keys=False)
+
+
 KINDS = {
     "gguf-Q8_0": lambda model: gguf(model, "Q8_0"),
     "gguf-Q4_0": lambda model: gguf(model, "Q4_0"),
@@ -84,6 +89,8 @@ KINDS = {
     "bitsandbytes-int8": lambda model: bitsandbytes(model, 8),
     "torchao-int8": torchao,
     "quanto-int8": quanto,
+    "sdnq-int8": lambda model: sdnq(model, "int8"),
+    "sdnq-uint4": lambda model: sdnq(model, "uint4"),
 }
 
 
@@ -103,7 +110,7 @@ def packed(request):
     return pipe
 
 
-@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto")
+@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto, SDNQ")
 def test_experts_ride_on_a_quantised_host(packed, files, awake, tmp_path):
     """The other route: diffusers' own adapters on the same host."""
     weight = packed.unet.get_submodule(LAYER).weight
@@ -132,7 +139,7 @@ def test_experts_ride_on_a_quantised_host(packed, files, awake, tmp_path):
 
 @pytest.mark.thorough
 @pytest.mark.shows("binding on a quantised model")
-def test_a_bound_picture_on_a_quantised_host(packed, files):
+def test_a_bound_picture_on_a_quantised_host(packed, files, decided):
     plain = wide()
     read_back(packed.unet, plain.unet)
     bound_alike(packed, plain, files, {})
@@ -206,7 +213,7 @@ def test_experts_ride_on_a_quantised_text_encoder(files, kind):
 
 
 @pytest.mark.parametrize("kind", EACH)
-@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto", "quantised text encoder")
+@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto, SDNQ", "quantised text encoder")
 def test_experts_ride_on_other_quantised_hosts(other, kind):
     """Those layers of the denoiser and of the first text encoder that are wide enough are packed."""
     weights = {"fox": 0.8, "ink": -0.5}
@@ -226,7 +233,7 @@ def repacked(model, pack):
     return {name for name in before if type(now[name]) is not nn.Linear or type(now[name].weight.data) is not before[name]}
 
 
-@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto")
+@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto, SDNQ")
 def test_gates_learn_on_a_quantised_host(packed, files):
     mixture = mole.attach(packed, files, "mole")
     for gate in mixture.parameters():
@@ -256,7 +263,7 @@ class Packed(nn.Module):
         self.register_buffer("qweight", layer.weight.detach().to(torch.int8))
 
 
-@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto")
+@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto, SDNQ")
 def test_layers_that_take_no_lora_are_named(files):
     pipe = wide()
     for model in (pipe.unet, pipe.text_encoder):
