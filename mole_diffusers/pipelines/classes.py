@@ -86,6 +86,34 @@ class MoLEZImagePipeline(DropIn, diffusers.ZImagePipeline):
     """`ZImagePipeline` that composes what it loads."""
 
 
+class MoLEChromaPipeline(DropIn, diffusers.ChromaPipeline):
+    """`ChromaPipeline` that composes what it loads."""
+
+
+class MoLEFlux2Pipeline(DropIn, diffusers.Flux2Pipeline):
+    """`Flux2Pipeline` that composes what it loads."""
+
+
+class MoLEFlux2KleinPipeline(DropIn, diffusers.Flux2KleinPipeline):
+    """`Flux2KleinPipeline` that composes what it loads."""
+
+
+class MoLEKrea2Pipeline(DropIn, diffusers.Krea2Pipeline):
+    """`Krea2Pipeline` that composes what it loads."""
+
+
+class MoLELumina2Pipeline(DropIn, diffusers.Lumina2Pipeline):
+    """`Lumina2Pipeline` that composes what it loads."""
+
+
+class MoLEWanPipeline(DropIn, diffusers.WanPipeline):
+    """`WanPipeline` that composes what it loads."""
+
+
+class MoLELTXPipeline(DropIn, diffusers.LTXPipeline):
+    """`LTXPipeline` that composes what it loads."""
+
+
 DROP_INS = {kind.__bases__[1].__name__: kind for kind in DropIn.__subclasses__()}
 # `AutoPipelineForText2Image.from_pipe` and similar classes look up a pipeline's class by name in these tables. A form
 # without a drop-in is diffusers' own.

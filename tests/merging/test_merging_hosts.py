@@ -10,7 +10,9 @@ import mole_diffusers as mole
 from mole_diffusers.lora import read_expert
 
 LAYERS = (*ATTENTION, *FEED_FORWARD, "w1", "w2", "w3", "proj_mlp", "img_mlp.net.2", "txt_mlp.net.2", "to_qkv_mlp_proj")
+LAYERS += ("to_gate", "ff.up", "ff.down", "linear_3")
 CLOSE = {"atol": 1e-5, "rtol": 0}
+OTHERS = ("sdxl", "sd3", "flux", "flux2", "chroma", "wan", "krea2", "lumina2", "ltx")
 
 
 def two_loras(pipe, folder):
@@ -25,7 +27,7 @@ def two_loras(pipe, folder):
     return files
 
 
-@pytest.mark.parametrize("name", ["qwen", "z_image", *thorough("sdxl", "sd3", "flux", "flux2", "chroma", "wan")])
+@pytest.mark.parametrize("name", ["qwen", "z_image", *thorough(*OTHERS)])
 def test_a_sum_is_one_lora(name, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     base, weighed = hosts.draw(pipe, options), dict(zip(("fox", "ink"), (0.8, -0.6), strict=True))

@@ -1,5 +1,6 @@
 """diffusers' LoRA calls on the drop-in, beside the same calls on diffusers' own pipeline."""
 
+import inspect
 import logging
 from dataclasses import replace
 
@@ -37,14 +38,22 @@ def same(ours, stock, options):
     torch.testing.assert_close(hosts.draw(ours, options), hosts.draw(stock, options), **CLOSE)
 
 
+LIKE = ("prompt_template_encode_start_idx", "prompt_template_encode_num_suffix_tokens", "vae_scale_factor")
+FOR_ATTENTION = {"attention_kwargs", "joint_attention_kwargs"}
+
+
 def like(stock, pipe):
-    """A pipeline that drops as much of a template as the tiny one does, which has more tokens than the published one."""
-    if hasattr(stock, "prompt_template_encode_start_idx"):
-        pipe.prompt_template_encode_start_idx = stock.prompt_template_encode_start_idx
+    """A pipeline with the numbers that only the tiny one has, such as the tokens of its template."""
+    for name in LIKE:
+        if hasattr(stock, name):
+            setattr(pipe, name, getattr(stock, name))
     return hosts.quiet(pipe)
 
 
-@pytest.mark.parametrize("name", ["qwen", *thorough("sd3", "flux", "z_image")])
+OTHERS = ("sd3", "flux", "z_image", "chroma", "flux2", "flux2-dev", "krea2", "lumina2", "wan", "ltx")
+
+
+@pytest.mark.parametrize("name", ["qwen", *thorough(*OTHERS)])
 def test_the_calls_of_transformers_are_those_of_diffusers(name, tmp_path):
     (ours, options), (stock, _) = (hosts.HOSTS[name]() for _ in range(2))
     base, ours = hosts.draw(stock, options), like(stock, mole.MoLEPipeline.from_pipe(ours))
@@ -63,7 +72,7 @@ def test_the_calls_of_transformers_are_those_of_diffusers(name, tmp_path):
     ours.save_pretrained(tmp_path / "saved")
     without = {part: None for part, model in ours.components.items() if model is None}
     same(like(stock, mole.MoLEPipeline.from_pretrained(tmp_path / "saved", **without)), stock, options)
-    scaled = {"qwen": "attention_kwargs"}.get(name, "joint_attention_kwargs")
+    (scaled,) = FOR_ATTENTION & inspect.signature(type(stock).__call__).parameters.keys()
     same(ours, stock, options | {scaled: {"scale": 0.5}})
     for pipe in (ours, stock):
         pipe.set_adapters("ink", 0.5)

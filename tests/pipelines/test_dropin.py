@@ -356,8 +356,8 @@ def test_saving_waits_for_what_another_thread_loads(kind, tmp_path, monkeypatch)
 
 
 def test_a_kind_without_a_dropin_is_refused():
-    with pytest.raises(ValueError, match="ChromaPipeline has no drop-in pipeline; those that have one"):
-        mole.MoLEPipeline.from_pipe(hosts.chroma())
+    with pytest.raises(ValueError, match="LongCatImagePipeline has no drop-in pipeline; those that have one"):
+        mole.MoLEPipeline.from_pipe(hosts.longcat())
 
 
 @pytest.mark.parametrize("kind", BOTH, indirect=True)

@@ -56,7 +56,9 @@ SWITCHES = {
 @pytest.mark.filterwarnings("ignore:attention runs on PyTorch's own backend")
 @pytest.mark.parametrize("switch", ["backend", *thorough(*(name for name in SWITCHES if name != "backend"))])
 @each("qwen")
-@pytest.mark.shows("attention backends of PyTorch, flex too", "group offload, by block or by layer", "`compile_repeated_blocks`")
+@pytest.mark.shows(
+    "attention backends of PyTorch, flex too", "group offload, by block or by layer", "`compile_repeated_blocks`"
+)
 def test_a_switch_changes_no_picture(host, switch):
     name, pipe, options, files = host
     torch.compiler.reset()
