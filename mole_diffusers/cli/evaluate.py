@@ -20,7 +20,7 @@ from mole_diffusers.studio.names import WORLD
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from mole_diffusers.evaluation.arms import Entry
+    from mole_diffusers.evaluation.arms import KnownArm
     from mole_diffusers.evaluation.report import EvaluationReport
     from mole_diffusers.evaluation.rows import Row, Rows
     from mole_diffusers.evaluation.runner import Arm, Case, Metrics, Setup
@@ -171,7 +171,7 @@ def evaluate(
     return Result(rows, text)
 
 
-def _written(out: Path, rows: list[Row], work: Work, arms: Sequence[Arm], cases: Sequence[Case], wanted: ArmOptions) -> str:
+def _written(out: Path, rows: list[Row], work: Task, arms: Sequence[Arm], cases: Sequence[Case], wanted: ArmOptions) -> str:
     """Write tables, figures and the page. Returns the tables."""
     from mole_diffusers.evaluation.page import write_page
     from mole_diffusers.evaluation.strength_search import best_weights
@@ -199,7 +199,7 @@ def _check_search(base: str, wanted: ArmOptions) -> None:
 
 
 @dataclass(frozen=True)
-class Work:
+class Task:
     """What is evaluated: the embedded world, or a checkpoint.
 
     Attributes:
@@ -224,7 +224,7 @@ def _check_installed() -> None:
         raise ValueError(f"this needs {', '.join(missing)}: pip install 'mole-diffusers[evaluate]'")
 
 
-def _world(wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], machine: options.Machine) -> Work:
+def _world(wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], machine: options.Machine) -> Task:
     """The emoji world with its judge. Raises ValueError for options that are for another base."""
     from mole_diffusers import emoji
     from mole_diffusers.emoji.world import emoji_world
@@ -241,7 +241,7 @@ def _world(wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], mac
     gates = wanted.gates or emoji.default_folder() / "gates"
     setup = emoji_protocol.setup(world, call, gates=gates, searched=wanted.strengths())
     cases, about = [case for case, _ in found], {"judge": "the world's own"}
-    return Work(setup, cases, metrics, lambda rows, store, state: rows, emoji_protocol.REPORT, list(ARMS), about)
+    return Task(setup, cases, metrics, lambda rows, store, state: rows, emoji_protocol.REPORT, list(ARMS), about)
 
 
 def _device(machine: options.Machine) -> str:
@@ -255,7 +255,7 @@ def _device(machine: options.Machine) -> str:
 
 def _checkpoint(
     wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], base: str, machine: options.Machine
-) -> Work:
+) -> Task:
     """The user's own checkpoint. What measures the pictures is loaded first, so that a wrong name is known at once."""
     from mole_diffusers.evaluation import arms as known
     from mole_diffusers.evaluation import checkpoint_protocol, prompts, runner
@@ -306,7 +306,7 @@ def _checkpoint(
     default = [*DEFAULT_ARMS, *(("gates", known.BOUND_GATES) if wanted.gates else ())]
     measures = models.names | {"pictures of each concept alone": "given" if pictures else "drawn by its LoRA"}
     report, metrics = checkpoint_protocol.report(setup.styles), checkpoint_protocol.unmeasured
-    return Work(setup, cases, metrics, measured, report, default, measures)
+    return Task(setup, cases, metrics, measured, report, default, measures)
 
 
 def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
@@ -317,7 +317,7 @@ def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
     return [case for group in kinds.values() for case in group[:limit]]
 
 
-def _arms(wanted: ArmOptions, work: Work, cases: Sequence[Case], others: dict[str, Entry]) -> list[Arm]:
+def _arms(wanted: ArmOptions, work: Task, cases: Sequence[Case], others: dict[str, KnownArm]) -> list[Arm]:
     """The arms of --arm, or the usual ones and `others` that can be drawn; a note lists those that are left out."""
     from mole_diffusers.evaluation.arms import ARMS, BOUND_GATES, CONTROLS, chosen_arms, gates_of
 

@@ -49,7 +49,7 @@ RECOMMENDED = "factors"  # the best on validation compositions, see docs/trainin
 
 
 @dataclass
-class Run(options.Machine):
+class RunOptions(options.Machine):
     """What to train on, and where to write the result.
 
     Attributes:
@@ -68,7 +68,7 @@ class Run(options.Machine):
 
 
 def settings(
-    run: Run, sections: Mapping[str, Mapping[str, Any]], data: Sequence[str], **others: str | None
+    run: RunOptions, sections: Mapping[str, Mapping[str, Any]], data: Sequence[str], **others: str | None
 ) -> dict[str, Any]:
     """All settings as plain data: those of the --config file, overridden by the options.
 
@@ -157,7 +157,7 @@ def is_main_process() -> bool:
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
-def carried_out(run: Run, asked: Mapping[str, Any], fit: Callable[[Path], Result], given: Given) -> Result | None:
+def carried_out(run: RunOptions, asked: Mapping[str, Any], fit: Callable[[Path], Result], given: Given) -> Result | None:
     """Train with these settings, or write them for --write-config: as JSON if the file's name says so, else as YAML.
 
     If Ctrl-C interrupts it, a note on stderr says which checkpoint there is and how to continue.
@@ -205,7 +205,7 @@ else:
 
 
 @settings_of(*FAMILIES)
-class Gates(Group):
+class GateOptions(Group):
     """Which gates: a family and its options."""
 
     panel = "Which gates"
@@ -257,10 +257,10 @@ def train(
     expert: options.Experts = (),
     push_to_hub: str | None = None,
     *,
-    run: Run,
+    run: RunOptions,
     lesson: Lesson,
     training: GateUpdates,
-    gates: Gates,
+    gates: GateOptions,
     given: Given,
 ) -> Result | None:
     """Train gates for a set of LoRAs: how much each one acts, where and when.
@@ -316,7 +316,7 @@ def _term(text: str) -> tuple[str, Any]:
     return name, {key: json_or_text(value) for key, value in named.items()}
 
 
-def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: Run, repo: str | None, out: Path) -> Result:
+def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: RunOptions, repo: str | None, out: Path) -> Result:
     from mole_diffusers.gates import checkpoint, hub
     from mole_diffusers.lora.whole_files import write_text
     from mole_diffusers.mixture import attach
@@ -446,7 +446,7 @@ def train_lora(
     data: Sequence[str] = (),
     prior_weight: float | None = None,
     *,
-    run: Run,
+    run: RunOptions,
     concept: ConceptOptions,
     prior: Prior,
     training: LoraUpdates,
@@ -474,7 +474,7 @@ def train_lora(
     return carried_out(run, asked, partial(_train_lora, asked, config, run), given)
 
 
-def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: Run, out: Path) -> Result:
+def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: RunOptions, out: Path) -> Result:
     from mole_diffusers.training.engine import check_batch, join_processes, save_weight_memory
     from mole_diffusers.training.lora_adapter import header, save_lora
     from mole_diffusers.training.lora_trainer import class_samples

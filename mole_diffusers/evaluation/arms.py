@@ -29,10 +29,10 @@ from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.subjects.things import UNTIL
 
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
-Context = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
+Inside = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
 Binding = Callable[[Setup, Case], Mapping[str, Any]]  # words and regions, as `Mixture.bind` takes them
 # An arm, or for what depends on the setup a function that makes them and raises ValueError like `Arm.needs`.
-Entry = Arm | Callable[[Setup], Sequence[Arm]]
+KnownArm = Arm | Callable[[Setup], Sequence[Arm]]
 
 
 def ones(setup: Setup, case: Case) -> dict[str, float]:
@@ -83,7 +83,7 @@ def weighted(
     *,
     gates: Gates | Callable[[Case], Path] = "sum",
     binding: Binding | None = None,
-    context: Context = as_they_are,
+    context: Inside = as_they_are,
     covers: Callable[[Case], bool] = lambda case: True,
     needs: Callable[[Setup], None] = lambda setup: None,
     reads_words: bool = False,
@@ -220,7 +220,7 @@ def gates_of(folder: Path) -> Callable[[Case], Path]:
     return lambda case: folder / "+".join(case.experts).replace(" ", "_")
 
 
-def trained(name: str, weights: Weights = ones, /, **how: Any) -> Entry:
+def trained(name: str, weights: Weights = ones, /, **how: Any) -> KnownArm:
     """The trained gates of a setup; `how` as in `weighted`."""
 
     def made(setup: Setup) -> list[Arm]:
@@ -257,7 +257,7 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
 
 
 MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
-CONTROLS: dict[str, Context] = {
+CONTROLS: dict[str, Inside] = {
     "gates": as_they_are,
     "gates uniform": lambda setup, case, mixture: mixture.adjusted(uniform),
     "gates random": lambda setup, case, mixture: mixture.adjusted(frozen_random(0)),
@@ -265,12 +265,12 @@ CONTROLS: dict[str, Context] = {
     "gates averaged": averaged,
 }
 BOUND_GATES = "bound gates"
-MOVABLE: dict[str, Callable[[str, Weights], Entry]] = {  # those whose strengths can be moved from subjects to styles
+MOVABLE: dict[str, Callable[[str, Weights], KnownArm]] = {  # those whose strengths can be moved from subjects to styles
     "sum": weighted,
     **{method: partial(merged, method) for method in MERGES},
     "gates": trained,
 }
-ARMS: dict[str, Entry] = {
+ARMS: dict[str, KnownArm] = {
     "base": base(),
     "alone": lambda setup: [alone(concept) for concept in setup.experts],
     "sum": summed(),
@@ -299,7 +299,7 @@ def imported(path: Path) -> ModuleType:
         sys.path.pop(0)
 
 
-def arms_from(path: Path | None) -> dict[str, Entry]:
+def arms_from(path: Path | None) -> dict[str, KnownArm]:
     """The dict ARMS like that of this file, of a Python file or package, see `imported`; nothing without a path.
 
     Raises ValueError if it has none.
@@ -310,14 +310,14 @@ def arms_from(path: Path | None) -> dict[str, Entry]:
     return found
 
 
-def check_names(names: Sequence[str], known: Mapping[str, Entry] = ARMS) -> None:
+def check_names(names: Sequence[str], known: Mapping[str, KnownArm] = ARMS) -> None:
     """Raises ValueError for names that are not known."""
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown arms {unknown}; known: {list(known)}")
 
 
 def chosen_arms(
-    names: Sequence[str], setup: Setup, *, shares: Sequence[float] = (), known: Mapping[str, Entry] = ARMS
+    names: Sequence[str], setup: Setup, *, shares: Sequence[float] = (), known: Mapping[str, KnownArm] = ARMS
 ) -> tuple[list[Arm], list[str]]:
     """The arms of these names that can be drawn, and a sentence for each name that cannot. "alone" is one arm per expert.
 

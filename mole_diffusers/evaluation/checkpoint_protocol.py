@@ -22,7 +22,7 @@ from mole_diffusers.evaluation.arms import alone
 from mole_diffusers.evaluation.measures import Models, seam
 from mole_diffusers.evaluation.prompts import THINGS, Concept
 from mole_diffusers.evaluation.report import EvaluationReport
-from mole_diffusers.evaluation.rows import SAME_NOISE, Row, Rows, digest, digest_texts, key, read_picture
+from mole_diffusers.evaluation.rows import SAME_NOISE, Row, Rows, digest, digest_texts, key, picture_of
 from mole_diffusers.evaluation.runner import Case, Setup, evaluate, requested_rows
 from mole_diffusers.evaluation.tables import as_frame, by_kind, concept_mean
 from mole_diffusers.lora.safe_files import json_lines
@@ -91,7 +91,7 @@ class References:
     def pictures(self) -> dict[str, list[Image.Image]]:
         """Concept -> its pictures, once all processes have drawn."""
         found = {name: self._with_rows(requested_rows, name) for name in self.names}
-        return {name: [read_picture(self.rows.folder, row) for row in own] for name, own in found.items()}
+        return {name: [picture_of(self.rows.folder, row) for row in own] for name, own in found.items()}
 
     def _with_rows(self, run: Callable[..., list[Row]], name: str, **options: Any) -> list[Row]:
         case = Case((name,), "reference", self.setup.prompts[name][0])
@@ -158,8 +158,8 @@ def measure(rows: Sequence[Row], measures: Measures, store: Rows, *, processes: 
     for row in tqdm(rows, desc="measure", mininterval=5):
         about = _about(row, measures, bases)
         if zlib.crc32(about["picture"].encode()) % processes == store.process and key(about, MEASURED) not in done:
-            base = read_picture(store.folder, bases[_noise(row)]) if about["by"]["base"] else None
-            store.append([about | measures(row["concepts"], row["prompt"], read_picture(store.folder, row), base)])
+            base = picture_of(store.folder, bases[_noise(row)]) if about["by"]["base"] else None
+            store.append([about | measures(row["concepts"], row["prompt"], picture_of(store.folder, row), base)])
 
 
 def measured(rows: Sequence[Row], measures: Measures, store: Rows) -> list[Row]:

@@ -13,7 +13,7 @@ import krippendorff
 import pandas as pd
 import torch
 
-from mole_diffusers.evaluation.rows import SAME_NOISE, Row, read_picture, save_picture
+from mole_diffusers.evaluation.rows import SAME_NOISE, Row, picture_of, save_picture
 from mole_diffusers.evaluation.tables import interval, markdown
 from mole_diffusers.inspection.compare import image_grid
 
@@ -41,7 +41,7 @@ def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     questions: list[dict[str, Any]] = []
     for number, (left, right) in enumerate(pairs[i] for i in order):
-        pictures = [read_picture(folder, row) for row in (left, right)]
+        pictures = [picture_of(folder, row) for row in (left, right)]
         save_picture(image_grid([pictures], ["left", "right"], [""], cell=256), folder / "sheet" / f"{number:04}.png")
         questions.append({name: left[name] for name in SAME_NOISE} | {"left": left["arm"], "right": right["arm"]})
     with (folder / "sheet" / "answers.csv").open("w", encoding="utf-8", newline="") as file:

@@ -20,11 +20,11 @@ from torchvision.ops import nms
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import pipeline
 
-Network = Literal["alex", "vgg", "squeeze"]
+Backbone = Literal["alex", "vgg", "squeeze"]
 CLIP = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 DINO = "vit_base_patch14_dinov2.lvd142m"
 DETECTOR = "google/owlv2-base-patch16-ensemble"
-LPIPS: Network = "alex"
+LPIPS: Backbone = "alex"
 BOXES = 5  # boxes that a thing may be in
 SAME_BOX = 0.7  # two boxes that share more of their union are one
 
@@ -96,10 +96,10 @@ class PromptFit:
         return (self.model.encode_image(pixels, normalize=True) @ text.T).item()
 
 
-class Change:
+class PictureChange:
     """How different two pictures are: LPIPS on a network of torchvision, and SSIM."""
 
-    def __init__(self, network: Network, *, device: str):
+    def __init__(self, network: Backbone, *, device: str):
         self.lpips = LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True).to(device)
         self.device = device
 
@@ -123,11 +123,11 @@ class Models:
     """
 
     def __init__(
-        self, *, clip: str = CLIP, dino: str = DINO, detector: str = DETECTOR, lpips: Network = LPIPS, device: str = "cpu"
+        self, *, clip: str = CLIP, dino: str = DINO, detector: str = DETECTOR, lpips: Backbone = LPIPS, device: str = "cpu"
     ):
         self.names = {"CLIP": clip, "DINO": dino, "detector": detector, "LPIPS": lpips}
         self.detector, self.features = Detector(detector, device=device), ImageFeatures(dino, device=device)
-        self.fit, self.change = PromptFit(clip, device=device), Change(lpips, device=device)
+        self.fit, self.change = PromptFit(clip, device=device), PictureChange(lpips, device=device)
 
 
 def seam(image: Image.Image) -> float:

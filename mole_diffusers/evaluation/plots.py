@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from mole_diffusers.evaluation.rows import Row, read_picture, save_picture
+from mole_diffusers.evaluation.rows import Row, picture_of, save_picture
 from mole_diffusers.evaluation.tables import estimate
 from mole_diffusers.inspection.compare import image_grid
 from mole_diffusers.inspection.gate_figures import COLOURS
@@ -140,7 +140,7 @@ def sample_grid(rows: Sequence[Row], folder: Path, path: Path) -> Image.Image:
     for row in shown:
         arms.setdefault(row["arm"], {})[row["seed"]] = row
     arms = {arm: found for arm, found in arms.items() if set(found) == set(seeds)}
-    pictures = [[read_picture(folder, found[seed]) for seed in seeds] for found in arms.values()]
+    pictures = [[picture_of(folder, found[seed]) for seed in seeds] for found in arms.values()]
     sheet = image_grid(pictures, [f"seed {seed}" for seed in seeds], list(arms))
     save_picture(sheet, path)
     return sheet

@@ -122,10 +122,10 @@ def _count(concepts: Sequence[Concept]) -> str:
     return ", ".join(f"{count} of kind {kind}" for kind, count in counts.items() if count)
 
 
-Group = tuple[Concept, ...]
+ConceptGroup = tuple[Concept, ...]
 
 
-def _spread(groups: Sequence[Group]) -> list[Group]:
+def _spread(groups: Sequence[ConceptGroup]) -> list[ConceptGroup]:
     """In an order that does not start with every group of the first LoRA."""
     return sorted(groups, key=lambda group: zlib.crc32("+".join(concept.name for concept in group).encode()))
 
@@ -134,7 +134,7 @@ def _subjects(concepts: Sequence[Concept]) -> list[Concept]:
     return [concept for concept in concepts if concept.kind in ("character", "object")]
 
 
-def _groups(concepts: Sequence[Concept], size: int) -> list[Group]:
+def _groups(concepts: Sequence[Concept], size: int) -> list[ConceptGroup]:
     """Every pair and triple of subjects. Of larger groups one per subject, because there would be too many."""
     subjects = _subjects(concepts)
     if size <= 3:
@@ -144,7 +144,7 @@ def _groups(concepts: Sequence[Concept], size: int) -> list[Group]:
     return [tuple((ring + ring)[start : start + size]) for start in starts]
 
 
-def _told(kind: str, groups: Sequence[Group], wordings: Sequence[str]) -> list[Case]:
+def _told(kind: str, groups: Sequence[ConceptGroup], wordings: Sequence[str]) -> list[Case]:
     """A case per group, in turns with each of the wordings."""
     found = []
     for i, group in enumerate(groups):

@@ -91,7 +91,7 @@ def picture_path(folder: Path, row: Row) -> Path:
     return folder / "pictures" / arm / case / f"{row['seed']}-{digest_texts(key(row))}.png"
 
 
-def read_picture(folder: Path, row: Row) -> Image.Image:
+def picture_of(folder: Path, row: Row) -> Image.Image:
     """The picture of a row, in RGB."""
     with Image.open(picture_path(folder, row)) as file:
         return file.convert("RGB")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mole_diffusers.lora.expert import LoraWeights
-from mole_diffusers.lora.factors import Factors, cut, hadamard, kronecker
+from mole_diffusers.lora.factors import FactorPair, cut, hadamard, kronecker
 from mole_diffusers.lora.safe_files import check_memory
 
 Tensors = Mapping[str, torch.Tensor]  # role -> tensor
@@ -161,7 +161,7 @@ def _lokr(tensors: Tensors, scale: Scale, tolerance: float, budget: Budget) -> L
     return _shaped(up, down, inner, scale=scale(ranks[0] if ranks else None), error=error)
 
 
-def _lokr_factor(tensors: Tensors, i: int) -> Factors:
+def _lokr_factor(tensors: Tensors, i: int) -> FactorPair:
     """One of LoKr's two matrices as up [O, r], down [r, I] or [r, Cin, k, k]. If it is stored full, one is the identity."""
     full = tensors.get(f"lokr_w{i}")
     if full is None:
@@ -176,7 +176,7 @@ def _lokr_factor(tensors: Tensors, i: int) -> Factors:
     return full.flatten(1), torch.eye(columns).reshape(columns, *full.shape[1:])
 
 
-def _low_rank(tensors: Tensors, name: str, *, core: str) -> Factors:
+def _low_rank(tensors: Tensors, name: str, *, core: str) -> FactorPair:
     """A matrix stored in factors: up [O, r], down [r, I], or [r, Cin, k, k] with a core."""
     halves = (f"{name}_a", f"{name}_b")
     up, down = _required({role: tensors[role] for role in halves if role in tensors}, *halves)
@@ -188,7 +188,7 @@ def _low_rank(tensors: Tensors, name: str, *, core: str) -> Factors:
     return up, down
 
 
-def _finite(decompose: Callable, *matrices: Any) -> tuple[Factors, float]:
+def _finite(decompose: Callable, *matrices: Any) -> tuple[FactorPair, float]:
     """The result of `decompose`; ValueError if its factors overflow."""
     try:
         made, error = decompose(*matrices)
@@ -200,6 +200,6 @@ def _finite(decompose: Callable, *matrices: Any) -> tuple[Factors, float]:
 
 
 def _shaped(up: torch.Tensor, down: torch.Tensor, inner: tuple[int, ...], *, scale: float, error: float) -> LoraWeights:
-    """Factors in the shape of a linear layer's, or of a convolution's if the file tells its kernel."""
+    """FactorPair in the shape of a linear layer's, or of a convolution's if the file tells its kernel."""
     down = down.reshape(len(down), *inner)
     return LoraWeights(down, up.reshape(*up.shape, *(1,) * (down.dim() - 2)), scale, error)

@@ -9,10 +9,10 @@ import torch
 
 from mole_diffusers.functional import low_rank
 
-Factors = tuple[torch.Tensor, torch.Tensor]  # up [O, R], down [R, I]
+FactorPair = tuple[torch.Tensor, torch.Tensor]  # up [O, R], down [R, I]
 
 
-def hadamard(first: Factors, second: Factors) -> Factors:
+def hadamard(first: FactorPair, second: FactorPair) -> FactorPair:
     """(U1 D1) * (U2 D2) elementwise (LoHa). It has rank r1 r2: the products of all pairs of columns and of rows."""
     (up1, down1), (up2, down2) = first, second
     up = up1[:, :, None] * up2[:, None, :]  # [O, r1, r2]
@@ -20,14 +20,14 @@ def hadamard(first: Factors, second: Factors) -> Factors:
     return up.flatten(1), down.flatten(0, 1)
 
 
-def cut(up: torch.Tensor, down: torch.Tensor, tolerance: float) -> tuple[Factors, float]:
+def cut(up: torch.Tensor, down: torch.Tensor, tolerance: float) -> tuple[FactorPair, float]:
     """The pair of the smallest rank whose relative Frobenius error is within `tolerance`, and that error."""
     down, up, values = low_rank(down, up)
     rank, error = _smallest_rank(values, tolerance)
     return (up[:, :rank], down[:rank]), error
 
 
-def kronecker(first: Factors, second: Factors, tolerance: float) -> tuple[Factors, float]:
+def kronecker(first: FactorPair, second: FactorPair, tolerance: float) -> tuple[FactorPair, float]:
     """W1 [a, b] (x) W2 [c, D] (LoKr), each given as factors -> up [a c, R], down [R, b D], cut as in `cut`.
 
     Its singular values are products of one of W1's and one of W2's, and its vectors are their Kronecker products. So the

@@ -31,7 +31,7 @@ from mole_diffusers.patching.install.peft_injection import adapted
 from mole_diffusers.patching.install.pipeline_calls import share_calls
 from mole_diffusers.pipelines.adapter_weights import weights_by_block
 from mole_diffusers.pipelines.kept import attach_kept, choose, keep
-from mole_diffusers.pipelines.sources import HUB, KEPT, Control, control_lora, kept_folder, read_lora, saved_pipeline
+from mole_diffusers.pipelines.sources import HUB, KEPT, ControlLora, control_lora, kept_folder, read_lora, saved_pipeline
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 IGNORED = ("low_cpu_mem_usage", "use_safetensors")  # how diffusers loads; no effect here
@@ -102,7 +102,7 @@ class DropIn:
                 self._ordinary_off()
 
     @_one_at_a_time
-    def _load_control(self, control: Control, adapter_name: str | None, hotswap: bool) -> None:
+    def _load_control(self, control: ControlLora, adapter_name: str | None, hotswap: bool) -> None:
         mixture, name = self.mixture, self._named(adapter_name)
         if name in self._experts():
             raise ValueError(f"adapter name {name!r} is in use; loaded: {[*self._experts(), *self._ordinary()]}")

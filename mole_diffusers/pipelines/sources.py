@@ -45,7 +45,7 @@ def read_lora(source: Any, name: str | None, **options: Any) -> Expert:
         return replace(read_expert(file, name), source="a state dict")
 
 
-class Control(NamedTuple):
+class ControlLora(NamedTuple):
     """A Control LoRA of Flux: it also has norms, or reads another number of channels than the model.
 
     Attributes:
@@ -57,7 +57,7 @@ class Control(NamedTuple):
     widens: bool
 
 
-def control_lora(source: Any, transformer: Any, **options: Any) -> Control | None:
+def control_lora(source: Any, transformer: Any, **options: Any) -> ControlLora | None:
     """The Control LoRA that these diffusers arguments name, if it is one for this transformer."""
     if isinstance(source, Expert):
         return None
@@ -70,7 +70,7 @@ def control_lora(source: Any, transformer: Any, **options: Any) -> Control | Non
     widths = {shape[1] for key, shape in shapes.items() if CHANNELS.search(key)}
     if not norms and widths <= {transformer.x_embedder.in_features}:
         return None
-    return Control(source, max(widths, default=0) > transformer.x_embedder.in_features)
+    return ControlLora(source, max(widths, default=0) > transformer.x_embedder.in_features)
 
 
 def _lora_file(source: str | Path, *, weight_name: str | None = None, **hub: Any) -> Path:

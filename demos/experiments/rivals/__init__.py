@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from mole_diffusers.binding.regions import AUTO
-from mole_diffusers.evaluation.arms import Entry, Weights, a_unet, subjects_of, weighted
+from mole_diffusers.evaluation.arms import KnownArm, Weights, a_unet, subjects_of, weighted
 from mole_diffusers.evaluation.runner import Arm, Case, Setup
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.mixture import Mixture
@@ -171,7 +171,7 @@ def freefused() -> Arm:
     return weighted("freefuse", context=context, needs=prompts_by_expert, reads_words=True, **how)
 
 
-ARMS: dict[str, Entry] = {
+ARMS: dict[str, KnownArm] = {
     "switch": switch(),
     "composite": composite(),
     "k-lora": klora(),
