@@ -15,6 +15,8 @@ import browser
 
 WAIT = 240  # seconds; machines that are busy are slow
 RECIPE = Recipe("a fox <lora:fox:1>", steps=2, width=32, height=32, gates="sum")
+PLACE = """const box = document.querySelector(arguments[0]).getBoundingClientRect();
+return [box.left + scrollX, box.top + scrollY, box.width, box.height].map(Math.round)"""
 FROM_PICTURE = "input[type=file][data-testid^='Settings from a picture']"
 
 
@@ -76,6 +78,11 @@ def value(page, css):
     return page.driver.find_element("css selector", f"{css} :is(input, textarea)").get_property("value")
 
 
+def place(page, css):
+    """Where an element is on the page: left, top, width and height in pixels."""
+    return page.driver.execute_script(PLACE, css)
+
+
 def cards(page, *names):
     """Wait until exactly these LoRAs have cards."""
 
@@ -123,9 +130,8 @@ def painted(page, css="#paint canvas"):
 
     sheet = page.one(css)
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", sheet)
-    wide, high = sheet.size["width"], sheet.size["height"]
-    left, end = -0.4 * wide, 0.35 * min(wide, high)
-    brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, left, -end).click_and_hold()
-    for x in (left, left * 0.75, left * 0.5):
-        brush = brush.move_to_element_with_offset(sheet, x, end).move_to_element_with_offset(sheet, x + 0.05 * wide, -end)
+    side = min(sheet.size["width"], sheet.size["height"])
+    brush = ActionChains(page.driver, duration=50).move_to_element_with_offset(sheet, -0.1 * side, 0).click_and_hold()
+    for x in (-0.1 * side, -0.2 * side, -0.3 * side):
+        brush = brush.move_to_element_with_offset(sheet, x, 0.35 * side).move_to_element_with_offset(sheet, x, -0.35 * side)
     brush.release().perform()

@@ -12,6 +12,7 @@ from typing import Any
 
 PROGRAMS = ("chromium", "chromedriver")
 WAIT = 240  # seconds; a busy machine is slow
+LEFT = ("AbortError", "Connection errored out")  # errors of the connections of a page that is left
 
 
 def missing() -> str:
@@ -50,11 +51,13 @@ class Browser:
 
     def __init__(self, driver: Any):
         self.driver, self.url = driver, ""
+        self._said: list[str] = []  # errors of the pages so far
 
     def open(self, url: str) -> None:
         """Open the app and wait until its page is drawn."""
-        self.url = url
+        self.url, said = url, self.errors()
         self.driver.get(url)
+        self._said = said + [error for error in self.errors()[len(said) :] if not any(each in error for each in LEFT)]
         self.until(lambda: self.all("#prompt textarea"), WAIT)
 
     def all(self, css: str) -> list[Any]:
@@ -126,6 +129,7 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def errors(self) -> list[str]:
-        """Errors in the page's console so far, except missing files of icons and fonts."""
+        """Errors in the pages' consoles so far, except missing files of icons and fonts."""
         said = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
-        return [message for message in said if "favicon" not in message]
+        self._said += [message for message in said if "favicon" not in message]
+        return list(self._said)

@@ -49,6 +49,7 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
                 with page.tab[name].render():
                     module.build(page)
         for event in blocks.fns.values():
+            event.show_progress_on = []  # the page's own lines show it; Gradio goes over all such places at every event
             if event.api_name not in vars(Endpoints):
                 event.api_visibility = "private"
     return blocks

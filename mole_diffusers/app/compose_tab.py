@@ -28,8 +28,10 @@ def build(page: Page) -> None:
             undo = _ask(page, queue)
         with gr.Column(elem_id="stage"):
             stage.frame.render()
-            stage.picture.render()
-            painting = Painting(page, stage)
+            with gr.Column(elem_id="view"):
+                stage.picture.render()
+                painting = Painting(page, stage)
+            painting.build_tools()
             paint = stage.build_tools()
         with gr.Column(elem_id="side"):
             stage.map.render()
@@ -64,7 +66,10 @@ def _connect_prompt(page: Page, undo: Any) -> None:
     prompt = page.prompt.text
 
     def changed(text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
-        return page.prompt.cards_now(text, cards) | {page.prompt.rewrites: page.prompt.typed(text, rewrites)}
+        found = page.prompt.cards_now(text, cards)
+        if page.prompt.shown not in found and mixer.ticks_change(page, cards, "".join(rewrites[-1:]), text):
+            found |= page.prompt.redraw(cards)
+        return found | {page.prompt.rewrites: page.prompt.typed(text, rewrites)}
 
     gr.on([prompt.blur, prompt.submit], changed, page.prompt.written, page.prompt.of_cards, **mixer.LAST)
     undo.click(page.prompt.undo, [prompt, page.prompt.rewrites], [prompt, *page.prompt.of_cards], **ORDERED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABCMeta
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +18,6 @@ from mole_diffusers.studio.picture_passes import on_white
 
 COLOUR, OPACITY = (213, 94, 0), 153  # of the paint; the opacity is out of 255, so the picture shows through
 LATENT = 8  # pixels per latent; only one mask pixel is read for each, so strokes are widened by this much
-
-
-def brush(colour: Sequence[int]) -> gr.Brush:
-    """A brush that paints in this colour, through which the picture shows."""
-    return gr.Brush(60, [f"rgba({', '.join(map(str, colour))}, {OPACITY / 255})"], color_mode="fixed")
 
 
 def _read(self: gr.ImageEditor, payload: Any) -> dict[str, Any] | None:
@@ -59,8 +53,9 @@ def _picture(sent: Any) -> Image.Image | None:
 
 # A subclass of Gradio's editor, to browsers the same. For a `class` Gradio would write a .pyi beside this file.
 Editor: Any = ABCMeta.__new__(type(gr.ImageEditor), "Editor", (gr.ImageEditor,), {"preprocess": _read, "is_template": True})
+BRUSH = gr.Brush(60, [f"rgba({', '.join(map(str, COLOUR))}, {OPACITY / 255})"], color_mode="fixed")
 editor: Any = partial(
-    Editor, type="pil", format="png", transforms=(), layers=False, brush=brush(COLOUR), eraser=gr.Eraser(60), buttons=[]
+    Editor, type="pil", format="png", transforms=(), layers=False, brush=BRUSH, eraser=gr.Eraser(60), buttons=[]
 )
 
 

@@ -15,7 +15,7 @@ from mole_diffusers.studio.prompt_syntax import PAINTED
 from mole_diffusers.studio.recipe import BOUND, RANGES, TILES
 
 SAME, SIDE = "empty: the same", "0: the model's own"
-REGIONS: list[Any] = [("own place", AUTO), EVERYWHERE, PAINTED, *BOXES]
+REGIONS: list[Any] = [("automatic", AUTO), EVERYWHERE, PAINTED, *BOXES]
 BINDINGS = [("automatic", AUTO), (BOUND, BOUND), (TILES, TILES), ("none", "none")]
 text, number = partial(gr.Textbox, max_length=5000), partial(gr.Number, precision=0)
 choice, typed = gr.Dropdown, partial(gr.Dropdown, allow_custom_value=True)

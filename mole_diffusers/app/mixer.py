@@ -21,13 +21,13 @@ from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.binding.who_acts import Role
 from mole_diffusers.studio.prompt_syntax import PAINTED
 
-LAST: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
+LAST: dict[str, Any] = {"show_progress_on": [], "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
 EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables redrawn components by default
 SMALL: dict[str, Any] = {"height": 40, "min_width": 40, "scale": 0, "show_label": False, "container": False, "buttons": [],
                          "elem_classes": "thumb"}  # fmt: skip
 BARE: dict[str, Any] = {"container": False, "show_label": False}
 PLACES = {"own": "acts in its own place", "everywhere": "acts everywhere", "silent": "does not act"}  # as the page says them
-SWITCH = [("own place", AUTO), (EVERYWHERE, EVERYWHERE), (PAINTED, PAINTED)]
+SWITCH = [("automatic", AUTO), (EVERYWHERE, EVERYWHERE), (PAINTED, PAINTED)]
 SIDE = 96  # pixels of the picture of a LoRA that has none
 LOW, HIGH = -1.0, 2.0  # range of the slider; you can type any number
 MOST_CHIPS = 8  # trigger words on a card
@@ -148,6 +148,12 @@ def _card(page: Page, card: MixerCard, n: int, prompt: str) -> None:
     parts["place"] = switch
     _connect_fields(page, card, parts)
     _connect_prompt(page, name, remove=remove, chips=chips, ticked=gr.State(present))
+
+
+def ticks_change(page: Page, cards: Sequence[MixerCard], before: str, now: str) -> bool:
+    """Whether one prompt has other trigger words of these cards than another."""
+    words = [page.actions.loras.report(card["name"])["triggers"] for card in cards] if before != now else []
+    return any(triggers_in(before, each) != triggers_in(now, each) for each in words)
 
 
 def in_switch(region: str) -> str | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import html
+from io import BytesIO
 from typing import Any
 
 import gradio as gr
 from PIL import Image, ImageColor, ImageFilter
 
-from mole_diffusers.app import draw_over
 from mole_diffusers.app.actions import Picture
-from mole_diffusers.app.draw_over import OPACITY
 from mole_diffusers.app.mixer_cards import MixerCard, parse_named, shades
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.prompt_box import ORDERED
@@ -22,27 +23,42 @@ from mole_diffusers.inspection.layout_figure import as_grey
 from mole_diffusers.studio.prompt_syntax import PAINTED
 from mole_diffusers.studio.recipe import Recipe
 
-CANVAS, MASK_SIDE = 1024, 128  # longer side in pixels
+SHEET, MASK_SIDE = 512, 128  # longer side in pixels
+# What is painted is sent as a mask in grey, as `read_mask` reads it.
+SENT = """(name, _, ...rest) => {
+  const sheet = document.querySelector("#sheet"), mask = sheet.cloneNode(), pen = mask.getContext("2d");
+  pen.drawImage(sheet, 0, 0);
+  for ([pen.globalCompositeOperation, pen.fillStyle] of [["source-in", "white"], ["destination-over", "black"]])
+    pen.fillRect(0, 0, mask.width, mask.height);
+  return [name, "png:" + mask.toDataURL().split(",")[1], ...rest];
+}"""
+EMPTY = """() => { const sheet = document.querySelector("#sheet"); sheet.width = sheet.width; }"""
 
 
 class Painting:
-    """The editor in place of the large picture, and its tools. It is seen while a region is painted.
+    """A sheet over the large picture, and its tools, which are seen while there is a sheet. The brush is in `page.html`.
 
     Attributes:
+        sheet: the sheet (HTML), "" unless a region is painted. It is laid out over the picture.
         which: the LoRA whose region is painted.
     """
 
     def __init__(self, page: Page, stage: Stage):
         self.page, self.stage = page, stage
-        # It is hidden by `page.css` while the picture is seen: an editor that is just made loses the paint it is given.
+        self.sheet = gr.HTML("", elem_id="paint", padding=False)
+        self.painted = gr.Textbox(visible=False)  # what the browser sends of the sheet
+
+    def build_tools(self) -> None:
+        """Lay out what is below the picture while a region is painted."""
         with gr.Column(elem_id="painting"):
-            self.editor = draw_over.editor(label="Paint where it acts", sources=(), show_label=False, elem_id="paint")
             with gr.Row(elem_id="paint-tools"):
                 self.which = gr.Dropdown(
                     [], label="Paint where this acts", min_width=140, elem_id="paint-of", interactive=True
                 )
+                gr.Slider(1, 25, 6, step=1, label="Brush", min_width=140, elem_id="brush")
                 self.edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", min_width=140, elem_id="edge")
-            with gr.Row():
+            with gr.Row(equal_height=True):
+                gr.Checkbox(False, label="Erase", container=False, min_width=80, elem_id="erase")
                 self.use = gr.Button("Use this region", size="sm", variant="primary", min_width=100, elem_id="paint-use")
                 self.empty = gr.Button("Start empty", size="sm", min_width=90, elem_id="paint-empty")
                 self.back = gr.Button("Back to the picture", size="sm", min_width=100, elem_id="paint-back")
@@ -50,53 +66,49 @@ class Painting:
     def connect(self, opens: Any) -> None:
         """Connect it. `opens` is the button that opens it; a card that is switched to painted does so, too."""
         page, stage = self.page, self.stage
-        panels = [stage.picture, self.editor, self.which, stage.status]
+        panels = [self.sheet, self.which, stage.status]
 
         @errors_to(stage.status)
         def opened(
-            request: gr.Request, visitor: str, keep: bool, name: str | None, shown: str, cards: list[MixerCard],
+            request: gr.Request, visitor: str, name: str | None, shown: str, cards: list[MixerCard],
             masks: dict[str, str], *now: Any,
         ) -> Values:  # fmt: skip
-            """Open the editor with a LoRA's present region, or empty."""
+            """Lay a sheet with a LoRA's present region over the picture."""
             text, width, height = now
             names = [card["name"] for card in cards]
             if not names:
                 raise ValueError("add a LoRA first: a region is where one acts")
             name = name if name is not None and name in names else names[0]
             picture = next((each for each in page.visits.drawn(request, visitor) if each.path.name == shown), None)
-            background = picture.path if picture else page.actions.gallery.folder / shown if shown else None
-            own = picture_size(background) or page.actions.size_of(Recipe(text, width=width or 0, height=height or 0))
+            path = picture.path if picture else page.actions.gallery.folder / shown if shown else None
+            size = picture_size(path) or page.actions.size_of(Recipe(text, width=width or 0, height=height or 0))
             tags = parse_named(text, page.actions.studio.catalog.loras).tags
-            region = current_region(tags, name, masks, picture) if keep else None
-            colour = ImageColor.getrgb(shades(cards)[name])[:3]
-            return {
-                stage.picture: gr.update(visible=False),
-                self.editor: gr.update(value=canvas(background, own, region, colour), brush=draw_over.brush(colour)),
-                self.which: gr.update(choices=names, value=name),
-            }
+            laid = sheet(name, size, current_region(tags, name, masks, picture), shades(cards)[name])
+            return {self.sheet: laid, self.which: gr.update(choices=names, value=name)}
 
-        def by_card(request: gr.Request, visitor: str, keep: bool, asked: Any, *given: Any) -> Values:
-            return opened(request, visitor, keep, asked[0], *given)
+        def by_card(request: gr.Request, visitor: str, asked: Any, *given: Any) -> Values:
+            return opened(request, visitor, asked[0], *given)
 
         @errors_to(stage.status)
-        def used(name: str | None, painted: Any, edge: float, masks: dict[str, str], *now: Any) -> Values:
+        def used(name: str | None, painted: str, edge: float, masks: dict[str, str], *now: Any) -> Values:
             if not name:
                 raise ValueError("choose the LoRA whose region this is")
             found = {**masks, name: mask_text(painted_mask(painted, edge))}
             said = f"**{markdown(name)}** acts in what you painted, from the next picture on"
-            shown = {page.form.masks: found, stage.status: said, stage.picture: gr.update(visible=True)}
+            shown = {page.form.masks: found, stage.status: said, self.sheet: ""}
             return page.prompt.edited([name], *now, region=PAINTED) | shown
 
         sizes = [page.form.controls[name] for name in ("width", "height")]
         given = [page.showing, page.prompt.cards, page.form.masks, page.prompt.text, *sizes]
-        visitor, present, nothing = page.visits.visitor, gr.State(True), gr.State(False)
-        opens.click(opened, [visitor, present, self.which, *given], panels)
-        page.prompt.to_paint.change(by_card, [visitor, present, page.prompt.to_paint, *given], panels)
-        self.which.input(opened, [visitor, present, self.which, *given], panels, trigger_mode="always_last")
-        self.empty.click(opened, [visitor, nothing, self.which, *given], panels)
-        self.back.click(lambda: gr.update(visible=True), None, stage.picture)
-        taken = [page.form.masks, *page.prompt.written, page.prompt.shown, *panels]
-        self.use.click(used, [self.which, self.editor, self.edge, page.form.masks, *page.prompt.written], taken, **ORDERED)
+        visitor = page.visits.visitor
+        opens.click(opened, [visitor, self.which, *given], panels)
+        page.prompt.to_paint.change(by_card, [visitor, page.prompt.to_paint, *given], panels)
+        self.which.input(opened, [visitor, self.which, *given], panels, trigger_mode="always_last")
+        self.empty.click(None, js=EMPTY)
+        self.back.click(lambda: "", None, self.sheet)
+        taken = [page.form.masks, *page.prompt.written, page.prompt.shown, self.sheet, stage.status]
+        sent = [self.which, self.painted, self.edge, page.form.masks, *page.prompt.written]
+        self.use.click(used, sent, taken, js=SENT, **ORDERED)
 
 
 def picture_size(path: Any) -> tuple[int, int] | None:
@@ -107,17 +119,17 @@ def picture_size(path: Any) -> tuple[int, int] | None:
         return image.size
 
 
-def canvas(path: Any, size: tuple[int, int], mask: Image.Image | None, colour: tuple[int, ...]) -> dict[str, Any]:
-    """A value for the editor: a mask as paint in a colour, over a picture, or over grey of this size if there is none."""
-    side = fitted(*size, CANVAS)
-    background = Image.new("RGB", side, "#dddddd")
-    if path is not None and path.exists():
-        background = Image.open(path).convert("RGB").resize(side, Image.Resampling.LANCZOS)
-    paint = Image.new("RGBA", side, (*colour, 0))
-    if mask is not None:
-        paint.putalpha(mask.resize(side, Image.Resampling.NEAREST).point([value * OPACITY // 255 for value in range(256)]))
-    both = Image.alpha_composite(background.convert("RGBA"), paint)
-    return {"background": background, "layers": [paint], "composite": both}
+def sheet(name: str, size: tuple[int, int], region: Image.Image | None, colour: str) -> str:
+    """A sheet (HTML) for a picture of a size, with a region in grey as paint in a colour."""
+    width, height = fitted(*size, SHEET)
+    paint = Image.new("RGB", region.size if region else (1, 1), ImageColor.getrgb(colour)[:3])
+    paint.putalpha(region or 0)
+    file = BytesIO()
+    paint.save(file, "PNG")
+    return (
+        f'<canvas id="sheet" width="{width}" height="{height}" role="img" aria-label="Paint where {html.escape(name)} acts" '
+        f'data-colour="{colour}" data-paint="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"></canvas>'
+    )
 
 
 def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: Picture | None) -> Image.Image | None:
@@ -132,19 +144,15 @@ def current_region(tags: Any, name: str | None, masks: dict[str, str], picture: 
     return None
 
 
-def painted_mask(value: dict[str, Any] | None, edge: float) -> Image.Image:
-    """Paint in an editor -> a mask for its picture: white where there is paint, grey where there is less of it.
+def painted_mask(sent: str, edge: float) -> Image.Image:
+    """What a browser sends of a sheet -> a mask for its picture: white where there is paint, grey where there is less of it.
 
     Args:
         edge: width of the soft edge, as a share of the longer side.
 
-    Raises ValueError if nothing is painted.
+    Raises ValueError if nothing is painted, and for what is no mask.
     """
-    mask = Image.new("L", (1, 1))
-    if value is not None and value["background"] is not None:
-        # The editor's canvas may be larger than the picture, and is empty around it.
-        picture = value["background"].convert("RGBA").getchannel("A").getbbox()
-        mask = draw_over.paint(value).crop(picture).point([min(round(255 * paint / OPACITY), 255) for paint in range(256)])
+    mask = read_mask(sent)
     if mask.getbbox() is None:
         raise ValueError("nothing is painted: draw where the LoRA acts, then use it")
     mask = mask.resize(fitted(*mask.size, MASK_SIDE), Image.Resampling.BOX)

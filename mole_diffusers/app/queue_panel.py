@@ -133,7 +133,7 @@ class QueuePanel:
                     does(job)
 
         button = gr.Button(label, size="sm", min_width=44, scale=0, elem_classes=label.lower())
-        button.click(act, page.visits.visitor, None, concurrency_limit=None, api_visibility="private")
+        button.click(act, page.visits.visitor, None, concurrency_limit=None, api_visibility="private", show_progress_on=[])
 
 
 def _bar(job: Job) -> str:

@@ -1,14 +1,17 @@
 """Drawing over a picture and larger, from the page's editor to the file."""
 
 import asyncio
+import base64
 import dataclasses
+import re
 from contextlib import suppress
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from app_client import PROMPT, QueueVisit, plain
-from PIL import Image, ImageColor
+from PIL import Image
 from safetensors.torch import load_file
 from tiers import thorough
 from tiny import tiny_pipeline
@@ -16,7 +19,7 @@ from tiny import tiny_pipeline
 from mole_diffusers import attach, detach
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.jobs import ignore
-from mole_diffusers.binding.as_text import read_mask
+from mole_diffusers.binding.as_text import mask_text, read_mask
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.picture_passes import with_pictures
@@ -35,11 +38,11 @@ def actions(loras, tmp_path_factory):
     return Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), gallery=tmp_path_factory.mktemp("pictures"))
 
 
-def editor(*boxes, alpha=draw_over.OPACITY):
+def editor(*boxes):
     """What an editor holds whose paint covers these boxes."""
     layer = Image.new("RGBA", PICTURE.size, (0, 0, 0, 0))
     for box in boxes:
-        layer.paste((*draw_over.COLOUR, alpha), box)
+        layer.paste((*draw_over.COLOUR, draw_over.OPACITY), box)
     return {"background": PICTURE.convert("RGBA"), "layers": [layer], "composite": None}
 
 
@@ -400,39 +403,35 @@ def test_an_exported_lora_has_what_the_prompt_says_whatever_the_guidance(loras, 
 
 
 def test_painted_masks_keep_soft_edges():
-    soft = paint.painted_mask(editor((0, 0, 32, 32), alpha=draw_over.OPACITY // 2), 0.0)
-    assert 120 < np.asarray(soft)[:, :60].mean() < 135
-    hard, blurred = (np.asarray(paint.painted_mask(editor((0, 0, 32, 32)), edge)) for edge in (0.0, 0.1))
-    assert (hard.shape, len(np.unique(hard))) == ((64, 128), 2)
-    assert len(np.unique(blurred)) > 10
+    paint_on = Image.new("L", (512, 256))
     with pytest.raises(ValueError, match="nothing is painted"):
-        paint.painted_mask(editor(), 0.0)
+        paint.painted_mask(mask_text(paint_on), 0.0)
+    with pytest.raises(ValueError, match="a mask begins with"):
+        paint.painted_mask("data:image/png;base64,AAAA", 0.0)
+    paint_on.paste(128, (0, 0, 256, 256))
+    hard, blurred = (np.asarray(paint.painted_mask(mask_text(paint_on), edge)) for edge in (0.0, 0.1))
+    assert (hard.shape, np.unique(hard).tolist()) == ((64, 128), [0, 128])
+    assert len(np.unique(blurred)) > 10
 
 
-def test_what_is_painted_on_a_wide_picture_is_on_the_picture_alone():
-    """The editor's canvas is a square with the picture in its middle."""
-    paper, layer = (Image.new("RGBA", (512, 512)) for _ in range(2))
-    paper.paste((9, 9, 9, 255), (0, 128, 512, 384))
-    layer.paste((*draw_over.COLOUR, draw_over.OPACITY), (0, 128, 256, 384))
-    mask = np.asarray(paint.painted_mask({"background": paper, "layers": [layer]}, 0.0))
-    assert mask.shape == (64, 128)
-    assert mask[:, :64].min() == 255
-    assert mask[:, 64:].max() == 0
-    for nothing in (None, {"background": None, "layers": [None]}):
-        with pytest.raises(ValueError, match="nothing is painted"):
-            paint.painted_mask(nothing, 0.0)
+def on_sheet(sheet):
+    """What is painted on a sheet, and the attributes of its canvas."""
+    found = dict(re.findall(r'([a-z-]+)="([^"]*)"', sheet))
+    with Image.open(BytesIO(base64.b64decode(found["data-paint"].removeprefix("data:image/png;base64,")))) as picture:
+        return picture.copy(), found
 
 
-def test_the_canvas_shows_what_a_lora_has_and_gives_it_back(actions):
+def test_the_sheet_shows_what_a_lora_has():
     tags = Recipe("<lora:fox:1:region=0,0,0.5,1> <lora:ink:1>").tags
     box = paint.current_region(tags, "fox", {}, None)
-    shown = paint.canvas(None, (64, 32), box, (1, 2, 3))
-    assert np.asarray(shown["layers"][0])[0, 0].tolist() == [1, 2, 3, draw_over.OPACITY]  # in the LoRA's own colour
-    assert np.array_equal(np.asarray(paint.painted_mask(shown, 0.0))[:, :64], np.full((64, 64), 255))
-    assert np.asarray(paint.painted_mask(shown, 0.0))[:, 64:].max() == 0
+    shown, about = on_sheet(paint.sheet('"fox"', (64, 32), box, "#010203"))
+    assert (about["width"], about["height"], about["aria-label"]) == ("512", "256", "Paint where &quot;fox&quot; acts")
+    assert np.array_equal(np.asarray(shown)[..., 3], np.asarray(box))
+    assert np.asarray(shown)[0, 0].tolist() == [1, 2, 3, 255]  # in the LoRA's own colour
     assert paint.current_region(tags, "ink", {}, None) is None
+    assert on_sheet(paint.sheet("ink", (64, 32), None, "#010203"))[0].getbbox() is None
     painted = Recipe("<lora:fox:1:region=painted>").tags
-    text = paint.mask_text(box)
+    text = mask_text(box)
     assert np.array_equal(np.asarray(paint.current_region(painted, "fox", {"fox": text}, None)), np.asarray(read_mask(text)))
 
 
@@ -443,15 +442,10 @@ def test_a_region_is_painted_on_the_picture_in_the_colour_of_its_lora(actions):
     event = next(event for event in build(actions, RECIPE).fns.values() if event.fn and event.fn.__name__ == "opened")
     request = type("Request", (), {"session_hash": "page"})()
     cards = [{"name": "fox", "colour": 0}, {"name": "ink", "colour": 3}]
-    at = {getattr(each, "elem_id", None): i for i, each in enumerate(event.outputs)}
     for name, colour in (("ink", 3), (None, 0), ("gone", 0)):
-        shown = plain(event)(request, "me", True, name, "", cards, {}, PROMPT, 64, 32)
-        brush = shown[at["paint"]]["brush"]
-        wanted = ", ".join(map(str, ImageColor.getrgb(COLOURS[colour])))
-        assert [one.startswith(f"rgba({wanted}, ") for one in brush.colors] == [True]
-        assert shown[at["paint"]]["value"]["background"].size == (1024, 512)
-        assert shown[at["picture"]]["visible"] is False  # the page's style then shows the editor
-    *_, said = plain(event)(request, "me", True, None, "", [], {}, PROMPT, 64, 32)
+        sheet, *_ = plain(event)(request, "me", name, "", cards, {}, PROMPT, 64, 32)
+        assert on_sheet(sheet)[1]["data-colour"] == COLOURS[colour]
+    *_, said = plain(event)(request, "me", None, "", [], {}, PROMPT, 64, 32)
     assert said.startswith("**add a LoRA first")
 
 

@@ -16,9 +16,29 @@ from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.picture_passes import pixels_hash
 
 pytest.importorskip("gradio")
-from page_visits import RECIPE, WAIT, browser, cards, composed, dropped, kept, opened, painted, pixels, sent, value, visiting
+pytest.importorskip("selenium")
+from page_visits import (
+    RECIPE,
+    WAIT,
+    browser,
+    cards,
+    composed,
+    dropped,
+    kept,
+    opened,
+    painted,
+    pixels,
+    place,
+    sent,
+    value,
+    visiting,
+)  # fmt: skip
+from selenium.webdriver import ActionChains, Keys
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
+MOST_PAINT = """const sheet = document.querySelector("#sheet"), pen = sheet.getContext("2d");
+const paint = pen.getImageData(0, 0, sheet.width, sheet.height).data.filter((_, i) => i % 4 == 3);
+return paint.reduce((a, b) => Math.max(a, b))"""
 
 
 @pytest.mark.thorough
@@ -94,10 +114,21 @@ def test_a_region_is_painted_and_comes_back(any_width, tmp_path):
     plain = composed(page, tmp_path)
     page.click("#paint-regions")
     page.until(lambda: value(page, "#paint-of") == "fox" and page.all("#paint canvas"), WAIT)
-    assert not page.all("#picture")
-    page.click("#paint-empty")
+    assert place(page, "#sheet") == place(page, "#picture")
+    painted(page)
+    most = lambda: page.driver.execute_script(MOST_PAINT)  # noqa: E731
+    assert most() == 255
+    ActionChains(page.driver).key_down(Keys.CONTROL).send_keys("z").key_up(Keys.CONTROL).perform()
+    page.until(lambda: most() == 0, WAIT)
     page.click("#paint-use")
     page.until(lambda: "nothing is painted" in page.text("#picture-status"), WAIT)
+    painted(page)
+    page.click("#erase input")
+    painted(page)
+    assert most() < 100  # at the edges of the strokes
+    page.click("#erase input")
+    page.click("#paint-empty")
+    page.until(lambda: most() == 0, WAIT)
     painted(page)
     page.click("#paint-use")
     page.until(lambda: "acts in what you painted" in page.text("#picture-status"), WAIT)
@@ -118,7 +149,7 @@ def test_a_region_is_painted_and_comes_back(any_width, tmp_path):
     page.click(".card .place input[value='painted']")  # which opens the picture for painting
     page.until(lambda: page.all("#paint canvas"), WAIT)
     page.click("#paint-back")
-    page.until(lambda: page.all("#picture img"), WAIT)
+    page.until(lambda: page.all("#tools") and not page.all("#paint canvas"), WAIT)
     assert not page.errors()
 
 
@@ -203,8 +234,6 @@ def test_a_picture_is_drawn_over_and_compared(any_width, tmp_path):
 
 @pytest.mark.thorough
 def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_path):
-    from selenium.webdriver import ActionChains, Keys
-
     page = any_width
     page.type("#seed input", "-1")
     first = composed(page, tmp_path)
@@ -243,8 +272,6 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
 
 @pytest.mark.thorough
 def test_keys_change_strengths_and_weights(tiny):
-    from selenium.webdriver import ActionChains, Keys
-
     def pressed(key, first, last):
         """The prompt after Ctrl and a key, with these characters selected."""
         box = tiny.one("#prompt textarea")

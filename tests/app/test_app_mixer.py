@@ -126,7 +126,7 @@ def test_the_switch_of_places_and_the_field_of_regions_are_one(drawn):
     assert visit.do(visit.edit(region="left")).endswith("<lora:ink:0.5:region=left>")
     assert visit.values[visit.part("place")] is None  # none of its three
     assert visit.do(visit.edit(place="painted")).endswith("<lora:ink:0.5:region=painted>")
-    (asked,) = [one for one in visit.event("write", 1).outputs if one is visit.event("by_card").inputs[2]]
+    (asked,) = [one for one in visit.event("write", 1).outputs if one is visit.event("by_card").inputs[1]]
     assert visit.values[asked][0] == "ink"  # which is painted on the picture now
     assert visit.do(visit.edit(place="auto")) == TEXT
 
