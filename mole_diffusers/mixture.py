@@ -577,6 +577,7 @@ class Mixture:
 
         A bound mixture draws in tiles by itself if all of this holds:
 
+        - The denoiser is a UNet. SD 3 and Flux draw in tiles only inside this block: what it gains there was not measured.
         - The call only asks for pictures of one prompt, without img2img, inpainting or ControlNet.
         - The prompt lists things ("a fox and an owl"), at least one with an expert that is on. A thing without an expert
           counts only in a list such as "a fox, a lemon and an owl". Or it says that the things of two experts touch
@@ -586,7 +587,8 @@ class Mixture:
 
         Where the windows of two things overlap, tiles begin earlier, and the silhouette of the one in front decides where
         they meet: the first thing or, if they touch, the one that the prompt says. Two that touch are laid out without
-        their LoRAs: the base knows better how one rides the other, and does not keep them apart.
+        their LoRAs: the base knows better how one rides the other, and does not keep them apart. Without guidance, and on
+        Flux, which calls its transformer for each prompt by itself, there is no silhouette: each ends in the middle.
 
         Inside this block it always draws in tiles, or never with `until=0`. Pictures inside `fixed` and `rows` are not
         drawn in tiles: weights by hand hold everywhere, and sets of experts belong to several prompts.
@@ -601,13 +603,13 @@ class Mixture:
             always: draw in tiles whatever the size and the prompt. False: only if the mixture would do so by itself.
             prompt: the text of the pictures, if the call gives text states instead of it.
             encode: function from a part of that prompt (`binding.sentence.Part`) to its text states [1, S, C], and to the
-                pooled states that SDXL reads, [1, P], None for other models. By default the pipeline encodes the part.
-                `studio.prompt_weights.tiled_prompt` makes `prompt` and `encode` for a prompt with weights.
+                pooled states that SDXL, SD 3 and Flux read, [1, P], None for other models. By default the pipeline encodes
+                the part. `studio.prompt_weights.tiled_prompt` makes `prompt` and `encode` for a prompt with weights.
 
         Raises ValueError for shares that are not 0 <= since < until <= 1. A picture that must be drawn in tiles also raises
-        it for a pipeline without a UNet, for anything but one prompt, for more than eight things, for a video, a ControlNet,
+        it for other transformers, for anything but one prompt, for more than eight things, for a video, a ControlNet,
         a prompt of several chunks, or a region of an expert that is not a thing. So do regions that leave a thing no place,
-        and SDXL's refiner, `prompt_2` and sizes such as `original_size`.
+        SDXL's refiner, `prompt_2`, sizes such as `original_size`, pictures given to Flux Kontext, and a denoiser's cache.
         """
         if until != 0 and not 0 <= (since or 0) < until <= 1:
             raise ValueError(
@@ -641,7 +643,7 @@ class Mixture:
 
         Args:
             prompt: as the pipeline gets it.
-            width, height: of the picture in pixels. Without them, tiles are told as if there were room on a UNet.
+            width, height: of the picture in pixels. Without them, tiles are told as if there were room.
 
         Raises ValueError if only one of the two is given.
         """

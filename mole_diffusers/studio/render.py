@@ -469,7 +469,7 @@ class Studio:
         if recipe.binding_of_pass() == "none":
             return Explanation.of_unbound(recipe.experts)
         call = {"prompt": recipe.plain_text, "width": recipe.width, "height": recipe.height}
-        tiling = Tiling(until=0) if recipe.binding == BOUND else Tiling()
+        tiling = Tiling(until=0) if recipe.binding == BOUND else Tiling(always=recipe.binding == TILES)
         return explain(self.pipe, tiling, call, self._bound(recipe), list(recipe.experts))
 
     def _bound_call(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Bound], dict[str, Expert]] | None:

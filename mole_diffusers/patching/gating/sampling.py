@@ -217,7 +217,7 @@ class StepHook(ForwardHook):
             step.begin_compiled(time, is_heard=bool(sampling.listeners.decisions.now))
             return
         was_off = step.is_off
-        step.begin(text, time, is_off=self.is_off(lora_scale(dict(zip(inputs.names, args, strict=False)) | kwargs)))
+        step.begin(text, time, is_off=self.is_off(lora_scale(inputs.named(args, kwargs))))
         if step.is_off != was_off:
             effective.changed()
         if effective.masks is not None and effective.masks.on_denoiser(

@@ -20,8 +20,6 @@ from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.patching.host.denoisers import record
 
 DENOISERS = ("unet", "transformer")
-# What ControlNets and T2I-Adapters give a UNet, in the size of the whole picture.
-OF_WHOLE_SIZE = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
 # What pipelines and denoisers call the arguments for attention; LoRAs are multiplied by their "scale".
 FOR_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 Groups = tuple[bool, ...]  # for each group of a text's rows, all of one size: whether its rows are the prompts
@@ -41,6 +39,10 @@ class DenoiserInputs:
         self._config = getattr(denoiser, "config", None)
         self._given: list[LastTensor] = []  # the texts as they were given last, and as blocks read them
         self._text: torch.Tensor | None = None
+
+    def named(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """All arguments by name."""
+        return dict(zip(self.names, args, strict=False)) | kwargs
 
     def _read(self, name: str, args: tuple, kwargs: dict) -> Any:
         return kwargs[name] if name in kwargs else args[self.names.index(name)]
@@ -119,6 +121,15 @@ def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | 
     if record(denoiser(pipe)).prompts_first:
         groups = groups[::-1]
     return groups if repeats(latents, len(groups)) else None
+
+
+def guides_in_turns(call: Mapping[str, Any]) -> bool:
+    """Whether a pipeline's call, given its arguments, calls the denoiser twice in each step: for its prompts, and then for
+    its negative prompts.
+    """
+    states = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    is_given = call.get("negative_prompt") is not None or all(call.get(name) is not None for name in states)
+    return is_given and (call.get("true_cfg_scale") or 1) > 1
 
 
 def repeats(latents: torch.Tensor, times: int) -> bool:

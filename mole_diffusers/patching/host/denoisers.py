@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from mole_diffusers.binding.regions import GridSize
+from mole_diffusers.patching.host.cropping import Cropping, FluxCropping, SD3Cropping, UNetCropping
 
 Read = Callable[[str], Any]  # the name of an argument of a call -> its value
 
@@ -100,6 +101,7 @@ class Denoiser:
         prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
         unguided: the guidance scale of its pipelines that means no guidance.
         text_layers: the hidden states of text encoders that its pipelines make the text of.
+        cropping: how a part of a picture is drawn as a picture of its own; None: nothing is drawn in tiles.
     """
 
     pure_noise: float
@@ -111,6 +113,7 @@ class Denoiser:
     prompts_first: bool = False
     unguided: float = 1
     text_layers: tuple[int, ...] = (-4, -3, -2, -1)
+    cropping: type[Cropping] | None = None
 
 
 def _of_sample(read: Read, config: Any) -> GridSize:
@@ -159,7 +162,12 @@ def _of_pictures(read: Read, config: Any) -> GridSize | None:
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # of a block with cross-attention: its keys and values
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder")
 UNET = Denoiser(
-    1000, _of_sample, "cross_attention_dim", Blocks(("attn1",), "cross", TEXT_LAYERS), Arguments(latents="sample")
+    1000,
+    _of_sample,
+    "cross_attention_dim",
+    Blocks(("attn1",), "cross", TEXT_LAYERS),
+    Arguments(latents="sample"),
+    cropping=UNetCropping,
 )
 # In single blocks, which read text and picture, `proj_mlp` runs beside the attention, on the same input.
 FLUX = Denoiser(
@@ -171,8 +179,10 @@ FLUX = Denoiser(
 RECORDS: Mapping[str, Denoiser] = {
     "UNet2DConditionModel": UNET,
     "UNetMotionModel": replace(UNET, blocks=replace(UNET.blocks, frames=("motion_modules",))),
-    "SD3Transformer2DModel": Denoiser(1000, _of_patches, "joint_attention_dim", Blocks(("attn",), "picture first", JOINT)),
-    "FluxTransformer2DModel": FLUX,
+    "SD3Transformer2DModel": Denoiser(
+        1000, _of_patches, "joint_attention_dim", Blocks(("attn",), "picture first", JOINT), cropping=SD3Cropping
+    ),
+    "FluxTransformer2DModel": replace(FLUX, cropping=FluxCropping),
     "Flux2Transformer2DModel": replace(FLUX, text_layers=(9, 18, 27, 10, 20, 30)),  # of klein, and of dev
     "ChromaTransformer2DModel": FLUX,
     "LongCatImageTransformer2DModel": FLUX,

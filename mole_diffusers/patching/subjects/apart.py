@@ -10,6 +10,7 @@ import torch
 
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.who_acts import Explanation, roles
+from mole_diffusers.patching.host.cropping import Cropping
 from mole_diffusers.patching.subjects.things import SINCE, PictureCall, PromptThings, Tiling
 from mole_diffusers.patching.subjects.windows import Window, border_of, window_around, windows_of_two_that_touch
 
@@ -21,12 +22,12 @@ OF_A_PROMPT = {
     "cross_attention_kwargs",
 }  # fmt: skip
 OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call with the text states of a known prompt
-# What SDXL is told besides the prompt. Each tile is told its own part of the prompt, and its place in the picture.
-OF_WHOLE_PICTURE = {"prompt_2"} | {
+# What models are told besides the prompt. Each tile is told its own part of the prompt, and in SDXL its place.
+OF_WHOLE_PICTURE = {"prompt_2", "prompt_3"} | {
     f"{of}{name}" for of in ("", "negative_") for name in ("original_size", "crops_coords_top_left", "target_size")
 }
 SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, so they agree on a scene earlier
-SCALE_ONLY = "in cross_attention_kwargs, tiles only know the scale of LoRAs, not {!r}"
+SCALE_ONLY = "of arguments for attention, tiles only know the scale of LoRAs, not {!r}"
 
 
 def begin_of_tiles(
@@ -41,9 +42,9 @@ def begin_of_tiles(
     if things is None or read.for_processors:
         return None
     windows = _windows_in(read, things)
-    if not tiling.always and not have_room(pipe.unet, windows):
+    if not tiling.always and not have_room(read.cropping, windows):
         return None
-    return since_of(tiling, border(pipe.unet, things, windows))
+    return since_of(tiling, border(read.cropping, things, windows))
 
 
 def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
@@ -64,14 +65,16 @@ def explain(
 
 def _why_no_tiles(call: PictureCall) -> str:
     """Why the picture of a call is drawn as one; "" if it is drawn in tiles. Without a size, as if there were room."""
-    things = call.things
+    things, always = call.things, call.tiling.always
     if call.tiling.until == 0:
         return "tiles are off"
-    if things is None or things.why_not_apart:
-        return call.obstacle if things is None else things.why_not_apart
-    if call.given.get("width") is None or call.obstacle:
-        return call.obstacle if call.given.get("width") is not None else ""
-    if have_room(call.pipe.unet, _windows_in(call, things)):
+    if things is not None and things.why_not_apart and not (always and len(things.apart) > 1):
+        return things.why_not_apart
+    if things is None or call.obstacle or always:
+        return call.obstacle
+    if not call.cropping.by_itself:
+        return f"a {type(call.denoiser).__name__} draws in tiles inside `mixture.tiled()` alone"
+    if call.given.get("width") is None or have_room(call.cropping, _windows_in(call, things)):
         return ""
     size = f"{call.given['width']} x {call.given['height']} pixels"
     if things.contact is None:
@@ -82,16 +85,17 @@ def _why_no_tiles(call: PictureCall) -> str:
 def size_for_tiles(
     pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str], most: int
 ) -> tuple[int, int] | None:
-    """The smallest width and height in pixels at which `draws_in_tiles`, in whole pictures of the size that the UNet was
-    trained at; None if there is none with sides of at most `most` pixels."""
+    """The smallest width and height in pixels at which `draws_in_tiles`, in whole pictures of the size that the denoiser
+    was trained at; None if there is none with sides of at most `most` pixels."""
     read = PictureCall(pipe, Tiling(), call, bound, acting)
     things = things_for_tiles(read)
-    if things is None or read.for_processors or not (side := _trained(pipe.unet)):
+    if things is None or read.for_processors or not (side := read.cropping.trained):
         return None
-    times = range(1, min(len(things.apart), most // (side * pipe.vae_scale_factor)) + 1)
+    pixels = side * _token(read)
+    times = range(1, min(len(things.apart), most // pixels) + 1)
     for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
-        if have_room(pipe.unet, windows_of(pipe.unet, things, height * side, width * side)):
-            return width * side * pipe.vae_scale_factor, height * side * pipe.vae_scale_factor
+        if have_room(read.cropping, windows_of(read.cropping, things, height * side, width * side)):
+            return width * pixels, height * pixels
     return None
 
 
@@ -111,40 +115,39 @@ def things_for_tiles(call: PictureCall) -> PromptThings | None:
     if always and call.for_processors:
         raise ValueError(f"{SCALE_ONLY.format(call.for_processors[0])}: draw without it, or without tiles")
     allowed = OF_A_PROMPT | OF_STATES if call.gives_states else OF_A_PROMPT
-    return things if always or (not things.why_not_apart and given <= allowed) else None
+    by_itself = call.cropping.by_itself and not things.why_not_apart and given <= allowed
+    return things if always or by_itself else None
 
 
-def windows_of(unet: Any, things: PromptThings, height: int, width: int) -> list[Window]:
-    """The windows of the things of a prompt in latents of this size."""
-    trained, step = _trained(unet), 2 ** (len(unet.config.block_out_channels) - 1)
+def windows_of(cropping: Cropping, things: PromptThings, height: int, width: int) -> list[Window]:
+    """The windows of the things of a prompt in a picture of so many tokens."""
+    trained, step = cropping.trained, cropping.multiple
     if things.contact is not None:
         return windows_of_two_that_touch(height, width, trained, step, things.contact.is_stacked)
     return [window_around(mask, trained, step) for mask in things.masks(height, width)]
 
 
-def _trained(unet: Any) -> int:
-    """The side of the pictures that a UNet was trained with; 0 if it is not one number."""
-    side = unet.config.sample_size
-    return side if isinstance(side, int) else 0
+def have_room(cropping: Cropping, windows: Sequence[Window]) -> bool:
+    """Whether the denoiser was trained with pictures that are as large as each window."""
+    return cropping.trained > 0 and all(window.has_room(cropping.trained) for window in windows)
 
 
-def have_room(unet: Any, windows: Sequence[Window]) -> bool:
-    """Whether the UNet was trained with pictures that are as large as each window."""
-    trained = _trained(unet)
-    return trained > 0 and all(window.has_room(trained) for window in windows)
+def _token(call: PictureCall) -> int:
+    """The side of a token of the denoiser, in pixels."""
+    return int(call.pipe.vae_scale_factor) * call.cropping.patch
 
 
 def _windows_in(call: PictureCall, things: PromptThings) -> list[Window]:
     """The windows of the things of a call in its picture."""
-    height, width = (call.given[side] // call.pipe.vae_scale_factor for side in ("height", "width"))
-    return windows_of(call.pipe.unet, things, height, width)
+    height, width = (call.given[side] // _token(call) for side in ("height", "width"))
+    return windows_of(call.cropping, things, height, width)
 
 
-def border(unet: Any, things: PromptThings, windows: Sequence[Window]) -> torch.Tensor | None:
+def border(cropping: Cropping, things: PromptThings, windows: Sequence[Window]) -> torch.Tensor | None:
     """[H, W] bool, where silhouettes divide two windows, see `border_of`; None where the user did."""
     if len(windows) != 2 or any(things.is_given(thing) for thing, _ in things.apart):
         return None
-    return border_of(windows[0], windows[1], _trained(unet))
+    return border_of(windows[0], windows[1], cropping.trained)
 
 
 def since_of(tiling: Tiling, border: torch.Tensor | None) -> float:

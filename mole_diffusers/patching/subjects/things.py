@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from diffusers import CacheMixin
 
 from mole_diffusers.binding.config import Bound, given_region
 from mole_diffusers.binding.picture_layout import regions_of_things
@@ -16,15 +18,16 @@ from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.binding.sentence import Contact, Mention, Part, why_unparted
 from mole_diffusers.binding.who_acts import present, read_prompt
 from mole_diffusers.binding.words import ThingKey, keys
-from mole_diffusers.patching.host.denoiser_inputs import is_one_graph, lora_scale
+from mole_diffusers.patching.host.cropping import Cropping
+from mole_diffusers.patching.host.denoiser_inputs import FOR_ATTENTION, denoiser, is_one_graph, lora_scale
+from mole_diffusers.patching.host.denoisers import record
 
 SINCE, UNTIL = 0.4, 0.8  # shares of the steps
-OF_PIPELINES = ("encode_prompt", "do_classifier_free_guidance")
 
 Alone = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts act, on every word
 # Called with the place [H, W] of each thing, by its key. Returns whether the denoiser's text names these things.
 SetPlaces = Callable[[Mapping[ThingKey, torch.Tensor]], bool]
-# A part of a prompt -> its text states [1, S, C], and the pooled states that SDXL reads [1, P], None for other models.
+# A part of a prompt -> its text states [1, S, C], and the pooled states [1, P] that SDXL, SD 3 and Flux read, else None.
 Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -119,18 +122,37 @@ class PictureCall:
         return None if prompt is None else PromptThings(prompt, self.bound, self.acting)
 
     @property
+    def denoiser(self) -> Any:
+        """The UNet or transformer of its pipeline."""
+        return denoiser(self.pipe)
+
+    @cached_property
+    def cropping(self) -> Cropping:
+        """How calls of the denoiser are cut; ValueError if they cannot be."""
+        kind = record(self.denoiser).cropping
+        if kind is None:
+            raise ValueError(f"tiles are drawn by UNets, SD 3 and Flux, not by a {type(self.denoiser).__name__}")
+        return kind(self.denoiser.config)
+
+    @property
     def for_processors(self) -> list[str]:
         """What it gives attention processors besides the scale of LoRAs, such as GLIGEN's boxes."""
-        return [name for name in self.given.get("cross_attention_kwargs") or {} if name != "scale"]
+        return [name for given in FOR_ATTENTION for name in self.given.get(given) or {} if name != "scale"]
 
     @property
     def obstacle(self) -> str:
         """Why the pipeline cannot draw these in tiles; "" if it can."""
         pipe, things = self.pipe, self.things
-        if getattr(pipe, "unet", None) is None or not all(hasattr(type(pipe), name) for name in OF_PIPELINES):
-            return f"tiles need a unet, and {' and '.join(OF_PIPELINES)} of the pipeline, unlike {type(pipe).__name__}"
+        try:
+            needed = self.cropping.of_pipelines
+        except ValueError as why:
+            return str(why)
+        if not all(hasattr(type(pipe), name) for name in needed):
+            return f"tiles need {' and '.join(needed)} of the pipeline, unlike {type(pipe).__name__}"
         if is_one_graph(pipe):
-            return "tiles have other sizes than the picture, and the unet is compiled as one graph"
+            return "tiles have other sizes than the picture, and the denoiser is compiled as one graph"
+        if isinstance(self.denoiser, CacheMixin) and self.denoiser.is_cache_enabled:
+            return "tiles are several pictures in each step, and the denoiser's cache knows one: call disable_cache"
         if things is None:
             return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
         if things.apart and things.outside:
@@ -141,13 +163,13 @@ class PictureCall:
         """The text states of a part of its prompt, see `Encode`."""
         if self.tiling.encode is not None and self.gives_states:
             return self.tiling.encode(part)
-        given = {"clip_skip": self.given.get("clip_skip"), "lora_scale": lora_scale(self.given)}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        device = self.pipe._execution_device
-        made = self.pipe.encode_prompt(
-            prompt=part.text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
-        )
-        return made[0], made[2] if len(made) == 4 else None
+        options = {"prompt": part.text, "prompt_2": None, "prompt_3": None, "device": self.pipe._execution_device}
+        options |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "lora_scale": lora_scale(self.given)}
+        given = {name: self.given.get(name) for name in ("clip_skip", "max_sequence_length")}
+        options |= {name: value for name, value in given.items() if value is not None}
+        known = inspect.signature(self.pipe.encode_prompt).parameters
+        made = self.pipe.encode_prompt(**{name: value for name, value in options.items() if name in known})
+        return self.cropping.encoded(made)
 
 
 class PlaceSource(Protocol):

@@ -14,23 +14,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from mole_diffusers.binding.picture_warning import PictureWarning
+from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.binding.sentence import Part
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.unchanged import LastTensor
-from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs, Groups, groups_of
+from mole_diffusers.patching.host.cropping import OF_WHOLE_SIZE, Call
+from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, Groups, groups_of, guides_in_turns
 from mole_diffusers.patching.subjects.apart import SCALE_ONLY, border, have_room, since_of, windows_of
 from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces
 from mole_diffusers.patching.subjects.windows import STEADY, Window, silhouette
 from mole_diffusers.patching.undo import replaced_forward
 
-SIZES = 6  # numbers that SDXL's UNet is told of them; its refiner reads others
+NOISIEST = 1000  # what schedulers call pure noise
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Tile:
 
     names: tuple[str, ...]  # the experts that draw it
     text: torch.Tensor  # its prompt's states, [1, S, C]
-    pooled: torch.Tensor | None  # [1, P], the pooled states that SDXL reads; None for other models
+    pooled: torch.Tensor | None  # [1, P], the pooled states that SDXL, SD 3 and Flux read; None for other models
     window: Window
 
 
@@ -48,7 +50,7 @@ class TileInputs:
     """What tiles read, and how much they count, in all steps of a text, on its device."""
 
     texts: Sequence[torch.Tensor]  # [B, S, C] each: its own in the rows that are prompts, and the call's in the others
-    added: Sequence[Mapping[str, torch.Tensor]]  # what SDXL reads besides, for each tile; none for other models
+    told: Sequence[Mapping[str, Any]]  # the other arguments that a tile has of its own, for each
     shares: torch.Tensor  # [K, H, W], how much each tile counts at a place
     outside: torch.Tensor | None  # [H, W], how much the picture as a whole does; None if it counts nowhere
     border: torch.Tensor | None  # [H, W] bool, where the silhouette of the thing in front decides whose a place is
@@ -59,6 +61,7 @@ class TileInputs:
 class Plan:
     """How the steps of pictures of one size are drawn."""
 
+    side: GridSize
     tiles: Sequence[Tile]
     since: float  # share of the steps before the tiles
     border: torch.Tensor | None  # [H, W] bool, where silhouettes divide two tiles that overlap
@@ -71,65 +74,64 @@ class Tiles:
 
     def __init__(self, call: PictureCall, things: PromptThings, alone: Alone, set_places: SetPlaces):
         self.call, self.things, self.alone, self.set_places = call, things, alone, set_places
-        self.reader = DenoiserInputs(call.pipe.unet)
-        # (height, width of the latents, tokens of the text) -> how they are drawn; None if the picture is drawn as one.
-        self._plans: dict[tuple[int, int, int], Plan | None] = {}
-        self._text = LastTensor()
-        self._inputs: dict[bool, TileInputs] = {}  # of the layout and of the tiles, for this text
+        self.denoiser, self.cropping, self.reader = call.denoiser, call.cropping, DenoiserInputs(call.denoiser)
+        # (shape of the latents, tokens of the text, what ControlNets give) -> how they are drawn; None if as one picture.
+        self._plans: dict[tuple[torch.Size, int, tuple[str, ...]], Plan | None] = {}
+        self._turns = cycle((False, True) if guides_in_turns(call.given) else (False,))  # whether a call is of the negatives
+        self._texts = {False: LastTensor(), True: LastTensor()}  # that the prompts' calls read, and those of the negatives
+        self._inputs: dict[tuple[bool, bool], TileInputs] = {}  # of the layout and of the tiles, for each of these texts
         self._in_front: torch.Tensor | None = None  # [P, h, w], the silhouette of the thing in front, over the steps
         self._schedule = LastTensor()
         self._levels: list[float] = []  # of noise, for each timestep of this schedule
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """While the block runs, the UNet is called for each tile in the steps that `Tiling` says."""
-        with replaced_forward(self.call.pipe.unet, partial(self._denoise, self.call.pipe.unet.forward)):
+        """While the block runs, the denoiser is called for each tile in the steps that `Tiling` says."""
+        with replaced_forward(self.denoiser, partial(self._denoise, self.denoiser.forward)):
             yield
 
     def _denoise(self, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The UNet's prediction; `whole` draws the picture as one."""
-        if (plan := self._plan(args, kwargs)) is None:
+        """The denoiser's prediction; `whole` draws the picture as one."""
+        call, is_negative = self.reader.named(args, kwargs), next(self._turns)
+        if (plan := self._plan(call)) is None:
             return whole(*args, **kwargs)
-        begun, total = self._steps_until_here(args, kwargs)
+        begun, total = self._steps_until_here(call)
         before = plan.since * total if self.call.tiling.since is not None else max(1, plan.since * total)
         is_layout = begun <= before + 1e-5
         if begun > self.call.tiling.until * total + 1e-5 or (is_layout and plan.layout is None):
             self._in_front = None
             return whole(*args, **kwargs)
-        out = self._parts(plan, is_layout, whole, args, kwargs)
-        return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
+        out = self._parts(plan, whole, call, is_layout=is_layout, is_negative=is_negative)
+        return self.cropping.output(sample=out) if call.get("return_dict", True) else (out,)
 
-    def _steps_until_here(self, args: tuple, kwargs: dict) -> tuple[int, int]:
+    def _steps_until_here(self, call: Call) -> tuple[int, int]:
         """The number of steps including this one, and of all. Of those at one noise level, the last counts."""
         times = self.call.pipe.scheduler.timesteps
         if not self._schedule.is_again(times):
-            self._levels = (times.float() / self.reader.record.pure_noise).tolist()
-        index = _position(self.reader.timestep(args, kwargs), times)
-        now = float(self.reader.time(args, kwargs)[0]) if index is None else self._levels[index]
-        return sum(level > now - 1e-5 for level in self._levels), len(times)
+            self._levels = (times.float() / NOISIEST).tolist()
+        index = _position(self.reader.timestep((), call), times)
+        if index is None:  # a copy, which may be rounded
+            given = float(self.reader.time((), call)[0])
+            index = min(range(len(times)), key=lambda i: abs(self._levels[i] - given))
+        return sum(level > self._levels[index] - 1e-5 for level in self._levels), len(times)
 
-    def _plan(self, args: tuple, kwargs: dict) -> Plan | None:
+    def _plan(self, call: Call) -> Plan | None:
         """How a call is drawn in tiles; None if it draws the picture as one."""
-        latents, text, reason = self.reader.latents(args, kwargs), self.reader.text(args, kwargs), ""
-        if any(kwargs.get(name) is not None for name in OF_WHOLE_SIZE):
-            reason = "a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them"
-        elif latents.dim() != 4:
-            reason = "tiles are parts of a picture, and this is a video"
-        elif (ids := (kwargs.get("added_cond_kwargs") or {}).get("time_ids")) is not None and ids.shape[-1] != SIZES:
-            reason = f"tiles tell SDXL their size in {SIZES} numbers, and this UNet reads {ids.shape[-1]}, as refiners do"
-        if reason and self.call.tiling.always:
-            raise ValueError(reason)
-        if reason:
-            return None
-        size = (*latents.shape[-2:], text.shape[1])
-        if size not in self._plans:
-            self._plans[size] = self._plan_at(*size)
-        return self._plans[size]
+        latents, tokens = self.reader.latents((), call), self.reader.text((), call).shape[1]
+        key = latents.shape[1:], tokens, tuple(name for name in OF_WHOLE_SIZE if call.get(name) is not None)
+        if key not in self._plans:
+            side = self.reader.side((), call)
+            assert side is not None  # what can be cut says its size
+            reason = self.cropping.obstacle(call, latents, side)
+            if reason and self.call.tiling.always:
+                raise ValueError(reason)
+            self._plans[key] = None if reason else self._plan_at(side, tokens)
+        return self._plans[key]
 
-    def _plan_at(self, height: int, width: int, tokens: int) -> Plan | None:
-        things, always, unet = self.things, self.call.tiling.always, self.call.pipe.unet
-        windows = windows_of(unet, things, height, width)
-        if not always and not have_room(unet, windows):
+    def _plan_at(self, side: GridSize, tokens: int) -> Plan | None:
+        things, always = self.things, self.call.tiling.always
+        windows = windows_of(self.cropping, things, *side)
+        if not always and not have_room(self.cropping, windows):
             return None
         if self.call.for_processors:
             why = SCALE_ONLY.format(self.call.for_processors[0])
@@ -147,11 +149,11 @@ class Tiles:
             raise ValueError(why)
         if why:
             return None
-        divided, contact = border(unet, things, windows), things.contact
+        divided, contact = border(self.cropping, things, windows), things.contact
         since = since_of(self.call.tiling, divided)
         if contact is None:
-            return Plan(tiles, since, divided, front=0, layout=None)
-        return Plan(tiles, since, divided, contact.front, self._layout(height, width))
+            return Plan(side, tiles, since, divided, front=0, layout=None)
+        return Plan(side, tiles, since, divided, contact.front, self._layout(*side))
 
     def _why_not(self, tiles: Sequence[Tile], tokens: int) -> str:
         """Why a text of so many tokens cannot be drawn in these tiles; "" if it can, and then listed things have places."""
@@ -174,45 +176,45 @@ class Tiles:
         with torch.no_grad(), self.alone(names):
             return self.call.encode(part)
 
-    def _parts(self, plan: Plan, is_layout: bool, whole: Callable[..., Any], args: tuple, kwargs: dict) -> torch.Tensor:
-        """The UNet's prediction, tile by tile, or of the layout. Outside of all tiles it is that of `whole`, where words of
-        listed things are closed.
+    def _parts(
+        self, plan: Plan, whole: Callable[..., Any], call: Call, *, is_layout: bool, is_negative: bool
+    ) -> torch.Tensor:
+        """The denoiser's prediction, tile by tile, or of the layout. Outside of all tiles it is that of `whole`, where words
+        of listed things are closed.
         """
         tiles = [plan.layout] if is_layout and plan.layout else plan.tiles
-        latents, text = self.reader.latents(args, kwargs), self.reader.text(args, kwargs)
-        if not self._text.is_again(text):
-            self._inputs = {}
-        if is_layout not in self._inputs or self._inputs[is_layout].shares.shape[1:] != latents.shape[2:]:
-            divided = None if is_layout else plan.border
-            self._inputs[is_layout] = self._inputs_of(tiles, divided, text, latents, kwargs.get("added_cond_kwargs"))
-        inputs = self._inputs[is_layout]
-        call = dict(zip(self.reader.names, args, strict=False)) | kwargs | {"return_dict": False}
-        channels = self.call.pipe.unet.config.out_channels  # fewer than the inputs of an inpainting UNet
-        out = latents.new_zeros(len(latents), channels, *latents.shape[2:])
-        if inputs.outside is not None:
-            out += inputs.outside * whole(**call)[0]
-        parts = [self._part(tile, i, inputs, call, latents) for i, tile in enumerate(tiles)]
+        latents, text = self.reader.latents((), call), self.reader.text((), call)
+        if not self._texts[is_negative].is_again(text):
+            self._inputs = {of: inputs for of, inputs in self._inputs.items() if of[1] != is_negative}
+        key = is_layout, is_negative
+        if key not in self._inputs or self._inputs[key].shares.shape[1:] != plan.side:
+            groups = (False,) if is_negative else groups_of(self.call.pipe, text, latents) or (True,)
+            self._inputs[key] = self._inputs_of(tiles, None if is_layout else plan.border, groups, call, plan.side)
+        inputs, call = self._inputs[key], {**call, "return_dict": False}
+        grid = self.cropping.to_grid(latents, plan.side)  # [B, C, H, W], one place for each token
+        rest = None if inputs.outside is None else inputs.outside * self.cropping.to_grid(whole(**call)[0], plan.side)
+        parts = [self._part(tile, i, inputs, call, grid) for i, tile in enumerate(tiles)]
         shares = list(inputs.shares)
         if inputs.border is not None:
             shares = self._by_silhouette(plan, inputs.border, parts, inputs)
+        # An inpainting model predicts fewer channels than it reads.
+        out = grid.new_zeros(len(grid), parts[0].shape[1], *plan.side) if rest is None else rest
         for tile, part, share in zip(tiles, parts, shares, strict=True):
             top, bottom, left, right = tile.window.box
             out[..., top:bottom, left:right] += share[..., top:bottom, left:right] * part
-        return out
+        return self.cropping.from_grid(out)
 
-    def _part(
-        self, tile: Tile, number: int, inputs: TileInputs, call: Mapping[str, Any], latents: torch.Tensor
-    ) -> torch.Tensor:
-        """The UNet's prediction for one tile, [B, C, h, w]."""
-        top, bottom, left, right = tile.window.box
-        changed: dict[str, Any] = {
-            "sample": latents[..., top:bottom, left:right].contiguous(),
-            "encoder_hidden_states": inputs.texts[number],
+    def _part(self, tile: Tile, number: int, inputs: TileInputs, call: Call, grid: torch.Tensor) -> torch.Tensor:
+        """The denoiser's prediction for one tile of its input on the grid of its tokens, [B, C, h, w]."""
+        (top, bottom, left, right), names = tile.window.box, self.reader.record.arguments
+        own = {
+            names.latents: self.cropping.from_grid(grid[..., top:bottom, left:right]),
+            names.text: inputs.texts[number],
+            **self.cropping.ids(call, tile.window.box, (grid.shape[2], grid.shape[3])),
         }
-        if inputs.added:
-            changed["added_cond_kwargs"] = {**call["added_cond_kwargs"], **inputs.added[number]}
         with self.alone(tile.names):
-            return self.call.pipe.unet(**{**call, **changed})[0]
+            found = self.denoiser(**{**call, **inputs.told[number], **own})[0]
+        return self.cropping.to_grid(found, (bottom - top, right - left))
 
     def _by_silhouette(
         self, plan: Plan, border: torch.Tensor, parts: Sequence[torch.Tensor], inputs: TileInputs
@@ -235,40 +237,25 @@ class Tiles:
         return shares
 
     def _inputs_of(
-        self,
-        tiles: Sequence[Tile],
-        border: torch.Tensor | None,
-        text: torch.Tensor,
-        latents: torch.Tensor,
-        added: Mapping[str, Any] | None,
+        self, tiles: Sequence[Tile], border: torch.Tensor | None, groups: Groups, call: Call, side: GridSize
     ) -> TileInputs:
-        groups = groups_of(self.call.pipe, text, latents) or (True,)
+        latents, text = self.reader.latents((), call), self.reader.text((), call)
         prompted = torch.tensor(groups, device=text.device).repeat_interleave(len(text) // len(groups))  # [B]
         texts = [torch.where(prompted[:, None, None], tile.text.to(text), text) for tile in tiles]
         masks = torch.stack([tile.window.mask for tile in tiles])  # [K, H, W]
         outside = (1 - masks.sum(0)).clamp_min(0)
-        if border is not None and False in groups:  # silhouettes share all of it
+        if border is not None and set(groups) == {True, False}:  # silhouettes share all of it
             outside, border = outside.masked_fill(border, 0), onto(border, latents.device)
         shares = (masks / masks.sum(0).clamp_min(1)).to(latents)
-        for_sdxl = added is not None and all(tile.pooled is not None for tile in tiles)
-        known = [self._added(tile, prompted, latents, added) for tile in tiles if added is not None and for_sdxl]
-        return TileInputs(texts, known, shares, outside.to(latents) if outside.any() else None, border, groups)
-
-    def _added(
-        self, tile: Tile, prompted: torch.Tensor, latents: torch.Tensor, whole: Mapping[str, Any]
-    ) -> dict[str, torch.Tensor]:
-        """What SDXL reads besides the text: the pooled states, and size, crop and target size of the whole picture."""
-        assert tile.pooled is not None
-        side, (top, _, left, _), (height, width) = self.call.pipe.vae_scale_factor, tile.window.box, latents.shape[2:]
-        size = torch.tensor((side * height, side * width, side * top, side * left, side * height, side * width))
-        pooled = torch.where(prompted[:, None], tile.pooled.to(whole["text_embeds"]), whole["text_embeds"])
-        times = whole["time_ids"]
-        return {"text_embeds": pooled, "time_ids": onto(size, latents.device).to(times.dtype).expand_as(times)}
+        pixels = self.call.pipe.vae_scale_factor
+        told = [self.cropping.told(call, tile.pooled, prompted, tile.window.box, side, pixels) for tile in tiles]
+        return TileInputs(texts, told, shares, outside.to(latents) if outside.any() else None, border, groups)
 
 
 def _position(timestep: Any, times: torch.Tensor) -> int | None:
     """Where a timestep lies in a schedule that it was taken from, without asking its device; None if it was not."""
-    if not isinstance(timestep, torch.Tensor) or timestep.numel() != 1 or not times.is_contiguous():
+    is_one = isinstance(timestep, torch.Tensor) and (timestep.numel() == 1 or not any(timestep.stride()))
+    if not is_one or not times.is_contiguous():
         return None
     if timestep.dtype != times.dtype or timestep.untyped_storage().data_ptr() != times.untyped_storage().data_ptr():
         return None

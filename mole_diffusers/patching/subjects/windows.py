@@ -1,4 +1,4 @@
-"""Where each thing is drawn: its place in the latents, and the window around it that the UNet draws."""
+"""Where each thing is drawn: its place in the latents, and the window around it that the denoiser draws, in its tokens."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-ROOM = 0.75  # a place has room if its sides are at least this share of the side that the UNet was trained at
+from mole_diffusers.patching.host.cropping import Box
+
+ROOM = 0.75  # a place has room if its sides are at least this share of the side that the denoiser was trained at
 BORDER = 3 / 16  # of that side: so near to another's place, silhouettes decide whose it is
 STEADY = 0.5  # share of the silhouettes of earlier steps in that of a step
 INSIDE, OUTSIDE = 0.6, 0.3  # how much guidance changes a thing and what is around it, relative to where it changes most
-Box = tuple[int, int, int, int]  # top, bottom, left, right, in latent pixels
 
 
 class Window(NamedTuple):
@@ -21,7 +22,7 @@ class Window(NamedTuple):
     box: Box
 
     def has_room(self, trained: int) -> bool:
-        """Whether it is at least as large as the pictures that a UNet was trained with, and its place not much smaller."""
+        """Whether it is at least as large as pictures that a denoiser was trained with, and its place not much smaller."""
         (top, bottom, left, right), (first, last, begin, end) = self.box, extent(self.mask)
         return min(bottom - top, right - left) >= trained and min(last - first, end - begin) >= ROOM * trained
 
@@ -35,9 +36,9 @@ def extent(mask: torch.Tensor) -> Box:
 
 
 def window_around(mask: torch.Tensor, trained: int, step: int) -> Window:
-    """The window of a place [H, W]. One that is a little smaller than what a UNet was trained with is enlarged to that.
+    """The window of a place [H, W]. One that is a little smaller than what a denoiser was trained with is enlarged.
 
-    Its sides are multiples of `step`, so that a UNet can halve it without a remainder.
+    Its sides are multiples of `step`, so that the denoiser can halve it without a remainder.
     """
     sides = (*extent(mask)[:2], mask.shape[0]), (*extent(mask)[2:], mask.shape[1])
     grows = all(end - begin >= ROOM * trained for begin, end, _ in sides)
@@ -54,14 +55,14 @@ def window_around(mask: torch.Tensor, trained: int, step: int) -> Window:
 
 
 def _centred(middle: float, length: int, size: int) -> tuple[int, int]:
-    """Begin and end of `length` pixels around a middle, inside of `size` pixels."""
+    """Begin and end of `length` pixels around a middle, inside of `size` tokens."""
     length = min(length, size)
     begin = min(max(0, round(middle - length / 2)), size - length)
     return begin, begin + length
 
 
 def windows_of_two_that_touch(height: int, width: int, trained: int, step: int, stacked: bool) -> list[Window]:
-    """Two windows, one above the other or side by side, that share half of `trained` pixels in the middle of the picture.
+    """Two windows, one above the other or side by side, that share half of `trained` tokens in the middle of the picture.
 
     Each place is a half of the picture. Sides are multiples of `step`, as those of the picture.
     """

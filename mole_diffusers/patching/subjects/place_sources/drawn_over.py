@@ -15,7 +15,8 @@ import torch
 from mole_diffusers.binding.config import given_region
 from mole_diffusers.binding.picture_layout import UNDECIDED, regions_of_things
 from mole_diffusers.functional import onto
-from mole_diffusers.patching.host.denoiser_inputs import OF_WHOLE_SIZE, DenoiserInputs
+from mole_diffusers.patching.host.cropping import OF_WHOLE_SIZE
+from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces, place_source
 from mole_diffusers.patching.undo import undoing
 
@@ -82,7 +83,7 @@ class DrawnOver:
             return
         self._has_begun = True
         things, picture, reader = self.things, self._picture, DenoiserInputs(self.pipe.unet)
-        latents, call = reader.latents(args, kwargs), dict(zip(reader.names, args, strict=False)) | kwargs
+        latents, call = reader.latents(args, kwargs), reader.named(args, kwargs)
         free = [i for i in range(len(things.parts)) if given_region(things.sentence.things[i], things.bound) is None]
         if len(free) < 2 or picture is None or latents.shape[1:] != picture.shape[1:]:
             return
