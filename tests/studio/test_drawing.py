@@ -222,6 +222,12 @@ def test_the_size_from_which_there_is_room_for_tiles_is_said(studio, changes, ro
         assert not studio.draws_in_tiles(dataclasses.replace(recipe, width=room[0] // 2, height=room[1]))
 
 
+def test_tiles_that_are_asked_for_are_explained_without_room(studio):
+    recipe = studio.complete(Recipe(THREE, width=32, height=32))
+    assert "too small" in studio.explain(recipe).why_no_tiles
+    assert len(studio.explain(dataclasses.replace(recipe, binding="tiles")).tiles) == 3
+
+
 def test_no_size_is_said_that_the_app_does_not_draw(studio, monkeypatch):
     recipe = studio.complete(Recipe(THREE, width=32, height=32))
     monkeypatch.setattr("mole_diffusers.studio.render.MAX_SIDE", 95)
