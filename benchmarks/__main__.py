@@ -21,9 +21,9 @@ from benchmarks.settings import COMPILED, DTYPES, Settings
 from benchmarks.steps import memory_costs, operation_counts, scaling, step_costs
 from mole_diffusers.gates import FAMILIES, GateConfig
 
-COUNTED = ("sum", "mole", "flow", "gated", "bound sum", "bound mole")
+COUNTED = ("sum", "mole", "flow", "factors", "bound sum", "bound mole")
 SCALED = ("base", "again", "set_adapters", "sum", "mole")
-DISPATCH = ("base", "again", "set_adapters", "sum", "mole", "flow", "bound sum", "bound mole")
+DISPATCH = ("base", "again", "set_adapters", *COUNTED)
 WHAT: Mapping[str, Callable[[Settings, Sequence[str], Sequence[int]], list[Any]]] = {
     "step": step_costs,
     "dispatch": lambda settings, _, experts: step_costs(replace(settings, size="thin", rank=4), DISPATCH, experts),

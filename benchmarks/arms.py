@@ -48,8 +48,8 @@ def load(pipe: Any, files: Files) -> None:
 
 
 def gated(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
-    """A mixture with gates."""
-    awake(pipe, files, gates)
+    """A mixture with gates, in a call of its pipeline."""
+    stack.enter_context(awake(pipe, files, gates).drawing())
     return {}
 
 
@@ -57,6 +57,7 @@ def bound(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[
     """A mixture with each LoRA bound to a word and a strip of the picture. Returns the text for the call."""
     mixture, n = awake(pipe, files, gates), len(files)
     mixture.bind({file: (WORDS[i % len(WORDS)], (i / n, 0.0, (i + 1) / n, 1.0)) for i, file in enumerate(files)})
+    stack.enter_context(mixture.drawing())
     positive, negative, *_ = pipe.encode_prompt(" ".join(WORDS), pipe.device, 1, True)
     return {"encoder_hidden_states": torch.cat([negative, positive])}
 
@@ -86,7 +87,7 @@ ARMS: Mapping[str, Arm] = {
     "base": base,
     "again": base,  # the base once more, to show how much of a ratio is noise
     "set_adapters": set_adapters,
-    **{family: of_family(gated, family) for family in ("sum", "mole", "flow")},
+    **{family: of_family(gated, family) for family in ("sum", "mole", "flow", "factors")},
     **{f"bound {family}": of_family(bound, family) for family in ("sum", "mole")},
     "gated": gated,
     "collapsed": collapsed,

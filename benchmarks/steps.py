@@ -19,6 +19,7 @@ from benchmarks.clock import interleaved, seconds
 from benchmarks.settings import COMPILED, Cost, Settings
 
 MARK = "the step that counts"
+WARMUP = 3  # steps until all is kept that follows from a text alone
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def step_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) 
             step = entered(stack, arm, other, files[n], settings.gates, given)
             COMPILED[settings.compile](other.unet)
             measures[f"{arm} {n}"] = partial(seconds, step, clock=settings.clock)
-        times = interleaved(measures, repeats=settings.repeats, warmup=2)  # a text is kept when it comes again
+        times = interleaved(measures, repeats=settings.repeats, warmup=WARMUP)
     return [Cost.of(arm, n, seconds=times[f"{arm} {n}"], base=times["base 0"]) for arm, n in wanted]
 
 
@@ -66,26 +67,37 @@ def scaling(settings: Settings, arms: Sequence[str], experts: Sequence[int]) -> 
     return points
 
 
+_aten = torch.ops.aten
+READS = _aten._local_scalar_dense, _aten.equal, _aten.is_nonzero, _aten.nonzero, _aten.masked_select, _aten._unique2
+
+
 class Operations(TorchDispatchMode):
-    """Counts what PyTorch is asked to do while it is on."""
+    """Counts what PyTorch is asked to do while it is on.
+
+    Attributes:
+        count: all operations.
+        reads: those that read a value, or whose values say what shape something has: there the CPU waits for a card.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.reads = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
+        self.reads += operation.overloadpacket in READS
         return operation(*args, **kwargs or {})
 
 
 @dataclass(frozen=True)
 class Count:
-    """Operations of PyTorch in one step of an arm, and how many more these are than the base's."""
+    """Operations of PyTorch in one step of an arm, how many more these are than the base's, and how many read a value."""
 
     arm: str
     experts: int
     operations: int
     more: int
+    reads: int
 
 
 @torch.no_grad()
@@ -96,12 +108,12 @@ def operation_counts(settings: Settings, arms: Sequence[str], experts: Sequence[
         for arm, n in [("base", 0), *((arm, n) for n in experts for arm in arms if arm != "base")]:
             with ExitStack() as stack:
                 step = entered(stack, arm, own_pipeline(arm, twin(pipe)), files[n], settings.gates, given)
-                step()  # a text is read when it comes first
+                for _ in range(WARMUP):
+                    step()
                 with Operations() as operations:
                     step()
-            rows.append(
-                Count(arm, n, operations.count, operations.count - (rows[0].operations if rows else operations.count))
-            )
+            more = operations.count - rows[0].operations if rows else 0
+            rows.append(Count(arm, n, operations.count, more, operations.reads))
     return rows
 
 
@@ -141,14 +153,14 @@ def peak(prepare: Callable[[ExitStack], Callable[[], object]], device: str) -> i
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             run = prepare(stack)
-            for _ in range(3):
+            for _ in range(WARMUP):
                 run()
             torch.cuda.reset_peak_memory_stats()
             run()
             return torch.cuda.max_memory_allocated() - before
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             run = prepare(stack)
-            for _ in range(3):
+            for _ in range(WARMUP):
                 run()
             with torch.profiler.record_function(MARK):
                 run()

@@ -152,7 +152,9 @@ def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torc
     return sums / counts.clamp_min(1)
 
 
-def add_low_rank(result: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def add_low_rank(
+    result: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, up: torch.Tensor, *, keeps: bool = False
+) -> torch.Tensor:
     """result + (factor * low) up^T. Without gradients it overwrites `result` and `low`, if their dtypes match.
 
     Args:
@@ -160,12 +162,14 @@ def add_low_rank(result: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, 
         low: A x, [B T, R].
         factor: [R], [B T, R] or [B, 1, R].
         up: B, [Cout, R].
+        keeps: `result` and `low` stay as they are.
     """
     tokens = low if factor.dim() < 3 else low.view(factor.shape[0], -1, low.shape[1])  # [B, T, R]
     if result.dtype != up.dtype:  # autocast
         return result + F.linear((tokens * factor).view_as(low), up)
-    if torch.is_grad_enabled():
-        return torch.addmm(result, (tokens * factor).view_as(low), up.T)
+    if keeps or torch.is_grad_enabled():
+        scaled = tokens * factor
+        return torch.addmm(result, scaled if tokens is low else scaled.view_as(low), up.T)
     tokens.mul_(factor)
     return result.addmm_(low, up.T)
 

@@ -315,6 +315,7 @@ class Mixture:
                 done = True
             finally:
                 sampling.entered.leave()
+                sampling.kept_text.end()
                 for hears in sampling.listeners.layouts.now:
                     hears(self.layouts)
                 if binding is not None:

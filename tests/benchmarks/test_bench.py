@@ -38,27 +38,27 @@ def outputs(pipe, tmp_path):
 
 
 MORE = {  # than another arm: at most so many operations
-    "sum": ("base", 644),
-    "mole": ("base", 783),
-    "flow": ("base", 724),
-    "gated": ("sum", 0),  # a gate that reads nothing is asked once
-    "bound sum": ("sum", 18),
-    "bound mole": ("mole", 55),
+    "sum": ("base", 356),
+    "mole": ("base", 623),
+    "flow": ("base", 436),
+    "factors": ("sum", 0),  # a gate that reads nothing is asked once
+    "bound sum": ("sum", 16),
+    "bound mole": ("mole", 53),
 }
 
 
-@pytest.mark.parametrize("arm", ["bound sum", *thorough("sum", "mole", "flow", "gated", "bound mole")])
+@pytest.mark.parametrize("arm", ["bound sum", *thorough("sum", "mole", "flow", "factors", "bound mole")])
 def test_what_a_step_asks_of_pytorch(arm):
     """docs/speed.md has these counts: binding adds no operation to the 128 layers."""
     less, most = MORE[arm]
-    small = settings.Settings(size="thin", rank=4, pixels=64, gates=mole.GateConfig("factors"))
+    small = settings.Settings(size="thin", rank=4, pixels=64)
     counts = {row.arm: row.operations for row in operation_counts(small, (less, arm), [3])}
     assert counts[arm] - counts[less] <= most
 
 
 @pytest.mark.thorough
 def test_the_page_has_the_operations_of_this_code(capsys):
-    assert main(["--what", "operations", "--gates", "factors", "--experts", "3", "8", "--json"]) == 0
+    assert main(["--what", "operations", "--experts", "3", "8", "--json"]) == 0
     kept = Path(__file__).parents[2] / "docs/speed/operations.json"
     assert json.loads(capsys.readouterr().out)["rows"] == json.loads(kept.read_text())["rows"]
 
@@ -106,7 +106,8 @@ def test_the_thin_host_has_sd15s_modules():
 def test_dispatch_measures_the_families(capsys):
     assert main(["--what", "dispatch", "--experts", "2", "--repeats", "1", "--threads", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [r["arm"] for r in rows] == ["base", "again", "set_adapters", "sum", "mole", "flow", "bound sum", "bound mole"]
+    gated = ["sum", "mole", "flow", "factors", "bound sum", "bound mole"]
+    assert [r["arm"] for r in rows] == ["base", "again", "set_adapters", *gated]
 
 
 def test_a_twin_shares_the_weights_but_those_it_owns(pipe):
@@ -277,7 +278,9 @@ def test_memory_on_a_gpu(dtype, arm, capsys):
     given = ["--what", "memory", "--size", "sd15", "--dtype", dtype, "--experts", "8", "--arms", arm, "--device", "cuda"]
     assert main([*given, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert row["over"] <= 1.05 * row["own"]
+    text = 9e6  # keys and values of it, and what the experts make of it first
+    closed = 17e6 if arm == "bound mole" else 0  # words outside of their places, for each head, at four sizes
+    assert row["over"] <= 1.05 * (row["own"] + text + closed)
 
 
 @pytest.mark.gpu

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from mole_diffusers import functional
+from mole_diffusers.gates.unchanged import version
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gating.gate_site import GateSite, WeighedLayer
+from mole_diffusers.patching.gating.kept_text import OfText
 
 ADAPTER = "mole_experts"
 ALONE = [ADAPTER]
@@ -34,6 +36,7 @@ class GatedExperts:
         self._base, self._down, self._up = base._parameters, down._parameters, up._parameters
         self._hooks = tuple(hooks for m in matrices for hooks in (m._forward_pre_hooks, m._forward_hooks))
         self._own = base.__dict__, down.__dict__, up.__dict__
+        self._reads_text = stream == "text"
 
     def linear(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The whole layer, x [B, T, Cin] -> [B, T, Cout]; None if it must run through peft's own modules.
@@ -47,13 +50,30 @@ class GatedExperts:
         base, down, up = self._own
         if any(self._hooks) or "forward" in base or "forward" in down or "forward" in up:
             return None
+        if self._reads_text and (made := self.site.sampling.kept_text.of(x)) is not None:
+            return self._of_text(layer, x, made)
         rows = x.flatten(0, 1)  # [B T, Cin]; products of rows take fewer operations
         low = F.linear(rows, self._down["weight"])  # A x, [B T, R]
-        factor, scaling = self.site.factor(self.layer, x, low), layer.scaling[ADAPTER]
-        if not (isinstance(scaling, float) and scaling == 1):
-            factor = factor * scaling
+        factor = self._factor(layer, x, low)
         y = F.linear(rows, self._base["weight"], self._base["bias"])  # W x, [B T, Cout]
         return functional.add_low_rank(y, low, factor, self._up["weight"]).view(x.shape[0], x.shape[1], -1)
+
+    def _of_text(self, layer: Any, x: torch.Tensor, made: dict[Any, OfText]) -> torch.Tensor:
+        """The same for a text x [B, S, Cin] that is read in each step. It overwrites nothing that is kept in `made`."""
+        base, down, up = self._base["weight"], self._down["weight"], self._up["weight"]
+        weights, known = (version(base), version(down), version(up)), made.get(self)
+        if known is None or known.weights != weights:
+            known = made[self] = OfText(weights, F.linear(x.flatten(0, 1), down))
+        factor = self._factor(layer, x, known.low)
+        if (output := known.output(factor)) is None:
+            plain = F.linear(x.flatten(0, 1), base, self._base["bias"]) if known.plain is None else known.plain
+            rows = functional.add_low_rank(plain, known.low, factor, up, keeps=True)
+            known.keep(output := rows.view(x.shape[0], x.shape[1], -1), factor, plain)
+        return output
+
+    def _factor(self, layer: Any, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        factor, scaling = self.site.factor(self.layer, x, low), layer.scaling[ADAPTER]
+        return factor if isinstance(scaling, float) and scaling == 1 else factor * scaling
 
     def forward(self, layer: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
         """What the experts add to `result` = W x, through peft's own modules.
@@ -64,8 +84,7 @@ class GatedExperts:
         if x.dim() > 3 and isinstance(self.layer.down, nn.Linear):
             return self.forward(layer, active_adapter, x.flatten(1, -2), result.flatten(1, -2)).view_as(result)
         low = self.layer.down(x)
-        factor, scaling = self.site.factor(self.layer, x, low), layer.scaling[ADAPTER]
-        return result + self.layer.up(low * (factor if isinstance(scaling, float) and scaling == 1 else factor * scaling))
+        return result + self.layer.up(low * self._factor(layer, x, low))
 
     def supports_lora_conversion(self) -> bool:
         return False

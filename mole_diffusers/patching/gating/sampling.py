@@ -21,6 +21,7 @@ import torch
 
 from mole_diffusers.functional import onto
 from mole_diffusers.patching.gating.decision import Listeners, Present
+from mole_diffusers.patching.gating.kept_text import KeptText
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.gating.settings import Change, Setting, Settings
 from mole_diffusers.patching.gating.token_masks import TokenMasks
@@ -136,7 +137,9 @@ class EffectiveSettings:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The parts, see above; what reads the denoiser's inputs; and what hooks have entered around modules that run."""
+    """The parts, see above; what reads the denoiser's inputs; what hooks have entered around modules that run; and what
+    layers made of the text.
+    """
 
     inputs: DenoiserInputs
     tokens: PromptTokens
@@ -145,12 +148,15 @@ class Sampling:
     effective: EffectiveSettings
     listeners: Listeners
     entered: EnteredContexts
+    kept_text: KeptText
 
     @classmethod
     def of(cls, strengths: Sequence[float], inputs: DenoiserInputs, tokens: PromptTokens) -> Sampling:
         """For a new mixture of experts with these strengths, [N]: all are on."""
         settings, step = Settings(Setting([True] * len(strengths)), Setting(list(strengths))), Step()
-        return cls(inputs, tokens, settings, step, EffectiveSettings(settings, step), Listeners(), EnteredContexts())
+        return cls(
+            inputs, tokens, settings, step, EffectiveSettings(settings, step), Listeners(), EnteredContexts(), KeptText()
+        )
 
     def set(self, setting: Setting[T], value: T) -> None:
         """Change a setting, in the block that it comes from, if any."""
@@ -220,6 +226,7 @@ class StepHook(ForwardHook):
         step.begin(text, time, is_off=self.is_off(lora_scale(inputs.named(args, kwargs))))
         if step.is_off != was_off:
             effective.changed()
+        sampling.kept_text.begin(text, in_call=step.pipe.now is not None)
         if effective.masks is not None and effective.masks.on_denoiser(
             text,
             inputs.latents(args, kwargs),

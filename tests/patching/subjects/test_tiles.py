@@ -12,9 +12,9 @@ from PIL import Image
 from tiers import thorough
 from tiny import tiny_lora, tiny_pipeline
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
+from benchmarks.steps import Operations
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.layout import strips
 from mole_diffusers.binding.regions import AUTO
@@ -629,21 +629,6 @@ class Waits(TorchFunctionMode):
         return out
 
 
-class Reads(TorchDispatchMode):
-    """Counts values that are read, or that say what shape something has."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (
-            torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.is_nonzero, torch.ops.aten.nonzero,
-            torch.ops.aten.masked_select, torch.ops.aten._unique2,
-        )  # fmt: skip
-        return func(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("sampler", ["DDIMScheduler", *thorough("EulerDiscreteScheduler", "HeunDiscreteScheduler")])
 @pytest.mark.parametrize("host", ["sd", "sdxl", "sd3"])
 def test_a_step_in_tiles_waits_for_nothing_that_a_step_of_the_base_does_not_wait_for(tmp_path, sampler, host):
@@ -653,9 +638,9 @@ def test_a_step_in_tiles_waits_for_nothing_that_a_step_of_the_base_does_not_wait
         pipe.scheduler = getattr(diffusers, sampler).from_config(pipe.scheduler.config)
 
     def waits(steps):
-        with Waits() as waits, Reads() as reads:
+        with Waits() as waits, Operations() as operations:
             latent(pipe, steps=steps)
-        return waits.count + reads.count
+        return waits.count + operations.reads
 
     base = waits(6) - waits(4)
     experts = {
