@@ -18,103 +18,81 @@ from mole_diffusers.pipelines.drop_in import DropIn
 from mole_diffusers.pipelines.sources import HUB, saved_pipeline
 
 
-class MoLEStableDiffusionPipeline(DropIn, diffusers.StableDiffusionPipeline):
-    """`StableDiffusionPipeline` that composes what it loads."""
+class MoLEStableDiffusionPipeline(DropIn, diffusers.StableDiffusionPipeline): ...
 
 
-class MoLEStableDiffusionImg2ImgPipeline(DropIn, diffusers.StableDiffusionImg2ImgPipeline):
-    """`StableDiffusionImg2ImgPipeline` that composes what it loads."""
+class MoLEStableDiffusionImg2ImgPipeline(DropIn, diffusers.StableDiffusionImg2ImgPipeline): ...
 
 
-class MoLEStableDiffusionInpaintPipeline(DropIn, diffusers.StableDiffusionInpaintPipeline):
-    """`StableDiffusionInpaintPipeline` that composes what it loads."""
+class MoLEStableDiffusionInpaintPipeline(DropIn, diffusers.StableDiffusionInpaintPipeline): ...
 
 
-class MoLEStableDiffusionControlNetPipeline(DropIn, diffusers.StableDiffusionControlNetPipeline):
-    """`StableDiffusionControlNetPipeline` that composes what it loads."""
+class MoLEStableDiffusionControlNetPipeline(DropIn, diffusers.StableDiffusionControlNetPipeline): ...
 
 
-class MoLEStableDiffusionControlNetImg2ImgPipeline(DropIn, diffusers.StableDiffusionControlNetImg2ImgPipeline):
-    """`StableDiffusionControlNetImg2ImgPipeline` that composes what it loads."""
+class MoLEStableDiffusionControlNetImg2ImgPipeline(DropIn, diffusers.StableDiffusionControlNetImg2ImgPipeline): ...
 
 
-class MoLEStableDiffusionControlNetInpaintPipeline(DropIn, diffusers.StableDiffusionControlNetInpaintPipeline):
-    """`StableDiffusionControlNetInpaintPipeline` that composes what it loads."""
+class MoLEStableDiffusionControlNetInpaintPipeline(DropIn, diffusers.StableDiffusionControlNetInpaintPipeline): ...
 
 
-class MoLEStableDiffusionXLPipeline(DropIn, diffusers.StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` that composes what it loads."""
+class MoLEStableDiffusionXLPipeline(DropIn, diffusers.StableDiffusionXLPipeline): ...
 
 
-class MoLEStableDiffusionXLImg2ImgPipeline(DropIn, diffusers.StableDiffusionXLImg2ImgPipeline):
-    """`StableDiffusionXLImg2ImgPipeline` that composes what it loads."""
+class MoLEStableDiffusionXLImg2ImgPipeline(DropIn, diffusers.StableDiffusionXLImg2ImgPipeline): ...
 
 
-class MoLEStableDiffusionXLInpaintPipeline(DropIn, diffusers.StableDiffusionXLInpaintPipeline):
-    """`StableDiffusionXLInpaintPipeline` that composes what it loads."""
+class MoLEStableDiffusionXLInpaintPipeline(DropIn, diffusers.StableDiffusionXLInpaintPipeline): ...
 
 
-class MoLEStableDiffusionXLControlNetPipeline(DropIn, diffusers.StableDiffusionXLControlNetPipeline):
-    """`StableDiffusionXLControlNetPipeline` that composes what it loads."""
+class MoLEStableDiffusionXLControlNetPipeline(DropIn, diffusers.StableDiffusionXLControlNetPipeline): ...
 
 
-class MoLEStableDiffusionXLControlNetImg2ImgPipeline(DropIn, diffusers.StableDiffusionXLControlNetImg2ImgPipeline):
-    """`StableDiffusionXLControlNetImg2ImgPipeline` that composes what it loads."""
+class MoLEStableDiffusionXLControlNetImg2ImgPipeline(DropIn, diffusers.StableDiffusionXLControlNetImg2ImgPipeline): ...
 
 
-class MoLEStableDiffusionXLControlNetInpaintPipeline(DropIn, diffusers.StableDiffusionXLControlNetInpaintPipeline):
-    """`StableDiffusionXLControlNetInpaintPipeline` that composes what it loads."""
+class MoLEStableDiffusionXLControlNetInpaintPipeline(DropIn, diffusers.StableDiffusionXLControlNetInpaintPipeline): ...
 
 
-class MoLEStableDiffusion3Pipeline(DropIn, diffusers.StableDiffusion3Pipeline):
-    """`StableDiffusion3Pipeline` that composes what it loads."""
+class MoLEStableDiffusion3Pipeline(DropIn, diffusers.StableDiffusion3Pipeline): ...
 
 
-class MoLEFluxPipeline(DropIn, diffusers.FluxPipeline):
-    """`FluxPipeline` that composes what it loads."""
+class MoLEFluxPipeline(DropIn, diffusers.FluxPipeline): ...
 
 
-class MoLEFluxControlPipeline(DropIn, diffusers.FluxControlPipeline):
-    """`FluxControlPipeline` that composes what it loads."""
+class MoLEFluxControlPipeline(DropIn, diffusers.FluxControlPipeline): ...
 
 
-class MoLEQwenImagePipeline(DropIn, diffusers.QwenImagePipeline):
-    """`QwenImagePipeline` that composes what it loads."""
+class MoLEQwenImagePipeline(DropIn, diffusers.QwenImagePipeline): ...
 
 
-class MoLEZImagePipeline(DropIn, diffusers.ZImagePipeline):
-    """`ZImagePipeline` that composes what it loads."""
+class MoLEZImagePipeline(DropIn, diffusers.ZImagePipeline): ...
 
 
-class MoLEChromaPipeline(DropIn, diffusers.ChromaPipeline):
-    """`ChromaPipeline` that composes what it loads."""
+class MoLEChromaPipeline(DropIn, diffusers.ChromaPipeline): ...
 
 
-class MoLEFlux2Pipeline(DropIn, diffusers.Flux2Pipeline):
-    """`Flux2Pipeline` that composes what it loads."""
+class MoLEFlux2Pipeline(DropIn, diffusers.Flux2Pipeline): ...
 
 
-class MoLEFlux2KleinPipeline(DropIn, diffusers.Flux2KleinPipeline):
-    """`Flux2KleinPipeline` that composes what it loads."""
+class MoLEFlux2KleinPipeline(DropIn, diffusers.Flux2KleinPipeline): ...
 
 
-class MoLEKrea2Pipeline(DropIn, diffusers.Krea2Pipeline):
-    """`Krea2Pipeline` that composes what it loads."""
+class MoLEKrea2Pipeline(DropIn, diffusers.Krea2Pipeline): ...
 
 
-class MoLELumina2Pipeline(DropIn, diffusers.Lumina2Pipeline):
-    """`Lumina2Pipeline` that composes what it loads."""
+class MoLELumina2Pipeline(DropIn, diffusers.Lumina2Pipeline): ...
 
 
-class MoLEWanPipeline(DropIn, diffusers.WanPipeline):
-    """`WanPipeline` that composes what it loads."""
+class MoLEWanPipeline(DropIn, diffusers.WanPipeline): ...
 
 
-class MoLELTXPipeline(DropIn, diffusers.LTXPipeline):
-    """`LTXPipeline` that composes what it loads."""
+class MoLELTXPipeline(DropIn, diffusers.LTXPipeline): ...
 
 
 DROP_INS = {kind.__bases__[1].__name__: kind for kind in DropIn.__subclasses__()}
+for name, kind in DROP_INS.items():
+    kind.__doc__ = f"`{name}` that composes what it loads."
 # `AutoPipelineForText2Image.from_pipe` and similar classes look up a pipeline's class by name in these tables. A form
 # without a drop-in is diffusers' own.
 TABLES = (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING)
