@@ -73,7 +73,7 @@ def _base(page: Page) -> None:
         return {page.form.base: page.actions.bases.open} | {size: page.form.values(fresh)[size] for size in sizes} | now
 
     outputs = [status, page.form.base, *sizes, *page.form.lists]
-    (changed,) = follow(page, "base", [page.form.base.input], page.actions.bases.change, [page.form.base], show, outputs)
+    (changed,) = follow(page, "base", [page.form.base.select], page.actions.bases.change, [page.form.base], show, outputs)
     changed.then(page.prompt.redraw, page.prompt.cards, [page.prompt.cards, page.prompt.shown], **ORDERED)
 
 

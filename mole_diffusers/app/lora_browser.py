@@ -100,7 +100,7 @@ def _panel(page: Page, browse: Any) -> None:
             (str(page.actions.small_lora(name, partial(picture_of, page))), caption(page, name, fits[name], name in used))
             for name in shown
         ]
-        number = f"{len(found)} LoRA{'' if len(found) == 1 else 's'}"
+        number = f"{len(found)} LoRA{'' if len(found) == 1 else 's'}; click one to add it, or to take it off again"
         return {
             grid: gr.update(value=items, selected_index=None),
             names: shown,
@@ -131,7 +131,7 @@ def _panel(page: Page, browse: Any) -> None:
         return {grid: search(*given)[grid]}
 
     outputs = [grid, names, count, more, where, said]
-    asking = [browse.click, text.input, where.input, order.input]
+    asking = [browse.click, text.input, where.select, order.select]  # leaving a list sends `input`, too
     gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden")
     page.prompt.shown.change(marked, [*asked, count], grid, trigger_mode="always_last", show_progress="hidden")
     more.click(show_more, [*asked, count], outputs)

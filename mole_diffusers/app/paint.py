@@ -103,7 +103,7 @@ class Painting:
         visitor = page.visits.visitor
         opens.click(opened, [visitor, self.which, *given], panels)
         page.prompt.to_paint.change(by_card, [visitor, page.prompt.to_paint, *given], panels)
-        self.which.input(opened, [visitor, self.which, *given], panels, trigger_mode="always_last")
+        self.which.select(opened, [visitor, self.which, *given], panels, trigger_mode="always_last")
         self.empty.click(None, js=EMPTY)
         self.back.click(lambda: "", None, self.sheet)
         taken = [page.form.masks, *page.prompt.written, page.prompt.shown, self.sheet, stage.status]
