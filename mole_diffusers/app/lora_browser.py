@@ -131,7 +131,7 @@ def _panel(page: Page, browse: Any) -> None:
         return {grid: search(*given)[grid]}
 
     outputs = [grid, names, count, more, where, said]
-    asking = [browse.click, text.input, where.select, order.select]  # leaving a list sends `input`, too
+    asking = [browse.click, text.input, where.change, order.change]  # leaving a list sends `input`, too
     gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden")
     page.prompt.shown.change(marked, [*asked, count], grid, trigger_mode="always_last", show_progress="hidden")
     more.click(show_more, [*asked, count], outputs)

@@ -55,10 +55,10 @@ class Painting:
                 self.which = gr.Dropdown(
                     [], label="Paint where this acts", min_width=140, elem_id="paint-of", interactive=True
                 )
-                gr.Slider(1, 25, 6, step=1, label="Brush", min_width=140, elem_id="brush")
+                gr.Slider(1, 25, 6, step=1, label="Brush", min_width=140, elem_id="brush", interactive=True)
                 self.edge = gr.Slider(0, 0.2, 0.0, step=0.01, label="Soft edge", min_width=140, elem_id="edge")
             with gr.Row(equal_height=True):
-                gr.Checkbox(False, label="Erase", container=False, min_width=80, elem_id="erase")
+                gr.Checkbox(False, label="Erase", container=False, min_width=80, elem_id="erase", interactive=True)
                 self.use = gr.Button("Use this region", size="sm", variant="primary", min_width=100, elem_id="paint-use")
                 self.empty = gr.Button("Start empty", size="sm", min_width=90, elem_id="paint-empty")
                 self.back = gr.Button("Back to the picture", size="sm", min_width=100, elem_id="paint-back")
