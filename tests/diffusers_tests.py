@@ -1,4 +1,5 @@
-"""diffusers' own LoRA tests on the drop-in pipelines: python tests/diffusers_tests.py FOLDER sd sd3 flux qwenimage z_image
+"""diffusers' own LoRA tests on the drop-in pipelines: python tests/diffusers_tests.py FOLDER sd sdxl sd3 flux qwenimage z_image
+wan ltx_video
 
 FOLDER is `tests` of a checkout of diffusers. A family is a file lora/test_lora_layers_FAMILY.py there. The tests need
 `parameterized` and `requests-mock`. They open tiny models of the hub, which are made here with random weights instead. With
