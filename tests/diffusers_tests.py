@@ -1,5 +1,6 @@
-"""diffusers' own LoRA tests on the drop-in pipelines: python tests/diffusers_tests.py FOLDER sd sdxl sd3 flux qwenimage z_image
-wan ltx_video
+"""diffusers' own LoRA tests on the drop-in pipelines.
+
+    python tests/diffusers_tests.py FOLDER sd sdxl sd3 flux qwenimage z_image wan ltx_video
 
 FOLDER is `tests` of a checkout of diffusers. A family is a file lora/test_lora_layers_FAMILY.py there. The tests need
 `parameterized` and `requests-mock`. They open tiny models of the hub, which are made here with random weights instead. With
