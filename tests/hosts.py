@@ -14,7 +14,7 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as qwen_editing
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -166,8 +166,9 @@ def gemma():
     return Gemma2Model(Gemma2Config(**shape, num_key_value_heads=1, vocab_size=len(words))).eval(), words
 
 
-def eye():
-    shape = {"hidden_size": 8, "projection_dim": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+def eye(width=8):
+    shape = {"hidden_size": width, "projection_dim": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2}
     return CLIPVisionModelWithProjection(CLIPVisionConfig(**shape, image_size=32, patch_size=16)).eval()
 
 
@@ -227,8 +228,8 @@ def xl_controlnet():
     return controlnet(**XL | {"projection_class_embeddings_input_dim": 16 + 8 * 6})
 
 
-def ip_adapter(pipe):
-    """Give the pipeline an image encoder and load random IP-Adapter weights into its UNet."""
+def ip_adapter_weights(pipe):
+    """Random IP-Adapter weights for the pipeline's UNet: of what reads a picture of 8 numbers, and of the attention."""
     generator = torch.Generator().manual_seed(1)
     width, token = pipe.unet.config.cross_attention_dim, {}
     crosses = [name for name in pipe.unet.attn_processors if "attn2" in name and "motion" not in name]
@@ -238,9 +239,28 @@ def ip_adapter(pipe):
             token[f"{2 * i + 1}.to_{half}_ip.weight"] = torch.randn(shape, generator=generator) * 0.3
     project = {"proj.weight": torch.randn(4 * width, 8, generator=generator), "proj.bias": torch.zeros(4 * width)}
     project |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    return {"image_proj": project, "ip_adapter": token}
+
+
+def ip_adapter(pipe, encoder=None):
+    """Give the pipeline an image encoder and load random IP-Adapter weights into its UNet."""
     torch.manual_seed(1)
-    pipe.register_modules(image_encoder=eye(), feature_extractor=CLIPImageProcessor(size=32, crop_size=32))
-    pipe.load_ip_adapter({"image_proj": project, "ip_adapter": token}, subfolder="", weight_name="")
+    pipe.register_modules(image_encoder=encoder or eye(), feature_extractor=CLIPImageProcessor(size=32, crop_size=32))
+    pipe.load_ip_adapter(ip_adapter_weights(pipe), subfolder="", weight_name="")
+
+
+def save_given(folder, pipe, network, encoder):
+    """Files as ComfyUI has them in its models folder: a ControlNet, an IP-Adapter for a pipeline, and its image encoder."""
+    named = {f"{half}.{key}": w for half, own in ip_adapter_weights(pipe).items() for key, w in own.items()}
+    files = {
+        "controlnet/canny": network.state_dict(),
+        "ipadapter/ip-plus": named,
+        "clip_vision/CLIP-ViT": encoder.state_dict(),
+    }
+    for name, tensors in files.items():
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
 
 
 def with_ip_adapter():

@@ -63,7 +63,19 @@ def _renamed(model, places):
     return found
 
 
-def _unet(unet):
+def save_controlnet(net, path):
+    """Write a ControlNet with four widths of what reads its map, as the original code names things."""
+    places = {"controlnet_mid_block": "middle_block_out.0"} | _down(net)
+    places |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(len(net.controlnet_down_blocks))}
+    layers = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]
+    places |= {f"controlnet_cond_embedding.{name}": f"input_hint_block.{2 * i}" for i, name in enumerate(layers)}
+    named = _renamed(net, _inside(places, "resnets", RESNET))
+    save_file({f"control_model.{key}": weight.contiguous() for key, weight in named.items()}, path)
+    return path
+
+
+def _down(unet):
+    """The places of the first half of a UNet and of its middle."""
     places, at = dict(ENDS), 1
     for b, block in enumerate(unet.down_blocks):
         for j in range(len(block.resnets)):
@@ -74,8 +86,11 @@ def _unet(unet):
             places[f"down_blocks.{b}.downsamplers.0.conv"] = f"input_blocks.{at}.0.op"
             at += 1
     middle = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
-    places |= {f"mid_block.{name}": f"middle_block.{i}" for name, i in middle.items()}
-    at = 0
+    return places | {f"mid_block.{name}": f"middle_block.{i}" for name, i in middle.items()}
+
+
+def _unet(unet):
+    places, at = _down(unet), 0
     for b, block in enumerate(unet.up_blocks):
         attends = hasattr(block, "attentions")
         for j in range(len(block.resnets)):

@@ -24,8 +24,10 @@ from mole_diffusers.app.gate_report import GateReport, gate_report
 from mole_diffusers.app.gate_training import TrainingRequest, train
 from mole_diffusers.app.jobs import ReportProgress, StoppedError, Work
 from mole_diffusers.app.loras import THUMBNAIL, Loras
+from mole_diffusers.app.presets import Presets
 from mole_diffusers.app.preview import PreviewDecoder
 from mole_diffusers.binding.picture_layout import Layout
+from mole_diffusers.inspection.compare import ways
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.mixture import FOLDED, Mixture
@@ -47,7 +49,7 @@ MAX_PICTURES, MAX_FOLDERS = 400, 16  # kept in the app's own folder; the browser
 MAX_COUNT = 16
 MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 in 20 steps
 
-SourcePictures = Mapping[str, Image.Image]  # pictures that are drawn over, see `Actions.compose`
+SourcePictures = Mapping[str, Image.Image]  # that a picture is made with, see `Actions.compose`
 NOTHING: SourcePictures = {}
 
 
@@ -116,7 +118,8 @@ class Actions:
         unkept: pictures that are not kept, namely those of comparisons and grids. The gallery keeps a sheet of them.
 
     Args:
-        home: folder of the trained gates and the uploaded LoRAs. By default they are deleted when the app ends.
+        home: folder of the trained gates, the uploaded LoRAs, the styles and the presets. By default they are deleted when
+            the app ends.
         gallery: folder of the composed pictures. By default they are deleted when the app ends.
         thumbnail: see `Loras`.
         bases, opening: see `Bases`.
@@ -139,6 +142,7 @@ class Actions:
         self.unkept = Gallery(self.folder / "drawn", most=MAX_PICTURES)
         self.gallery = Gallery(gallery) if gallery else Gallery(self.folder / "gallery", most=MAX_PICTURES)
         self.loras = Loras(studio, self.home / ".loras", thumbnail)  # gates cannot have this name
+        self.presets = Presets(self.home / ".presets")
         self.bases = Bases(studio, self.loras, bases, opening)
 
     def notes(self, found: FoundRecipe, recipe: Recipe | None) -> list[str]:
@@ -178,57 +182,54 @@ class Actions:
         small = self.folder / "small" / f"lora-{hashlib.sha256(name.encode()).hexdigest()[:16]}.jpg"
         return small if small.exists() else _saved_small(picture(name), small)
 
-    def compose(self, recipe: Recipe, count: int, over: SourcePictures = NOTHING) -> Work:
+    def compose(self, recipe: Recipe, count: int, pictures: SourcePictures = NOTHING) -> Work:
         """Draw `count` pictures with consecutive seeds into the gallery. If stopped, the finished ones stay.
 
         Args:
-            over: the "image" to draw over, and the "mask" of what changes.
+            pictures: the "image" to draw over, the "mask" of what changes, the "control" map and the "reference" picture.
         """
         if count not in range(1, MAX_COUNT + 1):
             raise ValueError(f"the number of pictures must be in 1..{MAX_COUNT}, got {count}")
-        recipe, _ = self._with_a_seed(recipe, over)
+        recipe, _ = self._with_a_seed(recipe, pictures)
         recipes = [replace(recipe, seed=recipe.seed + i) for i in range(count)]
-        return self._draw([(f"seed {r.seed}", r) for r in recipes], over, gallery=self.gallery)
+        return self._draw([(f"seed {r.seed}", r) for r in recipes], pictures, gallery=self.gallery)
 
     def compare(
-        self, recipe: Recipe, merges: Sequence[str] = (), over: SourcePictures = NOTHING, notes: Sequence[str] = ()
+        self, recipe: Recipe, merges: Sequence[str] = (), pictures: SourcePictures = NOTHING, notes: Sequence[str] = ()
     ) -> Work:
         """Draw the same seed in several ways, and put a sheet of them into the gallery.
 
-        The ways are: the base, each LoRA alone, the plain sum, the given `merges`, bound, in tiles if there is room, and
-        with trained gates if there are any.
+        The ways are those of `inspection.compare.ways`, in tiles if there is room, with trained gates if there are any, and
+        at last the given `merges`.
 
         Args:
             merges: any of `render.MERGES`.
-            over: as in `compose`.
+            pictures: as in `compose`.
             notes: further sentences for the progress.
         """
-        recipe, whole = self._with_a_seed(replace(recipe, arm="gates"), over)
+        recipe, whole = self._with_a_seed(replace(recipe, arm="gates"), pictures)
         if not whole.experts:
             raise ValueError("there is nothing to compare: the prompt has no <lora:...> tag")
-        wanted = [("base", replace(recipe, arm="base"))]
-        wanted += [(arm, replace(whole, arm=arm)) for arm in (f"alone {name}" for name in whole.experts)]  # names of here
-        merged = [f"merge {method}" for method in dict.fromkeys(merges)]
-        wanted += [(arm, replace(recipe, arm=arm)) for arm in ("sum", *merged)]
         summed = replace(whole, gates="sum", gates_sha256="", locks={})
-        wanted.append((BOUND, replace(summed, binding=BOUND)))
-        if not over and self.studio.draws_in_tiles(whole):
-            wanted.append((TILES, replace(summed, binding=TILES)))
-        if whole.gates in UNTRAINED:
+        drawn = {"gates": whole} | {binding: replace(summed, binding=binding) for binding in (BOUND, TILES)}
+        trained = "" if whole.gates in UNTRAINED else "gates"
+        if not trained:
             notes = [*notes, "no gates are trained for these LoRAs, see the tab Train"]
-        else:
-            wanted.append(("gates", whole))
-        labels = [label for label, _ in wanted]
+        labels = ways(whole.experts, tiles=self.studio.draws_in_tiles(whole), trained=trained)
+        labels += [f"merge {method}" for method in dict.fromkeys(merges)]
+        for arm in (label for label in labels if label not in drawn):  # "alone" has the names of here
+            drawn[arm] = replace(whole if arm.startswith("alone ") else recipe, arm=arm)
+        wanted = [(label, drawn[label]) for label in labels]
 
         def sheet(images: Sequence[Image.Image]) -> Path:
             return self.gallery.add(xy_grid.labelled(images, labels), whole, {"columns": labels})
 
-        return self._draw(wanted, over, notes=notes, sheet=sheet)
+        return self._draw(wanted, pictures, notes=notes, sheet=sheet)
 
     def _draw(
         self,
         wanted: Sequence[tuple[str, Recipe]],
-        over: SourcePictures,
+        pictures: SourcePictures,
         *,
         gallery: Gallery | None = None,
         notes: Sequence[str] = (),
@@ -246,15 +247,15 @@ class Actions:
         """
         recipes = [self._completed(recipe) for _, recipe in wanted]
         for recipe in recipes:
-            check_pictures(recipe, **over)
+            check_pictures(recipe, pictures)
         self._check_budget(recipes)
-        part = "the painted part of " if "mask" in over else ""
+        part = "the painted part of " if "mask" in pictures else ""
         # The panel that shows these may be closed.
-        warnings = [f"drawn over {part}your picture"] if over else []
+        warnings = [f"drawn over {part}your picture"] if "image" in pictures else []
         warnings += [f"{hires:g} times larger" for hires in dict.fromkeys(r.hires for r in recipes) if hires > 1]
         warnings += notes
         for (_, asked), recipe in zip(wanted, recipes, strict=True):
-            warnings += self.studio.notes(asked, recipe, over.get("image"))
+            warnings += self.studio.notes(asked, recipe, pictures.get("image"))
         steps, size = sum(map(self.studio.total_steps, recipes)), (recipes[0].width, recipes[0].height)
         state = Progress(0, steps, len(recipes), size, warnings=[*dict.fromkeys(warnings)])
 
@@ -274,7 +275,7 @@ class Actions:
                     state.size, noted = (recipe.width, recipe.height), PictureNotes()
                     report(replace(state))
                     told = partial(on_step, recipe, state.done)
-                    image = self.studio.draw(recipe, **over, on_step=told, inside=inside, noted=noted)
+                    image = self.studio.draw(recipe, **pictures, on_step=told, inside=inside, noted=noted)
                     recipe, by_hand = _with_locks_of(recipe, noted.sites)
                     state.warnings = list(dict.fromkeys([*state.warnings, *noted.warnings, *by_hand]))
                     path = (gallery or self.unkept).add(image, recipe)
@@ -294,7 +295,7 @@ class Actions:
         self,
         recipe: Recipe,
         shades: Mapping[str, str] | None = None,
-        over: SourcePictures = NOTHING,
+        pictures: SourcePictures = NOTHING,
         notes: Sequence[str] = (),
     ) -> Work:
         """Draw again and trace the gates. The work returns a GateReport.
@@ -303,10 +304,10 @@ class Actions:
 
         Args:
             shades: LoRA -> its colour in the figures.
-            over: as in `compose`.
+            pictures: as in `compose`.
             notes: further sentences for the report.
         """
-        recipe = self._completed(with_pictures(replace(recipe, arm="gates"), **over))
+        recipe = self._completed(with_pictures(replace(recipe, arm="gates"), **pictures))
         if not recipe.experts:
             raise ValueError("there is nothing to see: the prompt has no <lora:...> tag")
         seen: dict[str, Any] = {}
@@ -317,7 +318,7 @@ class Actions:
             with mixture.trace() as seen["trace"], acted as seen["acted"]:
                 yield
 
-        drawing = self._draw([("", recipe)], over, notes=notes, inside=tracing)
+        drawing = self._draw([("", recipe)], pictures, notes=notes, inside=tracing)
 
         def work(report: ReportProgress) -> GateReport:
             state = drawing(report)
@@ -325,16 +326,16 @@ class Actions:
 
         return work
 
-    def grid(self, recipe: Recipe, x: str, y: str, over: SourcePictures = NOTHING) -> Work:
-        """Draw an XY grid and put its sheet into the gallery; `over` as in `compose`."""
-        recipe, whole = self._with_a_seed(recipe, over)
+    def grid(self, recipe: Recipe, x: str, y: str, pictures: SourcePictures = NOTHING) -> Work:
+        """Draw an XY grid and put its sheet into the gallery; `pictures` as in `compose`."""
+        recipe, whole = self._with_a_seed(recipe, pictures)
         across, down = xy_grid.parse_axis(x), xy_grid.parse_axis(y)
         wanted = [("", cell) for cell in xy_grid.cells(recipe, across, down)]
 
         def sheet(images: Sequence[Image.Image]) -> Path:
             return self.gallery.add(xy_grid.sheet(images, across.labels, down.labels), whole, {"x": x, "y": y})
 
-        return self._draw(wanted, over, sheet=sheet)
+        return self._draw(wanted, pictures, sheet=sheet)
 
     def new_folder(self) -> Path:
         """A folder for files that a visitor downloads. Only the newest `MAX_FOLDERS` of these stay."""
@@ -381,10 +382,10 @@ class Actions:
         """Train gates for the LoRAs of a recipe, see `gate_training.train`."""
         return train(self.studio, recipe, request, home=self.home, again=again)
 
-    def _with_a_seed(self, recipe: Recipe, over: SourcePictures) -> tuple[Recipe, Recipe]:
+    def _with_a_seed(self, recipe: Recipe, pictures: SourcePictures) -> tuple[Recipe, Recipe]:
         """The recipe with only a random seed filled in, so that several pictures share it, and the hashes, which say what is
         a name in its tags; and the completed recipe."""
-        recipe = with_pictures(recipe, **over)
+        recipe = with_pictures(recipe, **pictures)
         whole = self._completed(recipe)
         return replace(recipe, seed=whole.seed, experts={**whole.experts, **recipe.experts}), whole
 

@@ -31,17 +31,20 @@ from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.options import check_kinds
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
-from mole_diffusers.studio.recipe import FIELD_TYPES, Recipe
+from mole_diffusers.studio.recipe import FIELD_TYPES, PICTURES, Recipe
 
 WORDS = {  # in the endpoints' docstrings -> what they are replaced by
     "RECIPE": 'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. The defaults '
     "are: no negative prompt, seed 0, the app's steps and guidance, the usual size for the prompt or that of the picture to "
     'draw over, the model\'s own sampler, gates "auto", arm "gates", no locks.',
-    "IMAGE": "a picture to draw over, at the recipe's strength. If the recipe names its picture, this must be the same one.",
+    "pictures: PICTURES": """image: a picture to draw over. A recipe that names its pictures needs these again.
+            mask: a picture of the same size, white where the image is redrawn; by default all of it is.
+            control: a control map: edges, depths, a pose, ... as the ControlNet reads them.
+            reference: a picture that the IP-Adapter reads.""",
     "FAMILIES": f"one of {', '.join(TRAINED)}",
-    "MASK": "a picture of the same size, white where the image is redrawn; by default all of it is.",
 }
 File = gr.FileData | None
+Pictures = dict[str, Any] | None  # of a method that takes `PICTURES`: name -> file, see `_endpoint`
 
 
 def add(page: Page) -> None:
@@ -56,20 +59,32 @@ def add(page: Page) -> None:
 
 
 def _endpoint(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method for clients: check what they send by its annotations, and turn errors of bad input into a sentence."""
-    kinds = {name: kind for name, kind in get_type_hints(method).items() if kind not in (gr.FileData, File)}
+    """Wrap a method for clients: check what they send by its annotations, and turn errors of bad input into a sentence.
+
+    Clients send each of `PICTURES` as a file of its own.
+    """
+    kinds = {name: kind for name, kind in get_type_hints(method).items() if kind not in (gr.FileData, File, Pictures)}
+    signature, parameters = inspect.signature(method), list[inspect.Parameter]()  # with annotations as text
+    for each in signature.parameters.values():
+        names = PICTURES if each.name == "pictures" else ()
+        parameters += [each.replace(name=name, annotation="File") for name in names] or [each]
+    signature = signature.replace(parameters=parameters)
 
     @functools.wraps(method)
     async def call(*args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(method).bind(*args, **kwargs).arguments
+        given = signature.bind(*args, **kwargs).arguments
         try:
             check_kinds({name: value for name, value in given.items() if name in kinds}, kinds, method.__name__)
+            if files := {name: given.pop(name) for name in PICTURES if name in given}:
+                given["pictures"] = files
             if inspect.iscoroutinefunction(method):
-                return await method(*args, **kwargs)
-            return await asyncio.to_thread(method, *args, **kwargs)
+                return await method(**given)
+            return await asyncio.to_thread(method, **given)
         except USER_ERRORS as error:
             raise gr.Error(without_folders(str(error)), print_exception=False) from error
 
+    vars(call)["__signature__"] = signature
+    call.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": signature.return_annotation}
     return call
 
 
@@ -127,8 +142,7 @@ class Endpoints:
         width: int | None = None,
         height: int | None = None,
         sampler: str = "",
-        image: File = None,
-        mask: File = None,
+        pictures: Pictures = None,
         strength: float | None = None,
         hires: float | None = None,
         hires_strength: float | None = None,
@@ -138,6 +152,11 @@ class Endpoints:
         clip_skip: int | None = None,
         detail: float | None = None,
         upscaler: str = "",
+        controlnet: str = "",
+        control_strength: float | None = None,
+        control_end: float | None = None,
+        ip_adapter: str = "",
+        ip_scale: float | None = None,
     ) -> tuple[list[gr.FileData], list[dict], list[str]]:
         """Draw pictures. Every PNG has its recipe inside. Returns the files, their recipes, and notes.
 
@@ -152,8 +171,7 @@ class Endpoints:
             width: in pixels, rounded to what the model can draw; by default the base model's own, or the image's.
             height: the same for the height.
             sampler: its usual name, for example "DPM++ 2M Karras"; "" means the model's own.
-            image: a picture to draw over.
-            mask: MASK
+            pictures: PICTURES
             strength: how much of that picture is redrawn, 0..1.
             hires: a factor up to 4. Above 1, the picture is enlarged by it and drawn over again.
             hires_strength: how much of the enlarged picture is redrawn, 0..1.
@@ -163,51 +181,65 @@ class Endpoints:
             clip_skip: the last layer of the text encoder that is read, counted from the end. 1, the default, reads all.
             upscaler: the model that enlarges the picture for hires, by the name of its file; "" interpolates its pixels.
             detail: how much of each subject's place is redrawn at the end, enlarged: 0, the default, or 0.2 to 0.3.
+            controlnet: the ControlNet for the control map, by the name of its file.
+            control_strength: how much the map counts, 0..2.
+            control_end: the share of the steps after which it counts no more, 0.05..1.
+            ip_adapter: the IP-Adapter for the reference picture, by the name of its file.
+            ip_scale: how much the reference picture counts, 0..2.
         """
-        given, own = locals(), FIELD_TYPES.keys() - {"image", "mask"}
+        given, own = locals(), FIELD_TYPES.keys() - {*PICTURES}
         recipe = {name: value for name, value in given.items() if name in own and value is not None}
-        done = await self._drawing(request, "compose", self.actions.compose, recipe, count, image=image, mask=mask)
+        done = await self._drawing(request, "compose", self.actions.compose, recipe, pictures, count)
         recipes = [each.recipe.to_dict() for each in done.pictures]
         return [_file(each.path) for each in done.pictures], recipes, done.warnings
 
-    async def redraw(self, request: gr.Request, recipe: dict, image: File = None, mask: File = None) -> gr.FileData:
+    async def redraw(
+        self,
+        request: gr.Request,
+        recipe: dict,
+        pictures: Pictures = None,
+    ) -> gr.FileData:
         """Draw one recipe: a complete one from a picture, or one with some fields left out.
 
         Args:
             recipe: RECIPE
-            image: IMAGE
-            mask: MASK
+            pictures: PICTURES
         """
-        done = await self._drawing(request, "compose", self.actions.compose, recipe, 1, image=image, mask=mask)
+        done = await self._drawing(request, "compose", self.actions.compose, recipe, pictures, 1)
         return _file(done.pictures[0].path)
 
     async def compare(
-        self, request: gr.Request, recipe: dict, merges: list[str] | None = None, image: File = None, mask: File = None
+        self,
+        request: gr.Request,
+        recipe: dict,
+        merges: list[str] | None = None,
+        pictures: Pictures = None,
     ) -> tuple[list[str], list[gr.FileData], list[str]]:
-        """Draw the same seed in several ways: the base, each LoRA alone, the plain sum, merges, bound, in tiles if there is
-        room, and with trained gates if there are any. The gallery keeps a sheet of them. Returns labels, files, and notes.
+        """Draw the same seed in several ways: the base, each LoRA alone, the plain sum, bound, in tiles if there is room,
+        with trained gates if there are any, and merges. The gallery keeps a sheet of them. Returns labels, files, and notes.
 
         Args:
             recipe: RECIPE
             merges: names of training-free merges, for example "ties".
-            image: IMAGE
-            mask: MASK
+            pictures: PICTURES
         """
-        done = await self._drawing(request, "compare", self.actions.compare, recipe, merges or (), image=image, mask=mask)
+        done = await self._drawing(request, "compare", self.actions.compare, recipe, pictures, merges or ())
         return [each.label for each in done.pictures], [_file(each.path) for each in done.pictures], done.warnings
 
     async def look(
-        self, request: gr.Request, recipe: dict, image: File = None, mask: File = None
+        self,
+        request: gr.Request,
+        recipe: dict,
+        pictures: Pictures = None,
     ) -> tuple[dict, list[gr.FileData], list[str]]:
         """Show what the gates did. Returns {"experts", "weights": block -> mean weight of each, "pictures"}, the figures,
         and notes.
 
         Args:
             recipe: RECIPE
-            image: IMAGE
-            mask: MASK
+            pictures: PICTURES
         """
-        report = await self._drawing(request, "look", self.actions.look, recipe, None, image=image, mask=mask)
+        report = await self._drawing(request, "look", self.actions.look, recipe, pictures, None)
         figures = {"heat": report.heat, "shares": report.shares, **report.places}
 
         def save() -> list[Any]:
@@ -221,7 +253,12 @@ class Endpoints:
         return about, await asyncio.to_thread(save), report.notes
 
     async def grid(
-        self, request: gr.Request, recipe: dict, x: str, y: str, image: File = None, mask: File = None
+        self,
+        request: gr.Request,
+        recipe: dict,
+        x: str,
+        y: str,
+        pictures: Pictures = None,
     ) -> gr.FileData:
         """Draw an XY grid of one recipe. The gallery keeps it.
 
@@ -229,10 +266,9 @@ class Endpoints:
             recipe: RECIPE
             x: what varies across: "arm=base,sum,gates", "weight fox=0,0.5,1", "seed=1,2,3", ...
             y: what varies down, in the same form.
-            image: IMAGE
-            mask: MASK
+            pictures: PICTURES
         """
-        done = await self._drawing(request, "grid", self.actions.grid, recipe, x, y, image=image, mask=mask)
+        done = await self._drawing(request, "grid", self.actions.grid, recipe, pictures, x, y)
         return _file(done.sheet)
 
     def read(self, file: gr.FileData) -> tuple[dict, list[str]]:
@@ -358,14 +394,12 @@ class Endpoints:
         return recipe
 
     async def _drawing(
-        self, request: gr.Request, kind: str, work_of: Callable[..., Work], recipe: dict, *more: Any, image: Any, mask: Any
+        self, request: gr.Request, kind: str, work_of: Callable[..., Work], recipe: dict, pictures: Pictures, *more: Any
     ) -> Any:
-        """The result of a job that draws a recipe, over uploaded pictures if there are any."""
-        over = {}
-        for name, file in (("image", image), ("mask", mask)):
-            if file is not None:
-                over[name] = await asyncio.to_thread(_picture, file)
-        return await self._job(request, kind, work_of, self._recipe(recipe), *more, over)
+        """The result of a job that draws a recipe, with uploaded pictures if there are any."""
+        files = [(name, file) for name, file in (pictures or {}).items() if file is not None]
+        read = {name: await asyncio.to_thread(_picture, file) for name, file in files}
+        return await self._job(request, kind, work_of, self._recipe(recipe), *more, read)
 
     async def _job(self, request: gr.Request, kind: str, work_of: Callable[..., Work], *given: Any) -> Any:
         """The result of a job. The job is stopped if its client goes away or cancels it (`submit(...).cancel()`)."""
@@ -398,7 +432,7 @@ def _uploaded(file: Any) -> Path:
 
 
 def _picture(file: Any) -> Image.Image:
-    """An uploaded picture to draw over, or a mask. A large one takes a second: call this in a thread of its own."""
+    """An uploaded picture. A large one takes a second: call this in a thread of its own."""
     with uploaded(_uploaded(file)) as path:
         return read_picture(path, path.name, most=infotext.MAX_PIXELS)
 

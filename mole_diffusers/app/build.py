@@ -13,7 +13,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from mole_diffusers.app import compare_tab, compose_tab, gallery_tab, recipe_tab, train_tab
 from mole_diffusers.app.actions import Actions
 from mole_diffusers.app.api import Endpoints, add
-from mole_diffusers.app.form import OF_BASE
+from mole_diffusers.app.form import OF_BASE, UNSET
 from mole_diffusers.app.gallery_files import GalleryPicturesOnly
 from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.own_pages import OwnPagesOnly
@@ -69,7 +69,8 @@ def _base(page: Page) -> None:
         if job.state != "done":
             return {page.form.base: page.actions.bases.open or gr.update(value=None)}
         fresh, now = page.form.fresh(), page.form.now()
-        now[page.form.controls["sampler"]]["value"] = "default"
+        for name, choice in UNSET.items():
+            now[page.form.controls[name]]["value"] = choice
         return {page.form.base: page.actions.bases.open} | {size: page.form.values(fresh)[size] for size in sizes} | now
 
     outputs = [status, page.form.base, *sizes, *page.form.lists]

@@ -73,9 +73,9 @@ def _comparison(page: Page) -> None:
             )  # fmt: skip
         drawn = gr.State({})  # label -> picture file
 
-    def work_of(recipe: Recipe, merges: list[str], last: int | None, over: SourcePictures) -> Work:
+    def work_of(recipe: Recipe, merges: list[str], last: int | None, pictures: SourcePictures) -> Work:
         recipe, notes = at_seed(recipe, last)
-        return page.actions.compare(recipe, merges, over, notes=notes)
+        return page.actions.compare(recipe, merges, pictures, notes=notes)
 
     def sides(drawn: dict[str, str], left: str, right: str) -> Any:
         return (drawn[left], drawn[right]) if left in drawn and right in drawn else gr.skip()
@@ -103,9 +103,9 @@ def _gate_report(page: Page) -> None:
         sites, gates = gr.State({}), gr.State({})  # short name of a block -> gate site, -> the gate's weights as text
         block = _by_hand(page, sites, gates)
 
-    def work_of(recipe: Recipe, cards: list[MixerCard], last: int | None, over: SourcePictures) -> Work:
+    def work_of(recipe: Recipe, cards: list[MixerCard], last: int | None, pictures: SourcePictures) -> Work:
         recipe, notes = at_seed(recipe, last)
-        return page.actions.look(recipe, shades(cards), over, notes=notes)
+        return page.actions.look(recipe, shades(cards), pictures, notes=notes)
 
     def show(job: Job) -> Values:
         report = job.event

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusers.app import lora_browser, mixer, sizes
+from mole_diffusers.app import lora_browser, mixer, presets_panel, sizes
 from mole_diffusers.app.mixer_cards import MixerCard
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.paint import Painting
@@ -41,7 +41,7 @@ def build(page: Page) -> None:
             lora_browser.build(page)
             mixer.build(page)
             _settings(page)
-    queue.connect(stage, [page.prompt.text.submit], [*page.form.inputs, page.form.more["count"], page.over.editor])
+    queue.connect(stage, [page.prompt.text.submit], [*page.form.inputs, page.form.more["count"], *page.pictures])
     stage.connect()
     painting.connect(paint)
     _connect_prompt(page, undo)
@@ -85,6 +85,7 @@ def _settings(page: Page) -> None:
         new.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False)
     row(page.form.more["count"], fields["steps"])
     fields["guidance"].render()
+    presets_panel.build(page)
     _earlier(page)
     with page.over.panel.render():
         gr.Markdown("Paint what is to change in a picture, or nothing for all of it.")
@@ -93,6 +94,12 @@ def _settings(page: Page) -> None:
         fields["strength"].render()
         row(fields["hires"], fields["hires_strength"])
         row(fields["upscaler"], fields["detail"])
+    with page.form.more["given"].render():
+        gr.Markdown("A control map is drawn already: edges, depths, a pose, ... as its ControlNet reads them.")
+        row(fields["controlnet"], page.form.pictures["control"])
+        row(fields["control_strength"], fields["control_end"])
+        row(fields["ip_adapter"], page.form.pictures["reference"])
+        fields["ip_scale"].render()
     with page.form.more["second"].render():
         for name in ("prompt_2", "negative_2"):
             fields[name].render()
@@ -117,8 +124,7 @@ def _earlier(page: Page) -> None:
 
     def taken(prompt: str, *now: Any) -> Values:
         text, cards, rewrites = now
-        written = page.prompt.rewrite(text, prompt, page.prompt.typed(text, rewrites))
-        return page.prompt.cards_now(prompt, cards) | written
+        return page.prompt.replaced(text, prompt, cards, rewrites)
 
     panel.expand(listed, None, earlier)
     earlier.input(taken, [earlier, *page.prompt.written], [page.prompt.text, *page.prompt.of_cards], **ORDERED)

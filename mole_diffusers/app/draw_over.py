@@ -54,6 +54,10 @@ def _picture(sent: Any) -> Image.Image | None:
 # A subclass of Gradio's editor, to browsers the same. For a `class` Gradio would write a .pyi beside this file.
 Editor: Any = ABCMeta.__new__(type(gr.ImageEditor), "Editor", (gr.ImageEditor,), {"preprocess": _read, "is_template": True})
 BRUSH = gr.Brush(60, [f"rgba({', '.join(map(str, COLOUR))}, {OPACITY / 255})"], color_mode="fixed")
+# A picture that is read in the same way.
+Given: Any = ABCMeta.__new__(
+    type(gr.Image), "Given", (gr.Image,), {"preprocess": lambda _, sent: _picture(sent), "is_template": True}
+)
 editor: Any = partial(
     Editor, type="pil", format="png", transforms=(), layers=False, brush=BRUSH, eraser=gr.Eraser(60), buttons=[]
 )

@@ -17,6 +17,11 @@ from mole_diffusers.studio.prompt_weights import prompts_read
 from mole_diffusers.studio.recipe import OPEN, Recipe
 
 OF_BASE = ("width", "height", "guidance")  # fields that change with the base model
+UNSET = {
+    "sampler": "default",
+    "controlnet": "none",
+    "ip_adapter": "none",
+}  # field of a Recipe -> the choice that is "" there
 
 
 class Form:
@@ -30,7 +35,9 @@ class Form:
         locks, masks: gates set by hand, and painted regions, as in a Recipe. They are hidden components in the browser.
         base: the choice of the base model.
         more: the number of pictures to compose ("count"), the choice of a LoRA to add ("add") and of gates to download
-            ("trained"), and the panel with the prompts of the second text encoder ("second").
+            ("trained"), the panel with the prompts of the second text encoder ("second"), and that with the control map and
+            the reference picture ("given").
+        pictures: the components of a control map and a reference picture, by their names in a Recipe.
         choices: field -> function that lists its choices now, if these change with the base model, LoRAs and gates.
     """
 
@@ -38,7 +45,9 @@ class Form:
         self.actions, self.defaults = actions, defaults
         catalog, first = actions.studio.catalog, self._shown(defaults)
         known: dict[str, Callable[[], list[Any]]] = {
-            "sampler": lambda: ["default", *actions.studio.samplers],
+            "sampler": lambda: [UNSET["sampler"], *actions.studio.samplers],
+            "controlnet": lambda: [UNSET["controlnet"], *catalog.files["controlnet"]],
+            "ip_adapter": lambda: [UNSET["ip_adapter"], *catalog.files["ip_adapter"]],
             "gates": lambda: ["auto", *UNTRAINED, *catalog.gates],
             "styles": lambda: list(catalog.loras),
             "add": actions.loras.choices,
@@ -67,6 +76,11 @@ class Form:
             "second": gr.Accordion(
                 "Another prompt for the second text encoder", open=False, render=False, elem_id="second", visible="hidden"
             ),
+            "given": gr.Accordion("ControlNet, IP-Adapter", open=False, render=False, elem_id="given", visible="hidden"),
+        }
+        self.pictures = {
+            name: draw_over.Given(label=label, sources=["upload", "clipboard"], buttons=[], elem_id=name, render=False)
+            for name, label in (("control", "Control map"), ("reference", "Reference picture"))
         }
         named = {**self.training, **self.controls, **self.more}
         self.choices = {named[name]: choices for name, choices in known.items()}
@@ -79,13 +93,17 @@ class Form:
     @property
     def lists(self) -> list[Any]:
         """The components that `now` has updates for."""
-        return [self.more["second"], *self.choices]
+        return [self.more["second"], self.more["given"], *self.choices]
 
     def now(self) -> Values:
         """What changes with the base model, LoRAs and gates."""
-        has_second = "prompt_2" in prompts_read(self.actions.studio.pipe)
-        seen = gr.update(visible=True if has_second else "hidden")  # not False: its fields would lose their values
-        return {field: gr.update(choices=choices()) for field, choices in self.choices.items()} | {self.more["second"]: seen}
+        studio = self.actions.studio
+        here = {
+            "second": "prompt_2" in prompts_read(studio.pipe),
+            "given": studio.takes_pictures and any(studio.catalog.files[kind] for kind in ("controlnet", "ip_adapter")),
+        }  # those that are not are hidden, not gone: their fields would lose their values
+        panels = {self.more[name]: gr.update(visible=is_here or "hidden") for name, is_here in here.items()}
+        return {field: gr.update(choices=choices()) for field, choices in self.choices.items()} | panels
 
     def chosen(self, field: Any, value: Any) -> Any:
         """An update that chooses in a field of `choices`, also what was not there when this page was opened."""
@@ -98,15 +116,17 @@ class Form:
         named = dict(zip(self.controls, given, strict=True))
         named |= {name: named[name] or 0 for name in OPEN}
         named["seed"] = -1 if named["seed"] is None else named["seed"]
-        named["sampler"] = "" if named["sampler"] == "default" else named["sampler"]
+        named |= {name: "" for name, choice in UNSET.items() if named[name] == choice}
         return Recipe(**named, locks=locks, masks=masks, base=self.actions.studio.base)
 
     def asked(self, *values: Any) -> tuple[Any, ...]:
-        """Values of `inputs`, any further components, and `over` -> the recipe, the further values, and the pictures to draw
-        over."""
-        *given, editor = values
+        """Values of `inputs`, any further components, and those of `Page.pictures` -> the recipe, the further values, and
+        the given pictures."""
+        *given, editor, control, reference = values
         recipe = self.recipe(*given[: len(self.inputs)])
-        return recipe, *given[len(self.inputs) :], draw_over.pictures(editor)
+        seen = {"control": control, "reference": reference}
+        pictures = draw_over.pictures(editor) | {name: each for name, each in seen.items() if each is not None}
+        return recipe, *given[len(self.inputs) :], pictures
 
     def values(self, recipe: Recipe) -> Values:
         """The values of `inputs` for a recipe."""
@@ -117,7 +137,7 @@ class Form:
     def _shown(self, recipe: Recipe) -> dict[str, Any]:
         """The values of `controls` for a recipe. Width and height are 0 if they are the usual size for the prompt, so that
         they follow the prompt."""
-        shown = {name: getattr(recipe, name) for name in CONTROLS} | {"sampler": recipe.sampler or "default"}
+        shown = {name: getattr(recipe, name) or UNSET.get(name, getattr(recipe, name)) for name in CONTROLS}
         try:
             usual = self.actions.size_of(replace(recipe, width=0, height=0))
         except ValueError:  # a prompt that cannot be read, or whose LoRAs are not here
@@ -132,5 +152,5 @@ class Form:
     def unknown_choices(self, recipe: Recipe) -> dict[str, Any]:
         """{field: the page's default} for the choices in a recipe that are not available here."""
         fresh, shown = self.fresh(), self._shown(recipe)
-        listed = {name: self.choices[self.controls[name]]() for name in ("gates", "sampler")}
+        listed = {name: self.choices[self.controls[name]]() for name in ("gates", *UNSET)}
         return {name: getattr(fresh, name) for name, names in listed.items() if shown[name] not in names}

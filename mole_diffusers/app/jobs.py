@@ -19,7 +19,7 @@ from mole_diffusers.studio.memory import clear_frames
 
 MAX_WAITING, MAX_OWN = 32, 8  # jobs that wait in the queue, of all visitors and of one
 KEPT = 64  # finished jobs that can still be looked up
-FULL = 'the GPU\'s memory is full: take a smaller picture or less "Larger", or start the app with --offload model'
+FULL = 'the GPU\'s memory is full: take a smaller picture or less "Hires", or start the app with --offload model'
 ReportProgress = Callable[[Any], None]
 Work = Callable[[ReportProgress], Any]
 

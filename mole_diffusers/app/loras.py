@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,13 @@ class Loras:
             return " (cannot be read)"
         return " (for another model)" if self.studio.misfit(name) else ""
 
-    def roles(self, prompt: str) -> dict[str, Role]:
-        """What each LoRA of a prompt's tags would do in the picture, as the prompt is read. Nothing is drawn or attached."""
-        tags = parse(prompt, self.studio.catalog.loras).tags
+    def roles(self, recipe: Recipe) -> dict[str, Role]:
+        """What each LoRA of a recipe's tags would do in the picture, as the prompt is read. Nothing is drawn or attached.
+        What is to be painted may be missing."""
+        tags = parse(recipe.prompt, self.studio.catalog.loras).tags
         painted = {tag.name: mask_text(Image.new("L", (1, 1), 255)) for tag in tags if tag.region == PAINTED}
-        return dict(self.studio.explain(self.studio.complete(Recipe(prompt=prompt, masks=painted))).experts)
+        whole = replace(recipe, masks=painted | dict(recipe.masks))
+        return dict(self.studio.explain(self.studio.complete(whole)).experts)
 
     def find(self, prompt: str) -> list[RetrievedLora]:
         """The LoRAs of the catalog that a prompt asks for, not counting its tags. It contains their name or a trigger, or

@@ -11,14 +11,13 @@ import gradio as gr
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from mole_diffusers.app.fields import CARD
+from mole_diffusers.app.fields import CARD, SWITCH
 from mole_diffusers.app.mixer_cards import MixerCard, edit, fields_of, newest, triggers_in, with_tag, with_triggers
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.style import Values, figure
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE
-from mole_diffusers.binding.who_acts import Role
+from mole_diffusers.binding.who_acts import OWN_PLACE, OWN_TILE, SILENT, Role
 from mole_diffusers.studio.prompt_syntax import PAINTED
 
 LAST: dict[str, Any] = {"show_progress_on": [], "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
@@ -26,10 +25,11 @@ EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables redrawn comp
 SMALL: dict[str, Any] = {"height": 40, "min_width": 40, "scale": 0, "show_label": False, "container": False, "buttons": [],
                          "elem_classes": "thumb"}  # fmt: skip
 BARE: dict[str, Any] = {"container": False, "show_label": False}
-PLACES = {"own": "acts in its own place", "everywhere": "acts everywhere", "silent": "does not act"}  # as the page says them
-SWITCH = [("automatic", AUTO), (EVERYWHERE, EVERYWHERE), (PAINTED, PAINTED)]
+# As the page says them.
+PLACES = {OWN_PLACE: "acts in its own place", OWN_TILE: "acts in its own tile", SILENT: "does not act"}
 SIDE = 96  # pixels of the picture of a LoRA that has none
 LOW, HIGH = -1.0, 2.0  # range of the slider; you can type any number
+SEEN = ("prompt", "binding", "width", "height", "controlnet", "ip_adapter")  # fields that decide what a card says
 MOST_CHIPS = 8  # trigger words on a card
 
 
@@ -49,12 +49,13 @@ def build(page: Page) -> None:
         for n, card in enumerate(cards):
             _card(page, card, n, prompt_now)
 
-    def tell(request: gr.Request, visitor: str, prompt_now: str, drawn: dict[str, Any]) -> str:
-        return lines(sentences(page, request, visitor, prompt_now), drawn["cards"])
+    def tell(request: gr.Request, visitor: str, drawn: dict[str, Any], *values: Any) -> str:
+        return lines(sentences(page, request, visitor, *values), drawn["cards"])
 
     # Not in `draw`: a page whose cards are just drawn anew could call an event that is gone.
-    events, given = [prompt.change, page.showing.change, shown.change], [page.visits.visitor, prompt, shown]
-    gr.on(events, tell, given, said, trigger_mode="always_last", show_progress="hidden")
+    changes = [page.showing, shown, *(page.form.controls[name] for name in SEEN)]
+    given = [page.visits.visitor, shown, *page.form.inputs]
+    gr.on([each.change for each in changes], tell, given, said, trigger_mode="always_last", show_progress="hidden")
 
 
 def lines(said: Mapping[str, str], cards: Sequence[MixerCard]) -> str:
@@ -66,10 +67,10 @@ def lines(said: Mapping[str, str], cards: Sequence[MixerCard]) -> str:
     return f"<style>{' '.join(rules)}</style>"
 
 
-def sentences(page: Page, request: gr.Request | None, visitor: str, prompt: str) -> dict[str, str]:
-    """LoRA -> what it does in the picture of a prompt; {} for a prompt that cannot be read."""
+def sentences(page: Page, request: gr.Request | None, visitor: str, *values: Any) -> dict[str, str]:
+    """LoRA -> what it does in a picture with these values of the fields; {} if they cannot be read."""
     try:
-        roles = page.actions.loras.roles(prompt)
+        roles = page.actions.loras.roles(page.form.recipe(*values))
     except (ValueError, FileNotFoundError):  # said below the prompt
         return {}
     last = next(reversed(page.visits.drawn(request, visitor)), None)
@@ -81,7 +82,7 @@ def sentence(role: Role, stood: str = "") -> str:
     """What one LoRA does, in one line."""
     place = PLACES.get(role.place, f"acts {role.place}")
     words = f" on “{', '.join(role.words)}”" if role.words else ""
-    where = f", {stood} in the last picture" if stood and role.place == "own" else ""
+    where = f", {stood} in the last picture" if stood and role.place == OWN_PLACE else ""
     return f"{place[:1].upper()}{place[1:]}{words}{where}: {role.why}"
 
 
@@ -132,7 +133,12 @@ def _card(page: Page, card: MixerCard, n: int, prompt: str) -> None:
             )  # fmt: skip
             remove = gr.Button(f"Remove {name}", size="sm", min_width=28, scale=0, elem_classes="remove")
         switch = gr.Radio(
-            SWITCH, value=in_switch(typed["region"]), label=f"Where {name} acts", elem_classes="place", **BARE, **EDITABLE
+            list(SWITCH),
+            value=in_switch(typed["region"]),
+            label=f"Where {name} acts",
+            elem_classes="place",
+            **BARE,
+            **EDITABLE,
         )
         chips = trigger_words() if len(present) < len(triggers) else None
         with gr.Accordion("Advanced", open=bool(is_set), elem_classes="rest"):
@@ -158,7 +164,7 @@ def ticks_change(page: Page, cards: Sequence[MixerCard], before: str, now: str) 
 
 def in_switch(region: str) -> str | None:
     """The choice of the switch for a region; None for one that only the field under Advanced has."""
-    return region if region in [value for _, value in SWITCH] else None
+    return region if region in SWITCH else None
 
 
 def picture_of(page: Page, name: str) -> Image.Image:

@@ -50,7 +50,13 @@ class Page:
     def filled_fields(self) -> list[Any]:
         """The components that `filled` has values for."""
         over = self.over
-        return [*self.form.inputs, *self.prompt.of_cards, over.editor, over.has, over.panel, *self.form.axes]
+        panels = [over.editor, over.has, over.panel, *self.form.pictures.values(), self.form.more["given"]]
+        return [*self.form.inputs, *self.prompt.of_cards, *panels, *self.form.axes]
+
+    @property
+    def pictures(self) -> list[Any]:
+        """The components whose values `Form.asked` takes last."""
+        return [self.over.editor, *self.form.pictures.values()]
 
     def filled(self, found: FoundRecipe) -> tuple[Recipe, Values, list[str]]:
         """Put a recipe into a page. Returns the completed recipe, the values of the page, and notes for the visitor.
@@ -76,10 +82,15 @@ class Page:
         if asked.image:
             mask = " and paint again what is to change" if asked.mask else ""
             notes.append(f'it was drawn over a picture: put that one into "Draw over a picture"{mask}')
+        for name, field in self.form.pictures.items():
+            if getattr(asked, name):
+                notes.append(f'it was drawn with a picture that it does not hold: put that one into "{field.label}"')
         form, over = self.form, self.over
         values = form.values(recipe) | self.prompt.cards_for(recipe.prompt)
         values |= {} if asked.image else {over.editor: None, over.has: False}
         values |= {over.panel: gr.update(open=True)} if asked.image or recipe.hires > 1 else {}
+        values |= {field: None for name, field in form.pictures.items() if not getattr(asked, name)}
+        values |= {form.more["given"]: gr.update(open=True)} if asked.controlnet or asked.ip_adapter else {}
         values |= {field: form.chosen(field, values[field]) for field in form.choices if field in values}
         return recipe, values | dict(zip(form.axes, found.axes, strict=False)), notes
 

@@ -33,18 +33,18 @@ def connect_job(
     """Let events start a job on the recipe of the page.
 
     Args:
-        work_of: the recipe, the values of `more`, and the pictures to draw over -> the work. The status line shows a
+        work_of: the recipe, the values of `more`, and the given pictures -> the work. The status line shows a
             ValueError.
         start, show, outputs, refused: see `follow`.
         more: further components.
-        draws: whether the job draws over the page's picture, if it has one.
+        draws: whether the job draws with the page's given pictures.
     """
 
     def work(*values: Any) -> Work:
-        recipe, *given, over = page.form.asked(*values)
-        return work_of(recipe, *given, over)
+        recipe, *given, pictures = page.form.asked(*values)
+        return work_of(recipe, *given, pictures)
 
-    inputs = [*page.form.inputs, *more, page.over.editor if draws else gr.State()]
+    inputs = [*page.form.inputs, *more, *(page.pictures if draws else [gr.State() for _ in page.pictures])]
     follow(page, kind, start, work, inputs, show, outputs, refused)
 
 

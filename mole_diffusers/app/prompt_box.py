@@ -64,6 +64,10 @@ class PromptBox:
             new, said = cards_of(readable, cards, catalog.loras, catalog.preferred_weight), problem(error)
         return ({} if new == cards != [] else self.redraw(new)) | {self.problem: said}
 
+    def replaced(self, given: str, new: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
+        """Updates that put a whole new text into the prompt, and its cards. It can be undone."""
+        return self.cards_now(new, cards) | self.rewrite(given, new, self.typed(given, rewrites))
+
     def rewrite(self, given: str, new: str, rewrites: list[str]) -> Values:
         """Updates that put a new text into the prompt, if it differs. `given` is the prompt that the event was sent with."""
         if new == newest(given, rewrites):

@@ -65,15 +65,15 @@ class QueuePanel:
 
         Args:
             starts: further events that compose, for example `prompt.submit`.
-            inputs: the components of a recipe, the number of pictures, and the picture to draw over.
+            inputs: the components of a recipe, the number of pictures, and the given pictures.
         """
         page = self.page
         every_press: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": None}  # is a job of its own
 
         @errors_to(self.status)
         def queued(request: gr.Request, visitor: str, *values: Any) -> Values:
-            recipe, count, over = page.form.asked(*values)
-            work = page.actions.compose(recipe, count, over)
+            recipe, count, pictures = page.form.asked(*values)
+            work = page.actions.compose(recipe, count, pictures)
             page.visits.jobs.submit(visitor or session(request), KIND, work, self.title(recipe, count))
             return {self.button: gr.update(value=CANCEL, variant="stop")}
 

@@ -68,8 +68,8 @@ def _saving(page: Page) -> None:
     text = gr.Code(label="Code", language="python", interactive=False, visible=False, elem_id="code-text", buttons=["copy"])
 
     def completed(*values: Any) -> Recipe:
-        recipe, over = page.form.asked(*values)
-        return page.actions.studio.complete(with_pictures(recipe, **over))
+        recipe, pictures = page.form.asked(*values)
+        return page.actions.studio.complete(with_pictures(recipe, **pictures))
 
     @errors_to(status)
     def recipe_file(*values: Any) -> Values:
@@ -89,6 +89,6 @@ def _saving(page: Page) -> None:
         is_there = job.state == "done" and job.event.path.exists()
         return {file: gr.update(value=str(job.event.path), visible=True)} if is_there else {}
 
-    save.click(recipe_file, [*page.form.inputs, page.over.editor], [file, status])
-    code.click(script, [*page.form.inputs, page.over.editor], [text, status])
+    save.click(recipe_file, [*page.form.inputs, *page.pictures], [file, status])
+    code.click(script, [*page.form.inputs, *page.pictures], [text, status])
     connect_job(page, "export", [export.click], work_of, show, [status, file], more=[rank], draws=False)

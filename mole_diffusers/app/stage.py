@@ -17,7 +17,6 @@ from mole_diffusers.app.style import BUTTONS, Values, figure, status_line
 from mole_diffusers.inspection.layout_figure import overlay
 
 RECENT = 30  # pictures of the strip
-EMPTY = "Describe a picture, add LoRAs, and press Compose."
 
 
 class Stage:

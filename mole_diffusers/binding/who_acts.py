@@ -11,7 +11,7 @@ from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.binding.sentence import Contact, Sentence, Who, parse
 
-EVERY_PLACE, OWN_PLACE, SILENT = "everywhere", "own", "silent"
+EVERY_PLACE, OWN_PLACE, OWN_TILE, SILENT = "everywhere", "own", "own tile", "silent"
 UNBOUND = "nothing is bound"
 
 
@@ -57,8 +57,8 @@ class Role:
     """What one expert does in a picture.
 
     Attributes:
-        place: "everywhere", "own" for a place of its own, "with NAME" for the place of another expert's thing, or
-            "silent".
+        place: "everywhere", "own" for a place of its own, "own tile" for a thing that touches another and is drawn by itself
+            in some steps, "with NAME" for the place of another expert's thing, or "silent".
         words: its words in the prompt, as they stand there.
         why: the reason for the place.
     """

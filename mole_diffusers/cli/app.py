@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusers.cli import options
-from mole_diffusers.cli.common import first_recipe, open_catalog, opened
+from mole_diffusers.cli.common import check_base, first_recipe, open_catalog, opened
 from mole_diffusers.cli.console import note
 from mole_diffusers.studio.names import WORLD
 
@@ -39,6 +39,8 @@ def app(
         site (NAME): the name under which a server in front of the app shows it: studio.example.
         mcp: also serve the actions as MCP tools, at /gradio_api/mcp/.
     """
+    for each in base:
+        check_base(each)
     try:
         from mole_diffusers.app.build import build, launch
 
@@ -48,8 +50,8 @@ def app(
         extra = "mcp" if error.name == "mcp" else "app"
         raise ValueError(f"this needs {error.name}: pip install 'mole-diffusers[{extra}]'") from error
     from mole_diffusers.app.actions import Actions
-    from mole_diffusers.studio.base_models import bases_of
     from mole_diffusers.studio.catalog import folder_gates
+    from mole_diffusers.studio.model_folders import bases_of
     from mole_diffusers.studio.render import Studio
     from mole_diffusers.training.networks import unet_of
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mole_diffusers.binding.finding import spans
 from mole_diffusers.cli.console import busy, hide_loading_bars, note
 from mole_diffusers.cli.options import Files, Machine, Output
+from mole_diffusers.studio.model_folders import find_base
 from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     from mole_diffusers.studio.catalog import Catalog
     from mole_diffusers.studio.recipe import Recipe
     from mole_diffusers.studio.render import Studio
+
+
+def check_base(base: str) -> None:
+    """Raises ValueError, before anything is loaded, for a base that is not there. A folder is read later."""
+    if base != WORLD and not Path(base).exists():
+        find_base(base)
 
 
 def opened(base: str, machine: Machine, *, says: bool = False, **memory: Any) -> Base:
@@ -139,7 +146,6 @@ def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = 
 
     Without --loras, the LoRAs are those in the program, or else in the folder, that a base belongs to.
     """
-    from mole_diffusers.studio.base_models import find_base
     from mole_diffusers.studio.catalog import Catalog, folder_gates
     from mole_diffusers.studio.model_folders import around, files_of, loras_beside
 
@@ -147,15 +153,17 @@ def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = 
     found = [path for base in bases if base != WORLD and isinstance(path := find_base(base), Path)]
     files = loras_beside(found) if named.loras is None else files_of(named.loras, "lora")
 
-    def of_kind(kind: str, folder: Path | None) -> dict[str, Path]:
-        return dict(ChainMap(*(around(base, kind) for base in found))) if folder is None else files_of(folder, kind)
-
+    folders = {"embedding": named.embeddings, "upscaler": named.upscalers, "controlnet": named.controlnets}
+    folders |= {"ip_adapter": named.ip_adapters, "clip_vision": named.image_encoders}
+    others = {
+        kind: dict(ChainMap(*(around(base, kind) for base in found))) if folder is None else files_of(folder, kind)
+        for kind, folder in folders.items()
+    }
     if WORLD in bases:
         from mole_diffusers.emoji.world import concept_files, gate_folders
 
         files, examples = concept_files() | files, gate_folders()
-    words, upscalers = of_kind("embedding", named.embeddings), of_kind("upscaler", named.upscalers)
-    catalog = Catalog(files, examples, examples=examples, embeddings=words, upscalers=upscalers)
+    catalog = Catalog(files, examples, examples=examples, files=others)
     for name, file in named_values(experts, "--expert").items():
         catalog.add_lora(name, Path(file))
     if named.trained is not None:

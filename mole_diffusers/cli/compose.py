@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from errno import ENOENT
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from typer import Argument
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Result
-from mole_diffusers.cli.common import completed, experts_for, first_recipe, named_values, once, opened, target
+from mole_diffusers.cli.common import check_base, completed, experts_for, first_recipe, named_values, once, opened, target
 from mole_diffusers.studio.names import WORLD
 
 if TYPE_CHECKING:
@@ -71,6 +72,10 @@ def compose(
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
     path = target(sheet, "grid.png")
+    for mask in (Path(text.partition("@")[2]) for text in bind):
+        if mask.suffix.isascii() and mask.suffix[1:].isalpha() and not mask.exists():  # not a box, nor a name such as "left"
+            raise FileNotFoundError(ENOENT, "there is no mask", str(mask))
+    check_base(sheet.base)
     experts = experts_for(sheet.base, named_values(expert, "--expert"), prompt)
     from mole_diffusers.binding.as_text import parse_binding
     from mole_diffusers.inspection.compare import columns

@@ -10,7 +10,16 @@ from typer import Argument
 
 from mole_diffusers.cli import options
 from mole_diffusers.cli.commands import Given, Result, settings_of
-from mole_diffusers.cli.common import completed, first_recipe, lora_files, named_values, open_catalog, opened, target
+from mole_diffusers.cli.common import (
+    check_base,
+    completed,
+    first_recipe,
+    lora_files,
+    named_values,
+    open_catalog,
+    opened,
+    target,
+)
 from mole_diffusers.cli.console import note
 from mole_diffusers.options import printable
 from mole_diffusers.studio.names import WORLD, matching_lora
@@ -20,15 +29,21 @@ if TYPE_CHECKING:
     from mole_diffusers.studio.render import Studio
 
 
-@settings_of(options.RECIPE, only=("strength", "hires", "hires_strength", "upscaler"))
-class OverOptions(options.Pictures):
-    """How much to draw over."""
+OF_PICTURES = (
+    "strength", "hires", "hires_strength", "upscaler",
+    "controlnet", "control_strength", "control_end", "ip_adapter", "ip_scale",
+)  # fmt: skip
 
-    panel = "Drawing over a picture"
+
+@settings_of(options.RECIPE, only=OF_PICTURES)
+class PictureOptions(options.Pictures):
+    """What is done with the given pictures."""
+
+    panel = "Given pictures"
 
 
 @settings_of(options.RECIPE, only=("gates", "seed", "binding", "detail", "clip_skip"))
-class RecipeOptions(options.Drawing, OverOptions):
+class RecipeOptions(options.Drawing, PictureOptions):
     """The settings of a recipe, apart from its prompt.
 
     Attributes:
@@ -86,8 +101,9 @@ def redraw(
     Args:
         picture: a PNG of mole draw, the app or A1111, or a recipe as a .json file.
     """
+    check_base(files.base)
     from mole_diffusers.studio import infotext
-    from mole_diffusers.studio.base_models import find_base
+    from mole_diffusers.studio.model_folders import find_base
     from mole_diffusers.studio.names import model_name
     from mole_diffusers.studio.picture_passes import with_pictures
 
@@ -158,6 +174,7 @@ def _check_settings(files: options.Studio, settings: RecipeOptions, *, is_larger
     """Raises for a file that is missing, and for settings of what is not asked for; `is_larger`: some pictures are, by an
     axis."""
     asked = vars(settings)
+    check_base(files.base)
     lora_files(named_values(files.expert, "--expert"))
     if asked["styles"] is not None and not asked["style"]:
         raise ValueError("--styles is the file that styles are read from: give --style NAME")
@@ -165,6 +182,11 @@ def _check_settings(files: options.Studio, settings: RecipeOptions, *, is_larger
         raise ValueError("--strength says how much of a picture is redrawn: give --image")
     if asked["hires_strength"] is not None and asked["hires"] in (None, 1) and not is_larger:
         raise ValueError("--hires-strength says how much of the enlarged picture is redrawn: give --hires")
+    needed = {"controlnet": "control", "control_strength": "control", "control_end": "control", "control": "controlnet"}
+    needed |= {"ip_adapter": "reference", "ip_scale": "reference", "reference": "ip_adapter"}
+    for name, other in needed.items():
+        if asked[name] is not None and asked[other] is None:
+            raise ValueError(f"--{name} goes with --{other}: give that as well".replace("_", "-"))
 
 
 def open_recipe(prompt: str, files: options.Studio, settings: RecipeOptions) -> tuple[Studio, Recipe, dict[str, Any]]:
@@ -173,11 +195,12 @@ def open_recipe(prompt: str, files: options.Studio, settings: RecipeOptions) -> 
     from mole_diffusers.gates import checkpoint
     from mole_diffusers.studio.picture_passes import with_pictures
     from mole_diffusers.studio.prompt_syntax import parse
+    from mole_diffusers.studio.recipe import PICTURES
     from mole_diffusers.studio.styles import preset, read_styles, styled
 
     pictures = open_pictures(settings)
     studio = open_studio(files)
-    asked = {**vars(settings), "image": None, "mask": None}
+    asked = {**vars(settings), **dict.fromkeys(PICTURES)}
     file, names, styles = (asked.pop(name) for name in ("preset", "style", "styles"))
     like = {} if file is None else preset(file)
     asked |= {name: value for name, value in like.items() if asked[name] is None}
@@ -206,15 +229,16 @@ def open_studio(files: options.Studio) -> Studio:
 
 
 def open_pictures(given: options.Pictures) -> dict[str, Any]:
-    """The pictures of --image and --mask, by these names.
+    """The pictures of --image, --mask, --control and --reference, by these names.
 
     Raises ValueError for a file that is not a picture, and for --mask without --image.
     """
     from mole_diffusers.lora.safe_files import read_picture
+    from mole_diffusers.studio.recipe import PICTURES
 
     if given.mask is not None and given.image is None:
         raise ValueError("--mask shows a part of a picture: give --image")
-    paths = {"image": given.image, "mask": given.mask}
+    paths = {name: getattr(given, name) for name in PICTURES}
     return {name: read_picture(path, f"--{name} {path}") for name, path in paths.items() if path is not None}
 
 

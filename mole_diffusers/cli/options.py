@@ -70,11 +70,18 @@ class Files(Group):
             the base is in.
         upscalers (FOLDER): models that enlarge pictures, such as ESRGAN's. Default: those of the program that the
             base is in.
+        controlnets (FOLDER): ControlNets. Default: those of the program that the base is in.
+        ip_adapters (FOLDER): IP-Adapters. Default: those of the program that the base is in.
+        image_encoders (FOLDER): what IP-Adapters read a picture with. Default: clip_vision of the program that the base is
+            in.
     """
 
     loras: Folder = None
     embeddings: Folder = None
     upscalers: Folder = None
+    controlnets: Folder = None
+    ip_adapters: Folder = None
+    image_encoders: Folder = None
     trained: Folder = None
 
 
@@ -119,13 +126,17 @@ class Drawing(Group):
 
 @dataclass
 class Pictures(Group):
-    """The picture to draw over.
+    """The pictures that a picture is made with.
 
     Attributes:
         image (PICTURE): a picture to draw over (img2img).
         mask (PICTURE): white where --image is drawn over (inpainting).
+        control (PICTURE): a control map: edges, depths, a pose, ... as its ControlNet reads them.
+        reference (PICTURE): a picture that an IP-Adapter reads.
     """
 
-    panel = "Drawing over a picture"
+    panel = "Given pictures"
     image: File = None
     mask: File = None
+    control: File = None
+    reference: File = None

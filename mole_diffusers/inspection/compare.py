@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -16,29 +16,34 @@ from mole_diffusers.patching.gating.settings import PlainSum
 MARGIN = 6  # pixels around a cell of a sheet
 
 
-def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[str, Callable[[], AbstractContextManager]]:
-    """The ways of drawing to compare on one attached mixture: label -> context in which to call the pipeline.
+def ways(names: Iterable[str], *, binds: bool = True, tiles: bool = False, trained: str = "") -> list[str]:
+    """The labels of all ways of drawing that are compared: without experts, with each alone, with their plain sum, with each
+    on its own words and in its own place, the same in tiles, and with trained gates if those have this label."""
+    bound = ["bound", *(["tiles"] if tiles else [])] if binds else []
+    return ["base", *(f"alone {name}" for name in names), "sum", *bound, *filter(None, [trained])]
 
-    "sum" is the plain sum. "bound" is the sum with each expert on its own words and in its own place. "tiles" is the
-    same in tiles. "bound" and the gated columns are drawn without tiles.
+
+def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[str, Callable[[], AbstractContextManager]]:
+    """The `ways` to draw on one attached mixture: label -> context in which to call the pipeline. "bound" and the gated
+    columns are drawn without tiles.
 
     Args:
         tiles: the prompt, in the form that `Mixture.tiled` takes, to add the column "tiles".
     """
     strengths = {name: mixture.strength(name) for name in mixture.experts}
     alone = {f"alone {n}": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
-    found: dict[str, Callable[[], AbstractContextManager]] = {"base": partial(mixture.fixed, {}), **alone}
-    found["sum"] = partial(mixture.fixed, strengths)
     family, binds, untiled = mixture.config.family, mixture.binding is not None, partial(mixture.tiled, 0)
-    if binds:
-        summed = partial(mixture.planned, PlainSum(len(mixture.experts)))
-        found["bound"] = partial(_both, untiled, summed)
-        if tiles:
-            found["tiles"] = partial(_both, partial(mixture.tiled, **tiles), summed)
-    if not binds or mixture.parameters():
-        label = f"bound + {family}" if binds else f"gated ({family})"
-        found[label] = partial(_both, untiled, partial(mixture.only, *strengths))
-    return found
+    summed = partial(mixture.planned, PlainSum(len(mixture.experts)))
+    gated = (f"bound + {family}" if binds else f"gated ({family})") if not binds or mixture.parameters() else ""
+    found: dict[str, Callable[[], AbstractContextManager]] = {
+        "base": partial(mixture.fixed, {}),
+        **alone,
+        "sum": partial(mixture.fixed, strengths),
+        "bound": partial(_both, untiled, summed),
+        "tiles": partial(_both, partial(mixture.tiled, **(tiles or {})), summed),
+        gated: partial(_both, untiled, partial(mixture.only, *strengths)),
+    }
+    return {label: found[label] for label in ways(strengths, binds=binds, tiles=tiles is not None, trained=gated)}
 
 
 @contextmanager

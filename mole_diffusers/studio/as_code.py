@@ -10,7 +10,7 @@ from mole_diffusers.studio.base_models import open_base
 from mole_diffusers.studio.catalog import Catalog, file_hash, folder_gates, gates_hash
 from mole_diffusers.studio.model_folders import files_of
 from mole_diffusers.studio.names import WORLD
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import PICTURES, Recipe
 from mole_diffusers.studio.render import Studio
 
 USED = (open_base, Catalog, files_of, folder_gates, concept_files, gate_folders, Recipe, Studio)
@@ -19,9 +19,10 @@ USED = (open_base, Catalog, files_of, folder_gates, concept_files, gate_folders,
 def as_code(recipe: Recipe, config: str | None = None) -> str:
     """A script for a completed recipe.
 
-    It finds LoRA files by their hash, embeddings and upscalers by their name, in the current folder and below, and trained
-    gates in the current folder by their name. Those of the embedded world come with the package. A picture to draw over is
-    read from "image.png", its mask from "mask.png". The picture is written to "picture.png".
+    It finds LoRA files by their hash, and embeddings, upscalers, ControlNets and IP-Adapters by their name, in the current
+    folder and below, and trained gates in the current folder by their name. Those of the embedded world come with the
+    package. Given pictures are read from "image.png", "mask.png", "control.png" and "reference.png". The new one is written
+    to "picture.png".
 
     Args:
         config: the config that the base was opened with, see `open_base`.
@@ -30,10 +31,12 @@ def as_code(recipe: Recipe, config: str | None = None) -> str:
     loras, gates = ['files_of(".", "lora")'] * own_loras, ['folder_gates(".")'] * own_gates
     if recipe.base == WORLD:
         loras, gates = ["concept_files()", *loras], gates or ["gate_folders()"]
-    words = ', embeddings=files_of(".", "embedding")' if recipe.embeddings else ""
-    words += ', upscalers=files_of(".", "upscaler")' if recipe.upscaler else ""
+    used = {"embedding": recipe.embeddings, "upscaler": recipe.upscaler, "controlnet": recipe.controlnet}
+    used |= dict.fromkeys(("ip_adapter", "clip_vision"), recipe.ip_adapter)
+    kinds = ", ".join(f'"{kind}": files_of(".", "{kind}")' for kind, name in used.items() if name)
+    words = f", files={{{kinds}}}" if kinds else ""
     opened = repr(recipe.base) + ("" if config is None else f", config={config!r}")
-    pictures = [f'{name}=Image.open("{name}.png")' for name in ("image", "mask") if getattr(recipe, name)]
+    pictures = [f'{name}=Image.open("{name}.png")' for name in PICTURES if getattr(recipe, name)]
     body = f"""\
 base = open_base({opened})
 studio = Studio(base.pipe, Catalog({" | ".join(loras) or "{}"}, {" | ".join(gates) or "{}"}{words}), base.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,10 @@ from mole_diffusers.studio.checkpoint_config import (
     tokenizers,
 )
 from mole_diffusers.studio.memory import Memory, place
-from mole_diffusers.studio.model_folders import is_lora, places
-from mole_diffusers.studio.names import WORLD, by_name, files_below, is_hub_id, known_names, matching, own_name, short_names
+from mole_diffusers.studio.model_folders import INDEX, find_base
+from mole_diffusers.studio.names import WORLD
 from mole_diffusers.studio.parts_beside import parts_beside
 
-INDEX = "model_index.json"
 DENOISER = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")  # how the keys of a denoiser begin
 # What diffusers and transformers raise for a checkpoint that is built in another way.
 BROKEN = (SingleFileComponentError, ValueError, ImportError, RuntimeError, TypeError, LookupError, ZeroDivisionError)
@@ -116,61 +115,6 @@ def usual_size(pipe: Any, name: str, prompt: str) -> tuple[int, int]:
     network: Any = denoiser(pipe)
     side = getattr(pipe, "default_sample_size", None) or network.config.sample_size
     return (int(side * pipe.vae_scale_factor),) * 2
-
-
-def bases_in(folder: str | Path) -> dict[str, Path]:
-    """The base models of a models folder by name: checkpoint files, and folders that diffusers saved.
-
-    Args:
-        folder: a models folder of A1111, Forge, ComfyUI or SwarmUI, the folder of the whole program, or any folder with
-            checkpoints.
-    """
-    folder = Path(folder)
-    known = places(folder, "base")
-    files = [f for root in known for f in files_below(root)] if known else [*folder.glob("*"), *folder.glob("*/*")]
-    saved = [file.parent for file in files if file.name == INDEX]
-    alone = [f for f in files if f.suffix == ".safetensors" and not any(f.is_relative_to(s) for s in saved)]
-    return by_name([*saved, *(f for f in alone if known or not is_lora(f))], folder)
-
-
-def bases_of(given: Sequence[str]) -> dict[str, str]:
-    """{name: what `open_base` takes} for these base models, in this order. A models folder stands for all models in it.
-
-    Raises ValueError like `find_base`.
-    """
-    found: list[str] = []
-    for base in given:
-        inside = base != WORLD and Path(base).is_dir() and not (Path(base) / INDEX).is_file()
-        models = list(bases_in(base).values()) if inside else []
-        found += [str(model) for model in models] or [base if base == WORLD else str(find_base(base))]
-    found = list(dict.fromkeys(found))
-    return short_names({base: own_name(Path(base)) for base in found}, {base: base for base in found})
-
-
-def find_base(base: str) -> Path | str:
-    """The file or folder of a base model, or the text itself if it can only be a hub id.
-
-    Raises ValueError for a models folder with several models or none, and for a name that is not in its models folder.
-    """
-    path = Path(base)
-    if path.is_file() or (path / INDEX).is_file():
-        return path
-    if path.is_dir():
-        models = bases_in(path)
-        if len(models) == 1:
-            return next(iter(models.values()))
-        what = f"add the name of one of its {len(models)} models" if models else "it has no .safetensors checkpoint"
-        raise ValueError(f"{base} is a folder of models; {what}{': ' + ', '.join(list(models)[:20]) if models else ''}")
-    for folder in path.parents:
-        if folder == path.parent and folder.is_dir() and str(folder) != "." or places(folder, "base"):
-            models = bases_in(folder)
-            name = path.relative_to(folder).as_posix().removesuffix(".safetensors")
-            if (found := matching(name, models)) is not None:
-                return models[found]
-            raise ValueError(f"there is no model {name!r} in {folder}; {known_names(name, models)}")
-    if not is_hub_id(base):
-        raise ValueError(f"{base!r} is no file or folder here, and not a hub id such as OWNER/NAME")
-    return base
 
 
 def checkpoint_kind(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:

@@ -18,9 +18,14 @@ from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import parse_key
 from mole_diffusers.lora.metadata import preferred_weight
 from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.studio.model_folders import SAVED
 from mole_diffusers.studio.names import is_text, known_names, matching, matching_lora
 
 UNTRAINED = tuple(name for name, family in FAMILIES.items() if not family.learns)
+OTHERS = {  # kind of file -> what people call one
+    "embedding": "embedding", "upscaler": "upscaler", "controlnet": "ControlNet", "ip_adapter": "IP-Adapter",
+    "clip_vision": "image encoder",
+}  # fmt: skip
 PREVIEWS = (".png", ".jpg", ".jpeg", ".webp")  # suffixes of preview pictures next to LoRA files
 FEWEST, MOST_BYTES = 8, 2 << 30  # LoRAs that are always cached, such as those of one picture; bytes of all that are
 
@@ -34,8 +39,7 @@ class Catalog:
         loras: name -> file.
         gates: name -> folder of trained gates.
         examples: names of gates that are used only if you name them. "auto" never picks them, even for LoRAs that they fit.
-        embeddings: name -> file.
-        upscalers: name -> file.
+        files: kind of the others, see `model_folders.KINDS` -> name -> file.
     """
 
     def __init__(
@@ -44,11 +48,10 @@ class Catalog:
         gates: Mapping[str, Path],
         *,
         examples: Iterable[str] = (),
-        embeddings: Mapping[str, Path] | None = None,
-        upscalers: Mapping[str, Path] | None = None,
+        files: Mapping[str, Mapping[str, Path]] | None = None,
     ):
         self.loras, self.gates, self.examples = dict(loras), dict(gates), set(examples)
-        self.embeddings, self.upscalers = dict(embeddings or {}), dict(upscalers or {})
+        self.files = {kind: dict((files or {}).get(kind, {})) for kind in OTHERS}
         self._keeping, self._experts = threading.Lock(), dict[str, Expert]()  # the one that was used last is the last
         self._family_of, self._hash_of = cache(family_of_file), cache(file_hash)
         self._trained: dict[str, dict[str, str]] = {}
@@ -140,12 +143,14 @@ class Catalog:
             raise ValueError(f"the LoRA {name!r} with hash {sha256[:12]} is not here; {known}")
         return found
 
-    def found(self, what: str, name: str, sha256: str) -> tuple[str, str]:
-        """The name here of an embedding or an upscaler, given in any case, and the hash of its tensors.
+    def found(self, kind: str, name: str, sha256: str) -> tuple[str, str]:
+        """The name here of a file of a kind of `files`, given in any case, and the hash of its tensors; "" for "".
 
         Raises ValueError if it is unknown, or not the file with this hash; "" is any.
         """
-        known = {"embedding": self.embeddings, "upscaler": self.upscalers}[what]
+        known, what = self.files[kind], OTHERS[kind]
+        if not name:
+            return "", ""
         if (here := matching(name, known)) is None:
             raise ValueError(f"there is no {what} {name!r}; {known_names(name, known)}")
         if sha256 not in ("", own := self._hash_of(known[here], whole=False)):
@@ -244,6 +249,7 @@ def file_hash(path: Path, *, whole: bool = False) -> str:
     Args:
         whole: of all bytes.
     """
+    path = path / SAVED if path.is_dir() else path
     if not path.is_file():  # a broken link
         return ""
     digest, size = hashlib.sha256(), path.stat().st_size

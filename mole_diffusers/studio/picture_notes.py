@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import region_mask
-from mole_diffusers.binding.who_acts import OWN_PLACE, SILENT, Explanation
+from mole_diffusers.binding.who_acts import OWN_PLACE, OWN_TILE, SILENT, Explanation
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.studio.recipe import Recipe
 
-WHERE = {OWN_PLACE: "in a place of its own", SILENT: "nowhere"}  # as people read them
+WHERE = {OWN_PLACE: "in a place of its own", OWN_TILE: "in a tile of its own", SILENT: "nowhere"}  # as people read them
 
 
 @dataclass

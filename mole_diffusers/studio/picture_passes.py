@@ -1,4 +1,5 @@
-"""Drawing over a picture with the models of a text-to-image pipeline: img2img, inpainting, and a larger second pass."""
+"""Drawing with given pictures and the models of a text-to-image pipeline: img2img, inpainting, a larger second pass, and
+ControlNets."""
 
 from __future__ import annotations
 
@@ -6,34 +7,46 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
 from PIL import Image, ImageOps
 
 from mole_diffusers.binding.regions import checked_region, region_picture
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import PICTURES, Recipe
 
 LONGEST = 2048  # pixels; larger pictures are made smaller before they are drawn over, see `own_size`
 
-DRAWN_OVER = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+CONTROLLED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")  # ControlNets and IP-Adapters are for these
+DRAWN_OVER = (*CONTROLLED, "StableDiffusion3Pipeline", "FluxPipeline")
 
 
-def drawing_over(pipe: Any, *, masked: bool) -> Any:
-    """A pipeline with the same models that draws over a picture (img2img), or over the masked part of one (inpainting).
+def drawing_with(pipe: Any, *, over: bool = False, masked: bool = False, controlnet: Any = None) -> Any:
+    """A pipeline with the same models, and with a ControlNet if one is given, that draws `over` a picture (img2img) or over
+    the `masked` part of one (inpainting). For none of these it is the pipeline itself.
 
     Raises ValueError if there is no such pipeline for this class.
     """
-    own = next((cls.__name__ for cls in type(pipe).__mro__ if cls.__name__ in DRAWN_OVER), None)
-    if own is None:
-        raise ValueError(f"{type(pipe).__name__} cannot draw over pictures here; those that can: {', '.join(DRAWN_OVER)}")
-    kind = getattr(diffusers, own.replace("Pipeline", "InpaintPipeline" if masked else "Img2ImgPipeline"))
+    if not (over or masked or controlnet):
+        return pipe
+    own = kind_in(pipe, DRAWN_OVER if controlnet is None else CONTROLLED)
+    does = "ControlNet" * (controlnet is not None) + ("Inpaint" if masked else "Img2Img" * over)
+    kind = getattr(diffusers, own.replace("Pipeline", f"{does}Pipeline"))
     names = inspect.signature(kind.__init__).parameters
-    parts = {name: part for name, part in pipe.components.items() if name in names}
+    parts = {name: part for name, part in {**pipe.components, "controlnet": controlnet}.items() if name in names}
     settings = {name: value for name, value in pipe.config.items() if name in names and name not in parts}
     made = (_any_channels(kind) if masked and hasattr(pipe, "unet") else kind)(**parts, **settings)
     made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return made
+
+
+def kind_in(pipe: Any, known: Sequence[str]) -> str:
+    """The one of these classes that a pipeline is of. Raises ValueError if there is none."""
+    own = next((cls.__name__ for cls in type(pipe).__mro__ if cls.__name__ in known), None)
+    if own is None:
+        raise ValueError(f"{type(pipe).__name__} cannot draw with such pictures here; those that can: {', '.join(known)}")
+    return own
 
 
 def _any_channels(kind: Any) -> Any:
@@ -105,40 +118,50 @@ def pixels_hash(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def with_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> Recipe:
-    """The recipe for drawing over a picture, or over the part of it that is white in a mask.
+def with_pictures(
+    recipe: Recipe,
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+    control: Image.Image | None = None,
+    reference: Image.Image | None = None,
+) -> Recipe:
+    """The recipe for drawing over a picture, or over the part of it that is white in a mask, and with a control map and a
+    reference picture.
 
-    An open size becomes the picture's. Without pictures the recipe is unchanged. A recipe that already names its pictures
-    keeps their hashes, and `Studio.draw` refuses others.
+    An open size becomes that of the picture or the map. Without pictures the recipe is unchanged. A recipe that already
+    names its pictures keeps their hashes, and `Studio.draw` refuses others.
 
-    Raises ValueError for a mask without a picture, of another size, or of a mode in which no number is white.
+    Raises ValueError for a mask without a picture, of another size, or of a mode in which no number is white, and for a map
+    or a reference picture if the recipe does not say what for.
     """
     if image is not None and mask is not None and image.size != mask.size:
         sizes = [f"{width} x {height}" for width, height in (mask.size, image.size)]
         raise ValueError(f"the mask has {sizes[0]} pixels and its picture {sizes[1]}")
-    if image is not None:
-        width, height = own_size(image)
+    if (shape := control if image is None else image) is not None:
+        width, height = own_size(shape)
         recipe = dataclasses.replace(recipe, width=recipe.width or width, height=recipe.height or height)
-    if recipe.image:
+    if any(getattr(recipe, name) for name in PICTURES):
         return recipe
-    return dataclasses.replace(recipe, **_hashes(image, mask))
+    return dataclasses.replace(recipe, **_hashes({"image": image, "mask": mask, "control": control, "reference": reference}))
 
 
-def _hashes(image: Image.Image | None, mask: Image.Image | None) -> dict[str, Any]:
-    """The hashes of a recipe's pictures, "" for none. They are of the pixels that are drawn over, not of the files."""
-    if mask is not None:
+def _hashes(pictures: Mapping[str, Image.Image | None]) -> dict[str, Any]:
+    """The hashes of a recipe's pictures, "" for none. They are of the pixels that are drawn with, not of the files."""
+    if (mask := pictures.get("mask")) is not None:
         checked_region(mask, "mask")
-    return {
-        "image": "" if image is None else pixels_hash(on_white(image)),
-        "mask": "" if mask is None else pixels_hash(region_picture(mask)),
-    }
+    read = {"mask": region_picture}  # the others are in colour
+    given = {name: pictures.get(name) for name in PICTURES}
+    return {n: "" if each is None else pixels_hash(read.get(n, on_white)(each)) for n, each in given.items()}
 
 
-def check_pictures(recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None) -> None:
+def check_pictures(recipe: Recipe, pictures: Mapping[str, Image.Image | None]) -> None:
     """Raises ValueError if these are not the recipe's pictures, or if they are missing."""
-    digests = _hashes(image, mask)
-    for name, given, wanted in (("image", image, recipe.image), ("mask", mask, recipe.mask)):
-        if wanted != digests[name]:
+    for name, what, by in (("control", "control map", "controlnet"), ("reference", "reference picture", "ip_adapter")):
+        if (asked := getattr(recipe, by)) and not getattr(recipe, name):
+            raise ValueError(f"{asked!r} needs its {what}: give one as {name}")
+    for name, digest in _hashes(pictures).items():
+        given, wanted = pictures.get(name), getattr(recipe, name)
+        if wanted != digest:
             other = "was made with another picture" if wanted else "was made without a picture"
             missing = "needs the picture that it was made with" if given is None else other
             raise ValueError(f"the recipe {missing} as its {name}")

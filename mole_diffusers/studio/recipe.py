@@ -20,6 +20,7 @@ from mole_diffusers.studio.weight_syntax import plain_text
 
 FORMAT, VERSION = "mole_diffusers.studio.recipe", 1
 PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
+PICTURES = ("image", "mask", "control", "reference")  # that a picture is made with
 OPEN = ("width", "height")  # 0 leaves these numbers open
 BOUND, TILES = "bound", "tiles"
 BINDINGS = (AUTO, BOUND, TILES, "none")
@@ -59,6 +60,16 @@ class Recipe:
         masks: LoRA whose tag says region=painted -> its mask picture, as `binding.as_text.mask_text` writes it.
         image, mask: sha256 of the pixels of the picture that is drawn over and of its mask, which is white where the picture
             is redrawn; "" for none.
+        controlnet: the ControlNet that a control map is for, by the name of its file; for Stable Diffusion 1.x, 2.x and XL.
+        controlnet_sha256: the hash of that file's tensors.
+        control: sha256 of the pixels of the control map: edges, depths, a pose, ... as that ControlNet reads them. Nothing
+            is made a map of.
+        control_strength: how much the map counts.
+        control_end: the share of the steps after which it counts no more.
+        ip_adapter: the IP-Adapter that reads a reference picture, by the name of its file; for the same bases.
+        ip_adapter_sha256: the hash of that file's tensors.
+        reference: sha256 of the pixels of that picture.
+        ip_scale: how much the reference picture counts.
         strength: how much of that picture to redraw: the fraction of the steps that run.
         hires: enlarge the picture by this factor, and draw over it once more.
         hires_strength: how much of the enlarged picture to redraw.
@@ -91,6 +102,15 @@ class Recipe:
     masks: Mapping[str, str] = field(default_factory=dict)
     image: str = ""
     mask: str = ""
+    controlnet: str = ""
+    controlnet_sha256: str = ""
+    control: str = ""
+    control_strength: Annotated[float, 0.0, 2.0] = 1.0
+    control_end: Annotated[float, 0.05, 1.0] = 1.0
+    ip_adapter: str = ""
+    ip_adapter_sha256: str = ""
+    reference: str = ""
+    ip_scale: Annotated[float, 0.0, 2.0] = 0.6
     strength: Annotated[float, 0.0, 1.0] = 0.6
     hires: Annotated[float, 1.0, 4.0] = 1.0
     hires_strength: Annotated[float, 0.0, 1.0] = 0.5
@@ -109,8 +129,13 @@ class Recipe:
             raise ValueError(f"{unknown}; known arms: {arms}; known bindings: {list(BINDINGS)}")
         if self.upscaler and self.hires == 1:
             raise ValueError(f"the upscaler {self.upscaler!r} enlarges the picture for hires: give hires above 1")
-        if self.mask and not self.image:
-            raise ValueError("a mask needs a picture that is drawn over")
+        for picture, other, why in (
+            ("mask", "image", "a mask needs a picture that is drawn over"),
+            ("control", "controlnet", "a control map is for a ControlNet: choose one"),
+            ("reference", "ip_adapter", "a reference picture is read by an IP-Adapter: choose one"),
+        ):
+            if getattr(self, picture) and not getattr(self, other):
+                raise ValueError(why)
         if not all(math.isfinite(weight) for row in self.locks.values() for weight in row.values()):
             raise ValueError("a locked weight must be a finite number")
         if sum(map(len, self.masks.values())) > MAX_MASKS:
@@ -141,11 +166,17 @@ class Recipe:
         """The prompt without its tags and weights."""
         return plain_text(self.text)
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether it is drawn over or with a given picture. These are seen whole, so that there are no tiles."""
+        return bool(self.image or self.controlnet or self.ip_adapter)
+
     def binding_of_pass(self, *, over: bool = False) -> str:
-        """How a pass binds the LoRAs, one of `BINDINGS`: "none" without gates, and no tiles if it draws `over` a picture."""
+        """How a pass binds the LoRAs, one of `BINDINGS`: "none" without gates, and no tiles with given pictures, or if it
+        draws `over` the picture of an earlier pass."""
         if self.arm != "gates":
             return "none"
-        return BOUND if over and self.binding != "none" else self.binding
+        return BOUND if (over or self.has_pictures) and self.binding != "none" else self.binding
 
     @property
     def call(self) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,8 @@ from mole_diffusers.studio import detail_pass, embeddings, picture_passes
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.clip_skip import clip_skip, most_clip_skip
+from mole_diffusers.studio.controlnets import open_controlnet
+from mole_diffusers.studio.ip_adapters import Reference
 from mole_diffusers.studio.memory import clear_frames, release
 from mole_diffusers.studio.names import WORLD, shared_name
 from mole_diffusers.studio.picture_notes import PictureNotes
@@ -70,15 +73,20 @@ class Studio:
     """
 
     def __init__(self, pipe: Any, catalog: Catalog, base: str, config: str | None = None):
-        self.catalog, self.lock, self._why_none = catalog, PipelineLock(), NONE_OPEN
+        self.catalog, self.lock, self._why_none, self._reference = catalog, PipelineLock(), NONE_OPEN, Reference()
         self._use(pipe, base, config)
 
     def _use(self, pipe: Any, base: str, config: str | None) -> None:
         self.pipe, self._own_scheduler, self.config = pipe, pipe.scheduler, config
-        self._drawing_over = cache(partial(picture_passes.drawing_over, pipe))
+        # ControlNet, or None -> what draws with it, by what it draws over; each keeps what is attached to it
+        self._drawing_with = lru_cache(2)(self._all_drawing_with)
         self._unfit: set[str] = set()  # hashes of gates that "auto" passes over, since they do not fit this base
         self._attached_key: tuple | None = None  # identifies what is attached; None if that is unknown
         self.base = base  # last, since other threads see it as a sign that the rest is ready
+
+    def _all_drawing_with(self, controlnet: Path | None) -> Callable[..., Any]:
+        network = None if controlnet is None else open_controlnet(self.pipe, controlnet)
+        return cache(partial(picture_passes.drawing_with, self.pipe, controlnet=network))
 
     def change_base(self, base: str, opening: Callable[[str], Base]) -> None:
         """Replace the base model. The old weights are freed first, so that two models are never in memory at once.
@@ -107,6 +115,7 @@ class Studio:
             if self.base:
                 self.base = ""
                 detach(self.pipe)
+                self._drawing_with.cache_clear()
                 release(self.pipe)
             found = opening(base)
         except Exception as error:
@@ -133,6 +142,11 @@ class Studio:
     def samplers(self) -> list[str]:
         """The samplers that this base can be drawn with."""
         return list(samplers_of(self._own_scheduler))
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether ControlNets and IP-Adapters can be used with this base."""
+        return any(kind.__name__ in picture_passes.CONTROLLED for kind in type(self.pipe).__mro__)
 
     def misfit(self, name: str) -> str:
         """Why a LoRA cannot be used with this base, in one clause; "" if it may fit. Only the file's header is read."""
@@ -183,10 +197,12 @@ class Studio:
             raise ValueError(f"the prompt has no LoRA {about!r} to draw alone, but {', '.join(names.values()) or 'none'}")
         if recipe.clip_skip > (most := most_clip_skip(self.pipe)) > 1:
             raise ValueError(f"clip skip is in 1..{most} with this base, got {recipe.clip_skip}")
-        words = embeddings.named([getattr(recipe, name) for name in PROMPTS], self.catalog.embeddings)
-        upscaler = "", ""
-        if recipe.upscaler:
-            upscaler = self.catalog.found("upscaler", recipe.upscaler, recipe.upscaler_sha256)
+        words = embeddings.named([getattr(recipe, name) for name in PROMPTS], self.catalog.files["embedding"])
+        files = dict[str, Any]()
+        for of in ("upscaler", "controlnet", "ip_adapter"):
+            files[of], files[f"{of}_sha256"] = self.catalog.found(of, getattr(recipe, of), getattr(recipe, f"{of}_sha256"))
+        if recipe.controlnet or recipe.ip_adapter:
+            picture_passes.kind_in(self.pipe, picture_passes.CONTROLLED)
         own = usual_size(self.pipe, self.base, given.text)
         width, height = picture_passes.drawable(self.pipe, recipe.width or own[0], recipe.height or own[1])
         return dataclasses.replace(
@@ -202,8 +218,7 @@ class Studio:
             masks={here[name]: mask for name, mask in recipe.masks.items() if name in here},
             gates=gates,
             gates_sha256=digest,
-            upscaler=upscaler[0],
-            upscaler_sha256=upscaler[1],
+            **files,
             experts={name: self.catalog.expert(name).sha256 for name in names.values()},
             embeddings=dict(self.catalog.found("embedding", name, recipe.embeddings.get(name, "")) for name in words),
             base=self.base,
@@ -212,7 +227,7 @@ class Studio:
     def size_with_room(self, recipe: Recipe) -> tuple[int, int] | None:
         """The width and height from which on each subject of a completed recipe is drawn by itself in some steps; None if
         they are already, or if that cannot be."""
-        if recipe.binding != AUTO or recipe.arm != "gates" or recipe.image:
+        if recipe.binding_of_pass() != AUTO:
             return None
         asked = self._bound_call(recipe)
         if asked is None or draws_in_tiles(self.pipe, *asked):
@@ -244,7 +259,7 @@ class Studio:
         for tag in recipe.tags:
             if tag.start >= (last := min(recipe.steps, recipe.steps if tag.stop is None else tag.stop)):
                 notes.append(f"{tag.name!r} acts in no step: it starts at {tag.start}, and ends before {last}")
-        notes += self._notes_on_tiles(recipe, is_over=image is not None)
+        notes += self._notes_on_tiles(recipe)
         if "<lora:" in recipe.negative:  # as in A1111, whose pictures can be drawn
             notes.append("the tags of LoRAs in the negative prompt are read as words")
         if asked.clip_skip != recipe.clip_skip:
@@ -252,10 +267,10 @@ class Studio:
         notes += cut_off(self.pipe, recipe.text, recipe.prompt_2)
         return notes + unread(self.pipe, **{name: getattr(recipe, name) for name in (*PROMPTS[1:], "guidance")})
 
-    def _notes_on_tiles(self, recipe: Recipe, *, is_over: bool) -> list[str]:
+    def _notes_on_tiles(self, recipe: Recipe) -> list[str]:
         notes = []
-        if recipe.binding == TILES and is_over:
-            notes.append("tiles are drawn from noise: over a picture LoRAs are bound, and draw it as one")
+        if recipe.binding == TILES and recipe.has_pictures:
+            notes.append("tiles are drawn from noise alone: with a given picture LoRAs are bound, and draw it as one")
         if recipe.binding == TILES and recipe.prompt_2:
             notes.append("tiles read the first prompt alone, not the second")
         try:
@@ -282,6 +297,8 @@ class Studio:
         *,
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
+        control: Image.Image | None = None,
+        reference: Image.Image | None = None,
         on_step: OnStep | None = None,
         inside: MixtureContext = nullcontext,
         noted: PictureNotes | None = None,
@@ -289,14 +306,16 @@ class Studio:
         """Draw a completed recipe.
 
         Args:
-            image, mask: the pictures whose hashes are in the recipe, see `picture_passes.with_pictures`.
+            image, mask, control, reference: the pictures whose hashes are in the recipe, see `picture_passes.with_pictures`.
             on_step: called after every step of every pass. An exception in it stops the drawing.
             inside: a function of the mixture whose context surrounds the first pass, for example a trace.
             noted: receives what the mixture says of the first pass.
 
         Raises ValueError if these are not the recipe's pictures.
         """
-        picture_passes.check_pictures(recipe, image, mask)
+        pictures = {"image": image, "mask": mask, "control": control, "reference": reference}
+        picture_passes.check_pictures(recipe, pictures)
+        seen = {n: picture_passes.on_white(each) for n in ("control", "reference") if (each := pictures[n]) is not None}
         self.total_steps(recipe)
         size = recipe.width, recipe.height
         with self.lock.held():
@@ -307,26 +326,31 @@ class Studio:
             if mask is not None:
                 over["mask_image"] = picture_passes.fitted(region_picture(mask), *size)
             noted = noted or PictureNotes()
-            drawn = self._pass(recipe, size, over, on_step, inside, noted=noted)
+            drawn = self._pass(recipe, size, over, seen, on_step, inside, noted=noted)
             if mask is not None:  # the VAE changes the rest a little
                 drawn = Image.composite(drawn, over["image"], over["mask_image"])
             if recipe.hires > 1:
                 larger = picture_passes.drawable(self.pipe, *(round(side * recipe.hires) for side in size))
                 if recipe.upscaler:
-                    drawn = enlarged(drawn, self.catalog.upscalers[recipe.upscaler], self.pipe._execution_device)
+                    drawn = enlarged(drawn, self.catalog.files["upscaler"][recipe.upscaler], self.pipe._execution_device)
                 over = {"image": picture_passes.fitted(drawn, *larger), "strength": recipe.hires_strength}
-                drawn = self._pass(recipe, larger, over, on_step)
+                drawn = self._pass(recipe, larger, over, seen, on_step)
             if recipe.detail and noted.layout is not None:
-                drawn = self._detailed(recipe, drawn, noted.layout, on_step)
+                drawn = self._detailed(recipe, drawn, noted.layout, seen, on_step)
             return drawn
 
-    def _detailed(self, recipe: Recipe, drawn: Image.Image, layout: Layout, on_step: OnStep | None) -> Image.Image:
+    def _detailed(
+        self, recipe: Recipe, drawn: Image.Image, layout: Layout, seen: Mapping[str, Image.Image], on_step: OnStep | None
+    ) -> Image.Image:
         """The picture with each subject's place drawn over once more, enlarged, by the LoRAs that act there."""
         usual = usual_size(self.pipe, self.base, "")
         for subject in detail_pass.subjects(self.explain(recipe), layout.regions, drawn.size):
             size = picture_passes.drawable(self.pipe, *detail_pass.enlarged(subject.box, usual))
             over = {"image": picture_passes.fitted(drawn.crop(subject.box), *size), "strength": recipe.detail}
-            part = self._pass(recipe, size, over, on_step, acting=subject.acting)
+            here = dict(seen)
+            if "control" in seen:
+                here["control"] = picture_passes.fitted(seen["control"], *drawn.size).crop(subject.box)
+            part = self._pass(recipe, size, over, here, on_step, acting=subject.acting)
             drawn = detail_pass.put_back(drawn, part, subject)
         return drawn
 
@@ -351,7 +375,7 @@ class Studio:
         first, larger, _ = self._steps_of_passes(recipe)
         if step > first:
             return "the larger picture" if step <= first + larger else DETAILS
-        if recipe.image or recipe.arm != "gates" or recipe.binding not in (AUTO, TILES):
+        if recipe.binding_of_pass() not in (AUTO, TILES):
             return ""
         asked = self._bound_call(recipe)
         since = None if asked is None else begin_of_tiles(self.pipe, Tiling(always=recipe.binding == TILES), *asked)
@@ -364,6 +388,7 @@ class Studio:
         recipe: Recipe,
         size: tuple[int, int],
         over: dict[str, Any],
+        seen: Mapping[str, Image.Image],
         on_step: OnStep | None,
         inside: MixtureContext = nullcontext,
         *,
@@ -373,15 +398,18 @@ class Studio:
         """One call of a pipeline. `over` has the picture that it draws over, the strength and the mask, or is {}.
 
         Args:
+            seen: the "control" map and the "reference" picture, if the recipe has them.
             acting: only these LoRAs act, everywhere; by default all, as the recipe says.
         """
-        pipe = self._drawing_over(masked="mask_image" in over) if over else self.pipe
+        controlnet = self.catalog.files["controlnet"][recipe.controlnet] if recipe.controlnet else None
+        pipe = self._drawing_with(controlnet)(over=bool(over), masked="mask_image" in over)
         steps = picture_passes.steps_drawn(pipe, recipe.steps, over.get("strength", 1.0))
         with ExitStack() as stack:
             stack.callback(setattr, pipe, "scheduler", self._own_scheduler)
             pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
             mixture = self.attach_for(recipe, pipe)
-            files = {name: self.catalog.embeddings[name] for name in recipe.embeddings}
+            shown = self._shown(pipe, recipe, size, seen, stack)
+            files = {name: self.catalog.files["embedding"][name] for name in recipe.embeddings}
             words = stack.enter_context(embeddings.taught(pipe, files))  # after what is attached, and taken back before it
             texts = {name: embeddings.spelled(getattr(recipe, name), files, words.__getitem__) for name in PROMPTS}
             recipe = dataclasses.replace(recipe, **cast(dict[str, Any], texts))
@@ -412,6 +440,7 @@ class Studio:
                 **call_arguments(pipe, **recipe.call),
                 **picture_passes.size_arguments(pipe, *size),
                 **over,
+                **shown,
                 num_inference_steps=recipe.steps,
                 guidance_scale=recipe.guidance,
                 generator=torch.Generator("cpu").manual_seed(recipe.seed),
@@ -420,6 +449,23 @@ class Studio:
             if mixture is not None and noted is not None:
                 noted.take(mixture, recipe)
             return drawn
+
+    def _shown(
+        self, pipe: Any, recipe: Recipe, size: tuple[int, int], seen: Mapping[str, Image.Image], stack: ExitStack
+    ) -> dict[str, Any]:
+        """The arguments with which a pipeline sees a control map and a reference picture while `stack` is open."""
+        given: dict[str, Any] = {}
+        if "control" in seen:
+            name = "control_image" if "control_image" in inspect.signature(type(pipe).__call__).parameters else "image"
+            given = {name: picture_passes.fitted(seen["control"], *size)}
+            given |= {"controlnet_conditioning_scale": recipe.control_strength, "control_guidance_end": recipe.control_end}
+        if "reference" in seen:
+            file, encoders = self.catalog.files["ip_adapter"][recipe.ip_adapter], self.catalog.files["clip_vision"]
+            read = self._reference.acting(
+                pipe, file, encoders, seen["reference"], scale=recipe.ip_scale, is_guided=recipe.guidance > 1
+            )
+            given |= stack.enter_context(read)
+        return given
 
     def attach_for(self, recipe: Recipe, pipe: Any = None) -> Mixture | None:
         """Attach the LoRAs and gates of a completed recipe, unless they already are. Returns None if it has no LoRA.
@@ -469,11 +515,13 @@ class Studio:
         if recipe.binding_of_pass() == "none":
             return Explanation.of_unbound(recipe.experts)
         call = {"prompt": recipe.plain_text, "width": recipe.width, "height": recipe.height}
-        tiling = Tiling(until=0) if recipe.binding == BOUND else Tiling(always=recipe.binding == TILES)
+        tiling = Tiling(until=0) if recipe.binding_of_pass() == BOUND else Tiling(always=recipe.binding == TILES)
         return explain(self.pipe, tiling, call, self._bound(recipe), list(recipe.experts))
 
     def _bound_call(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Bound], dict[str, Expert]] | None:
-        """The first arguments of `draws_in_tiles` after the pipeline; None if a prompt is too long."""
+        """The arguments of `draws_in_tiles` after the pipeline; None if a prompt is too long, or with a given picture."""
+        if recipe.has_pictures:
+            return None
         experts = {name: self.catalog.expert(name) for name in recipe.experts}
         texts = plain_texts(self.pipe, **recipe.call)
         size = {"width": recipe.width, "height": recipe.height}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusers.lora.safe_files import read_json
+from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio.infotext import contents
 from mole_diffusers.studio.names import known_names, matching
 from mole_diffusers.studio.recipe import Recipe
@@ -65,6 +66,15 @@ def read_styles(path: str | Path) -> dict[str, Style]:
 def _style(row: Mapping[str, Any]) -> Style:
     name, prompt, negative = (value if isinstance(value := row.get(column), str) else "" for column in COLUMNS)
     return Style(name.strip(), prompt.strip(), negative.strip())
+
+
+def save_styles(path: str | Path, styles: Iterable[Style]) -> None:
+    """Write styles as A1111's styles.csv."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows((style.name, style.prompt, style.negative) for style in styles)
+    write_text(path, text.getvalue())
 
 
 def styled(recipe: Recipe, names: Iterable[str], known: Mapping[str, Style]) -> Recipe:

@@ -209,7 +209,7 @@ def test_a_second_prompt_is_asked_for_where_the_base_reads_one(blocks, actions):
 
     opened = next(event for event in blocks.fns.values() if event.fn is not None and event.fn.__name__ == "now")
     change = event_of(blocks, "begin", ["Base model"])
-    visit = QueueVisit(blocks, "me", page("mine"), Prompt="a fox", **{"Second prompt": "a hat"})
+    visit = QueueVisit(blocks, "me", page("mine"), Prompt="a fox", **{"Prompt 2": "a hat"})
     assert shown(opened, plain(opened)())["visible"] == "hidden"
     visit.press()
     said = visit.done()["compose-status"].replace("\\", "")

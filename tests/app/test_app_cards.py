@@ -5,6 +5,7 @@ import torch
 
 from mole_diffusers.app import mixer_cards as cards
 from mole_diffusers.inspection.gate_figures import COLOURS, colours
+from mole_diffusers.studio.recipe import Recipe
 
 KNOWN = ["fox", "ink", "hat", "a:b"]
 LIST = "a fox <lora:fox:0@0,1@0.4:lbw=OUTALL:start=2> <lora:ink:0.5:unet=1>"
@@ -174,7 +175,7 @@ def test_the_page_says_what_a_mixture_says_of_each_lora(actions, loras):
     import mole_diffusers as mole
 
     prompt = "a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl> <lora:ink:1:region=painted>"
-    found = actions.loras.roles(prompt)
+    found = actions.loras.roles(Recipe(prompt))
     mixture = mole.attach(tiny_pipeline(), dict(loras), binding={"fox": "fox", "hat": "owl"})
     said = mixture.explain("a fox and an owl").experts
     assert {name: role.place for name, role in found.items()} == {"fox": "own", "hat": "own", "ink": "own"}
@@ -186,14 +187,19 @@ def test_the_page_says_what_a_mixture_says_of_each_lora(actions, loras):
 def test_a_card_says_in_one_line_what_its_lora_does(actions):
     from mole_diffusers.app.mixer import sentence, stands
 
-    roles = actions.loras.roles(
-        "a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl> <lora:ink:1:region=everywhere>"
-    )
+    prompt = "a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl> <lora:ink:1:region=everywhere>"
+    roles = actions.loras.roles(Recipe(prompt))
     said = {name: sentence(role) for name, role in roles.items()}
     assert said["fox"] == "Acts in its own place on “fox”: the prompt lists it beside 'owl'"
     assert said["ink"].startswith("Acts everywhere")
     assert sentence(roles["fox"], "left").startswith("Acts in its own place on “fox”, left in the last picture: ")
     assert "last picture" not in sentence(roles["ink"], "left")
+    unbound = actions.loras.roles(Recipe(prompt, binding="none"))
+    assert {sentence(role) for role in unbound.values()} == {"Acts everywhere: nothing is bound"}
+    touching = prompt.replace("and an owl", "in front of an owl")
+    sizes = {width: sentence(actions.loras.roles(Recipe(touching, width=width, height=32))["fox"]) for width in (32, 64)}
+    assert sizes[32].startswith("Acts everywhere on “fox”: ")
+    assert sizes[64] == "Acts in its own tile on “fox”: it touches 'owl'"
     place = torch.zeros(4, 8)
     assert (stands(None), stands(place)) == ("", "")
     place[:, :4] = 1

@@ -292,10 +292,10 @@ def test_what_was_drawn_over_a_picture_asks_for_it_and_is_code_with_it(actions):
     functions = {event.fn.__name__: event for event in build(actions, RECIPE).fns.values() if event.fn}
     *_, said = plain(functions["load"])(str(kept.path))
     assert "put that one into" in said
-    values = [component.value for component in functions["script"].inputs[:-1]]
-    code, said = plain(functions["script"])(*values, editor((0, 0, 32, 32)))
+    values = [component.value for component in functions["script"].inputs[:-3]]
+    code, said = plain(functions["script"])(*values, editor((0, 0, 32, 32)), None, None)
     assert (said, 'Image.open("mask.png")' in code["value"]) == ("", True)
-    assert "image.png" not in plain(functions["script"])(*values, None)[0]["value"]
+    assert "image.png" not in plain(functions["script"])(*values, None, None, None)[0]["value"]
 
 
 def test_photos_are_upright(tmp_path):

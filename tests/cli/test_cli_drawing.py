@@ -14,7 +14,7 @@ from tiny import tiny_lora, tiny_pipeline
 from mole_diffusers.cli.mole import main, parser
 from mole_diffusers.cli.options import Opening
 from mole_diffusers.studio import infotext
-from mole_diffusers.studio.base_models import find_base
+from mole_diffusers.studio.model_folders import find_base
 from mole_diffusers.studio.names import shared_name
 from mole_diffusers.studio.xy_grid import sheet
 

@@ -44,6 +44,8 @@ MISSING = [
     ["redraw", "ghost.png"],
     ["grid", "a fox", "--image", "ghost.png"],
     ["compose", "a fox", "--expert", "fox=ghost.safetensors"],
+    ["compose", "a fox", "--bind", "fox=fox@ghost.png"],
+    *([*words, "--base", "ghost.safetensors"] for words in (["draw", "a fox"], ["compose", "a fox"], ["app"])),
     ["train", "--config", "ghost.yaml"],
     ["train", "--expert", "fox=ghost.safetensors", "--out", "x"],
     ["train-lora", "--data", "ghost", "--trigger", "x", "--out", "x"],

@@ -15,8 +15,9 @@ from tiers import thorough
 from tiny import tiny_lora, tiny_pipeline
 
 from mole_diffusers import MoLEPipeline
-from mole_diffusers.studio.base_models import bases_in, checkpoint_kind, find_base, open_base
+from mole_diffusers.studio.base_models import checkpoint_kind, open_base
 from mole_diffusers.studio.memory import Memory, place
+from mole_diffusers.studio.model_folders import bases_in, find_base
 
 GB = 1 << 30
 

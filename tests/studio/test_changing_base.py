@@ -14,9 +14,10 @@ from tiny import tiny_pipeline
 
 from mole_diffusers import attached
 from mole_diffusers.studio import render
-from mole_diffusers.studio.base_models import Base, bases_of
+from mole_diffusers.studio.base_models import Base
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory, release
+from mole_diffusers.studio.model_folders import bases_of
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 

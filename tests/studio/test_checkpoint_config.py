@@ -14,9 +14,10 @@ from single_file import save_single_file, save_transformer_file
 from tiers import thorough
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from mole_diffusers.studio.base_models import bases_in, checkpoint_kind, open_base
+from mole_diffusers.studio.base_models import checkpoint_kind, open_base
 from mole_diffusers.studio.checkpoint_config import clip_tokenizer, configs, scheduler, t5_folder
 from mole_diffusers.studio.memory import Memory
+from mole_diffusers.studio.model_folders import bases_in
 
 CPU = Memory(device="cpu", dtype="float32")
 SD_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}

@@ -19,7 +19,7 @@ from mole_diffusers.studio.memory import Memory, place
 from mole_diffusers.studio.picture_notes import PictureNotes
 from mole_diffusers.studio.picture_passes import (
     drawable,
-    drawing_over,
+    drawing_with,
     fitted,
     on_white,
     pixels_hash,
@@ -96,7 +96,7 @@ def test_drawing_over_a_picture_is_diffusers_call_with_the_mixture_on(studio, ph
     recipe = studio.complete(recipe)
     drawn = studio.draw(recipe, image=photo, mask=mask)
     plain = studio.draw(studio.complete(dataclasses.replace(recipe, prompt="a fox in ink")), image=photo, mask=mask)
-    pipe = drawing_over(tiny_pipeline(), masked=masked)
+    pipe = drawing_with(tiny_pipeline(), over=True, masked=masked)
     extra = {"mask_image": mask, "width": 48, "height": 32} if masked else {}
 
     def call():
@@ -157,7 +157,8 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo, roo
     assert far(studio.draw(automatic), wanted) <= 1
     assert far(studio.draw(plain), studio.draw(bound)) <= 1
     assert not studio.notes(recipe, recipe)
-    assert "tiles are drawn from noise" in " ".join(studio.notes(recipe, recipe, photo))
+    over = with_pictures(recipe, photo)
+    assert "tiles are drawn from noise" in " ".join(studio.notes(over, over, photo))
     for changes, pictures in (({"arm": "sum"}, {}), ({}, {"image": photo})):
         each = [
             studio.draw(with_pictures(dataclasses.replace(r, **changes), **pictures), **pictures) for r in (recipe, bound)
@@ -303,7 +304,7 @@ def test_binding_knows_which_text_is_the_negative_one_where_a_picture_is_drawn_o
     recipe = dataclasses.replace(RECIPE, prompt=prompt, negative="ink", strength=0.5, width=48)
     recipe = studio.complete(with_pictures(recipe, photo))
     drawn = studio.draw(recipe, image=photo)
-    pipe = drawing_over(tiny_pipeline(), masked=False)
+    pipe = drawing_with(tiny_pipeline(), over=True)
     files = {name: studio.catalog.loras[name] for name in ("fox", "ink")}
     attach(pipe, files, binding={"fox": ("fox", "left"), "ink": ("ink", "right")})
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(7)}
@@ -430,7 +431,7 @@ def test_a_recipe_wants_its_own_pictures(studio, photo):
 @pytest.mark.parametrize("steps", [4, 7, 20])
 @pytest.mark.parametrize("host", ["sd15", "flux"])
 def test_steps_are_counted_as_diffusers_counts_them(steps, host):
-    pipe = drawing_over(hosts.HOSTS[host]()[0], masked=False)
+    pipe = drawing_with(hosts.HOSTS[host]()[0], over=True)
     mu = {"mu": 1.0} if host == "flux" else {}
     for strength in (0.3, 0.35, 0.5, 1.0):
         pipe.scheduler.set_timesteps(steps, **mu)

@@ -33,7 +33,7 @@ def folder(tmp_path):
 @pytest.fixture
 def studio(folder, loras):
     files = {name: loras[name] for name in ("fox", "ink")}
-    return Studio(tiny_pipeline(), Catalog(files, {}, embeddings=files_of(folder, "embedding")), "tiny")
+    return Studio(tiny_pipeline(), Catalog(files, {}, files={"embedding": files_of(folder, "embedding")}), "tiny")
 
 
 def draw(studio, recipe):
@@ -56,7 +56,7 @@ def test_a_prompt_is_drawn_as_diffusers_draws_it_and_the_next_one_as_before(stud
     same = {"prompt": f"a (fox:1.2), zwface{lora}", "negative": "blur, zwneg."}
     assert np.abs(draw(theirs, theirs.complete(dataclasses.replace(plain, **same))) - drawn).max() <= 1
     assert np.abs(drawn - before).max() > 3
-    assert 'embeddings=files_of(".", "embedding")' in as_code(recipe)
+    assert 'files={"embedding": files_of(".", "embedding")}' in as_code(recipe)
 
 
 @pytest.mark.parametrize("host", ["sdxl", *thorough("flux", "sd3")])
@@ -93,7 +93,7 @@ def test_a_recipe_knows_its_embeddings_by_their_tensors(studio, folder):
     recipe = studio.complete(Recipe("embedding:easy negative", steps=1))
     assert studio.complete(recipe).embeddings == recipe.embeddings
     save_file({"emb_params": TRAINED + 1}, folder / "easy negative.safetensors")
-    other = Studio(studio.pipe, Catalog({}, {}, embeddings=studio.catalog.embeddings), "tiny")
+    other = Studio(studio.pipe, Catalog({}, {}, files=studio.catalog.files), "tiny")
     with pytest.raises(ValueError, match="the embedding 'easy negative' here is another file than the recipe's"):
         other.complete(recipe)
     with pytest.raises(ValueError, match="nowhere is not there; give the folder of embedding files"):

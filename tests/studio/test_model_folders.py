@@ -7,8 +7,7 @@ import pytest
 from mole_diffusers.cli.app import first_that_opens
 from mole_diffusers.cli.common import open_catalog
 from mole_diffusers.cli.options import Files
-from mole_diffusers.studio.base_models import bases_in, find_base
-from mole_diffusers.studio.model_folders import around, files_of, loras_beside, places
+from mole_diffusers.studio.model_folders import around, bases_in, files_of, find_base, loras_beside, places
 
 LAYOUTS = {  # program -> folders of its checkpoints, LoRAs and embeddings
     "ComfyUI": ("models/checkpoints/sd15", "models/loras/people", "models/embeddings"),

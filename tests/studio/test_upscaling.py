@@ -14,7 +14,7 @@ from mole_diffusers.cli.mole import main
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.model_folders import files_of
-from mole_diffusers.studio.picture_passes import drawing_over, fitted
+from mole_diffusers.studio.picture_passes import drawing_with, fitted
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import Studio
 from mole_diffusers.studio.upscaling import enlarged
@@ -40,7 +40,7 @@ def folder(network, tmp_path):
 
 @pytest.fixture
 def studio(folder):
-    return Studio(tiny_pipeline(), Catalog({}, {}, upscalers=files_of(folder, "upscaler")), "tiny")
+    return Studio(tiny_pipeline(), Catalog({}, {}, files={"upscaler": files_of(folder, "upscaler")}), "tiny")
 
 
 def test_the_larger_picture_is_drawn_over_what_the_model_makes(studio, network):
@@ -52,7 +52,7 @@ def test_the_larger_picture_is_drawn_over_what_the_model_makes(studio, network):
         pixels = network(torch.tensor(np.asarray(first)).permute(2, 0, 1)[None] / 255)[0]
     large = Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
     assert large.size == (128, 128)
-    over = drawing_over(tiny_pipeline(), masked=False)
+    over = drawing_with(tiny_pipeline(), over=True)
     call = {"image": fitted(large, 48, 48), "strength": 0.5, "num_inference_steps": 2, "guidance_scale": 3.0}
     wanted = over("a fox", generator=torch.Generator().manual_seed(3), **call).images[0]
     assert np.abs(np.asarray(drawn, int) - np.asarray(wanted, int)).max() <= 1
@@ -83,4 +83,4 @@ def test_an_upscaler_that_cannot_be_used_is_refused_in_one_sentence(studio, fold
             enlarged(picture, folder / f"{name}.safetensors", cpu)
     monkeypatch.setitem(sys.modules, "spandrel", None)
     with pytest.raises(ValueError, match=r"upscalers need spandrel: pip install 'mole-diffusers\[upscalers\]'"):
-        enlarged(picture, studio.catalog.upscalers["4x-tiny"], cpu)
+        enlarged(picture, studio.catalog.files["upscaler"]["4x-tiny"], cpu)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import product
+from dataclasses import replace
+from itertools import permutations, product
 from typing import Any
 
 import torch
 
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.who_acts import Explanation, roles
+from mole_diffusers.binding.who_acts import OWN_TILE, Explanation, roles
 from mole_diffusers.patching.host.cropping import Cropping
 from mole_diffusers.patching.subjects.things import SINCE, PictureCall, PromptThings, Tiling
 from mole_diffusers.patching.subjects.windows import Window, border_of, window_around, windows_of_two_that_touch
@@ -60,6 +61,9 @@ def explain(
     found = roles(list(bound), things.bound, [name in acting for name in bound], things.sentence)
     why = _why_no_tiles(read)
     tiles = None if why else [part.text for _, part in things.apart]
+    for thing, other in () if tiles is None or things.contact is None else permutations(things.contact.things):
+        for name in (things.names[k] for k in thing.experts):
+            found[name] = replace(found[name], place=OWN_TILE, why=f"it touches {other.name!r}")
     return Explanation(found, tiles, why, things.sentence.contacts)
 
 

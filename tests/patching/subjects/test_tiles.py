@@ -393,7 +393,11 @@ def test_two_that_touch_are_drawn_as_one_beside_others_or_in_given_regions_or_wi
     assert not is_apart(x=noise(8, 12))  # no room for one above the other
     assert not is_apart(x=noise(8, 8))
     assert "no room for one thing above the other" in mixture.explain(TOUCHING, 24, 16).why_no_tiles
-    assert mixture.explain(TOUCHING, 16, 24).tiles == ["a fox", "a hen"]
+    assert {role.place for role in mixture.explain(TOUCHING, 24, 16).experts.values()} == {"everywhere"}
+    apart = mixture.explain(TOUCHING, 16, 24)
+    assert apart.tiles == ["a fox", "a hen"]
+    roles = [(apart.experts[name].place, apart.experts[name].why) for name in ("fox", "hat")]
+    assert roles == [("own tile", "it touches 'hen'"), ("own tile", "it touches 'fox'")]
     mixture.bind({"fox": (None, "top")})
     assert not is_apart()
 
