@@ -132,8 +132,9 @@ def grid(
 ) -> Result:
     """Draw a grid of pictures that changes along two axes. If it is interrupted, the cells that are left are grey.
 
-    An axis is one of weight NAME, seed, arm, gates, binding, steps, guidance, sampler, clip_skip, hires or hires_strength,
-    and with --image also strength. The PNG holds the recipe and both axes.
+    An axis is one of weight NAME, seed, arm, gates, binding, steps, guidance, sampler, clip_skip, hires, hires_strength or
+    detail; with --image also strength, with --controlnet control_strength or control_end, with --ip-adapter ip_scale. The
+    PNG holds the recipe and both axes.
 
     Args:
         prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA.

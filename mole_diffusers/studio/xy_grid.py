@@ -15,7 +15,10 @@ from mole_diffusers.inspection.compare import image_grid
 from mole_diffusers.studio.recipe import Recipe, with_strength
 
 AXES = {"seed": int, "steps": int, "guidance": float, "arm": str, "gates": str, "binding": str, "sampler": str,
-         "weight": float, "strength": float, "hires": float, "hires_strength": float, "clip_skip": int}  # fmt: skip
+         "weight": float, "strength": float, "hires": float, "hires_strength": float, "clip_skip": int, "detail": float,
+         "control_strength": float, "control_end": float, "ip_scale": float}  # fmt: skip
+NEEDS = {"strength": ("image", "a picture that is drawn over"), "control_strength": ("controlnet", "a ControlNet"),
+         "control_end": ("controlnet", "a ControlNet"), "ip_scale": ("ip_adapter", "an IP-Adapter")}  # fmt: skip
 MAX_CELLS, MOST_PIXELS = 400, 12 << 20  # limits of a grid, and of its sheet
 
 
@@ -31,8 +34,7 @@ class Axis:
 def parse_axis(text: str) -> Axis:
     """Parse an axis such as `seed=1,2,3`, `weight fox=0,0.5,1` or `arm=base,sum,gates`.
 
-    The other kinds are steps, guidance, gates, binding, sampler, strength, hires, hires_strength and clip_skip. Raises
-    ValueError that names the kinds, and for random seeds.
+    The other kinds are those of `AXES`. Raises ValueError that names the kinds, and for random seeds.
     """
     left, equals, right = text.partition("=")
     kind, _, about = left.strip().partition(" ")
@@ -70,8 +72,9 @@ def cells(recipe: Recipe, x: Axis, y: Axis) -> list[Recipe]:
     if len(x.labels) * len(y.labels) > MAX_CELLS:
         raise ValueError(f"a grid of {len(x.labels)} x {len(y.labels)} is too large: at most {MAX_CELLS} cells")
     drawn = [across(down(recipe)) for down in y.changes for across in x.changes]
-    if any(cell.strength != recipe.strength and not cell.image for cell in drawn):
-        raise ValueError("an axis of strength needs a picture that is drawn over")
+    for name, (other, what) in NEEDS.items():
+        if not getattr(recipe, other) and any(getattr(cell, name) != getattr(recipe, name) for cell in drawn):
+            raise ValueError(f"an axis of {name} needs {what}")
     if any(cell.hires_strength != recipe.hires_strength and cell.hires == 1 for cell in drawn):
         raise ValueError("an axis of hires_strength needs pictures that are made larger, hires above 1")
     return drawn

@@ -68,9 +68,9 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     shown = plain(functions["load"])(str(tmp_path / "r.json"))
     at = [component.label for component in functions["load"].outputs].index("Width")
     assert shown[at : at + 2] == (0, 0)
-    beside = len(functions["script"].inputs) - 1  # the last input is the picture that is drawn over
+    beside = len(functions["script"].inputs) - 3  # the last inputs are the given pictures
     fields = [value_of(field) for field in shown[:beside]]
-    assert "width=128,\n    height=64," in plain(functions["script"])(*fields, None)[0]["value"]
+    assert "width=128,\n    height=64," in plain(functions["script"])(*fields, None, None, None)[0]["value"]
     assert "width=128,\n    height=64," in asyncio.run(functions["code"].fn({"prompt": prompt}))
 
 
@@ -165,11 +165,14 @@ def test_strengths_that_change_nothing_are_refused():
     for axis, changes, said in (
         ("strength=0.6,0.9", {}, "needs a picture that is drawn over"),
         ("hires_strength=0.5,0.9", {"image": "0"}, "hires above 1"),
+        ("control_strength=0.5", {"image": "0"}, "an axis of control_strength needs a ControlNet"),
+        ("ip_scale=0.5", {"controlnet": "canny"}, "an axis of ip_scale needs an IP-Adapter"),
         ("strength=2", {"image": "0"}, "strength must be in 0.0..1.0, got 2.0"),
     ):
         with pytest.raises(ValueError, match=said):
             cells(Recipe("a", **changes), seed, parse_axis(axis))
     assert cells(Recipe("a", hires=2.0), parse_axis("hires_strength=0.5,0.9"), seed)[1].hires_strength == 0.9
+    assert cells(Recipe("a", controlnet="canny"), parse_axis("control_end=0.5,0.9"), seed)[1].control_end == 0.9
 
 
 def test_random_seeds_are_no_axis():
