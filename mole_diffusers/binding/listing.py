@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.contact import Touch, touching
@@ -21,6 +21,9 @@ NOTHING_LISTED = "the prompt lists it beside no other LoRA's thing"
 UNCLEAR = "the prompt does not say clearly who stands beside whom"
 TOO_MANY = "the prompt lists more things than can have places"
 TWO_LISTS = "the prompt has several lists"
+Verdict = Literal["item", "part", "begin", "end", "unclear"]
+Rows = tuple[tuple[Verdict, Any], ...]  # the first row that holds decides; its example is for LoRAs of fox, owl and woman
+NEAR = known.PREPOSITIONS - known.HAVING
 Found = tuple[list[Segment], list[tuple[int, int, str]]]  # items, and their relations
 
 
@@ -97,7 +100,7 @@ def _runs(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
     yield run
 
 
-def _verdict(last: Segment, segment: Segment, is_closed: bool, after_comma: bool) -> str:
+def _verdict(last: Segment, segment: Segment, is_closed: bool, after_comma: bool) -> Verdict:
     """What a segment is: an "item" of the run that ends with `last`, a "part" of that item, or the "begin" of another run.
 
     It may also "end" the run without being a part of any, or make the whole run "unclear".
@@ -109,56 +112,66 @@ def _verdict(last: Segment, segment: Segment, is_closed: bool, after_comma: bool
         return "end" if joint == "," and is_closed else "part"
     if joint == ",":
         return "begin" if is_closed else "item"
-    verdict = "item"
     if joint == ", and" and is_closed and not segment.is_thing:
-        verdict = "begin"
-    elif joint == ", and" and last.said.is_clause and not after_comma:
+        return "begin"
+    verdict: Verdict = "item"
+    if joint == ", and" and last.said.is_clause and not after_comma:
         verdict = "item" if segment.is_person else "unclear"
     elif (last.said.marker or last.noun.is_of) and joint != ", and" and not after_comma:
-        verdict = _beside_said(last, segment) if joint == "beside" else _after_said(last, segment)
+        verdict = _after_beside(last, segment) if joint == "beside" else _after_and(last, segment)
     return "end" if verdict == "unclear" and is_closed else verdict
 
 
-def _after_said(item: Segment, segment: Segment) -> str:
-    """What "and" adds after what is said of an item: another "item", a "part" of what is said, or something "unclear"."""
-    if not item.is_thing or segment.noun.name is None or segment.is_scenery or segment.is_clothing or segment.noun.is_mixed:
-        return "part"
-    if item.said.marker in known.CLAUSES - known.RELATIVES or (item.noun.is_of and not item.said.marker):
-        return "item" if segment.is_person else "unclear"
-    if not item.said.has_object:  # "smiling and"
-        return "item"
-    marker, have_article = item.said.marker, item.noun.is_determined or segment.noun.is_determined
-    if item.noun.is_determined and not (item.said.object_is_determined or segment.noun.is_determined):
-        return "unclear"  # "a parade with cars and people"
-    if segment.is_person and marker not in known.TWO_PARTY:
-        return "item"
-    takes_two = marker in known.TWO_PARTY or marker in known.HOLDING or marker not in known.HAVING
-    parallel = kind(segment.said.marker) == MARKER and segment.said.marker not in known.PREPOSITIONS - known.HAVING
-    if parallel and not (takes_two and item.others):  # each has what is said of it
-        return "item"
-    if takes_two and (item.others or marker in known.TWO_PARTY or marker in known.PREPOSITIONS - known.HAVING):
-        return "unclear"
-    if marker not in known.WEARING and (item.said.object in known.GARMENTS or not takes_two):
-        return "item"
-    # "sks dog with a ball and xyz cat", but not "a sloth with a staff and a book"
-    return "item" if item.said.object_is_determined and not have_article else "unclear"
+def _after_and(item: Segment, new: Segment) -> Verdict:
+    """What "and" adds after what is said of an item: another item, a part of what is said, or something unclear."""
+    marker, have_article = item.said.marker, item.noun.is_determined or new.noun.is_determined
+    is_clause = marker in known.CLAUSES - known.RELATIVES or (item.noun.is_of and not marker)
+    takes_things = marker in known.TWO_PARTY | known.HOLDING or marker not in known.HAVING  # besides clothes and settings
+    new_has_predicate = kind(new.said.marker) == MARKER and new.said.marker not in NEAR
+    rows: Rows = (
+        ("part", not item.is_thing),  # "a lemon in a hat and a fox and an owl"
+        ("part", new.noun.name is None or new.is_scenery),  # "a fox with a cup and a spoon and an owl"
+        ("part", new.is_clothing or new.noun.is_mixed),  # "a fox with a cup and an owl hat"
+        ("item", is_clause and new.is_person),  # "a fox where dogs bark and a woman"
+        ("unclear", is_clause),  # "a fox where dogs bark and an owl"
+        ("item", not item.said.has_object),  # "a fox smiling and an owl"
+        # "a fox with cups and owl"
+        ("unclear", item.noun.is_determined and not (item.said.object_is_determined or new.noun.is_determined)),
+        ("item", new.is_person and marker not in known.TWO_PARTY),  # "a fox with a cup and a woman"
+        # "a fox with a cup and an owl with a hat"
+        ("item", new_has_predicate and not (takes_things and item.others)),
+        ("unclear", takes_things and (item.others or marker in known.TWO_PARTY | NEAR)),  # "a fox near a tree and an owl"
+        ("item", marker not in known.WEARING and item.said.object in known.GARMENTS),  # "a fox in a hat and an owl"
+        ("item", marker not in known.WEARING and not takes_things),  # "a fox in a garden and an owl"
+        ("item", item.said.object_is_determined and not have_article),  # "fox with a cup and owl"
+        ("unclear", True),  # "a fox with a cup and an owl"
+    )
+    return _first(rows)
 
 
-def _beside_said(item: Segment, segment: Segment) -> str:
-    """The same after words such as "next to"."""
-    if not item.is_thing:
-        return "part"
-    if item.said.marker not in known.HAVING and (item.others or item.said.marker in known.TWO_PARTY):
-        return "unclear"
-    if segment.relation is not None and segment.relation[0] == "y" and item.said.has_object:
-        return "unclear"  # "holding an arrow above its head"
-    return "item" if segment.is_thing or segment.is_noun else "part"
+def _after_beside(item: Segment, new: Segment) -> Verdict:
+    """The same for words such as "next to"."""
+    is_vertical = new.relation is not None and new.relation[0] == "y"
+    rows: Rows = (
+        ("part", not item.is_thing),  # "a lemon in a hat next to a fox and an owl"
+        # "a fox waving next to an owl"
+        ("unclear", item.said.marker not in known.HAVING and (item.others or item.said.marker in known.TWO_PARTY)),
+        ("unclear", is_vertical and item.said.has_object),  # "a fox holding a cup above an owl"
+        ("item", new.is_thing or new.is_noun),  # "a fox sitting next to an owl"
+        ("part", True),  # "a fox sitting next to a beach and an owl"
+    )
+    return _first(rows)
+
+
+def _first(rows: Rows) -> Verdict:
+    return next(verdict for verdict, holds in rows if holds)
 
 
 def _kept(run: Sequence[Segment]) -> list[Segment]:
     """The items of a run that are listed: those before its last "and" that name things; none if fewer than two do."""
     items = list(run)
-    things = [item for item in items if item.is_thing]
+    if len(things := [item for item in items if item.is_thing]) < 2:
+        return []
     while items and items[-1].joint == ",":
         items.pop()
     while items and not (items[-1].is_thing or _is_member(items[-1], things, is_last=True)):
