@@ -12,31 +12,30 @@ MOST_THINGS = 8  # at most; all orders of the things are tried
 VIOLATED = 10.0  # the cost of contradicting the prompt's place words; scores are at most 1
 
 
-def strips(count: int, height: int, width: int, *, along: str | None = None) -> torch.Tensor:
-    """`count` equal strips along the longer side, [count, height, width] in 0..1; side by side in a square."""
-    along = along or ("y" if height > width else "x")
-    length = height if along == "y" else width
-    edges = torch.arange(length) / length
-    inside = torch.stack([((edges + 0.5 / length) * count).floor() == i for i in range(count)]).float()  # [count, length]
-    return inside[:, :, None].expand(-1, -1, width) if along == "y" else inside[:, None].expand(-1, height, -1)
+def grid(count: int, height: int, width: int) -> tuple[int, int]:
+    """How many cells `count` things have down and across: a row along the longer side, side by side in a square; three or
+    four have quarters if the shape is about a square.
+    """
+    if count in (3, 4) and max(height, width) < 1.5 * min(height, width):
+        return 2, 2
+    return (count, 1) if height > width else (1, count)
 
 
-def quadrants(height: int, width: int) -> torch.Tensor:
-    """The four quarters of a picture, [4, height, width]."""
-    rows, columns = strips(2, height, width, along="y"), strips(2, height, width, along="x")
-    return torch.stack([r * c for r in rows for c in columns])
+def strips(count: int, length: int) -> torch.Tensor:
+    """`count` equal parts of a side, [count, length] in 0..1."""
+    middles = (torch.arange(length) / length + 0.5 / length) * count
+    return torch.stack([(middles.floor() == i).float() for i in range(count)])
 
 
 def partition(count: int, height: int, width: int, axes: Sequence[str] = ()) -> torch.Tensor:
-    """Cells [C, height, width] for `count` things, C >= count: strips, or quarters if the shape is about a square.
+    """Cells [C, height, width] in 0..1 for `count` things, C >= count, row by row.
 
     Args:
-        axes: "x" or "y" for each relation from the prompt's place words; strips lie along the first one.
+        axes: "x" or "y" for each relation from the prompt's place words; cells lie in a row along the first one. Without
+            any, they lie as `grid` says.
     """
-    if axes:
-        return strips(count, height, width, along=axes[0])
-    square = max(height, width) < 1.5 * min(height, width)
-    return quadrants(height, width) if square and count in (3, 4) else strips(count, height, width)
+    down, across = {"x": (1, count), "y": (count, 1)}[axes[0]] if axes else grid(count, height, width)
+    return torch.stack([row[:, None] * column for row in strips(down, height) for column in strips(across, width)])
 
 
 def assign(

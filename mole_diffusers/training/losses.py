@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from mole_diffusers.binding.layout import grid
+
 TEMPERATURE = 0.5  # of `separation_loss`
 
 
@@ -101,28 +103,23 @@ def separation_loss(maps: torch.Tensor) -> torch.Tensor:
 
 def cells(count: int, width: int, height: int) -> list[tuple[float, float, float, float]]:
     """The cells of a collage of this size, as boxes (left, top, right, bottom) in 0..1, the first at the left or top."""
-    across, down = _grid(count, width, height)
+    down, across = grid(count, height, width)
     corners = [(i % across, i // across) for i in range(count)]
     return [(x / across, y / down, (x + 1) / across, (y + 1) / down) for x, y in corners]
-
-
-def _grid(count: int, width: int, height: int) -> tuple[int, int]:
-    """Number of cells across and down: a row along the longer side, or quarters for three or four in a square."""
-    return (2, 2) if width == height and count in (3, 4) else (count, 1) if width >= height else (1, count)
 
 
 def side_by_side(pictures: torch.Tensor, width: int | None = None, height: int | None = None) -> torch.Tensor:
     """Collages [B, 3, height, width] of N pictures each [N, B, 3, H, W], by default of the size of one picture.
 
-    Each picture stands in the middle of its share of the longer side, the first at the left or top, shrunk if necessary.
-    In a square, three or four stand in the quarters. The background is the median colour of the pictures' edges.
+    Each picture stands in the middle of its cell, see `layout.grid`, shrunk if necessary. The background is the median
+    colour of the pictures' edges.
     """
     count, batch, _, *own = pictures.shape
     height, width = height or own[0], width or own[1]
     edges = torch.cat([pictures[..., 0, :], pictures[..., -1, :], pictures[..., 0], pictures[..., -1]], -1)  # [N, B, 3, E]
     background = edges.transpose(0, 1).transpose(1, 2).flatten(2).median(-1).values  # [B, 3]
     sheet = background[..., None, None].expand(batch, 3, height, width).clone()
-    across, down = _grid(count, width, height)
+    down, across = grid(count, height, width)
     cell = (height // down, width // across)
     scale = min(1.0, cell[0] / own[0], cell[1] / own[1])
     high, wide = (int(side * scale) for side in own)

@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from mole_diffusers.binding.layout import assign, assigned_regions, quadrants, strips
+from mole_diffusers.binding.layout import assign, assigned_regions, partition
 from mole_diffusers.binding.regions import region_mask
 
 
@@ -14,11 +14,13 @@ def bump(height, width, y, x):
     return torch.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 4.0)
 
 
-def test_strips_lie_along_the_longer_side_and_share_the_picture():
-    wide, tall = strips(2, 4, 8), strips(2, 8, 4)
+def test_cells_lie_along_the_longer_side_or_in_quarters_and_share_the_picture():
+    wide, tall = partition(2, 4, 8), partition(2, 8, 4)
     assert wide[0, :, :4].eq(1).all()
     assert tall[0, :4].eq(1).all()
-    for cells in (wide, tall, strips(3, 5, 7), quadrants(6, 6)):
+    assert len(partition(4, 6, 8)) == len(partition(3, 8, 8)) == 4
+    assert len(partition(3, 4, 8)) == len(partition(3, 8, 8, ["y"])) == 3
+    for cells in (wide, tall, partition(3, 5, 11), partition(3, 6, 6), partition(3, 6, 6, ["x"])):
         assert torch.equal(cells.sum(0), torch.ones(cells.shape[1:]))
 
 
@@ -42,7 +44,7 @@ def test_a_plan_breaks_the_tie_where_both_attend_to_the_same_place():
 
 def test_the_assignment_is_the_best_of_all():
     torch.manual_seed(0)
-    maps, cells = torch.rand(3, 6, 6), quadrants(6, 6)
+    maps, cells = torch.rand(3, 6, 6), partition(3, 6, 6)
     share = maps / maps.sum((1, 2), keepdim=True)
 
     def value(order):

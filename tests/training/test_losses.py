@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+from mole_diffusers.binding.layout import partition
+from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.training.losses import (
     caption_loss,
+    cells,
     composed_target,
     mole_clip_loss,
     recovery_error,
@@ -74,6 +77,14 @@ def test_caption_loss_by_hand():
     captions = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     loss = caption_loss(torch.tensor([0.6, 0.8]), captions, torch.tensor(10.0))
     assert loss.item() == pytest.approx(math.log(1 + math.exp(2)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("size", [(64, 64), (64, 48), (48, 64), (64, 32), (32, 64)])
+def test_a_collage_has_the_cells_in_which_things_are_drawn(count, size):
+    drawn = partition(count, *size)[:count]
+    for box, cell in zip(cells(count, size[1], size[0]), drawn, strict=True):
+        torch.testing.assert_close(region_mask(box, *size).round(), cell)
 
 
 def test_pictures_stand_side_by_side_on_their_ground():
