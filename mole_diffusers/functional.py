@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -123,26 +122,6 @@ def over_ranks(weights: torch.Tensor, segment: torch.Tensor | None, like: torch.
     return factor[:, None] if factor.dim() == 2 and like.dim() == 3 else factor
 
 
-def over_rows(weights: torch.Tensor, segment: torch.Tensor | None, low: torch.Tensor, batch: int) -> torch.Tensor:
-    """The same for the rows `low` [B T, R] of a batch of B. Returns [R], [B T, R] or [B, 1, R], see `add_low_rank`."""
-    tokens = len(low) // batch
-    if weights.dim() == 2 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        # One for each row, so that layers need not view their rows by token. (Its gradient would have to be summed again.)
-        rows, weights = _sample_of_row(batch, tokens, low.device), weights.to(low.dtype)
-        return weights[rows[:, 0]] if segment is None else weights[rows, segment]
-    factor = (weights if segment is None else weights.index_select(-1, segment)).to(low.dtype)
-    if factor.dim() == 2:
-        return factor[:, None]
-    return factor.flatten(0, 1) if factor.dim() == 3 and factor.shape[1] == tokens else factor
-
-
-@lru_cache(maxsize=32)
-def _sample_of_row(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """[B T, 1] -> index of the sample that each row belongs to."""
-    with torch.inference_mode(False):
-        return torch.arange(batch, device=device).repeat_interleave(tokens)[:, None]
-
-
 def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:
     """Mean over each expert's ranks: [..., R] -> [..., N], 0 for an expert without ranks. `segment` [R] as in
     `over_ranks`.
@@ -160,7 +139,7 @@ def add_low_rank(
     Args:
         result: W x, [B T, Cout].
         low: A x, [B T, R].
-        factor: [R], [B T, R] or [B, 1, R].
+        factor: [R], [B T, R], [B, 1, R] or [B, T, R].
         up: B, [Cout, R].
         keeps: `result` and `low` stay as they are.
     """

@@ -299,30 +299,36 @@ class Mixture:
         with self._lock.held(draws=True):
             self._installation.refuse_replaced(pipe)
             now = attached(self._pipe)
-            if now is not self:  # it was replaced or taken off while this call waited
-                with nullcontext() if now is None else now.drawing(call, pipe=pipe):
-                    yield
-                return
-            sampling, binding, done = self._sampling, self._settings.binding.now, False
-            if binding is not None:
-                binding.begin()
-            changes: list[Change[Any]] = [sampling.step.pipe.to(pipe)]
-            if self._installation.is_off(lora_scale(call or {})):  # nothing that belongs to experts acts without them
-                changes += [self._settings.binding.to(None), self._settings.tiling.to(Tiling(0))]
-            try:
-                with sampling.changed_while(*changes), self._by_things(call, pipe):
-                    yield
-                done = True
-            finally:
-                sampling.entered.leave()
-                sampling.kept_text.end()
-                for hears in sampling.listeners.layouts.now:
-                    hears(self.layouts)
-                if binding is not None:
-                    binding.end(warns=done and sampling.effective.masks is binding)
+            if now is self:
+                block = self._one_call(call, pipe)
+            else:  # it was replaced or taken off while this call waited
+                block = nullcontext() if now is None else now.drawing(call, pipe=pipe)
+            with block:
+                yield
 
-    def _by_things(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
-        """How to call the denoiser for single things: to draw them in tiles at first, or to find them in a given picture."""
+    @contextmanager
+    def _one_call(self, call: Mapping[str, Any] | None, pipe: Any) -> Iterator[None]:
+        """A call of the pipeline that this mixture is on."""
+        sampling, binding, is_done = self._sampling, self._settings.binding.now, False
+        changes: list[Change[Any]] = [sampling.step.pipe.to(pipe)]
+        if self._installation.is_off(lora_scale(call or {})):  # nothing that belongs to experts acts without them
+            changes += [self._settings.binding.to(None), self._settings.tiling.to(Tiling(0))]
+        if binding is not None:
+            binding.begin()
+        try:
+            with sampling.changed_while(*changes), self._way_to_draw(call, pipe):
+                yield
+            is_done = True
+        finally:
+            sampling.entered.leave()
+            sampling.kept_text.end()
+            for hears in sampling.listeners.layouts.now:
+                hears(self.layouts)
+            if binding is not None:
+                binding.end(warns=is_done and sampling.effective.masks is binding)
+
+    def _way_to_draw(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
+        """A block in which the things of a call are drawn in tiles, or are first found in a given picture; or neither."""
         settings = self._settings
         binding, tiling = settings.binding.now, settings.tiling.now
         if binding is None and tiling.always and tiling.until:

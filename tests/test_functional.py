@@ -66,20 +66,6 @@ def test_every_token_has_its_own_factor(shape):
     assert torch.equal(by_row(functional.over_ranks(weights[..., segment], None, torch.ones(shape)), shape), rows)
 
 
-@pytest.mark.parametrize("form", [(2,), (2, 2), (2, 4, 2)])
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("ranked", [False, True])
-def test_factors_of_rows_are_those_of_their_tokens(form, gradients, ranked):
-    segment, low = torch.tensor([0, 0, 1]), torch.ones(2, 4, 3)
-    weights = torch.rand(form)
-    by_token = low * functional.over_ranks(weights, segment, low)
-    with torch.set_grad_enabled(gradients):
-        given = (weights[..., segment], None) if ranked else (weights, segment)
-        factor = functional.over_rows(*given, low.flatten(0, 1), 2)
-    rows = low * factor if factor.dim() == 3 else low.flatten(0, 1) * factor
-    assert torch.equal(rows.view(2, 4, 3), by_token)
-
-
 def by_row(factor, shape):
     """What ones of `shape` become, as [B, T, R]."""
     scaled = torch.ones(shape) * factor

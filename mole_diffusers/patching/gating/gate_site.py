@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,16 @@ class WeighedLayer:
     def segment(self) -> torch.Tensor:
         """[R] -> index of the expert that each rank belongs to."""
         return self.down._buffers["segment"]
+
+
+class Validity(NamedTuple):
+    """How long decisions hold."""
+
+    until: tuple | None  # one of these values changes; None: for this call alone
+    call: tuple = ()  # tells apart the calls until then that are decided separately, such as those for tiles
+
+
+THIS_CALL = Validity(None)
 
 
 @dataclass(eq=False)
@@ -87,7 +97,8 @@ class GateSite(ABC):
         self.name, self.gate, self.sampling = name, gate, sampling
         self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
         self._decided = KeptDecisions()
-        self._kept: tuple[tuple | None, dict[tuple, KeptDecisions]] = None, {}  # the values of `_holds_for`
+        self._kept_until: tuple | None = None
+        self._kept: dict[tuple, KeptDecisions] = {}  # by `Validity.call`
 
     # ---- evaluating
 
@@ -98,35 +109,31 @@ class GateSite(ABC):
             layer: given if the gate sits at one layer.
             tokens: [B, T] bool, the tokens of a text that count.
         """
-        state, call = self._holds_for(hidden)
-        if state is None or state != self._kept[0]:
-            self._kept = state, {}
-        kept = self._kept[1]
-        if call not in kept:
-            kept[call] = KeptDecisions(self._decide(hidden, layer, tokens))
-        self._decided = kept[call]
+        validity = self._validity(hidden)
+        if validity.until is None or validity.until != self._kept_until:
+            self._kept_until, self._kept = validity.until, {}
+        if validity.call not in self._kept:
+            self._kept[validity.call] = KeptDecisions(self._decide(hidden, layer, tokens))
+        self._decided = self._kept[validity.call]
         for listener in self.sampling.listeners.decisions.now:
             for decision in self._decided.decisions:
                 listener(decision)
 
-    def _holds_for(self, hidden: torch.Tensor) -> tuple[tuple | None, tuple]:
-        """How long decisions on `hidden` hold: until the first value changes; None if for this call alone.
-
-        The second value tells apart the calls until then that are decided separately, such as those for tiles.
-        """
-        step, every = self.sampling.step, self.sampling.settings.every.now
-        is_open = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if is_open or self.sampling.settings.control.now is not None:
-            return None, ()
-        if self.gate.input_free:
-            return (*self._settings(), self._gate_version()), (step.part.now, hidden.device, hidden.shape[0])
-        if self.timed and every > 1:
+    def _validity(self, hidden: torch.Tensor) -> Validity:
+        """How long decisions on `hidden` [B, T, C] hold."""
+        step, settings = self.sampling.step, self.sampling.settings
+        part, every = step.part.now, settings.every.now
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or settings.control.now is not None:
+            return THIS_CALL
+        if self.gate.input_free:  # for each size of the batch, whatever it reads
+            return Validity((*self._settings(), self._gate_version()), (part, hidden.device, hidden.shape[0]))
+        if self.timed and every > 1:  # for some calls with one text, see `Mixture.every`
             turn = step.texts, step.calls_of_text // every
-            return (*self._settings(), *turn), (step.part.now, hidden.device, *hidden.shape[:2])
-        if self.text is not None:
+            return Validity((*self._settings(), *turn), (part, hidden.device, *hidden.shape[:2]))
+        if self.text is not None:  # for one text
             self.text.is_again(hidden)
-            return (*self._settings(), self._gate_version(), self.text.number), (step.part.now,)
-        return None, ()
+            return Validity((*self._settings(), self._gate_version(), self.text.number), (part,))
+        return THIS_CALL
 
     def _settings(self) -> tuple[Any, ...]:
         """What the decisions depend on besides the gate and its input."""
@@ -232,7 +239,7 @@ class GateSite(ABC):
             low: A x, [B, R], [B, T, R] or [B, R, H, W]; or for x [B, T, Cin] its rows, [B T, R].
 
         Returns:
-            A tensor in its dtype that broadcasts over `low`; for rows [R], [B T, R] or [B, 1, R].
+            A tensor in its dtype that broadcasts over `low`; for rows also [B, 1, R] or [B, T, R], if gradients are kept.
         """
         if self.rows != x.shape[0]:
             self._make_ready(layer, x, low)
@@ -249,38 +256,39 @@ class GateSite(ABC):
 
     def _new_factor(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """The weights of a layer's experts over their ranks, times the masks of its tokens if experts are bound."""
-        weights, batch, is_rows = self._weights_of(layer, len(x)), len(x), low.dim() < x.dim()
+        of_tokens = _of_tokens(low, x)
         segment = None if self.gate.ranked else layer.segment
-        if is_rows:
-            factor = functional.over_rows(weights, segment, low, batch)
-        else:
-            factor = functional.over_ranks(weights, segment, low)
-        mask = self._mask(layer, low, batch if is_rows else None)
-        if mask is None:
+        factor = functional.over_ranks(self._weights_of(layer, len(x)), segment, of_tokens)
+        if (mask := self._mask(layer, of_tokens)) is not None:
+            factor = factor * mask
+        if of_tokens is low or factor.dim() < 3 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return factor
-        if is_rows and factor.dim() == 3:  # [B, 1, R]
-            return (factor * mask.view(batch, -1, mask.shape[-1])).flatten(0, 1)
-        return factor * mask
+        return factor.expand_as(of_tokens).flatten(0, 1)  # once, so that layers need not view their rows by token
 
-    def _mask(self, layer: WeighedLayer, low: torch.Tensor, rows_of: int | None) -> torch.Tensor | None:
-        """Where a layer's experts act, in the shape of its A x; None if every expert acts on every token.
+    def _mask(self, layer: WeighedLayer, low: torch.Tensor) -> torch.Tensor | None:
+        """Where a layer's experts act, in the shape of its A x: low [B, R], [B, T, R] or [B, R, H, W].
 
-        `low` is [B, R], [B, T, R] or [B, R, H, W]; or rows [B T, R], and `rows_of` is B.
+        None if every expert acts on every token.
         """
         masks, stream = self.sampling.effective.masks, layer.stream
         if masks is None or not masks.binds or stream is None or (text := masks.text_of(stream)) is None:
             return None
-        if low.dim() == 2 and rows_of is None and (rows_of := text.rows_among(len(low))) is None:
-            return None
-        key = stream, layer.ranks, rows_of, low.shape, low.dtype, low.device
+        tokens = low
+        if low.dim() == 2:  # no tokens, or those of all rows one after the other
+            if (rows := text.rows_among(len(low))) is None:
+                return None
+            tokens = low.view(rows, -1, low.shape[1])
+        key = stream, layer.ranks, tokens.shape, tokens.dtype, tokens.device
         if key not in text.cache:
-            factor, like = None, low if rows_of is None else low.view(rows_of, -1, low.shape[1])
-            if (found := text.mask(stream, like)) is not None and (like.dim() == 4 or found.shape[1] == like.shape[1]):
-                rows = functional.rows_for_layer(found, len(like)).to(low.device)
-                factor = functional.over_ranks(rows, layer.segment, like)
-                factor = factor if rows_of is None else factor.expand_as(like).flatten(0, 1)
-            text.cache[key] = factor
-        return text.cache[key]
+            found = text.mask(stream, tokens)
+            if found is not None and tokens.dim() == 3 and found.shape[1] != tokens.shape[1]:
+                found = None
+            if found is not None:
+                found = functional.rows_for_layer(found, len(tokens)).to(tokens.device)
+                found = functional.over_ranks(found, layer.segment, tokens)
+            text.cache[key] = found
+        mask = text.cache[key]
+        return mask if mask is None or tokens is low else mask.flatten(0, 1)
 
     @abstractmethod
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
@@ -306,7 +314,7 @@ class BlockSite(GateSite):
         self.text = LastTensor() if reads_text else None
 
     def begin_block(self) -> None:
-        """The gate must be evaluated again, except for decisions that hold beyond a call (`_holds_for`)."""
+        """The gate must be evaluated again, except for decisions that hold beyond a call (`_validity`)."""
         self.rows = NEVER
 
     def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:

@@ -1,7 +1,21 @@
-"""Which tokens of a text's states are words of the prompt: recorded when a text encoder runs, then found by the states."""
+"""Which tokens of a text's states are words of the prompt: recorded when a text encoder runs, then found by the states.
+
+A denoiser gets states [B, S, C] and nothing that says which text they are of. Between its encoder and the denoiser, a
+pipeline is free to repeat rows, put texts in front of each other for guidance, join two encoders side by side and several
+runs one after the other, cut off a template or the padding, and scale words; users do all of this themselves, too, and
+pass `prompt_embeds` of an earlier day. So what encoders returned last is kept, and looked for in what the denoiser gets:
+
+    the same memory     one run as it is
+    `_same_values`      the same values
+    `_cut_out`          the values of a part of a run
+    `_most_alike`       the same directions, since prompt weighting scales words
+
+The log says on the level "debug" which of them found a text.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +29,8 @@ from torch import nn
 from mole_diffusers.gates.unchanged import LastTensor
 from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.undo import Undo
+
+logger = logging.getLogger(__name__)
 
 LEAST_RUNS, MOST_BYTES = 8, 32 << 20  # keep this many of the encoders' last runs, and more up to this size
 ALIKE, LEAD = 0.9, 0.02  # least mean cosine of weighted states with their text, and least lead over the next text
@@ -37,10 +53,10 @@ class EncoderRun:
     states: tuple[torch.Tensor, ...]  # the outputs that a denoiser may get, [B, T, C] each
 
 
-Run = tuple[EncoderRun, int]  # and the row in it
-# The parts of one row of a text, token after token. A part has a run for each encoder whose channels lie side by side
-# there. The rest of the text is zeros.
-Row = list[list[Run]]
+RowOfRun = tuple[EncoderRun, int]
+# The parts of one row of a text, token after token. A part has a row of a run for each encoder whose channels lie side by
+# side there. The rest of the text is zeros.
+TextRow = list[list[RowOfRun]]
 
 
 class PromptTokens:
@@ -56,7 +72,7 @@ class PromptTokens:
         self.current: torch.Tensor | None = None
         self._known: deque[EncoderRun] = deque()
         self._text = LastTensor()
-        self._rows: list[Row] | None = None  # of this text
+        self._rows: list[TextRow] | None = None  # of this text
 
     def begin(self, words: torch.Tensor) -> None:
         """A text encoder begins to read a text with these words, [B, T]."""
@@ -90,25 +106,21 @@ class PromptTokens:
                 mask = mask[part[0][0].ids.shape[1] :]
         return masks
 
-    def rows(self, text: torch.Tensor) -> list[Row] | None:
-        """The runs that each row of states [B, T, C] comes from, or None if a row is not known.
-
-        A row is found by its values: guidance combines rows of several texts, several pictures repeat them, SDXL joins two
-        encoders' channels, and SD 3 and long prompts join runs token after token.
-        """
+    def rows(self, text: torch.Tensor) -> list[TextRow] | None:
+        """The runs that each row of states [B, T, C] comes from, or None if a row is not known."""
         if not self._text.is_again(text):
             self._rows = self._found(text)
         return self._rows
 
-    def _found(self, text: torch.Tensor) -> list[Row] | None:
+    def _found(self, text: torch.Tensor) -> list[TextRow] | None:
         for encoded in reversed(self._known):
             if any(_same_memory(states, text) for states in encoded.states):
                 return [[[(encoded, i)]] for i in range(len(text))]
         rows = [row for each in text.detach() if (row := self._row(each)) is not None]
         return rows if len(rows) == len(text) else None
 
-    def _row(self, row: torch.Tensor) -> Row | None:
-        parts: Row = []
+    def _row(self, row: torch.Tensor) -> TextRow | None:
+        parts: TextRow = []
         at = 0
         while at < len(row) and row[at:].any():  # zeros are SDXL's empty negative prompt, and SD 3's text without a T5
             if not (part := self._part(row[at:])):
@@ -117,13 +129,21 @@ class PromptTokens:
             at += part[0][0].ids.shape[1]
         return parts
 
-    def _part(self, rest: torch.Tensor) -> list[Run]:
+    def _part(self, rest: torch.Tensor) -> list[RowOfRun]:
         """The runs at the start of rest [T, C]: the first one, and those of the same tokens in the channels next to it."""
-        part: list[Run] = []
-        while rest.any() and (run := _same(self._known, rest) or _cut(self._known, rest) or _most_alike(self._known, rest)):
+        part: list[RowOfRun] = []
+        while rest.any() and (run := self._find(rest)) is not None:
             part.append(run)
             rest = rest[: run[0].ids.shape[1], run[0].states[0].shape[2] :]
         return part
+
+    def _find(self, rest: torch.Tensor) -> RowOfRun | None:
+        """The run at the start of rest [T, C]."""
+        for find in (_same_values, _cut_out, _most_alike):
+            if (run := find(self._known, rest)) is not None:
+                logger.debug("a text of %s was recognised by %s", run[0].encoder, find.__name__)
+                return run
+        return None
 
 
 class TextHook(ForwardHook):
@@ -181,7 +201,7 @@ def _candidates(known: Sequence[EncoderRun], rest: torch.Tensor) -> list[tuple[E
     return [(e, s) for e in reversed(known) for s in e.states if s.shape[1] <= tokens and s.shape[2] <= width]
 
 
-def _same(known: Sequence[EncoderRun], rest: torch.Tensor) -> Run | None:
+def _same_values(known: Sequence[EncoderRun], rest: torch.Tensor) -> RowOfRun | None:
     for encoded, states in _candidates(known, rest):
         tokens, width = states.shape[1:]
         same = (states.to(rest.device, rest.dtype) == rest[:tokens, :width]).flatten(1).all(1)  # [b]
@@ -190,7 +210,7 @@ def _same(known: Sequence[EncoderRun], rest: torch.Tensor) -> Run | None:
     return None
 
 
-def _cut(known: Sequence[EncoderRun], rest: torch.Tensor) -> Run | None:
+def _cut_out(known: Sequence[EncoderRun], rest: torch.Tensor) -> RowOfRun | None:
     """The text of which rest [T, C] is a part, with its padding or without: pipelines leave out the beginning of a template,
     its end, and padding.
     """
@@ -218,7 +238,7 @@ def _place(own: torch.Tensor, rest: torch.Tensor) -> int | None:
     return None
 
 
-def _most_alike(known: Sequence[EncoderRun], rest: torch.Tensor) -> Run | None:
+def _most_alike(known: Sequence[EncoderRun], rest: torch.Tensor) -> RowOfRun | None:
     """The text whose words point the same way, since prompt weighting scales them. None if two texts are about equally
     close.
     """

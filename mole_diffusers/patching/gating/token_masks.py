@@ -45,7 +45,7 @@ UNKNOWN = (
     "LoRAs or gates were last attached, or too many texts ago"
 )
 
-Part = tuple[tuple[str, tuple[int, ...]], ...]  # (text encoder, its ids) of what lies side by side in a text's channels
+IdsSideBySide = tuple[tuple[str, tuple[int, ...]], ...]  # (text encoder, its ids), one beside the other in the channels
 
 
 @dataclass
@@ -87,9 +87,9 @@ class TextReader:
         rows = [tuple(tuple((run.encoder, tuple(run.ids[i].tolist())) for run, i in part) for part in row) for row in found]
         return self._readings(rows, acting, tokens=text.shape[1])
 
-    def _readings(self, rows: Sequence[tuple[Part, ...]], acting: Sequence[bool], tokens: int = 0) -> list[Reading]:
+    def _readings(self, rows: Sequence[tuple[IdsSideBySide, ...]], acting: Sequence[bool], tokens: int = 0) -> list[Reading]:
         """Read rows, which consist of parts, token after token. The rest of `tokens` has no words."""
-        known: dict[tuple[Part, ...], Reading] = {}
+        known: dict[tuple[IdsSideBySide, ...], Reading] = {}
         bounds = list(self.bound.values())
         of_row = partial(read, phrases=[bound.words for bound in bounds], who=who_counts(bounds, acting))
         for row in dict.fromkeys(rows):

@@ -1,11 +1,11 @@
-"""Where gates are in a model: the place of each layer, and what the gate there can read."""
+"""Where the sites of gates are in a model, and what a gate reads there."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -13,29 +13,26 @@ from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.host.denoisers import TEXT_LAYERS, record
 
-NETWORK = ""  # the place of layers outside any block: resnets, time embedding, proj_in and proj_out
+OUTSIDE_BLOCKS = ""  # the site of layers outside any block: resnets, time embedding, proj_in and proj_out
 ENCODER_ENTRIES = ("self_attn", "SelfAttention")  # in blocks of text encoders, the module that their input enters first
 TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's gate reads beside the text
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one gate is, what it reads, and when.
+class SiteDescription:
+    """What one gate reads.
 
-    `entry` and `block` are
-
-    - per "block": its first attention, and the block; per "layer": the attention or feed-forward for both;
-    - per "matrix", and per "stream" outside of blocks: None for both, since each layer has its own gate;
-    - per "stream" in a block: the block for both; for its layers that read the text, None and the block;
-    - if the gate reads the prompt: "" and None in a denoiser; in a text encoder the block for both;
-    - outside of blocks otherwise: "" in a denoiser, the first block in a text encoder; and None.
+    - "block": what enters `module`, whenever `block` runs
+    - "text": what layers of `block` read that read the text
+    - "layer": what its only layer reads
+    - "model": what a denoiser gets; in a text encoder what enters `module`, the first block
     """
 
-    name: str  # the module name of the block, layer or matrix; "" for all layers outside of blocks
-    # The module whose input the gate reads; "" is the denoiser, whose text it reads. None: a layer gives its own input.
-    entry: str | None
-    block: str | None  # when it is entered, the gate must be evaluated again, and its layers share the new weights
-    width: int  # channels C of that input
+    name: str  # the module name of the block, layer or matrix that it weighs; "" for all layers outside of blocks
+    reads: Literal["block", "text", "layer", "model"]
+    module: str | None
+    block: str | None
+    width: int  # channels C of the input
     tokens: int  # T at the model's default resolution, for flattened features; 0 if it is not fixed
 
 
@@ -48,13 +45,13 @@ def blocks(model: nn.Module, entries: Sequence[str]) -> dict[str, str]:
     }
 
 
-def place_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str:
-    """The name of the place that gates `layer`, see `Family.one_gate_per`."""
+def site_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str:
+    """The name of the site whose gate weighs `layer`, see `Family.one_gate_per`."""
     block = _block_of(layer, block_names)
     if one_gate_per == "matrix" or (one_gate_per == "stream" and block is None):
         return layer
     if one_gate_per == "model" or block is None:
-        return NETWORK
+        return OUTSIDE_BLOCKS
     if one_gate_per == "stream" and layer.endswith(TEXT_LAYERS):
         return f"{block}.{TEXT_LAYERS[0]}"
     return block if one_gate_per != "layer" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
@@ -65,26 +62,28 @@ def _block_of(module: str, block_names: Iterable[str]) -> str | None:
     return next((block for block in block_names if f"{module}.".startswith(f"{block}.")), None)
 
 
-def describe_place(
+def describe_site(
     name: str, one_gate_per: str, model: nn.Module, entries: Mapping[str, str], *, denoises: bool, reads_prompt: bool
-) -> Place:
-    """Describe the place with a name from `place_name`, in a denoiser or a text encoder whose `blocks` are `entries`.
+) -> SiteDescription:
+    """Describe the site with a name from `site_name`, in a denoiser or a text encoder whose `blocks` are `entries`.
 
     A gate that `reads_prompt` reads what a denoiser gets, or what enters a text encoder's block.
     """
     block = _block_of(name, entries)
     if reads_prompt and not denoises and block is not None:
-        return Place(name, block, block, _in_width(model.get_submodule(block)), 0)
-    if reads_prompt or name == NETWORK:
+        return SiteDescription(name, "block", block, block, _in_width(model.get_submodule(block)), 0)
+    if reads_prompt or name == OUTSIDE_BLOCKS:
         width = text_width(model, denoises=denoises) + (TIME_WIDTH if denoises and not reads_prompt else 0)
-        return Place(name, NETWORK if denoises else next(iter(entries)), None, width, 0)
+        return SiteDescription(name, "model", None if denoises else next(iter(entries)), None, width, 0)
     width = _in_width(model.get_submodule(name))
-    if one_gate_per == "matrix":
-        return Place(name, None, None, width, 0)
+    if one_gate_per == "matrix" or block is None:
+        return SiteDescription(name, "layer", None, None, width, 0)
+    if one_gate_per == "stream" and name == block:
+        return SiteDescription(name, "block", block, block, width, 0)
     if one_gate_per == "stream":
-        return Place(name, name if name == block else None, block, width, 0)
+        return SiteDescription(name, "text", None, block, width, 0)
     entry = entries[name] if one_gate_per == "block" else name
-    return Place(name, entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
+    return SiteDescription(name, "block", entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
 
 
 def stream_of(part: str, model: nn.Module, layer: str) -> str | None:
@@ -123,20 +122,20 @@ def tokens_of(name: str, model: Any) -> int:
     return (side >> level) ** 2
 
 
-def probed(place: Place, stacks: Mapping[str, Stack]) -> list[str]:
+def probed(site: SiteDescription, stacks: Mapping[str, Stack]) -> list[str]:
     """The expert layers that read the gate's own input, so that their outputs are known when the gate is evaluated.
 
-    Raises ValueError if no expert has one: the paper's input does not exist at that place.
+    Raises ValueError if no expert has one: the paper's input does not exist at that site.
     """
-    if place.entry is None:
-        return [place.name]
+    if site.module is None:
+        return [site.name]
     ends: tuple[str, ...] = ("to_q", "q_proj", "net.0.proj", "fc1")
-    if not place.entry.endswith("attn2"):  # cross-attention reads keys and values from the text
+    if not site.module.endswith("attn2"):  # cross-attention reads keys and values from the text
         ends += ("to_k", "to_v", "k_proj", "v_proj")
-    names = [name for name in stacks if name.startswith(f"{place.entry}.") and name.endswith(ends)]
+    names = [name for name in stacks if name.startswith(f"{site.module}.") and name.endswith(ends)]
     if not names:
         raise ValueError(
-            f"inputs='experts' needs an expert layer that reads the input of {place.entry}, and no expert has one; "
+            f"inputs='experts' needs an expert layer that reads the input of {site.module}, and no expert has one; "
             f"use inputs='hidden'"
         )
     return names

@@ -23,15 +23,15 @@ from mole_diffusers.patching.gating.prompt_tokens import TextHook
 from mole_diffusers.patching.gating.sampling import Sampling, StepHook
 from mole_diffusers.patching.hooks import ForwardHook, Uncompiled
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
-from mole_diffusers.patching.host.denoisers import TEXT_LAYERS, record
+from mole_diffusers.patching.host.denoisers import record
 from mole_diffusers.patching.host.placement import (
     ENCODER_ENTRIES,
-    NETWORK,
-    Place,
+    OUTSIDE_BLOCKS,
+    SiteDescription,
     blocks,
-    describe_place,
-    place_name,
+    describe_site,
     probed,
+    site_name,
     stream_of,
 )
 from mole_diffusers.patching.install import peft_injection
@@ -43,22 +43,22 @@ BANK = "mole_gates"  # submodule of a model with its gates, so that they move an
 
 @dataclass(frozen=True)
 class PlacedSite:
-    """A site, where it is, and the layers that take its weights."""
+    """A site, what its gate reads, and the layers that take its weights."""
 
     site: GateSite
-    at: Place
+    about: SiteDescription
     layers: Sequence[str]
 
 
 class Component:
-    """A denoiser or text encoder with the experts' stacks for it, and a gate at each place.
+    """A denoiser or text encoder with the experts' stacks for it, and their gates.
 
     Building checks everything and changes nothing; `install` changes the model.
     """
 
     def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, sampling: Sampling):
         self.name, self.model, self.family, self.sampling = name, model, family, sampling
-        if family.mixes_outputs and self._joint:
+        if family.mixes_outputs and self._is_joint:
             raise ValueError(
                 f"gates that weigh outputs of blocks need blocks with one output, and those of a {type(model).__name__} "
                 "have one for the text and one for the picture"
@@ -66,18 +66,20 @@ class Component:
         self.stacks = {layer: family.prepared(stack) for layer, stack in stacks.items()}
         entries = blocks(model, record(model).blocks.entries if self.denoises else ENCODER_ENTRIES)
         per = family.one_gate_per
-        if per == "stream" and self._joint:  # text and picture come together inside of blocks
+        if per == "stream" and self._is_joint:  # text and picture come together inside of blocks
             per = "matrix"
-        self._gated = _by_place(stacks, per, entries)  # name of a gate -> its layers
-        per = "matrix" if family.weighs_layers_apart else per  # then a gate has a site at each of its layers
-        by_site = _by_place(stacks, per, entries)
-        places = {
-            name: describe_place(name, per, model, entries, denoises=self.denoises, reads_prompt=family.reads_prompt)
-            for name in by_site
-        }
-        at = {layer: places[name] for name, layers in by_site.items() for layer in layers}
-        self.bank = GateBank({name: self._gate(name, layers, at[layers[0]]) for name, layers in self._gated.items()})
-        self.placed = [PlacedSite(self._site(at, by_site[at.name]), at, by_site[at.name]) for at in places.values()]
+        self._layers_of_gate = _by_site(stacks, per, entries)
+        if family.weighs_layers_apart:  # then a gate has a site at each of its layers
+            per = "matrix"
+        layers_of_site = _by_site(stacks, per, entries)
+        reading = {"denoises": self.denoises, "reads_prompt": family.reads_prompt}
+        sites = {name: describe_site(name, per, model, entries, **reading) for name in layers_of_site}
+        of_layer = {layer: sites[name] for name, layers in layers_of_site.items() for layer in layers}
+        gates = {name: self._gate(name, layers, of_layer[layers[0]]) for name, layers in self._layers_of_gate.items()}
+        self.bank = GateBank(gates)
+        self.placed = [
+            PlacedSite(self._site(sites[name], layers), sites[name], layers) for name, layers in layers_of_site.items()
+        ]
         self.site_of = {layer: each.site for each in self.placed for layer in each.layers}
 
     def install(self, undo: Undo) -> None:
@@ -85,43 +87,43 @@ class Component:
 
         A gate at a block reads what enters its attention. Where diffusers lets the processor of an attention be replaced,
         ours does that inside the attention, so that a processor that replaces ours is seen (`BlockSite`). Everything else
-        has no processor, or one that must stay (`_joint`), and gets a hook.
+        has no processor, or one that must stay (`_is_joint`), and gets a hook.
         """
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
         layers = {layer: (self.site_of[layer], stream_of(self.name, self.model, layer)) for layer in self.stacks}
         peft_injection.inject(self.model, self.stacks, layers, undo)
         for each in self.placed:
-            entry, mixes = self._entry(each.at), isinstance(each.site, OutputSite)
-            if isinstance(entry, Attention) and not (self._joint or mixes):
-                _replace_processor(entry, each.site, undo)
+            module, mixes = self._module(each.about), isinstance(each.site, OutputSite)
+            if isinstance(module, Attention) and not (self._is_joint or mixes):
+                _replace_processor(module, each.site, undo)
 
     def hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
-        """The hooks that let sites know when sampling enters their places, and what enters."""
+        """The hooks that let sites know when sampling gets to them, and what their gates read."""
         if self.denoises and (sites := self.model_sites):
             yield self.model, ModelInput(sites, self.sampling, reads_prompt=self.family.reads_prompt)
-        if mixing := {each.at.name: each.site for each in self.placed if isinstance(each.site, OutputSite)}:
+        if mixing := {each.about.name: each.site for each in self.placed if isinstance(each.site, OutputSite)}:
             blocks = {name: self.model.get_submodule(name) for name in mixing}
             yield self.model, Uncompiled(self.sampling.entered, list(blocks.values()), lambda: True)
             for name, mixed in mixing.items():
                 yield blocks[name], OutputMixing(mixed)
         for each in self.placed:
-            site, at, entry = each.site, each.at, self._entry(each.at)
+            site, module = each.site, self._module(each.about)
             if isinstance(site, OutputSite):
                 continue
-            if isinstance(site, BlockSite) and at.block is not None:
-                yield self.model.get_submodule(at.block), BlockBegins(site)
-            if entry is not None and (self._joint or not isinstance(entry, Attention)):  # there, the processor does the same
-                yield entry, GateInput(site, None if site.timed else self.sampling.tokens)
+            if isinstance(site, BlockSite):
+                yield self.model.get_submodule(str(each.about.block)), BlockBegins(site)
+            if module is not None and (self._is_joint or not isinstance(module, Attention)):  # there, the processor does it
+                yield module, GateInput(site, None if site.timed else self.sampling.tokens)
 
     @property
-    def _joint(self) -> bool:
+    def _is_joint(self) -> bool:
         """Whether it attends to text and picture together. Such processors say which backend they use, so they stay."""
         return self.denoises and record(self.model).blocks.is_joint
 
-    def _entry(self, at: Place) -> nn.Module | None:
-        """The module whose input the gate of a place reads when it runs."""
-        return None if at.entry in (None, NETWORK) else self.model.get_submodule(str(at.entry))
+    def _module(self, site: SiteDescription) -> nn.Module | None:
+        """The module whose input the gate of a site reads when it runs."""
+        return None if site.module is None else self.model.get_submodule(site.module)
 
     @property
     def sites(self) -> list[GateSite]:
@@ -163,68 +165,68 @@ class Component:
         device = next(self.model.parameters()).device
         rows = self.sampling.effective.rows_of_prompts
         for each in self.placed:
-            site, at, layer = each.site, each.at, None
+            site, about, layer = each.site, each.about, None
             if self.sampling.settings.fixed.now is None and not site.gate.input_free:
                 reads = "prompt" if site.gate.step_invariant else "picture"
                 raise ValueError(f"the gate of {site.name} depends on the {reads}; give a prompt to average over")
             if site.gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
-                stack = self.stacks[at.name]
+                stack = self.stacks[about.name]
                 layer = Layer(torch.zeros(1, len(stack.segment), device=device), stack.up, stack.segment.to(device))
-            self._site(at, each.layers).evaluate(torch.zeros(rows, 1, at.width, device=device), layer)
+            self._site(about, each.layers).evaluate(torch.zeros(rows, 1, about.width, device=device), layer)
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate with the layers that it weighs."""
-        return [(self.bank[name], layers) for name, layers in self._gated.items()]
+        return [(self.bank[name], layers) for name, layers in self._layers_of_gate.items()]
 
     # ---- building
 
-    def _gate(self, name: str, layers: Sequence[str], at: Place) -> Gate:
-        """The gate of a name for these layers, the first of which has its site at `at`."""
+    def _gate(self, name: str, layers: Sequence[str], site: SiteDescription) -> Gate:
+        """The gate of a name for these layers, the first of which has this site."""
         experts = len(self.sampling.settings.active.now)
-        width, presents = at.width, [(True,) * experts]
-        if self.family.reads_experts and at.name != NETWORK:
-            width = experts * sum(self.stacks[layer].out for layer in probed(at, self.stacks))
-        if self.family.mixes_outputs and at.name != NETWORK:
+        width, presents, is_outside = site.width, [(True,) * experts], site.name == OUTSIDE_BLOCKS
+        if self.family.reads_experts and not is_outside:
+            width = experts * sum(self.stacks[layer].out for layer in probed(site, self.stacks))
+        if self.family.mixes_outputs and not is_outside:
             width = experts * width
         if self.family.weighs_layers_apart:
             presents = [self.stacks[layer].present for layer in layers]
-        tokens = round(at.tokens * self.family.picture_area) if self.denoises else at.tokens
-        place = GatePlace(experts, width, tokens, name == NETWORK, presents, self.stacks.get(name))
-        return self.family.gate(place)
+        tokens = round(site.tokens * self.family.picture_area) if self.denoises else site.tokens
+        return self.family.gate(GatePlace(experts, width, tokens, name == OUTSIDE_BLOCKS, presents, self.stacks.get(name)))
 
-    def _site(self, at: Place, layers: Sequence[str]) -> GateSite:
-        """The site of a place. What the gate reads there decides when it is evaluated, and so the kind of site."""
+    def _site(self, about: SiteDescription, layers: Sequence[str]) -> GateSite:
+        """The site of a gate. What the gate reads there decides when it is evaluated, and so the kind of site."""
         presents = {self.stacks[layer].present for layer in layers}
-        gate, scope = self._gate_at(at)
+        gate, scope = self._gate_at(about.name)
         common: dict[str, Any] = {
+            "name": f"{self.name}.{about.name}" if about.name else self.name,
+            "gate": gate,
+            "sampling": self.sampling,
             "presents": sorted(presents, key=lambda present: (sum(present), present), reverse=True),
             "timed": self.denoises,
             "scope": scope,
-            "probe": self._probe(at),
+            "probe": self._probe(about),
         }
-        about = f"{self.name}.{at.name}" if at.name else self.name, gate, self.sampling
-        if NETWORK in (at.name, at.entry):
-            return ModelSite(*about, spans_blocks=at.name == NETWORK, **common)
+        if about.reads == "model":
+            return ModelSite(**common, spans_blocks=about.name == OUTSIDE_BLOCKS)
         if self.family.mixes_outputs:
-            return OutputSite(*about, **common | {"presents": [tuple(map(any, zip(*presents, strict=True)))]})
-        if at.entry is None and at.block is None:
-            return LayerSite(*about, **common)
-        reads_text = self.denoises and self.family.one_gate_per == "stream" and at.name.endswith(TEXT_LAYERS)
-        return BlockSite(*about, reads_text=reads_text, **common)
+            return OutputSite(**common | {"presents": [tuple(map(any, zip(*presents, strict=True)))]})
+        if about.reads == "layer":
+            return LayerSite(**common)
+        return BlockSite(**common, reads_text=about.reads == "text")
 
-    def _gate_at(self, at: Place) -> tuple[Any, Present | None]:
+    def _gate_at(self, site: str) -> tuple[Any, Present | None]:
         """The gate of a site, and the experts it shares among if it weighs each of its layers."""
         if not self.family.weighs_layers_apart:
-            return self.bank[at.name], None
-        name, layers = next((name, layers) for name, layers in self._gated.items() if at.name in layers)
+            return self.bank[site], None
+        name, layers = next((name, layers) for name, layers in self._layers_of_gate.items() if site in layers)
         scope = tuple(map(any, zip(*(self.stacks[layer].present for layer in layers), strict=True)))
-        return self.bank[name].for_layer(layers.index(at.name)), scope
+        return self.bank[name].for_layer(layers.index(site)), scope
 
-    def _probe(self, at: Place) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _probe(self, site: SiteDescription) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The paper's gate input: hidden state [B, T, C] -> each expert's outputs [B, T, N * sum Cout]."""
-        if not self.family.reads_experts or at.name == NETWORK:
+        if not self.family.reads_experts or site.name == OUTSIDE_BLOCKS:
             return None
-        names, pool = probed(at, self.stacks), not self.family.reads_tokens
+        names, pool = probed(site, self.stacks), not self.family.reads_tokens
 
         def outputs(hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden.mean(1, keepdim=True) if pool else hidden  # the mean commutes with linear layers
@@ -237,11 +239,11 @@ class Component:
         return outputs
 
 
-def _by_place(layers: Iterable[str], per: str, entries: Iterable[str]) -> dict[str, list[str]]:
-    """The name of each place that has a gate or a site -> its layers, see `place_name`."""
+def _by_site(layers: Iterable[str], per: str, entries: Iterable[str]) -> dict[str, list[str]]:
+    """The name of each site -> its layers, see `site_name`."""
     found: dict[str, list[str]] = {}
     for layer in layers:
-        found.setdefault(place_name(layer, per, entries), []).append(layer)
+        found.setdefault(site_name(layer, per, entries), []).append(layer)
     return found
 
 

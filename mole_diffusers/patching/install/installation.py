@@ -181,20 +181,20 @@ class Installation:
                 return
             self.check_on()
             off = [model for model in models if switched_off(model)]  # by `disable_lora`, and they stay off
-            before: dict[nn.Module, bool] | None = None
+            before: dict[nn.Module, bool] | None = None  # whether each is switched off where the block begins
+            after: Sequence[nn.Module] | None = None  # those to switch off again
             is_begun = False
-            after: list[Sequence[nn.Module]] = []  # the models to switch off; a second attempt must not read them anew
 
             def put_back() -> None:
-                now = installed(self.pipe)
+                nonlocal after
                 if not self.is_lifted:  # `remove` was called, or this is done
                     return
-                if now is not None and now is not self:
+                if installed(self.pipe) not in (None, self):
                     self._locking = Undo()  # calls now belong to the other mixture
                 elif is_begun:
-                    if not after:
-                        after.append(off if before is None else off_after(models, off, before))
-                    self._put_back(after[0])
+                    if after is None:  # else this is a second attempt, and the first has switched models
+                        after = off if before is None else off_after(models, off, before)
+                    self._put_back(after)
                 elif off:
                     switch(off, on=False)
                 del _lifted[self.denoiser]
