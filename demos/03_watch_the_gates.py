@@ -19,6 +19,6 @@ with mixture.trace() as trace:
     )
 
 print(f"{'place':70}", *(f"{name:>14}" for name in trace.experts), " first step -> last")
-for place in trace.places:
+for place in trace.sites:
     weights = trace.weights(place)
     print(f"{place:70}", *(f"{a:6.2f} ->{b:5.2f}" for a, b in zip(weights[0].tolist(), weights[-1].tolist(), strict=True)))

@@ -31,8 +31,8 @@ from mole_diffusers.lora.strengths import Source, files_of, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
 from mole_diffusers.patching.gating.decision import Decision
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
-from mole_diffusers.patching.gating.sampling import Sampling
-from mole_diffusers.patching.gating.settings import Change, Plan, Rows, Settings
+from mole_diffusers.patching.gating.settings import Change, Rows, Settings, StrengthPlan
+from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.gating.trace import Trace
 from mole_diffusers.patching.host.denoiser_inputs import (
@@ -69,7 +69,7 @@ class PersistentSettings(NamedTuple):
 
     experts: dict[str, tuple[Expert, float]]  # name -> (expert, strength), as `attach` takes them
     active: set[str]  # the experts that are switched on
-    plan: Plan | None  # that `choose` has set, if any
+    plan: StrengthPlan | None  # that `choose` has set, if any
     binding: dict[str, Bound] | None  # each expert's words and region; None if nothing is bound
 
 
@@ -102,14 +102,14 @@ class Mixture:
         self.config, self.experts, self.file_words, self._pipe = config, files, files_bindings(files), pipe
         self.unmatched = {name: tuple(m.unmatched) for name, m in zip(files, matches, strict=True)}
         strengths = [strength for _, strength in experts.values()]
-        self._sampling = Sampling.of(strengths, DenoiserInputs(denoiser(pipe)), PromptTokens(tokenizers_of(pipe)))
+        self._shared = SharedState.of(strengths, DenoiserInputs(denoiser(pipe)), PromptTokens(tokenizers_of(pipe)))
         self._components = [
-            Component(name, models[name], stacks, family=config.options, sampling=self._sampling)
+            Component(name, models[name], stacks, family=config.options, shared=self._shared)
             for name, stacks in stack_all(matches, models).items()
         ]
-        self._installation = Installation(self, pipe, files, self._components, self._sampling)
+        self._installation = Installation(self, pipe, files, self._components, self._shared)
         self._lock = self._installation.lock
-        self._sampling.set(self._settings.binding, self._masks(binding))
+        self._shared.set(self._settings.binding, self._masks(binding))
 
     def __repr__(self) -> str:
         strengths = zip(self.experts, self._settings.strengths.now, self._settings.active.now, strict=True)
@@ -125,12 +125,12 @@ class Mixture:
 
     @cached_property
     def banks(self) -> dict[str, GateBank]:
-        """Part -> the gates of that model. A bank that is added is trained and saved like these."""
-        return {part.name: part.bank for part in self._components}
+        """Component -> the gates of that model. A bank that is added is trained and saved like these."""
+        return {each.name: each.bank for each in self._components}
 
     @property
     def _settings(self) -> Settings:
-        return self._sampling.settings
+        return self._shared.settings
 
     # ---- for users
 
@@ -145,7 +145,7 @@ class Mixture:
             if value is not None:
                 self._installation.check_in_use()
                 strengths[index] = finite(name, value)  # in this list, so that a block of `strengths` knows it from `choose`
-                self._sampling.set(self._settings.strengths, strengths)
+                self._shared.set(self._settings.strengths, strengths)
             return strengths[index]
 
     @property
@@ -159,11 +159,11 @@ class Mixture:
         return {name for name, acts in zip(self.experts, self._settings.acting, strict=True) if acts}
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> StrengthPlan | None:
         """The plan that `choose` or `planned` has set, if any."""
         return self._settings.plan.now
 
-    def choose(self, strengths: Mapping[str, float], plan: Plan | None = None) -> None:
+    def choose(self, strengths: Mapping[str, float], plan: StrengthPlan | None = None) -> None:
         """Switch on exactly these experts, at these strengths. `plan` adds factors on top, by component and block.
 
         Inside a block of `strengths`, `only` or `planned`, what that block sets is restored when it ends: all strengths,
@@ -177,10 +177,10 @@ class Mixture:
             now = [strengths.get(name, old) for name, old in zip(self.experts, self._settings.strengths.now, strict=True)]
             self._set(now, strengths, plan)
 
-    def _set(self, strengths: list[float], active: Container[str], plan: Plan | None) -> None:
-        self._sampling.set(self._settings.strengths, strengths)
-        self._sampling.set(self._settings.active, [name in active for name in self.experts])
-        self._sampling.set(self._settings.plan, plan)
+    def _set(self, strengths: list[float], active: Container[str], plan: StrengthPlan | None) -> None:
+        self._shared.set(self._settings.strengths, strengths)
+        self._shared.set(self._settings.active, [name in active for name in self.experts])
+        self._shared.set(self._settings.plan, plan)
 
     @contextmanager
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
@@ -197,7 +197,7 @@ class Mixture:
                 for i, strength in enumerate(inside):
                     if i not in changed and strength != before[i]:  # set by `strength` inside
                         now[i] = strength
-                self._sampling.set(self._settings.strengths, now)
+                self._shared.set(self._settings.strengths, now)
 
     def only(self, *names: str) -> AbstractContextManager[None]:
         """Mask all other experts and renormalise the gates inside the block (MoLE's second inference mode)."""
@@ -235,14 +235,14 @@ class Mixture:
                 table[row, self._index(name)] = finite(name, factor)
         return self._with_settings(self._settings.rows.to(Rows(table, images)))
 
-    def planned(self, plan: Plan) -> AbstractContextManager[None]:
+    def planned(self, plan: StrengthPlan) -> AbstractContextManager[None]:
         """Set strengths by component, block and step, or gates by hand, inside the block, see
-        `patching.gating.settings.Plan`.
+        `patching.gating.settings.StrengthPlan`.
         """
         return self._with_settings(self._settings.plan.to(plan))
 
     def adjusted(self, control: Control) -> AbstractContextManager[None]:
-        """Transform the gates inside the block, before strengths apply: `control(place, gates, mask) -> gates`.
+        """Transform the gates inside the block, before strengths apply: `control(site, gates, mask) -> gates`.
 
         See `gates.transforms`.
         """
@@ -261,13 +261,13 @@ class Mixture:
     @contextmanager
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
         """Call `listener(decision)` with each gate's live weights, whenever it computes them."""
-        heard = self._sampling.listeners.decisions
+        heard = self._shared.listeners.decisions
         with self._lock.held(), self._with_settings(heard.to((*heard.now, listener))):
             yield
 
     @contextmanager
     def trace(self, *, maps: bool = False) -> Iterator[Trace]:
-        """Record every gate's weights while the block runs: by place, step, batch row and expert.
+        """Record every gate's weights while the block runs: by site, step, batch row and expert.
 
         Args:
             maps: also record where the model attends to the words of each bound thing, at every step instead of the
@@ -276,7 +276,7 @@ class Mixture:
                 1024.
         """
         with self._lock.held():
-            step, listeners = self._sampling.step, self._sampling.listeners
+            step, listeners = self._shared.step, self._shared.listeners
             trace = Trace(list(self.experts), step, step.number + 1)
             changes: list[Change[Any]] = [listeners.layouts.to((*listeners.layouts.now, trace.record_layouts))]
             if maps:
@@ -299,33 +299,32 @@ class Mixture:
         with self._lock.held(draws=True):
             self._installation.refuse_replaced(pipe)
             now = attached(self._pipe)
-            if now is self:
-                block = self._one_call(call, pipe)
-            else:  # it was replaced or taken off while this call waited
-                block = nullcontext() if now is None else now.drawing(call, pipe=pipe)
+            block: AbstractContextManager[None] = nullcontext()  # it was taken off while this call waited
+            if now is not None:  # or replaced
+                block = self._one_call(call, pipe) if now is self else now.drawing(call, pipe=pipe)
             with block:
                 yield
 
     @contextmanager
     def _one_call(self, call: Mapping[str, Any] | None, pipe: Any) -> Iterator[None]:
         """A call of the pipeline that this mixture is on."""
-        sampling, binding, is_done = self._sampling, self._settings.binding.now, False
-        changes: list[Change[Any]] = [sampling.step.pipe.to(pipe)]
+        shared, binding, is_done = self._shared, self._settings.binding.now, False
+        changes: list[Change[Any]] = [shared.step.pipe.to(pipe)]
         if self._installation.is_off(lora_scale(call or {})):  # nothing that belongs to experts acts without them
             changes += [self._settings.binding.to(None), self._settings.tiling.to(Tiling(0))]
         if binding is not None:
             binding.begin()
         try:
-            with sampling.changed_while(*changes), self._way_to_draw(call, pipe):
+            with shared.changed_while(*changes), self._way_to_draw(call, pipe):
                 yield
             is_done = True
         finally:
-            sampling.entered.leave()
-            sampling.kept_text.end()
-            for hears in sampling.listeners.layouts.now:
+            shared.entered.leave()
+            shared.kept_text.end()
+            for hears in shared.listeners.layouts.now:
                 hears(self.layouts)
             if binding is not None:
-                binding.end(warns=is_done and sampling.effective.masks is binding)
+                binding.end(warns=is_done and shared.effective.masks is binding)
 
     def _way_to_draw(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
         """A block in which the things of a call are drawn in tiles, or are first found in a given picture; or neither."""
@@ -346,14 +345,14 @@ class Mixture:
 
     def _alone(self, names: Sequence[str], *, is_heard: bool = True) -> AbstractContextManager[None]:
         """Only these experts, on every word, for calls of the denoiser that are parts of a step, or that draw nothing."""
-        changes: list[Change[Any]] = [self._sampling.step.part.to(tuple(name in names for name in self.experts))]
+        changes: list[Change[Any]] = [self._shared.step.alone.to(tuple(name in names for name in self.experts))]
         if not is_heard:
-            changes.append(self._sampling.listeners.decisions.to(()))
+            changes.append(self._shared.listeners.decisions.to(()))
         return self._changed_while(*changes)
 
     def _set_places(self, masks: TokenMasks, places: Mapping[ThingKey, torch.Tensor]) -> bool:
         done = masks.set_places(places)
-        self._sampling.effective.changed()
+        self._shared.effective.changed()
         return done
 
     def weighed(self) -> dict[str, tuple[Expert, float]]:
@@ -379,7 +378,7 @@ class Mixture:
     @property
     def sites(self) -> list[str]:
         """The names of the gates' sites, such as "unet.mid_block.attentions.0.transformer_blocks.0"."""
-        return [site.name for part in self._components for site in part.sites]
+        return [site.name for each in self._components for site in each.sites]
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate with the layers that it weighs, such as "unet.down_blocks.0.attentions.0.proj_in"."""
@@ -466,7 +465,7 @@ class Mixture:
         averages = Averages()
         if self.is_bound:
             warnings.warn(FOLDED, stacklevel=4)
-        heard = self._sampling.listeners.decisions
+        heard = self._shared.listeners.decisions
         changes: list[Change[Any]] = [self._settings.tiling.to(Tiling(0)), heard.to((*heard.now, averages))]
         if prompt is None:
             changes.append(self._settings.binding.to(None))
@@ -507,7 +506,7 @@ class Mixture:
     @contextmanager
     def _changed_while(self, *changes: Change[Any]) -> Iterator[None]:
         """Keep other threads out and change settings while the block runs."""
-        with self._lock.held(), self._sampling.changed_while(*changes):
+        with self._lock.held(), self._shared.changed_while(*changes):
             yield
 
     def _index(self, name: str) -> int:
@@ -538,7 +537,7 @@ class Mixture:
         """
         with self._lock.held():
             self._installation.check_in_use()
-            self._sampling.set(self._settings.binding, self._masks(binding))
+            self._shared.set(self._settings.binding, self._masks(binding))
 
     @property
     def is_bound(self) -> bool:
@@ -559,11 +558,11 @@ class Mixture:
         `with` blocks that set the binding and the active experts have ended.
         """
         settings, masks = self._settings, self._settings.binding.now
-        sites = [site for part in self._components for site in part.model_sites]
-        points = [self._sampling.step.restore_point(), *(site.restore_point() for site in sites)]
+        sites = [site for each in self._components for site in each.model_sites]
+        points = [self._shared.step.restore_point(), *(site.restore_point() for site in sites)]
         if masks is not None:
             points.append(masks.restore_point())
-        return self._sampling.restored(points, settings.binding.to(masks), settings.active.to(list(settings.active.now)))
+        return self._shared.restored(points, settings.binding.to(masks), settings.active.to(list(settings.active.now)))
 
     def tiled(
         self,
@@ -681,11 +680,11 @@ class Mixture:
         if binding is None:
             return None
         bound = bindings(binding, self.file_words, self.binding or self.file_words)
-        given, record = [name for name, each in bound.items() if each.given is not None], self._sampling.inputs.record
+        given, record = [name for name, each in bound.items() if each.given is not None], self._shared.inputs.record
         if given and record.side is None:
             named = " and ".join(map(repr, given))
             raise ValueError(f"a {type(denoiser(self._pipe)).__name__} has no regions, and one was given for {named}")
-        return TokenMasks(bound, self._sampling.tokens, record.blocks)
+        return TokenMasks(bound, self._shared.tokens, record.blocks)
 
 
 def attach(

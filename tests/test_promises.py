@@ -218,7 +218,7 @@ def test_guidance_rows_have_their_own_gates(pipe, loras, draw, awake):
     mixture = awake(mole.attach(pipe, loras, "mole"))
     with mixture.trace() as trace:
         draw(pipe)
-    place = next(p for p in trace.places if p.startswith("unet.mid"))
+    place = next(p for p in trace.sites if p.startswith("unet.mid"))
     first = next(w for name, _, w in trace.records if name == place)
     assert first.shape == (2, 3)
     assert not torch.allclose(first[0], first[1], atol=1e-4)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-Box = tuple[float, float, float, float]
-Region = str | Box | Image.Image
+ShareBox = tuple[float, float, float, float]
+Region = str | ShareBox | Image.Image
 GridSize = tuple[int, int]  # height and width of a picture, in latent pixels or in tokens of a layer
 
 AUTO, EVERYWHERE = "auto", "everywhere"
-BOXES: dict[str, Box] = {  # left, top, right, bottom, in shares of width and height
+BOXES: dict[str, ShareBox] = {  # left, top, right, bottom, in shares of width and height
     "left": (0, 0, 0.5, 1), "right": (0.5, 0, 1, 1), "top": (0, 0, 1, 0.5), "bottom": (0, 0.5, 1, 1),
     "center": (0.25, 0.25, 0.75, 0.75), "top left": (0, 0, 0.5, 0.5), "top right": (0.5, 0, 1, 0.5),
     "bottom left": (0, 0.5, 0.5, 1), "bottom right": (0.5, 0.5, 1, 1),

@@ -1,4 +1,4 @@
-"""The gates of one model, looked up by place."""
+"""The gates of one model, looked up by site."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mole_diffusers.gates.contract import Gate
 
 
 class GateBank(nn.Module):
-    """The gates of one model by place. They stay fp32 whatever the model is cast to.
+    """The gates of one model by site. They stay fp32 whatever the model is cast to.
 
-    A place is a module name of the model. Parameter names may not contain dots, so "/" replaces them there. The place of
+    A site has the name of a module. Parameter names may not contain dots, so "/" replaces them there. The site of
     the network itself has no name, and is called "network" there.
     """
 
     def __init__(self, gates: Mapping[str, Gate]):
         super().__init__()
-        self.gates = nn.ModuleDict({_key(place): gate for place, gate in gates.items()})
+        self.gates = nn.ModuleDict({_key(site): gate for site, gate in gates.items()})
 
-    def __getitem__(self, place: str) -> Any:
-        return self.gates[_key(place)]
+    def __getitem__(self, site: str) -> Any:
+        return self.gates[_key(site)]
 
     def __iter__(self) -> Iterator[Gate]:
         return iter(self.gates.values())  # type: ignore[arg-type]
@@ -33,5 +33,5 @@ class GateBank(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 
-def _key(place: str) -> str:
-    return place.replace(".", "/") or "network"
+def _key(site: str) -> str:
+    return site.replace(".", "/") or "network"

@@ -1,4 +1,4 @@
-"""Gates on disk: safetensors and a JSON config with named experts and places, checked strictly in both directions."""
+"""Gates on disk: safetensors and a JSON config with named experts and sites, checked strictly in both directions."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class Checkpoint:
         return list(self.experts)
 
     def fill(self, banks: Mapping[str, GateBank]) -> None:
-        """Copy the weights into `banks`; UnfitGatesError naming the places or shapes that differ.
+        """Copy the weights into `banks`; UnfitGatesError naming the sites or shapes that differ.
 
-        Gates without parameters for single experts may hold places that none of the present experts has; these are
-        skipped. They may also lack places, if they were trained with experts of fewer layers. All experts have equal
+        Gates without parameters for single experts may hold sites that none of the present experts has; these are
+        skipped. They may also lack sites, if they were trained with experts of fewer layers. All experts have equal
         weight there, and a warning says so.
         """
         wanted = {f"{part}.{k}": v for part, bank in banks.items() for k, v in bank.state_dict().items()}

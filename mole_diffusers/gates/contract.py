@@ -1,4 +1,4 @@
-"""What every gate family is: a `Family` with the options and the place of its gates, and the `Gate` that it makes.
+"""What every gate family is: a `Family` with the options and the sites of its gates, and the `Gate` that it makes.
 
 `families/` has one file for each.
 """
@@ -51,7 +51,7 @@ class Gate(nn.Module):
 
     A gate never waits for the device (no `.item()`, no `if tensor`). The user's strengths are applied after it.
 
-    hidden [B, T, C], of any dtype, is what enters the gate's place, see `Family.one_gate_per`:
+    hidden [B, T, C], of any dtype, is what the gate's site reads, see `Family.one_gate_per`:
 
     - per "block": the input of the block's first attention, after the norm;
     - per "layer": the input of that attention or feed-forward;
@@ -176,7 +176,7 @@ class Family(ABC):
 
     @property
     def reads_experts(self) -> bool:
-        """Whether gates read the experts' outputs for the state of their place instead of that state."""
+        """Whether gates read the experts' outputs for the state of their site instead of that state."""
         return False
 
     @property

@@ -10,11 +10,11 @@ from typing import Any
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
 from mole_diffusers.lora import COMPONENTS
-from mole_diffusers.patching.gating.settings import Plan
+from mole_diffusers.patching.gating.settings import StrengthPlan
 
 
 class AdapterWeights:
-    """A strength schedule that never changes: a strength per expert, model and block; see `settings.Plan`.
+    """A strength schedule that never changes: a strength per expert, model and block; see `settings.StrengthPlan`.
 
     Args:
         names: the experts, in the order of the gates' columns.
@@ -54,7 +54,7 @@ class AdapterWeights:
         """Replaces no gate."""
 
 
-def weights_by_block(plan: Plan | None) -> dict[str, dict[str, Any]]:
+def weights_by_block(plan: StrengthPlan | None) -> dict[str, dict[str, Any]]:
     """Expert -> its weights by model and block, if `set_adapters` was given some."""
     return plan.weights if isinstance(plan, AdapterWeights) else {}
 

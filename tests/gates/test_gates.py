@@ -138,7 +138,7 @@ def test_every_gate_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, 
 def test_places_by_granularity(pipe, loras, draw, granularity, places):
     with mole.attach(pipe, loras, GateConfig("mole", granularity=granularity)).trace() as trace:
         draw(pipe, num_inference_steps=1)
-    assert len([p for p in trace.places if "(" not in p]) == places
+    assert len([p for p in trace.sites if "(" not in p]) == places
 
 
 def test_layers_with_fewer_experts_are_traced_apart(pipe, loras, draw):

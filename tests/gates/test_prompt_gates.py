@@ -233,7 +233,7 @@ def test_modules_as_experts(pipe, loras, draw, awake, tmp_path, axis):
         gated = draw(pipe)
     assert not torch.allclose(gated, plain, atol=1e-3)
     block = "unet.mid_block.attentions.0.transformer_blocks.0."
-    layers = torch.stack([trace.weights(p)[0] for p in trace.places if p.startswith(block)])  # [M, N]
+    layers = torch.stack([trace.weights(p)[0] for p in trace.sites if p.startswith(block)])  # [M, N]
     if axis == "both":  # 8 layers of three experts and 2 of one
         assert layers.sum().item() == pytest.approx(26, rel=1e-4)
     else:

@@ -191,7 +191,7 @@ def test_gates_that_stand_still_fold_rank_by_rank(pipe, loras, draw, refactor):
     live = draw(pipe)
     with mixture.trace() as trace:
         draw(pipe)
-    assert trace.weights(trace.places[0]).shape[-1] == 2
+    assert trace.weights(trace.sites[0]).shape[-1] == 2
     with mixture.collapsed("a", num_inference_steps=1):
         torch.testing.assert_close(draw(pipe), live, atol=1e-4, rtol=0)
 

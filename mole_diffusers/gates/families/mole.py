@@ -1,4 +1,4 @@
-"""MoLE (Wu et al., ICLR 2024): weights from the whole state of a place."""
+"""MoLE (Wu et al., ICLR 2024): weights from the whole state of a site."""
 
 from __future__ import annotations
 

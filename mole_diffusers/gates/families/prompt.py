@@ -59,7 +59,7 @@ def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor
 class PromptGate(Gate):
     """softmax(W g(h)), then top-k (MiLoRA, eq. 5-8). h = softmax(H w)^T H pools the prompt's tokens by self-attention.
 
-    Every place has its own w, W and g. They begin even: w and W are zero, g is close to GELU. The router runs once per
+    Every site has its own w, W and g. They begin even: w and W are zero, g is close to GELU. The router runs once per
     prompt: it reuses its logits for the very same states, while masks and strengths may change.
 
     The paper does not say whether the kept probabilities are renormalised. `total` is "none" (as they are), "1" or "N"
@@ -67,7 +67,7 @@ class PromptGate(Gate):
     folded weights (`mixture.collapsed(prompt)`), the prompt decides for all rows.
 
     Args:
-        presents: which experts each layer of the place has, [M][N]; one row for the whole place on axis "concept".
+        presents: which experts each layer of the site has, [M][N]; one row for the whole site on axis "concept".
         axis: the softmax is over the N concepts, the M modules, or "both", N * M.
         top: how many of them are kept; 0 keeps all.
     """

@@ -35,7 +35,7 @@ class Static(Family, name="static"):
 
 
 class StaticGate(Gate):
-    """Learned weights per place, one set per time bin: [bins, N] logits that start equal."""
+    """Learned weights per site, one set per time bin: [bins, N] logits that start equal."""
 
     starts_anywhere = True
 

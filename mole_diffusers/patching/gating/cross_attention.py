@@ -14,22 +14,22 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.hooks import Call, ForwardHook, Uncompiled
 from mole_diffusers.patching.host.placement import tokens_of
 
 MAP_TOKENS = 256  # maps are read in layers with about this many tokens: 16 x 16 in SD 1.5 at 512 pixels
 
 
-def hooks(model: Any, sampling: Sampling) -> Iterator[tuple[nn.Module, ForwardHook]]:
+def hooks(model: Any, shared: SharedState) -> Iterator[tuple[nn.Module, ForwardHook]]:
     """Hooks for every cross-attention of a UNet, and for the UNet, whose compiled blocks cannot be read."""
     reading = map_layers(model)
     around = [
         module for name, module in model.named_modules() if any(each.startswith(f"{name}.") for each in reading if name)
     ]
-    yield model, Uncompiled(sampling.entered, around, lambda: sampling.wants_maps)
+    yield model, Uncompiled(shared.entered, around, lambda: shared.wants_maps)
     for name, module in cross_attentions(model).items():
-        yield module, CrossAttention(sampling, reads_maps=name in reading)
+        yield module, CrossAttention(shared, reads_maps=name in reading)
 
 
 def cross_attentions(model: Any) -> dict[str, Attention]:
@@ -52,25 +52,25 @@ def map_layers(model: Any) -> list[str]:
 class CrossAttention(ForwardHook):
     """On a cross-attention: reads how much attention words get, if its maps are read, and closes words."""
 
-    sampling: Sampling
+    shared: SharedState
     reads_maps: bool
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Call | None:
-        masks = self.sampling.effective.masks
-        if masks is None or (bound := masks.text) is None or not (bound.binds or self.sampling.wants_maps):
+        masks = self.shared.effective.masks
+        if masks is None or (bound := masks.text) is None or not (bound.binds or self.shared.wants_maps):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
         text = text[0] if isinstance(text, tuple) else text  # IP-Adapter passes its pictures along with the text
         if text is None or hidden.dim() != 3:
             return None
-        if self.reads_maps and not torch.compiler.is_compiling() and self.sampling.wants_maps:
+        if self.reads_maps and not torch.compiler.is_compiling() and self.shared.wants_maps:
             frames, rest = divmod(len(hidden), bound.rows)
             if frames and not rest:
                 drawn = [row * frames + frame for row in bound.picture.picture_rows for frame in range(frames)]
                 shares = _probabilities(module, hidden[drawn], text[drawn])
-                self.sampling.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a video has one layout
-        if not self.sampling.effective.closes:
+                self.shared.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a video has one layout
+        if not self.shared.effective.closes:
             return None
         given = kwargs.get("attention_mask")
         if given is None and not torch.compiler.is_compiling():

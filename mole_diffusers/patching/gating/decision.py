@@ -18,7 +18,7 @@ Present = tuple[bool, ...]  # which of the N experts a layer has
 class Decision(NamedTuple):
     """The weights of one gate for the layers with one set of experts."""
 
-    of: Any  # the gate's site, which has a name
+    site: Any  # the gate's site, which has a name
     present: Present  # which experts these layers have; a site's first decision is for the largest set
     output: torch.Tensor  # [N], [B, N] or [B, T, N], the gate's output; for a gate per rank, R instead of N
     # The same times the user's strengths. The layers are multiplied by this, and by masks of tokens. Layers outside of
@@ -28,12 +28,12 @@ class Decision(NamedTuple):
     segment: torch.Tensor | None  # [R], the expert of each rank, if the gate weighs ranks
 
     @property
-    def place(self) -> str:
-        """The gate's place, component first.
+    def name(self) -> str:
+        """The site's name, component first.
 
         Only listeners read it: a name would make torch.compile compile every block separately.
         """
-        return self.of.name
+        return self.site.name
 
     @property
     def gates(self) -> torch.Tensor:

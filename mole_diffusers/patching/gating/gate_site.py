@@ -25,7 +25,7 @@ from mole_diffusers.functional import onto
 from mole_diffusers.gates import Context, Gate, Layer
 from mole_diffusers.gates.unchanged import LastTensor, version
 from mole_diffusers.patching.gating.decision import Decision, Present
-from mole_diffusers.patching.gating.sampling import Sampling, WeighedExperts
+from mole_diffusers.patching.gating.shared_state import SharedState, WeighedExperts
 from mole_diffusers.patching.undo import Undo, restore_point
 
 NEVER = -1  # rows for which a site's weights never hold without asking it
@@ -87,14 +87,14 @@ class GateSite(ABC):
         self,
         name: str,
         gate: Gate,
-        sampling: Sampling,
+        shared: SharedState,
         *,
         presents: Sequence[Present],
         timed: bool,
         scope: Present | None,
         probe: Callable[[torch.Tensor], torch.Tensor] | None,
     ):
-        self.name, self.gate, self.sampling = name, gate, sampling
+        self.name, self.gate, self.shared = name, gate, shared
         self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
         self._decided = KeptDecisions()
         self._kept_until: tuple | None = None
@@ -115,29 +115,29 @@ class GateSite(ABC):
         if validity.call not in self._kept:
             self._kept[validity.call] = KeptDecisions(self._decide(hidden, layer, tokens))
         self._decided = self._kept[validity.call]
-        for listener in self.sampling.listeners.decisions.now:
+        for listener in self.shared.listeners.decisions.now:
             for decision in self._decided.decisions:
                 listener(decision)
 
     def _validity(self, hidden: torch.Tensor) -> Validity:
         """How long decisions on `hidden` [B, T, C] hold."""
-        step, settings = self.sampling.step, self.sampling.settings
-        part, every = step.part.now, settings.every.now
+        step, settings = self.shared.step, self.shared.settings
+        alone, every = step.alone.now, settings.every.now
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or settings.control.now is not None:
             return THIS_CALL
         if self.gate.input_free:  # for each size of the batch, whatever it reads
-            return Validity((*self._settings(), self._gate_version()), (part, hidden.device, hidden.shape[0]))
+            return Validity((*self._settings(), self._gate_version()), (alone, hidden.device, hidden.shape[0]))
         if self.timed and every > 1:  # for some calls with one text, see `Mixture.every`
             turn = step.texts, step.calls_of_text // every
-            return Validity((*self._settings(), *turn), (part, hidden.device, *hidden.shape[:2]))
+            return Validity((*self._settings(), *turn), (alone, hidden.device, *hidden.shape[:2]))
         if self.text is not None:  # for one text
             self.text.is_again(hidden)
-            return Validity((*self._settings(), self._gate_version(), self.text.number), (part,))
+            return Validity((*self._settings(), self._gate_version(), self.text.number), (alone,))
         return THIS_CALL
 
     def _settings(self) -> tuple[Any, ...]:
         """What the decisions depend on besides the gate and its input."""
-        changes, plan = self.sampling.effective.changes, self.sampling.settings.plan.now
+        changes, plan = self.shared.effective.changes, self.shared.settings.plan.now
         if plan is None:
             return (changes,)
         return changes, tuple(self._strengths()), None if (own := plan.gates(self.name)) is None else tuple(own)
@@ -157,14 +157,14 @@ class GateSite(ABC):
 
     def _fixed(self) -> Sequence[float] | None:
         """Weights by hand, for all gates or from a schedule for this one."""
-        fixed, plan = self.sampling.settings.fixed.now, self.sampling.settings.plan.now
+        fixed, plan = self.shared.settings.fixed.now, self.shared.settings.plan.now
         return plan.gates(self.name) if fixed is None and plan is not None else fixed
 
     def _by_gate(
         self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None, segment: torch.Tensor | None
     ) -> list[Decision]:
-        control = self.sampling.settings.control.now
-        time = self.sampling.step.time.to(hidden.device) if self.timed else torch.zeros(1, device=hidden.device)
+        control = self.shared.settings.control.now
+        time = self.shared.step.time.to(hidden.device) if self.timed else torch.zeros(1, device=hidden.device)
         # PAG passes single layers a part of the batch, videos pass their frames.
         time = functional.resample_rows(time, len(hidden))
         features = hidden if self.probe is None else self.probe(hidden.float())
@@ -194,13 +194,13 @@ class GateSite(ABC):
     ) -> Decision:
         gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), hidden.device)
         weighed = self._weighed_experts(present, hidden)
-        if self.sampling.settings.fixed.now is None:  # weights by hand for one gate; an expert may be absent
+        if self.shared.settings.fixed.now is None:  # weights by hand for one gate; an expert may be absent
             gates = gates * weighed.mask
         return self._decision(present, gates if segment is None else gates[..., segment], weighed, segment)
 
     def _weighed_experts(self, present: Present, hidden: torch.Tensor) -> WeighedExperts:
         """The experts that the gate weighs at this step: first those of the whole batch, then what differs by row."""
-        settings, effective, batch = self.sampling.settings, self.sampling.effective, len(hidden)
+        settings, effective, batch = self.shared.settings, self.shared.effective, len(hidden)
         if settings.fixed.now is None and settings.plan.now is None:
             weighed = effective.experts(present, hidden.device)
         else:
@@ -219,7 +219,7 @@ class GateSite(ABC):
 
     def _strengths(self) -> Sequence[float]:
         """[N]: the user's strengths, or 1 each beside weights by hand; times the schedule's."""
-        settings, plan = self.sampling.settings, self.sampling.settings.plan.now
+        settings, plan = self.shared.settings, self.shared.settings.plan.now
         strengths = settings.strengths.now if settings.fixed.now is None else [1.0] * len(settings.strengths.now)
         if plan is None:
             return strengths
@@ -245,7 +245,7 @@ class GateSite(ABC):
             self._make_ready(layer, x, low)
         if x.dim() != 3 or not self.shares_factors:
             return self._new_factor(layer, x, low)
-        masks = self.sampling.effective.masks
+        masks = self.shared.effective.masks
         tokens = (layer.stream, x.shape[:2]) if masks is not None and masks.binds else ()  # PAG passes a part of the rows
         in_common = layer.ranks, low.dim(), low.shape[0], low.dtype, *tokens
         if (factor := self._decided.factors.get(in_common)) is None:
@@ -270,7 +270,7 @@ class GateSite(ABC):
 
         None if every expert acts on every token.
         """
-        masks, stream = self.sampling.effective.masks, layer.stream
+        masks, stream = self.shared.effective.masks, layer.stream
         if masks is None or not masks.binds or stream is None or (text := masks.text_of(stream)) is None:
             return None
         tokens = low
@@ -355,7 +355,7 @@ class OutputSite(GateSite):
     @property
     def experts(self) -> list[int]:
         """The indices of the experts that may add anything."""
-        on = self.sampling.step.part.now or self.sampling.settings.active.now
+        on = self.shared.step.alone.now or self.shared.settings.active.now
         return [i for i, there in enumerate(self.presents[0]) if there and on[i]]
 
     def take(self, expert: int) -> None:
@@ -426,7 +426,7 @@ class ModelSite(GateSite):
         weights = super()._weights_of(layer, rows)
         if weights.dim() > 1:
             weights = functional.rows_for_layer(weights, rows)
-        if self.spans_blocks and (plan := self.sampling.settings.plan.now) is not None:
+        if self.spans_blocks and (plan := self.shared.settings.plan.now) is not None:
             # The name is read here alone: torch.compile would compile every block anew.
             weights = weights * onto(torch.tensor(plan.block(layer.name)), weights.device)  # [N]
         return weights

@@ -50,7 +50,7 @@ class GatedExperts:
         base, down, up = self._own
         if any(self._hooks) or "forward" in base or "forward" in down or "forward" in up:
             return None
-        if self._reads_text and (made := self.site.sampling.kept_text.of(x)) is not None:
+        if self._reads_text and (made := self.site.shared.kept_text.of(x)) is not None:
             return self._of_text(layer, x, made)
         rows = x.flatten(0, 1)  # [B T, Cin]; products of rows take fewer operations
         low = F.linear(rows, self._down["weight"])  # A x, [B T, R]

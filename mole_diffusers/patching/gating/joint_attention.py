@@ -18,28 +18,28 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mole_diffusers.patching.gating.bound_text import BoundText
-from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.hooks import AroundForward, ForwardHook, Uncompiled
 from mole_diffusers.patching.host.placement import blocks
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of PyTorch's attention, by position
 
 
-def hooks(model: Any, sampling: Sampling) -> Iterator[tuple[nn.Module, ForwardHook]]:
+def hooks(model: Any, shared: SharedState) -> Iterator[tuple[nn.Module, ForwardHook]]:
     """Hooks for the joint attention of every block of a transformer, and for the transformer, whose compiled blocks cannot
     be read. Maps are read in the middle half of the blocks.
     """
     around = list(model.modules())
-    yield model, Uncompiled(sampling.entered, around, lambda: sampling.wants_maps or _closes(sampling))
-    entries = sampling.inputs.record.blocks.entries
+    yield model, Uncompiled(shared.entered, around, lambda: shared.wants_maps or _closes(shared))
+    entries = shared.inputs.record.blocks.entries
     layers = [model.get_submodule(f"{block}.{entries[-1]}") for block in blocks(model, entries)]
     for i, layer in enumerate(layers):
-        yield layer, JointAttention(sampling, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))
+        yield layer, JointAttention(shared, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))
 
 
-def _closes(sampling: Sampling) -> bool:
-    masks = sampling.effective.masks
-    return sampling.effective.closes and masks is not None and masks.text is not None and masks.text.image is not None
+def _closes(shared: SharedState) -> bool:
+    masks = shared.effective.masks
+    return shared.effective.closes and masks is not None and masks.text is not None and masks.text.image is not None
 
 
 @functools.cache  # once for each backend, not in every layer and step
@@ -54,14 +54,14 @@ def _say_native(backend: str) -> None:
 class JointAttention(AroundForward):
     """On an attention: watches PyTorch's attention while it runs, with the one implementation that takes any mask."""
 
-    def __init__(self, sampling: Sampling, *, reads_maps: bool):
-        super().__init__(sampling.entered)
-        self.sampling, self.reads_maps = sampling, reads_maps
+    def __init__(self, shared: SharedState, *, reads_maps: bool):
+        super().__init__(shared.entered)
+        self.shared, self.reads_maps = shared, reads_maps
 
     def enter(self, module: Any, stack: ExitStack) -> None:
-        if self.sampling.effective.masks is None or torch.compiler.is_compiling():
+        if self.shared.effective.masks is None or torch.compiler.is_compiling():
             return
-        closes, reads = _closes(self.sampling), self.reads_maps and self.sampling.wants_maps
+        closes, reads = _closes(self.shared), self.reads_maps and self.shared.wants_maps
         if not (closes or reads):
             return
         processor = module.processor
@@ -72,22 +72,22 @@ class JointAttention(AroundForward):
             stack.callback(setattr, processor, "_attention_backend", chosen)
             processor._attention_backend = None
         stack.enter_context(attention_backend("native"))
-        stack.enter_context(_WatchedAttention(self.sampling, closes=closes, reads_maps=reads))
+        stack.enter_context(_WatchedAttention(self.shared, closes=closes, reads_maps=reads))
 
 
 class _WatchedAttention(TorchFunctionMode):
     """`scaled_dot_product_attention` with maps read from its queries and keys, and a bias added to its logits."""
 
-    def __init__(self, sampling: Sampling, *, closes: bool, reads_maps: bool):
+    def __init__(self, shared: SharedState, *, closes: bool, reads_maps: bool):
         super().__init__()
-        self.sampling, self.closes, self.reads_maps = sampling, closes, reads_maps
+        self.shared, self.closes, self.reads_maps = shared, closes, reads_maps
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         given = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
         query, key = given["query"], given["key"]  # [B, heads, S, D]
-        masks = self.sampling.effective.masks
+        masks = self.shared.effective.masks
         bound = None if masks is None else masks.text
         tokens = query.shape[2]
         apart = bound.apart(tokens) if bound is not None and key.shape[2] == tokens else None
@@ -118,4 +118,4 @@ class _WatchedAttention(TorchFunctionMode):
             if shown is not None:  # [B, 1, 1, S]: padding is hidden
                 logits = logits.masked_fill(~shown[rows, 0], -torch.inf)
             total += logits.softmax(-1) / heads
-        self.sampling.add_maps(total)
+        self.shared.add_maps(total)

@@ -58,7 +58,7 @@ class Change(Generic[T]):
     value: T
 
 
-class Plan(Protocol):
+class StrengthPlan(Protocol):
     """A strength schedule: the user's strengths by component, block and step, on top of `Mixture.strength`.
 
     Each method gives one factor per expert, [N]; 0 means absent there, and the gate shares among the others.
@@ -103,7 +103,7 @@ class Settings:
     rows: Setting[Rows | None] = field(default_factory=lambda: Setting(None))
     control: Setting[Control | None] = field(default_factory=lambda: Setting(None))  # transforms every gate's output
     every: Setting[int] = field(default_factory=lambda: Setting(1))  # gates are evaluated once in so many of its calls
-    plan: Setting[Plan | None] = field(default_factory=lambda: Setting(None))
+    plan: Setting[StrengthPlan | None] = field(default_factory=lambda: Setting(None))
     # Each expert's words and place, and what they mean for the texts and pictures of this moment.
     binding: Setting[TokenMasks | None] = field(default_factory=lambda: Setting(None))
     tiling: Setting[Tiling] = field(default_factory=lambda: Setting(Tiling()))

@@ -1,4 +1,4 @@
-"""A record of the gates' decisions inside a block: weights by place, step, batch row and expert."""
+"""A record of the gates' decisions inside a block: weights by site, step, batch row and expert."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from mole_diffusers import functional
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.patching.gating.decision import Decision, Present
-from mole_diffusers.patching.gating.sampling import Step
+from mole_diffusers.patching.gating.shared_state import Step
 
 
 @dataclass(eq=False)
@@ -21,9 +21,9 @@ class Trace:
         experts: names, in the order of the last axis.
         step: where sampling is.
         before: its number when the block began; a trace counts its own.
-        records: (place, step, applied weights [N] or [B, N] on the CPU). Step -1 is before the first denoiser call, when
-            text encoders run. If some layers of a place have fewer of the experts, they are recorded separately, as
-            "PLACE (fox, ink)". Layers outside of blocks share one record, without a plan's strengths by block.
+        records: (site, step, applied weights [N] or [B, N] on the CPU). Step -1 is before the first denoiser call, when
+            text encoders run. If some layers of a site have fewer of the experts, they are recorded separately, as
+            "SITE (fox, ink)". Layers outside of blocks share one record, without a plan's strengths by block.
         layouts: where each expert acted, for each picture of the last call. Available when the block has ended.
         maps: with `maps=True`, number of the denoiser call, from 0 -> for each picture, name of an expert or noun -> [h,
             w] on the CPU. It is the attention to its words, 0..1 in each layer that is read, summed over these layers.
@@ -39,12 +39,12 @@ class Trace:
     _largest: dict[str, Present] = field(default_factory=dict, repr=False)
 
     def record(self, decision: Decision) -> None:
-        place = decision.place
-        largest = self._largest.setdefault(place, decision.present)
+        site = decision.name
+        largest = self._largest.setdefault(site, decision.present)
         if decision.present != largest:
             names = [name for name, there in zip(self.experts, decision.present, strict=True) if there]
-            place = f"{place} ({', '.join(names)})"
-        self.records.append((place, self.step.number - self.before, decision.weights.detach().float().cpu()))
+            site = f"{site} ({', '.join(names)})"
+        self.records.append((site, self.step.number - self.before, decision.weights.detach().float().cpu()))
 
     def record_layouts(self, layouts: list[Layout]) -> None:
         self.layouts = layouts
@@ -55,29 +55,29 @@ class Trace:
             maps |= {name: maps.get(name, 0) + map_ for name, map_ in layer.items()}
 
     @property
-    def places(self) -> list[str]:
+    def sites(self) -> list[str]:
         """Every gate that was evaluated, in the order of first evaluation."""
-        return list(dict.fromkeys(place for place, _, _ in self.records))
+        return list(dict.fromkeys(site for site, _, _ in self.records))
 
-    def weights(self, place: str) -> torch.Tensor:
-        """The weights at one place by step, mean over batch rows: [steps, N]. In a text encoder, by call instead of step.
+    def weights(self, site: str) -> torch.Tensor:
+        """The weights at one site by step, mean over batch rows: [steps, N]. In a text encoder, by call instead of step.
 
         In a step that is drawn in tiles, each expert's weight is the mean over the tiles in which it is not 0.
         """
-        if place not in (found := self.all_weights()):
-            raise ValueError(f"no gate was evaluated at {place!r}; known: {self.places}")
-        return found[place]
+        if site not in (found := self.all_weights()):
+            raise ValueError(f"no gate was evaluated at {site!r}; known: {self.sites}")
+        return found[site]
 
     def all_weights(self) -> dict[str, torch.Tensor]:
-        """`weights` of every place, read in one pass: SDXL has gates at 700 places."""
-        steps = dict[str, dict[tuple[int, int], list[torch.Tensor]]]()  # place -> (step, number before the first step)
-        for i, (place, step, weights) in enumerate(self.records):
+        """`weights` of every site, read in one pass: SDXL has 700."""
+        steps = dict[str, dict[tuple[int, int], list[torch.Tensor]]]()  # site -> (step, number before the first step)
+        for i, (site, step, weights) in enumerate(self.records):
             mean = weights.reshape(-1, weights.shape[-1]).mean(0)  # [N]
-            steps.setdefault(place, {}).setdefault((step, i if step < 0 else 0), []).append(mean)
-        return {place: torch.stack([_mean_of_shown(each) for each in of.values()]) for place, of in steps.items()}
+            steps.setdefault(site, {}).setdefault((step, i if step < 0 else 0), []).append(mean)
+        return {site: torch.stack([_mean_of_shown(each) for each in of.values()]) for site, of in steps.items()}
 
     def mean(self) -> dict[str, float]:
-        """Each expert's weight, averaged over steps, rows and the places in which it is not 0."""
+        """Each expert's weight, averaged over steps, rows and the sites in which it is not 0."""
         self._refuse_empty()
         average = _mean_of_shown([weights.mean(0) for weights in self.all_weights().values()])
         return dict(zip(self.experts, average.tolist(), strict=True))

@@ -20,7 +20,7 @@ from mole_diffusers.patching.gating import cross_attention, joint_attention
 from mole_diffusers.patching.gating.decision import Present
 from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, LayerSite, ModelSite, OutputSite
 from mole_diffusers.patching.gating.prompt_tokens import TextHook
-from mole_diffusers.patching.gating.sampling import Sampling, StepHook
+from mole_diffusers.patching.gating.shared_state import SharedState, StepHook
 from mole_diffusers.patching.hooks import ForwardHook, Uncompiled
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.host.denoisers import record
@@ -56,8 +56,8 @@ class Component:
     Building checks everything and changes nothing; `install` changes the model.
     """
 
-    def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, sampling: Sampling):
-        self.name, self.model, self.family, self.sampling = name, model, family, sampling
+    def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, shared: SharedState):
+        self.name, self.model, self.family, self.shared = name, model, family, shared
         if family.mixes_outputs and self._is_joint:
             raise ValueError(
                 f"gates that weigh outputs of blocks need blocks with one output, and those of a {type(model).__name__} "
@@ -101,10 +101,10 @@ class Component:
     def hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
         """The hooks that let sites know when sampling gets to them, and what their gates read."""
         if self.denoises and (sites := self.model_sites):
-            yield self.model, ModelInput(sites, self.sampling, reads_prompt=self.family.reads_prompt)
+            yield self.model, ModelInput(sites, self.shared, reads_prompt=self.family.reads_prompt)
         if mixing := {each.about.name: each.site for each in self.placed if isinstance(each.site, OutputSite)}:
             blocks = {name: self.model.get_submodule(name) for name in mixing}
-            yield self.model, Uncompiled(self.sampling.entered, list(blocks.values()), lambda: True)
+            yield self.model, Uncompiled(self.shared.entered, list(blocks.values()), lambda: True)
             for name, mixed in mixing.items():
                 yield blocks[name], OutputMixing(mixed)
         for each in self.placed:
@@ -114,7 +114,7 @@ class Component:
             if isinstance(site, BlockSite):
                 yield self.model.get_submodule(str(each.about.block)), BlockBegins(site)
             if module is not None and (self._is_joint or not isinstance(module, Attention)):  # there, the processor does it
-                yield module, GateInput(site, None if site.timed else self.sampling.tokens)
+                yield module, GateInput(site, None if site.timed else self.shared.tokens)
 
     @property
     def _is_joint(self) -> bool:
@@ -163,10 +163,10 @@ class Component:
         Raises ValueError if a gate depends on its input.
         """
         device = next(self.model.parameters()).device
-        rows = self.sampling.effective.rows_of_prompts
+        rows = self.shared.effective.rows_of_prompts
         for each in self.placed:
             site, about, layer = each.site, each.about, None
-            if self.sampling.settings.fixed.now is None and not site.gate.input_free:
+            if self.shared.settings.fixed.now is None and not site.gate.input_free:
                 reads = "prompt" if site.gate.step_invariant else "picture"
                 raise ValueError(f"the gate of {site.name} depends on the {reads}; give a prompt to average over")
             if site.gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
@@ -182,7 +182,7 @@ class Component:
 
     def _gate(self, name: str, layers: Sequence[str], site: SiteDescription) -> Gate:
         """The gate of a name for these layers, the first of which has this site."""
-        experts = len(self.sampling.settings.active.now)
+        experts = len(self.shared.settings.active.now)
         width, presents, is_outside = site.width, [(True,) * experts], site.name == OUTSIDE_BLOCKS
         if self.family.reads_experts and not is_outside:
             width = experts * sum(self.stacks[layer].out for layer in probed(site, self.stacks))
@@ -200,7 +200,7 @@ class Component:
         common: dict[str, Any] = {
             "name": f"{self.name}.{about.name}" if about.name else self.name,
             "gate": gate,
-            "sampling": self.sampling,
+            "shared": self.shared,
             "presents": sorted(presents, key=lambda present: (sum(present), present), reverse=True),
             "timed": self.denoises,
             "scope": scope,
@@ -262,8 +262,8 @@ def _replace_processor(attention: Attention, site: GateSite, undo: Undo) -> None
 def all_hooks(
     denoiser: Any,
     encoders: Mapping[str, nn.Module],
-    parts: Sequence[Component],
-    sampling: Sampling,
+    components: Sequence[Component],
+    shared: SharedState,
     is_off: Callable[[float], bool],
 ) -> Iterator[tuple[nn.Module, ForwardHook]]:
     """Each hook of a mixture with its module, in the order in which they run on a module that has several.
@@ -271,12 +271,12 @@ def all_hooks(
     `is_off` says whether no expert acts in a call of the denoiser, given the scale of LoRAs in it.
     """
     # Where sampling is and what texts say: all others need it, also the gate of the denoiser as a whole.
-    yield denoiser, StepHook(sampling, is_off)
+    yield denoiser, StepHook(shared, is_off)
     for name, encoder in encoders.items():
-        yield encoder, TextHook(name, sampling.tokens, sampling.inputs.record.text_layers, sampling.on_text)
+        yield encoder, TextHook(name, shared.tokens, shared.inputs.record.text_layers, shared.on_text)
     # Attention that is read or closed must not be compiled in this call.
-    attention = joint_attention if sampling.inputs.record.blocks.is_joint else cross_attention
-    yield from attention.hooks(denoiser, sampling)
+    attention = joint_attention if shared.inputs.record.blocks.is_joint else cross_attention
+    yield from attention.hooks(denoiser, shared)
     # What gates read: first what enters the denoiser, then what enters each block and each place in it.
-    for part in parts:
-        yield from part.hooks()
+    for component in components:
+        yield from component.hooks()

@@ -18,8 +18,8 @@ from mole_diffusers.patching.host.denoisers import record
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.undo import undoing
 
-Weights = Mapping[tuple[str, Present], torch.Tensor]  # (place, present experts) -> [N], or [R] of gates per rank
-Folded = dict[str, dict[str, LoraWeights]]  # part -> {module name in the model: one LoRA's weights}
+Weights = Mapping[tuple[str, Present], torch.Tensor]  # (site, present experts) -> [N], or [R] of gates per rank
+Folded = dict[str, dict[str, LoraWeights]]  # component -> {module name in the model: one LoRA's weights}
 
 
 class Averages:
@@ -30,7 +30,7 @@ class Averages:
 
     def __call__(self, decision: Decision) -> None:
         weights = decision.applied.detach().float()
-        key = decision.place, decision.present
+        key = decision.name, decision.present
         total, count = self._sums.get(key, (torch.zeros(()), 0))
         self._sums[key] = (total.to(weights.device) + weights.reshape(-1, weights.shape[-1]).mean(0), count + 1)
 
@@ -39,47 +39,47 @@ class Averages:
         return {key: total / count for key, (total, count) in self._sums.items()}
 
 
-def evaluate_gates(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str] | None, **call: Any) -> None:
+def evaluate_gates(pipe: Any, components: Sequence[Component], prompt: str | Sequence[str] | None, **call: Any) -> None:
     """Evaluate every gate as cheaply as possible: without a prompt if it reads nothing, by encoding if it reads the
     text, else by drawing. Gates that read the prompt read it alone, without the empty prompt of guidance, unless `call`
     says otherwise.
 
     Raises ValueError if a gate needs an input and there is no prompt, or weighs outputs of blocks.
     """
-    if parts[0].family.mixes_outputs:
+    if components[0].family.mixes_outputs:
         raise ValueError("gates that weigh outputs of blocks cannot be folded: no weights of layers give the same")
-    if parts[0].family.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
+    if components[0].family.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
         call = {"guidance_scale": record(denoiser(pipe)).unguided, **call}
-    if prompt is None or reads_nothing(parts):
-        for part in parts:
-            part.evaluate_input_free()
-    elif all(part.step_invariant for part in parts) and not is_one_graph(pipe):
-        _encode(pipe, parts, prompt, **call)
+    if prompt is None or reads_nothing(components):
+        for component in components:
+            component.evaluate_input_free()
+    elif all(component.step_invariant for component in components) and not is_one_graph(pipe):
+        _encode(pipe, components, prompt, **call)
     else:
         _draw_latents(pipe, prompt, **call)
 
 
-def reads_nothing(parts: Sequence[Component]) -> bool:
+def reads_nothing(components: Sequence[Component]) -> bool:
     """Whether all weights are known without a prompt."""
-    sampling = parts[0].sampling
-    masks = sampling.effective.masks
-    reads_text = sampling.settings.rows.now is not None or (masks is not None and masks.reader.has_words)
-    return all(part.input_free for part in parts) and not reads_text
+    shared = components[0].shared
+    masks = shared.effective.masks
+    reads_text = shared.settings.rows.now is not None or (masks is not None and masks.reader.has_words)
+    return all(component.input_free for component in components) and not reads_text
 
 
 class _EvaluatedError(Exception):
     """Raised once all gates are evaluated; the picture is not needed."""
 
 
-def _encode(pipe: Any, parts: Sequence[Component], prompt: str | Sequence[str], **call: Any) -> None:
+def _encode(pipe: Any, components: Sequence[Component], prompt: str | Sequence[str], **call: Any) -> None:
     """Run the pipeline up to the denoiser's first layer. By then its weights are on their device."""
 
     def evaluate(*_: Any) -> None:
-        for part in parts:
-            if part.input_free:  # the prompt decides which experts are present
-                part.evaluate_input_free()
+        for component in components:
+            if component.input_free:  # the prompt decides which experts are present
+                component.evaluate_input_free()
             else:
-                part.evaluate_deferred()
+                component.evaluate_deferred()
         raise _EvaluatedError
 
     model = denoiser(pipe)
@@ -102,25 +102,25 @@ def _draw_latents(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
     pipe(prompt, **{"num_inference_steps": 10, "generator": generator, "output_type": "latent", **call})
 
 
-def one_lora(parts: Iterable[Component], weights: Weights) -> tuple[Folded, set[int]]:
-    """All experts, each at its place's weight, as one LoRA of summed rank, and the columns of the experts that are in it.
+def one_lora(components: Iterable[Component], weights: Weights) -> tuple[Folded, set[int]]:
+    """All experts, each at its site's weight, as one LoRA of summed rank, and the columns of the experts that are in it.
 
     Weights of 0 are left out, and layers without a weight: they did not run.
     """
     layers: Folded = {}
     acting: set[int] = set()
-    for part in parts:
-        for name, stack in part.stacks.items():
-            site = part.site_of[name]
+    for component in components:
+        for name, stack in component.stacks.items():
+            site = component.site_of[name]
             if (site.name, stack.present) not in weights:
                 continue
             factor = weights[site.name, stack.present].cpu()
-            if site.spans_blocks and (plan := part.sampling.settings.plan.now) is not None:
-                factor = factor * torch.tensor(plan.block(f"{part.name}.{name}"))  # [N]
+            if site.spans_blocks and (plan := component.shared.settings.plan.now) is not None:
+                factor = factor * torch.tensor(plan.block(f"{component.name}.{name}"))  # [N]
             factor = factor if site.gate.ranked else factor[stack.segment]  # [R]
             if (kept := factor != 0).any():
                 up = stack.up[:, kept] * factor[kept].reshape(1, -1, *(1,) * (stack.up.dim() - 2))
-                layers.setdefault(part.name, {})[name] = LoraWeights(stack.down[kept], up, 1.0)
+                layers.setdefault(component.name, {})[name] = LoraWeights(stack.down[kept], up, 1.0)
                 acting.update(stack.segment[kept].tolist())
     return layers, acting
 
@@ -131,24 +131,24 @@ def truncated(layers: Folded, rank: int) -> tuple[Folded, float]:
         raise ValueError(f"the rank of a LoRA must be 1 or more, got {rank}")
     small: Folded = {}
     lost = whole = 0.0
-    for part, modules in layers.items():
+    for component, modules in layers.items():
         for name, weights in modules.items():
             down, up, values = functional.low_rank(weights.down, weights.up * weights.scale, rank)
-            small.setdefault(part, {})[name] = LoraWeights(down, up, 1.0)
+            small.setdefault(component, {})[name] = LoraWeights(down, up, 1.0)
             lost, whole = lost + values[rank:].square().sum().item(), whole + values.square().sum().item()
     return small, (lost / whole) ** 0.5 if whole else 0.0
 
 
 @contextmanager
-def folded(parts: Iterable[Component], layers: Folded) -> Iterator[None]:
-    """Add `layers` in place to the weights of `parts` while the block runs, then restore the same bits.
+def folded(components: Iterable[Component], layers: Folded) -> Iterator[None]:
+    """Add `layers` in place to the weights of `components` while the block runs, then restore the same bits.
 
     Raises ValueError for a layer whose weight cannot be changed: quantised, or not loaded.
     """
     with undoing() as undo:
-        for part in parts:
-            for name, lora in layers.get(part.name, {}).items():
-                weight = _writable(part.model.get_submodule(name), f"{part.name}.{name}")
+        for component in components:
+            for name, lora in layers.get(component.name, {}).items():
+                weight = _writable(component.model.get_submodule(name), f"{component.name}.{name}")
                 undo.callback(weight.copy_, weight.clone())
                 change = LoraWeights(lora.down.to(weight.device), lora.up.to(weight.device), lora.scale).delta()
                 weight.copy_(weight.float() + change)

@@ -17,7 +17,7 @@ from torch import nn
 from mole_diffusers import functional
 from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, ModelSite, OutputSite
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
-from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.host.placement import TIME_WIDTH
 from mole_diffusers.patching.undo import Undo
@@ -118,14 +118,14 @@ class ModelInput(ForwardHook):
     """On the denoiser: gives sites the text if they read the prompt, otherwise its mean and the noise level."""
 
     sites: Sequence[ModelSite]
-    sampling: Sampling
+    shared: SharedState
     reads_prompt: bool
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = self.sampling.inputs
+        inputs = self.shared.inputs
         hidden, tokens = inputs.text(args, kwargs), None  # [B, T, C]
         if self.reads_prompt:
-            tokens = self.sampling.tokens.of(hidden)
+            tokens = self.shared.tokens.of(hidden)
         else:
             time = inputs.time(args, kwargs)  # [B]
             text = functional.resample_rows(hidden, len(time)).float()  # a video repeats it for each frame

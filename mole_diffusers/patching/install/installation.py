@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from mole_diffusers.lora import Expert
-from mole_diffusers.patching.gating.sampling import Sampling
+from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser, denoisers, hosts, models_of
 from mole_diffusers.patching.host.offloading import loaded
 from mole_diffusers.patching.install.component import Component, all_hooks
@@ -44,7 +44,7 @@ class Installation:
 
     Attributes:
         mixture: whose experts these are.
-        parts: the models with experts.
+        components: the models with experts.
         models: name -> those that it changes.
         lock: of the pipeline's denoiser.
         without_embedding: a sentence for each trained embedding of the files that the pipeline's text encoders cannot take.
@@ -55,11 +55,11 @@ class Installation:
         mixture: Installable,
         pipe: Any,
         experts: Mapping[str, Expert],
-        parts: Sequence[Component],
-        sampling: Sampling,
+        components: Sequence[Component],
+        shared: SharedState,
     ):
-        self.mixture, self.pipe, self.experts, self.parts, self.sampling = mixture, pipe, experts, parts, sampling
-        unet, changed = denoiser(pipe), {part.name for part in parts} | self.embeddings.keys()
+        self.mixture, self.pipe, self.experts, self.components, self.shared = mixture, pipe, experts, components, shared
+        unet, changed = denoiser(pipe), {component.name for component in components} | self.embeddings.keys()
         self.models = {name: model for name, model in hosts(pipe).items() if name in changed or model is unet}
         self.lock, self.without_embedding = lock_of(unet), list[str]()
         self._locking, self._undo = Undo(), Undo()  # restore the pipeline's calls, and the rest
@@ -88,7 +88,7 @@ class Installation:
 
     def is_off(self, scale: float) -> bool:
         """Whether the pipeline has switched all experts off: by `disable_lora`, or by the scale of a call."""
-        return scale == 0 or all(part.is_off for part in self.parts)
+        return scale == 0 or all(component.is_off for component in self.components)
 
     def check_on(self) -> None:
         """Raise ValueError if it is not on the pipeline."""
@@ -106,7 +106,7 @@ class Installation:
             return
         for name, model in self.models.items():
             now = getattr(pipe, name, None)
-            if now is not None and now is not model and all(part is not model for part in now.modules()):
+            if now is not None and now is not model and all(component is not model for component in now.modules()):
                 raise ValueError(
                     f"the pipeline's {name} was replaced by another while a mixture was on it, so that its experts would "
                     f"act in part; call attach again, or detach"
@@ -120,8 +120,8 @@ class Installation:
         Raises ValueError if `before` is switched off.
         """
         with self.lock.held():
-            for part in () if before is None else before.parts:
-                refuse_switched_off(part.model)
+            for component in () if before is None else before.components:
+                refuse_switched_off(component.model)
             try:
                 if before is not None:
                     before.take_off()
@@ -153,13 +153,15 @@ class Installation:
                 for model in self.models.values():
                     undo.callback(model.__dict__.pop, HANDLE, None)
                     object.__setattr__(model, HANDLE, self)
-                for part in self.parts:
-                    part.install(undo)
+                for component in self.components:
+                    component.install(undo)
                 encoders = {name: model for name, model in hosts(self.pipe).items() if name not in DENOISERS}
-                for module, hook in all_hooks(self.denoiser, encoders, self.parts, self.sampling, self.is_off):
+                for module, hook in all_hooks(self.denoiser, encoders, self.components, self.shared, self.is_off):
                     hook.register(module, undo)
                 self.without_embedding = left_out(self.experts) + [
-                    why for part, words in self.embeddings.items() for why in add_words(self.pipe, part, words, undo)
+                    why
+                    for component, words in self.embeddings.items()
+                    for why in add_words(self.pipe, component, words, undo)
                 ]
                 models, off = self.models.values(), partial(remove, self.pipe)
                 guard(self.pipe, models, lift=self.lifted, remove=off, copy=self.copied, undo=undo)
@@ -174,7 +176,7 @@ class Installation:
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Take it off while the block runs, see `Mixture.lifted`."""
-        models = [part.model for part in self.parts]
+        models = [component.model for component in self.components]
         with self.lock.held():
             if self.is_lifted:
                 yield
@@ -228,7 +230,7 @@ class Installation:
 
     def copied(self, memo: dict[int, Any]) -> Any:
         """A copy of the pipeline with its own mixture, for `copy.deepcopy`."""
-        off = [part.name for part in self.parts if switched_off(part.model)]
+        off = [component.name for component in self.components if switched_off(component.model)]
         with self.lifted():
             twin = deepcopy(self.pipe, memo)
             installation = self.mixture.copied_to(twin)

@@ -22,7 +22,7 @@ def test_a_map_is_the_mean_attention_to_its_words(pipe, attach):
     pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)
     masks = mixture._settings.binding.now
     probabilities = torch.rand(1, 64, 16, generator=torch.Generator().manual_seed(0))
-    text, latents = mixture._sampling.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
+    text, latents = mixture._shared.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
     masks.begin()
     now = {"pipe": None, "time": torch.ones(1), "acting": [True, True]}
     masks.on_denoiser(text, latents, lambda: (8, 8), **now)
@@ -82,7 +82,7 @@ def test_a_trace_keeps_the_maps_of_every_step(pipe, attach, draw, binding):
     if binding["ink"] == "owl":
         for name, map_ in mixture.layouts[0].maps.items():
             assert torch.equal(map_, trace.maps[0][0][name])
-    assert not mixture._sampling.listeners.maps.now
+    assert not mixture._shared.listeners.maps.now
     with mixture.trace(maps=True) as trace, mixture.bound(None):
         draw(pipe, PROMPT)
     assert trace.maps == {}

@@ -227,7 +227,7 @@ def test_a_sum_is_evaluated_once_and_traced_at_every_step(pipe, loras, step, mon
         once = len(calls)
         torch.testing.assert_close(step(), first, **CLOSE)
     assert len(calls) == once > 0
-    assert len(trace.weights(trace.places[0])) >= 2
+    assert len(trace.weights(trace.sites[0])) >= 2
     mixture.strength("fox", 0.0)
     step()
     assert len(calls) > once
@@ -318,7 +318,7 @@ def test_gates_asked_at_every_second_step(pipe, loras, awake, draw, monkeypatch)
     whole = len(asked)
     again, some = weights(2)
     assert len(asked) < whole
-    place = next(p for p in some.places if p.startswith("unet.") and "attentions" in p)
+    place = next(p for p in some.sites if p.startswith("unet.") and "attentions" in p)
     table = some.weights(place)
     assert torch.equal(table[0], each.weights(place)[0])
     assert torch.equal(table[1], table[0])

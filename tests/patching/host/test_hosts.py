@@ -129,7 +129,7 @@ def test_gates_speak_in_every_block_of_a_transformer(name, kinds, tmp_path):
         hosts.draw(pipe, options)
     blocks = {f"transformer.{kind}.{i}" for kind in kinds for i in range(len(getattr(pipe.transformer, kind)))}
     assert len(blocks) >= 2
-    assert blocks <= set(trace.places)
+    assert blocks <= set(trace.sites)
 
 
 def test_a_denoiser_without_text_is_refused(tmp_path):

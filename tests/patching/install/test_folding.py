@@ -97,7 +97,7 @@ def test_gates_that_move_collapse_to_their_average(pipe, loras, draw, awake):
     for part, bank in still.banks.items():
         for key, gate in bank.gates.items():
             name = part if key == "network" else f"{part}.{key.replace('/', '.')}"
-            weights = torch.stack([trace.weights(p).mean(0) for p in trace.places if p.split(" ")[0] == name])
+            weights = torch.stack([trace.weights(p).mean(0) for p in trace.sites if p.split(" ")[0] == name])
             gate.logits.data = weights.amax(0, keepdim=True) - 1  # an expert that a layer lacks has 0 there
     torch.testing.assert_close(collapsed, draw(pipe), **CLOSE)
 

@@ -142,7 +142,7 @@ def test_a_trace_counts_a_step_once_however_many_tiles_it_has(pipe, experts):
         with tiled(pipe, until=share), mixture.trace() as trace:
             latent(pipe, steps=4)
         steps[share] = sorted({step for place, step, _ in trace.records if place.startswith("unet")})
-        for place in trace.places:
+        for place in trace.sites:
             if place.startswith("unet.") and place[-1] != ")":
                 assert torch.equal(trace.weights(place), torch.tensor([[1.0, 0.5]]).expand(4, 2)), place
     assert steps[0.8] == steps[0.0] == [0, 1, 2, 3]

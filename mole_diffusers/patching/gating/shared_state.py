@@ -42,20 +42,20 @@ class Step:
         calls_of_text: counts calls with the same text.
         is_off: whether no expert acts in it: the pipeline has switched LoRAs off.
         pipe: the pipeline, while a call of it runs.
-        part: [N], in a call for a part of a step: the experts that draw it, on every word. They are alike in every step.
+        alone: [N], in a call for a part of a step, such as a tile: the experts that act in it, on every word.
     """
 
     def __init__(self) -> None:
         self.time = torch.zeros(1)
         self.number, self.texts, self.calls_of_text, self.is_off = -1, 0, 0, False
         self.pipe: Setting[Any] = Setting(None)
-        self.part: Setting[tuple[bool, ...] | None] = Setting(None)
+        self.alone: Setting[tuple[bool, ...] | None] = Setting(None)
         self._text: Callable[[], torch.Tensor | None] = lambda: None
 
     def begin(self, text: torch.Tensor, time: torch.Tensor, *, is_off: bool) -> None:
         """The denoiser is called with a text [B, S, C], at a noise level [B]."""
         self.time, self.is_off = time, is_off
-        self.number, self.calls_of_text = self.number + (self.part.now is None), self.calls_of_text + 1
+        self.number, self.calls_of_text = self.number + (self.alone.now is None), self.calls_of_text + 1
         if self._text() is not text:
             self.calls_of_text, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
 
@@ -104,7 +104,7 @@ class EffectiveSettings:
     def update(self) -> None:
         """Follow what has changed. What gates decided for the same part of a step still holds."""
         settings = self.settings
-        by_hand = settings.fixed.now is not None or self.step.part.now is not None
+        by_hand = settings.fixed.now is not None or self.step.alone.now is not None
         self.masks = None if by_hand else settings.binding.now
         self.closes = any(settings.acting) and not self.step.is_off
         for present, device in self._weighed:
@@ -119,7 +119,7 @@ class EffectiveSettings:
 
     def of_strengths(self, present: Present, strengths: Sequence[float], device: torch.device) -> WeighedExperts:
         """The same with any strengths [N]."""
-        on = self.settings.active.now if self.step.part.now is None else self.step.part.now
+        on = self.settings.active.now if self.step.alone.now is None else self.step.alone.now
         silent = (False,) * len(present) if self.masks is None else self.masks.silence.experts
         there = [p and a and s != 0 and not mute for p, a, s, mute in zip(present, on, strengths, silent, strict=True)]
         with torch.inference_mode(False):  # they are kept, and are also used with gradients
@@ -136,7 +136,7 @@ class EffectiveSettings:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SharedState:
     """The parts, see above; what reads the denoiser's inputs; what hooks have entered around modules that run; and what
     layers made of the text.
     """
@@ -151,7 +151,7 @@ class Sampling:
     kept_text: KeptText
 
     @classmethod
-    def of(cls, strengths: Sequence[float], inputs: DenoiserInputs, tokens: PromptTokens) -> Sampling:
+    def of(cls, strengths: Sequence[float], inputs: DenoiserInputs, tokens: PromptTokens) -> SharedState:
         """For a new mixture of experts with these strengths, [N]: all are on."""
         settings, step = Settings(Setting([True] * len(strengths)), Setting(list(strengths))), Step()
         return cls(
@@ -168,7 +168,7 @@ class Sampling:
         """Change settings, or where sampling is, while the block runs."""
         # What is drawn for a part of a step changes nothing that holds for all steps.
         follow = (
-            self.effective.update if any(change.setting is self.step.part for change in changes) else self.effective.changed
+            self.effective.update if any(change.setting is self.step.alone for change in changes) else self.effective.changed
         )
         with undoing() as undo:  # a leftover setting would change all later pictures
             undo.callback(follow)
@@ -213,26 +213,26 @@ class Sampling:
 class StepHook(ForwardHook):
     """On the denoiser: notes where sampling is, and lets the masks follow."""
 
-    sampling: Sampling
+    shared: SharedState
     is_off: Callable[[float], bool]  # whether no expert acts in a call, given the scale of LoRAs in it
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        sampling, inputs, step, effective = self.sampling, self.sampling.inputs, self.sampling.step, self.sampling.effective
+        shared, inputs, step, effective = self.shared, self.shared.inputs, self.shared.step, self.shared.effective
         text, time = inputs.text(args, kwargs), inputs.time(args, kwargs)
         if torch.compiler.is_compiling():
-            step.begin_compiled(time, is_heard=bool(sampling.listeners.decisions.now))
+            step.begin_compiled(time, is_heard=bool(shared.listeners.decisions.now))
             return
         was_off = step.is_off
         step.begin(text, time, is_off=self.is_off(lora_scale(inputs.named(args, kwargs))))
         if step.is_off != was_off:
             effective.changed()
-        sampling.kept_text.begin(text, in_call=step.pipe.now is not None)
+        shared.kept_text.begin(text, in_call=step.pipe.now is not None)
         if effective.masks is not None and effective.masks.on_denoiser(
             text,
             inputs.latents(args, kwargs),
             lambda: inputs.side(args, kwargs),
             pipe=step.pipe.now,
             time=time,
-            acting=sampling.settings.acting,
+            acting=shared.settings.acting,
         ):
             effective.changed()
