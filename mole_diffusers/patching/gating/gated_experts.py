@@ -54,7 +54,9 @@ class GatedExperts:
             return self._of_text(layer, x, made)
         rows = x.flatten(0, 1)  # [B T, Cin]; products of rows take fewer operations
         low = F.linear(rows, self._down["weight"])  # A x, [B T, R]
-        factor = self._factor(layer, x, low)
+        factor, scaling = self.site.factor(self.layer, x, low), layer.scaling[ADAPTER]
+        if not (isinstance(scaling, float) and scaling == 1):
+            factor = factor * scaling
         y = F.linear(rows, self._base["weight"], self._base["bias"])  # W x, [B T, Cout]
         return functional.add_low_rank(y, low, factor, self._up["weight"]).view(x.shape[0], x.shape[1], -1)
 
