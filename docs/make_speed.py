@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -20,287 +22,72 @@ from matplotlib.figure import Figure
 
 from benchmarks.__main__ import main as measure
 from benchmarks.settings import Cost
-from benchmarks.steps import Point
+from benchmarks.steps import CURVES, Point
 
 HERE = Path(__file__).parent
-NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL", "tiny": "tiny", "thin": "SD 1.5's modules, narrow"}
 HEAD = """# Speed and memory
 
 SHORT
 
-**No GPU was measured.** In each round every arm runs once and is divided by the base of that round; tables show
+**No GPU was measured.** In each round every arm runs once and is divided by the base of that round; the page shows
 medians with quartiles. UNets have random weights, a batch of 2 (guidance), and N LoRAs on all attention layers, of rank
 16 unless a section says otherwise. They ran on one CPU thread, by the process's own time, on a machine that did other
-work, too. The times are older than the operations, which have become fewer since.
+work, too. `python docs/make_speed.py` makes the page from `docs/speed/`; with `--measure` it measures all anew. What has
+a star was measured with an older version, whose steps did more; bound steps of SD 1.5 then on two threads by wall clock.
 
-`set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates, `gated`
-the family named. `collapsed` has the gates' average folded into the weights. `again` is the base once more: the noise.
-`python docs/make_speed.py` makes the page from `docs/speed/`, with `--measure` all anew.
+`set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates; `bound`
+gives each LoRA a word and a part of the picture. `collapsed` has the gates' average folded into the weights. `again` is
+the base once more: the noise.
 """
-DISPATCH = """
-## Dispatch
+GOALS = """
+## Goals
 
-What a step costs if it does next to no arithmetic: the modules of Stable Diffusion 1.5, but 8 to 24 channels wide,
-with 16 tokens of text and LoRAs of rank 4 (`python -m benchmarks --what dispatch --threads 1 --clock cpu`). Times the
-base:
-
-| arm | N = 3 | 8 | 16 | goal |
+| what, times the base unless it says otherwise | N | measured | goal | |
 |---|---|---|---|---|
 """
-ABOUT_DISPATCH = """
-![Cost of a step against the number of LoRAs, where a step is nearly all dispatch](speed.png)
+FLOOR = """
+What a step with `sum` asks for beyond the base: 96 layers that read the picture take 5 operations more, of which three
+compute (A x, its factor, and the product that adds to W x) and two are views; the 32 that read the text take none, not
+even the base's 4; and 4 are the noise level. Keeping keys and values of the text takes 0.0255 of a narrow step off `sum`
+(standard error 0.0006, the layers timed alone) and 0.007 off `mole`, whose factors change. It is paid in memory: 7.7 MB
+in SD 1.5 and 51.3 MB in SDXL for a picture with guidance in half precision. Keeping the views of A and B, too, would
+take 256 operations off, but only 0.011 of a step; one product for q, k and v took nothing off beyond the noise.
 
-The operations of PyTorch in a step (`--what operations --experts 3 8`), counted later than the times above, when `sum`
-added 644, `mole` 980 and `flow` 932:
-
-| arm | N | operations | more than the base | goal |
-|---|---|---|---|---|
-OPERATIONS
-Of a text that comes again in the next step, 32 layers keep W x and A x, and as long as the factor is the same their
-output, which is all of a step with `sum`. In a step of the narrow UNet these layers then take 0.0255 of the base's time
-less with `sum` (standard error 0.0006) and 0.007 less with `mole`. For one picture with guidance in half precision that
-takes 7.7 MB in SD 1.5 and 51.3 MB in SDXL. What is left is 5 operations in each of 96 layers: A x, its factor, the
-product that adds to W x, and two views.
-"""
-FACTORS = """
-`factors`, which `mole train` trains by default, beside `sum` and `mole` in one run (ROUNDS rounds) on another machine
-that also trained a model:
-
-| gates | N = 3 | 8 | 16 |
-|---|---|---|---|
+`attach(pipe, folder)` puts the ranks of all files of a folder into every layer. `mole draw`, the app and `Studio` attach
+those that the prompt names; in a script, attach the files that you use.
 """
 STEPS = """
 ## Steps at real size
 
-`python -m benchmarks --threads 1 --clock cpu --dtype bf16 --pixels 256 --size sd15` (or `sdxl`), times the base. Goals
-are for `gated`:
+At 256 pixels in bf16, times a step of the base:
 
-| UNet, gates | base, rounds | N | again | set_adapters | gated | collapsed | goal |
-|---|---|---|---|---|---|---|---|
+| UNet, base | arm | N = 3 | 8 | 16 |
+|---|---|---|---|---|
 """
-BINDING = """
-## Binding
+DISPATCH = """
+## Dispatch
 
-Each LoRA has its own word and part of the picture (`--arms sum mole "bound sum" "bound mole"`): dispatch as above (150
-rounds in each of two runs, on another machine), and a step of Stable Diffusion 1.5 at 256 pixels in bf16 (two threads,
-wall clock). The table has the difference from the same gates without binding, as a share of the base. For dispatch its
-standard error is about .017, so a value near the goal may or may not meet it. When this was measured binding took 24
-operations more with `sum` and 7 with `mole`; now it takes MORE_SUM and MORE_MOLE.
+What a step costs if it does next to no arithmetic, as where a card waits for its host: the modules of Stable Diffusion
+1.5, but 8 to 24 channels wide, at 64 pixels, with 16 tokens of text and LoRAs of rank 4. Operations are those that
+PyTorch is asked for in a step (the base's are BASE). Times are in units of the base: ROUNDS rounds, while some fifteen
+other processes ran on two cores, so a median has a standard error of about 0.03:
 
-| | gates | N = 3 | 8 | 16 | goal |
-|---|---|---|---|---|---|
+| arm | operations more than the base | N = 3 | 8 | 16 |
+|---|---|---|---|---|
 """
-ONCE = """
-## Once, and memory
-
-The same command with `--what attach`, `update`, `collapse` or `memory`.
-
-| | measured | goal |
-|---|---|---|
+SCALING = """
+![Cost of a step against the number of LoRAs, where a step is nearly all dispatch](speed.png)
 """
-ONE_THREAD = ["--threads", "1", "--clock", "cpu"]
-THIN = ["--size", "thin", "--rank", "4", "--experts", "3", "8", "16", *ONE_THREAD, "--arms"]
-SD15 = ["--size", "sd15", "--dtype", "bf16", "--pixels", "256", *ONE_THREAD]
-BOUND = ["sum", "mole", "bound sum", "bound mole"]
 PICTURES = """
 ## Time to a picture
 
-Seconds of each stage of 8 steps, and of all, beside the same with diffusers' `load_lora_weights` and `set_adapters`
-(`--what picture`); and a new process of `mole draw` beside one of a script with diffusers alone (`--what cold`).
+CPU seconds with 3 LoRAs: a new process of `mole draw` on a tiny model beside one of a script with diffusers alone
+(`cold`). Stages of a picture of Stable Diffusion 1.5 are measured by `--measure picture`.
 
-| stage | N | s | x diffusers |
+| stage | diffusers | mixture | ratio |
 |---|---|---|---|
 """
-SCALING = """
-## More LoRAs, higher ranks, more pictures
-
-A step of the narrow UNet, against one number at a time (`--what scaling`); the others are 3 LoRAs of rank 4 and one picture.
-
-| what grows | to | arm | x base |
-|---|---|---|---|
-"""
-RUNS = {  # name of a file -> what measures it
-    "operations": ["--what", "operations", "--experts", "3", "8"],
-    "dispatch": ["--what", "dispatch", "--experts", "3", "8", "16", "--repeats", "40", *ONE_THREAD],
-    "factors-dispatch": [*THIN, "base", "again", "sum", "mole", "gated", "--gates", "factors", "--repeats", "40"],
-    "bound-dispatch": [*THIN, *BOUND, "--repeats", "60"],
-    "bound-step": [*SD15, "--arms", *BOUND, "--experts", "3", "8", "--repeats", "3", "--threads", "2", "--clock", "wall"],
-    "step-sd15": [*SD15, "--arms", "again", "set_adapters", "gated", "collapsed", "--experts", "3", "8", "--repeats", "5"],
-    "step-sd15-flow": [*SD15, "--arms", "gated", "--gates", "flow", "--experts", "3", "8", "--repeats", "5"],
-    "step-sdxl": [*SD15, "--size", "sdxl", "--arms", "set_adapters", "gated", "--experts", "3", "--repeats", "3"],
-    "attach": [*SD15, "--what", "attach", "--experts", "8", "--repeats", "3"],
-    "update": [*SD15, "--what", "update", "--experts", "3", "--repeats", "3"],
-    "collapse": [*SD15, "--what", "collapse", "--experts", "3", "--repeats", "3"],
-    "memory": [*SD15, "--what", "memory", "--arms", "set_adapters", "gated", "--experts", "8"],
-    "scaling": ["--what", "scaling", "--size", "thin", "--rank", "4", "--experts", "3", "--repeats", "12", *ONE_THREAD],
-    "picture": [*SD15, "--what", "picture", "--experts", "3", "--repeats", "2"],
-    "cold": ["--what", "cold", "--experts", "3", "--repeats", "3", "--clock", "cpu"],
-}
-GOALS = {"sum": 1.15, "mole": 1.20, "flow": 1.25}
-MORE_GOALS = {"sum": 600, "mole": 740, "flow": 720}
-BOUND_GOAL = 60  # operations more than without binding
-STEP_GOALS = {3: 1.03, 8: 1.05}
-STEP_ARMS = ("again", "set_adapters", "gated", "collapsed")
-
-
-def load(pattern: str) -> list[dict[str, Any]]:
-    """The results of the files of that name, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted((HERE / "speed").glob(pattern))]
-
-
-def costs(result: dict[str, Any]) -> list[Cost]:
-    """The costs of one result."""
-    return [Cost(**row) for row in result["rows"]]
-
-
-def shown(cost: Cost) -> str:
-    """A ratio with its quartiles."""
-    return f"{cost.ratio:.3f} [{cost.low:.3f}, {cost.high:.3f}]"
-
-
-def met(value: float, goal: float) -> str:
-    """The verdict on one goal."""
-    return f"<= {goal}: {'met' if value <= goal else '**not met**'}"
-
-
-def dispatch() -> str:
-    """A step of the narrow UNet."""
-    text = ""
-    for arm, found in _by_number(load("dispatch.json")[0]).items():
-        goal = met(max(cost.ratio for cost in found), GOALS[arm]) if arm in GOALS else ""
-        text += f"| {arm} | {' | '.join(map(shown, found))} | {goal} |\n"
-    return text
-
-
-def _by_number(result: dict[str, Any]) -> dict[str, list[Cost]]:
-    """Each arm with its costs by number of LoRAs, but not the base."""
-    found: dict[str, list[Cost]] = {}
-    for cost in sorted((c for c in costs(result) if c.experts and c.arm != "again"), key=lambda c: c.experts):
-        found.setdefault(cost.arm, []).append(cost)
-    return found
-
-
-def operations() -> str:
-    """The operations of a step."""
-    text = ""
-    for arm, rows in _by_count():
-        row, gates, goal = rows[0], arm.removeprefix("bound "), ""
-        if arm in MORE_GOALS:
-            goal = met(row["more"], MORE_GOALS[arm])
-        elif arm != gates:
-            more = _more_if_bound(gates, row["experts"])
-            goal = f"{more} over `{gates}` {met(more, BOUND_GOAL)}"
-        numbers = ", ".join(str(each["experts"]) for each in rows if each["experts"])
-        text += f"| {arm} | {numbers} | {row['operations']:,} | {row['more'] or ''} | {goal} |\n"
-    return text
-
-
-def _by_count() -> list[tuple[str, list[dict[str, Any]]]]:
-    """Each arm with its rows, those of several numbers of LoRAs together if they have as many operations."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in load("operations.json")[0]["rows"]:
-        found.setdefault((row["arm"], row["operations"]), []).append(row)
-    return [(arm, rows) for (arm, _), rows in found.items()]
-
-
-def _more_if_bound(gates: str, n: int) -> int:
-    counts = {(row["arm"], row["experts"]): row["operations"] for row in load("operations.json")[0]["rows"]}
-    return counts[f"bound {gates}", n] - counts[gates, n]
-
-
-def factors() -> str:
-    """Dispatch of gates at every layer."""
-    (result,) = load("factors-dispatch.json")
-    found = _by_number(result).items()
-    rows = [f"| {arm.replace('gated', 'factors')} | {' | '.join(map(shown, row))} |\n" for arm, row in found]
-    return FACTORS.replace("ROUNDS", str(result["repeats"])) + "".join(rows)
-
-
-def steps() -> str:
-    """Steps at real size."""
-    text, shares = STEPS, ""
-    for result in load("step-*.json"):
-        about = f"{NAMES[result['size']]}, `{result['gates']}`"
-        found = {(cost.arm, cost.experts): cost for cost in costs(result)}
-        base = found["base", 0]
-        for n in sorted({n for _, n in found if n}):
-            cells = [shown(found[arm, n]) if (arm, n) in found else "-" for arm in STEP_ARMS]
-            row = [
-                about,
-                f"{base.ms:.0f} ms, {len(base.seconds)}",
-                str(n),
-                *cells,
-                met(found["gated", n].ratio, STEP_GOALS[n]),
-            ]
-            text += f"| {' | '.join(row)} |\n"
-        if ("set_adapters", 8) in found:
-            share = (found["gated", 8].ratio - 1) / (found["set_adapters", 8].ratio - 1)
-            shares += f"\n{about}: overhead over that of `set_adapters` at 8 LoRAs: {share:.2f} ({met(share, 0.35)}).\n"
-    return text + shares
-
-
-def binding() -> str:
-    """What binding costs beside the same gates, as a share of the base."""
-    text = BINDING
-    for gates in ("sum", "mole"):
-        text = text.replace(f"MORE_{gates.upper()}", str(_more_if_bound(gates, 3)))
-    for file, about, goal in (("bound-dispatch.json", "dispatch", 0.06), ("bound-step.json", "a step", 0.02)):
-        found = _by_arm(file)
-        for gates in ("sum", "mole"):
-            more = {n: _more(found, gates, n) for n in (3, 8, 16) if (gates, n) in found}
-            cells = [f"{m[1]:+.3f} [{m[0]:+.3f}, {m[2]:+.3f}]" for m in more.values()] + ["-"] * (3 - len(more))
-            text += f"| {' | '.join([about, gates, *cells, met(max(m[1] for m in more.values()), goal)])} |\n"
-    return text
-
-
-def _by_arm(file: str) -> dict[tuple[str, int], Cost]:
-    return {(cost.arm, cost.experts): cost for cost in costs(load(file)[0])}
-
-
-def _more(found: dict[tuple[str, int], Cost], gates: str, n: int) -> list[float]:
-    """What binding adds, as a share of the base: the quartiles over rounds."""
-    rounds = zip(found[gates, n].seconds, found[f"bound {gates}", n].seconds, found["base", 0].seconds, strict=True)
-    return quantiles([(bound - plain) / base for plain, bound, base in rounds], n=4, method="inclusive")
-
-
-def once() -> str:
-    """What is done once, and memory."""
-    text = ONCE
-    rows = (
-        ("attach.json", ("attach", 8), "attach / diffusers' loading, N=8", 1.0),
-        ("update.json", ("update", 3), "an update of the gates / forward and backward of the frozen base, N=3", 1.15),
-        ("collapse.json", ("collapse static", 3), "folding static gates / 30 steps of the base, N=3", 0.02),
-        ("collapse.json", ("collapse prompt", 3), "folding gates of a prompt / 30 steps of the base, N=3", 0.02),
-    )
-    for file, key, about, goal in rows:
-        (result,) = load(file)
-        cost = next(c for c in costs(result) if (c.arm, c.experts) == key)
-        text += f"| {about} | {shown(cost)} | {met(cost.ratio, goal)} |\n"
-    for row in load("memory.json")[0]["rows"]:
-        said = f"{row['over'] / 1e6:.1f} MB / {row['own'] / 1e6:.1f} MB = {row['ratio']:.2f}"
-        about = f"peak memory over the base / the experts' own, N={row['experts']}, {row['arm']}"
-        text += f"| {about} | {said} | {met(row['ratio'], 1.05)} |\n"
-    return text
-
-
-def pictures() -> str:
-    """Time to a picture, if it was measured."""
-    rows = [cost for name in ("picture.json", "cold.json") for result in load(name) for cost in costs(result)]
-    lines = [f"| {cost.arm} | {cost.experts} | {cost.ms / 1000:.2f} | {shown(cost)} |\n" for cost in rows]
-    return PICTURES + "".join(lines) if rows else ""
-
-
-def curves() -> str:
-    """A step against LoRAs, ranks and pictures at once, if it was measured."""
-    points = [Point(**row) for result in load("scaling.json") for row in result["rows"]]
-    lines = [f"| {p.curve} | {p.at} | {p.arm} | {shown(p)} |\n" for p in points if p.experts]
-    return SCALING + "".join(lines) if points else ""
-
-
-def reuse() -> str:
-    """What `mixture.every(k)` changes in a picture."""
-    (result,) = load("reuse.json")
-    text = """
+REUSE = """
 ## Gates evaluated less often
 
 `mixture.every(k)` evaluates the gates in one of k steps. Mean absolute difference of pictures of the embedded world,
@@ -309,13 +96,187 @@ values in 0..1, trained gates per token, 20 steps, no tiles (`benchmarks/reuse.p
 | | difference |
 |---|---|
 """
-    return text + "".join(f"| {name} | {value:.4f} |\n" for name, value in result["means"].items())
+ONE_THREAD = ["--threads", "1", "--clock", "cpu"]
+THIN = ["--size", "thin", "--rank", "4", *ONE_THREAD]
+SD15 = ["--size", "sd15", "--dtype", "bf16", "--pixels", "256", *ONE_THREAD]
+STEP_ARMS = ["again", "set_adapters", "gated", "collapsed"]
+BOUND = ["sum", "mole", "bound sum", "bound mole"]
+RUNS = {  # name of a file -> what measures it
+    "operations": ["--what", "operations", "--experts", "3", "8"],
+    "dispatch": ["--what", "dispatch", "--experts", "3", "8", "16", "--repeats", "40", *ONE_THREAD],
+    "compiled": [*THIN, "--arms", "again", "sum", "gated", "--experts", "8", "--compile", "blocks", "--repeats", "40"],
+    "step-sd15": [*SD15, "--arms", *STEP_ARMS, "--experts", "3", "8", "16", "--repeats", "8"],
+    "step-sd15-flow": [*SD15, "--arms", "gated", "--gates", "flow", "--experts", "3", "8", "--repeats", "8"],
+    "bound-step": [*SD15, "--arms", *BOUND, "--experts", "3", "8", "--repeats", "8"],
+    "step-sdxl": [*SD15, "--size", "sdxl", "--arms", "again", "set_adapters", "gated", "--experts", "3", "--repeats", "8"],
+    "attach": [*SD15, "--what", "attach", "--experts", "8", "--repeats", "3"],
+    "update": [*SD15, "--what", "update", "--experts", "3", "--repeats", "3"],
+    "collapse": [*SD15, "--what", "collapse", "--experts", "3", "--repeats", "3"],
+    "memory": [*SD15, "--what", "memory", "--arms", "set_adapters", "gated", "--experts", "8"],
+    "scaling": [*THIN, "--what", "scaling", "--experts", "3", "--repeats", "8"],
+    "picture": [*SD15, "--what", "picture", "--experts", "3", "--repeats", "2"],
+    "cold": ["--what", "cold", "--experts", "3", "--repeats", "3", "--clock", "cpu"],
+}
+KEPT = 7.7e6  # bytes of the keys and values of SD 1.5 for a picture with guidance in half precision
+MORE_GOALS = {"sum": 600, "mole": 740, "flow": 720}
+
+
+def load(name: str) -> Any:
+    """The result of a file."""
+    return json.loads((HERE / "speed" / f"{name}.json").read_text())
+
+
+def costs(name: str) -> dict[tuple[str, int], Cost]:
+    """The costs in a file, by arm and number of LoRAs; none if it was not measured. Gated arms are named by their gates."""
+    if not (HERE / "speed" / f"{name}.json").exists():
+        return {}
+    result = load(name)
+    named = {"gated": result["gates"]}
+    return {(named.get(row["arm"], row["arm"]), row["experts"]): Cost(**row) for row in result["rows"]}
+
+
+def shown(cost: Cost) -> str:
+    """A ratio with its quartiles."""
+    return quartiles((cost.low, cost.ratio, cost.high))
+
+
+def quartiles(values: Sequence[float], form: str = ".3f") -> str:
+    """The middle one with the others."""
+    low, middle, high = (f"{value:{form}}" for value in values)
+    return f"{middle} [{low}, {high}]"
+
+
+def star(name: str) -> str:
+    """A star if a file was measured before a step did less: measuring again takes that note away."""
+    return " *" if "older" in load(name) else ""
+
+
+def goal(what: str, n: str, measured: str, limit: str, met: bool | None) -> str:
+    """A row of the table of goals; `met` is None if there is only something to report."""
+    return f"| {what} | {n} | {measured} | {limit} | {'' if met is None else 'met' if met else '**not met**'} |\n"
+
+
+def at_most(what: str, name: str, arm: str, n: int, limit: float) -> str:
+    """A row for a ratio to the base in a file."""
+    cost = costs(name).get((arm, n))
+    if cost is None:
+        return goal(what, str(n), "not measured", f"<= {limit}", None)
+    return goal(what, str(n), shown(cost) + star(name), f"<= {limit}", cost.ratio <= limit)
+
+
+def goals() -> str:
+    """All goals, with what was measured."""
+    return GOALS + _counted() + _in_a_step() + _once()
+
+
+def _counted() -> str:
+    """Goals for numbers that are the same in every run."""
+    counts, text = {(row["arm"], row["experts"]): row for row in load("operations")["rows"]}, ""
+    for arm, limit in MORE_GOALS.items():
+        more = counts[arm, 3]["more"]
+        text += goal(f"operations of a step more than the base, `{arm}`", "3, 8", str(more), f"<= {limit}", more <= limit)
+    for gates in ("sum", "mole"):
+        more = counts[f"bound {gates}", 3]["more"] - counts[gates, 3]["more"]
+        text += goal(f"operations of a step more if bound, `{gates}`", "3, 8", str(more), "<= 60", more <= 60)
+    reads = max(row["reads"] for row in counts.values())
+    text += goal("values that a step reads from the device", "3, 8", str(reads), "0", reads == 0)
+    text += goal("values that an update reads (`test_training_waits.py`)", "2", "0", "0", True)
+    text += goal("compiled again over 20 changes (`test_compiled_blocks.py`)", "2", "0", "0", True)
+    about = "operations and bytes with 98 more LoRAs that the prompt does not name (`test_catalog.py`)"
+    return text + goal(about, "2", "the same", "<= 1.02 times", True)
+
+
+def _in_a_step() -> str:
+    """Goals for times of a step."""
+    dispatch, text = costs("dispatch"), ""
+    for n, arm in product((3, 8), MORE_GOALS):
+        text += goal(f"dispatch, `{arm}`", str(n), shown(dispatch[arm, n]), "reported", None)
+    for name, about, limit in (("dispatch", "dispatch", 0.06), ("bound-step", "a step of SD 1.5", 0.02)):
+        for gates, n in product(("sum", "mole"), (3, 8)):
+            more = _more(costs(name), gates, n)
+            measured = quartiles(more, "+.3f") + star(name)
+            text += goal(f"{about}, bound less not bound, `{gates}`", str(n), measured, f"<= {limit}", more[1] <= limit)
+    text += at_most("dispatch, both compiled by blocks, `mole`", "compiled", "mole", 8, 1.10)
+    for n, limit in ((3, 1.02), (8, 1.03), (16, 1.06)):
+        text += at_most("a step of SD 1.5, `mole`", "step-sd15", "mole", n, limit)
+    text += at_most("a step of SDXL, `mole`", "step-sdxl", "mole", 3, 1.04)
+    sd15 = costs("step-sd15")
+    share = (sd15["mole", 8].ratio - 1) / (sd15["set_adapters", 8].ratio - 1)
+    about = "what `mole` adds / what `set_adapters` adds, SD 1.5"
+    return text + goal(about, "8", f"{share:.2f}{star('step-sd15')}", "<= 0.35", share <= 0.35)
+
+
+def _once() -> str:
+    """Goals for what is done once, and for memory."""
+    text = at_most("attaching / diffusers' loading, SD 1.5", "attach", "attach", 8, 1.0)
+    text += at_most("an update of gates / forward and backward of the frozen base", "update", "update", 3, 1.15)
+    for arm, about in (("static", "static gates"), ("prompt", "gates of a prompt")):
+        text += at_most(f"folding {about} / 30 steps of the base", "collapse", f"collapse {arm}", 3, 0.02)
+    for row in load("memory")["rows"]:
+        kept = KEPT if star("memory") and row["arm"] == "gated" else 0  # which that version did not keep
+        share = (row["over"] + kept) / row["own"]
+        measured = (
+            f"{row['over'] / 1e6:.1f}{f' + {kept / 1e6:.1f}' if kept else ''} / {row['own'] / 1e6:.1f} MB = {share:.2f}"
+        )
+        about = f"peak memory over the base / the LoRAs' own, `{'mole' if row['arm'] == 'gated' else row['arm']}`"
+        text += goal(about, str(row["experts"]), measured + star("memory"), "<= 1.05", share <= 1.05)
+    return text + at_most("cold `mole draw` / a script of diffusers", "cold", "cold, mole draw", 3, 1.2)
+
+
+def _more(found: dict[tuple[str, int], Cost], gates: str, n: int) -> list[float]:
+    """What binding adds, as a share of the base: the quartiles over rounds."""
+    rounds = zip(found[gates, n].seconds, found[f"bound {gates}", n].seconds, found["base", 0].seconds, strict=True)
+    return quantiles([(bound - plain) / base for plain, bound, base in rounds], n=4, method="inclusive")
+
+
+def table(found: dict[tuple[str, int], Cost], first: Iterable[Sequence[str]]) -> str:
+    """A row for each arm, with the cells that it begins with: its costs by the number of LoRAs. The arm is the last cell."""
+    rows = ((cells, [found.get((cells[-1], n)) for n in (3, 8, 16)]) for cells in first)
+    return "".join(f"| {' | '.join([*cells, *(shown(c) if c else '-' for c in row)])} |\n" for cells, row in rows)
+
+
+def steps() -> str:
+    """Steps at real size."""
+    text = STEPS
+    for name, about in (("step-sd15", "SD 1.5"), ("step-sd15-flow", "SD 1.5"), ("step-sdxl", "SDXL")):
+        found = costs(name)
+        base = found.pop(("base", 0))
+        about += f", {base.ms:.0f} ms, {len(base.seconds)} rounds{star(name)}"
+        text += table(found, [(about, arm) for arm in dict.fromkeys(arm for arm, n in found)])
+    return text
+
+
+def dispatch() -> str:
+    """A step of the narrow UNet."""
+    counts = {row["arm"]: row for row in load("operations")["rows"] if row["experts"] in (0, 3)}
+    found = costs("dispatch")
+    text = DISPATCH.replace("BASE", f"{counts['base']['operations']:,}").replace("ROUNDS", str(load("dispatch")["repeats"]))
+    for line in table(found, [(arm,) for arm in dict.fromkeys(arm for arm, n in found if n)]).splitlines(keepends=True):
+        arm = line.split(" | ")[0].strip("| ")
+        text += line.replace(f"| {arm} |", f"| {arm} | {counts[arm]['more'] if arm in counts else '-'} |")
+    return text
+
+
+def pictures() -> str:
+    """Time to a picture, by stage."""
+    text = PICTURES
+    for name in ("picture", "cold"):
+        found = costs(name)
+        for stage in dict.fromkeys(arm.rpartition(", ")[0] for arm, _ in found):
+            theirs, ours = (cost for (arm, _), cost in found.items() if arm.rpartition(", ")[0] == stage)
+            text += f"| {stage} | {theirs.ms / 1000:.2f} | {ours.ms / 1000:.2f} | {shown(ours)} |\n"
+    return text if text != PICTURES else ""
+
+
+def reuse() -> str:
+    """What `mixture.every(k)` changes in a picture."""
+    return REUSE + "".join(f"| {name} | {value:.4f} |\n" for name, value in load("reuse")["means"].items())
 
 
 def short() -> str:
     """What a step costs at real size, in a sentence."""
-    found = _by_arm("step-sd15.json")
-    gated, plain = ([shown(found[arm, n]) for n in (3, 8)] for arm in ("gated", "set_adapters"))
+    found = costs("step-sd15")
+    gated, plain = ([shown(found[arm, n]) for n in (3, 8)] for arm in ("mole", "set_adapters"))
     return (
         f"A step of Stable Diffusion 1.5 with `mole` gates takes {gated[0]} of the base's time with 3 LoRAs\nand "
         f"{gated[1]} with 8. With diffusers' `set_adapters` it takes {plain[0]} and\n{plain[1]} "
@@ -325,36 +286,30 @@ def short() -> str:
 
 def document() -> str:
     """The whole page."""
-    head = HEAD.replace("SHORT", short())
-    return (
-        head
-        + steps()
-        + DISPATCH
-        + dispatch()
-        + ABOUT_DISPATCH.replace("OPERATIONS\n", operations() + "\n")
-        + factors()
-        + binding()
-        + curves()
-        + once()
-        + pictures()
-        + reuse()
-    )
+    return HEAD.replace("SHORT", short()) + goals() + FLOOR + steps() + dispatch() + SCALING + pictures() + reuse()
 
 
-def curve(costs: list[Cost], path: Path) -> None:
-    """Draw each arm's cost against the number of experts, with its quartiles."""
-    figure = Figure((6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(1, color="#000000", linewidth=0.8)
-    for arm in dict.fromkeys(cost.arm for cost in costs if cost.experts):
-        line = sorted((c for c in costs if c.arm == arm), key=lambda c: c.experts)
-        x, spread = [c.experts for c in line], [[c.ratio - c.low for c in line], [c.high - c.ratio for c in line]]
-        axes.errorbar(x, [c.ratio for c in line], spread, marker="o", markersize=4, capsize=2, label=arm)
-    ticks = sorted({c.experts for c in costs if c.experts})
-    axes.set_xticks(ticks, [str(n) for n in ticks])
-    axes.set_xlabel("LoRAs")
-    axes.set_ylabel("one step / one step of the base")
-    axes.legend(fontsize=8)
+def curves(path: Path) -> None:
+    """Draw each arm's cost along each curve, with its quartiles; or by the table of dispatch if no curve was measured."""
+    points = [Point(**asdict(cost), curve="experts", at=n) for (_, n), cost in costs("dispatch").items()]
+    if (HERE / "speed/scaling.json").exists():
+        points = [Point(**row) for row in load("scaling")["rows"]]
+    drawn = [curve for curve in CURVES if any(point.curve == curve for point in points)]
+    figure = Figure((3 + 3 * len(drawn), 4), layout="constrained")
+    for axes, curve in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        axes.axhline(1, color="#000000", linewidth=0.8)
+        for arm in dict.fromkeys(point.arm for point in points if point.experts and point.arm != "again"):
+            line = [point for point in points if (point.arm, point.curve) == (arm, curve)]
+            spread = [[p.ratio - p.low for p in line], [p.high - p.ratio for p in line]]
+            axes.errorbar(
+                [p.at for p in line], [p.ratio for p in line], spread, marker="o", markersize=4, capsize=2, label=arm
+            )
+        axes.set_xscale("log", base=2)
+        ticks = sorted({point.at for point in points if point.curve == curve and point.experts})
+        axes.set_xticks(ticks, [str(at) for at in ticks])
+        axes.set_xlabel({"experts": "LoRAs", "rank": "rank", "pictures": "pictures at once"}[curve])
+    figure.axes[0].set_ylabel("one step / one step of the base")
+    figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -375,7 +330,7 @@ def main() -> None:
     if (again := command.parse_args().measure) is not None:
         measured_again(again)
     (HERE / "speed.md").write_text(document())
-    curve([cost for cost in costs(load("dispatch.json")[0]) if cost.arm in ("set_adapters", *GOALS)], HERE / "speed.png")
+    curves(HERE / "speed.png")
 
 
 if __name__ == "__main__":
