@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mole_diffusers.lora.safe_files import read_header
 from mole_diffusers.studio.model_folders import SAVED
 
 HINT = "controlnet_cond_embedding."  # the layers that read the map
+OF_XL = {"label_emb.0.0.": "add_embedding.linear_1.", "label_emb.0.2.": "add_embedding.linear_2."}  # which diffusers omits
 SAME = ("block_out_channels", "cross_attention_dim", "addition_embed_type", "in_channels")  # of a UNet and its ControlNets
 
 
@@ -32,12 +34,22 @@ def open_controlnet(pipe: Any, path: Path) -> ControlNetModel:
             found = ControlNetModel.from_pretrained(path, torch_dtype=unet.dtype, use_safetensors=True)
         else:
             read_header(path)
-            found = _of_tensors(convert_controlnet_checkpoint(load_file(path), unet.config), unet)
+            found = _of_tensors(_named(load_file(path), unet), unet)
     except (LookupError, RuntimeError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path.name} is no ControlNet for the kind of model that {type(pipe).__name__} has") from error
-    if any(found.config[name] != unet.config[name] for name in SAME):
+    if any(json.dumps(found.config[name]) != json.dumps(unet.config[name]) for name in SAME):  # with lists or tuples
         raise ValueError(f"{path.name} is a ControlNet for another kind of model")
     return found.to(pipe._execution_device).eval()
+
+
+def _named(tensors: dict[str, torch.Tensor], unet: Any) -> dict[str, torch.Tensor]:
+    """Tensors of a ControlNet with the names of diffusers. Raises what diffusers raises for others."""
+    found = convert_controlnet_checkpoint(tensors, unet.config)
+    for name, tensor in tensors.items():
+        for theirs, ours in OF_XL.items():
+            if name.removeprefix("control_model.").startswith(theirs):
+                found[ours + name.rpartition(".")[2]] = tensor
+    return found
 
 
 def _of_tensors(tensors: dict[str, torch.Tensor], unet: Any) -> ControlNetModel:
