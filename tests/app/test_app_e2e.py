@@ -209,35 +209,32 @@ def test_everything_is_done_by_keyboard(folder, tmp_path):
         page.until(lambda: kept(tmp_path)[0].name in page.one("#picture img").get_attribute("src"), WAIT)
         _reaches(page, "#use-settings", Keys.ENTER)
         page.until(lambda: value(page, "#prompt") == "a fox and a hen <lora:fox:1> <lora:hen:1>", WAIT)
-        _queues_by_keyboard(page, tmp_path)
-        _draws_over_one_of_the_gallery_by_keyboard(page, tmp_path)
         assert not page.errors()
 
 
-def _queues_by_keyboard(page, folder):
-    _reaches(page, "#steps input[type=number]", *"100", Keys.TAB)
-    _reaches(page, "#compose", Keys.ENTER)
-    page.until(lambda: page.text("#compose") == "Cancel", WAIT)
+@pytest.mark.thorough
+def test_the_queue_and_the_gallery_are_used_by_keyboard(tiny, tmp_path):
+    cards(tiny, "fox")
+    _reaches(tiny, "#steps input[type=number]", *"100", Keys.TAB)
+    _reaches(tiny, "#compose", Keys.ENTER)
+    tiny.until(lambda: tiny.text("#compose") == "Cancel", WAIT)
     for n in (2, 3):
-        _reaches(page, "#queue-more", Keys.ENTER)
-        page.until(lambda n=n: len(page.all(".job")) == n, WAIT)
-    _reaches(page, ".job .cancel", Keys.ENTER)
-    page.until(lambda: len(page.all(".job")) != 3, WAIT)
-    page.until(lambda: len(kept(folder)) == 4 and page.text("#compose") == "Compose", WAIT)
-    _reaches(page, "#steps input[type=number]", "2", Keys.TAB)
-
-
-def _draws_over_one_of_the_gallery_by_keyboard(page, folder):
-    _reaches(page, "#from-picture")  # for a picture of another program, in place of dropping it
-    _reaches(page, "#tab-gallery-button", Keys.ENTER)
-    page.until(lambda: len(page.all("#gallery .thumbnail-item")) == 4, WAIT)
-    _reaches(page, "#gallery .thumbnail-item", Keys.ENTER)
-    page.until(lambda: page.text("#gallery-status").startswith("chosen"), WAIT)
-    _reaches(page, "#gallery-over", Keys.ENTER)
-    page.until(lambda: page.all("#over-picture canvas"), WAIT)
-    _reaches(page, "#compose", Keys.ENTER)
-    page.until(lambda: len(kept(folder)) == 5, WAIT)
-    assert infotext.read(kept(folder)[-1]).image == pixels_hash(Image.open(kept(folder)[-2]))
+        _reaches(tiny, "#queue-more", Keys.ENTER)
+        tiny.until(lambda n=n: len(tiny.all(".job")) == n, WAIT)
+    _reaches(tiny, ".job .cancel", Keys.ENTER)
+    tiny.until(lambda: len(kept(tmp_path)) == 2 and tiny.text("#compose") == "Compose", WAIT)
+    _reaches(tiny, "#steps input[type=number]", "2", Keys.TAB)
+    _reaches(tiny, "#from-picture")  # for a picture of another program, in place of dropping it
+    _reaches(tiny, "#tab-gallery-button", Keys.ENTER)
+    tiny.until(lambda: len(tiny.all("#gallery .thumbnail-item")) == 2, WAIT)
+    _reaches(tiny, "#gallery .thumbnail-item", Keys.ENTER)
+    tiny.until(lambda: tiny.text("#gallery-status").startswith("chosen"), WAIT)
+    _reaches(tiny, "#gallery-over", Keys.ENTER)
+    tiny.until(lambda: tiny.all("#over-picture canvas"), WAIT)
+    _reaches(tiny, "#compose", Keys.ENTER)
+    tiny.until(lambda: len(kept(tmp_path)) == 3, WAIT)
+    assert infotext.read(kept(tmp_path)[-1]).image == pixels_hash(Image.open(kept(tmp_path)[-2]))
+    assert not tiny.errors()
 
 
 def _reaches(page, css, *keys):
