@@ -73,7 +73,7 @@ def success(asked: str) -> str:
         raise ValueError(f"{split}.csv.gz has no arm {sorted(unknown)}, but {sorted(set(rows['arm']))}")
     first = sorted(rows["seed"].unique())[: int(count.removesuffix(" seeds"))]
     rows = rows[rows["arm"].isin(arms) & rows["seed"].isin(first)]
-    return success_table(in_order(rows, arms), against=against)
+    return success_table(in_order(rows, arms), against=against, resample="concepts")
 
 
 def counts(asked: str) -> str:

@@ -82,8 +82,9 @@ class JudgeMetrics:
 
     Each row has: `seen` (concept -> whether it is there), `all seen`, `one scene`, `success` (both, and the right one in
     front if two are in contact), `subjects` (the share of them that is seen), `style`, `background`, `in order` (None
-    without contact), and `apart` (whether the likeliest places of its subjects are two places or more apart; None for a
-    single subject). The judge only knows the world's canvases, so larger pictures are shrunk to those of their scenes.
+    without contact), `another` (whether a subject is seen that nobody asked for), and `apart` (whether the likeliest places
+    of its subjects are two places or more apart; None for a single subject). The judge only knows the world's canvases, so
+    larger pictures are shrunk to those of their scenes.
 
     Args:
         found: cases with their scenes, as `cases` returns them.
@@ -100,6 +101,7 @@ class JudgeMetrics:
         there = self.judge.sees(verdict, scene.subjects)  # [B, subjects]
         style, background = self.judge.is_style(verdict, scene.style), self.judge.is_background(verdict, scene.background)
         apart, whole = self._apart(scene, images), self.judge.is_one_scene(verdict)
+        another = self.judge.sees_another(verdict, scene.subjects)
         ordered = [touches_as_said(image, self.drawings, scene) if scene.relation in CONTACTS else None for image in images]
         rows: list[Row] = []
         for i in range(len(images)):
@@ -108,7 +110,8 @@ class JudgeMetrics:
             row: Row = {"seen": asked, "all seen": all(asked.values()), "one scene": bool(whole[i]), "in order": ordered[i]}
             row["success"] = row["all seen"] and row["one scene"] and ordered[i] is not False
             row["subjects"] = there[i].float().mean().item()
-            rows.append(row | {"style": bool(style[i]), "background": bool(background[i]), "apart": apart[i]})
+            row |= {"style": bool(style[i]), "background": bool(background[i]), "another": bool(another[i])}
+            rows.append(row | {"apart": apart[i]})
         return rows
 
     def _apart(self, scene: emoji.Scene, images: Sequence[Image.Image]) -> list[bool | None]:
@@ -134,7 +137,9 @@ REPORT = EvaluationReport(
         success_table,
         # Details of success: single concepts, and whether several subjects are apart.
         partial(
-            by_kind, scores=("all seen", "one scene", "in order", "concepts seen", "style", "background", "apart"), digits=2
+            by_kind,
+            scores=("all seen", "one scene", "in order", "concepts seen", "style", "background", "another", "apart"),
+            digits=2,
         ),
     ),
     values=("success",),

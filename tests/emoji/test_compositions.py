@@ -65,6 +65,13 @@ def test_a_true_drawing_is_right_and_one_with_a_wrong_subject_is_not(judge):
     assert not wrong_row["success"]
 
 
+def test_a_subject_that_nobody_asked_for_is_another_one(judge):
+    (case, scene), *_ = cases({"two subjects": [("fox", "octopus")]})
+    picture = Drawings(default_folder()).picture(scene)
+    assert not JudgeMetrics(judge, Drawings(default_folder()), [(case, scene)])(case, [picture])[0]["another"]
+    assert judge.sees_another(judge.verdict([picture]), ["fox"]).all()
+
+
 def test_subjects_in_one_place_do_not_stand_apart(judge, monkeypatch):
     (case, scene), *_ = cases({"two subjects": [("fox", "koala")]})
     metrics = JudgeMetrics(judge, Drawings(default_folder()), [(case, scene)])

@@ -122,7 +122,7 @@ def rows_of(*cells):
                 "arm": arm, "case": case, "kind": "pair", "prompt": "p", "seed": seed, "settings": {}, "seen": seen,
                 "concepts": case.split("+"), "idle": [],
                 "success": all(seen.values()), "subjects": 1.0, "style": True, "background": False,
-                "apart": None, "all seen": all(seen.values()), "one scene": True, "in order": None,
+                "apart": None, "all seen": all(seen.values()), "one scene": True, "in order": None, "another": False,
             }
         )  # fmt: skip
     return out
@@ -140,10 +140,13 @@ def test_tables_by_hand():
     frame = emoji_protocol.frame(rows)
     _, concept_table = emoji_protocol.REPORT.tables
     lines = concept_table(frame).splitlines()
-    assert lines[0] == "| arm | all seen | one scene | in order | concepts seen | style | background | apart |"
+    assert lines[0] == "| arm | all seen | one scene | in order | concepts seen | style | background | another | apart |"
     # One case: Wilson's interval of 1 of 1 starts at 1 / (1 + 1.96 squared).
     one = "1.00 [0.21, 1.00]"
-    assert lines[2] == f"| alone | 0.00 [0.00, 0.79] | {one} | - | 0.25 (n = 1) | {one} | 0.00 [0.00, 0.79] | - |"
+    assert (
+        lines[2]
+        == f"| alone | 0.00 [0.00, 0.79] | {one} | - | 0.25 (n = 1) | {one} | 0.00 [0.00, 0.79] | 0.00 [0.00, 0.79] | - |"
+    )
     assert f"{one} | - | 0.75 (n = 1) | {one} |" in lines[3]  # fox in one of two, ink in both
     assert lines[4].startswith(f"| mean | {one} | {one} | - | 1.00 (n = 1) | {one} |")
     assert "| sum | 0.50 [0.00, 1.00] |" in tables.success_table(frame)

@@ -255,7 +255,7 @@ def main() -> None:
         STRENGTHS.write_text(json.dumps(best_weights(verdicts), indent=1) + "\n")
         return
     if args.pack:
-        pack(args.split, table, ["kind", "concepts", "arm", "seed"])
+        pack(args.split, table, ["kind", "concepts", "arm", "seed"], measured=("success", "another"))
     draw_asked(args, table, verdicts, rows)
     if "sum" in args.arms and len(args.arms) > 1:
         print(success_table(table, against="sum"))
