@@ -77,10 +77,6 @@ class Gate(nn.Module):
     ranked: bool = False
     starts_anywhere: bool = False
 
-    def for_layer(self, index: int) -> LayerOfGate:
-        """A gate that `weighs_layers_apart`, for one of its layers."""
-        return LayerOfGate(self, index)
-
     # ---- training
 
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
@@ -101,20 +97,6 @@ class Gate(nn.Module):
 
     def rebalance(self, over: Callable[[torch.Tensor], torch.Tensor] = lambda own: own) -> None:
         """Called after each update. `over` turns counts into their sum over all processes."""
-
-
-class LayerOfGate:
-    """The weights for one layer, [B, N], of a gate that weighs several, [B, M, N]."""
-
-    def __init__(self, gate: Gate, index: int):
-        self.gate, self.index = gate, index
-        self.step_invariant, self.input_free, self.ranked = gate.step_invariant, gate.input_free, gate.ranked
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.gate.parameters()
-
-    def __call__(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        return self.gate(hidden, context)[:, self.index]
 
 
 @dataclass(frozen=True)

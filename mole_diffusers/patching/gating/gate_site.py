@@ -73,8 +73,8 @@ class GateSite(ABC):
         name: the module name of the site, component first.
         presents: the sets of experts that the site's layers have, the largest first.
         timed: whether the site knows the noise level; a text encoder does not.
-        scope: the experts that the gate shares among, if these are more than the layers' own. A gate that weighs
-            its layers apart shares among all experts that one of them has.
+        index: of the site's layer among those of a gate that weighs its layers apart, [B, M, N]; else None.
+        scope: the experts that such a gate shares among: all that one of its layers has.
         probe: hidden state [B, T, C] -> what the gate reads instead, [B, T, D].
     """
 
@@ -91,11 +91,13 @@ class GateSite(ABC):
         *,
         presents: Sequence[Present],
         timed: bool,
+        index: int | None,
         scope: Present | None,
         probe: Callable[[torch.Tensor], torch.Tensor] | None,
     ):
         self.name, self.gate, self.shared = name, gate, shared
-        self.presents, self.timed, self.scope, self.probe = tuple(presents), timed, scope, probe
+        self.presents, self.timed, self.probe = tuple(presents), timed, probe
+        self.index, self.scope = index, scope
         self._decided = KeptDecisions()
         self._kept_until: tuple | None = None
         self._kept: dict[tuple, KeptDecisions] = {}  # by `Validity.call`
@@ -174,6 +176,7 @@ class GateSite(ABC):
             among = weighed if self.scope is None else self._weighed_experts(self.scope, hidden)
             all_weighed = not torch.compiler.is_compiling() and among.all_weighed  # a flag would be part of compiled code
             gates = self.gate(features, Context(among.mask, time, layer, tokens, all_weighed))
+            gates = gates if self.index is None else gates[:, self.index]
             if control is not None:
                 gates = control(self.name, gates, weighed.mask if segment is None else weighed.mask[..., segment])
             decisions.append(self._decision(present, gates, weighed, segment))

@@ -196,13 +196,14 @@ class Component:
     def _site(self, about: SiteDescription, layers: Sequence[str]) -> GateSite:
         """The site of a gate. What the gate reads there decides when it is evaluated, and so the kind of site."""
         presents = {self.stacks[layer].present for layer in layers}
-        gate, scope = self._gate_at(about.name)
+        gate, index, scope = self._gate_at(about.name)
         common: dict[str, Any] = {
             "name": f"{self.name}.{about.name}" if about.name else self.name,
             "gate": gate,
             "shared": self.shared,
             "presents": sorted(presents, key=lambda present: (sum(present), present), reverse=True),
             "timed": self.denoises,
+            "index": index,
             "scope": scope,
             "probe": self._probe(about),
         }
@@ -214,13 +215,13 @@ class Component:
             return LayerSite(**common)
         return BlockSite(**common, reads_text=about.reads == "text")
 
-    def _gate_at(self, site: str) -> tuple[Any, Present | None]:
-        """The gate of a site, and the experts it shares among if it weighs each of its layers."""
+    def _gate_at(self, site: str) -> tuple[Gate, int | None, Present | None]:
+        """The gate of a site; if it weighs each of its layers, the layer's index and the experts it shares among."""
         if not self.family.weighs_layers_apart:
-            return self.bank[site], None
+            return self.bank[site], None, None
         name, layers = next((name, layers) for name, layers in self._layers_of_gate.items() if site in layers)
         scope = tuple(map(any, zip(*(self.stacks[layer].present for layer in layers), strict=True)))
-        return self.bank[name].for_layer(layers.index(site)), scope
+        return self.bank[name], layers.index(site), scope
 
     def _probe(self, site: SiteDescription) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The paper's gate input: hidden state [B, T, C] -> each expert's outputs [B, T, N * sum Cout]."""
