@@ -327,16 +327,18 @@ class Mixture:
                 binding.end(warns=is_done and shared.effective.masks is binding)
 
     def _way_to_draw(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
-        """A block in which the things of a call are drawn in tiles, or are first found in a given picture; or neither."""
+        """A block in which the things of a call are drawn in tiles where there is room, or are first found in a given picture;
+        or neither. Whether there is room is known once the denoiser gets its latents.
+        """
         settings = self._settings
-        binding, tiling = settings.binding.now, settings.tiling.now
-        if binding is None and tiling.always and tiling.until:
-            binding = self._masks(self.file_words)
+        masks, tiling = settings.binding.now, settings.tiling.now
+        if masks is None and tiling.always and tiling.until:
+            masks = self._masks(self.file_words)
         # Weights by hand hold everywhere, and rows of sets belong to other prompts.
-        if call is None or binding is None or settings.fixed.now is not None or settings.rows.now is not None:
+        if call is None or masks is None or settings.fixed.now is not None or settings.rows.now is not None:
             return nullcontext()
-        read = PictureCall(pipe, tiling, call, binding.bound, self._acting)
-        set_places = partial(self._set_places, binding)
+        read = PictureCall(pipe, tiling, call, masks.bound, self._acting)
+        set_places = partial(self._set_places, masks)
         if tiling.until and (things := things_for_tiles(read)) is not None:
             return Tiles(read, things, alone=self._alone, set_places=set_places).drawn()
         unheard = partial(self._alone, is_heard=False)
