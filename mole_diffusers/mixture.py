@@ -327,8 +327,8 @@ class Mixture:
                 binding.end(warns=is_done and shared.effective.masks is binding)
 
     def _way_to_draw(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
-        """A block in which the things of a call are drawn in tiles where there is room, or are first found in a given picture;
-        or neither. Whether there is room is known once the denoiser gets its latents.
+        """A block in which the things of a call are drawn in tiles where there is room, or are first found in a given
+        picture; or neither. Whether there is room is known once the denoiser gets its latents.
         """
         settings = self._settings
         masks, tiling = settings.binding.now, settings.tiling.now
