@@ -257,7 +257,7 @@ def test_gates_speak_even_when_every_processor_is_replaced(pipe, loras, draw, aw
 
 
 @pytest.mark.parametrize("granularity", ["block", *thorough("model")])
-@pytest.mark.shows("gradient checkpointing")
+@pytest.mark.shows("these work")
 def test_gradient_checkpointing_gives_the_same_gradients(pipe, loras, awake, granularity):
     """The one gate of a whole model speaks outside the blocks that are computed again."""
     from mole_diffusers.training.denoising import predict

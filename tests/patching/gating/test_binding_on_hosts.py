@@ -42,7 +42,7 @@ def test_prompts_with_and_without_words_are_drawn_as_alone_on_any_host(other):
     torch.testing.assert_close(draw("a house", "a fox"), torch.cat([draw("a house"), draw("a fox")]), atol=1e-4, rtol=0)
 
 
-@pytest.mark.shows("binding")
+@pytest.mark.shows("binding: these work")
 def test_a_layout_is_planned_on_any_host(other):
     mixture, picture = bound_pictures(other, {"fox": "fox", "ink": "owl"}, steps=3)
     (layout,) = mixture.layouts
@@ -93,7 +93,7 @@ def test_pictures_of_one_call_have_their_own_layouts_where_guidance_calls_for_ea
 @pytest.mark.parametrize(
     "name", ["sd15-ip-adapter", *thorough("sd15-inpaint", "sd15-img2img", "sd15-controlnet", "sd15-pag", "sdxl-img2img")]
 )
-@pytest.mark.shows("binding with img2img, inpaint, ControlNet, IP-Adapter, perturbed attention")
+@pytest.mark.shows("binding: these work")
 def test_binding_is_drawn_under_what_hosts_add(name, tmp_path):
     """The layout is planned, and closing everything everywhere gives the unbound picture."""
     pipe, options = hosts.HOSTS[name]()
@@ -113,7 +113,7 @@ def test_binding_is_drawn_under_what_hosts_add(name, tmp_path):
 
 @pytest.mark.parametrize(("edits", "plain"), [("sd15-pix2pix", "sd15"), *thorough(("sdxl-pix2pix", "sdxl"))])
 @pytest.mark.parametrize(("count", "guidance"), [(3, 3.0), *thorough((1, 3.0), (3, 1.0))])
-@pytest.mark.shows("binding with InstructPix2Pix")
+@pytest.mark.shows("binding: these work")
 def test_an_edit_that_cannot_see_its_picture_is_an_ordinary_drawing(edits, plain, count, guidance, tmp_path):
     """Pix2Pix has the prompts' rows first, and two groups of other texts; where the picture counts for nothing in the UNet
     its guidance is the ordinary one."""

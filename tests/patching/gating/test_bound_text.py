@@ -173,7 +173,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("closing", [*thorough(0.0), 8.0])
-@pytest.mark.shows("binding")
+@pytest.mark.shows("binding: these work")
 def test_a_bound_picture_is_the_sums_written_out(attach, pipe, loras, draw, closing, monkeypatch):
     host = copy.deepcopy(pipe)
     monkeypatch.setattr(bound_text, "CLOSING", closing)

@@ -40,7 +40,7 @@ def accelerated(pipe):
 
 
 @pytest.mark.thorough
-@pytest.mark.shows("an ordinary LoRA beside the mixture")
+@pytest.mark.shows("these work")
 def test_an_acceleration_lora_loaded_after_attach_and_its_weight(pipe, loras, lcm, draw):
     experts = {name: loras[name] for name in ("fox", "hat")}
     mole.attach(accelerated(pipe), experts)

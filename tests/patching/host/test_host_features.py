@@ -41,10 +41,7 @@ def text_states(pipe, prompts, skip=None):
 
 
 @pytest.mark.parametrize("skip", [*thorough(None), 1])
-@pytest.mark.shows(
-    "`clip_skip`",
-    "prompt embeddings given directly",
-)
+@pytest.mark.shows("these work")
 def test_prompt_embeddings_and_clip_skip(mixed, draw, skip):
     with torch.no_grad():  # diffusers skips layers for the prompt alone
         states, empty = text_states(mixed, ["a fox in ink"], skip), text_states(mixed, [""])
@@ -55,7 +52,7 @@ def test_prompt_embeddings_and_clip_skip(mixed, draw, skip):
 
 
 @pytest.mark.thorough
-@pytest.mark.shows("`clip_skip`")
+@pytest.mark.shows("these work")
 def test_clip_skip_of_sdxl(awake, tmp_path):
     pipe, _ = hosts.HOSTS["sdxl"]()
     awake(mole.attach(pipe, {str(i): tiny_lora(pipe, tmp_path / str(i), seed=i) for i in range(2)}, "mole"))
@@ -66,7 +63,7 @@ def test_clip_skip_of_sdxl(awake, tmp_path):
     assert not torch.allclose(by_hand, hosts.draw(pipe, {}), atol=1e-3)
 
 
-@pytest.mark.shows("`enable_freeu`")
+@pytest.mark.shows("these work")
 def test_freeu_draws_what_it_draws_of_diffusers_own_adapters(pipe, loras, draw):
     for name, file in loras.items():
         pipe.load_lora_weights(file, adapter_name=name)
@@ -80,7 +77,7 @@ def test_freeu_draws_what_it_draws_of_diffusers_own_adapters(pipe, loras, draw):
     assert not torch.allclose(draw(pipe), wanted, atol=1e-3)
 
 
-@pytest.mark.shows("several prompts, `num_images_per_prompt`")
+@pytest.mark.shows("these work")
 def test_several_prompts_and_several_pictures_of_each(mixed):
     together = pictures(mixed, ["a fox", "ink"], (1, 2, 3, 4), num_images_per_prompt=2)
     alone = [pictures(mixed, prompt, [seed]) for prompt, seed in (("a fox", 1), ("a fox", 2), ("ink", 3), ("ink", 4))]
@@ -88,7 +85,7 @@ def test_several_prompts_and_several_pictures_of_each(mixed):
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 32), *thorough((16, 64), (64, 64))])
-@pytest.mark.shows("any resolution")
+@pytest.mark.shows("these work")
 def test_any_resolution(mixed, draw, loras, height, width):
     """The other route: gates held at what they would be if they were still, summed by diffusers itself."""
     weights = {"fox": 0.3, "ink": 0.5, "hat": 0.2}
@@ -105,7 +102,7 @@ def test_any_resolution(mixed, draw, loras, height, width):
 # ---- how the models compute
 
 
-@pytest.mark.shows("`channels_last`")
+@pytest.mark.shows("these work")
 def test_channels_last(mixed, draw):
     picture = draw(mixed)
     for model in (mixed.unet, mixed.vae):
@@ -113,7 +110,7 @@ def test_channels_last(mixed, draw):
     torch.testing.assert_close(draw(mixed), picture, **CLOSE)
 
 
-@pytest.mark.shows("attention slicing")
+@pytest.mark.shows("these work")
 def test_attention_slicing_on_and_off(mixed, draw):
     picture = draw(mixed)
     mixed.enable_attention_slicing(1)
@@ -126,7 +123,7 @@ def test_attention_slicing_on_and_off(mixed, draw):
     assert {type(p).__name__ for p in mixed.unet.attn_processors.values()} <= kinds | {"AttnProcessor2_0"}
 
 
-@pytest.mark.shows("VAE tiling and slicing")
+@pytest.mark.shows("these work")
 def test_vae_tiling(mixed, draw):
     """The other route: latents drawn without tiles, decoded tile by tile by hand."""
     size = {"height": 64, "width": 64}

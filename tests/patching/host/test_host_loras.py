@@ -38,7 +38,7 @@ def theirs(other, pipe, extra, weight):
     return picture
 
 
-@pytest.mark.shows("an ordinary LoRA beside the mixture", "`set_adapters` beside the mixture", "hotswap")
+@pytest.mark.shows("these work", "`set_adapters` beside the mixture", "hotswap")
 def test_an_ordinary_lora_is_weighed_swapped_and_deleted_beside_the_mixture(other, ordinary):
     pipe = other.pipe
     second = hosts.quiet(type(pipe).from_pipe(pipe, dtype=torch.float32))

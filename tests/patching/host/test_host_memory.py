@@ -20,7 +20,7 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 @pytest.mark.thorough  # whole models are in studio/test_drawing.py, and the leaves of Flux in test_host_switches.py
 @pytest.mark.parametrize("name", OFFLOADS)
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.shows("`enable_model_cpu_offload`, sequential and group offload")
+@pytest.mark.shows("these work")
 def test_offloading_before_and_after_attach(pipe, loras, draw, awake, tmp_path, name, first):
     base = draw(pipe)
     awake(mole.attach(pipe, loras, "mole")).save_pretrained(tmp_path)

@@ -18,7 +18,7 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 HELD = {"fox": 0.7, "ink": -0.4}
 
 
-@pytest.mark.shows("any resolution")
+@pytest.mark.shows("these work")
 def test_any_resolution(other):
     """The other route: diffusers' own adapters at the same weights."""
     pipe, options = other.pipe, other.options | {"height": 16, "width": 64}
@@ -53,7 +53,7 @@ def seen_by_the_denoiser(other):
     return calls[0]
 
 
-@pytest.mark.shows("gradient checkpointing")
+@pytest.mark.shows("these work")
 def test_gradient_checkpointing_gives_the_same_gradients(other):
     mixture, denoiser = other.attach(), hosts.denoiser(other.pipe)
     args, kwargs = seen_by_the_denoiser(other)
@@ -145,7 +145,7 @@ def test_a_controlnet_is_made_of_the_original(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", thorough("sdxl", "sd21", "animatediff"))
-@pytest.mark.shows("attention slicing")
+@pytest.mark.shows("these work")
 def test_attention_slicing_on_and_off(name, awake, tmp_path):
     pipe, options = hosts.HOSTS[name]()
     awake(mole.attach(pipe, {n: tiny_lora(pipe, tmp_path / n, seed=i) for i, n in enumerate(HELD)}, "mole"))

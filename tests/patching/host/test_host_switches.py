@@ -33,7 +33,7 @@ FAST = ("leaf",)
 
 
 @pytest.mark.parametrize("switch", [*FAST, *thorough(*(name for name in SWITCHES if name not in FAST))])
-@pytest.mark.shows("`enable_model_cpu_offload`, sequential and group offload", "`channels_last`", "VAE tiling and slicing")
+@pytest.mark.shows("these work")
 def test_a_switch_changes_no_picture(other, switch, tmp_path):
     pipe, options = other.pipe, other.options
     base = hosts.draw(pipe, options)
@@ -62,7 +62,7 @@ def test_fp8_storage_before_and_after_attach_is_the_same(other):
     assert not torch.allclose(after, full, atol=1e-5)
 
 
-@pytest.mark.shows("prompt embeddings given directly")
+@pytest.mark.shows("these work")
 def test_prompt_embeddings_given_directly(other):
     pipe, options = other.pipe, other.options
     other.attach()
@@ -72,7 +72,7 @@ def test_prompt_embeddings_given_directly(other):
     torch.testing.assert_close(hosts.draw(pipe, options | given, prompt=None), hosts.draw(pipe, options), **CLOSE)
 
 
-@pytest.mark.shows("several prompts, `num_images_per_prompt`")
+@pytest.mark.shows("these work")
 def test_several_prompts_and_pictures_are_drawn_as_each_alone(other):
     pipe, options = other.pipe, other.options
     other.attach()

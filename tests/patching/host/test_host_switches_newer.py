@@ -56,9 +56,7 @@ SWITCHES = {
 @pytest.mark.filterwarnings("ignore:attention runs on PyTorch's own backend")
 @pytest.mark.parametrize("switch", ["backend", *thorough(*(name for name in SWITCHES if name != "backend"))])
 @each("qwen")
-@pytest.mark.shows(
-    "attention backends of PyTorch, flex too", "group offload, by block or by layer", "`compile_repeated_blocks`"
-)
+@pytest.mark.shows("attention backends of PyTorch, flex too", "group offload, fp8 casting, `compile_repeated_blocks`")
 def test_a_switch_changes_no_picture(host, switch):
     name, pipe, options, files = host
     torch.compiler.reset()
@@ -109,7 +107,7 @@ def test_a_cache_of_blocks_skips_what_it_skips_for_diffusers_own_adapters(host):
 
 
 @each("z_image")
-@pytest.mark.shows("fp8 layerwise casting on a transformer")
+@pytest.mark.shows("group offload, fp8 casting, `compile_repeated_blocks`")
 def test_fp8_storage_before_and_after_attach_is_the_same(host):
     _, pipe, options, files = host
     mole.attach(pipe, files, binding=None)

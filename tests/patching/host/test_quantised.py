@@ -138,7 +138,7 @@ def test_experts_ride_on_a_quantised_host(packed, files, awake, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.shows("binding on a quantised model")
+@pytest.mark.shows("binding: these work")
 def test_a_bound_picture_on_a_quantised_host(packed, files, decided):
     plain = wide()
     read_back(packed.unet, plain.unet)
@@ -146,7 +146,7 @@ def test_a_bound_picture_on_a_quantised_host(packed, files, decided):
 
 
 @pytest.mark.parametrize("kind", EACH)
-@pytest.mark.shows("binding on a quantised model")
+@pytest.mark.shows("binding: these work")
 def test_a_bound_picture_on_other_quantised_hosts(other, kind, decided):
     (plain, _), model = HOSTS[other.name](), denoiser(other.pipe)
     assert repacked(model, KINDS[kind])
@@ -201,7 +201,7 @@ def compared(model, part, weighed, run):
 
 
 @pytest.mark.parametrize("kind", EACH)
-@pytest.mark.shows("quantised text encoder")
+@pytest.mark.shows("these work")
 def test_experts_ride_on_a_quantised_text_encoder(files, kind):
     """The other route is by hand, since transformers' loading of adapters changes packed weights."""
     pipe = wide()
@@ -213,7 +213,7 @@ def test_experts_ride_on_a_quantised_text_encoder(files, kind):
 
 
 @pytest.mark.parametrize("kind", EACH)
-@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto, SDNQ", "quantised text encoder")
+@pytest.mark.shows("GGUF, bitsandbytes, torchao, quanto, SDNQ", "these work")
 def test_experts_ride_on_other_quantised_hosts(other, kind):
     """Those layers of the denoiser and of the first text encoder that are wide enough are packed."""
     weights = {"fox": 0.8, "ink": -0.5}
