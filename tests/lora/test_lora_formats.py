@@ -389,7 +389,7 @@ def test_ranks_and_alphas_that_differ(read):
 @pytest.mark.parametrize(
     "parts", [("lora_te_text_model_",), ("lora_unet_",), ("lora_te1_text_model_", "lora_te2_text_model_")]
 )
-@pytest.mark.shows("some parts only", "kohya without `out_proj`")
+@pytest.mark.shows("some parts only")
 def test_files_of_some_parts_only(read, parts):
     """The text encoder's without out_proj, as early kohya files are."""
     leaves = {"u": [f"{BLOCK}_attn1_to_q"], "t": [f"encoder_layers_0_self_attn_{x}_proj" for x in "qkv"]}
