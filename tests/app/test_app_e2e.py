@@ -134,7 +134,7 @@ def _paints(page):
 
 def _queues_three_and_cancels_the_second(page, folder):
     before = len(kept(folder))
-    page.type("#steps input[type=number]", "100")
+    page.type("#steps input[type=number]", "150")  # the first is still drawn when the third is queued
     for seed in ("1", "2", "3"):
         page.type("#seed input", seed)
         ActionChains(page.driver).move_to_element(page.one("#prompt textarea")).click().perform()
