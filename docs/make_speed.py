@@ -53,6 +53,11 @@ even the base's 4; and 4 are the noise level. Keeping keys and values of the tex
 in SD 1.5 and 51.3 MB in SDXL for a picture with guidance in half precision. Keeping the views of A and B, too, would
 take 256 operations off, but only 0.011 of a step; one product for q, k and v took nothing off beyond the noise.
 
+The steps that miss their goals stand at the floor of the arithmetic: by PyTorch's count of multiplications, the products
+of A and B in the layers that read the picture are 0.018, 0.049 and 0.099 of a step of SD 1.5 at 256 pixels with 3, 8 and
+16 LoRAs of rank 16. Compiled by blocks, the base gets faster than what hooks and gates do between its blocks. The kept
+keys and values are what the peak of memory misses its goal by; at SDXL they are why a step is below the base's.
+
 `attach(pipe, folder)` puts the ranks of all files of a folder into every layer. `mole draw`, the app and `Studio` attach
 those that the prompt names; in a script, attach the files that you use.
 """

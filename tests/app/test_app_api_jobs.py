@@ -73,5 +73,6 @@ def test_what_needs_no_model_waits_for_no_job(client):
 
 def test_the_request_is_no_argument_of_an_endpoint(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert [one["parameter_name"] for one in endpoints["/redraw"]["parameters"]] == ["recipe", "image", "mask"]
+    named = [one["parameter_name"] for one in endpoints["/redraw"]["parameters"]]
+    assert named == ["recipe", "image", "mask", "control", "reference"]
     assert "request" not in json.dumps(endpoints)

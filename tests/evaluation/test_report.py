@@ -18,7 +18,7 @@ def row(arm, case, kind="pair", *, idle=(), seed=0, **values):
     return {
         "arm": arm, "case": name, "concepts": concepts, "idle": list(idle), "kind": kind, "prompt": "p", "seed": seed,
         "success": True, "seen": dict.fromkeys(concepts, True), "subjects": 1.0, "style": True, "background": True,
-        "apart": None, "all seen": True, "one scene": True, "in order": None,
+        "apart": None, "all seen": True, "one scene": True, "in order": None, "another": False,
         "clip_t": 0.25, "dino": {}, "collapse": None, "lpips": None, "ssim": None, "seam": None,
     } | values  # fmt: skip
 

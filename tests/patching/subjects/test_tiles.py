@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 import mole_diffusers as mole
 from benchmarks.steps import Operations
 from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.layout import strips
+from mole_diffusers.binding.layout import partition
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
@@ -707,7 +707,7 @@ def test_nouns_keep_the_places_of_their_tiles(pipe, experts):
         with mixture.tiled():
             latent(pipe, prompt, noise(16, 48), steps=2)
         (regions,) = mixture._settings.binding.now._texts[-1].picture._decided.values()
-        assert torch.equal(regions, strips(3, 16, 48))
+        assert torch.equal(regions, partition(3, 16, 48))
         assert not mixture.binding_warnings
 
 
