@@ -32,8 +32,8 @@ SHORT
 **No GPU was measured.** In each round every arm runs once and is divided by the base of that round; the page shows
 medians with quartiles. UNets have random weights, a batch of 2 (guidance), and N LoRAs on all attention layers, of rank
 16 unless a section says otherwise. They ran on one CPU thread, by the process's own time, on a machine that did other
-work, too. `python docs/make_speed.py` makes the page from `docs/speed/`; with `--measure` it measures all anew. What has
-a star was measured with an older version, whose steps did more; bound steps of SD 1.5 then on two threads by wall clock.
+work, too. `python docs/make_speed.py` makes the page from `docs/speed/`; with `--measure` it measures all anew. Bound
+steps of SD 1.5 (*) were measured with an older version, on two threads by wall clock.
 
 `set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates; `bound`
 gives each LoRA a word and a part of the picture. `collapsed` has the gates' average folded into the weights. `again` is
@@ -74,8 +74,7 @@ DISPATCH = """
 
 What a step costs if it does next to no arithmetic, as where a card waits for its host: the modules of Stable Diffusion
 1.5, but 8 to 24 channels wide, at 64 pixels, with 16 tokens of text and LoRAs of rank 4. Operations are those that
-PyTorch is asked for in a step (the base's are BASE). Times are in units of the base: ROUNDS rounds, while some fifteen
-other processes ran on two cores, so a median has a standard error of about 0.03:
+PyTorch is asked for in a step (the base's are BASE). Times are in units of the base, ROUNDS rounds:
 
 | arm | operations more than the base | N = 3 | 8 | 16 |
 |---|---|---|---|---|
@@ -193,9 +192,7 @@ def _counted() -> str:
 
 def _in_a_step() -> str:
     """Goals for times of a step."""
-    dispatch, text = costs("dispatch"), ""
-    for n, arm in product((3, 8), MORE_GOALS):
-        text += goal(f"dispatch, `{arm}`", str(n), shown(dispatch[arm, n]), "reported", None)
+    text = ""
     for name, about, limit in (("dispatch", "dispatch", 0.06), ("bound-step", "a step of SD 1.5", 0.02)):
         for gates, n in product(("sum", "mole"), (3, 8)):
             more = _more(costs(name), gates, n)
