@@ -651,7 +651,8 @@ class Mixture:
 
         Args:
             prompt: as the pipeline gets it.
-            width, height: of the picture in pixels. Without them, tiles are told as if there were room.
+            width: of the picture in pixels. Without a size, tiles are told as if there were room.
+            height: of the picture in pixels.
 
         Raises ValueError if only one of the two is given.
         """
