@@ -250,8 +250,8 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
     assert not list((tmp_path / "out").glob("rows*"))
     monkeypatch.setattr(evaluating, "DEFAULT_ARMS", ("base", "grid search"))
     lines = ["from mole_diffusers.evaluation.arms import mean", 'ARMS = {"half": mean()}']
-    (tmp_path / "halves.py").write_text("\n".join(lines))
-    others = ["--arms-from", str(tmp_path / "halves.py")]
+    (tmp_path / "arms_of_halves.py").write_text("\n".join(lines))
+    others = ["--arms-from", str(tmp_path / "arms_of_halves.py")]
     assert main([*checkpoint, *fox, *others, "--gates", str(tmp_path / "none"), "--seeds", "1", "--json"]) == 0
     out, err = capsys.readouterr()
     assert {row["arm"] for row in json.loads(out)} == {"base", "mean"}
