@@ -1,5 +1,23 @@
 """A diffusers model with experts in it.
 
 host/ knows what differs between models, gating/ acts while sampling, install/ puts experts in and takes them out, and
-subjects/ draws the things of a prompt apart.
+subjects/ draws the things of a prompt apart. One step of a bound picture, in the order of the call:
+
+    install/pipeline_calls.py     `pipe(prompt)` gets here first: its class has become a subclass, whose calls run inside of
+    mixture.Mixture.drawing       other threads wait (install/pipeline_lock.py); is it drawn in tiles?
+    gating/token_masks.py         a text encoder reads the prompt: which expert acts on which token, and who is silent
+    gating/shared_state.py        `StepHook`: the denoiser is called; noise level and text are noted before a gate is asked
+    binding/picture_layout.py     `decide`: from the second step on, each thing has a place, where its words were attended
+    gating/bound_text.py          `place` and `mask`: the masks of words and places that layers take, and what is closed
+    install/gate_inputs.py        `MoLEAttnProcessor`: a block begins, and what enters its attention goes to its gate
+    gating/gate_site.py           `evaluate` asks the gate; `factor` gives each layer its weights, times the mask
+    gating/gated_experts.py       `linear`: y = W x + B (factor * (A x))
+    gating/cross_attention.py     lowers attention to words outside their places; in the first step, reads it for `decide`
+
+Beside it:
+
+    host/denoisers.py             `RECORDS`: everything that is special about a class of denoisers
+    install/installation.py       on and off; `_hooks` has the order in which hooks run
+    undo.py                       how each change is taken back
+    subjects/tiles.py             the steps in which the denoiser is called for each thing
 """

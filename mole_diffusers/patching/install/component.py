@@ -16,11 +16,9 @@ from torch import nn
 from mole_diffusers import functional
 from mole_diffusers.gates import Family, Gate, GateBank, GatePlace, Layer
 from mole_diffusers.lora.stacking import Stack
-from mole_diffusers.patching.gating import cross_attention, joint_attention
 from mole_diffusers.patching.gating.decision import Present
 from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, LayerSite, ModelSite, OutputSite
-from mole_diffusers.patching.gating.prompt_tokens import TextHook
-from mole_diffusers.patching.gating.shared_state import SharedState, StepHook
+from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.hooks import ForwardHook, Uncompiled
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.host.denoisers import record
@@ -258,26 +256,3 @@ def _replace_processor(attention: Attention, site: GateSite, undo: Undo) -> None
 
     undo.callback(put_back)
     attention.set_processor(MoLEAttnProcessor(found, site))
-
-
-def all_hooks(
-    denoiser: Any,
-    encoders: Mapping[str, nn.Module],
-    components: Sequence[Component],
-    shared: SharedState,
-    is_off: Callable[[float], bool],
-) -> Iterator[tuple[nn.Module, ForwardHook]]:
-    """Each hook of a mixture with its module, in the order in which they run on a module that has several.
-
-    `is_off` says whether no expert acts in a call of the denoiser, given the scale of LoRAs in it.
-    """
-    # Where sampling is and what texts say: all others need it, also the gate of the denoiser as a whole.
-    yield denoiser, StepHook(shared, is_off)
-    for name, encoder in encoders.items():
-        yield encoder, TextHook(name, shared.tokens, shared.inputs.record.text_layers, shared.on_text)
-    # Attention that is read or closed must not be compiled in this call.
-    attention = joint_attention if shared.inputs.record.blocks.is_joint else cross_attention
-    yield from attention.hooks(denoiser, shared)
-    # What gates read: first what enters the denoiser, then what enters each block and each place in it.
-    for component in components:
-        yield from component.hooks()

@@ -12,10 +12,13 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from mole_diffusers.lora import Expert
-from mole_diffusers.patching.gating.shared_state import SharedState
+from mole_diffusers.patching.gating import cross_attention, joint_attention
+from mole_diffusers.patching.gating.prompt_tokens import TextHook
+from mole_diffusers.patching.gating.shared_state import SharedState, StepHook
+from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser, denoisers, hosts, models_of
 from mole_diffusers.patching.host.offloading import loaded
-from mole_diffusers.patching.install.component import Component, all_hooks
+from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.install.embeddings import Words, add_words, embedded, left_out
 from mole_diffusers.patching.install.host_calls import guard
 from mole_diffusers.patching.install.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches
@@ -155,8 +158,7 @@ class Installation:
                     object.__setattr__(model, HANDLE, self)
                 for component in self.components:
                     component.install(undo)
-                encoders = {name: model for name, model in hosts(self.pipe).items() if name not in DENOISERS}
-                for module, hook in all_hooks(self.denoiser, encoders, self.components, self.shared, self.is_off):
+                for module, hook in self._hooks():
                     hook.register(module, undo)
                 self.without_embedding = left_out(self.experts) + [
                     why
@@ -168,6 +170,21 @@ class Installation:
         except BaseException:
             self._uninstall()
             raise
+
+    def _hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
+        """Each hook with its module, in the order in which they run on a module that has several."""
+        shared = self.shared
+        # Where sampling is and what texts say: all others need it, also the gate of the denoiser as a whole.
+        yield self.denoiser, StepHook(shared, self.is_off)
+        for name, model in hosts(self.pipe).items():
+            if name not in DENOISERS:
+                yield model, TextHook(name, shared.tokens, shared.inputs.record.text_layers, shared.on_text)
+        # Attention that is read or closed must not be compiled in this call.
+        attention = joint_attention if shared.inputs.record.blocks.is_joint else cross_attention
+        yield from attention.hooks(self.denoiser, shared)
+        # What gates read: first what enters the denoiser, then what enters each block and each place in it.
+        for component in self.components:
+            yield from component.hooks()
 
     def _uninstall(self) -> None:
         with loaded(self.pipe):
