@@ -6,6 +6,7 @@ A table follows a line that says what is in it:
 `<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, to which `; less ARM` may be added: less what that arm has on the same
 compositions and seeds.
 `<!-- counts: SPLIT; ARM / ARM / ...; N seeds -->`: the same in numbers of pictures, a row per kind.
+`<!-- another: SPLIT; ARM; N seeds -->`: how many of an arm's successes also show a subject that nobody asked for.
 `<!-- ladder: N, N, ... updates -->`
 """
 
@@ -22,7 +23,7 @@ from mole_diffusers.evaluation.tables import interval, markdown, success_table
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
-TABLE = re.compile(r"<!-- (success|counts|ladder): (.+?) -->\n\n((?:\|.*\n)*)")
+TABLE = re.compile(r"<!-- (success|counts|another|ladder): (.+?) -->\n\n((?:\|.*\n)*)")
 RUNGS = {  # arm of the ladder -> what is free to learn
     "sum": "",
     "bound": "",
@@ -90,6 +91,17 @@ def counts(asked: str) -> str:
     return markdown(["the prompt asks for", "compositions", *arms], body)
 
 
+def another(asked: str) -> str:
+    """Of an arm's successes, how many also show a subject that nobody asked for; kinds in which one does."""
+    split, arm, count = asked.split("; ")
+    rows = verdicts(split)
+    first = sorted(rows["seed"].unique())[: int(count.removesuffix(" seeds"))]
+    right = in_order(rows[(rows["arm"] == arm) & rows["seed"].isin(first) & rows["success"]], [arm])
+    kinds = [(IN_WORDS.get(str(kind), str(kind)), own["another"]) for kind, own in right.groupby("kind", sort=False)]
+    body = [[kind, f"{more.sum()} of {len(more)}"] for kind, more in kinds if more.any()]
+    return markdown(["the prompt asks for", "successes with one more"], body)
+
+
 def ladder(asked: str) -> str:
     """By what is free to learn, a column per number of updates."""
     rows, columns = verdicts("ladder"), ["0", *asked.removesuffix(" updates").split(", ")]
@@ -104,7 +116,7 @@ def ladder(asked: str) -> str:
 
 def page(text: str) -> str:
     """A document with its tables made anew."""
-    tables = {"success": success, "counts": counts, "ladder": ladder}
+    tables = {"success": success, "counts": counts, "another": another, "ladder": ladder}
 
     def made(found: re.Match[str]) -> str:
         after = "" if found[3] else "\n"  # a table that was there has its empty line after it
