@@ -33,7 +33,8 @@ def plain(event):
         if given == skip() and len(event.outputs) > 1:
             return tuple(skip() for _ in event.outputs)
         is_by_component = isinstance(given, dict) and all(isinstance(key, Block) for key in given)
-        return tuple(convert_component_dict_to_list(event.outputs, given)) if is_by_component else given
+        values = convert_component_dict_to_list(event.outputs, given) if is_by_component else given
+        return tuple(values) if is_by_component and len(event.outputs) > 1 else values
 
     def each(events):
         with closing(events):
@@ -65,11 +66,14 @@ class QueueVisit:
 
     def press(self, name="queued", label=None):
         """Press Queue, or the button with its label. Returns what the status line says then, "" if nothing is wrong."""
+        from gradio.blocks import skip
+
         event, skipped = self._events[name], 1 if name == "queued" else 2
         fields = event.inputs[skipped:]
         values = [self.edits.get(getattr(field, "label", None), field.value) for field in fields]
         given = [self.request, *([label] if name == "pressed" else []), self.visitor, *values]
-        return plain(event)(*given)[0]
+        said = plain(event)(*given)
+        return "" if said == skip() else said
 
     def see(self, until):
         """Watch the page until this is true of {elem_id or position: value}, and return that."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from typing import Any
@@ -19,6 +19,7 @@ from mole_diffusers.studio.memory import clear_frames
 
 MAX_WAITING, MAX_OWN = 32, 8  # jobs that wait in the queue, of all visitors and of one
 KEPT = 64  # finished jobs that can still be looked up
+MAX_HEIRS = 1024  # owners whose jobs are another's
 FULL = 'the GPU\'s memory is full: take a smaller picture or less "Hires", or start the app with --offload model'
 ReportProgress = Callable[[Any], None]
 Work = Callable[[ReportProgress], Any]
@@ -67,6 +68,7 @@ class Jobs:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._jobs: list[Job] = []  # the last KEPT that are over, as they ended; that which runs; those that wait
+        self._heirs: dict[str, str] = {}  # an owner -> who has their jobs now
         self._thread: threading.Thread | None = None
 
     def submit(self, owner: str, kind: str, work: Work, title: str = "") -> Job:
@@ -74,8 +76,9 @@ class Jobs:
 
         Raises ValueError if too many jobs are waiting, of all visitors or of this one.
         """
-        job = Job(owner, kind, work, title)
         with self._changed:
+            owner = self._heirs.get(owner, owner)
+            job = Job(owner, kind, work, title)
             waiting = [job.owner for job in self._jobs if job.state == "waiting"]
             if len(waiting) >= MAX_WAITING:
                 raise ValueError(f"{MAX_WAITING} jobs are waiting already; try again when some are done")
@@ -87,14 +90,22 @@ class Jobs:
                 self._thread.start()
         return job
 
-    def of(self, owners: Collection[str], kind: str) -> list[Job]:
-        """The visitor's jobs of a kind: those that are over, as they ended; the one that runs; those that wait, in order."""
+    def hand_over(self, owner: str, to: str) -> None:
+        """Give all jobs of an owner to another, also those that are still to come."""
         with self._changed:
-            return [job for job in self._jobs if job.owner in owners and job.kind == kind]
+            self._heirs = dict([*self._heirs.items()][1 - MAX_HEIRS :]) | {owner: to}
+            for job in self._jobs:
+                job.owner = to if job.owner == owner else job.owner
+
+    def of(self, owner: str, kind: str) -> list[Job]:
+        """The owner's jobs of a kind: those that are over, as they ended; the one that runs; those that wait, in order."""
+        with self._changed:
+            owner = self._heirs.get(owner, owner)
+            return [job for job in self._jobs if (job.owner, job.kind) == (owner, kind)]
 
     def latest(self, owner: str, kind: str) -> Job | None:
         """The visitor's newest job of a kind, in any state, or None."""
-        return next(reversed(self.of([owner], kind)), None)
+        return next(reversed(self.of(owner, kind)), None)
 
     def ahead(self, job: Job) -> int:
         """The number of jobs before one that is waiting."""
@@ -126,7 +137,7 @@ class Jobs:
     def stop_all(self, owner: str, kind: str) -> bool:
         """Stop all jobs of a visitor of a kind. Returns False if there are none that are not over."""
         with self._changed:  # so that none begins meanwhile
-            stopped = [self.stop(job) for job in self._jobs if (job.owner, job.kind) == (owner, kind)]
+            stopped = [self.stop(job) for job in self.of(owner, kind)]
         return any(stopped)
 
     def follow(self, job: Job) -> Iterator[Job]:

@@ -13,7 +13,7 @@ from mole_diffusers.app.draw_over import OverPanel
 from mole_diffusers.app.form import OF_BASE, Form
 from mole_diffusers.app.prompt_box import ORDERED, PromptBox
 from mole_diffusers.app.style import Values
-from mole_diffusers.app.visits import STORED, Visits
+from mole_diffusers.app.visits import STORED, Visits, session
 from mole_diffusers.studio.found_recipe import FoundRecipe
 from mole_diffusers.studio.recipe import Recipe
 
@@ -120,8 +120,9 @@ def remember(page: Page) -> Any:
     def listed() -> Values:
         return {form.base: page.actions.bases.open} | form.now()
 
-    def enter(visitor: Any, values: Any) -> tuple[str, list[Any]]:
+    def enter(request: gr.Request, visitor: Any, values: Any) -> tuple[str, list[Any]]:
         visitor, fresh = visitor if isinstance(visitor, str) and visitor else token_urlsafe(16), form.fresh()
+        page.visits.jobs.hand_over(session(request), visitor)  # those that began while the page opened
         filled = restored(form, fields, values) or (form.values(fresh) if fresh != form.defaults else {})
         return visitor, [filled.get(field) for field in fields]
 

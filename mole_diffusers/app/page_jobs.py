@@ -12,7 +12,7 @@ from mole_diffusers.app.jobs import Job, Jobs, Work
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.sentences import USER_ERRORS, markdown, problem
 from mole_diffusers.app.style import Values, status_line
-from mole_diffusers.app.visits import session
+from mole_diffusers.app.visits import owner
 
 Show = Callable[[Job], Values]
 Refused = Callable[[Exception], Values] | None
@@ -78,14 +78,14 @@ def follow(
 
     def begin(request: gr.Request, visitor: str, *values: Any) -> Iterator[Values]:
         try:
-            job = page.visits.jobs.submit(visitor or session(request), kind, work_of(*values))
+            job = page.visits.jobs.submit(owner(request, visitor), kind, work_of(*values))
         except USER_ERRORS as error:
             yield {status: problem(error)} | (refused(error) if refused else {})
         else:
             yield from watch(request, job)
 
     def resume(request: gr.Request, visitor: str) -> Iterator[Any]:
-        job = page.visits.jobs.latest(visitor, kind)
+        job = page.visits.jobs.latest(owner(request, visitor), kind)
         yield from [gr.skip()] if job is None else watch(request, job)
 
     page.entered.then(resume, page.visits.visitor, outputs, concurrency_limit=None)
@@ -107,9 +107,9 @@ def buttons(page: Page, kind: str, start: str, stop: str = "Cancel") -> tuple[An
     status = status_line(elem_id=f"{kind}-status")
 
     def cancel(request: gr.Request, visitor: str) -> Any:
-        owners = {visitor or session(request), session(request)}  # a job that began while the page opened is its session's
-        stopped = [page.visits.jobs.stop_all(owner, kind) for owner in owners]
-        return gr.skip() if any(stopped) else "nothing of yours is running"  # else the job itself reports that it stops
+        if page.visits.jobs.stop_all(owner(request, visitor), kind):
+            return gr.skip()  # the job itself reports that it stops
+        return "nothing of yours is running"
 
     stops.click(cancel, page.visits.visitor, status, concurrency_limit=None)
     return starts, status

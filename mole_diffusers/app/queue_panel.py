@@ -18,7 +18,7 @@ from mole_diffusers.app.page_jobs import said
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.stage import Stage
 from mole_diffusers.app.style import Values, status_line
-from mole_diffusers.app.visits import session
+from mole_diffusers.app.visits import owner, session
 from mole_diffusers.studio.prompt_syntax import parse
 from mole_diffusers.studio.recipe import Recipe
 
@@ -49,7 +49,7 @@ class QueuePanel:
 
     def view(self, request: gr.Request, visitor: str, stage: Stage) -> tuple[int, Values]:
         """The number of the job that is shown, -1 for none, and what the page shows of the visitor's queue."""
-        jobs = self.page.visits.jobs.of(self.page.visits.owners(request, visitor), KIND)
+        jobs = self.page.visits.jobs.of(owner(request, visitor), KIND)
         going = [job for job in jobs if not job.is_over]
         shown = going[0] if going else next(reversed(jobs), None)
         label, variant = (CANCEL, "stop") if going else (COMPOSE, "primary")
@@ -74,14 +74,14 @@ class QueuePanel:
         def queued(request: gr.Request, visitor: str, *values: Any) -> Values:
             recipe, count, pictures = page.form.asked(*values)
             work = page.actions.compose(recipe, count, pictures)
-            page.visits.jobs.submit(visitor or session(request), KIND, work, self.title(recipe, count))
-            return {self.button: gr.update(value=CANCEL, variant="stop")}
+            page.visits.jobs.submit(owner(request, visitor), KIND, work, self.title(recipe, count))
+            return {self.status: gr.skip()}  # `watch` shows it; from here it could come after the job is over
 
         @errors_to(self.status)
         def pressed(request: gr.Request, label: str, visitor: str, *values: Any) -> Any:
             if label != CANCEL:
                 return queued(request, visitor, *values)
-            going = [job for job in page.visits.jobs.of(page.visits.owners(request, visitor), KIND) if not job.is_over]
+            going = [job for job in page.visits.jobs.of(owner(request, visitor), KIND) if not job.is_over]
             stopped = [page.visits.jobs.stop(job) for job in going[:1]]
             return {self.status: gr.skip() if any(stopped) else "nothing of yours is running"}
 
@@ -94,10 +94,10 @@ class QueuePanel:
                 before, at = now, number
                 await asyncio.sleep(EVERY)
 
-        outputs, given = [self.status, self.button], [page.visits.visitor, *inputs]
-        self.button.click(pressed, [self.button, *given], outputs, **every_press)
+        given = [page.visits.visitor, *inputs]
+        self.button.click(pressed, [self.button, *given], self.status, **every_press)
         for start in (self.more.click, *starts):
-            start(queued, given, outputs, **every_press)
+            start(queued, given, self.status, **every_press)
         watched = [self.status, self.button, self.bar, self.rows, *stage.outputs]
         page.entered.then(watch, page.visits.visitor, watched, concurrency_limit=None, show_progress="hidden")
 
@@ -128,7 +128,7 @@ class QueuePanel:
         page = self.page
 
         def act(request: gr.Request, visitor: str) -> None:
-            for job in page.visits.jobs.of(page.visits.owners(request, visitor), KIND):
+            for job in page.visits.jobs.of(owner(request, visitor), KIND):
                 if job.number == row["number"]:
                     does(job)
 

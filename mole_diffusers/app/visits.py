@@ -41,14 +41,15 @@ class Visits:
             yield job
         job.is_shown = True
 
-    def owners(self, request: gr.Request | None, visitor: str) -> set[str]:
-        """Under which names a visitor's jobs run: a job that began while the page opened is its session's."""
-        return {visitor or session(request), session(request)}
-
     def drawn(self, request: gr.Request | None, visitor: str) -> list[Picture]:
         """The pictures that the visitor's jobs composed and whose files are still there, oldest first."""
-        events = [job.event for job in self.jobs.of(self.owners(request, visitor), "compose")]
+        events = [job.event for job in self.jobs.of(owner(request, visitor), "compose")]
         return [picture for event in events if event is not None for picture in event.pictures if picture.path.exists()]
+
+
+def owner(request: gr.Request | None, visitor: str) -> str:
+    """Whose a visitor's jobs are: while the page opens, they are its session's."""
+    return visitor or session(request)
 
 
 def session(request: gr.Request | None) -> str:

@@ -96,7 +96,7 @@ def test_a_job_that_waits_changes_places_with_the_one_before_it_of_its_owner(job
     assert not jobs.advance(one)
     assert not jobs.advance(others)
     assert jobs.advance(two)
-    assert jobs.of(["me"], "a") == [running, two, one]
+    assert jobs.of("me", "a") == [running, two, one]
     assert [jobs.ahead(job) for job in (two, others, one)] == [1, 2, 3]  # nobody else has moved
     assert len({job.number for job in (running, one, others, two)}) == 4
     for job in (one, others, two, running):
@@ -124,6 +124,17 @@ def test_an_owner_finds_the_newest_job_of_a_kind(jobs):
     new, other = jobs.submit("me", "a", counting([], 1)), jobs.submit("me", "b", counting([], 1))
     assert (jobs.latest("me", "a"), jobs.latest("me", "b")) == (new, other)
     assert jobs.latest("you", "a") is None
+
+
+def test_an_owner_gives_all_jobs_to_another(jobs):
+    seen = []
+    before, others = jobs.submit("page", "a", counting(seen)), jobs.submit("you", "a", counting([], 1))
+    jobs.hand_over("page", "me")
+    after = jobs.submit("page", "a", counting([], 1))
+    assert jobs.of("me", "a") == jobs.of("page", "a") == [before, after]
+    assert jobs.of("you", "a") == [others]
+    assert jobs.stop_all("page", "a")
+    over(jobs, others)
 
 
 def test_nobody_has_to_listen_and_the_thread_ends(jobs):

@@ -49,11 +49,11 @@ def is_left(value):
 
 def test_a_new_browser_gets_a_name_and_keeps_the_defaults(functions):
     enter, _ = functions["enter"]
-    visitor, filled = enter("", None)
+    visitor, filled = enter(REQUEST, "", None)
     assert len(visitor) > 16
     assert filled == [None] * len(functions["fields"])
-    assert enter("", None)[0] != visitor
-    assert enter("me", None)[0] == "me"
+    assert enter(REQUEST, "", None)[0] != visitor
+    assert enter(REQUEST, "me", None)[0] == "me"
 
 
 def test_the_cards_are_those_of_the_prompt_after_a_page_was_filled(functions):
@@ -77,7 +77,7 @@ def test_fields_come_back_and_each_that_does_not_fit_is_as_on_a_fresh_page(funct
     saved = values(functions)
     assert saved[0] == PROMPT
     saved[0] = "a hat <lora:hat:1>"
-    assert enter("me", saved) == ("me", saved)
+    assert enter(REQUEST, "me", saved) == ("me", saved)
     bad = {
         "Gates": "gone",
         "Sampler": "Best",
@@ -91,10 +91,10 @@ def test_fields_come_back_and_each_that_does_not_fit_is_as_on_a_fresh_page(funct
         at = [labels(functions).index(label) for label in chosen]
         given = [bad[labels(functions)[i]] if i in at else value for i, value in enumerate(saved)]
         first = values(functions)
-        assert enter("me", given)[1] == [first[i] if i in at else value for i, value in enumerate(saved)], chosen
+        assert enter(REQUEST, "me", given)[1] == [first[i] if i in at else value for i, value in enumerate(saved)], chosen
     for garbage in ([], saved[:-1], "x", 5, {"a": 1}):
-        assert set(enter("me", garbage)[1]) == {None}
-    assert enter("me", ["a <lora:gone:1>", *saved[1:]])[1][0] == "a <lora:gone:1>"
+        assert set(enter(REQUEST, "me", garbage)[1]) == {None}
+    assert enter(REQUEST, "me", ["a <lora:gone:1>", *saved[1:]])[1][0] == "a <lora:gone:1>"
 
 
 def test_what_is_typed_while_a_page_opens_stays_and_the_browser_keeps_the_fields_as_of_then(functions):
@@ -122,7 +122,7 @@ def test_styles_of_a_training_that_are_gone_are_left_out(functions):
     at = labels(functions).index("Styles")
     for kept, shown in ((["gone", "ink"], ["ink"]), (["fox"], ["fox"]), (None, []), ("fox", [])):
         saved[at] = kept
-        assert enter("me", saved)[1][at] == shown
+        assert enter(REQUEST, "me", saved)[1][at] == shown
 
 
 def test_sizes_stay_open_and_those_of_an_older_page_are_left_out(functions):
@@ -132,13 +132,13 @@ def test_sizes_stay_open_and_those_of_an_older_page_are_left_out(functions):
     sizes = [labels(functions).index(name) for name in ("Width", "Height")]
     for at in sizes:
         saved[at] = 0
-    assert enter("me", saved)[1] == saved
+    assert enter(REQUEST, "me", saved)[1] == saved
     for at in sizes:
         saved[at] = 64
     both = zip(labels(functions), saved, strict=True)
     older = [value for label, value in both if not str(label).endswith(" 2")]
     assert len(older) == len(saved) - 2
-    assert set(enter("me", older)[1]) == {None}
+    assert set(enter(REQUEST, "me", older)[1]) == {None}
 
 
 @pytest.mark.parametrize(("had_over", "hires"), [(False, 1), (True, 1), (False, 2)])
