@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -32,8 +31,8 @@ SHORT
 **No GPU was measured.** In each round every arm runs once and is divided by the base of that round; the page shows
 medians with quartiles. UNets have random weights, a batch of 2 (guidance), and N LoRAs on all attention layers, of rank
 16 unless a section says otherwise. They ran on one CPU thread, by the process's own time, on a machine that did other
-work, too. `python docs/make_speed.py` makes the page from `docs/speed/`; with `--measure` it measures all anew. Bound
-steps of SD 1.5 (*) were measured with an older version, on two threads by wall clock.
+work, too. `python docs/make_speed.py --measure` measures all anew. Bound steps of SD 1.5 (*) were measured with an older
+version, on two threads by wall clock.
 
 `set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates; `bound`
 gives each LoRA a word and a part of the picture. `collapsed` has the gates' average folded into the weights. `again` is
@@ -46,20 +45,13 @@ GOALS = """
 |---|---|---|---|---|
 """
 FLOOR = """
-What a step with `sum` asks for beyond the base: 96 layers that read the picture take 5 operations more, of which three
-compute (A x, its factor, and the product that adds to W x) and two are views; the 32 that read the text take none, not
-even the base's 4; and 4 are the noise level. Keeping keys and values of the text takes 0.0255 of a narrow step off `sum`
-(standard error 0.0006, the layers timed alone) and 0.007 off `mole`, whose factors change. It is paid in memory: 7.7 MB
-in SD 1.5 and 51.3 MB in SDXL for a picture with guidance in half precision. Keeping the views of A and B, too, would
-take 256 operations off, but only 0.011 of a step; one product for q, k and v took nothing off beyond the noise.
+The products of A and B alone are 0.018, 0.049 and 0.099 of a step of SD 1.5 at 256 pixels with 3, 8 and 16 LoRAs, by
+PyTorch's count of multiplications. Keys and values of the text are kept for the whole picture, which takes 7.7 MB in SD
+1.5 and 51.3 MB in SDXL in half precision: the peak of memory misses its goal by that, and with SDXL a step is below the
+base's for it. Compiled by blocks, the base gets faster than what hooks and gates do between its blocks.
 
-The steps that miss their goals stand at the floor of the arithmetic: by PyTorch's count of multiplications, the products
-of A and B in the layers that read the picture are 0.018, 0.049 and 0.099 of a step of SD 1.5 at 256 pixels with 3, 8 and
-16 LoRAs of rank 16. Compiled by blocks, the base gets faster than what hooks and gates do between its blocks. The kept
-keys and values are what the peak of memory misses its goal by; at SDXL they are why a step is below the base's.
-
-`attach(pipe, folder)` puts the ranks of all files of a folder into every layer. `mole draw`, the app and `Studio` attach
-those that the prompt names; in a script, attach the files that you use.
+`attach(pipe, folder)` puts the ranks of all files of a folder into every layer; `mole draw` and the app attach those that
+the prompt names.
 """
 STEPS = """
 ## Steps at real size
@@ -72,9 +64,9 @@ At 256 pixels in bf16, times a step of the base:
 DISPATCH = """
 ## Dispatch
 
-What a step costs if it does next to no arithmetic, as where a card waits for its host: the modules of Stable Diffusion
-1.5, but 8 to 24 channels wide, at 64 pixels, with 16 tokens of text and LoRAs of rank 4. Operations are those that
-PyTorch is asked for in a step (the base's are BASE). Times are in units of the base, ROUNDS rounds:
+A step that does next to no arithmetic, as where a card waits for its host: the modules of Stable Diffusion 1.5, but 8 to
+24 channels wide, at 64 pixels, with 16 tokens of text and LoRAs of rank 4. Operations are those that PyTorch is asked for
+in a step (the base's are BASE). Times the base, ROUNDS rounds:
 
 | arm | operations more than the base | N = 3 | 8 | 16 |
 |---|---|---|---|---|
@@ -123,6 +115,8 @@ RUNS = {  # name of a file -> what measures it
 }
 KEPT = 7.7e6  # bytes of the keys and values of SD 1.5 for a picture with guidance in half precision
 MORE_GOALS = {"sum": 600, "mole": 740, "flow": 720}
+PAIR = ("sum", "mole")
+Found = tuple[str, float, bool | None]  # what was measured, the goal, and whether it is met; None if it was not measured
 
 
 def load(name: str) -> Any:
@@ -150,22 +144,23 @@ def quartiles(values: Sequence[float], form: str = ".3f") -> str:
     return f"{middle} [{low}, {high}]"
 
 
+def goal(what: str, n: str, *found: Found) -> str:
+    """A row of the table of goals, for one number or for several of a kind."""
+    limits = ", ".join(dict.fromkeys(f"{limit:g}" for _, limit, _ in found))
+    met = {met for *_, met in found}
+    said = "" if None in met else "met" if met == {True} else "**not met**" if met == {False} else "**in part**"
+    return f"| {what} | {n} | {'; '.join(measured for measured, *_ in found)} | <= {limits} | {said} |\n"
+
+
 def star(name: str) -> str:
     """A star if a file was measured before a step did less: measuring again takes that note away."""
     return " *" if "older" in load(name) else ""
 
 
-def goal(what: str, n: str, measured: str, limit: str, met: bool | None) -> str:
-    """A row of the table of goals; `met` is None if there is only something to report."""
-    return f"| {what} | {n} | {measured} | {limit} | {'' if met is None else 'met' if met else '**not met**'} |\n"
-
-
-def at_most(what: str, name: str, arm: str, n: int, limit: float) -> str:
-    """A row for a ratio to the base in a file."""
+def below(name: str, arm: str, n: int, limit: float) -> Found:
+    """A ratio to the base in a file."""
     cost = costs(name).get((arm, n))
-    if cost is None:
-        return goal(what, str(n), "not measured", f"<= {limit}", None)
-    return goal(what, str(n), shown(cost) + star(name), f"<= {limit}", cost.ratio <= limit)
+    return ("not measured", limit, None) if cost is None else (shown(cost) + star(name), limit, cost.ratio <= limit)
 
 
 def goals() -> str:
@@ -175,54 +170,56 @@ def goals() -> str:
 
 def _counted() -> str:
     """Goals for numbers that are the same in every run."""
-    counts, text = {(row["arm"], row["experts"]): row for row in load("operations")["rows"]}, ""
-    for arm, limit in MORE_GOALS.items():
-        more = counts[arm, 3]["more"]
-        text += goal(f"operations of a step more than the base, `{arm}`", "3, 8", str(more), f"<= {limit}", more <= limit)
-    for gates in ("sum", "mole"):
-        more = counts[f"bound {gates}", 3]["more"] - counts[gates, 3]["more"]
-        text += goal(f"operations of a step more if bound, `{gates}`", "3, 8", str(more), "<= 60", more <= 60)
+    counts = {(row["arm"], row["experts"]): row for row in load("operations")["rows"]}
+    more = [(counts[arm, 3]["more"], limit) for arm, limit in MORE_GOALS.items()]
+    text = goal(
+        f"operations of a step more than the base: {names(MORE_GOALS)}", "3, 8", *((f"{n}", m, n <= m) for n, m in more)
+    )
+    bound = [counts[f"bound {gates}", 3]["more"] - counts[gates, 3]["more"] for gates in PAIR]
+    text += goal(f"operations of a step more if bound: {names(PAIR)}", "3, 8", *((f"{n}", 60, n <= 60) for n in bound))
     reads = max(row["reads"] for row in counts.values())
-    text += goal("values that a step reads from the device", "3, 8", str(reads), "0", reads == 0)
-    text += goal("values that an update reads (`test_training_waits.py`)", "2", "0", "0", True)
-    text += goal("compiled again over 20 changes (`test_compiled_blocks.py`)", "2", "0", "0", True)
-    about = "operations and bytes with 98 more LoRAs that the prompt does not name (`test_catalog.py`)"
-    return text + goal(about, "2", "the same", "<= 1.02 times", True)
+    return text + goal("values that a step reads from the device", "3, 8", (f"{reads}", 0, reads == 0))
 
 
 def _in_a_step() -> str:
     """Goals for times of a step."""
     text = ""
     for name, about, limit in (("dispatch", "dispatch", 0.06), ("bound-step", "a step of SD 1.5", 0.02)):
-        for gates, n in product(("sum", "mole"), (3, 8)):
-            more = _more(costs(name), gates, n)
-            measured = quartiles(more, "+.3f") + star(name)
-            text += goal(f"{about}, bound less not bound, `{gates}`", str(n), measured, f"<= {limit}", more[1] <= limit)
-    text += at_most("dispatch, both compiled by blocks, `mole`", "compiled", "mole", 8, 1.10)
-    for n, limit in ((3, 1.02), (8, 1.03), (16, 1.06)):
-        text += at_most("a step of SD 1.5, `mole`", "step-sd15", "mole", n, limit)
-    text += at_most("a step of SDXL, `mole`", "step-sdxl", "mole", 3, 1.04)
+        for gates in PAIR:
+            more = [_more(costs(name), gates, n) for n in (3, 8)]
+            found = [(quartiles(each, "+.3f") + star(name), limit, each[1] <= limit) for each in more]
+            text += goal(f"{about}, bound less not bound: `{gates}`", "3, 8", *found)
+    text += goal("dispatch, both compiled by blocks: `mole`", "8", below("compiled", "mole", 8, 1.10))
+    limits = {3: 1.02, 8: 1.03, 16: 1.06}
+    text += goal("a step of SD 1.5: `mole`", "3, 8, 16", *(below("step-sd15", "mole", n, limits[n]) for n in limits))
+    text += goal("a step of SDXL: `mole`", "3", below("step-sdxl", "mole", 3, 1.04))
     sd15 = costs("step-sd15")
     share = (sd15["mole", 8].ratio - 1) / (sd15["set_adapters", 8].ratio - 1)
     about = "what `mole` adds / what `set_adapters` adds, SD 1.5"
-    return text + goal(about, "8", f"{share:.2f}{star('step-sd15')}", "<= 0.35", share <= 0.35)
+    return text + goal(about, "8", (f"{share:.2f}{star('step-sd15')}", 0.35, share <= 0.35))
 
 
 def _once() -> str:
     """Goals for what is done once, and for memory."""
-    text = at_most("attaching / diffusers' loading, SD 1.5", "attach", "attach", 8, 1.0)
-    text += at_most("an update of gates / forward and backward of the frozen base", "update", "update", 3, 1.15)
-    for arm, about in (("static", "static gates"), ("prompt", "gates of a prompt")):
-        text += at_most(f"folding {about} / 30 steps of the base", "collapse", f"collapse {arm}", 3, 0.02)
+    text = goal("attaching / diffusers' loading, SD 1.5", "8", below("attach", "attach", 8, 1.0))
+    about = "an update of gates / forward and backward of the frozen base"
+    text += goal(about, "3", below("update", "update", 3, 1.15))
+    folded = (below("collapse", f"collapse {gates}", 3, 0.02) for gates in ("static", "prompt"))
+    text += goal("folding / 30 steps of the base: `static`, `prompt`", "3", *folded)
     for row in load("memory")["rows"]:
         kept = KEPT if star("memory") and row["arm"] == "gated" else 0  # which that version did not keep
         share = (row["over"] + kept) / row["own"]
         measured = (
             f"{row['over'] / 1e6:.1f}{f' + {kept / 1e6:.1f}' if kept else ''} / {row['own'] / 1e6:.1f} MB = {share:.2f}"
         )
-        about = f"peak memory over the base / the LoRAs' own, `{'mole' if row['arm'] == 'gated' else row['arm']}`"
-        text += goal(about, str(row["experts"]), measured + star("memory"), "<= 1.05", share <= 1.05)
-    return text + at_most("cold `mole draw` / a script of diffusers", "cold", "cold, mole draw", 3, 1.2)
+        about = f"peak memory over the base / the LoRAs' own: `{'mole' if row['arm'] == 'gated' else row['arm']}`"
+        text += goal(about, str(row["experts"]), (measured + star("memory"), 1.05, share <= 1.05))
+    return text + goal("cold `mole draw` / a script of diffusers", "3", below("cold", "cold, mole draw", 3, 1.2))
+
+
+def names(families: Iterable[str]) -> str:
+    """Names of families of gates, in a row of the table."""
+    return ", ".join(f"`{name}`" for name in families)
 
 
 def _more(found: dict[tuple[str, int], Cost], gates: str, n: int) -> list[float]:
