@@ -241,7 +241,8 @@ def steps() -> str:
         found = costs(name)
         base = found.pop(("base", 0))
         about += f", {base.ms:.0f} ms, {len(base.seconds)} rounds{star(name)}"
-        text += table(found, [(about, arm) for arm in dict.fromkeys(arm for arm, n in found)])
+        arms = dict.fromkeys(arm for arm, n in found)
+        text += table(found, [("" if k else about, arm) for k, arm in enumerate(arms)])
     return text
 
 
