@@ -6,7 +6,8 @@ A table follows a line that says what is in it:
 `<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, to which `; less ARM` may be added: less what that arm has on the same
 compositions and seeds.
 `<!-- counts: SPLIT; ARM / ARM / ...; N seeds -->`: the same in numbers of pictures, a row per kind.
-`<!-- another: SPLIT; ARM; N seeds -->`: how many of an arm's successes also show a subject that nobody asked for.
+`<!-- kinds: SPLIT; ARM / ARM / ...; N seeds -->`: the shares, a row per kind, and how many successes of the last arm also show
+a subject that nobody asked for.
 `<!-- ladder: N, N, ... updates -->`
 """
 
@@ -23,7 +24,7 @@ from mole_diffusers.evaluation.tables import interval, markdown, success_table
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
-TABLE = re.compile(r"<!-- (success|counts|another|ladder): (.+?) -->\n\n((?:\|.*\n)*)")
+TABLE = re.compile(r"<!-- (success|counts|kinds|ladder): (.+?) -->\n\n((?:\|.*\n)*)")
 RUNGS = {  # arm of the ladder -> what is free to learn
     "sum": "",
     "bound": "",
@@ -91,15 +92,19 @@ def counts(asked: str) -> str:
     return markdown(["the prompt asks for", "compositions", *arms], body)
 
 
-def another(asked: str) -> str:
-    """Of an arm's successes, how many also show a subject that nobody asked for; kinds in which one does."""
-    split, arm, count = asked.split("; ")
-    rows = verdicts(split)
+def kinds(asked: str) -> str:
+    """Of arms on the compositions of a split, a row per kind: shares of success, and of the last arm's successes those that
+    also show a subject that nobody asked for."""
+    split, names, count = asked.split("; ")
+    rows, arms = verdicts(split), names.split(" / ")
     first = sorted(rows["seed"].unique())[: int(count.removesuffix(" seeds"))]
-    right = in_order(rows[(rows["arm"] == arm) & rows["seed"].isin(first) & rows["success"]], [arm])
-    kinds = [(IN_WORDS.get(str(kind), str(kind)), own["another"]) for kind, own in right.groupby("kind", sort=False)]
-    body = [[kind, f"{more.sum()} of {len(more)}"] for kind, more in kinds if more.any()]
-    return markdown(["the prompt asks for", "successes with one more"], body)
+    right = rows[(rows["arm"] == arms[-1]) & rows["seed"].isin(first) & rows["success"]]
+    head, _, *lines = [line.strip("| ").split(" | ") for line in success(asked).splitlines()]
+    body = []
+    for kind, *shares in zip(head[1:], *(line[1:] for line in lines), strict=True):
+        more = right.loc[right["kind"] == kind, "another"]
+        body.append([IN_WORDS.get(kind, kind), *shares, f"{more.sum()} of {len(more)}"])
+    return markdown(["the prompt asks for", *arms, f"{arms[-1]}, right but with one more"], body)
 
 
 def ladder(asked: str) -> str:
@@ -116,7 +121,7 @@ def ladder(asked: str) -> str:
 
 def page(text: str) -> str:
     """A document with its tables made anew."""
-    tables = {"success": success, "counts": counts, "another": another, "ladder": ladder}
+    tables = {"success": success, "counts": counts, "kinds": kinds, "ladder": ladder}
 
     def made(found: re.Match[str]) -> str:
         after = "" if found[3] else "\n"  # a table that was there has its empty line after it
