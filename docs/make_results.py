@@ -6,8 +6,8 @@ A table follows a line that says what is in it:
 `<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, to which `; less ARM` may be added: less what that arm has on the same
 compositions and seeds.
 `<!-- counts: SPLIT; ARM / ARM / ...; N seeds -->`: the same in numbers of pictures, a row per kind.
-`<!-- kinds: SPLIT; ARM / ARM / ...; N seeds -->`: the shares, a row per kind, and how many successes of the last arm also show
-a subject that nobody asked for.
+`<!-- kinds: SPLIT; ARM / ARM / ...; N seeds -->`: the shares, a row per kind, and how many successes of the last arm also
+show a subject that nobody asked for.
 `<!-- ladder: N, N, ... updates -->`
 """
 
