@@ -22,6 +22,7 @@ from mole_diffusers.pipelines.classes import MoLEFlux2KleinPipeline as MoLEFlux2
 from mole_diffusers.pipelines.classes import MoLEFlux2Pipeline as MoLEFlux2Pipeline
 from mole_diffusers.pipelines.classes import MoLEFluxControlPipeline as MoLEFluxControlPipeline
 from mole_diffusers.pipelines.classes import MoLEFluxPipeline as MoLEFluxPipeline
+from mole_diffusers.pipelines.classes import MoLEHiDreamImagePipeline as MoLEHiDreamImagePipeline
 from mole_diffusers.pipelines.classes import MoLEKrea2Pipeline as MoLEKrea2Pipeline
 from mole_diffusers.pipelines.classes import MoLELTXPipeline as MoLELTXPipeline
 from mole_diffusers.pipelines.classes import MoLELumina2Pipeline as MoLELumina2Pipeline

@@ -27,6 +27,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
@@ -79,17 +81,19 @@ def vae(channels=4):
     ).eval()
 
 
-def text(kind=CLIPTextModel, *, width=16, projected=16, activation="quick_gelu"):
+def text(kind=CLIPTextModel, *, width=16, projected=16, activation="quick_gelu", tokens=None):
     words = tiny_tokenizer()
     ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
-    size = {"vocab_size": len(words), "max_position_embeddings": words.model_max_length, "projection_dim": projected}
+    size = {"vocab_size": len(words), "max_position_embeddings": tokens or words.model_max_length}
+    size |= {"projection_dim": projected}
     return kind(CLIPTextConfig(**shape, **size, **ids, hidden_act=activation)).eval()
 
 
-def t5(width=16, kind=T5EncoderModel, config=T5Config):
+def t5(width=16, kind=T5EncoderModel, config=T5Config, *, tokens=16):
     letters = [(chr(c), -2.0) for c in range(97, 123)]
-    words = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *letters], model_max_length=16)
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
+    words = T5Tokenizer(vocab=[*marks, *letters], model_max_length=tokens)
     shape = {"d_model": width, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     return kind(config(vocab_size=len(words), **shape)).eval(), words
 
@@ -134,25 +138,35 @@ INSTRUCTIONS = (
 )
 
 
+def by_bytes(*marks):
+    """A tokenizer with a token for each byte, and others: the first three pad, begin and end a text."""
+    ids = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
+    bytewise = Tokenizer(models.BPE(ids, []))
+    bytewise.pre_tokenizer, bytewise.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    named = dict(zip(("pad_token", "bos_token", "eos_token"), marks, strict=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, **named, extra_special_tokens=list(marks[3:]))
+
+
+def llama():
+    words = by_bytes("<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1, vocab_size=len(words))).eval(), words
+
+
 def mistral():
     """Mistral's encoder, its processor and template, with a token for each byte.
 
     The states after its layers 10, 20 and 30 are the text.
     """
     marks = ["<pad>", "<s>", "</s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"]
-    marks += ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
-    ids = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
-    by_bytes = Tokenizer(models.BPE(ids, []))
-    by_bytes.pre_tokenizer, by_bytes.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": marks[3:]}
-    words = PreTrainedTokenizerFast(tokenizer_object=by_bytes, **named)
+    words = by_bytes(*marks, "[IMG]", "[IMG_BREAK]", "[IMG_END]")
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 31, "num_attention_heads": 2, "head_dim": 4}
     size = {"num_key_value_heads": 1, "vocab_size": len(words)}
     eye = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
     config = Mistral3Config(
         text_config={"model_type": "mistral"} | shape | size,
         vision_config={"model_type": "pixtral", "head_dim": 4} | eye,
-        image_token_index=ids["[IMG]"],
+        image_token_index=words.convert_tokens_to_ids("[IMG]"),
     )
     processor = PixtralProcessor(PixtralImageProcessor(), words, chat_template=INSTRUCTIONS)
     return Mistral3ForConditionalGeneration(config).eval(), processor
@@ -446,6 +460,22 @@ def lumina2():
     return quiet(pipe)
 
 
+def hidream():
+    torch.manual_seed(0)
+    shape = {"patch_size": 2, "in_channels": 4, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8}
+    size = {"num_attention_heads": 2, "caption_channels": [16, 16], "text_emb_dim": 32, "axes_dims_rope": (4, 2, 2)}
+    routed = {"num_routed_experts": 2, "num_activated_experts": 1, "max_resolution": (16, 16), "llama_layers": [0, 1, 1]}
+    parts = {"transformer": d.HiDreamImageTransformer2DModel(**shape, **size, **routed).eval(), "scheduler": flow()}
+    for i, activation in (("", "quick_gelu"), ("_2", "gelu")):  # those of HiDream read up to 248 tokens
+        parts |= {f"text_encoder{i}": text(CLIPTextModelWithProjection, activation=activation, tokens=64)}
+        parts |= {f"tokenizer{i}": tiny_tokenizer()}
+    parts |= dict(zip(("text_encoder_3", "tokenizer_3"), t5(tokens=64), strict=True))
+    parts |= dict(zip(("text_encoder_4", "tokenizer_4"), llama(), strict=True))
+    pipe = d.HiDreamImagePipeline(**parts, vae=vae())
+    pipe.default_sample_size = 16  # the pipeline draws about a megapixel, whatever size it is given
+    return quiet(pipe)
+
+
 def wan():
     torch.manual_seed(0)
     shape = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32}
@@ -535,6 +565,7 @@ HOSTS = {
     "krea2": lambda: (krea2(), SIZE | {"max_sequence_length": 64}),
     # Its normalisation divides each row of the picture by a norm of the whole row, whatever is drawn where.
     "lumina2": lambda: (lumina2(), SIZE | {"max_sequence_length": 256, "cfg_normalization": False}),
+    "hidream": lambda: (hidream(), SIZE | {"max_sequence_length": 32}),
 }
 
 

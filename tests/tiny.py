@@ -91,12 +91,13 @@ def tiny_clip(seed: int = 0) -> CLIPModel:
 
 
 def lora_layers(pipe: Any, ends: Iterable[str] = ATTENTION) -> dict[str, Any]:
-    """{"PART.NAME": module} for every linear and convolution layer whose name ends with one of `ends`."""
+    """{"PART.NAME": module} for every linear and convolution layer whose name ends with one of `ends`, and that takes
+    a LoRA."""
     return {
         f"{part}.{name}": module
         for part, model in models_of(pipe).items()
         for name, module in model.named_modules()
-        if name.endswith(tuple(ends)) and isinstance(module, nn.Linear | nn.Conv2d)
+        if name.endswith(tuple(ends)) and isinstance(module, nn.Linear | nn.Conv2d) and ".experts." not in name
     }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 Embeddings = Mapping[str, Mapping[str, torch.Tensor]]  # a word -> text encoder -> its trained vectors [n, C]
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
 @dataclass(frozen=True)

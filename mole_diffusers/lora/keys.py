@@ -19,6 +19,7 @@ KOHYA_PREFIXES = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
+    "lora_te4_": "text_encoder_4",
 }
 ONETRAINER_PREFIX = "lora_transformer_"
 PREFIXES = {  # how a key begins -> component, and the files' format; diffusers' and PEFT's have the components' names

@@ -78,7 +78,8 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> HostMatch:
 
     Raises:
         RefusedFileError: the expert is for another model family, a layer's shape does not fit the model (the message
-            names expert, layer and both shapes), its numbers would overflow in half precision, or no layer matched.
+            names expert, layer and both shapes), a layer gets tokens of all pictures in an unknown order, its numbers
+            would overflow in half precision, or no layer matched.
     """
     about = f"expert {expert.name!r} ({expert.source}, {expert.base})"
     try:
@@ -98,6 +99,11 @@ def match(expert: Expert, hosts: Mapping[str, nn.Module]) -> HostMatch:
                 unmatched[f"{component}.{key}"] = f"the {component} {has}"
                 continue
             name, module = modules[key]
+            if ".experts." in name:
+                raise RefusedFileError(
+                    f"{about}: layer '{component}.{name}' gets single tokens of all pictures, which the model sends to one "
+                    "of several such layers, so no gate and no place is known there; leave these layers out of the file"
+                )
             _check_fits(about, f"{component}.{name}", weights, module)
             found.setdefault(component, {})[name] = weights
     if not found:

@@ -40,6 +40,8 @@ MODULE_WORDS = (
     "distilled_guidance_layer", "in_proj", "blocks", "ffn", "condition_embedder", "time_embedder", "time_proj",
     "adaLN_modulation", "t_embedder", "cap_embedder", "all_x_embedder", "all_final_layer", "motion_modules", "time_embed",
     "emb", "caption_projection", "time_mod_proj", "text_fusion", "layerwise_blocks", "refiner_blocks", "projector",
+    "double_stream_blocks", "single_stream_blocks", "to_q_t", "to_k_t", "to_v_t", "to_out_t", "ff_i", "ff_t",
+    "shared_experts", "p_embedder", "pooled_embedder",
     "to_gate", "gate", "up", "down", "final_layer", "time_caption_embed", "caption_embedder", "linear_3",
     "attentions", "resnets", "downsamplers", "upsamplers", "attn", "attn1", "attn2", "ff", "net", "proj", "conv", "conv1",
     "conv2", "norm", "norm1", "linear", "encoder", "layers", "mlp", "fc1", "fc2",

@@ -52,6 +52,7 @@ def flux2():
 PIPELINES = {
     "sdxl": sdxl, "sd3": hosts.sd3, "flux": hosts.flux, "chroma": hosts.chroma, "flux2": flux2, "qwen": qwen,
     "z_image": hosts.z_image, "wan": hosts.wan, "krea2": hosts.krea2, "lumina2": hosts.lumina2, "ltx": hosts.ltx,
+    "hidream": hosts.hidream,
 }  # fmt: skip
 GRID = torch.tensor([[0, row, column] for row in range(2) for column in range(2)])
 NOISE_LEVEL = torch.tensor([0.5])
@@ -199,6 +200,11 @@ LTX = same(
     "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn2.to_k", "transformer_blocks.1.attn1.to_out.0",
     "transformer_blocks.1.ff.net.0.proj", "transformer_blocks.1.ff.net.2",
 )  # fmt: skip
+HIDREAM = same(
+    "double_stream_blocks.0.block.attn1.to_q", "double_stream_blocks.0.block.attn1.to_out_t",
+    "double_stream_blocks.0.block.ff_t.w1", "single_stream_blocks.1.block.attn1.to_out",
+    "single_stream_blocks.0.block.ff_i.shared_experts.w2", "single_stream_blocks.1.block.adaLN_modulation.1",
+)  # fmt: skip
 FILES = {  # host -> {form: (prefix, endings, layers)}
     "sdxl": {
         "peft": ("", AB, SDXL),
@@ -240,9 +246,10 @@ FILES = {  # host -> {form: (prefix, endings, layers)}
     "krea2": {"ai-toolkit": ("base_model.model.", AB, KREA2), "ComfyUI": ("diffusion_model.", AB, KREA2)},
     "lumina2": {"diffusers": ("transformer.", AB, LUMINA2)},  # others are converted at full width alone
     "ltx": {"diffusers": ("transformer.", AB, LTX), "ComfyUI": ("diffusion_model.", AB, LTX)},
+    "hidream": {"ai-toolkit": ("diffusion_model.", AB, HIDREAM), "diffusers": ("transformer.", AB, HIDREAM)},
 }  # fmt: skip
 FAMILIES = {"flux": "Flux", "flux2": "Flux.2", "qwen": "Qwen-Image", "z_image": "Z-Image", "wan": "Wan", "krea2": "Krea 2"}
-FAMILIES["lumina2"] = "Lumina 2"
+FAMILIES |= {"lumina2": "Lumina 2", "hidream": "HiDream"}
 CASES = [(host, form, not i) for host, forms in FILES.items() for i, form in enumerate(forms)]
 
 
@@ -329,7 +336,7 @@ def test_a_file_gives_the_weights_and_the_picture_that_diffusers_gives(pipelines
             mole.detach(pipe)
 
 
-SHORT = ("flux", "chroma", "z_image", "wan", "krea2", "lumina2", "ltx")
+SHORT = ("flux", "chroma", "z_image", "wan", "krea2", "lumina2", "ltx", "hidream")
 OPTIONS = {name: hosts.SIZE | {"max_sequence_length": 32} for name in SHORT}
 OPTIONS["wan"]["num_frames"] = 5
 OPTIONS["ltx"]["num_frames"] = 9
@@ -387,6 +394,14 @@ def test_files_with_the_attention_of_qwen_alone_are_told_from_flux_by_their_bloc
     save_file(tensors, tmp_path / "x")
     with pytest.raises(RefusedFileError, match="it is made for Qwen-Image and this pipeline is Flux$"):
         mole.attach(pipelines("flux"), {"x": tmp_path / "x"})
+
+
+def test_layers_that_get_single_tokens_of_all_pictures_are_refused(pipelines, tmp_path):
+    form = ("diffusion_model.", AB, HIDREAM | same("single_stream_blocks.0.block.ff_i.experts.1.w1"))
+    path = write(pipelines("hidream"), form, tmp_path / "x")
+    said = r"'transformer.single_stream_blocks.0.block.ff_i.experts.1.w1' gets single tokens of all pictures, .*; leave th"
+    with pytest.raises(RefusedFileError, match=said):
+        mole.attach(pipelines("hidream"), {"x": path})
 
 
 def test_a_file_that_fits_in_part_is_refused_unless_asked_for(pipelines, tmp_path):
@@ -499,7 +514,7 @@ def test_the_largest_layers_of_flux_2_are_read(tmp_path, size):
 @pytest.mark.parametrize("host", [host for host in PIPELINES if host not in ("sdxl", "sd3")])
 def test_a_written_file_has_the_names_of_every_layer(pipelines, tmp_path, host):
     pipe = pipelines(host)
-    names = [n for n, m in pipe.transformer.named_modules() if isinstance(m, nn.Linear)]
+    names = [n for n, m in pipe.transformer.named_modules() if isinstance(m, nn.Linear) and ".experts." not in n]
     path = write(pipe, ("transformer.", AB, same(*names)), tmp_path / "x.safetensors")
     for form in ("diffusers", "kohya"):
         found = matched(save_as(read_expert(path), tmp_path, form), pipe)

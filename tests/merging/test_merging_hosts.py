@@ -12,12 +12,12 @@ from mole_diffusers.lora import read_expert
 LAYERS = (*ATTENTION, *FEED_FORWARD, "w1", "w2", "w3", "proj_mlp", "img_mlp.net.2", "txt_mlp.net.2", "to_qkv_mlp_proj")
 LAYERS += ("to_gate", "ff.up", "ff.down", "linear_3")
 CLOSE = {"atol": 1e-5, "rtol": 0}
-OTHERS = ("sdxl", "sd3", "flux", "flux2", "chroma", "wan", "krea2", "lumina2", "ltx")
+OTHERS = ("sdxl", "sd3", "flux", "flux2", "chroma", "wan", "krea2", "lumina2", "hidream", "ltx")
 
 
 def two_loras(pipe, folder):
     """Files for the layers of which diffusers loads LoRAs."""
-    parts = {part: getattr(pipe, part, None) for part in ("text_encoder", "text_encoder_2")}
+    parts = {part: model for part, model in pipe.components.items() if part.startswith("text_encoder")}
     unread = set(parts) - set(pipe._lora_loadable_modules)
     for part in unread:
         setattr(pipe, part, None)

@@ -39,6 +39,7 @@ def same(ours, stock, options):
 
 
 LIKE = ("prompt_template_encode_start_idx", "prompt_template_encode_num_suffix_tokens", "vae_scale_factor")
+LIKE += ("default_sample_size",)
 FOR_ATTENTION = {"attention_kwargs", "joint_attention_kwargs"}
 
 
@@ -50,7 +51,7 @@ def like(stock, pipe):
     return hosts.quiet(pipe)
 
 
-OTHERS = ("sd3", "flux", "z_image", "chroma", "flux2", "flux2-dev", "krea2", "lumina2", "wan", "ltx")
+OTHERS = ("sd3", "flux", "z_image", "chroma", "flux2", "flux2-dev", "krea2", "lumina2", "hidream", "wan", "ltx")
 
 
 @pytest.mark.parametrize("name", ["qwen", *thorough(*OTHERS)])

@@ -126,7 +126,7 @@ class BoundText:
         """The number of tokens of the picture of this side, with its padding, and of given pictures behind it."""
         own = side[0] * side[1]
         given = self.input.shape[1] - own if len(self.input.shape) == 3 else 0
-        return self.blocks.padded(own) + given
+        return self.blocks.tokens_of(side) + given
 
     def _joint(self, tokens: int) -> torch.Tensor | None:
         """Text and picture, in the order of attention."""
@@ -174,8 +174,9 @@ class BoundText:
         """The picture's tokens and the text's in attention over so many; None if that is not over both."""
         if (side := self.picture.side) is None:
             return None
-        picture = side[0] * side[1]
-        return self.blocks.apart(picture, self.tokens) if tokens == self._tokens_of_pictures(side) + self.tokens else None
+        if tokens != self._tokens_of_pictures(side) + self.tokens:
+            return None
+        return self.blocks.apart(side[0] * side[1], self.tokens, self.blocks.tokens_of(side))
 
     def joint_bias(self, tokens: int, rows: int) -> torch.Tensor | None:
         """The same for attention over text and picture together, [B, 1, tokens, tokens]; None for any other attention."""

@@ -84,23 +84,28 @@ class DenoiserInputs:
         The texts of a list are padded with zeros as in the denoiser. Of several layers' states the last are given. The same
         texts give the same tensor again.
         """
-        given = self._read(self.record.arguments.text, args, kwargs)
-        shown_by = self.record.arguments.text_shown
-        shown = None if shown_by is None else self._read(shown_by, args, kwargs)
+        names = self.record.arguments
+        given = self._read(names.text, args, kwargs)
+        shown = None if names.text_shown is None else self._read(names.text_shown, args, kwargs)
+        before = None if names.text_before is None else self._read(names.text_before, args, kwargs)
         if isinstance(given, torch.Tensor) and given.dim() == 3 and shown is None:
             return given
-        texts = given if isinstance(given, list) else [given]
+        texts = [*(given if isinstance(given, list) else [given]), *([] if before is None else [before])]
         if len(self._given) != len(texts):
             self._given, self._text = [LastTensor() for _ in texts], None
         again = [last.is_again(text) for last, text in zip(self._given, texts, strict=True)]
         if self._text is None or not all(again):
-            self._text = self._in_blocks(given, shown)
+            self._text = self._in_blocks(given, shown, before)
         return self._text
 
-    def _in_blocks(self, given: torch.Tensor | list[torch.Tensor], shown: torch.Tensor | None) -> torch.Tensor:
+    def _in_blocks(
+        self, given: torch.Tensor | list[torch.Tensor], shown: torch.Tensor | None, before: torch.Tensor | None
+    ) -> torch.Tensor:
         if isinstance(given, list):
             texts = pad_sequence(given, batch_first=True)
             return nn.functional.pad(texts, (0, 0, 0, self.record.blocks.padded(texts.shape[1]) - texts.shape[1]))
+        if before is not None:
+            return torch.cat([before, given[-1], given[-1]], 1)
         last = given[:, :, -1] if given.dim() == 4 else given
         return last if shown is None else last[:, : int(shown.sum(1).amax())]
 

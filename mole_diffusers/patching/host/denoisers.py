@@ -33,6 +33,7 @@ class Blocks:
         frames: parts of names of layers that read neither: the frames of a video at one place of the picture, or a picture
             that says what to draw.
         multiple: text and picture, each by itself, are padded to a multiple of this number of tokens.
+        oblong: a picture that is not square is padded to this number of tokens; 0: as any other.
     """
 
     entries: tuple[str, ...]
@@ -41,6 +42,7 @@ class Blocks:
     joint: tuple[str, ...] = ()
     frames: tuple[str, ...] = ()
     multiple: int = 1
+    oblong: int = 0
 
     @property
     def is_joint(self) -> bool:
@@ -51,11 +53,17 @@ class Blocks:
         """The number of tokens in blocks, of a text or a picture of so many."""
         return -(-tokens // self.multiple) * self.multiple
 
-    def apart(self, picture: int, text: int) -> tuple[slice, slice]:
-        """The picture's tokens, and the text's, among those of both; `text` is padded."""
+    def tokens_of(self, side: GridSize) -> int:
+        """The number of tokens in blocks of a picture with this height and width."""
+        height, width = side
+        return self.oblong if self.oblong and height != width else self.padded(height * width)
+
+    def apart(self, picture: int, text: int, padded: int | None = None) -> tuple[slice, slice]:
+        """The picture's tokens, and the text's, among those of both; `text` is padded, and the picture to `padded`."""
         if self.attention == "text first":
             return slice(text, text + picture), slice(0, text)
-        return slice(0, picture), slice(self.padded(picture), self.padded(picture) + text)
+        start = self.padded(picture) if padded is None else padded
+        return slice(0, picture), slice(start, start + text)
 
     def stream_of(self, layer: str) -> str | None:
         """The tokens that a layer reads: "image", "text", or "joint", those of both in the order of attention.
@@ -80,12 +88,15 @@ class Arguments(NamedTuple):
         time: the noise level.
         text_shown: the text's mask [B, S], if the model leaves out the padding behind it where it attends to text and
             picture together.
+        text_before: another text, [B, S, C], in front of it. The text is then all layers' states [L, B, S, C], of which
+            each block reads the last and behind them those of one layer.
     """
 
     latents: str = "hidden_states"
     text: str = "encoder_hidden_states"
     time: str = "timestep"
     text_shown: str | None = None
+    text_before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,12 +107,13 @@ class Denoiser:
         pure_noise, clean: what its pipelines pass as the noise level of pure noise, and of a finished picture.
         side: height and width of the picture, from a call's arguments and the model's config; None if the call does not
             say it. Then nothing has a place. None instead of the function: nothing ever has one, and regions are refused.
-        text_width: name in its config of the text's channels.
+        text_width: name in its config of the text's channels; those of several texts are alike.
         blocks: what they do with text and picture.
         prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
         unguided: the guidance scale of its pipelines that means no guidance.
         text_layers: the hidden states of text encoders that its pipelines make the text of.
         cropping: how a part of a picture is drawn as a picture of its own; None: nothing is drawn in tiles.
+        oblong: name of the model's attribute with the number of `Blocks.oblong`.
     """
 
     pure_noise: float
@@ -114,6 +126,7 @@ class Denoiser:
     unguided: float = 1
     text_layers: tuple[int, ...] = (-4, -3, -2, -1)
     cropping: type[Cropping] | None = None
+    oblong: str | None = None
 
 
 def _of_sample(read: Read, config: Any) -> GridSize:
@@ -229,6 +242,20 @@ RECORDS: Mapping[str, Denoiser] = {
             frames=("layerwise_blocks", "projector"),
         ),
     ),
+    "HiDreamImageTransformer2DModel": Denoiser(
+        1000,
+        _of_patches,
+        "caption_channels",
+        Blocks(
+            ("attn1",),
+            "picture first",
+            ("to_q_t", "to_k_t", "to_v_t", "to_out_t", "ff_t"),
+            joint=("single_stream_blocks.",),
+            frames=("caption_projection",),
+        ),
+        Arguments(text="encoder_hidden_states_llama3", time="timesteps", text_before="encoder_hidden_states_t5"),
+        oblong="max_seq",
+    ),
     "LTXVideoTransformer3DModel": Denoiser(
         1000, None, "caption_channels", Blocks(("attn1",), "cross", (*TEXT_LAYERS, "caption_projection"))
     ),
@@ -251,4 +278,6 @@ def record(denoiser: nn.Module) -> Denoiser:
     found = next((RECORDS[kind.__name__] for kind in type(denoiser).__mro__ if kind.__name__ in RECORDS), None)
     if found is None:
         raise ValueError(f"experts cannot act in a {type(denoiser).__name__}; known denoisers: {', '.join(RECORDS)}")
-    return found
+    if found.oblong is None:
+        return found
+    return replace(found, blocks=replace(found.blocks, oblong=getattr(denoiser, found.oblong)))

@@ -103,7 +103,10 @@ def _in_width(module: nn.Module) -> int:
 
 def text_width(model: Any, *, denoises: bool) -> int:
     """The number of channels of the text that a denoiser reads, or of a text encoder's states."""
-    return getattr(model.config, record(model).text_width) if denoises else model.config.get_text_config().hidden_size
+    if not denoises:
+        return model.config.get_text_config().hidden_size
+    width = getattr(model.config, record(model).text_width)
+    return width if isinstance(width, int) else width[-1]
 
 
 def tokens_of(name: str, model: Any) -> int:

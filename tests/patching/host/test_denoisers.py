@@ -55,7 +55,7 @@ def test_a_class_takes_the_arguments_of_its_record(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "qwen", "flux2", "z_image", "krea2", "lumina2"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "qwen", "flux2", "z_image", "krea2", "lumina2", "hidream"])
 def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
     """The keys of the first attention that follow the text are the text's, and they come first or last."""
     pipe, options = hosts.HOSTS[name]()
@@ -64,6 +64,7 @@ def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
         options["guidance_scale"] = 1.0
     model = hosts.denoiser(pipe)
     attention = {"z_image": lambda: model.layers[0].attention, "lumina2": lambda: model.layers[0].attn}
+    attention["hidream"] = lambda: model.double_stream_blocks[0].block.attn1
     attention = attention.get(name, lambda: model.transformer_blocks[0].attn)()
     found, words, call = [], set(), DenoiserInputs(model)
     forward = attention.forward
@@ -77,10 +78,9 @@ def test_the_order_of_text_and_picture_is_that_of_the_keys(name):
     def changed(_, args, kwargs, by):
         given = dict(zip(call.names, args, strict=False)) | kwargs
         words.add(call.text((), given).shape[1])
-        text = given[call.record.arguments.text]
-        return (), given | {
-            call.record.arguments.text: [each + by for each in text] if isinstance(text, list) else text + by
-        }
+        names = [name for name in (call.record.arguments.text, call.record.arguments.text_before) if name]
+        texts = {name: given[name] for name in names}
+        return (), given | {n: [each + by for each in t] if isinstance(t, list) else t + by for n, t in texts.items()}
 
     attention.forward = watched
     for by in (0, 1):
@@ -143,13 +143,13 @@ def test_a_region_is_told_of_where_places_are_not_known(tmp_path):
         pipe.transformer(**qwen_call() | {"img_shapes": [[(2, 4, 4)]]})  # layers of a picture
 
 
-WITHOUT = ("HiDreamImageTransformer2DModel", "CosmosTransformer3DModel", "LTX2VideoTransformer3DModel")
+WITHOUT = ("CosmosTransformer3DModel", "LTX2VideoTransformer3DModel")
 
 
 @pytest.mark.parametrize("name", WITHOUT)
 @pytest.mark.shows("Pipelines")
 def test_a_class_without_a_record_is_refused(name):
-    """Those of HiDream, Anima and LTX-2."""
+    """Those of Anima and LTX-2."""
     kind = getattr(diffusers, name)
     with pytest.raises(ValueError, match=f"experts cannot act in a {name}; known denoisers: UNet2DConditionModel, "):
         record(kind.__new__(kind))

@@ -29,6 +29,7 @@ TEXTS = {  # that the denoiser reads
     "qwen-edit": f"Picture 1: <|vision_start|>{'<|image_pad|>' * 4}<|vision_end|>{PROMPT}",
     "flux2-dev": f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]{PROMPT}[/INST]",
     "lumina2": f"{LUMINA} <Prompt Start> {PROMPT}",
+    "hidream": PROMPT,
 }
 LAST = {
     "z_image": "layers.1.feed_forward.w2",
@@ -41,9 +42,11 @@ LAST = {
     "qwen-edit": "transformer_blocks.1.img_mlp.net.2",
     "flux2-dev": "single_transformer_blocks.1.attn.to_out",
     "lumina2": "layers.1.feed_forward.linear_2",
+    "hidream": "single_stream_blocks.1.block.ff_i.shared_experts.w2",
 }
 LAYERS = (*ATTENTION[:4], "w1", "w2", "w3", "attn.to_qkv_mlp_proj", "single_transformer_blocks.0.attn.to_out", "proj_mlp")
 LAYERS += ("ffn.net.2", "img_mlp.net.2", "txt_mlp.net.2", "ff.gate", "ff.up", "ff.down", "linear_1", "linear_2")
+LAYERS += ("attn1.to_out", "to_k_t")
 LONG = {"flux2-dev": 256, "lumina2": 256}  # texts with their templates, of which each byte is a token
 
 
@@ -59,6 +62,17 @@ def drawn(request, tmp_path):
     return pipe, options, files
 
 
+def tokens_of(name, pipe):
+    """The tokens of the denoiser's text. Blocks of HiDream read the states of T5, of Llama's last layer and of another."""
+    words = tokenizers_of(pipe)
+    if name != "hidream":
+        return words["text_encoder"].convert_ids_to_tokens(words["text_encoder"](TEXTS[name]).input_ids)
+    t5, llama = (words[f"text_encoder_{i}"] for i in (3, 4))
+    padded = {"padding": "max_length", "max_length": 64}
+    both = [each.convert_ids_to_tokens(each(PROMPT, **padded).input_ids) for each in (t5, llama)]
+    return [*both[0], *both[1], *both[1]]
+
+
 @pytest.mark.parametrize("drawn", list(TEXTS), indirect=True)
 @pytest.mark.shows("Words and places")
 def test_an_unbound_sum_is_set_adapters_and_each_words_tokens_are_known(request, drawn, monkeypatch):
@@ -71,12 +85,13 @@ def test_an_unbound_sum_is_set_adapters_and_each_words_tokens_are_known(request,
     bound = hosts.draw(pipe, options, PROMPT)
     known = mixture._settings.binding.now._texts
     prompt, row = next((t, i) for t in known for i, each in enumerate(t.picture.readings) if any(each.mentioned))
-    words = tokenizers_of(pipe)["text_encoder"]
-    tokens = words.convert_ids_to_tokens(words(TEXTS[request.node.callspec.params["drawn"]]).input_ids)
+    tokens = tokens_of(request.node.callspec.params["drawn"], pipe)
     for k, word in enumerate(("fox", "owl")):
-        start = next(i for i in range(len(tokens)) if tokens[i : i + len(word)] == list(word))
+        starts = [i for i in range(len(tokens)) if tokens[i : i + len(word)] == list(word)]
         own = torch.zeros(prompt.tokens, dtype=torch.bool)
-        own[start : start + len(word)] = True  # these tokenizers have a token for each letter
+        for start in starts:
+            own[start : start + len(word)] = True  # these tokenizers have a token for each letter
+        assert starts
         assert torch.equal(prompt.word_mask[row, :, 1 - k], ~own)
     mole.detach(pipe)
     hosts.assert_same(before, hosts.snapshot(pipe))
@@ -178,6 +193,29 @@ def test_prompts_of_several_lengths_have_no_places_in_lumina_2(tmp_path):
     negative = {"negative_prompt": ["a", "an owl"]}
     with pytest.warns(UserWarning, match="the region of 'fox' does not act"):
         hosts.draw(pipe, options | negative, [PROMPT, "a fox"], steps=1)
+
+
+def test_a_region_acts_inside_it_alone_on_a_picture_that_hidream_pads(tmp_path, monkeypatch):
+    """It pads what is not square, and the text's tokens come behind the padding."""
+    monkeypatch.setattr(bound_text, "CLOSING", 0.0)
+    pipe, options = hosts.HOSTS["hidream"]()
+    options |= {"height": 16, "width": 64, "max_sequence_length": 64, "output_type": "latent"}
+    file = tiny_lora(pipe, tmp_path / "fox", ends=(LAST["hidream"],))
+    base = hosts.draw(pipe, options, PROMPT, steps=1)
+    assert base.shape == (1, 4, 8, 32)
+    mixture = mole.attach(pipe, {"fox": file}, "sum", binding=None)
+    whole = hosts.draw(pipe, options, PROMPT, steps=1)
+    mixture.bind({"fox": ("fox", "left")})
+    wanted = torch.cat([whole.chunk(2, -1)[0], base.chunk(2, -1)[1]], -1)
+    torch.testing.assert_close(hosts.draw(pipe, options, PROMPT, steps=1), wanted, atol=1e-6, rtol=0)
+    assert not torch.isclose(base, whole, atol=1e-4).all(1).any()
+    monkeypatch.undo()
+    both = {n: tiny_lora(pipe, tmp_path / n, seed=i, ends=LAYERS) for i, n in enumerate(("fox", "owl"))}
+    mixture = mole.attach(pipe, both, "sum", binding={"fox": "fox", "owl": "owl"})
+    with mixture.trace() as trace:
+        hosts.draw(pipe, options, PROMPT)
+    (layout,) = trace.layouts
+    assert layout.maps["fox"].shape == (4, 16)
 
 
 def test_every_record_is_drawn_here():
