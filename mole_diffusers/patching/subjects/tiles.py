@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -28,11 +28,10 @@ from mole_diffusers.gates.unchanged import LastTensor
 from mole_diffusers.patching.host.cropping import OF_WHOLE_SIZE, Call
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, Groups, groups_of, guides_in_turns
 from mole_diffusers.patching.subjects.apart import SCALE_ONLY, border, have_room, since_of, windows_of
+from mole_diffusers.patching.subjects.sampler_steps import SamplerSteps
 from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces
 from mole_diffusers.patching.subjects.windows import STEADY, Window, silhouette
 from mole_diffusers.patching.undo import replaced_forward
-
-NOISIEST = 1000  # what schedulers call pure noise
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,14 @@ class TileInputs:
     groups: Groups  # how guidance has combined the rows
 
 
+@dataclass
+class KeptInputs:
+    """What was made of a text that comes again in the next steps."""
+
+    text: LastTensor = field(default_factory=LastTensor)
+    inputs: dict[bool, TileInputs] = field(default_factory=dict)  # of the tiles, and under True of the layout
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the steps of pictures of one size are drawn."""
@@ -74,20 +81,17 @@ class Tiles:
 
     def __init__(self, call: PictureCall, things: PromptThings, alone: Alone, set_places: SetPlaces):
         self.call, self.things, self.alone, self.set_places = call, things, alone, set_places
-        self.denoiser, self.cropping, self.reader = call.denoiser, call.cropping, DenoiserInputs(call.denoiser)
+        self.reader, self._steps = DenoiserInputs(call.denoiser), SamplerSteps()
         # (shape of the latents, tokens of the text, what ControlNets give) -> how they are drawn; None if as one picture.
         self._plans: dict[tuple[torch.Size, int, tuple[str, ...]], Plan | None] = {}
         self._turns = cycle((False, True) if guides_in_turns(call.given) else (False,))  # whether a call is of the negatives
-        self._texts = {False: LastTensor(), True: LastTensor()}  # that the prompts' calls read, and those of the negatives
-        self._inputs: dict[tuple[bool, bool], TileInputs] = {}  # of the layout and of the tiles, for each of these texts
+        self._kept = {False: KeptInputs(), True: KeptInputs()}  # of the prompts' calls, and of those of the negatives
         self._in_front: torch.Tensor | None = None  # [P, h, w], the silhouette of the thing in front, over the steps
-        self._schedule = LastTensor()
-        self._levels: list[float] = []  # of noise, for each timestep of this schedule
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
         """While the block runs, the denoiser is called for each tile in the steps that `Tiling` says."""
-        with replaced_forward(self.denoiser, partial(self._denoise, self.denoiser.forward)):
+        with replaced_forward(self.call.denoiser, partial(self._denoise, self.call.denoiser.forward)):
             yield
 
     def _denoise(self, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -95,25 +99,16 @@ class Tiles:
         call, is_negative = self.reader.named(args, kwargs), next(self._turns)
         if (plan := self._plan(call)) is None:
             return whole(*args, **kwargs)
-        begun, total = self._steps_until_here(call)
+        times = self.call.pipe.scheduler.timesteps
+        begun = self._steps.begun(times, self.reader.timestep((), call), lambda: float(self.reader.time((), call)[0]))
+        total = len(times)
         before = plan.since * total if self.call.tiling.since is not None else max(1, plan.since * total)
         is_layout = begun <= before + 1e-5
         if begun > self.call.tiling.until * total + 1e-5 or (is_layout and plan.layout is None):
             self._in_front = None
             return whole(*args, **kwargs)
         out = self._parts(plan, whole, call, is_layout=is_layout, is_negative=is_negative)
-        return self.cropping.output(sample=out) if call.get("return_dict", True) else (out,)
-
-    def _steps_until_here(self, call: Call) -> tuple[int, int]:
-        """The number of steps including this one, and of all. Of those at one noise level, the last counts."""
-        times = self.call.pipe.scheduler.timesteps
-        if not self._schedule.is_again(times):
-            self._levels = (times.float() / NOISIEST).tolist()
-        index = _position(self.reader.timestep((), call), times)
-        if index is None:  # a copy, which may be rounded
-            given = float(self.reader.time((), call)[0])
-            index = min(range(len(times)), key=lambda i: abs(self._levels[i] - given))
-        return sum(level > self._levels[index] - 1e-5 for level in self._levels), len(times)
+        return self.call.cropping.output(sample=out) if call.get("return_dict", True) else (out,)
 
     def _plan(self, call: Call) -> Plan | None:
         """How a call is drawn in tiles; None if it draws the picture as one."""
@@ -122,7 +117,7 @@ class Tiles:
         if key not in self._plans:
             side = self.reader.side((), call)
             assert side is not None  # what can be cut says its size
-            reason = self.cropping.obstacle(call, latents, side)
+            reason = self.call.cropping.obstacle(call, latents, side)
             if reason and self.call.tiling.always:
                 raise ValueError(reason)
             self._plans[key] = None if reason else self._plan_at(side, tokens)
@@ -130,8 +125,8 @@ class Tiles:
 
     def _plan_at(self, side: GridSize, tokens: int) -> Plan | None:
         things, always = self.things, self.call.tiling.always
-        windows = windows_of(self.cropping, things, *side)
-        if not always and not have_room(self.cropping, windows):
+        windows = windows_of(self.call.cropping, things, *side)
+        if not always and not have_room(self.call.cropping, windows):
             return None
         if self.call.for_processors:
             why = SCALE_ONLY.format(self.call.for_processors[0])
@@ -149,7 +144,7 @@ class Tiles:
             raise ValueError(why)
         if why:
             return None
-        divided, contact = border(self.cropping, things, windows), things.contact
+        divided, contact = border(self.call.cropping, things, windows), things.contact
         since = since_of(self.call.tiling, divided)
         if contact is None:
             return Plan(side, tiles, since, divided, front=0, layout=None)
@@ -184,15 +179,16 @@ class Tiles:
         """
         tiles = [plan.layout] if is_layout and plan.layout else plan.tiles
         latents, text = self.reader.latents((), call), self.reader.text((), call)
-        if not self._texts[is_negative].is_again(text):
-            self._inputs = {of: inputs for of, inputs in self._inputs.items() if of[1] != is_negative}
-        key = is_layout, is_negative
-        if key not in self._inputs or self._inputs[key].shares.shape[1:] != plan.side:
+        kept = self._kept[is_negative]
+        if not kept.text.is_again(text):
+            kept.inputs.clear()
+        if is_layout not in kept.inputs or kept.inputs[is_layout].shares.shape[1:] != plan.side:
             groups = (False,) if is_negative else groups_of(self.call.pipe, text, latents) or (True,)
-            self._inputs[key] = self._inputs_of(tiles, None if is_layout else plan.border, groups, call, plan.side)
-        inputs, call = self._inputs[key], {**call, "return_dict": False}
-        grid = self.cropping.to_grid(latents, plan.side)  # [B, C, H, W], one place for each token
-        rest = None if inputs.outside is None else inputs.outside * self.cropping.to_grid(whole(**call)[0], plan.side)
+            divided = None if is_layout else plan.border
+            kept.inputs[is_layout] = self._inputs_of(tiles, divided, groups, call, plan.side)
+        inputs, call = kept.inputs[is_layout], {**call, "return_dict": False}
+        grid = self.call.cropping.to_grid(latents, plan.side)  # [B, C, H, W], one place for each token
+        rest = None if inputs.outside is None else inputs.outside * self.call.cropping.to_grid(whole(**call)[0], plan.side)
         parts = [self._part(tile, i, inputs, call, grid) for i, tile in enumerate(tiles)]
         shares = list(inputs.shares)
         if inputs.border is not None:
@@ -202,19 +198,19 @@ class Tiles:
         for tile, part, share in zip(tiles, parts, shares, strict=True):
             top, bottom, left, right = tile.window.box
             out[..., top:bottom, left:right] += share[..., top:bottom, left:right] * part
-        return self.cropping.from_grid(out)
+        return self.call.cropping.from_grid(out)
 
     def _part(self, tile: Tile, number: int, inputs: TileInputs, call: Call, grid: torch.Tensor) -> torch.Tensor:
         """The denoiser's prediction for one tile of its input on the grid of its tokens, [B, C, h, w]."""
         (top, bottom, left, right), names = tile.window.box, self.reader.record.arguments
         own = {
-            names.latents: self.cropping.from_grid(grid[..., top:bottom, left:right]),
+            names.latents: self.call.cropping.from_grid(grid[..., top:bottom, left:right]),
             names.text: inputs.texts[number],
-            **self.cropping.ids(call, tile.window.box, (grid.shape[2], grid.shape[3])),
+            **self.call.cropping.ids(call, tile.window.box, (grid.shape[2], grid.shape[3])),
         }
         with self.alone(tile.names):
-            found = self.denoiser(**{**call, **inputs.told[number], **own})[0]
-        return self.cropping.to_grid(found, (bottom - top, right - left))
+            found = self.call.denoiser(**{**call, **inputs.told[number], **own})[0]
+        return self.call.cropping.to_grid(found, (bottom - top, right - left))
 
     def _by_silhouette(
         self, plan: Plan, border: torch.Tensor, parts: Sequence[torch.Tensor], inputs: TileInputs
@@ -248,16 +244,5 @@ class Tiles:
             outside, border = outside.masked_fill(border, 0), onto(border, latents.device)
         shares = (masks / masks.sum(0).clamp_min(1)).to(latents)
         pixels = self.call.pipe.vae_scale_factor
-        told = [self.cropping.told(call, tile.pooled, prompted, tile.window.box, side, pixels) for tile in tiles]
+        told = [self.call.cropping.told(call, tile.pooled, prompted, tile.window.box, side, pixels) for tile in tiles]
         return TileInputs(texts, told, shares, outside.to(latents) if outside.any() else None, border, groups)
-
-
-def _position(timestep: Any, times: torch.Tensor) -> int | None:
-    """Where a timestep lies in a schedule that it was taken from, without asking its device; None if it was not."""
-    is_one = isinstance(timestep, torch.Tensor) and (timestep.numel() == 1 or not any(timestep.stride()))
-    if not is_one or not times.is_contiguous():
-        return None
-    if timestep.dtype != times.dtype or timestep.untyped_storage().data_ptr() != times.untyped_storage().data_ptr():
-        return None
-    position = int(timestep.storage_offset() - times.storage_offset())
-    return position if 0 <= position < len(times) else None
