@@ -365,7 +365,7 @@ class Actions:
                 self.studio.check_base(recipe)
                 if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.pipe):
                     call["prompt_2"] = plain_text(recipe.prompt_2)
-                mixture = self.studio.attach_for(recipe)
+                mixture = self.studio.attachment.to(self.studio.pipe, recipe)
                 assert mixture is not None  # there are tags
                 if not mixture.config.options.reads_prompt:  # gates that do read it alone, without guidance's empty one
                     call["guidance_scale"] = recipe.guidance

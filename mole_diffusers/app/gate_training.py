@@ -175,7 +175,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
             except ValueError as error:  # hide the folder from visitors
                 raise ValueError(str(error).replace(f"{home}/", "")) from error
             finally:
-                studio.forget_attached()
+                studio.attachment.forget()
         return progress
 
     return work

@@ -18,15 +18,15 @@ from mole_diffusers.binding.config import Bound, bindings, files_bindings
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO, region_picture
 from mole_diffusers.binding.who_acts import Explanation
-from mole_diffusers.gates.checkpoint import UnfitGatesError
 from mole_diffusers.lora import Expert, check_family
-from mole_diffusers.merging.merge import METHODS, by_activations, merge
-from mole_diffusers.mixture import Mixture, attach, attached, detach
+from mole_diffusers.merging.merge import METHODS, by_activations
+from mole_diffusers.mixture import Mixture, detach
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.install.pipeline_lock import PipelineLock
 from mole_diffusers.patching.subjects.apart import begin_of_tiles, draws_in_tiles, explain, size_for_tiles
 from mole_diffusers.patching.subjects.things import UNTIL, Tiling
 from mole_diffusers.studio import detail_pass, embeddings, picture_passes
+from mole_diffusers.studio.attachment import Attachment
 from mole_diffusers.studio.base_models import Base, usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.clip_skip import clip_skip, most_clip_skip
@@ -45,7 +45,6 @@ from mole_diffusers.studio.upscaling import enlarged
 from mole_diffusers.studio.weight_syntax import parse_weights
 
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
-MERGED = "merged"  # name of a merge on the pipeline
 MAX_SIDE = 2048  # pixels of a picture in the app, and of one that a note suggests
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, the clean latents that are predicted [1, C, h, w])
 MixtureContext = Callable[[Mixture], AbstractContextManager]
@@ -70,6 +69,7 @@ class Studio:
         base: the base model that is open; "" while it is changed, and if that failed and the one before could not be opened
             again.
         config: the config that the base model was opened with, see `open_base`.
+        attachment: the LoRAs and gates on the pipeline.
     """
 
     def __init__(self, pipe: Any, catalog: Catalog, base: str, config: str | None = None):
@@ -80,8 +80,7 @@ class Studio:
         self.pipe, self._own_scheduler, self.config = pipe, pipe.scheduler, config
         # ControlNet, or None -> what draws with it, by what it draws over; each keeps what is attached to it
         self._drawing_with = lru_cache(2)(self._all_drawing_with)
-        self._unfit: set[str] = set()  # hashes of gates that "auto" passes over, since they do not fit this base
-        self._attached_key: tuple | None = None  # identifies what is attached; None if that is unknown
+        self.attachment = Attachment(self.catalog)
         self.base = base  # last, since other threads see it as a sign that the rest is ready
 
     def _all_drawing_with(self, controlnet: Path | None) -> Callable[..., Any]:
@@ -181,7 +180,8 @@ class Studio:
         tags = tuple(tag.or_at(self.catalog.preferred_weight) for tag in here_as)
         here = {name: name for name in names.values()} | names  # a name in the recipe may be another LoRA's name here
         rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
-        gates = self.catalog.gates_for(names.values(), unfit=self._unfit) if recipe.gates == "auto" else recipe.gates
+        unfit = self.attachment.unfit
+        gates = self.catalog.gates_for(names.values(), unfit=unfit) if recipe.gates == "auto" else recipe.gates
         source = self.catalog.gates_source(gates)
         digest = "" if gates in UNTRAINED else gates_hash(Path(source))
         if recipe.gates_sha256 not in ("", digest):
@@ -407,7 +407,7 @@ class Studio:
         with ExitStack() as stack:
             stack.callback(setattr, pipe, "scheduler", self._own_scheduler)
             pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
-            mixture = self.attach_for(recipe, pipe)
+            mixture = self.attachment.to(pipe, recipe)
             shown = self._shown(pipe, recipe, size, seen, stack)
             files = {name: self.catalog.files["embedding"][name] for name in recipe.embeddings}
             words = stack.enter_context(embeddings.taught(pipe, files))  # after what is attached, and taken back before it
@@ -467,42 +467,6 @@ class Studio:
             given |= stack.enter_context(read)
         return given
 
-    def attach_for(self, recipe: Recipe, pipe: Any = None) -> Mixture | None:
-        """Attach the LoRAs and gates of a completed recipe, unless they already are. Returns None if it has no LoRA.
-
-        Args:
-            pipe: the pipeline that will be called, with the same models; by default `self.pipe`.
-        """
-        pipe = self.pipe if pipe is None else pipe
-        kind, about = recipe.arm_and_name
-        method = about if kind == "merge" else ""
-        strengths = recipe.constant_strengths() if method else {}
-        key = (id(pipe), list(recipe.experts.items()), recipe.gates, recipe.gates_sha256, method, list(strengths.items()))
-        binding = recipe.tag_bindings() if recipe.binding != "none" and not method else None
-        if key == self._attached_key and (attached(pipe) is None) == (not recipe.experts):
-            if (mixture := attached(pipe)) is not None:
-                mixture.bind(None if binding is None else mixture.file_words | binding)
-            return mixture
-        self.forget_attached()
-        # Keep the order of the tags, which does not depend on file names: the order decides the last bits of a sum.
-        experts = {name: self.catalog.expert(name) for name in recipe.experts}
-        if not experts:
-            detach(pipe)
-        elif method:
-            merged = merge({name: (expert, strengths[name]) for name, expert in experts.items()}, method)
-            attach(pipe, {MERGED: merged}, "sum", binding=None)
-        else:
-            source = self.catalog.gates_source(recipe.gates)
-            if recipe.gates not in UNTRAINED and gates_hash(Path(source)) != recipe.gates_sha256:
-                raise ValueError(f"the gates {recipe.gates!r} have been replaced since this was asked for: start it again")
-            try:
-                attach(pipe, experts, source, binding=binding)
-            except UnfitGatesError:  # anybody may have sent them
-                self._unfit.add(recipe.gates_sha256)
-                raise
-        self._attached_key = key
-        return attached(pipe)
-
     def draws_in_tiles(self, recipe: Recipe) -> bool:
         """Whether a completed recipe would be drawn in tiles with binding "auto"."""
         asked = self._bound_call(recipe)
@@ -531,10 +495,6 @@ class Studio:
         """The words and region of each LoRA of a completed recipe: from its tag, otherwise from its file."""
         own = files_bindings({name: self.catalog.expert(name) for name in recipe.experts})
         return bindings(recipe.tag_bindings(), own, own)
-
-    def forget_attached(self) -> None:
-        """Call this after you attach something else to the pipeline. The next picture then attaches its own LoRAs again."""
-        self._attached_key = None
 
 
 def _callback(
