@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NEEDED = ("jinja2", "krippendorff", "matplotlib", "open_clip", "pandas", "scipy", "timm", "torchmetrics", "torchvision")
 DEFAULT_ARMS = ("base", "alone", "sum", "bound", "tiles")  # on a checkpoint, where pictures take long
 LIMIT = 24  # cases of each kind on a checkpoint
+CHECKPOINT = "A checkpoint of your own"  # the heading of its options
 
 
 @dataclass
@@ -66,7 +67,7 @@ class ArmOptions(Group):
 
 @dataclass
 class CheckpointOptions(Group):
-    """Data to evaluate a checkpoint on, and the models that measure its pictures; the emoji world has its own.
+    """Data to evaluate a checkpoint on; the emoji world has its own.
 
     Attributes:
         loras (FOLDER): the LoRAs, in subfolders too. A subfolder or the start of a name may say what one draws:
@@ -78,13 +79,9 @@ class CheckpointOptions(Group):
         own (NAME=PROMPT): a prompt for one concept alone. Default: one from its trigger words.
         kind (NAME=KIND): what a LoRA draws, if neither folder nor name says it.
         thing (NAME=WORDS): what the detector looks for. Default: the trigger words.
-        clip (MODEL): a CLIP of open_clip, a folder or hf-hub:NAME. Default: ViT-B-32 of LAION.
-        dino (MODEL): a DINO of timm, a name or folder. Default: vit_base_patch14_dinov2.lvd142m.
-        detector (MODEL): an open-vocabulary detector, a folder or hub id. Default: google/owlv2-base-patch16-ensemble.
-        lpips (NETWORK): alex, vgg or squeeze. Default: alex.
     """
 
-    panel = "A checkpoint of your own"
+    panel = CHECKPOINT
     loras: options.Folder = None
     expert: options.Experts = ()
     protocol: Sequence[str] = ()
@@ -93,6 +90,20 @@ class CheckpointOptions(Group):
     own: Sequence[str] = ()
     kind: Sequence[str] = ()
     thing: Sequence[str] = ()
+
+
+@dataclass
+class MeasuringModels(Group):
+    """The models that measure a checkpoint's pictures; the emoji world has its judge.
+
+    Attributes:
+        clip (MODEL): a CLIP of open_clip, a folder or hf-hub:NAME. Default: ViT-B-32 of LAION.
+        dino (MODEL): a DINO of timm, a name or folder. Default: vit_base_patch14_dinov2.lvd142m.
+        detector (MODEL): an open-vocabulary detector, a folder or hub id. Default: google/owlv2-base-patch16-ensemble.
+        lpips (NETWORK): alex, vgg or squeeze. Default: alex.
+    """
+
+    panel = CHECKPOINT
     clip: str | None = None
     dino: str | None = None
     detector: str | None = None
@@ -111,6 +122,7 @@ def evaluate(
     *,
     wanted: ArmOptions,
     own: CheckpointOptions,
+    measuring: MeasuringModels,
     machine: options.Machine,
     given: Given,
 ) -> Result | None:
@@ -149,7 +161,10 @@ def evaluate(
     # Processes wait for one another, and their shares of the work differ by more than torch's usual half an hour.
     state = PartialState(cpu=machine.device == "cpu", timeout=timedelta(days=30))
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
-    work = _world(wanted, own, call, machine) if base == WORLD else _checkpoint(wanted, own, call, base, machine)
+    if base == WORLD:
+        work = _world(wanted, {**vars(own), **vars(measuring)}, call, machine)
+    else:
+        work = _checkpoint(wanted, own, measuring, call, base, machine)
     setup, cases = work.setup, work.cases
     if wanted.attached:
         cases = runner.add_idle_experts(cases, sorted(setup.experts), wanted.attached)
@@ -224,14 +239,14 @@ def _check_installed() -> None:
         raise ValueError(f"this needs {', '.join(missing)}: pip install 'mole-diffusers[evaluate]'")
 
 
-def _world(wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], machine: options.Machine) -> Task:
+def _world(wanted: ArmOptions, for_checkpoints: Mapping[str, Any], call: dict[str, Any], machine: options.Machine) -> Task:
     """The emoji world with its judge. Raises ValueError for options that are for another base."""
     from mole_diffusers import emoji
     from mole_diffusers.emoji.world import emoji_world
     from mole_diffusers.evaluation import emoji_protocol
     from mole_diffusers.evaluation.arms import ARMS
 
-    others = {**vars(own), "base-config": machine.base_config}
+    others = {**for_checkpoints, "base-config": machine.base_config}
     if ignored := [f"--{name}" for name, value in others.items() if value]:
         raise ValueError(f"{', '.join(ignored)}: the embedded world has its own; give a --base to evaluate another")
     world = emoji_world(device=_device(machine))
@@ -254,7 +269,12 @@ def _device(machine: options.Machine) -> str:
 
 
 def _checkpoint(
-    wanted: ArmOptions, own: CheckpointOptions, call: dict[str, Any], base: str, machine: options.Machine
+    wanted: ArmOptions,
+    own: CheckpointOptions,
+    measuring: MeasuringModels,
+    call: dict[str, Any],
+    base: str,
+    machine: options.Machine,
 ) -> Task:
     """The user's own checkpoint. What measures the pictures is loaded first, so that a wrong name is known at once."""
     from mole_diffusers.evaluation import arms as known
@@ -281,7 +301,7 @@ def _checkpoint(
     pictures = {name: read_folder(Path(folder), prompt=name)[0] for name, folder in folders.items()}
     own_prompts = {name: [prompts.own_prompt(concept)] for name, concept in concepts.items()}
     own_prompts |= grouped_values(own.own, "--own", chosen)
-    named = {name: value for name in ("clip", "dino", "detector", "lpips") if (value := getattr(own, name)) is not None}
+    named = {name: value for name, value in vars(measuring).items() if value is not None}
     models = Models(**named, device=_device(machine))
     about: dict[str, Any] = {"prompts": own_prompts}
     about["styles"] = frozenset(name for name, concept in concepts.items() if concept.kind not in prompts.THINGS)
