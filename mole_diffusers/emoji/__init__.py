@@ -4,7 +4,6 @@ from mole_diffusers.emoji import words
 from mole_diffusers.emoji.compositions import TEST, VALIDATION, Concepts
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.scenes import Scene, canvas, composition_scene, scene_in
-from mole_diffusers.emoji.words import *  # noqa: F403
 
 __all__ = [
     "TEST",
@@ -17,5 +16,4 @@ __all__ = [
     "default_folder",
     "scene_in",
     "words",
-    *words.__all__,
 ]

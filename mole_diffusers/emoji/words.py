@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "BACKGROUNDS", "BASE_STYLES", "BASE_SUBJECTS", "HELD_OUT_STYLES", "HELD_OUT_SUBJECTS", "LIGHTS", "OPEN",
-    "OTHER_STYLES", "OTHER_SUBJECTS", "PLACES", "STYLES", "SUBJECTS", "TEST_STYLES", "TEST_SUBJECTS", "VALIDATION_STYLES",
-    "VALIDATION_SUBJECTS",
-]  # fmt: skip
 BACKGROUNDS = {  # paper: word -> RGB
     "white": (255, 255, 255),
     "blue": (150, 190, 250),

@@ -200,6 +200,6 @@ def _finite(decompose: Callable, *matrices: Any) -> tuple[FactorPair, float]:
 
 
 def _shaped(up: torch.Tensor, down: torch.Tensor, inner: tuple[int, ...], *, scale: float, error: float) -> LoraWeights:
-    """FactorPair in the shape of a linear layer's, or of a convolution's if the file tells its kernel."""
+    """The pair in the shape of a linear layer's, or of a convolution's if the file tells its kernel."""
     down = down.reshape(len(down), *inner)
     return LoraWeights(down, up.reshape(*up.shape, *(1,) * (down.dim() - 2)), scale, error)

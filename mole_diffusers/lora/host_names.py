@@ -41,7 +41,7 @@ FORMS = (  # ai-toolkit's and ComfyUI's, and kohya's
 
 
 class HostRows(NamedTuple):
-    """HostRows of the weight of a file's layer that make up a layer of a denoiser."""
+    """The rows of the weight of a file's layer that make up a layer of a denoiser."""
 
     layer: str  # the denoiser's layer key
     rows: torch.Tensor  # [Cout] of the denoiser's layer
