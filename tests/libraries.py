@@ -9,6 +9,12 @@ from mole_diffusers.retrieval import store
 from mole_diffusers.retrieval.library import LoraLibrary, embedding
 from mole_diffusers.retrieval.store import LibraryEntry
 
+SAMPLES = {
+    "fox": ["a red fox in snow", "fox on grass", "a fox"],
+    "ink": ["ink drawing of a cat", "black ink drawing"],
+    "owl": ["an owl at night", "white owl"],
+}
+
 
 class WordEncoder:
     """An encoder that can be checked by hand: one axis per word."""
@@ -34,3 +40,7 @@ def library(samples, triggers=None, bases=None):
     )
     rows = torch.stack([embedding(s, encoder) for s in samples.values()])
     return LoraLibrary("loras", store.Index(encoder.id, encoder(store.PROBE), entries, rows, {}), encoder)
+
+
+def names(found):
+    return [each.name for each in found]

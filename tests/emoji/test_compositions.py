@@ -23,6 +23,17 @@ def test_validation_decides_nothing_that_the_test_asks():
         assert len({tuple(sorted(concepts)) for concepts in group}) == len(group) >= 8
 
 
+def test_splits_share_no_concept():
+    concepts = [{c for group in split.values() for case in group for c in case} for split in (VALIDATION, TEST)]
+    assert not concepts[0] & concepts[1]
+    assert concepts[0] | concepts[1] == set(words.HELD_OUT_SUBJECTS + words.HELD_OUT_STYLES)
+    assert sum(map(len, TEST.values())) == 168
+    assert list(TEST) == list(VALIDATION)
+    for split in (VALIDATION, TEST):
+        for group in split.values():
+            assert len({frozenset(case) for case in group}) == len(group)
+
+
 @pytest.mark.parametrize(("subjects", "styles"), [("ab", ""), ("abc", "x"), ("abcde", "xy"), ("abcdef", "x")])
 def test_any_concepts_are_composed_each_pair_once(subjects, styles):
     found = compositions(subjects, styles, dict.fromkeys(TEST | LARGER, 99))

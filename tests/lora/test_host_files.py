@@ -121,7 +121,7 @@ IN_BOTH_STREAMS = {
     "double_blocks.0.img_attn.proj": ("transformer_blocks.0.attn.to_out.0",),
     "double_blocks.0.txt_attn.proj": ("transformer_blocks.0.attn.to_add_out",),
 }
-# diffusers splits Flux's linear1 only at its full width; test_lora_formats.py has it
+# diffusers splits Flux's linear1 only at its full width; test_formats.py has it
 CHROMA = IN_BOTH_STREAMS | {
     "double_blocks.0.img_mlp.0": ("transformer_blocks.0.ff.net.0.proj",),
     "double_blocks.0.txt_mlp.2": ("transformer_blocks.0.ff_context.net.2",),

@@ -17,7 +17,7 @@ from mole_diffusers.pipelines.kept import attach_kept, keep
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
-@pytest.mark.thorough  # whole models are in studio/test_drawing.py, and the leaves of Flux in test_host_switches.py
+@pytest.mark.thorough  # whole models are in studio/test_render.py, and the leaves of Flux in test_host_switches.py
 @pytest.mark.parametrize("name", OFFLOADS)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.shows("these work")
