@@ -12,7 +12,6 @@ from typing import Any
 
 PROGRAMS = ("chromium", "chromedriver")
 WAIT = 240  # seconds; a busy machine is slow
-LEFT = ("AbortError", "Connection errored out")  # errors of the connections of a page that is left
 
 
 def missing() -> str:
@@ -54,10 +53,11 @@ class Browser:
         self._said: list[str] = []  # errors of the pages so far
 
     def open(self, url: str) -> None:
-        """Open the app and wait until its page is drawn."""
-        self.url, said = url, self.errors()
+        """Open the app and wait until its page is drawn. The connections of the page that is left may break off."""
+        self.url = url
+        self.errors()
         self.driver.get(url)
-        self._said = said + [error for error in self.errors()[len(said) :] if not any(each in error for each in LEFT)]
+        self.errors(self.driver.execute_script("return performance.timeOrigin"))
         self.until(lambda: self.all("#prompt textarea"), WAIT)
 
     def all(self, css: str) -> list[Any]:
@@ -128,8 +128,9 @@ class Browser:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
-    def errors(self) -> list[str]:
-        """Errors in the pages' consoles so far, except missing files of icons and fonts."""
-        said = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
-        self._said += [message for message in said if "favicon" not in message]
+    def errors(self, since: float = 0) -> list[str]:
+        """Errors in the pages' consoles so far, except missing files of icons and fonts. The new ones count from `since`, in
+        milliseconds since 1970."""
+        new = [each for each in self.driver.get_log("browser") if each["level"] == "SEVERE" and each["timestamp"] >= since]
+        self._said += [each["message"] for each in new if "favicon" not in each["message"]]
         return list(self._said)

@@ -89,7 +89,7 @@ def _settings(page: Page) -> None:
     _earlier(page)
     with page.over.panel.render():
         gr.Markdown("Paint what is to change in a picture, or nothing for all of it.")
-        page.over.editor.render()
+        page.over.build_picture()
         page.over.status.render()
         fields["strength"].render()
         row(fields["hires"], fields["hires_strength"])

@@ -122,10 +122,10 @@ class Form:
     def asked(self, *values: Any) -> tuple[Any, ...]:
         """Values of `inputs`, any further components, and those of `Page.pictures` -> the recipe, the further values, and
         the given pictures."""
-        *given, editor, control, reference = values
+        *given, image, painted, control, reference = values
         recipe = self.recipe(*given[: len(self.inputs)])
         seen = {"control": control, "reference": reference}
-        pictures = draw_over.pictures(editor) | {name: each for name, each in seen.items() if each is not None}
+        pictures = draw_over.pictures(image, painted) | {name: each for name, each in seen.items() if each is not None}
         return recipe, *given[len(self.inputs) :], pictures
 
     def values(self, recipe: Recipe) -> Values:

@@ -50,19 +50,19 @@ class Page:
     def filled_fields(self) -> list[Any]:
         """The components that `filled` has values for."""
         over = self.over
-        panels = [over.editor, over.has, over.panel, *self.form.pictures.values(), self.form.more["given"]]
+        panels = [over.picture, over.has, over.panel, *self.form.pictures.values(), self.form.more["given"]]
         return [*self.form.inputs, *self.prompt.of_cards, *panels, *self.form.axes]
 
     @property
     def pictures(self) -> list[Any]:
         """The components whose values `Form.asked` takes last."""
-        return [self.over.editor, *self.form.pictures.values()]
+        return [self.over.picture, self.over.mask, *self.form.pictures.values()]
 
     def filled(self, found: FoundRecipe) -> tuple[Recipe, Values, list[str]]:
         """Put a recipe into a page. Returns the completed recipe, the values of the page, and notes for the visitor.
 
-        If it is not the recipe of a grid, the page's axes stay as they are. If it was drawn over no picture, the editor for
-        that is emptied. Its panel opens if the recipe uses it.
+        If it is not the recipe of a grid, the page's axes stay as they are. If it was drawn over no picture, that of the
+        page is taken out. Its panel opens if the recipe uses it.
         """
         asked, actions = found.recipe, self.actions
         try:
@@ -87,7 +87,7 @@ class Page:
                 notes.append(f'it was drawn with a picture that it does not hold: put that one into "{field.label}"')
         form, over = self.form, self.over
         values = form.values(recipe) | self.prompt.cards_for(recipe.prompt)
-        values |= {} if asked.image else {over.editor: None, over.has: False}
+        values |= {} if asked.image else {over.picture: None, over.has: False}
         values |= {over.panel: gr.update(open=True)} if asked.image or recipe.hires > 1 else {}
         values |= {field: None for name, field in form.pictures.items() if not getattr(asked, name)}
         values |= {form.more["given"]: gr.update(open=True)} if asked.controlnet or asked.ip_adapter else {}

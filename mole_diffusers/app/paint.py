@@ -25,13 +25,7 @@ from mole_diffusers.studio.recipe import Recipe
 
 SHEET, MASK_SIDE = 512, 128  # longer side in pixels
 # What is painted is sent as a mask in grey, as `read_mask` reads it.
-SENT = """(name, _, ...rest) => {
-  const sheet = document.querySelector("#sheet"), mask = sheet.cloneNode(), pen = mask.getContext("2d");
-  pen.drawImage(sheet, 0, 0);
-  for ([pen.globalCompositeOperation, pen.fillStyle] of [["source-in", "white"], ["destination-over", "black"]])
-    pen.fillRect(0, 0, mask.width, mask.height);
-  return [name, "png:" + mask.toDataURL().split(",")[1], ...rest];
-}"""
+SENT = """(name, _, ...rest) => [name, maskOf(document.querySelector("#sheet")), ...rest]"""
 EMPTY = """() => { const sheet = document.querySelector("#sheet"); sheet.width = sheet.width; }"""
 
 
@@ -127,7 +121,8 @@ def sheet(name: str, size: tuple[int, int], region: Image.Image | None, colour: 
     file = BytesIO()
     paint.save(file, "PNG")
     return (
-        f'<canvas id="sheet" width="{width}" height="{height}" role="img" aria-label="Paint where {html.escape(name)} acts" '
+        f'<canvas id="sheet" class="sheet" width="{width}" height="{height}" role="img" '
+        f'aria-label="Paint where {html.escape(name)} acts" data-brush="#brush" data-erase="#erase" '
         f'data-colour="{colour}" data-paint="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"></canvas>'
     )
 

@@ -152,7 +152,7 @@ def connect_use(page: Page, chosen: gr.State, use: gr.Button, over: gr.Button, s
         return put | {page.tabs: gr.update(selected="Compose"), status: 'it is in "Draw over a picture"'}
 
     use.click(reuse, chosen, [*page.filled_fields, page.tabs, status], **ORDERED)
-    over.click(draw_over_it, chosen, [page.over.editor, page.over.panel, page.tabs, status])
+    over.click(draw_over_it, chosen, [page.over.picture, page.over.panel, page.tabs, status])
 
 
 def chosen_picture(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Drawing over a picture and larger, from the page's editor to the file."""
+"""Drawing over a picture and larger, from the page to the file."""
 
 import asyncio
 import base64
@@ -38,12 +38,12 @@ def actions(loras, tmp_path_factory):
     return Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"), gallery=tmp_path_factory.mktemp("pictures"))
 
 
-def editor(*boxes):
-    """What an editor holds whose paint covers these boxes."""
-    layer = Image.new("RGBA", PICTURE.size, (0, 0, 0, 0))
+def painted_over(*boxes):
+    """What the page draws with if these boxes of the picture are painted."""
+    painted = Image.new("L", PICTURE.size)
     for box in boxes:
-        layer.paste((*draw_over.COLOUR, draw_over.OPACITY), box)
-    return {"background": PICTURE.convert("RGBA"), "layers": [layer], "composite": None}
+        painted.paste(255, box)
+    return draw_over.pictures(PICTURE, mask_text(painted))
 
 
 def pixels(path):
@@ -56,62 +56,24 @@ def drawn(actions, recipe, *args):
     return picture
 
 
-def test_an_editor_gives_a_picture_and_a_mask():
-    assert draw_over.pictures(None) == draw_over.pictures({"background": None, "layers": [], "composite": None}) == {}
-    assert set(draw_over.pictures(editor())) == {"image"}
-    found = draw_over.pictures(editor((0, 0, 32, 32)))
+def test_what_is_painted_is_the_mask_of_the_picture():
+    assert draw_over.pictures(None, "") == draw_over.pictures(None, mask_text(Image.new("L", (8, 8), 255))) == {}
+    assert set(painted_over()) == set(draw_over.pictures(PICTURE, "")) == {"image"}
+    found = painted_over((0, 0, 32, 32))
     assert np.array_equal(np.asarray(found["image"]), np.asarray(PICTURE))
     mask = np.asarray(found["mask"])
     assert mask[:, :28].min() == 255
     assert mask[:, 36:].max() == 0
-
-
-def test_an_editor_reads_what_a_browser_sends_as_pictures_from_strangers(tmp_path, monkeypatch):
-    import gradio
-    from gradio.components.image_editor import EditorData, EditorDataBlobs
-    from gradio.data_classes import FileData
-
-    one = draw_over.editor()
-    assert one.get_block_name() == "imageeditor"
-
-    def sent(background, layers=(), composite=PICTURE, format="PNG"):
-        """What is read of files, and of bytes."""
-        parts = [background, *layers, composite]
-        for i, picture in enumerate(parts):
-            picture.save(tmp_path / f"{i}.png", format)
-        paths = [tmp_path / f"{i}.png" for i in range(len(parts))]
-        first, *more, last = (FileData(path=str(path)) for path in paths)
-        yield one.preprocess(EditorData(background=first, layers=more, composite=last))
-        first, *more, last = (path.read_bytes() for path in paths)
-        one.blob_storage["one"] = EditorDataBlobs(background=first, layers=[None, *more], composite=last)
-        yield one.preprocess(EditorData(id="one"))
-        assert one.blob_storage == {}
-
-    layer = Image.new("RGBA", PICTURE.size, (*draw_over.COLOUR, 9))
-    for found in sent(PICTURE, [layer]):
-        assert np.array_equal(found["background"], PICTURE.convert("RGBA"))
-        assert [picture.tobytes() for picture in found["layers"]] == [layer.tobytes()]
-        assert found["composite"] is None
-    assert [one.preprocess(None), one.preprocess(EditorData(id="gone"))] == [None, None]
-    for wrong, said in (
-        ({"format": "PCX"}, "this cannot be read as a picture"),
-        ({"layers": [layer, layer]}, "the editor has one layer of paint, got 2"),
-    ):
-        reading = sent(PICTURE, **wrong)
-        with pytest.raises(gradio.Error, match=said):
-            next(reading)
-    monkeypatch.setattr(infotext, "MAX_PIXELS", 2047)
-    with pytest.raises(gradio.Error, match="this has 2048 pixels, more than 2047"):
-        next(sent(PICTURE))
-    assert {found["background"].size for found in sent(PICTURE.resize((32, 32)))} == {(32, 32)}  # the composite is not read
+    larger = draw_over.pictures(PICTURE, mask_text(Image.new("L", (128, 64), 255)))  # the sheet has a size of its own
+    assert larger["mask"].size == PICTURE.size
 
 
 @pytest.mark.parametrize("at", range(8))
 def test_thin_strokes_change_the_picture(at):
     """Diffusers reads one pixel of a mask for each latent."""
-    value = {"background": Image.new("RGBA", (1024, 1024)), "layers": [Image.new("RGBA", (1024, 1024))]}
-    value["layers"][0].paste((*draw_over.COLOUR, draw_over.OPACITY), (500 + at, 200, 504 + at, 800))
-    mask = np.asarray(draw_over.pictures(value)["mask"])
+    painted = Image.new("L", (1024, 1024))
+    painted.paste(153, (500 + at, 200, 504 + at, 800))
+    mask = np.asarray(draw_over.pictures(Image.new("RGB", painted.size), mask_text(painted))["mask"])
     assert mask[200:800, 500 + at : 504 + at].min() == 255
     assert (mask[::8, ::8] > 127).sum() >= 600 // 8
     assert (mask > 0).sum() <= 12 * 608
@@ -122,7 +84,7 @@ def test_transparent_pictures_are_drawn_over_on_white(actions, tmp_path):
     clear.paste((0, 0, 0, 0), (0, 0, 32, 32))
     white = PICTURE.copy()
     white.paste("white", (0, 0, 32, 32))
-    found = draw_over.pictures({"background": clear, "layers": []})
+    found = draw_over.pictures(clear, "")
     assert found["image"].tobytes() == white.tobytes()
     of_file = actions.studio.complete(with_pictures(RECIPE, clear))
     of_page = actions.studio.complete(with_pictures(RECIPE, white))
@@ -150,18 +112,18 @@ def test_a_picture_is_the_same_one_however_its_file_has_its_pixels(actions, clie
 
 
 def test_a_picture_is_drawn_over_and_its_recipe_says_so(actions):
-    plain, whole = drawn(actions, RECIPE), drawn(actions, RECIPE, draw_over.pictures(editor()))
-    part = drawn(actions, RECIPE, draw_over.pictures(editor((0, 0, 32, 32))))
+    plain, whole = drawn(actions, RECIPE), drawn(actions, RECIPE, painted_over())
+    part = drawn(actions, RECIPE, painted_over((0, 0, 32, 32)))
     assert len({pixels(one.path).tobytes() for one in (plain, whole, part)}) == 3
     read = infotext.read(part.path)
     assert (read.image == whole.recipe.image != "", read.mask != "", whole.recipe.mask) == (True, True, "")
-    redrawn = actions.studio.draw(read, **draw_over.pictures(editor((0, 0, 32, 32))))
+    redrawn = actions.studio.draw(read, **painted_over((0, 0, 32, 32)))
     assert np.abs(np.asarray(redrawn, int) - pixels(part.path)).max() <= 1
 
 
 @pytest.mark.parametrize("boxes", [*thorough(((),)), ((0, 0, 32, 32),)])
 def test_comparing_watching_and_grids_draw_over_it_too(actions, boxes):
-    over = draw_over.pictures(editor(*boxes))
+    over = painted_over(*boxes)
     whole, said = drawn(actions, RECIPE, over), []
     wanted = pixels(whole.path)
     compared = {picture.label: picture for picture in actions.compare(RECIPE, (), over)(ignore).pictures}
@@ -192,7 +154,7 @@ def test_a_merge_that_is_asked_for_twice_is_compared_once(actions, monkeypatch):
 def test_the_api_draws_over_what_the_page_does(actions, client, tmp_path, boxes):
     from gradio_client import handle_file
 
-    over = draw_over.pictures(editor(*boxes))
+    over = painted_over(*boxes)
     sent = {}
     for name, picture in over.items():
         picture.save(tmp_path / f"{name}.png")
@@ -269,9 +231,8 @@ def test_open_sizes_are_those_of_the_picture_on_the_page_and_in_the_api(actions,
     from mole_diffusers.app.build import build
 
     odd = PICTURE.resize((70, 40))
-    value = {"background": odd.convert("RGBA"), "layers": [], "composite": None}
     is_open = dataclasses.replace(RECIPE, width=0, height=0)
-    visit = QueueVisit(build(actions, is_open), Width=0, Height=0, **{"To draw over": value})
+    visit = QueueVisit(build(actions, is_open), Width=0, Height=0, **{"To draw over": odd.convert("RGBA")})
     assert visit.press() == ""
     said = visit.done()["compose-status"]
     assert said.replace("\\", "") == "done; drawn over your picture; 70 x 40 is rounded to 72 x 40 pixels"
@@ -288,14 +249,14 @@ def test_open_sizes_are_those_of_the_picture_on_the_page_and_in_the_api(actions,
 def test_what_was_drawn_over_a_picture_asks_for_it_and_is_code_with_it(actions):
     from mole_diffusers.app.build import build
 
-    kept = drawn(actions, RECIPE, draw_over.pictures(editor((0, 0, 32, 32))))
+    kept = drawn(actions, RECIPE, painted_over((0, 0, 32, 32)))
     functions = {event.fn.__name__: event for event in build(actions, RECIPE).fns.values() if event.fn}
     *_, said = plain(functions["load"])(str(kept.path))
     assert "put that one into" in said
-    values = [component.value for component in functions["script"].inputs[:-3]]
-    code, said = plain(functions["script"])(*values, editor((0, 0, 32, 32)), None, None)
+    values = [component.value for component in functions["script"].inputs[:-4]]
+    code, said = plain(functions["script"])(*values, PICTURE, mask_text(Image.new("L", (8, 8), 255)), None, None)
     assert (said, 'Image.open("mask.png")' in code["value"]) == ("", True)
-    assert "image.png" not in plain(functions["script"])(*values, None, None, None)[0]["value"]
+    assert "image.png" not in plain(functions["script"])(*values, None, "", None, None)[0]["value"]
 
 
 def test_photos_are_upright(tmp_path):

@@ -161,7 +161,7 @@ def _draws_over_one_of_the_gallery(page, folder, count):
     page.click("#gallery .thumbnail-item")
     page.until(lambda: page.text("#gallery-status").startswith("chosen"), WAIT)
     page.click("#gallery-over")
-    page.until(lambda: page.all("#over-picture canvas"), WAIT)
+    page.until(lambda: page.all("#over-picture img"), WAIT)
     source = kept(folder)[-1]
     assert infotext.read(composed(page, folder)).image == pixels_hash(Image.open(source))
 
@@ -234,7 +234,7 @@ def test_the_queue_and_the_gallery_are_used_by_keyboard(tiny, tmp_path):
     _reaches(tiny, "#gallery .thumbnail-item", Keys.ENTER)
     tiny.until(lambda: tiny.text("#gallery-status").startswith("chosen"), WAIT)
     _reaches(tiny, "#gallery-over", Keys.ENTER)
-    tiny.until(lambda: tiny.all("#over-picture canvas"), WAIT)
+    tiny.until(lambda: tiny.all("#over-picture img"), WAIT)
     _reaches(tiny, "#compose", Keys.ENTER)
     tiny.until(lambda: len(kept(tmp_path)) == 3, WAIT)
     assert infotext.read(kept(tmp_path)[-1]).image == pixels_hash(Image.open(kept(tmp_path)[-2]))

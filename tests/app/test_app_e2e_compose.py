@@ -204,7 +204,7 @@ def test_a_picture_is_drawn_over_and_compared(any_width, tmp_path):
     plain = composed(page, tmp_path)
     opened(page, "#over")
     sent(page, "#over-picture input[type=file]", photo)  # made when the panel opens, and never seen
-    page.until(lambda: page.all("#over-picture canvas"), WAIT)
+    page.until(lambda: page.all("#over-picture img"), WAIT)
     page.type("#strength input[type=number]", "0.5")
     shown = "return getComputedStyle(document.querySelector('#picture img')).imageRendering"
     assert page.driver.execute_script(shown) == "auto"  # enlarged smoothly
@@ -213,7 +213,7 @@ def test_a_picture_is_drawn_over_and_compared(any_width, tmp_path):
     recipe = infotext.read(whole)
     assert (recipe.image, recipe.mask, recipe.strength) == (pixels_hash(Image.open(photo)), "", 0.5)
     assert not np.array_equal(pixels(whole), pixels(plain))
-    painted(page, "#over-picture canvas")
+    painted(page, "#over-sheet")
     part = composed(page, tmp_path)
     assert infotext.read(part).image == recipe.image
     assert infotext.read(part).mask
@@ -241,7 +241,7 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
     page.until(lambda: value(page, "#seed") == str(infotext.read(first).seed), WAIT)
     assert np.array_equal(pixels(composed(page, tmp_path)), pixels(first))
     page.click("#draw-over-this")
-    page.until(lambda: page.all("#over-picture canvas"), WAIT)
+    page.until(lambda: page.all("#over-picture img"), WAIT)
     page.one("#prompt textarea").click()
     ActionChains(page.driver).send_keys(" ink").key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
     page.until(lambda: page.text("#compose-status") == "done; drawn over your picture", WAIT)
@@ -256,7 +256,7 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
     page.click("#gallery .thumbnail-item")
     page.until(lambda: page.text("#gallery-status").startswith("chosen"), WAIT)
     page.click("#gallery-over")
-    page.until(lambda: page.all("#over-picture canvas"), WAIT)
+    page.until(lambda: page.all("#over-picture img"), WAIT)
     assert infotext.read(composed(page, tmp_path)).image == pixels_hash(Image.open(over))
     dropped(page, first)  # which was drawn over no picture
     assert np.array_equal(pixels(composed(page, tmp_path)), pixels(first))

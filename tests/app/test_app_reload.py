@@ -161,7 +161,7 @@ def test_what_has_a_random_seed_is_seen_at_the_seed_of_the_last_picture(loras, t
     begins = [each for each in blocks.fns.values() if each.fn and each.fn.__name__ == "begin"]
     (see,) = [each for each in begins if each.outputs[0].elem_id == f"{kind}-status"]
     for last, said in ((last_seed(REQUEST, "me"), True), (None, False)):
-        values = [last if component is see.inputs[-4] else component.value for component in see.inputs[1:]]
+        values = [last if component is see.inputs[-5] else component.value for component in see.inputs[1:]]
         yielded = list(plain(see)(REQUEST, "me", *values))
         assert (f"with the seed of your last picture, {seed}" in yielded[-1][0]) == said
         if kind == "compare":
