@@ -64,9 +64,9 @@ At 256 pixels in bf16, times a step of the base:
 DISPATCH = """
 ## Dispatch
 
-A step that does next to no arithmetic, as where a card waits for its host: the modules of Stable Diffusion 1.5, but 8 to
-24 channels wide, at 64 pixels, with 16 tokens of text and LoRAs of rank 4. Operations are those that PyTorch is asked for
-in a step (the base's are BASE). Times the base, ROUNDS rounds:
+A step with next to no arithmetic, as where a card waits for its host: the modules of Stable Diffusion 1.5, but 8 to 24
+channels wide, at 64 pixels, with 16 tokens of text and LoRAs of rank 4. Operations are those that PyTorch is asked for
+(the base's are BASE). Times the base, ROUNDS rounds:
 
 | arm | operations more than the base | N = 3 | 8 | 16 |
 |---|---|---|---|---|
@@ -78,7 +78,7 @@ PICTURES = """
 ## Time to a picture
 
 CPU seconds with 3 LoRAs: a new process of `mole draw` on a tiny model beside one of a script with diffusers alone
-(`cold`). Stages of a picture of Stable Diffusion 1.5 are measured by `--measure picture`.
+(`cold`).
 
 | stage | diffusers | mixture | ratio |
 |---|---|---|---|
@@ -276,11 +276,11 @@ def reuse() -> str:
 def short() -> str:
     """What a step costs at real size, in a sentence."""
     found = costs("step-sd15")
-    gated, plain = ([shown(found[arm, n]) for n in (3, 8)] for arm in ("mole", "set_adapters"))
+    gated, plain = ([f"{found[arm, n].ratio:.2f}" for n in (3, 8)] for arm in ("mole", "set_adapters"))
     return (
-        f"A step of Stable Diffusion 1.5 with `mole` gates takes {gated[0]} of the base's time with 3 LoRAs\nand "
-        f"{gated[1]} with 8. With diffusers' `set_adapters` it takes {plain[0]} and\n{plain[1]} "
-        "([at real size](#steps-at-real-size): random weights, bf16, 256 pixels, one CPU thread)."
+        f"A step of Stable Diffusion 1.5 with `mole` gates takes {gated[0]} times as long as the base's with 3 LoRAs and "
+        f"{gated[1]} with 8;\nwith diffusers' `set_adapters` "
+        f"{plain[0]} and {plain[1]} ([at real size](#steps-at-real-size))."
     )
 
 
