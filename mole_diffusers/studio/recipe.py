@@ -22,6 +22,13 @@ FORMAT, VERSION = "mole_diffusers.studio.recipe", 1
 PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")
 PICTURES = ("image", "mask", "control", "reference")  # that a picture is made with
 OPEN = ("width", "height")  # 0 leaves these numbers open
+READ_WITH = {  # a setting -> the one without which nothing reads it
+    "strength": "image",
+    "hires_strength": "hires",
+    "control_strength": "controlnet",
+    "control_end": "controlnet",
+    "ip_scale": "ip_adapter",
+}
 BOUND, TILES = "bound", "tiles"
 BINDINGS = (AUTO, BOUND, TILES, "none")
 MAX_MASKS = 512 << 10  # characters of all masks; files with more than 1 MB of text are not read
@@ -183,6 +190,12 @@ class Recipe:
         """The prompts without tags and how they are read: the arguments of `prompt_weights.call_arguments`."""
         texts = {name: getattr(self, name) for name in PROMPTS} | {"prompt": self.text}
         return {**texts, "guided": self.guidance > 1}
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """The settings that are set and that nothing reads -> what is not set and would."""
+        is_set = {name: getattr(self, name) != getattr(Recipe, name) for name in (*READ_WITH, *READ_WITH.values())}
+        return {name: other for name, other in READ_WITH.items() if is_set[name] and not is_set[other]}
 
     def constant_strengths(self) -> dict[str, float]:
         """LoRA -> its strength. Raises ValueError if a tag varies it over components, blocks or steps."""

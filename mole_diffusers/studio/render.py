@@ -264,6 +264,7 @@ class Studio:
             notes.append("the tags of LoRAs in the negative prompt are read as words")
         if asked.clip_skip != recipe.clip_skip:
             notes.append(f"{type(self.pipe).__name__} is drawn without clip skip")
+        notes += [f"{name} does nothing without {other}".replace("_", " ") for name, other in recipe.unread.items()]
         notes += cut_off(self.pipe, recipe.text, recipe.prompt_2)
         return notes + unread(self.pipe, **{name: getattr(recipe, name) for name in (*PROMPTS[1:], "guidance")})
 

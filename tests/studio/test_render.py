@@ -27,7 +27,7 @@ from mole_diffusers.studio.picture_passes import (
     with_pictures,
 )
 from mole_diffusers.studio.prompt_weights import call_arguments
-from mole_diffusers.studio.recipe import Recipe
+from mole_diffusers.studio.recipe import READ_WITH, Recipe
 from mole_diffusers.studio.render import Studio
 
 RECIPE = Recipe("a fox in ink <lora:fox:0.8> <lora:ink:1>", seed=7, steps=4, width=32, height=32)
@@ -75,6 +75,16 @@ def test_a_tag_that_never_acts_is_said(studio, tag, last):
     start = tag.removeprefix("start=") if "start" in tag else 0
     said = f"'fox' acts in no step: it starts at {start}, and ends before {last}"
     assert studio.notes(recipe, recipe) == ([] if last is None else [said])
+
+
+@pytest.mark.parametrize("name", READ_WITH)
+def test_a_setting_that_nothing_reads_is_said(studio, name):
+    plain = studio.complete(RECIPE)
+    recipe = dataclasses.replace(plain, **{name: 0.3})
+    assert studio.notes(recipe, recipe) == [f"{name} does nothing without {READ_WITH[name]}".replace("_", " ")]
+    assert np.array_equal(studio.draw(recipe), studio.draw(plain))
+    other = 2.0 if READ_WITH[name] == "hires" else "given"
+    assert dataclasses.replace(recipe, **{READ_WITH[name]: other}).unread == {}
 
 
 def test_sizes_are_rounded_to_what_can_be_drawn(studio):
