@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,25 @@ def over_ranks(weights: torch.Tensor, segment: torch.Tensor | None, like: torch.
     if like.dim() == 4:
         return factor[..., None, None]  # [R, 1, 1] or [B, R, 1, 1]
     return factor[:, None] if factor.dim() == 2 and like.dim() == 3 else factor
+
+
+def over_rows(weights: torch.Tensor, segment: torch.Tensor | None, low: torch.Tensor, batch: int) -> torch.Tensor:
+    """The same for the rows `low` [B T, R] of a batch of B, in as few operations as there are. Returns [R] or [B T, R]."""
+    tokens = len(low) // batch
+    if weights.dim() == 2:
+        rows, weights = _sample_of_row(batch, tokens, low.device), weights.to(low.dtype)
+        return weights[rows[:, 0]] if segment is None else weights[rows, segment]
+    factor = (weights if segment is None else weights.index_select(-1, segment)).to(low.dtype)  # [R] or [B, T, R]
+    if factor.dim() == 1:
+        return factor
+    return (factor if factor.shape[1] == tokens else factor.expand(-1, tokens, -1)).flatten(0, 1)
+
+
+@lru_cache(maxsize=32)
+def _sample_of_row(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """[B T, 1] -> index of the sample that each row belongs to."""
+    with torch.inference_mode(False):
+        return torch.arange(batch, device=device).repeat_interleave(tokens)[:, None]
 
 
 def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:

@@ -66,6 +66,15 @@ def test_every_token_has_its_own_factor(shape):
     assert torch.equal(by_row(functional.over_ranks(weights[..., segment], None, torch.ones(shape)), shape), rows)
 
 
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (3, 1, 2), (3, 5, 2)])
+def test_factors_of_rows_are_those_of_their_tokens(shape):
+    torch.manual_seed(0)
+    segment, weights, low = torch.tensor([0, 1, 1, 1]), torch.randn(shape), torch.randn(15, 4)
+    for given, of in ((weights, segment), (weights[..., segment], None)):
+        tokens = functional.over_ranks(given, of, low.view(3, 5, 4)).expand(3, 5, 4)
+        assert torch.equal(functional.over_rows(given, of, low, 3).expand(15, 4), tokens.reshape(15, 4))
+
+
 def by_row(factor, shape):
     """What ones of `shape` become, as [B, T, R]."""
     scaled = torch.ones(shape) * factor

@@ -259,39 +259,40 @@ class GateSite(ABC):
 
     def _new_factor(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """The weights of a layer's experts over their ranks, times the masks of its tokens if experts are bound."""
-        of_tokens = _of_tokens(low, x)
-        segment = None if self.gate.ranked else layer.segment
-        factor = functional.over_ranks(self._weights_of(layer, len(x)), segment, of_tokens)
-        if (mask := self._mask(layer, of_tokens)) is not None:
-            factor = factor * mask
-        if of_tokens is low or factor.dim() < 3 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return factor
-        return factor.expand_as(of_tokens).flatten(0, 1)  # once, so that layers need not view their rows by token
+        weights, segment = self._weights_of(layer, len(x)), None if self.gate.ranked else layer.segment
+        rows_of = len(x) if low.dim() < x.dim() else None
+        if rows_of is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            low, rows_of = _of_tokens(low, x), None
+            factor = functional.over_ranks(weights, segment, low)
+        else:
+            factor = functional.over_rows(weights, segment, low, rows_of)
+        mask = self._mask(layer, low, rows_of)
+        return factor if mask is None else factor * mask
 
-    def _mask(self, layer: WeighedLayer, low: torch.Tensor) -> torch.Tensor | None:
-        """Where a layer's experts act, in the shape of its A x: low [B, R], [B, T, R] or [B, R, H, W].
+    def _mask(self, layer: WeighedLayer, low: torch.Tensor, rows_of: int | None) -> torch.Tensor | None:
+        """Where a layer's experts act, in the shape of its A x; None if every expert acts on every token.
 
-        None if every expert acts on every token.
+        Args:
+            low: [B, R], [B, T, R] or [B, R, H, W]; or rows [B T, R].
+            rows_of: B if `low` is rows, else None.
         """
         masks, stream = self.shared.effective.masks, layer.stream
         if masks is None or not masks.binds or stream is None or (text := masks.text_of(stream)) is None:
             return None
-        tokens = low
-        if low.dim() == 2:  # no tokens, or those of all rows one after the other
-            if (rows := text.rows_among(len(low))) is None:
-                return None
-            tokens = low.view(rows, -1, low.shape[1])
-        key = stream, layer.ranks, tokens.shape, tokens.dtype, tokens.device
+        if low.dim() == 2 and rows_of is None and (rows_of := text.rows_among(len(low))) is None:
+            return None  # no tokens, or those of all rows one after the other
+        key = stream, layer.ranks, rows_of, low.shape, low.dtype, low.device
         if key not in text.cache:
+            tokens = low if rows_of is None else low.view(rows_of, -1, low.shape[1])
             found = text.mask(stream, tokens)
             if found is not None and tokens.dim() == 3 and found.shape[1] != tokens.shape[1]:
                 found = None
             if found is not None:
                 found = functional.rows_for_layer(found, len(tokens)).to(tokens.device)
                 found = functional.over_ranks(found, layer.segment, tokens)
+                found = found if tokens is low else found.flatten(0, 1)
             text.cache[key] = found
-        mask = text.cache[key]
-        return mask if mask is None or tokens is low else mask.flatten(0, 1)
+        return text.cache[key]
 
     @abstractmethod
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
