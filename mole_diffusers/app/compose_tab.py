@@ -38,7 +38,6 @@ def build(page: Page) -> None:
             queue.build_list()
             stage.strip.render()
         with gr.Column(elem_id="controls"):
-            lora_browser.build(page)
             mixer.build(page)
             _settings(page)
     queue.connect(stage, [page.prompt.text.submit], [*page.form.inputs, page.form.more["count"], *page.pictures])
@@ -48,7 +47,7 @@ def build(page: Page) -> None:
 
 
 def _ask(page: Page, queue: QueuePanel) -> Any:
-    """The prompt, and the buttons that draw it. Returns the one that undoes its last change."""
+    """The prompt, the buttons that draw it, and the LoRAs to add. Returns the button that undoes its last change."""
     page.prompt.text.render()
     page.prompt.problem.render()
     page.form.controls["negative"].render()
@@ -58,6 +57,7 @@ def _ask(page: Page, queue: QueuePanel) -> Any:
         undo = gr.Button("Undo", scale=1, min_width=70, elem_id="undo")
     queue.bar.render()
     queue.status.render()
+    lora_browser.build(page)
     return undo
 
 

@@ -13,7 +13,9 @@ from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.recipe import Recipe
 
 pytest.importorskip("gradio")
-from page_visits import FROM_PICTURE, WAIT, browser, composed, drawn, dropped, opened, pixels, sent, value, visiting
+pytest.importorskip("selenium")
+from page_visits import FROM_PICTURE, WAIT, browser, composed, drawn, dropped, kept, opened, pixels, sent, value, visiting
+from selenium.webdriver import Keys
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
 
@@ -39,15 +41,57 @@ def test_wrong_files_get_a_sentence_that_goes_once_they_are_right(any_width, lor
     assert not page.errors()
 
 
-@pytest.mark.thorough
-def test_a_visit_to_the_embedded_world(tmp_path):
+def world():
+    """A studio on the embedded world."""
     from mole_diffusers.emoji.world import concept_files, emoji_world, gate_folders
     from mole_diffusers.studio.render import Studio
 
     pipe = emoji_world().pipe
     pipe.set_progress_bar_config(disable=True)
+    return Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji")
+
+
+SAID = """return [...document.querySelectorAll('.rest > button')]
+.map((card) => getComputedStyle(card, '::before').content)"""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("width", [1440, 390])
+def test_a_newcomer_composes_two_characters_in_a_style(tmp_path, width):
+    """With what can be read on the page alone."""
+
+    def click(words, css="#studio button"):
+        page.until(lambda: [each for each in page.all(css) if each.text.strip() == words], WAIT)[0].click()
+
+    with visiting(world(), Recipe("", steps=4, gates="auto", base="emoji"), tmp_path, width=width) as page:
+        for button in ("Compose", "Browse LoRAs"):  # of which the empty picture speaks
+            (found,) = [each for each in page.all("#studio button") if each.text == button]
+            assert 0 < found.rect["y"] < 900 - found.rect["height"], button
+        click("Browse LoRAs")
+        names = ("koala", "octopus", "aurora")
+        for name in names:
+            click(name, "#loras .thumbnail-item")
+            page.until(lambda name=name: page.text("#lora-status") == f"added {name}", WAIT)
+        click("Done")
+        wordless = [f'"Acts everywhere: the prompt has none of its words: {name}"' for name in names]
+        page.until(lambda: page.driver.execute_script(SAID) == wordless, WAIT)
+        page.one("textarea[placeholder^='What is in the picture']").send_keys(Keys.CONTROL, Keys.HOME)
+        page.one("#prompt textarea").send_keys("a koala and an octopus in aurora colours ")
+        click("Compose")
+        page.until(lambda: page.text("#compose-status").startswith("done") and kept(tmp_path), WAIT)
+        acts = lambda: [line.split()[1:5] for line in page.driver.execute_script(SAID)]  # noqa: E731
+        page.until(lambda: acts() == [["in", "its", "own", "place"]] * 2 + [["everywhere", "on", "“aurora”:", "its"]], WAIT)
+        page.until(lambda: kept(tmp_path)[0].name in page.one("#picture img").get_attribute("src"), WAIT)
+        page.one("#found img")  # where each acted
+        tags = "<lora:koala:1> <lora:octopus:1> <lora:aurora:1>"
+        assert infotext.read(kept(tmp_path)[0]).prompt == f"a koala and an octopus in aurora colours {tags}"
+        assert not page.errors()
+
+
+@pytest.mark.thorough
+def test_a_visit_to_the_embedded_world(tmp_path):
     recipe = Recipe("duotone drawing of a fox <lora:fox:1> <lora:duotone:1>", steps=4, gates="auto", base="emoji")
-    with visiting(Studio(pipe, Catalog(concept_files(), gate_folders()), "emoji"), recipe, tmp_path) as page:
+    with visiting(world(), recipe, tmp_path) as page:
         first = composed(page, tmp_path)
         _compares(page)
         _watches(page)
