@@ -37,7 +37,7 @@ SAID = [  # what stands between two things, their relation, and whether the seco
     )
 ]
 FARTHEST = 10  # words of a noun phrase, or between two
-OF_BOTH = re.compile(rf"(?:^| )((?:are )?(?:{MUTUAL}|{HANDS}))(?= |$)")  # after a list of two
+OF_BOTH = re.compile(rf"(?:^| )((?:are )?(?:{MUTUAL}|hug|kiss|embrace|{HANDS}))(?= |$)")  # after a list of two
 ASIDE = known.POSTURES | known.WEARING | known.RELATIVES | {"in", "with", "while"}  # what these begin may stand before it
 
 
@@ -84,7 +84,7 @@ def _subject(marks: Sequence[Mark], n: int, match: Match) -> Subject | None:
     ):
         end += 1
     head, before = marks[end - 1].word, [mark.word for mark in marks[max(begin - 2, 0) : begin]]
-    if head in known.GARMENTS or head in known.MEDIA or head in known.SETTINGS or head in known.QUALITIES:
+    if head in known.GARMENTS or known.is_scenery(head) or head in known.QUALITIES:
         return None
     if before[-1:] == ["in"] or (before[-1:] == ["by"] and not before[0].endswith(("ed", "en", "held"))):  # "in ink"
         return None

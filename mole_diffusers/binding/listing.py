@@ -13,8 +13,8 @@ from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.contact import Touch, touching
 from mole_diffusers.binding.finding import Match, Span, Tokens
 from mole_diffusers.binding.layout import MOST_THINGS
-from mole_diffusers.binding.marking import MARKER, SIDE, kind, marked, sentences
-from mole_diffusers.binding.segments import Segment, segments_of
+from mole_diffusers.binding.marking import MARKER, SIDE, kind, marked, quoted, sentences
+from mole_diffusers.binding.segments import NounPhrase, Segment, segments_of
 
 CLOSING = ("and", ", and", "beside")  # joints of which a list has one
 NOTHING_LISTED = "the prompt lists it beside no other LoRA's thing"
@@ -24,7 +24,7 @@ TWO_LISTS = "the prompt has several lists"
 Verdict = Literal["item", "part", "begin", "end", "unclear"]
 Rows = tuple[tuple[Verdict, Any], ...]  # the first row that holds decides; its example is for LoRAs of fox, owl and woman
 NEAR = known.PREPOSITIONS - known.HAVING
-Found = tuple[list[Segment], list[tuple[int, int, str]]]  # items, and their relations
+Found = tuple[list[Segment], list[tuple[int, int, str]], list[Segment]]  # items, their relations, their sentence
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Listing:
     sides: tuple[Span, ...] = ()  # words for a side of the picture, such as "on the left"
     styles: tuple[Match, ...] = ()  # those that name a style, a medium or a setting
     touches: tuple[Touch, ...] = ()  # the things that touch
+    besides: tuple[Match, ...] = ()  # those of single things in its sentence that may be none of its items
     why: str = ""  # why there is no list
 
 
@@ -43,7 +44,12 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
     """The list of a text's things. Experts in `placeless` act in the whole picture, so their words name no thing."""
     sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), NOTHING_LISTED
     found, tags = list[Found](), list[Found]()
-    placed = [match for match in matches if not set(match.experts) <= set(placeless)]
+    quotes = dict(quoted(tokens.words))
+    placed = [
+        match
+        for match in matches
+        if not set(match.experts) <= set(placeless) and quotes.get(match.begin, match.end) == match.end
+    ]
     for begin, end, named in sentences(tokens, placed):
         marks = marked(tokens, begin, end, named)
         sides += [tokens.span(mark.begin, mark.end) for mark in marks if mark.kind == SIDE]
@@ -60,12 +66,25 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
                 why = objection
             elif items:
                 relations = list(dict.fromkeys([*_relations(items), *_side_relations(items)]))
-                (found if is_closed else tags).append((items, relations))
+                (found if is_closed else tags).append((items, relations, segments))
     found = found or tags
-    items, relations = max(found, key=lambda each: len(each[0]), default=([], []))
-    if any(not _names(each) <= _names(items) for each, _ in found):
+    items, relations, segments = max(found, key=lambda each: len(each[0]), default=([], [], []))
+    if any(not _names(each) <= _names(items) for each, *_ in found):
         items, relations, why = [], [], TWO_LISTS
-    return Listing(tuple(items), tuple(relations), tuple(sides), tuple(styles), tuple(touches), "" if items else why)
+    besides = _besides(tokens, items, segments) if items else ()
+    return Listing(
+        tuple(items), tuple(relations), tuple(sides), tuple(styles), tuple(touches), tuple(besides), "" if items else why
+    )
+
+
+def _besides(tokens: Tokens, items: Sequence[Segment], segments: Sequence[Segment]) -> list[Match]:
+    """What names one more thing in the sentence of a list, alone or in what is said of all items: "a fox and an owl with a
+    bear", but not "in a dress".
+    """
+    found = [s.noun.name for s in segments if s.noun.name is not None and s.is_thing and s.noun.is_determined]
+    if items[-1].said.marker not in ("in", "at", "inside"):
+        found += [m for m in items[-1].others if not tokens.words[m.end - 1].endswith("s")]
+    return [match for match in found if tokens.words[match.end - 1] not in known.GARMENTS]
 
 
 def _names(items: Sequence[Segment]) -> set[Any]:
@@ -138,9 +157,12 @@ def _after_and(item: Segment, new: Segment) -> Verdict:
         # "a fox with cups and owl"
         ("unclear", item.noun.is_determined and not (item.said.object_is_determined or new.noun.is_determined)),
         ("item", new.is_person and marker not in known.TWO_PARTY),  # "a fox with a cup and a woman"
+        ("item", new.said.marker == marker and not item.others),  # "a fox on a rug and an owl on a chair"
         # "a fox with a cup and an owl with a hat"
         ("item", new_has_predicate and not (takes_things and item.others)),
         ("unclear", takes_things and (item.others or marker in known.TWO_PARTY | NEAR)),  # "a fox near a tree and an owl"
+        ("unclear", item.others and marker == "without"),  # "a fox without an owl and a woman"
+        ("unclear", item.others and not have_article and (item.is_person or item.said.object not in known.GARMENTS)),
         ("item", marker not in known.WEARING and item.said.object in known.GARMENTS),  # "a fox in a hat and an owl"
         ("item", marker not in known.WEARING and not takes_things),  # "a fox in a garden and an owl"
         ("item", item.said.object_is_determined and not have_article),  # "fox with a cup and owl"
@@ -205,10 +227,31 @@ def _objection(items: Sequence[Segment], before: Sequence[Segment]) -> str:
     if len(items) > MOST_THINGS:
         return TOO_MANY
     has = known.WEARING | known.HOLDING
+    if any(item.noun.is_of and item.others for item in before):  # "a sheet of foxes, owls and women"
+        return UNCLEAR
     if not items[0].is_person and any(item.said.marker in has for item in before):  # "wearing goggles, a shirt and a jacket"
         return UNCLEAR
-    clothes = [item.is_clothing for item in items]
-    return UNCLEAR if any(clothes) and not all(clothes) else ""
+    bare = {item.noun.head for item in items if not item.noun.is_determined}
+    clothes = [item.is_clothing or (item.noun.head in bare & known.HELD_THINGS) for item in items]
+    if any(clothes) and not all(clothes):  # "sks knight, sword and shield"
+        return UNCLEAR
+    if bare & known.BODY or (bare & known.GARMENTS and any(item.is_thing for item in before)):  # "sks woman, jeans and top"
+        return UNCLEAR
+    is_unclear = _is_style(items[0].noun, items[1:]) or _share_a_head(items[-2].noun, items[-1].noun)
+    return UNCLEAR if is_unclear else ""
+
+
+def _is_style(first: NounPhrase, others: Sequence[Segment]) -> bool:
+    """Whether a list may begin with the trigger of a style: "zwxart, sks woman and xyz man"."""
+    is_word = first.end - first.begin == 1 and others[0].joint == ","
+    return is_word and all(item.is_person and item.noun.end - item.noun.begin > 1 for item in others)
+
+
+def _share_a_head(noun: NounPhrase, last: NounPhrase) -> bool:
+    """Whether both may say which things the last word names: "fox and owl characters"."""
+    if noun.name is None or last.name is None or noun.is_determined or last.is_determined:
+        return False
+    return noun.end == noun.name.end and last.end > last.name.end and last.head.endswith("s")
 
 
 def _is_member(item: Segment, things: Sequence[Segment], *, is_last: bool) -> bool:
@@ -223,7 +266,7 @@ def _is_member(item: Segment, things: Sequence[Segment], *, is_last: bool) -> bo
     if item.said.marker:
         return False
     if item.noun.is_determined:
-        return all(thing.noun.is_determined for thing in things)
+        return any(thing.noun.is_determined for thing in things)
     return item.joint == "," and len(item.noun.words) < 3 and not things[0].noun.begin > item.noun.begin
 
 

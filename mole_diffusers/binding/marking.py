@@ -13,6 +13,7 @@ from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.finding import Match, Tokens
 
 NAME, WORD, DETERMINER, MARKER, COMMA, AND, OR, BESIDE, SIDE, POSSESSIVE, JOINER, SILENT = range(12)
+QUOTES = frozenset('"“”„«»')
 STOPS, COMMAS, JOINERS = frozenset(".;!?|。！？；"), frozenset(",，、–—"), frozenset("-_")
 Side = tuple[str, bool]  # axis, and whether it is where coordinates are small
 SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}
@@ -44,6 +45,17 @@ def _stops(words: Sequence[str], i: int) -> bool:
         return not words[i + 1 : i + 2] or not words[i + 1].isdigit()
     is_decimal = word == "." and len(around) == 2 and all(each.isdigit() for each in around)
     return word == "break" or (word[0] in STOPS and not is_decimal)
+
+
+def quoted(words: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The words that are written in the picture, as on a sign: each token between double quotes, and the end of what it
+    may name; for the first one, that is the end of the quotation. A prompt that is all in quotes has none.
+    """
+    at = [i for i, word in enumerate(words) if word[0] in QUOTES and not words[max(i - 1, 0)].isdigit()]  # not inches
+    for begin, end in zip(at[::2], at[1::2], strict=False):
+        if begin or end < len(words) - 1:
+            yield begin + 1, end
+            yield from ((i, -1) for i in range(begin + 2, end))
 
 
 @dataclass(slots=True)
@@ -89,8 +101,13 @@ def _mark(words: Sequence[str], i: int, end: int, names: Mapping[int, Match]) ->
     """What stands at one place."""
     word = words[i]
     if (match := names.get(i)) is not None:
+        of = words[match.end : match.end + 2]  # what follows: a "fox shaped" or "fox-like" thing is no fox
+        if of[:1] == ["-"] and (of[-1] == "like" or of[-1].endswith("ed")) or known.LIKE.intersection(of[:1]):
+            return Mark(WORD, word, i, match.end)
         return Mark(NAME, words[match.end - 1], i, match.end, match)
-    if word[0] in JOINERS:
+    if word.isalpha() and words[i + 2 : min(i + 3, end)] == [word] and words[i + 1] in ("in", "to", "by"):
+        return Mark(MARKER, word, i, i + 3)  # "arm in arm"
+    if word[0] in JOINERS and word != "--":  # a weight, as "++" is
         return Mark(JOINER, word, i, i + 1)
     if word == ":":  # of a weight
         after = i + 1
@@ -123,7 +140,7 @@ def _one(words: Sequence[str], i: int) -> Mark:
         return Mark(POSSESSIVE, word, i, i + 1)
     if word[0] in COMMAS:
         return Mark(COMMA, word, i, i + 1)
-    if word[0] in "&+":
+    if word in ("&", "+"):  # "++" is a weight
         return Mark(AND, "and", i, i + 1)
     says_nothing = word in ("both", "either") or not word.isalnum()
     return Mark(SILENT if says_nothing else kind(word), word, i, i + 1)
@@ -137,7 +154,7 @@ def kind(word: str) -> int:
         return OR
     if word in known.DETERMINERS or word.isdigit():
         return DETERMINER
-    if word in known.MEDIA:
+    if word in known.MEDIA or word in known.SETTINGS:
         return WORD
     if word in known.PREPOSITIONS or word in known.VERBS or word in known.HAVING or word in known.INTRODUCING:
         return MARKER

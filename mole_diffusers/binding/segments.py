@@ -34,7 +34,7 @@ class NounPhrase:
     name: Match | None = None  # what names the thing; None if no expert's words do
     words: list[str] = field(default_factory=list)  # without articles
     is_determined: bool = False  # by an article or the like
-    is_mixed: bool = False  # of several experts' words
+    is_mixed: bool = False  # of several experts' words, or with a "no"
     is_of: bool = False  # "a piece of fruit"
 
     @property
@@ -73,7 +73,7 @@ class Segment:
 
     @property
     def is_scenery(self) -> bool:
-        return self.noun.head in known.MEDIA or self.noun.head in known.SETTINGS or self.said.is_behind
+        return known.is_scenery(self.noun.head) or self.said.is_behind
 
     @property
     def is_thing(self) -> bool:
@@ -152,6 +152,7 @@ def _add(now: Segment, marks: Sequence[Mark], n: int) -> None:
         _end_noun_phrase(now, mark)
     elif now.noun.is_of:
         now.noun.end = mark.end
+        now.noun.is_mixed = now.noun.is_mixed or (now.noun.name is not None and mark.match is not None)  # "zwxart of a fox"
         now.others += [] if mark.match is None else [mark.match]
     else:
         _add_to_noun_phrase(now, mark, marks[n - 1] if n else None)
@@ -175,6 +176,7 @@ def _add_to_noun_phrase(now: Segment, mark: Mark, before: Mark | None) -> None:
             now.others.append(now.noun.name)
             now.noun.name = mark.match
         now.noun.name = now.noun.name or mark.match
+        now.noun.is_mixed = now.noun.is_mixed or (mark.word in known.NOT and now.noun.name is None)
         now.noun.words.append(mark.word)
 
 
@@ -237,7 +239,7 @@ def _add_to_what_is_said(now: Segment, mark: Mark, before: Mark) -> None:
 
 
 def _add_object(now: Segment, mark: Mark, before: Mark) -> None:
-    is_scenery = mark.word in known.MEDIA or mark.word in known.SETTINGS
+    is_scenery = known.is_scenery(mark.word)
     if mark.match is not None:
         is_style = is_scenery or (before.word in ("in", "by") and mark.word not in known.GARMENTS)  # "in ink"
         (now.styles if is_style else now.others).append(mark.match)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.contact import FRONT, OF_BOTH, STACKED
 from mole_diffusers.binding.finding import Match, Phrases, Span, Tokens, by_expert
 from mole_diffusers.binding.listing import Listing, listing
+from mole_diffusers.binding.marking import DETERMINER, WORD, kind
 from mole_diffusers.binding.segments import Segment
 from mole_diffusers.binding.vocabulary import one_of
 
@@ -19,8 +21,8 @@ WEIGHT = re.compile(r"\s*:\s*[\d.]+\s*")
 CLOSED = re.compile(rf"(?:{WEIGHT.pattern})?\s*[{re.escape(CLOSING)}]")  # the end of a bracket, and its weight
 AROUND = " \t\r\n,;:"  # what a prompt neither begins nor ends with
 TOGETHER = re.compile(  # what two do together, "hand in hand", or what is said of several
-    rf"(?<!\S)(?:(?P<act>{one_of(known.CONTACT)}|hold(?:ing|s) (?:hands|each)|(\S+) (?:in|to|by) \2)"
-    rf"|{one_of(known.GROUPS)}|each other|one another)(?!\S)"
+    rf"(?<!\S)(?:(?P<act>{one_of(known.CONTACT)}|dance|fight|hold(?:ing|s) (?:hands|each)|(\S+) (?:in|to|by) \2)"
+    rf"|{one_of(known.GROUPS)}|(?:each|the) other|one (?:another|of|with|in|is|has|wearing)|left to right)(?!\S)"
 )
 SEVERAL = (  # how many there are: "2 girls", "two big people", "a group"
     rf"(?<!\S)(?:\d+ (?:girl|boy|other)|(?:{one_of(known.SEVERAL)})(?: \S+){{{{0,2}}}}? (?:{{}})|group|pair)(?!\S)"
@@ -218,7 +220,8 @@ def _of_both(
     if (said := OF_BOTH.search(" ".join(tokens.words[begin:]))) is None:
         return
     begin, end = (begin + len(said.string[:place].split()) for place in said.span(1))
-    if end < len(tokens.words) and tokens.words[end] in known.DETERMINERS:  # "hugging a tree"
+    following = [word for word in tokens.words[end : end + 1] if word.isalpha() and word[-2:] != "ly" and word != "together"]
+    if any(kind(word) in (DETERMINER, WORD) for word in following):  # "hugging a tree", "fighting stance"
         return
     without = [*hidden, _with_comma(tokens.text, *tokens.span(begin, end))]
     first, second = (_part(tokens.text, own[0][0], span, own[1][1], without) for span in own)
@@ -279,6 +282,9 @@ def _why_together(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> str:
         if found["act"]:
             return f"the prompt says {found[0]!r}, which two do together"
         return f"the prompt speaks of several together: {found[0]!r}"
+    for match in listed.besides:
+        if not any(a <= tokens.spans[match.begin][0] < b for a, b in own):
+            return f"the prompt names {tokens.text[slice(*tokens.span(match.begin, match.end))]!r} besides"
     counted = "|".join([*sorted(known.COUNTED), *(re.escape(f"{item.noun.head}s") for item in listed.items)])
     for found in re.finditer(SEVERAL.format(counted), text):
         begin, end = tokens.spans[text.count(" ", 0, found.start())]
@@ -288,10 +294,13 @@ def _why_together(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> str:
 
 
 def why_unparted(parts: Sequence[Part], things: Sequence[Mention], words: Sequence[Mapping[Span, int]]) -> str:
-    """Words of a thing must stand in no other thing's prompt, and every expert's words in some prompt."""
+    """Words of a thing, or "she", must stand in no other thing's prompt, and every expert's words in some prompt."""
     for part, thing in zip(parts, things, strict=False):
         if any(other.has(begin) for begin, _ in thing.spans for other in parts if other is not part):
             return f"the prompt speaks of {thing.name!r} again outside of the list"
     if any(not any(part.has(begin) for part in parts) for each in words for begin, _ in each):
         return "words of a LoRA stand between the things that are listed"
+    said = Counter(word for part in parts for word in set(Tokens(part.text).words) & known.ONE)
+    if repeated := [word for word, times in said.items() if times > 1]:
+        return f"the prompt says {repeated[0]!r} of one of them"
     return ""

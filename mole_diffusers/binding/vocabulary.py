@@ -16,6 +16,11 @@ def one_of(words: frozenset[str]) -> str:
     return "|".join(sorted(words))
 
 
+def is_scenery(word: str) -> bool:
+    """Whether it names a medium, a style or a setting: "drawing", "zwxstyle", "beach"."""
+    return word in MEDIA or word in SETTINGS or (word.endswith("style") and word not in GARMENTS)
+
+
 def _plural(*texts: str) -> frozenset[str]:
     found = words(*texts)
     return found | {f"{word}s" for word in found} | {f"{word}es" for word in found if word.endswith(("s", "x", "ch", "sh"))}
@@ -64,7 +69,7 @@ TWO_PARTY = CONTACT | _verbs(
     "watch follow meet greet face lead teach paint draw photograph film help attack guard surround catch see look",
     "talk wave point",
 )
-VERBS = TWO_PARTY | POSTURES | _verbs(
+VERBS = TWO_PARTY | POSTURES | words("made") | _verbs(
     "wear hold carry have do make eat drink play read run jump fly swim look gaze stare talk sing sleep cook",
     "drive work show write use take give throw kick hang fall float hover lean kneel climb cross enter leave",
     "reach open close turn go come sip love like want need cry shout scream perform enjoy put cut spin clap nap",
@@ -80,10 +85,11 @@ MEDIA = _plural(
     "drawing painting photo photograph picture image illustration sketch render rendering portrait poster sticker",
     "icon print comic cartoon artwork art style view shot close-up closeup scene screenshot snapshot selfie",
     "photography wallpaper statue sculpture depiction composition collage concept design graffiti mosaic fresco",
-    "watercolor watercolour aesthetic theme background foreground emoji anime manga"
+    "watercolor watercolour aesthetic theme background foreground emoji anime manga still cover postcard mural tapestry",
+    "doodle banner billboard flyer filter effect"
 )  # fmt: skip
 GATHERINGS = words("group pair couple duo trio team band set pack")
-INTRODUCING = words("of with featuring showing depicting containing including starring portraying about")
+INTRODUCING = words("of with featuring showing depicting containing including starring portraying about shows features")
 SETTINGS = _plural(
     "beach forest room city street park garden cafe house home castle mountain hill field sky sea ocean lake",
     "river sunset sunrise night day evening morning light lighting landscape scenery environment world space",
@@ -93,14 +99,18 @@ SETTINGS = _plural(
     "coast horizon distance bokeh blur focus depth quality masterpiece detail colour color palette mood",
     "atmosphere camera lens paper canvas"
 )  # fmt: skip
-GARMENTS = _plural(
+BODY = _plural(
+    "hair hairstyle eye head chest neck shoulder back mouth foot feet knee body belly paw beak nose eyes ear tail wing horn",
+    "beard mustache moustache face smile skin tattoo makeup lip nail leg arm hand finger wig ponytail braid freckles pose"
+)  # fmt: skip
+GARMENTS = BODY | _plural(
     "dress suit hat cap shirt t-shirt coat jacket cape cloak scarf glove boot shoe sock skirt trouser pant jean",
     "short hoodie sweater uniform costume outfit armor armour kimono bikini swimsuit lingerie robe gown tuxedo",
     "tie bowtie belt vest apron glasses sunglasses goggle helmet mask crown tiara necklace earring bracelet",
-    "jewelry ribbon bow veil hair hairstyle eye head chest neck shoulder back mouth foot feet knee body belly paw",
-    "beak nose eyes ear tail wing horn beard mustache moustache face smile skin tattoo makeup lip nail leg arm",
-    "hand finger clothes clothing attire collar choker backpack bag headphone stocking legging leggings pants",
-    "jeans shorts trousers"
+    "jewelry ribbon bow veil clothes clothing attire collar choker backpack bag headphone stocking legging leggings pants",
+    "jeans shorts trousers top blouse blazer cardigan turtleneck jersey corset bodysuit jumpsuit overalls leotard pajamas",
+    "tights panties bra underwear sandal sneaker heel slipper headband bandana hood tunic toga sari yukata cheongsam hanbok",
+    "poncho gauntlet hairpin"
 )  # fmt: skip
 PERSONS = words(
     "man men woman women girl girls boy boys person people lady ladies guy guys kid kids child children baby",
@@ -118,4 +128,8 @@ COUNTED = words(
     "people persons men women girls boys ladies guys kids children friends characters humans males females others",
     "adults subjects figures brothers sisters twins lovers heroes"
 )  # fmt: skip
+HELD_THINGS = words("sword shield staff wand bow spear axe dagger gun rifle bag handbag umbrella lantern torch")
+NOT = words("no not without except minus")
+LIKE = words("shaped themed inspired coloured colored")  # a "fox shaped cake" is no fox
+ONE = words("he she him himself herself hers")  # said of one of several
 GROUPS = words("couple duo trio twins both together them they their theirs themselves everyone everybody")

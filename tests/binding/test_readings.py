@@ -15,7 +15,12 @@ from mole_diffusers.binding.who_acts import Explanation, read_prompt, roles
 from mole_diffusers.emoji import default_folder
 
 DATA = Path(__file__).parent / "data"
-FILES = ("readings", "more_readings")
+FILES = (
+    "readings",
+    "more_readings",
+    # Written as users write: tags, sentences, triggers, weights, names. What should come out was noted before it was read.
+    "readings_of_strangers",
+)
 READINGS = [json.loads(line) for name in FILES for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
 PAIRS = [json.loads(line) for line in (DATA / "pairs.jsonl").read_text().splitlines()]
 
@@ -30,7 +35,7 @@ def explained(prompt, loras, *, acting=None, required=False, regions=()):
     on = [acting is None or name in acting for name in names]
     sentence = read_prompt(prompt, bound, on)
     tiles = None if sentence.why_no_tiles else [part.text for part in sentence.parts]
-    return Explanation(roles(names, bound, on, sentence), tiles, sentence.why_no_tiles)
+    return Explanation(roles(names, bound, on, sentence), tiles, sentence.why_no_tiles, sentence.contacts)
 
 
 @pytest.mark.parametrize("case", READINGS, ids=[case["prompt"][:60] for case in READINGS])
@@ -41,6 +46,8 @@ def test_a_prompt_is_read_as_people_read_it(case):
     assert {n: p.removeprefix("with ") for n, p in places.items() if p.startswith("with ")} == case.get("with", {})
     assert [name for name, place in places.items() if place == "silent"] == case.get("silent", [])
     assert found.tiles == case["tiles"]
+    if "contacts" in case:
+        assert list(map(str, found.contacts)) == case["contacts"]
     assert all(role.why for role in found.experts.values())
     assert (found.tiles is None) == bool(found.why_no_tiles)
 
