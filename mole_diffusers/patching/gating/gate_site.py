@@ -321,6 +321,11 @@ class BlockSite(GateSite):
         """The gate must be evaluated again, except for decisions that hold beyond a call (`_validity`)."""
         self.rows = NEVER
 
+    def end_block(self) -> None:
+        """Let go of what was decided for this call alone: in large pictures, factors of each token take much memory."""
+        if self._kept_until is None:
+            self._decided, self._kept, self.rows = KeptDecisions(), {}, NEVER
+
     def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
         super().evaluate(hidden, layer, tokens=tokens)
         self.rows = hidden.shape[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,21 +25,21 @@ class OfText:
     def __init__(self, weights: tuple[int, ...], low: torch.Tensor):
         self.weights, self.low = weights, low
         self.plain: torch.Tensor | None = None
-        self._factor: torch.Tensor | None = None
+        self._factor: Callable[[], torch.Tensor | None] = lambda: None
         self._output: torch.Tensor | None = None
         self._version = 0
 
     def output(self, factor: torch.Tensor) -> torch.Tensor | None:
         """The layer's output with this factor, [B, T, Cout], if it is kept, and no processor of attention wrote into it."""
         output = self._output
-        return output if output is not None and factor is self._factor and version(output) == self._version else None
+        return output if output is not None and factor is self._factor() and version(output) == self._version else None
 
     def keep(self, output: torch.Tensor, factor: torch.Tensor, plain: torch.Tensor) -> None:
         """Keep the output if its factor is that of the last step, otherwise W x."""
-        if factor is self._factor:
+        if factor is self._factor():
             self.plain, self._output, self._version = None, output, version(output)
         else:
-            self.plain, self._output, self._factor = plain, None, factor
+            self.plain, self._output, self._factor = plain, None, weakref.ref(factor)
 
 
 class KeptText:

@@ -33,7 +33,7 @@ from mole_diffusers.patching.host.placement import (
     stream_of,
 )
 from mole_diffusers.patching.install import peft_injection
-from mole_diffusers.patching.install.gate_inputs import BlockBegins, GateInput, ModelInput, MoLEAttnProcessor, OutputMixing
+from mole_diffusers.patching.install.gate_inputs import AroundBlock, GateInput, ModelInput, MoLEAttnProcessor, OutputMixing
 from mole_diffusers.patching.undo import Undo
 
 BANK = "mole_gates"  # submodule of a model with its gates, so that they move and offload with it
@@ -110,7 +110,7 @@ class Component:
             if isinstance(site, OutputSite):
                 continue
             if isinstance(site, BlockSite):
-                yield self.model.get_submodule(str(each.about.block)), BlockBegins(site)
+                yield self.model.get_submodule(str(each.about.block)), AroundBlock(site)
             if module is not None and (self._is_joint or not isinstance(module, Attention)):  # there, the processor does it
                 yield module, GateInput(site, None if site.timed else self.shared.tokens)
 

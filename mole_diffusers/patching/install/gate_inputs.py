@@ -64,13 +64,20 @@ def _with_signature(cls: Any, kind: Any) -> Any:
 
 
 @dataclass(eq=False)
-class BlockBegins(ForwardHook):
-    """On a block: its gate must be evaluated again."""
+class AroundBlock(ForwardHook):
+    """On a block: its gate must be evaluated again when it begins, and what the gate decided is let go when it ends."""
 
     site: BlockSite
 
+    def register(self, module: nn.Module, undo: Undo) -> None:
+        super().register(module, undo)
+        undo.after_forward(module, self.after)
+
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self.site.begin_block()
+
+    def after(self, *_: object) -> None:
+        self.site.end_block()
 
 
 @dataclass(eq=False)

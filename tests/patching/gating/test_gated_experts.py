@@ -1,6 +1,7 @@
 """One layer with experts: its arithmetic by every route, and gates that are not evaluated where they cannot have changed."""
 
 import sys
+import weakref
 
 import pytest
 import torch
@@ -34,6 +35,24 @@ def step(pipe):
 
     run.text, run.sample = given["encoder_hidden_states"], given["sample"]
     return run
+
+
+def test_a_block_that_has_ended_holds_no_factors(pipe, loras, draw, awake, monkeypatch):
+    """Those of every token of a large picture would take more memory than the experts."""
+    awake(mole.attach(pipe, {name: loras[name] for name in ("fox", "ink")}, "mole", binding={"fox": ("fox", "left")}))
+    made, alive, make = [], [], GateSite._new_factor
+
+    def noted(*given):
+        made.append(weakref.ref(factor := make(*given)))
+        return factor
+
+    monkeypatch.setattr(GateSite, "_new_factor", noted)
+    for name, module in pipe.unet.named_modules():
+        if name.endswith("attn1.to_q"):  # the first layer of a block
+            module.register_forward_pre_hook(lambda *_: alive.append([factor for factor in made if factor() is not None]))
+    draw(pipe)
+    assert len(made) > len(alive) > 0
+    assert not any(alive)
 
 
 @pytest.fixture
