@@ -49,7 +49,8 @@ The products of A and B alone are 0.018, 0.049 and 0.099 of a step of SD 1.5 at 
 PyTorch's count of multiplications. Keys and values of the text are kept for the whole picture, which takes 7.7 MB in SD
 1.5 and 51.3 MB in SDXL in half precision: the peak of memory misses its goal by that, and with SDXL a step is below the
 base's for it. The version with the star also kept what every block's gate had decided: without that, the peak of 8 LoRAs
-in the narrow UNet at 256 pixels in bf16 is 2.0 MB over the base, not 5.1. Compiled by blocks, the base gets faster than what hooks and gates do between its blocks.
+in the narrow UNet at 256 pixels in bf16 is 2.0 MB over the base, not 5.1. Compiled by blocks, the base gets faster than
+what hooks and gates do between its blocks.
 
 `attach(pipe, folder)` puts the ranks of all files of a folder into every layer; `mole draw` and the app attach those that
 the prompt names.
@@ -247,7 +248,8 @@ def dispatch() -> str:
     """A step of the narrow UNet."""
     counts = {row["arm"]: row for row in load("operations")["rows"] if row["experts"] in (0, 3)}
     found = costs("dispatch")
-    text = DISPATCH.replace("BASE", f"{counts['base']['operations']:,}").replace("ROUNDS", f"{load('dispatch')['repeats']} rounds{star('dispatch')}")
+    rounds = f"{load('dispatch')['repeats']} rounds{star('dispatch')}"
+    text = DISPATCH.replace("BASE", f"{counts['base']['operations']:,}").replace("ROUNDS", rounds)
     for line in table(found, [(arm,) for arm in dict.fromkeys(arm for arm, n in found if n)]).splitlines(keepends=True):
         arm = line.split(" | ")[0].strip("| ")
         text += line.replace(f"| {arm} |", f"| {arm} | {counts[arm]['more'] if arm in counts else '-'} |")
