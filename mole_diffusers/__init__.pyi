@@ -53,6 +53,7 @@ from mole_diffusers.pipelines.classes import MoLEStableDiffusionXLInpaintPipelin
 from mole_diffusers.pipelines.classes import MoLEStableDiffusionXLPipeline as MoLEStableDiffusionXLPipeline
 from mole_diffusers.pipelines.classes import MoLEWanPipeline as MoLEWanPipeline
 from mole_diffusers.pipelines.classes import MoLEZImagePipeline as MoLEZImagePipeline
+from mole_diffusers.pipelines.modular import MoLEAnimaBlocks as MoLEAnimaBlocks
 from mole_diffusers.pipelines.modular import MoLEFlux2KleinBlocks as MoLEFlux2KleinBlocks
 from mole_diffusers.pipelines.modular import MoLEFluxBlocks as MoLEFluxBlocks
 from mole_diffusers.pipelines.modular import MoLEKrea2Blocks as MoLEKrea2Blocks

@@ -476,6 +476,27 @@ def hidream():
     return quiet(pipe)
 
 
+def anima():
+    torch.manual_seed(0)
+    shape = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "in_channels": 4, "out_channels": 4}
+    size = {"text_embed_dim": 24, "adaln_lora_dim": 8, "extra_pos_embed_type": None}
+    encoder, words = qwen3()
+    _, t5_words = t5(tokens=64)
+    reads = {"source_dim": 16, "target_dim": 24, "model_dim": 16, "num_layers": 1, "num_attention_heads": 2}
+    reads |= {"target_vocab_size": len(t5_words), "min_sequence_length": 64}
+    pipe = d.AnimaAutoBlocks().init_pipeline()
+    pipe.update_components(
+        transformer=d.CosmosTransformer3DModel(**shape, **size).eval(),
+        text_conditioner=d.AnimaTextConditioner(**reads).eval(),
+        text_encoder=encoder,
+        tokenizer=words,
+        t5_tokenizer=t5_words,
+        vae=qwen_vae(),
+        scheduler=flow(),
+    )
+    return quiet(pipe)
+
+
 def wan():
     torch.manual_seed(0)
     shape = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32}
@@ -565,6 +586,7 @@ HOSTS = {
     "krea2": lambda: (krea2(), SIZE | {"max_sequence_length": 64}),
     # Its normalisation divides each row of the picture by a norm of the whole row, whatever is drawn where.
     "lumina2": lambda: (lumina2(), SIZE | {"max_sequence_length": 256, "cfg_normalization": False}),
+    "anima": lambda: (anima(), SIZE | {"max_sequence_length": 64}),
     "hidream": lambda: (hidream(), SIZE | {"max_sequence_length": 32}),
 }
 
@@ -572,6 +594,8 @@ HOSTS = {
 def draw(pipe, options, prompt="a fox in ink", *, steps=2):
     """Pictures (or frames) of one fixed seed."""
     options = {"num_inference_steps": steps, "output_type": "np", "generator": torch.Generator().manual_seed(0)} | options
+    if isinstance(pipe, d.ModularPipeline) and options["output_type"] == "latent":  # it takes none
+        return pipe(prompt=prompt, **options | {"output_type": "np"}, output="latents")[:, :, 0]
     made = pipe(prompt=prompt, **options)
     return torch.as_tensor(made.frames if hasattr(made, "frames") else made.images)
 

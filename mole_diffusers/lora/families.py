@@ -14,6 +14,7 @@ from mole_diffusers.lora.expert import LoraWeights
 BY_TEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL"}  # of a UNet's cross-attention's input
 BY_CLASS = {
     "ChromaTransformer2DModel": "Chroma",
+    "CosmosTransformer3DModel": "Anima",
     "Flux2Transformer2DModel": "Flux.2",
     "FluxTransformer2DModel": "Flux",
     "HiDreamImageTransformer2DModel": "HiDream",
@@ -37,6 +38,8 @@ BY_LAYER = {
     "Lumina 2": r"(layers|noise_refiner|context_refiner)_\d+_(attn_to_|feed_forward_linear_)",
     "Wan": r"blocks_\d+_(self_attn_[qkvo]$|cross_attn_([qkvo]|[kv]_img)$|attn[12]_(to|add)_|ffn_)",
     "HiDream": r"(double|single)_stream_blocks_",
+    "Anima": r"blocks_\d+_((self|cross)_attn_(q|k|v|output)_proj|mlp_layer[12]|adaln_modulation_)"
+    r"|transformer_blocks_\d+_norm[123]_linear_|llm_adapter_",
     "Krea 2": r"blocks_\d+_(attn_(w[qkvo]|gate)|mlp_(gate|up|down))$|txtfusion_|text_fusion_"
     r"|transformer_blocks_\d+_(attn_to_gate|ff_(gate|up|down))$",
     # Flux.2 has at most 8 double blocks.
@@ -59,6 +62,7 @@ ARCHITECTURES = {  # family -> how modelspec.architecture or ss_base_model_versi
     "Lumina 2": ("lumina-2", "lumina2"),
     "Wan": ("wan",),
     "HiDream": ("hidream",),
+    "Anima": ("anima",),
     "Krea 2": ("krea-2", "krea2"),
 }
 

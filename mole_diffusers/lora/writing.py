@@ -44,7 +44,7 @@ MODULE_WORDS = (
     "shared_experts", "p_embedder", "pooled_embedder",
     "to_gate", "gate", "up", "down", "final_layer", "time_caption_embed", "caption_embedder", "linear_3",
     "attentions", "resnets", "downsamplers", "upsamplers", "attn", "attn1", "attn2", "ff", "net", "proj", "conv", "conv1",
-    "conv2", "norm", "norm1", "linear", "encoder", "layers", "mlp", "fc1", "fc2",
+    "conv2", "norm", "norm1", "norm2", "norm3", "patch_embed", "linear", "encoder", "layers", "mlp", "fc1", "fc2",
     "block", "layer", "SelfAttention", "DenseReluDense", "q", "k", "v", "o", "wi_0", "wi_1", "wo",
 )  # fmt: skip
 # Ends of layer keys of UNets whose convolutions have a kernel of 3 x 3

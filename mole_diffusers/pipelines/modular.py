@@ -70,6 +70,10 @@ class MoLEKrea2Blocks(ComposingBlocks, diffusers.Krea2AutoBlocks):
     """`Krea2AutoBlocks` with the inputs of `attach`."""
 
 
+class MoLEAnimaBlocks(ComposingBlocks, diffusers.AnimaAutoBlocks):
+    """`AnimaAutoBlocks` with the inputs of `attach`."""
+
+
 class MoLEWanBlocks(ComposingBlocks, diffusers.WanBlocks):
     """`WanBlocks` with the inputs of `attach`."""
 

@@ -52,7 +52,7 @@ def flux2():
 PIPELINES = {
     "sdxl": sdxl, "sd3": hosts.sd3, "flux": hosts.flux, "chroma": hosts.chroma, "flux2": flux2, "qwen": qwen,
     "z_image": hosts.z_image, "wan": hosts.wan, "krea2": hosts.krea2, "lumina2": hosts.lumina2, "ltx": hosts.ltx,
-    "hidream": hosts.hidream,
+    "hidream": hosts.hidream, "anima": hosts.anima,
 }  # fmt: skip
 GRID = torch.tensor([[0, row, column] for row in range(2) for column in range(2)])
 NOISE_LEVEL = torch.tensor([0.5])
@@ -205,6 +205,13 @@ HIDREAM = same(
     "double_stream_blocks.0.block.ff_t.w1", "single_stream_blocks.1.block.attn1.to_out",
     "single_stream_blocks.0.block.ff_i.shared_experts.w2", "single_stream_blocks.1.block.adaLN_modulation.1",
 )  # fmt: skip
+ANIMA = {
+    "blocks.0.self_attn.q_proj": ("transformer_blocks.0.attn1.to_q",),
+    "blocks.0.cross_attn.k_proj": ("transformer_blocks.0.attn2.to_k",),
+    "blocks.1.self_attn.output_proj": ("transformer_blocks.1.attn1.to_out.0",),
+    "blocks.1.mlp.layer2": ("transformer_blocks.1.ff.net.2",),
+    "blocks.1.adaln_modulation_mlp.2": ("transformer_blocks.1.norm3.linear_2",),
+}
 FILES = {  # host -> {form: (prefix, endings, layers)}
     "sdxl": {
         "peft": ("", AB, SDXL),
@@ -246,10 +253,14 @@ FILES = {  # host -> {form: (prefix, endings, layers)}
     "krea2": {"ai-toolkit": ("base_model.model.", AB, KREA2), "ComfyUI": ("diffusion_model.", AB, KREA2)},
     "lumina2": {"diffusers": ("transformer.", AB, LUMINA2)},  # others are converted at full width alone
     "ltx": {"diffusers": ("transformer.", AB, LTX), "ComfyUI": ("diffusion_model.", AB, LTX)},
+    "anima": {
+        "ComfyUI": ("diffusion_model.", AB, ANIMA),
+        "diffusers": ("transformer.", AB, {t: (t,) for targets in ANIMA.values() for t in targets}),
+    },
     "hidream": {"ai-toolkit": ("diffusion_model.", AB, HIDREAM), "diffusers": ("transformer.", AB, HIDREAM)},
 }  # fmt: skip
 FAMILIES = {"flux": "Flux", "flux2": "Flux.2", "qwen": "Qwen-Image", "z_image": "Z-Image", "wan": "Wan", "krea2": "Krea 2"}
-FAMILIES |= {"lumina2": "Lumina 2", "hidream": "HiDream"}
+FAMILIES |= {"lumina2": "Lumina 2", "hidream": "HiDream", "anima": "Anima"}
 CASES = [(host, form, not i) for host, forms in FILES.items() for i, form in enumerate(forms)]
 
 
@@ -336,7 +347,7 @@ def test_a_file_gives_the_weights_and_the_picture_that_diffusers_gives(pipelines
             mole.detach(pipe)
 
 
-SHORT = ("flux", "chroma", "z_image", "wan", "krea2", "lumina2", "ltx", "hidream")
+SHORT = ("flux", "chroma", "z_image", "wan", "krea2", "lumina2", "ltx", "hidream", "anima")
 OPTIONS = {name: hosts.SIZE | {"max_sequence_length": 32} for name in SHORT}
 OPTIONS["wan"]["num_frames"] = 5
 OPTIONS["ltx"]["num_frames"] = 9
@@ -402,6 +413,21 @@ def test_layers_that_get_single_tokens_of_all_pictures_are_refused(pipelines, tm
     said = r"'transformer.single_stream_blocks.0.block.ff_i.experts.1.w1' gets single tokens of all pictures, .*; leave th"
     with pytest.raises(RefusedFileError, match=said):
         mole.attach(pipelines("hidream"), {"x": path})
+
+
+def test_layers_of_the_text_conditioner_of_anima_are_refused_or_told_of(pipelines, tmp_path):
+    pipe, path = pipelines("anima"), tmp_path / "x.safetensors"
+    layer = "llm_adapter.blocks.0.cross_attn.q_proj"
+    tensors = {f"diffusion_model.{layer}.{end}": random(*shape) for end, shape in zip(AB, ((2, 16), (16, 2)), strict=True)}
+    save_file(load_file(write(pipe, FILES["anima"]["ComfyUI"], path)) | tensors, path)
+    with pytest.raises(RefusedFileError, match="the pipeline has only 5 of its 6 layers"):
+        mole.attach(pipe, {"x": path})
+    with pytest.warns(UserWarning, match="the pipeline lacks 1 of its layers, 'transformer.llm_adapter_blocks_0_cross"):
+        mole.attach(pipe, {"x": path}, binding=None, allow_missing_layers=True)
+    mole.detach(pipe)
+    save_file({key.replace("diffusion_model.llm_adapter", "text_conditioner"): t for key, t in tensors.items()}, path)
+    with pytest.raises(RefusedFileError, match="'text_conditioner.blocks.0.cross_attn.q_proj' begins with none of"):
+        mole.attach(pipe, {"x": path})
 
 
 def test_a_file_that_fits_in_part_is_refused_unless_asked_for(pipelines, tmp_path):

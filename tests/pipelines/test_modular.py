@@ -24,6 +24,7 @@ BLOCKS = {
     "qwen": (mole.MoLEQwenImageBlocks, 1.0, {"true_cfg_scale": 1.0}),
     "z_image": (mole.MoLEZImageBlocks, 3.0, {"guidance_scale": 2.0}),
     "krea2": (mole.MoLEKrea2Blocks, 3.0, {"guidance_scale": 2.0}),
+    "anima": (mole.MoLEAnimaBlocks, 4.0, {}),
     "wan": (mole.MoLEWanBlocks, 3.0, {"guidance_scale": 3.0, "latents": LATENTS}),
     "ltx": (mole.MoLELTXBlocks, 3.0, {"guidance_scale": 3.0}),
 }
@@ -64,7 +65,7 @@ def modular(host, pipe, monkeypatch):
     made = blocks.init_pipeline()
     parts = {part.name for part in blocks.expected_components}
     guider = {} if scale is None else {"guider": ClassifierFreeGuidance(guidance_scale=scale)}
-    made.update_components(**{name: part for name, part in pipe.components.items() if name in parts}, **guider)
+    made.update_components(**{name: part for name, part in pipe.components.items() if name in parts} | guider)
     return made
 
 

@@ -73,13 +73,14 @@ class CrossAttention(ForwardHook):
         if not self.shared.effective.closes:
             return None
         given = kwargs.get("attention_mask")
-        if given is None and not torch.compiler.is_compiling():
+        of_rows = bound.blocks.masks_rows
+        if given is None and not of_rows and not torch.compiler.is_compiling():
             bias = bound.bias_of_heads(hidden.shape[1], hidden.shape[0], module.heads, hidden.dtype)
         else:
             bias = bound.bias(hidden.shape[1], hidden.shape[0])
         if bias is None or bias.shape[2] != text.shape[1]:
             return None
-        bias = bias.to(hidden.dtype)
+        bias = bias.to(hidden.dtype)[:, None] if of_rows else bias.to(hidden.dtype)
         return args, {**kwargs, "attention_mask": bias if given is None else given + bias}
 
 

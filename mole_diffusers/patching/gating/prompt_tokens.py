@@ -173,8 +173,9 @@ class TextHook(ForwardHook):
         # Prefer the tokenizer: CLIP's published configurations say 2, which is another token.
         tokenizer = self.tokens.tokenizers[self.name]
         end = getattr(module.config if tokenizer is None else tokenizer, "eos_token_id", None)
-        ids = args[0] if args else kwargs["input_ids"]
-        attended = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        of = "target_" if "target_input_ids" in kwargs else ""  # of Anima's conditioner
+        ids = args[0] if args else kwargs[f"{of}input_ids"]
+        attended = args[1] if len(args) > 1 else kwargs.get(f"{of}attention_mask")
         attended = None if attended is None else attended.bool()
         words = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended
         self.tokens.begin(words)
@@ -188,7 +189,8 @@ class TextHook(ForwardHook):
         hidden = [given[layer] for layer in self.layers if -len(given) <= layer < len(given)]
         norm = getattr(getattr(module, "text_model", module), "final_layer_norm", None)
         skipped = [norm(states) for states in hidden] if norm is not None else []  # as `clip_skip` passes them on
-        last = (output[0],) if getattr(output, "logits", None) is None else ()  # no denoiser reads logits
+        last = output if isinstance(output, torch.Tensor) else output[0]
+        last = (last,) if getattr(output, "logits", None) is None else ()  # no denoiser reads logits
         states = [*last, *hidden, *skipped]
         texts = tuple(s.detach() for s in states if s.dim() == 3)
         if self._reading is not None and texts:

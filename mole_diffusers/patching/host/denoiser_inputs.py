@@ -20,6 +20,7 @@ from mole_diffusers.lora import COMPONENTS
 from mole_diffusers.patching.host.denoisers import record
 
 DENOISERS = ("unet", "transformer")
+CONDITIONER = "text_conditioner"  # makes the denoiser's text: of another tokenizer's tokens, and what the encoder returns
 # What pipelines and denoisers call the arguments for attention; LoRAs are multiplied by their "scale".
 FOR_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 Groups = tuple[bool, ...]  # for each group of a text's rows, all of one size: whether its rows are the prompts
@@ -182,10 +183,18 @@ def models_of(pipe: Any) -> dict[str, nn.Module]:
     return {part: compiled_from(model) for part in COMPONENTS if (model := getattr(pipe, part, None)) is not None}
 
 
+def readers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Part -> model, for the models of a pipeline that read a text's tokens: its text encoders, and Anima's conditioner."""
+    encoders = {part: model for part, model in models_of(pipe).items() if part not in DENOISERS}
+    conditioner = getattr(pipe, CONDITIONER, None)
+    return encoders if conditioner is None else {**encoders, CONDITIONER: conditioner}
+
+
 def tokenizers_of(pipe: Any) -> dict[str, Any]:
-    """Text encoder -> its tokenizer, or None."""
-    encoders = [part for part in models_of(pipe) if part not in DENOISERS]
-    given = {part: getattr(pipe, part.replace("text_encoder", "tokenizer"), None) for part in encoders}
+    """Model of `readers_of` -> its tokenizer, or None."""
+    given = {part: getattr(pipe, part.replace("text_encoder", "tokenizer"), None) for part in readers_of(pipe)}
+    if CONDITIONER in given:
+        given[CONDITIONER] = getattr(pipe, "t5_tokenizer", None)
     return {part: words.tokenizer if isinstance(words, ProcessorMixin) else words for part, words in given.items()}
 
 

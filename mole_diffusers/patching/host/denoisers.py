@@ -33,6 +33,7 @@ class Blocks:
         frames: parts of names of layers that read neither: the frames of a video at one place of the picture, or a picture
             that says what to draw.
         multiple: text and picture, each by itself, are padded to a multiple of this number of tokens.
+        masks_rows: the mask that cross-attention takes is of each row, [B, 1, T, S], not of each head, [B heads, T, S].
         oblong: a picture that is not square is padded to this number of tokens; 0: as any other.
     """
 
@@ -42,6 +43,7 @@ class Blocks:
     joint: tuple[str, ...] = ()
     frames: tuple[str, ...] = ()
     multiple: int = 1
+    masks_rows: bool = False
     oblong: int = 0
 
     @property
@@ -137,6 +139,11 @@ def _of_sample(read: Read, config: Any) -> GridSize:
 def _of_patches(read: Read, config: Any) -> GridSize:
     height, width = read("hidden_states").shape[2:]
     return height // config.patch_size, width // config.patch_size
+
+
+def _of_frame(read: Read, config: Any) -> GridSize | None:
+    frames, height, width = read("hidden_states").shape[2:]
+    return (height // config.patch_size[1], width // config.patch_size[2]) if frames == 1 else None
 
 
 def _of_ids(read: Read, config: Any) -> GridSize:
@@ -255,6 +262,9 @@ RECORDS: Mapping[str, Denoiser] = {
         ),
         Arguments(text="encoder_hidden_states_llama3", time="timesteps", text_before="encoder_hidden_states_t5"),
         oblong="max_seq",
+    ),
+    "CosmosTransformer3DModel": Denoiser(  # of Anima
+        1, _of_frame, "text_embed_dim", Blocks(("attn1",), "cross", TEXT_LAYERS, masks_rows=True)
     ),
     "LTXVideoTransformer3DModel": Denoiser(
         1000, None, "caption_channels", Blocks(("attn1",), "cross", (*TEXT_LAYERS, "caption_projection"))

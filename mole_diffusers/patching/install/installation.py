@@ -16,7 +16,7 @@ from mole_diffusers.patching.gating import cross_attention, joint_attention
 from mole_diffusers.patching.gating.prompt_tokens import TextHook
 from mole_diffusers.patching.gating.shared_state import SharedState, StepHook
 from mole_diffusers.patching.hooks import ForwardHook
-from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser, denoisers, hosts, models_of
+from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser, denoisers, hosts, models_of, readers_of
 from mole_diffusers.patching.host.offloading import loaded
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.install.embeddings import Words, add_words, embedded, left_out
@@ -176,9 +176,8 @@ class Installation:
         shared = self.shared
         # Where sampling is and what texts say: all others need it, also the gate of the denoiser as a whole.
         yield self.denoiser, StepHook(shared, self.is_off)
-        for name, model in hosts(self.pipe).items():
-            if name not in DENOISERS:
-                yield model, TextHook(name, shared.tokens, shared.inputs.record.text_layers, shared.on_text)
+        for name, model in readers_of(self.pipe).items():
+            yield model, TextHook(name, shared.tokens, shared.inputs.record.text_layers, shared.on_text)
         # Attention that is read or closed must not be compiled in this call.
         attention = joint_attention if shared.inputs.record.blocks.is_joint else cross_attention
         yield from attention.hooks(self.denoiser, shared)

@@ -75,7 +75,7 @@ def test_attach_train_save_reload_detach(host, experts, tmp_path):
     assert torch.equal(hosts.draw(pipe, options), base)
 
 
-LEVELS = ("animatediff", "sd3", "z_image", "qwen", "flux2", "wan", "krea2", "lumina2", "hidream")
+LEVELS = ("animatediff", "sd3", "z_image", "qwen", "flux2", "wan", "krea2", "lumina2", "hidream", "anima")
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux", "chroma", *thorough(*LEVELS)])

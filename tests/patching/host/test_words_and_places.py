@@ -3,9 +3,11 @@
 import hosts
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tiers import thorough
 from tiny import ATTENTION, FEED_FORWARD, tiny_lora
+from torch.overrides import TorchFunctionMode
 
 import mole_diffusers as mole
 from mole_diffusers.patching.gating import bound_text, prompt_tokens
@@ -30,6 +32,7 @@ TEXTS = {  # that the denoiser reads
     "flux2-dev": f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]{PROMPT}[/INST]",
     "lumina2": f"{LUMINA} <Prompt Start> {PROMPT}",
     "hidream": PROMPT,
+    "anima": PROMPT,
 }
 LAST = {
     "z_image": "layers.1.feed_forward.w2",
@@ -43,6 +46,7 @@ LAST = {
     "flux2-dev": "single_transformer_blocks.1.attn.to_out",
     "lumina2": "layers.1.feed_forward.linear_2",
     "hidream": "single_stream_blocks.1.block.ff_i.shared_experts.w2",
+    "anima": "transformer_blocks.1.ff.net.2",
 }
 LAYERS = (*ATTENTION[:4], "w1", "w2", "w3", "attn.to_qkv_mlp_proj", "single_transformer_blocks.0.attn.to_out", "proj_mlp")
 LAYERS += ("ffn.net.2", "img_mlp.net.2", "txt_mlp.net.2", "ff.gate", "ff.up", "ff.down", "linear_1", "linear_2")
@@ -65,6 +69,7 @@ def drawn(request, tmp_path):
 def tokens_of(name, pipe):
     """The tokens of the denoiser's text. Blocks of HiDream read the states of T5, of Llama's last layer and of another."""
     words = tokenizers_of(pipe)
+    words["text_encoder"] = words.get("text_conditioner", words["text_encoder"])  # Anima's text has T5's tokens
     if name != "hidream":
         return words["text_encoder"].convert_ids_to_tokens(words["text_encoder"](TEXTS[name]).input_ids)
     t5, llama = (words[f"text_encoder_{i}"] for i in (3, 4))
@@ -152,7 +157,7 @@ def test_a_given_region_reaches_the_embedder_of_z_image(tmp_path):
 
 
 @pytest.mark.usefixtures("decided")
-@pytest.mark.parametrize("drawn", thorough(*LAST), indirect=True)
+@pytest.mark.parametrize("drawn", thorough(*(name for name in LAST if name != "anima")), indirect=True)
 def test_things_of_a_list_get_places_from_attention(drawn):
     pipe, options, files = drawn
     mixture = mole.attach(pipe, files, "sum", binding={"fox": "fox", "owl": "owl"})
@@ -183,6 +188,34 @@ def test_a_region_acts_or_is_refused(name, tmp_path):
             with pytest.raises(ValueError, match=f"a {VIDEOS[name]} has no regions, and one was given for 'fox'"):
                 attempt(bound)
         assert torch.equal(hosts.draw(pipe, options), unbound)
+
+
+class Masks(TorchFunctionMode):
+    """Keeps the masks of PyTorch's attention that are not of whole rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        mask = (kwargs or {}).get("attn_mask")
+        if func is F.scaled_dot_product_attention and mask is not None and mask.dtype != torch.bool:
+            self.kept.append(mask)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("drawn", ["anima"], indirect=True)
+def test_words_are_closed_outside_of_their_regions_in_anima(drawn):
+    """Its attention takes a mask for all heads."""
+    pipe, options, files = drawn
+    mole.attach(pipe, files, "sum", binding={"fox": ("fox", "left"), "owl": ("owl", "right")})
+    with Masks() as masks:
+        hosts.draw(pipe, options, PROMPT, steps=1)
+    tokens, wanted = tokens_of("anima", pipe), torch.zeros(8, 8, 64)
+    wanted[:, 4:, tokens.index("f") : tokens.index("f") + 3] = -bound_text.CLOSING
+    wanted[:, :4, tokens.index("w") - 1 : tokens.index("w") + 2] = -bound_text.CLOSING
+    assert masks.kept
+    assert all(torch.equal(mask, wanted.flatten(0, 1)[None, None]) for mask in masks.kept)
 
 
 def test_prompts_of_several_lengths_have_no_places_in_lumina_2(tmp_path):
