@@ -133,6 +133,7 @@ def memory_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]
     """Peak memory of `arms` (see `arms.ARMS`) with each number of experts. Ratio 1 means only the experts' matrices."""
     rows = []
     with settings.host(experts) as (pipe, given, files):
+        pipe.unet(**given)  # a card's libraries take memory of their own in the first step, and keep it
         base = peak(lambda _: partial(pipe.unet, **given), settings.device)
         for n in experts:
             own = sum(tensor.nbytes for path in files[n].values() for tensor in load_file(path).values())

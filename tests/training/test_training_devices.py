@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import DEVICES
 from tiers import thorough
 from tiny import tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,8 +25,6 @@ from mole_diffusers.training.engine import save_weight_memory
 from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
 from mole_diffusers.training.objectives import OBJECTIVES
 
-CARD = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
-DEVICES = [pytest.param("cpu", marks=pytest.mark.thorough), pytest.param("cuda", marks=CARD)]
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox in ink"] * 4)
 SHORT = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=4, steps=3, every=3)
 

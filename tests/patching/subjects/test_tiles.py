@@ -11,10 +11,9 @@ from hosts import HOSTS, draw, sd3, sdxl
 from PIL import Image
 from tiers import thorough
 from tiny import tiny_lora, tiny_pipeline
-from torch.overrides import TorchFunctionMode
+from waits import waits_of_a_step
 
 import mole_diffusers as mole
-from benchmarks.steps import Operations
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.layout import partition
 from mole_diffusers.binding.regions import AUTO
@@ -616,23 +615,6 @@ def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_pa
     torch.testing.assert_close(scaled, wanted, rtol=0, atol=1e-5)
 
 
-class Waits(TorchFunctionMode):
-    """Counts what would wait for a card: values that are read, and numbers that are copied there in turn with its work."""
-
-    def __init__(self):
-        super().__init__()
-        self.count, self.made = 0, []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, out = kwargs or {}, None
-        out = func(*args, **kwargs)
-        if func is torch.tensor:
-            self.made.append(out)
-        moved = func is torch.Tensor.to and not kwargs.get("non_blocking") and any(args[0] is own for own in self.made)
-        self.count += moved or func in (torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist)
-        return out
-
-
 @pytest.mark.parametrize("sampler", ["DDIMScheduler", *thorough("EulerDiscreteScheduler", "HeunDiscreteScheduler")])
 @pytest.mark.parametrize("host", ["sd", "sdxl", "sd3"])
 def test_a_step_in_tiles_waits_for_nothing_that_a_step_of_the_base_does_not_wait_for(tmp_path, sampler, host):
@@ -641,21 +623,19 @@ def test_a_step_in_tiles_waits_for_nothing_that_a_step_of_the_base_does_not_wait
     if host != "sd3":
         pipe.scheduler = getattr(diffusers, sampler).from_config(pipe.scheduler.config)
 
-    def waits(steps):
-        with Waits() as waits, Operations() as operations:
-            latent(pipe, steps=steps)
-        return waits.count + operations.reads
+    def drawn(steps):
+        return latent(pipe, steps=steps)
 
-    base = waits(6) - waits(4)
+    base = waits_of_a_step(drawn)
     experts = {
         name: replace(read_expert(tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i), name), triggers=(name,))
         for i, name in enumerate(("fox", "hen"))
     }
     mixture = mole.attach(pipe, experts, "mole")
     with mixture.tiled(1.0, since=0):
-        assert waits(6) - waits(4) <= base
+        assert waits_of_a_step(drawn) <= base
     with mixture.tiled(0):
-        assert waits(6) - waits(4) <= base
+        assert waits_of_a_step(drawn) <= base
 
 
 def test_where_there_is_no_room_a_step_is_one_call(pipe, experts):

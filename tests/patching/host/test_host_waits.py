@@ -1,0 +1,26 @@
+"""A step of a mixture asks nothing of the device that a step of the base does not ask."""
+
+import pytest
+from hosts import HOSTS, draw
+from tiers import thorough
+from tiny import tiny_lora
+from waits import waits_of_a_step
+
+import mole_diffusers as mole
+
+
+@pytest.mark.parametrize("family", ["mole", *thorough("sum", "flow")])
+@pytest.mark.parametrize("host", ["flux", *thorough("sd15", "sdxl", "sd3", "qwen", "z_image")])
+def test_a_bound_step_waits_for_nothing_that_a_step_of_the_base_does_not_wait_for(tmp_path, host, family):
+    pipe, options = HOSTS[host]()
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn(steps):
+        return draw(pipe, options, "a fox and an ink", steps=steps)
+
+    base = waits_of_a_step(drawn)
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "ink"))}
+    mixture = mole.attach(pipe, files, family)
+    assert waits_of_a_step(drawn) <= base
+    mixture.bind({"fox": ("fox", "left"), "ink": ("ink", "right")})
+    assert waits_of_a_step(drawn) <= base
