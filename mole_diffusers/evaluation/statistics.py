@@ -19,7 +19,7 @@ EQUAL = 1e-9  # measures that differ by less are equal, up to rounding
 ENOUGH = 20  # cases; with fewer, no arm is called better than another
 
 
-def estimate(table: torch.Tensor, units: Sequence[Sequence[str]], kind: Kind, *, draws: int = 2000) -> Estimate:
+def estimate(table: torch.Tensor, units: Sequence[Sequence[str]], kind: Kind) -> Estimate:
     """The mean over cases of their means over seeds, with its 95 % interval.
 
     The interval is the bootstrap's, widened to that for few cases: Wilson's for shares, and Student's t for measures.
@@ -29,7 +29,7 @@ def estimate(table: torch.Tensor, units: Sequence[Sequence[str]], kind: Kind, *,
         units: those of each case, see `bootstrap`.
         kind: what the values are.
     """
-    mean, low, high = bootstrap(table, units, draws=draws)
+    mean, low, high = bootstrap(table, units)
     cases = table.double().nanmean(1)  # [G]
     cases = cases[~cases.isnan()]
     count = min(len(cases), len({name for own in units for name in own}))

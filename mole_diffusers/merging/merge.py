@@ -39,7 +39,6 @@ def merge(
     rank: int | None = None,
     protect: Sequence[str] = (),
     activations: Activations | None = None,
-    name: str = "merged",
     **options: Any,
 ) -> Expert:
     """Merge concept LoRAs into one ordinary LoRA by a training-free method; `save_expert` writes it to a file.
@@ -54,7 +53,6 @@ def merge(
             rank: these keep 99 % of each layer's energy.
         protect: experts that NP-LoRA leaves unchanged, such as a style; by default the last.
         activations: runs the experts for the last four methods.
-        name: of the result.
         **options: of the method, see its function in mole_diffusers.merging.
 
     Returns:
@@ -96,7 +94,7 @@ def merge(
         shared = [key for key, layer in layers.items() if sum(p is not None for p in layer) > 1]
         losses = [relative_loss(layers[key], given["inputs"][key], merged[key]) for key in shared]
         about["mole.loss"] = f"{sum(losses) / max(1, len(losses)):.4f}"
-    return as_expert(merged, read, name=name, metadata=about)
+    return as_expert(merged, read, name="merged", metadata=about)
 
 
 def by_activations(method: str) -> bool:

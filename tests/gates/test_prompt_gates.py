@@ -124,42 +124,39 @@ def test_words_are_what_comes_before_the_padding():
     assert word_mask(ids, 9).tolist() == expected
 
 
-def test_padding_does_not_reach_the_gate(pipe, loras, draw, awake, monkeypatch):
-    awake(mole.attach(pipe, loras, "prompt"))
-    seen, route = [], PromptGate.route
+def texts_read(mixture):
+    """A list that grows by (gate, what it reads, which tokens count) whenever a gate of a mixture is asked."""
+    seen = []
+    for gate in (gate for bank in mixture.banks.values() for gate in bank):
+        gate.register_forward_pre_hook(lambda gate, given: seen.append((gate, given[0], given[1].tokens)))
+    return seen
 
-    def note(gate, hidden, tokens):
-        seen.append((tokens, route(gate, hidden, tokens), route(gate, hidden + 5 * ~tokens[..., None], tokens)))
-        return seen[-1][1]
 
-    monkeypatch.setattr(PromptGate, "route", note)
+def test_padding_does_not_reach_the_gate(pipe, loras, draw, awake):
+    seen = texts_read(awake(mole.attach(pipe, loras, "prompt")))
     draw(pipe, prompt="ab", num_images_per_prompt=2)
-    for tokens, logits, padded in seen:
+    for gate, hidden, tokens in seen:
+        logits, padded = (gate.route(each, tokens) for each in (hidden, hidden + 5 * ~tokens[..., None]))
         torch.testing.assert_close(logits, padded, atol=1e-4, rtol=1e-4)
         assert tokens.sum(1).tolist() in ([3], [1], [1, 1, 3, 3])  # the start of the text, and two words of one letter
-    assert {len(tokens) for tokens, _, _ in seen} == {1, 4}
+    assert {len(tokens) for _, _, tokens in seen} == {1, 4}
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", *thorough("!")])  # as SDXL's first tokenizer, and its second, have it
-def test_words_of_either_prompt_reach_the_gate(pad, tmp_path, monkeypatch):
+def test_words_of_either_prompt_reach_the_gate(pad, tmp_path):
     """SDXL's two encoders lie side by side: a token counts where one of the texts has a word there, and never the end."""
     pipe, options = hosts.HOSTS["sdxl"]()
     pipe.tokenizer_2.pad_token = pad
     pipe.text_encoder_2.config.eos_token_id = 2  # as the published configuration has it, though the end is another token
-    seen, route = [], PromptGate.route
-
-    def note(gate, hidden, tokens):
-        seen.append(tokens[0].nonzero().flatten().tolist())
-        return route(gate, hidden, tokens)
-
-    monkeypatch.setattr(PromptGate, "route", note)
-    mole.attach(pipe, {n: tiny_lora(pipe, tmp_path / n, seed=i) for i, n in enumerate(("fox", "ink"))}, "prompt")
+    experts = {n: tiny_lora(pipe, tmp_path / n, seed=i) for i, n in enumerate(("fox", "ink"))}
+    seen = texts_read(mole.attach(pipe, experts, "prompt"))
     short, long = "a fox", "a fox in ink"  # a token per letter, after the one that begins the text
     for first, second in ((short, long), (long, short), (long, long), (short, short)):
         seen.clear()
         hosts.draw(pipe, options | {"prompt_2": second, "guidance_scale": 1.0}, first, steps=1)
         length = 1 + max(len(text.replace(" ", "")) for text in (first, second))
-        assert seen[-1] == list(range(length))  # the UNet's, which come last
+        *_, (_, _, tokens) = seen  # the UNet's, which come last
+        assert tokens[0].nonzero().flatten().tolist() == list(range(length))
 
 
 @pytest.mark.parametrize("steps", [1, 10, *thorough(50)])

@@ -1,45 +1,24 @@
-"""Recipes, the pictures that hold them, and the pictures that they make."""
+"""What a recipe is completed to, and the pictures that it makes."""
 
 import dataclasses
 import json
 import shutil
-import warnings
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image, ImageDraw, ImageFilter
-from PIL.PngImagePlugin import PngImageFile, PngInfo
-from safetensors.torch import save_file
+from recipes import PROMPT, same
 from tiny import tiny_lora, tiny_pipeline
 
 from mole_diffusers import attach, attached
 from mole_diffusers.app.mixer_cards import cards_of
-from mole_diffusers.binding.as_text import mask_text
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.cli.common import open_catalog
 from mole_diffusers.cli.options import Files
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.catalog import Catalog, folder_gates
 from mole_diffusers.studio.model_folders import files_of
-from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, load, with_strength
+from mole_diffusers.studio.recipe import FORMAT, VERSION, Recipe, with_strength
 from mole_diffusers.studio.render import Studio
-
-PROMPT = "a fox in ink <lora:fox:0.8> <lora:ink:1:stop=1>"
-
-
-@pytest.fixture(scope="module")
-def studio(loras):
-    return Studio(tiny_pipeline(), Catalog(loras, {}), "tiny")
-
-
-@pytest.fixture
-def recipe(studio):
-    return studio.complete(Recipe(PROMPT, "blur", seed=7, steps=2, width=32, height=32))
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_tags_and_cards_without_a_strength_take_that_of_the_note(studio, loras, tmp_path):
@@ -117,70 +96,6 @@ def test_words_and_regions_of_tags_bind(studio, recipe):
     assert same(studio.draw(recipe), unbound)  # the tag's binding does not stay
 
 
-def test_trained_gates_by_name_and_by_the_files_they_weigh(studio, loras, awake, tmp_path):
-    pipe = tiny_pipeline()
-    awake(attach(pipe, {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "mine")
-    catalog = Catalog(loras, folder_gates(tmp_path))
-    mine = Studio(pipe, catalog, "tiny")
-    asked = Recipe(PROMPT, steps=2, width=32, height=32, gates="auto")
-    found = mine.complete(asked)
-    assert (found.gates, len(found.gates_sha256)) == ("mine", 64)
-    assert not same(mine.draw(found), mine.draw(dataclasses.replace(found, arm="sum")))
-    assert studio.complete(asked).gates == "sum"
-    with pytest.raises(ValueError, match="'mine' here are not those of the recipe"):
-        mine.complete(dataclasses.replace(found, gates_sha256="0" * 64))
-    with pytest.raises(ValueError, match="no gates 'other'; known: sum, mean, mine"):
-        mine.complete(dataclasses.replace(asked, gates="other"))
-
-
-def test_gates_that_are_replaced_before_a_picture_is_drawn_are_not_taken_for_the_old_ones(loras, awake, tmp_path):
-    pipe, folder = tiny_pipeline(), tmp_path / "mine"
-    files = {name: loras[name] for name in ("fox", "ink")}
-    awake(attach(pipe, files, "mole")).save_pretrained(folder)
-    studio = Studio(pipe, Catalog(loras, folder_gates(tmp_path)), "tiny")
-    old = studio.complete(Recipe(PROMPT, steps=1, width=32, height=32, gates="mine"))
-    picture = studio.draw(old)
-    attach(tiny_pipeline(), files, "mole").save_pretrained(folder)
-    assert same(studio.draw(old), picture)  # the old ones are still attached
-    studio.draw(studio.complete(dataclasses.replace(old, gates_sha256="")))
-    with pytest.raises(ValueError, match="'mine' have been replaced since this was asked for: start it again"):
-        studio.draw(old)
-
-
-def test_gates_that_do_not_fit_stop_one_picture_that_does_not_name_them(loras, awake, tmp_path):
-    awake(attach(tiny_pipeline(), {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    save_file({"x": torch.zeros(1)}, tmp_path / "a" / "gates.safetensors")
-    studio = Studio(tiny_pipeline(), Catalog(loras, folder_gates(tmp_path)), "tiny")
-    recipe = Recipe(PROMPT, steps=1, width=32, height=32, gates="auto")
-    with pytest.raises(ValueError, match="the gates in .* lack"):
-        studio.draw(studio.complete(recipe))
-    assert (whole := studio.complete(recipe)).gates == "b"
-    by_name = studio.complete(dataclasses.replace(recipe, gates="b"))
-    assert same(studio.draw(whole), studio.draw(by_name))
-
-
-def test_gates_that_cannot_be_read_stop_no_picture_that_does_not_name_them(loras, awake, tmp_path):
-    awake(attach(tiny_pipeline(), {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "mine")
-    for name, text in (("broken", "{"), ("newer", '{"format": "mole_diffusers.gates", "version": 99}')):
-        shutil.copytree(tmp_path / "mine", tmp_path / name)
-        (tmp_path / name / "config.json").write_text(text)
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "config.json").write_text("{}")
-    catalog = Catalog(loras, folder_gates(tmp_path))
-    with pytest.warns(UserWarning, match="passed over") as said:
-        assert catalog.gates_for(["ink", "fox"]) == "mine"
-    assert [str(each.message).partition(":")[0] for each in said] == [
-        f"the gates {name!r} are passed over" for name in ("broken", "half", "newer")
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is said once
-        assert catalog.gates_for(["ink"]) == "sum"
-    studio = Studio(tiny_pipeline(), catalog, "tiny")
-    with pytest.raises(ValueError, match="this release reads mole_diffusers.gates version"):
-        studio.draw(studio.complete(Recipe(PROMPT, steps=1, width=32, height=32, gates="newer")))
-
-
 def test_examples_are_taken_by_name_alone_until_ones_own_have_that_name(loras, awake, tmp_path):
     awake(attach(tiny_pipeline(), {n: loras[n] for n in ("ink", "fox")}, "mole")).save_pretrained(tmp_path / "shown")
     catalog = Catalog(loras, folder_gates(tmp_path), examples=["shown"])
@@ -246,136 +161,6 @@ def test_steps_are_told_and_can_end_a_picture(studio, recipe):
     studio.draw(recipe)
 
 
-def test_parameters_are_what_other_tools_read(recipe):
-    text = infotext.parameters(dataclasses.replace(recipe, base="a, b", sampler="Euler a"))
-    fox, ink = (digest[:12] for digest in recipe.experts.values())
-    assert text == (
-        "a fox in ink <lora:fox:0.8> <lora:ink:1:stop=1>\nNegative prompt: blur\n"
-        'Steps: 2, Sampler: Euler a, CFG scale: 3, Seed: 7, Size: 32x32, Model: "a, b", RNG: CPU, '
-        f'Lora hashes: "fox: {fox}, ink: {ink}", Version: mole_diffusers'
-    )
-    back = infotext.read_parameters(text).recipe
-    assert (back.prompt, back.negative, back.seed, back.sampler) == (recipe.prompt, "blur", 7, "Euler a")
-    assert back.experts == {"fox": fox, "ink": ink}
-
-
-@pytest.mark.parametrize(
-    ("base", "name"),
-    [
-        ("/home/jane/models/dream v1.5.safetensors", "dream v1.5"),
-        ("models/dream.safetensors", "dream"),
-        ("/home/jane/dream.v2", "dream.v2"),
-        ("here/saved", "saved"),
-        ("owner/name.v1", "owner/name.v1"),
-        ("emoji", "emoji"),
-        ("", "unknown"),
-    ],
-)
-def test_other_tools_read_the_name_of_the_base_and_not_where_it_lies(recipe, base, name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here" / "saved").mkdir(parents=True)
-    recipe = dataclasses.replace(recipe, base=base)
-    assert f", Model: {name}, " in infotext.parameters(recipe)
-    again = Recipe.from_dict(recipe.to_dict())  # our own text has a hash for the folder
-    assert (again.base == base) == (base in ("owner/name.v1", "emoji", ""))
-    assert not [folder for folder in ("jane", "models", "here") if folder in again.base]
-    assert again.to_dict() == recipe.to_dict()
-    assert f", Model: {name}, " in infotext.parameters(again)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"hires": 1.5, "hires_strength": 0.123456789},
-        {"hires": 2, "hires_strength": 0.0, "image": "0" * 64},
-        {"image": "0" * 64, "strength": 0.35},
-        {"strength": 0.35},
-    ],
-)
-def test_strengths_and_the_larger_size_come_back_from_the_text(recipe, changes):
-    recipe = dataclasses.replace(recipe, **changes)
-    text, back = infotext.parameters(recipe), infotext.read_parameters(infotext.parameters(recipe)).recipe
-    assert (back.hires, back.hires_strength) == (recipe.hires, recipe.hires_strength)
-    assert ("Denoising strength" in text) == (recipe.hires > 1 or recipe.image != "")
-    if recipe.image and recipe.hires == 1:
-        assert back.strength == recipe.strength
-
-
-def test_a_picture_of_another_tool(studio, recipe, tmp_path):
-    about = PngInfo()
-    about.add_text("parameters", infotext.parameters(recipe))
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png", pnginfo=about)
-    assert same(studio.draw(studio.complete(infotext.read(tmp_path / "a.png"))), studio.draw(recipe))
-
-
-def test_pixels_are_unpacked_only_where_the_recipe_may_stand_after_them(recipe, tmp_path, monkeypatch):
-    infotext.save(Image.new("RGB", (8, 8)), tmp_path / "a.png", recipe)
-    whole = (tmp_path / "a.png").read_bytes()
-    at, end = whole.index(b"IDAT") - 4, whole.index(b"IEND") - 4
-    chunks = whole[whole.index(b"tEXt") - 4 : at]
-    (tmp_path / "after.png").write_bytes(whole.replace(chunks, b"")[: end - len(chunks)] + chunks + whole[end:])
-    unpacked, load = [], PngImageFile.load
-    monkeypatch.setattr(PngImageFile, "load", lambda image: unpacked.append(image.filename) or load(image))
-    assert infotext.read(tmp_path / "a.png") == recipe
-    assert not unpacked
-    assert infotext.read(tmp_path / "after.png") == recipe
-    assert unpacked
-
-
-def test_recipes_as_files(recipe, tmp_path):
-    recipe.save(tmp_path / "r.json")
-    assert load(tmp_path / "r.json") == recipe
-    infotext.save(Image.new("RGB", (8, 8)), tmp_path / "é.png", dataclasses.replace(recipe, prompt="élan"))
-    assert infotext.read(tmp_path / "é.png").prompt == "élan"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": -2}, "seed must be in -1.."),
-        ({"steps": 1.5}, "steps of a recipe must be a whole number, got 1.5"),
-        ({"steps": True}, "steps of a recipe must be a whole number"),
-        ({"guidance": float("nan")}, "guidance must be in"),
-        ({"prompt": 3}, "prompt of a recipe must be a text, got 3"),
-        ({"arm": "best"}, "unknown arm 'best'"),
-        ({"mask": "0"}, "a mask needs a picture"),
-        ({"hires": 5}, "hires must be in 1.0..4.0, got 5"),
-        ({"locks": {"x": {"fox": "much"}}}, "locks of a recipe must be names, each with names, each with a number"),
-        ({"experts": ["fox"]}, "experts of a recipe must be names, each with a text"),
-        ({"colour": "red"}, r"unknown fields \['colour'\]; known: \['prompt'"),
-        ({"version": 9}, "is not a mole_diffusers.studio.recipe of version 1"),
-    ],
-)
-def test_bad_recipes_are_refused_with_one_sentence(recipe, changes, message):
-    with pytest.raises(ValueError, match=message):
-        Recipe.from_dict({**recipe.to_dict(), **changes})
-
-
-def test_bad_pictures_are_refused_with_one_sentence(tmp_path, recipe):
-    def png(name, **texts):
-        about = PngInfo()
-        for key, value in texts.items():
-            about.add_text(key, value)
-        Image.new("RGB", (8, 8)).save(tmp_path / name, pnginfo=about)
-        return tmp_path / name
-
-    (tmp_path / "text.png").write_text("<html>")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
-    for path, message in [
-        (tmp_path / "text.png", "text.png is not a PNG that can be read"),
-        (tmp_path / "a.jpg", "a.jpg is not a PNG"),
-        (png("none.png"), "none.png has no recipe: no text of mole, A1111, Forge, ComfyUI"),
-        (png("comfy.png", workflow="{}"), "comfy.png has a ComfyUI workflow without a sampler"),
-        (png("api.png", prompt="{}"), "api.png has a ComfyUI workflow without a sampler"),
-        (png("broken.png", mole_diffusers="{"), "broken.png is not JSON"),
-        (png("other.png", mole_diffusers=json.dumps({"format": "x"})), "other.png is not a mole_diffusers.studio.recipe"),
-        (png("words.png", parameters="a fox"), "words.png has no generation settings"),
-        (png("odd.png", parameters="a fox\nSteps: 900, Sampler: x, Seed: 1"), "odd.png: steps must be in 1..150"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            infotext.read(path)
-
-
 def test_what_is_not_here_is_said(studio, recipe, tmp_path):
     with pytest.raises(ValueError, match="no LoRA 'owl'; known: fox, ink, hat"):
         studio.complete(Recipe("an owl <lora:owl:1>"))
@@ -404,51 +189,6 @@ def test_a_catalog_takes_good_files_only(pipe, tmp_path):
     assert catalog.loras == {"good": file}
     with pytest.raises(ValueError, match="already a LoRA 'good'"):
         catalog.add_lora("good", file)
-
-
-def test_with_strength():
-    assert with_strength("a fox", "fox", 0.5) == "a fox <lora:fox:0.5>"
-    assert with_strength("a <lora:fox:1:stop=3> b <lora:ink:1>", "fox", -2) == "a b <lora:fox:-2:stop=3> <lora:ink:1>"
-    assert with_strength("a <lora:Fox:1:stop=3>", "FOX", 2) == "a <lora:Fox:2:stop=3>"
-
-
-def test_a_large_mask_with_soft_strokes_and_long_prompts_can_be_read_again(tmp_path):
-    mask, random = Image.new("L", (1024, 1024)), np.random.default_rng(0)
-    for _ in range(40):
-        grey, width = random.integers(100, 256), random.integers(5, 60)
-        ImageDraw.Draw(mask).line([tuple(p) for p in random.integers(0, 1024, (6, 2)).tolist()], int(grey), int(width))
-    mask = mask.filter(ImageFilter.GaussianBlur(8))
-    texts = dict.fromkeys(("negative", "prompt_2", "negative_2"), "🦊" * 5000)  # of 12 characters each in JSON
-    recipe = Recipe("a fox <lora:fox:region=painted>", masks={"fox": mask_text(mask)}, **texts)
-    assert len(recipe.masks["fox"]) > 200_000
-    recipe.save(tmp_path / "recipe.json")
-    infotext.save(Image.new("RGB", (8, 8)), tmp_path / "picture.png", recipe)
-    for name in ("recipe.json", "picture.png"):
-        read = infotext.read(tmp_path / name)
-        assert read == recipe
-        assert np.array_equal(np.asarray(read.tag_bindings()["fox"][1]), np.asarray(mask))
-
-
-def test_a_painted_region_is_a_mask_beside_the_prompt(loras, tmp_path):
-    mask = Image.linear_gradient("L").resize((64, 32))
-    painted = Recipe("a fox <lora:fox:1:word=fox:region=painted>", masks={"fox": mask_text(mask)})
-    infotext.save(Image.new("RGB", (8, 8)), tmp_path / "picture.png", painted)
-    recipe = infotext.read(tmp_path / "picture.png")
-    assert recipe == painted
-    words, region = recipe.tag_bindings()["fox"]
-    assert words == ["fox"]
-    assert np.array_equal(np.asarray(region), np.asarray(mask))
-    studio = Studio(tiny_pipeline(), Catalog({"renamed": loras["fox"]}, {}), "tiny")
-    digest = studio.catalog.expert("renamed").sha256
-    moved = studio.complete(dataclasses.replace(recipe, experts={"fox": digest}))
-    assert moved.masks == {"renamed": painted.masks["fox"]}
-    typed = dataclasses.replace(painted, prompt="a fox <lora:Renamed:1:region=painted>", masks=moved.masks)
-    assert studio.complete(typed).masks == moved.masks  # the page has the names of here, however they are typed
-    with pytest.raises(ValueError, match="no mask for it: paint it in the app, give .* masks, or write another region"):
-        dataclasses.replace(recipe, masks={}).tag_bindings()
-    for masks in ({"fox": "png:AAAA"}, {"fox": "x"}, {"ink": painted.masks["fox"]}):
-        with pytest.raises(ValueError, match="mask"):
-            dataclasses.replace(recipe, masks=masks).tag_bindings()
 
 
 def test_gates_that_are_half_written_are_not_listed_and_those_put_aside_are(tmp_path):

@@ -159,7 +159,7 @@ class TextHook(ForwardHook):
         name: str,
         tokens: PromptTokens,
         layers: Sequence[int],
-        on_text: Callable[[str, torch.Tensor], None] | None = None,
+        on_text: Callable[[str, torch.Tensor], None],
     ):
         self.name, self.tokens, self.layers, self.on_text = name, tokens, layers, on_text
         # ids, words and the tokens that are attended to
@@ -180,8 +180,7 @@ class TextHook(ForwardHook):
         words = word_mask(ids, end) if attended is None else word_mask(ids, end) & attended
         self.tokens.begin(words)
         self._reading = ids, words, attended
-        if self.on_text is not None:
-            self.on_text(self.name, ids)
+        self.on_text(self.name, ids)
 
     def after(self, module: Any, args: tuple, output: Any) -> None:
         """Called after the forward."""

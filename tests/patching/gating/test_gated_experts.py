@@ -12,9 +12,6 @@ from tiny import tiny_pipeline
 import mole_diffusers as mole
 from benchmarks.hosts import inputs
 from mole_diffusers import functional
-from mole_diffusers.gates.families.constant import ConstantGate
-from mole_diffusers.gates.families.flow import FlowGate
-from mole_diffusers.gates.families.mole import MoLEGate
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.gating.gated_experts import GatedExperts
 
@@ -67,6 +64,14 @@ def whole_layers(monkeypatch):
 
     monkeypatch.setattr(GatedExperts, "linear", counted)
     return calls
+
+
+def asked(mixture):
+    """A list that grows by what a gate of a mixture reads, whenever one is asked."""
+    read = []
+    for gate in (gate for bank in mixture.banks.values() for gate in bank):
+        gate.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    return read
 
 
 @pytest.mark.parametrize("binding", [None, {"fox": ("a", "left"), "ink": ("b", "right")}], ids=["unbound", "bound"])
@@ -237,10 +242,9 @@ def test_texts_gates_strengths_and_weights_count_whenever_they_change(pipe, lora
         torch.testing.assert_close(after, fresh(), **CLOSE)
 
 
-def test_a_sum_is_evaluated_once_and_traced_at_every_step(pipe, loras, step, monkeypatch):
+def test_a_sum_is_evaluated_once_and_traced_at_every_step(pipe, loras, step):
     mixture = mole.attach(pipe, loras, "sum")
-    calls, forward = [], ConstantGate.forward
-    monkeypatch.setattr(ConstantGate, "forward", lambda *a: calls.append(0) or forward(*a))
+    calls = asked(mixture)
     with mixture.trace() as trace:
         first = step()
         once = len(calls)
@@ -269,10 +273,9 @@ class Schedule:
 
 
 @pytest.mark.parametrize("family", ["sum", *thorough("factors")])
-def test_under_a_schedule_gates_are_asked_when_its_strengths_change(pipe, loras, step, monkeypatch, family):
-    mixture, schedule, decided = mole.attach(pipe, loras, family), Schedule(), []
-    decide = GateSite._decide
-    monkeypatch.setattr(GateSite, "_decide", lambda *a: decided.append(0) or decide(*a))
+def test_under_a_schedule_gates_are_asked_when_its_strengths_change(pipe, loras, step, family):
+    mixture, schedule = mole.attach(pipe, loras, family), Schedule()
+    decided = asked(mixture)
     with mixture.planned(schedule):
         first = step()
         once = len(decided)
@@ -296,12 +299,10 @@ def test_what_an_interrupted_call_deferred_is_not_read_by_the_next(pipe, loras, 
     torch.testing.assert_close(pipe.unet(step.sample, torch.tensor(500), step.text)[0], wanted, **CLOSE)
 
 
-def test_gates_of_the_text_are_evaluated_when_it_changes(pipe, loras, awake, step, monkeypatch):
+def test_gates_of_the_text_are_evaluated_when_it_changes(pipe, loras, awake, step):
     """Against a copy of the text, which is new to them. The picture's gates are evaluated at every step."""
     mixture = awake(mole.attach(pipe, loras, "flow"))
-    read, forward = [], FlowGate.forward
-    monkeypatch.setattr(FlowGate, "forward", lambda gate, hidden, *a: read.append(hidden) or forward(gate, hidden, *a))
-
+    read = asked(mixture)
     changes = (
         lambda: step.text.mul_(2),
         lambda: awake(mixture, seed=1),
@@ -322,21 +323,20 @@ def test_gates_of_the_text_are_evaluated_when_it_changes(pipe, loras, awake, ste
         step(step.text)
 
 
-def test_gates_asked_at_every_second_step(pipe, loras, awake, draw, monkeypatch):
+def test_gates_asked_at_every_second_step(pipe, loras, awake, draw):
     mixture = awake(mole.attach(pipe, loras, "mole"))
-    asked, forward = [], MoLEGate.forward
-    monkeypatch.setattr(MoLEGate, "forward", lambda *a: asked.append(0) or forward(*a))
+    calls = asked(mixture)
 
     def weights(every, steps=5):
-        asked.clear()
+        calls.clear()
         with mixture.every(every), mixture.trace() as trace:
             picture = draw(pipe, num_inference_steps=steps)
         return picture, trace
 
     picture, each = weights(1)
-    whole = len(asked)
+    whole = len(calls)
     again, some = weights(2)
-    assert len(asked) < whole
+    assert len(calls) < whole
     place = next(p for p in some.sites if p.startswith("unet.") and "attentions" in p)
     table = some.weights(place)
     assert torch.equal(table[0], each.weights(place)[0])
