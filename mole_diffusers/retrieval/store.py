@@ -119,7 +119,7 @@ def entry_from_json(value: Mapping[str, Any]) -> LibraryEntry:
 FORMAT, VERSION = "mole_diffusers.retrieval", 1
 FOLDER = ".mole_library"
 ABOUT, VECTORS = f"{FOLDER}/index.json", f"{FOLDER}/index.safetensors"
-FIELD_TYPES = {"encoder": str, "cards": Sequence[Mapping[str, Any]], "skipped": Mapping[str, str]}  # of the JSON
+FIELD_TYPES = {"encoder": str, "entries": Sequence[Mapping[str, Any]], "skipped": Mapping[str, str]}  # of the JSON
 MAX_ABOUT = 256 << 20  # bytes of JSON; 10,000 entries of 20 captions take 15 MB
 PROBE = ("a photo of a person", "an animal in the snow", "drawing", "red and blue")
 PROBE_TOLERANCE = 0.02  # half precision and other devices stay far below it, other models far above
@@ -166,7 +166,7 @@ def save(folder: Path, index: Index) -> None:
             "version": VERSION,
             "encoder": index.encoder,
             "embeddings": read_safetensors(vectors).sha256,
-            "cards": [asdict(entry) for entry in index.entries],
+            "entries": [asdict(entry) for entry in index.entries],
             "skipped": index.skipped,
         }
         about.write_text(json.dumps(found, indent=1) + "\n")
@@ -203,7 +203,7 @@ def _checked(folder: Path, about: Any, vectors: TensorFile) -> Index:
         raise ValueError("its two files are not from the same run")
     about = {name: about.get(name) for name in FIELD_TYPES}
     check_kinds(about, FIELD_TYPES, "the index")
-    entries = tuple(entry_from_json(value) for value in about["cards"])
+    entries = tuple(entry_from_json(value) for value in about["entries"])
     for entry in entries:
         path_inside(folder, entry.file)
     if len({entry.name for entry in entries}) < len(entries):

@@ -33,21 +33,21 @@ def test_what_samples_share_counts_more_than_what_one_says():
 
 def test_top_k_equals_brute_force():
     generator = torch.Generator().manual_seed(0)
-    cards, queries = (F.normalize(torch.randn(n, 16, generator=generator), dim=-1) for n in (50, 4))
-    scores, best = similarity(queries, cards)
-    pairs = sorted(((max(float(q @ c) for q in queries), i) for i, c in enumerate(cards)), reverse=True)
+    loras, queries = (F.normalize(torch.randn(n, 16, generator=generator), dim=-1) for n in (50, 4))
+    scores, best = similarity(queries, loras)
+    pairs = sorted(((max(float(q @ c) for q in queries), i) for i, c in enumerate(loras)), reverse=True)
     assert top(scores, torch.ones(50, dtype=torch.bool), 5, 0.0) == [i for _, i in pairs[:5]]
     for i in range(50):
-        assert float(queries[best[i]] @ cards[i]) == pytest.approx(scores[i].item(), abs=1e-6)
+        assert float(queries[best[i]] @ loras[i]) == pytest.approx(scores[i].item(), abs=1e-6)
     assert top(scores, torch.ones(50, dtype=torch.bool), 50, pairs[2][0] - 1e-5) == [i for _, i in pairs[:3]]
 
 
 def test_adding_loras_leaves_the_other_scores_as_they_are():
     generator = torch.Generator().manual_seed(1)
-    cards, queries = (F.normalize(torch.randn(n, 768, generator=generator), dim=-1) for n in (3000, 3))
-    scores, _ = similarity(queries, cards)
+    loras, queries = (F.normalize(torch.randn(n, 768, generator=generator), dim=-1) for n in (3000, 3))
+    scores, _ = similarity(queries, loras)
     for n in (1, 2, 7, 100, 1025):
-        assert torch.equal(similarity(queries, cards[:n])[0], scores[:n])
+        assert torch.equal(similarity(queries, loras[:n])[0], scores[:n])
 
 
 # ---- retrieval

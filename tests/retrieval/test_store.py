@@ -154,8 +154,8 @@ class Deaf(WordEncoder):
         ),
         (lambda f: (f / store.ABOUT).write_text("[" * 100_000), WordEncoder(), "cannot be used: .* nested too deeply"),
         (lambda f: edit(f, embeddings="0"), WordEncoder(), "its two files are not from the same run"),
-        (lambda f: edit(f, cards=None), WordEncoder(), "cards of the index must be a list of names"),
-        (lambda f: edit(f, cards=[]), WordEncoder(), "fp32 matrices with 0 and 4 rows"),
+        (lambda f: edit(f, entries=None), WordEncoder(), "entries of the index must be a list of names"),
+        (lambda f: edit(f, entries=[]), WordEncoder(), "fp32 matrices with 0 and 4 rows"),
         (lambda f: edit_entry(f, file="../../etc/passwd"), WordEncoder(), "leads out of the folder"),
         (lambda f: edit_entry(f, file="/etc/passwd"), WordEncoder(), "leads out of the folder"),
         (lambda f: edit_entry(f, name="ink"), WordEncoder(), "two entries have one name"),
@@ -191,7 +191,7 @@ def edit(folder, **changes):
 
 def edit_entry(folder, **changes):
     about = json.loads((folder / store.ABOUT).read_text())
-    about["cards"][0].update(changes)
+    about["entries"][0].update(changes)
     (folder / store.ABOUT).write_text(json.dumps(about))
 
 
