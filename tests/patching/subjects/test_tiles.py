@@ -410,6 +410,8 @@ def test_a_third_lora_keeps_two_that_touch_in_one_picture(prompt):
     assert PromptThings(prompt, bound, list(bound)).contact is None
     style = {**bound, "ink": Bound(("ink",), AUTO)}
     assert PromptThings("ink drawing of a fox riding an owl", style, list(style)).contact is not None
+    said = PromptThings("a fox riding an owl, she smiles", bound, list(bound))
+    assert (said.contact, said.why_not_apart) == (None, "the prompt says 'she' of one of them")
 
 
 @pytest.mark.parametrize("regions", [None, ((0.0, 0.0, 0.45, 1.0), (0.55, 0.0, 1.0, 1.0)), ("left", "right")])
