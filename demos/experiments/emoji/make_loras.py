@@ -58,8 +58,7 @@ RECIPES = {  # ranks and layers are mixed, like in artists' files
     "doughnut": Recipe(rank=4),
     "tiger": Recipe(layers=(*WIDE, "convolution")),
     "koala": Recipe(rank=4),
-    "duotone": Recipe(text_lr=1e-3, steps=900),
-    "relief": Recipe(steps=900),
+    "duotone": Recipe(text_lr=1e-3),
     "thermal": Recipe(rank=4),
     "blueprint": Recipe(rank=4),
 }

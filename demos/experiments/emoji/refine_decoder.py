@@ -20,6 +20,7 @@ from encoder import patches
 from latents import draw_shape
 from loop import WORK, averaged, cosine, device, fit, mixed_precision, note, save_whole, small_attention, to_tensor
 from random_scenes import random_caption, random_picture
+from safetensors.torch import save_file
 from sampling import GUIDANCE, STEPS
 from train_autoencoder import BATCH, loss_of, pieces
 
@@ -119,7 +120,7 @@ def main() -> None:
     fit("refined", decoder, loss_at, steps=args.steps, lr=RATE, share=share)
     decoder.load_state_dict(averaged("refined"))
     note("refined decoder", before=before, after=fidelity(decoder, tried))
-    autoencoder.half().save_pretrained(train_base.BASE / "vae")
+    save_file(autoencoder.half().state_dict(), train_base.BASE / "vae" / "diffusion_pytorch_model.safetensors")
 
 
 if __name__ == "__main__":
