@@ -234,17 +234,18 @@ def test_a_page_that_is_opened_after_the_change_has_the_new_base(blocks, actions
     old[labels.index("Prompt")] = "a hat"
     old[labels.index("Sampler")] = "Euler"
     actions.bases.change("flux")(ignore)
-    fresh = dict(zip(labels, plain(enter)("", None)[1], strict=True))
+    page = type("Request", (), {"session_hash": "page"})()
+    fresh = dict(zip(labels, plain(enter)(page, "", None)[1], strict=True))
     assert (fresh["Base model"], fresh["Width"], fresh["Guidance (CFG scale)"]) == ("flux", 0, 3.5)
-    back = dict(zip(labels, plain(enter)("me", old)[1], strict=True))
+    back = dict(zip(labels, plain(enter)(page, "me", old)[1], strict=True))
     sizes = [back[name] for name in ("Width", "Height", "Guidance (CFG scale)")]
     assert (back["Base model"], back["Prompt"], back["Sampler"], sizes) == ("flux", "a hat", "Euler", [0, 0, 3.5])
     old[labels.index("Sampler")], old[labels.index("Gates")] = "DDIM", "gone"  # which Flux has not
-    again = plain(enter)("me", old)[1]
+    again = plain(enter)(page, "me", old)[1]
     assert again[labels.index("Gates")] == "auto"
     assert dict(zip(labels, again, strict=True)) == back | {"Sampler": "default"}
     old[labels.index("Base model")], old[labels.index("Sampler")], old[labels.index("Gates")] = "flux", "Euler", "auto"
-    again = dict(zip(labels, plain(enter)("me", old)[1], strict=True))
+    again = dict(zip(labels, plain(enter)(page, "me", old)[1], strict=True))
     assert again["Width"] == 48  # what was typed for it stays
 
 

@@ -333,7 +333,7 @@ def test_the_page_asks_each_time_what_becomes_of_gates_with_other_settings(block
         ((said, *_, asked, again),) = plain(event)(page, "me", *values)
         assert "with other settings: continue from them, or overwrite?" in said.replace("\\", "")
         assert (asked["visible"], again) == (True, "")
-    values[-4] = "continue"  # the answer: beside it are the given pictures, which a training has none of
+    values[-5] = "continue"  # the answer: beside it are the given pictures, which a training has none of
     ((said, *_, asked, again),) = plain(event)(page, "me", *values)
     assert "has no checkpoint yet" in said
     assert (asked["visible"], again) == (False, "")

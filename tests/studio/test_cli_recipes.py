@@ -68,9 +68,9 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     shown = plain(functions["load"])(str(tmp_path / "r.json"))
     at = [component.label for component in functions["load"].outputs].index("Width")
     assert shown[at : at + 2] == (0, 0)
-    beside = len(functions["script"].inputs) - 3  # the last inputs are the given pictures
+    beside = len(functions["script"].inputs) - 4  # the last inputs are the given pictures
     fields = [value_of(field) for field in shown[:beside]]
-    assert "width=128,\n    height=64," in plain(functions["script"])(*fields, None, None, None)[0]["value"]
+    assert "width=128,\n    height=64," in plain(functions["script"])(*fields, None, None, None, None)[0]["value"]
     assert "width=128,\n    height=64," in asyncio.run(functions["code"].fn({"prompt": prompt}))
 
 

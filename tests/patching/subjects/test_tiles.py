@@ -87,9 +87,10 @@ def test_a_lora_of_two_things_draws_each_in_a_tile(pipe, experts):
 
 
 def test_what_one_thing_has_draws_in_its_tile_alone(pipe, experts):
-    x, empty, prompt = noise(), empty_of(pipe, experts), "fox in a ink&hen"
+    experts = experts | {"ink": replace(experts["ink"], triggers=("cap",))}
+    x, empty, prompt = noise(), empty_of(pipe, experts), "fox in a cap&hen"
     assert len(pipe.tokenizer(prompt).input_ids) <= 16
-    fox = alone(pipe, experts, ["fox", "ink"], "fox in a ink", x[..., :8], empty)
+    fox = alone(pipe, experts, ["fox", "ink"], "fox in a cap", x[..., :8], empty)
     hat = alone(pipe, experts, ["hat"], "hen", x[..., 8:], empty)
     mole.attach(pipe, experts)
     with tiled(pipe, prompt, 1.0):
