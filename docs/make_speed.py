@@ -31,7 +31,8 @@ SHORT
 **No GPU was measured.** In each round every arm runs once and is divided by the base of that round; the page shows
 medians with quartiles. UNets have random weights, a batch of 2 (guidance), and N LoRAs on all attention layers, of rank
 16 unless a section says otherwise. They ran on one CPU thread, by the process's own time, on a machine that did other
-work, too. `python docs/make_speed.py --measure` measures all anew. A star is for an older version; for bound steps of
+work, too, but for dispatch, memory and times to a picture. `python docs/make_speed.py --measure` measures all anew.
+A star is for an older version; for bound steps of
 SD 1.5, which were measured on two threads by wall clock, a much older one.
 
 `set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates; `bound`
@@ -48,9 +49,7 @@ FLOOR = """
 The products of A and B alone are 0.018, 0.049 and 0.099 of a step of SD 1.5 at 256 pixels with 3, 8 and 16 LoRAs, by
 PyTorch's count of multiplications. Keys and values of the text are kept for the whole picture, which takes 7.7 MB in SD
 1.5 and 51.3 MB in SDXL in half precision: the peak of memory misses its goal by that, and with SDXL a step is below the
-base's for it. The version with the star also kept what every block's gate had decided: without that, the peak of 8 LoRAs
-in the narrow UNet at 256 pixels in bf16 is 2.0 MB over the base, not 5.1. Compiled by blocks, the base gets faster than
-what hooks and gates do between its blocks.
+base's for it. Compiled by blocks, the base gets faster than what hooks and gates do between its blocks.
 
 `attach(pipe, folder)` puts the ranks of all files of a folder into every layer; `mole draw` and the app attach those that
 the prompt names.
@@ -74,13 +73,16 @@ channels wide, at 64 pixels, with 16 tokens of text and LoRAs of rank 4. Operati
 |---|---|---|---|---|
 """
 SCALING = """
-![Cost of a step against the number of LoRAs, where a step is nearly all dispatch](speed.png)
+![Cost of such a step with LoRAs, ranks and pictures at once, as a share of the base's](speed.png)
+
+Curves have eight rounds, with 3 LoRAs where they are not counted. `set_adapters` grows with the number of LoRAs, a
+mixture hardly.
 """
 PICTURES = """
 ## Time to a picture
 
-CPU seconds with 3 LoRAs: a new process of `mole draw` on a tiny model beside one of a script with diffusers alone
-(`cold`).
+CPU seconds with 3 LoRAs and `mole` gates: 8 steps of SD 1.5 at 256 pixels in bf16, two rounds, and a new
+process of `mole draw` on a tiny model beside one of a script with diffusers alone (`cold`).
 
 | stage | diffusers | mixture | ratio |
 |---|---|---|---|
