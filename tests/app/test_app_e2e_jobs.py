@@ -59,7 +59,7 @@ def test_the_list_of_jobs_is_reordered_and_cancelled_one_by_one(any_width):
     for seed in ("5", "6"):
         page.type("#seed input", seed)
         page.click("#queue-more")
-        page.until(lambda seed=seed: titles()[-1] == f"a fox, seed {seed}, 16 pictures", WAIT)
+        page.until(lambda seed=seed: titles()[-1:] == [f"a fox, seed {seed}, 16 pictures"], WAIT)
     assert titles() == [f"a fox, seed {seed}, 16 pictures" for seed in (0, 5, 6)]
     page.click(".job .up")
     page.until(lambda: titles() == [f"a fox, seed {seed}, 16 pictures" for seed in (0, 6, 5)], WAIT)
