@@ -203,6 +203,9 @@ def hosts(pipe: Any) -> dict[str, nn.Module]:
     unet = denoiser(pipe)
     if getattr(pipe, "transformer_2", None) is not None:
         raise ValueError("a mixture acts in one denoiser, and this pipeline has two: transformer and transformer_2")
+    beside = record(unet).beside
+    if beside is not None and getattr(pipe, beside, None) is None:
+        raise ValueError(f"experts can act in a {type(unet).__name__} beside a {beside}, and {type(pipe).__name__} has none")
     if any(_fused(module) for module in unet.modules()):
         raise ValueError("the pipeline's q, k and v are fused, which LoRAs cannot reach; call unfuse_qkv_projections first")
     return models_of(pipe)

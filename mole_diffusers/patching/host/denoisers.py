@@ -116,6 +116,7 @@ class Denoiser:
         text_layers: the hidden states of text encoders that its pipelines make the text of.
         cropping: how a part of a picture is drawn as a picture of its own; None: nothing is drawn in tiles.
         oblong: name of the model's attribute with the number of `Blocks.oblong`.
+        beside: the part that its pipelines must have; others with this denoiser are of another model.
     """
 
     pure_noise: float
@@ -129,6 +130,7 @@ class Denoiser:
     text_layers: tuple[int, ...] = (-4, -3, -2, -1)
     cropping: type[Cropping] | None = None
     oblong: str | None = None
+    beside: str | None = None
 
 
 def _of_sample(read: Read, config: Any) -> GridSize:
@@ -264,7 +266,7 @@ RECORDS: Mapping[str, Denoiser] = {
         oblong="max_seq",
     ),
     "CosmosTransformer3DModel": Denoiser(  # of Anima
-        1, _of_frame, "text_embed_dim", Blocks(("attn1",), "cross", TEXT_LAYERS, masks_rows=True)
+        1, _of_frame, "text_embed_dim", Blocks(("attn1",), "cross", TEXT_LAYERS, masks_rows=True), beside="text_conditioner"
     ),
     "LTXVideoTransformer3DModel": Denoiser(
         1000, None, "caption_channels", Blocks(("attn1",), "cross", (*TEXT_LAYERS, "caption_projection"))

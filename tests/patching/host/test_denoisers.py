@@ -149,3 +149,13 @@ def test_a_class_without_a_record_is_refused():
     kind = diffusers.LTX2VideoTransformer3DModel
     with pytest.raises(ValueError, match=f"experts cannot act in a {kind.__name__}; known denoisers: UNet2DCondition"):
         record(kind.__new__(kind))
+
+
+@pytest.mark.shows("Pipelines")
+def test_a_pipeline_of_another_model_with_a_known_denoiser_is_refused(tmp_path):
+    """Cosmos' own pipelines have Anima's denoiser, but not its conditioner."""
+    pipe = hosts.anima()
+    lora = tiny_lora(pipe, tmp_path / "fox", ends=("to_q",))
+    pipe.text_conditioner = None
+    with pytest.raises(ValueError, match="in a CosmosTransformer3DModel beside a text_conditioner, and Anima.* has none"):
+        mole.attach(pipe, {"fox": lora})
