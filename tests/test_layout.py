@@ -1,6 +1,7 @@
 """Folders are stages of the flow, and a stage imports only from those above it."""
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -39,15 +40,23 @@ TORCH_ONLY = (
 )
 
 
+@cache
+def nodes(path):
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imports(path):
     """Dotted names that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    found = []
+    for node in nodes(path):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             folder = PACKAGE.parent.joinpath(*node.module.split("."))
             of_folder = node.module.startswith("mole_diffusers") and folder.is_dir()
-            yield from (f"{node.module}.{alias.name}" for alias in node.names) if of_folder else (node.module,)
+            found += [f"{node.module}.{alias.name}" for alias in node.names] if of_folder else [node.module]
+    return found
 
 
 def files(stage, folder=PACKAGE):
@@ -93,6 +102,24 @@ def test_maths_imports_torch_only():
         }  # torch-only themselves
         roots = {n.split(".")[0] for n in imports(PACKAGE / name) if n not in others}
         assert roots <= allowed, f"{name} imports {sorted(roots - allowed)}"
+
+
+def fields(kind):
+    """The names that a class declares in its body, and that its `__init__` sets."""
+    for node in kind.body:
+        if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
+            yield node.target.id
+        elif isinstance(node, ast.FunctionDef) and node.name in ("__init__", "__post_init__"):
+            targets = (
+                each for each in ast.walk(node) if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
+            )
+            yield from (each.attr for each in targets if isinstance(each.value, ast.Name) and each.value.id == "self")
+
+
+def test_no_class_has_more_than_ten_fields():
+    """But for a recipe, whose fields are the keys of its file, and the form of the page that shows it."""
+    kinds = [node for path in PACKAGE.rglob("*.py") for node in nodes(path) if isinstance(node, ast.ClassDef)]
+    assert {kind.name for kind in kinds if len(set(fields(kind))) > 10} == {"Recipe", "Form"}
 
 
 def test_one_file_touches_peft():

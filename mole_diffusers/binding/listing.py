@@ -216,9 +216,9 @@ def _kept(run: Sequence[Segment]) -> list[Segment]:
 
 def _tags(run: Sequence[Segment]) -> list[Segment]:
     """The items of a run without an "and": "a fox, an owl, night" has two. Each is a whole tag, with an article."""
-    things = [i for i, item in enumerate(run) if item.is_thing and item.is_bare]
+    things = [i for i, item in enumerate(run) if item.is_thing and item.noun.is_bare]
     items = list(run[things[0] : things[-1] + 1]) if things else []
-    is_list = all(item.is_bare and not item.is_clothing and (item.is_thing or item.is_noun) for item in items)
+    is_list = all(item.noun.is_bare and not item.is_clothing and (item.is_thing or item.is_noun) for item in items)
     return items if is_list and len(set(map(_name, (run[i] for i in things)))) == len(things) > 1 else []
 
 

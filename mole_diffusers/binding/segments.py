@@ -36,6 +36,7 @@ class NounPhrase:
     is_determined: bool = False  # by an article or the like
     is_mixed: bool = False  # of several experts' words, or with a "no"
     is_of: bool = False  # "a piece of fruit"
+    is_bare: bool = False  # an article and a noun, of which nothing is said before the next comma, "and" or the like
 
     @property
     def head(self) -> str:
@@ -69,7 +70,6 @@ class Segment:
     side: Side | None = None  # "on the left"
     is_said: bool = False  # all of it is said of what precedes: "holding a cup"
     is_introduced: bool = False  # a medium precedes: "a photo of a fox"
-    is_bare: bool = False  # an article and a noun, of which nothing is said
 
     @property
     def is_scenery(self) -> bool:
@@ -126,7 +126,7 @@ def segments_of(marks: Sequence[Mark]) -> list[Segment]:
     if now.noun.begin >= 0 or now.is_said:
         segments.append(now)
     for segment in segments:
-        segment.is_bare = segment.noun.is_determined and not (segment.said.marker or segment.noun.is_of)
+        segment.noun.is_bare = segment.noun.is_determined and not (segment.said.marker or segment.noun.is_of)
     return segments
 
 

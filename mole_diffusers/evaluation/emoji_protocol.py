@@ -117,7 +117,9 @@ class JudgeMetrics:
     def _apart(self, scene: emoji.Scene, images: Sequence[Image.Image]) -> list[bool | None]:
         if len(scene.subjects) == 1:
             return [None] * len(images)
-        maps = self.judge.subject_map(images)[:, [self.judge.subjects.index(s) for s in scene.subjects]]  # [B, k, h, w]
+        maps = self.judge.subject_map(images)[
+            :, [self.judge.words.subjects.index(s) for s in scene.subjects]
+        ]  # [B, k, h, w]
         likeliest, wide = maps.flatten(2).argmax(-1), maps.shape[-1]
         at = torch.stack([likeliest // wide, likeliest % wide], -1)  # [B, k, 2]: row and column
         far = (at[:, :, None] - at[:, None]).abs().amax(-1) >= NEAR  # [B, k, k]

@@ -69,7 +69,7 @@ class Activations:
             attach(self.pipe, {name: (running, strength)}, "sum", binding=None)
             prompts = list(self.prompts[name])
             generators = [torch.Generator().manual_seed(self.seed + i) for i in range(len(prompts))]
-            unguided = record(denoiser(self.pipe)).unguided
+            unguided = record(denoiser(self.pipe)).pipelines.unguided
             options = {"num_inference_steps": self.steps, "guidance_scale": unguided, "output_type": "latent", **self.call}
             try:
                 self.pipe(prompts, generator=generators, **options)
@@ -116,7 +116,7 @@ class RecordedTokens:
 
     def watch_encoders(self, models: Mapping[str, nn.Module], undo: Undo) -> None:
         for part in (part for part in models if part not in DENOISERS):
-            TextHook(part, self._encoded, self._record.text_layers, self._encodes).register(models[part], undo)
+            TextHook(part, self._encoded, self._record.pipelines.text_layers, self._encodes).register(models[part], undo)
 
     def _to_end(self, encoder: str, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [P, S] -> bool [P, S]: the tokens up to the end token, included."""

@@ -216,8 +216,30 @@ class Validation:
         object.__setattr__(self, "prompts", tuple(self.prompts))  # a file has a list
 
 
+@dataclass(frozen=True, kw_only=True)
+class GateUpdates(Updates):
+    """How an update changes gates.
+
+    Attributes:
+        lr: AdamW's peak learning rate. Default: for each gate, what moves its logits by at most 0.05 in an update.
+        schedule: name of a diffusers schedule for the learning rate.
+        warmup: number of first updates in which the rate grows.
+        weight_decay: AdamW's weight decay.
+        max_norm: clip gradients to this length; 0 does not clip.
+        ema: decay of an exponential moving average of the gates, which then draws pictures and is saved; 0 means none.
+            As in diffusers, update n decays by at most n / (n + 9), so 0.99 is reached at update 891.
+    """
+
+    lr: float | None = None
+    schedule: Schedule = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    max_norm: float = 1.0
+    ema: float = 0.0
+
+
 @dataclass(frozen=True)
-class GateTraining(Updates):
+class GateTraining(GateUpdates):
     """How gates are trained.
 
     Attributes:
@@ -227,13 +249,6 @@ class GateTraining(Updates):
         initial: the gates' weights before the first update. "uniform": equal weights. "scalars": the best weights per
             gate on the experts' own activations. "ssr": those nearest to SSR-Merge.
         drop: chance that each expert sits out an update, though never all of them (RAMoLE: 0.5).
-        lr: AdamW's peak learning rate. Default: for each gate, what moves its logits by at most 0.05 in an update.
-        schedule: name of a diffusers schedule for the learning rate.
-        warmup: number of first updates in which the rate grows.
-        weight_decay: AdamW's weight decay.
-        max_norm: clip gradients to this length; 0 does not clip.
-        ema: decay of an exponential moving average of the gates, which then draws pictures and is saved; 0 means none.
-            As in diffusers, update n decays by at most n / (n + 9), so 0.99 is reached at update 891.
         tracker: a tracker that Accelerate knows, "tensorboard" or "wandb". Default: none.
         validation: pictures to draw during training.
         width, height: pixels of the pictures of composed prompts. Default: the model's own size, which single prompts use.
@@ -242,12 +257,6 @@ class GateTraining(Updates):
     terms: Mapping[str, float | Mapping[str, Any]] = field(default_factory=lambda: {"single": 1.0, "composed": 1.0})
     initial: Initial = "uniform"
     drop: float = 0.0
-    lr: float | None = None
-    schedule: Schedule = "cosine"
-    warmup: int = 0
-    weight_decay: float = 0.0
-    max_norm: float = 1.0
-    ema: float = 0.0
     tracker: str | None = None
     validation: Validation = Validation()
     width: int | None = None

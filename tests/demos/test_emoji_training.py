@@ -10,7 +10,9 @@ from torch import nn
 
 from mole_diffusers import emoji_world
 from mole_diffusers.emoji import Drawings, default_folder, words
-from mole_diffusers.emoji.judge import Judge
+from mole_diffusers.emoji.judge import Judge, Words
+
+WORDS = Words(("fox", "owl", "bat", "pig", "ant"), ("ink", "noto"), ("white", "blue", "grey"), ("day", "night"))
 
 
 def test_the_base_learns_the_latents_that_the_autoencoder_gives(script):
@@ -108,9 +110,9 @@ def test_a_resumed_run_takes_the_same_step(script):
 
 def test_a_judge_is_saved_with_its_words(script, tmp_path):
     torch.manual_seed(0)
-    judge = Judge(["fox", "owl", "bat", "pig", "ant"], ["ink", "noto"], ["white", "blue", "grey"], ["day", "night"]).eval()
+    judge = Judge(WORDS).eval()
     script("train_judge").save(judge, tmp_path)
     again = Judge.load(tmp_path)
-    assert (again.subjects, again.styles, again.backgrounds) == (judge.subjects, judge.styles, judge.backgrounds)
+    assert {name: tuple(known) for name, known in again.words._asdict().items()} == WORDS._asdict()
     picture = [Image.new("RGB", (64, 64), "red")]
     assert torch.allclose(again.verdict(picture).subjects, judge.verdict(picture).subjects, atol=0.05)

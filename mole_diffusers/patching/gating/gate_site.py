@@ -59,11 +59,42 @@ THIS_CALL = Validity(None)
 
 
 @dataclass(eq=False)
-class KeptDecisions:
+class Decided:
     """Decisions of a gate, and the factors that were made of them, by what layers have in common."""
 
     decisions: list[Decision] = field(default_factory=list)
     factors: dict[tuple, torch.Tensor] = field(default_factory=dict)
+
+
+class KeptDecisions:
+    """What a gate has decided, as long as it holds.
+
+    Attributes:
+        now: what layers take.
+    """
+
+    def __init__(self) -> None:
+        self.now = Decided()
+        self._until: tuple | None = None
+        self._by_call: dict[tuple, Decided] = {}  # see `Validity.call`
+
+    def recall(self, validity: Validity) -> bool:
+        """Take what was decided before, if that still holds. Returns whether there is anything."""
+        if validity.until is None or validity.until != self._until:
+            self._until, self._by_call = validity.until, {}
+        found = self._by_call.get(validity.call)
+        self.now = self.now if found is None else found
+        return found is not None
+
+    def keep(self, validity: Validity, decisions: list[Decision]) -> None:
+        """Keep new decisions, of a validity that `recall` has seen."""
+        self.now = self._by_call[validity.call] = Decided(decisions)
+
+    def end(self) -> bool:
+        """Let go of what was decided for a single call. Returns whether it was."""
+        if self._until is None:
+            self.now, self._by_call = Decided(), {}
+        return self._until is None
 
 
 class GateSite(ABC):
@@ -98,9 +129,7 @@ class GateSite(ABC):
         self.name, self.gate, self.shared = name, gate, shared
         self.presents, self.timed, self.probe = tuple(presents), timed, probe
         self.index, self.scope = index, scope
-        self._decided = KeptDecisions()
-        self._kept_until: tuple | None = None
-        self._kept: dict[tuple, KeptDecisions] = {}  # by `Validity.call`
+        self.decided = KeptDecisions()
 
     # ---- evaluating
 
@@ -112,13 +141,10 @@ class GateSite(ABC):
             tokens: [B, T] bool, the tokens of a text that count.
         """
         validity = self._validity(hidden)
-        if validity.until is None or validity.until != self._kept_until:
-            self._kept_until, self._kept = validity.until, {}
-        if validity.call not in self._kept:
-            self._kept[validity.call] = KeptDecisions(self._decide(hidden, layer, tokens))
-        self._decided = self._kept[validity.call]
+        if not self.decided.recall(validity):
+            self.decided.keep(validity, self._decide(hidden, layer, tokens))
         for listener in self.shared.listeners.decisions.now:
-            for decision in self._decided.decisions:
+            for decision in self.decided.now.decisions:
                 listener(decision)
 
     def _validity(self, hidden: torch.Tensor) -> Validity:
@@ -251,10 +277,11 @@ class GateSite(ABC):
         masks = self.shared.effective.masks
         tokens = (layer.stream, x.shape[:2]) if masks is not None and masks.binds else ()  # PAG passes a part of the rows
         in_common = layer.ranks, low.dim(), low.shape[0], low.dtype, *tokens
-        if (factor := self._decided.factors.get(in_common)) is None:
+        factors = self.decided.now.factors
+        if (factor := factors.get(in_common)) is None:
             factor = self._new_factor(layer, x, low)
             if not factor.requires_grad:  # a checkpointed block that is computed again must save the same tensors
-                self._decided.factors[in_common] = factor
+                factors[in_common] = factor
         return factor
 
     def _new_factor(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
@@ -300,7 +327,7 @@ class GateSite(ABC):
 
     def _weights_of(self, layer: WeighedLayer, rows: int) -> torch.Tensor:
         """The weights of a layer's experts, [N] or [R], [B, ...] or [B, T, ...]; `rows` of the batch reach it."""
-        return next(d.applied for d in self._decided.decisions if d.present == layer.present)
+        return next(d.applied for d in self.decided.now.decisions if d.present == layer.present)
 
 
 class BlockSite(GateSite):
@@ -323,8 +350,8 @@ class BlockSite(GateSite):
 
     def end_block(self) -> None:
         """Let go of what was decided for this call alone: in large pictures, factors of each token take much memory."""
-        if self._kept_until is None:
-            self._decided, self._kept, self.rows = KeptDecisions(), {}, NEVER
+        if self.decided.end():
+            self.rows = NEVER
 
     def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
         super().evaluate(hidden, layer, tokens=tokens)
@@ -355,7 +382,7 @@ class OutputSite(GateSite):
         """The block is entered with `hidden` [B, T, C]. Its layers take weights by hand if there are any, or no expert."""
         if not self.mixes:
             self.evaluate(hidden)
-            self._taken = self._decided.decisions[0].applied
+            self._taken = self.decided.now.decisions[0].applied
             return
         weighed = self._weighed_experts(self.presents[0], hidden)
         self._acting = weighed.strengths * weighed.mask
@@ -375,7 +402,7 @@ class OutputSite(GateSite):
     def mixed(self, changes: torch.Tensor) -> torch.Tensor:
         """What each expert adds to the output, [N, B, T, C], times its gate, summed: [B, T, C]."""
         self.evaluate(torch.cat(list(changes), -1))
-        gates = self._decided.decisions[0].output.expand(changes.shape[1], -1)  # [B, N]
+        gates = self.decided.now.decisions[0].output.expand(changes.shape[1], -1)  # [B, N]
         return torch.einsum("bn,nbtc->btc", gates.to(changes.dtype), changes)
 
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
@@ -426,7 +453,7 @@ class ModelSite(GateSite):
 
     def restore_point(self) -> Callable[[Undo], None]:
         """A function that sets the weights back to those of now, until it is undone."""
-        return restore_point(self, "_decided")
+        return restore_point(self.decided, "now")
 
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
         self.evaluate_deferred()

@@ -56,7 +56,7 @@ class DenoiserInputs:
         """The noise level [B], 0..1, where 1 is pure noise."""
         sample = self.latents(args, kwargs)
         time = torch.as_tensor(self.timestep(args, kwargs), device=sample.device)
-        clean, pure_noise = self.record.clean, self.record.pure_noise
+        pure_noise, clean, *_ = self.record.pipelines
         time = time.amax(1) if time.dim() == 2 else time.reshape(-1)  # of each token, 0 in a picture that is given
         time = time.float().expand(sample.shape[0])
         return (time - clean if clean else time) / (pure_noise - clean)
@@ -124,7 +124,7 @@ def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | 
         return None
     perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
     groups = (False,) * bool(guided) + (True,) * (1 + perturbed)
-    if record(denoiser(pipe)).prompts_first:
+    if record(denoiser(pipe)).pipelines.prompts_first:
         groups = groups[::-1]
     return groups if repeats(latents, len(groups)) else None
 
@@ -203,7 +203,7 @@ def hosts(pipe: Any) -> dict[str, nn.Module]:
     unet = denoiser(pipe)
     if getattr(pipe, "transformer_2", None) is not None:
         raise ValueError("a mixture acts in one denoiser, and this pipeline has two: transformer and transformer_2")
-    beside = record(unet).beside
+    beside = record(unet).pipelines.beside
     if beside is not None and getattr(pipe, beside, None) is None:
         raise ValueError(f"experts can act in a {type(unet).__name__} beside a {beside}, and {type(pipe).__name__} has none")
     if any(_fused(module) for module in unet.modules()):

@@ -101,36 +101,46 @@ class Arguments(NamedTuple):
     text_before: str | None = None
 
 
+class Pipelines(NamedTuple):
+    """What the pipelines of a denoiser give it.
+
+    Attributes:
+        pure_noise, clean: the noise level of pure noise, and of a finished picture.
+        prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
+        unguided: the guidance scale that means no guidance.
+        text_layers: the hidden states of text encoders that the text is made of.
+        beside: the part that they must have; others with this denoiser are of another model.
+    """
+
+    pure_noise: float
+    clean: float = 0
+    prompts_first: bool = False
+    unguided: float = 1
+    text_layers: tuple[int, ...] = (-4, -3, -2, -1)
+    beside: str | None = None
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """What is special about one class.
 
     Attributes:
-        pure_noise, clean: what its pipelines pass as the noise level of pure noise, and of a finished picture.
+        pipelines: what its pipelines give it.
         side: height and width of the picture, from a call's arguments and the model's config; None if the call does not
             say it. Then nothing has a place. None instead of the function: nothing ever has one, and regions are refused.
         text_width: name in its config of the text's channels; those of several texts are alike.
         blocks: what they do with text and picture.
-        prompts_first: whether guidance puts the rows of prompts before those of negative prompts.
-        unguided: the guidance scale of its pipelines that means no guidance.
-        text_layers: the hidden states of text encoders that its pipelines make the text of.
         cropping: how a part of a picture is drawn as a picture of its own; None: nothing is drawn in tiles.
         oblong: name of the model's attribute with the number of `Blocks.oblong`.
-        beside: the part that its pipelines must have; others with this denoiser are of another model.
     """
 
-    pure_noise: float
+    pipelines: Pipelines
     side: Callable[[Read, Any], GridSize | None] | None
     text_width: str
     blocks: Blocks
     arguments: Arguments = Arguments()
-    clean: float = 0
-    prompts_first: bool = False
-    unguided: float = 1
-    text_layers: tuple[int, ...] = (-4, -3, -2, -1)
     cropping: type[Cropping] | None = None
     oblong: str | None = None
-    beside: str | None = None
 
 
 def _of_sample(read: Read, config: Any) -> GridSize:
@@ -184,7 +194,7 @@ def _of_pictures(read: Read, config: Any) -> GridSize | None:
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v")  # of a block with cross-attention: its keys and values
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "context_embedder")
 UNET = Denoiser(
-    1000,
+    Pipelines(1000),
     _of_sample,
     "cross_attention_dim",
     Blocks(("attn1",), "cross", TEXT_LAYERS),
@@ -193,7 +203,7 @@ UNET = Denoiser(
 )
 # In single blocks, which read text and picture, `proj_mlp` runs beside the attention, on the same input.
 FLUX = Denoiser(
-    1,
+    Pipelines(1),
     _of_ids,
     "joint_attention_dim",
     Blocks(("proj_mlp", "attn"), "text first", JOINT, joint=("single_transformer_blocks.",)),
@@ -202,21 +212,26 @@ RECORDS: Mapping[str, Denoiser] = {
     "UNet2DConditionModel": UNET,
     "UNetMotionModel": replace(UNET, blocks=replace(UNET.blocks, frames=("motion_modules",))),
     "SD3Transformer2DModel": Denoiser(
-        1000, _of_patches, "joint_attention_dim", Blocks(("attn",), "picture first", JOINT), cropping=SD3Cropping
+        Pipelines(1000),
+        _of_patches,
+        "joint_attention_dim",
+        Blocks(("attn",), "picture first", JOINT),
+        cropping=SD3Cropping,
     ),
     "FluxTransformer2DModel": replace(FLUX, cropping=FluxCropping),
-    "Flux2Transformer2DModel": replace(FLUX, text_layers=(9, 18, 27, 10, 20, 30)),  # of klein, and of dev
+    # The layers of klein, and of dev.
+    "Flux2Transformer2DModel": replace(FLUX, pipelines=Pipelines(1, text_layers=(9, 18, 27, 10, 20, 30))),
     "ChromaTransformer2DModel": FLUX,
     "LongCatImageTransformer2DModel": FLUX,
     "OvisImageTransformer2DModel": FLUX,
     "QwenImageTransformer2DModel": Denoiser(
-        1,
+        Pipelines(1),
         _of_shapes,
         "joint_attention_dim",
         Blocks(("attn",), "text first", (*JOINT, "txt_mod", "txt_mlp", "txt_in")),
     ),
     "ZImageTransformer2DModel": Denoiser(
-        0,
+        Pipelines(0, clean=1, prompts_first=True, unguided=0),
         _of_pictures,
         "cap_feat_dim",
         Blocks(
@@ -227,20 +242,16 @@ RECORDS: Mapping[str, Denoiser] = {
             multiple=32,
         ),
         Arguments("x", "cap_feats", "t"),
-        clean=1,
-        prompts_first=True,
-        unguided=0,
     ),
     "Lumina2Transformer2DModel": Denoiser(
-        0,
+        Pipelines(0, clean=1),
         _beside_texts_of_one_length,
         "cap_feat_dim",
         Blocks(("attn",), "text first", ("context_refiner", "caption_embedder"), joint=("layers.", "norm_out.")),
         Arguments(text_shown="encoder_attention_mask"),
-        clean=1,
     ),
     "Krea2Transformer2DModel": Denoiser(
-        1,
+        Pipelines(1),
         _of_both,
         "text_hidden_dim",
         Blocks(
@@ -252,7 +263,7 @@ RECORDS: Mapping[str, Denoiser] = {
         ),
     ),
     "HiDreamImageTransformer2DModel": Denoiser(
-        1000,
+        Pipelines(1000),
         _of_patches,
         "caption_channels",
         Blocks(
@@ -266,13 +277,16 @@ RECORDS: Mapping[str, Denoiser] = {
         oblong="max_seq",
     ),
     "CosmosTransformer3DModel": Denoiser(  # of Anima
-        1, _of_frame, "text_embed_dim", Blocks(("attn1",), "cross", TEXT_LAYERS, masks_rows=True), beside="text_conditioner"
+        Pipelines(1, beside="text_conditioner"),
+        _of_frame,
+        "text_embed_dim",
+        Blocks(("attn1",), "cross", TEXT_LAYERS, masks_rows=True),
     ),
     "LTXVideoTransformer3DModel": Denoiser(
-        1000, None, "caption_channels", Blocks(("attn1",), "cross", (*TEXT_LAYERS, "caption_projection"))
+        Pipelines(1000), None, "caption_channels", Blocks(("attn1",), "cross", (*TEXT_LAYERS, "caption_projection"))
     ),
     "WanTransformer3DModel": Denoiser(
-        1000,
+        Pipelines(1000),
         None,  # a token is of a few frames
         "text_dim",
         Blocks(

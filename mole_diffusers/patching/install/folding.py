@@ -49,7 +49,7 @@ def evaluate_gates(pipe: Any, components: Sequence[Component], prompt: str | Seq
     if components[0].family.mixes_outputs:
         raise ValueError("gates that weigh outputs of blocks cannot be folded: no weights of layers give the same")
     if components[0].family.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
-        call = {"guidance_scale": record(denoiser(pipe)).unguided, **call}
+        call = {"guidance_scale": record(denoiser(pipe)).pipelines.unguided, **call}
     if prompt is None or reads_nothing(components):
         for component in components:
             component.evaluate_input_free()

@@ -177,7 +177,7 @@ class Installation:
         # Where sampling is and what texts say: all others need it, also the gate of the denoiser as a whole.
         yield self.denoiser, StepHook(shared, self.is_off)
         for name, model in readers_of(self.pipe).items():
-            yield model, TextHook(name, shared.tokens, shared.inputs.record.text_layers, shared.on_text)
+            yield model, TextHook(name, shared.tokens, shared.inputs.record.pipelines.text_layers, shared.on_text)
         # Attention that is read or closed must not be compiled in this call.
         attention = joint_attention if shared.inputs.record.blocks.is_joint else cross_attention
         yield from attention.hooks(self.denoiser, shared)
