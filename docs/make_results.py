@@ -1,4 +1,5 @@
-"""Tables of success in the documents, from the verdicts in docs/results/ that the scripts of the world `--pack`.
+"""Tables of success in the documents, and the numbers of some sentences, from the verdicts in docs/results/ that the scripts
+of the world `--pack`.
 
     python docs/make_results.py
 
@@ -9,12 +10,15 @@ compositions and seeds.
 `<!-- kinds: SPLIT; ARM / ARM / ...; N seeds -->`: the shares, a row per kind, and how many successes of the last arm also
 show a subject that nobody asked for.
 `<!-- ladder: N, N, ... updates -->`
+
+`SENTENCES` are those whose numbers are counted.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import comb
 from pathlib import Path
 
 import pandas as pd
@@ -43,9 +47,23 @@ IN_WORDS = {  # kind of composition -> what a reader of the counts is told
     "two subjects + style": "two subjects in a style",
     "three subjects + style": "three subjects in a style",
     "contact": "two subjects that touch",
-    "two subjects, close": "two subjects, with less room than the model is used to",
-    "two subjects on paper": "two subjects on plain paper",
+    "two subjects, close": "two subjects with little room",
+    "two subjects on paper": "two subjects on a plain background",
 }
+TOLD_THE_PROMPT = (
+    *("freefuse", "masked blend", "regmean", "ssr", "ties", "np"),
+    *("switch", "w-switch, short turns", "w-composite", "composite", "svd"),
+)
+TOLD_THE_PLACES = ("masked blend, given places", "regional prompts", "isolation until half")
+SENTENCES = (
+    "are right in {hard} of {of_hard} pictures, three in {three} of {of_three}.",
+    "Of these {all_hard} right ones, {with_more} also show",
+    "Of {others} that know the prompt alone, the best, FreeFuse, is right in {freefuse} of {cases} pictures",
+    "tiles in {tiles}. With a second seed, which the others lack, tiles are right in {tiles_again}",
+    "Of others that are told the places, the best is right in {told} of {cases}, our binding in {told_ours}",
+    "the plain sum is right in {sum} of {cases}, bound in {bound}, tiles in {tiles} (in {tiles_again} with the second seed)",
+    "tiles alone are right in {won} compositions, FreeFuse alone in {lost}: exact McNemar p = {p}",
+)
 
 
 def verdicts(name: str) -> pd.DataFrame:
@@ -89,7 +107,7 @@ def counts(asked: str) -> str:
         right = [own.loc[own["arm"] == arm, "success"] for arm in arms]
         cells = [f"{each.sum()} of {len(each)}" if len(each) else "not drawn" for each in right]
         body.append([IN_WORDS.get(str(kind), str(kind)), str(own["case"].nunique()), *cells])
-    return markdown(["the prompt asks for", "compositions", *arms], body)
+    return markdown(["the prompt asks for", "prompts", *arms], body)
 
 
 def kinds(asked: str) -> str:
@@ -119,14 +137,51 @@ def ladder(asked: str) -> str:
     return markdown(["arm", "free to learn", "untrained", *(f"{count} updates" for count in columns[1:])], body)
 
 
+def numbers() -> dict[str, str]:
+    """What `SENTENCES` count. Raises ValueError if FreeFuse is not the best of the others."""
+    rows = verdicts("test")
+    shown = rows[rows["arm"] == "tiles"]
+    hard = shown[shown["kind"].isin(["contact", "two subjects, close"])]
+    three = shown[shown["kind"].str.startswith("three")]
+    right = pd.concat([hard, three]).query("success")
+    two = rows[rows["kind"] == "two subjects"].pivot(index="case", columns=["seed", "arm"], values="success")
+    first, second = (two[seed] for seed in sorted(rows["seed"].unique()))
+    best = first[[*TOLD_THE_PROMPT]].sum()
+    if best["freefuse"] < best.max():
+        raise ValueError(f"the best of the others is {best.idxmax()}")
+    won, lost = (first["tiles"] > first["freefuse"]).sum(), (first["freefuse"] > first["tiles"]).sum()
+    tail = sum(comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
+    counted = {
+        **{"hard": hard["success"].sum(), "of_hard": len(hard), "three": three["success"].sum(), "of_three": len(three)},
+        **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(TOLD_THE_PROMPT), "cases": len(first)},
+        **{"freefuse": best["freefuse"], "told": first[[*TOLD_THE_PLACES]].sum().max(), "won": won, "lost": lost},
+        **{"told_ours": first["words and given places"].sum(), "tiles_again": second["tiles"].sum()},
+        **{arm: first[arm].sum() for arm in ("sum", "bound", "tiles")},
+        "p": f"{min(1.0, 2 * tail):.3f}".removeprefix("0"),
+    }
+    return {name: str(count) for name, count in counted.items()}
+
+
+def said(sentence: str, counted: Mapping[str, str], text: str) -> str:
+    """A document with the numbers of a sentence made anew, if it has the sentence; where its lines end does not matter."""
+    words = re.split(r"{\w+}", sentence)
+    found = re.search(r"(\.?\d+)".join(r"\s+(?:> +)?".join(map(re.escape, part.split(" "))) for part in words), text)
+    for place, name in reversed([*enumerate(re.findall(r"{(\w+)}", sentence), 1)]) if found else ():
+        text = text[: found.start(place)] + counted[name] + text[found.end(place) :]
+    return text
+
+
 def page(text: str) -> str:
-    """A document with its tables made anew."""
+    """A document with its tables and sentences made anew."""
     tables = {"success": success, "counts": counts, "kinds": kinds, "ladder": ladder}
 
     def made(found: re.Match[str]) -> str:
         after = "" if found[3] else "\n"  # a table that was there has its empty line after it
         return f"<!-- {found[1]}: {found[2]} -->\n\n{tables[found[1]](found[2])}\n{after}"
 
+    counted = numbers()
+    for sentence in SENTENCES:
+        text = said(sentence, counted, text)
     return TABLE.sub(made, text)
 
 

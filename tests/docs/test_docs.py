@@ -10,6 +10,7 @@ from pkgutil import resolve_name
 
 import pytest
 from PIL import Image
+from scipy.stats import binomtest
 from tiers import thorough
 from typer import BadParameter
 
@@ -57,6 +58,29 @@ def test_a_success_is_the_share_of_pictures_that_were_judged_right():
     assert cell(table, "two subjects", "bound") == cell(RESULTS["success"]("test; bound; 2 seeds"), "bound", "two subjects")
     less = f"{shares['bound'] - shares['sum']:.2f}"
     assert cell(RESULTS["success"]("test; bound; 1 seeds; less sum"), "bound", "two subjects") == less
+
+
+def test_sentences_say_what_was_judged():
+    """Each is in a page, and its numbers are those of the file's rows."""
+    counted = RESULTS["numbers"]()
+    text = "\n".join(path.read_text() for path in WITH_TABLES)
+    for sentence in RESULTS["SENTENCES"]:
+        assert RESULTS["said"](sentence, counted, text) == text
+        assert RESULTS["said"](sentence, dict.fromkeys(counted, "7777"), text) != text, sentence
+    with gzip.open(DOCS / "results" / "test.csv.gz", "rt") as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] in ("tiles", "freefuse")]
+    right = {(row["kind"], row["concepts"], row["seed"], row["arm"]): row["success"] == "1" for row in rows}
+    pairs = [(right[(*of, "tiles")], right[(*of, arm)]) for *of, arm in right if arm == "freefuse"]
+    alone = [sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)]
+    assert [counted[name] for name in ("cases", "freefuse", "won", "lost")] == [
+        str(number) for number in (len(pairs), sum(b for _, b in pairs), *alone)
+    ]
+    assert f"{binomtest(alone[0], sum(alone)).pvalue:.3f}" == f"0{counted['p']}"
+    hard = [row for row in rows if row["kind"] in ("contact", "two subjects, close")]
+    three = [row for row in rows if row["kind"].startswith("three")]
+    more = [row["another"] == "True" for row in hard + three if row["success"] == "1"]
+    assert (counted["all_hard"], counted["with_more"]) == (str(len(more)), str(sum(more)))
+    assert (counted["of_hard"], counted["of_three"]) == (str(len(hard)), str(len(three)))
 
 
 def cell(table, row, column):
@@ -159,7 +183,8 @@ def test_pictures_are_small():
 def test_every_command_of_a_page_is_one_that_mole_takes(page):
     """Also those that tests do not run, since they need files or machines of the reader's own."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    lines = [line for language, block in fenced if language in ("", "sh", "bash", "text") for line in joined(block)]
+    fenced = [(language, block.replace("\\", "/") if language == "bat" else block) for language, block in fenced]
+    lines = [line for language, block in fenced if language in ("", "sh", "bash", "text", "bat") for line in joined(block)]
     for words in (shlex.split(command, comments=True) for line in lines for command in line.split("&&")):
         if words and words[0].rpartition("/")[2] == "mole":
             name, *given = words[1:]
