@@ -1,4 +1,4 @@
-"""Hooks on a UNet's cross-attention: they read how much attention words get, and close words outside their region.
+"""Hooks on cross-attention (UNets, Anima): they read how much attention words get, and close words outside their region.
 
 These are hooks, since other tools replace processors (IP-Adapter, attention slicing), and every processor takes a mask.
 """
@@ -22,7 +22,7 @@ MAP_TOKENS = 256  # maps are read in layers with about this many tokens: 16 x 16
 
 
 def hooks(model: Any, shared: SharedState) -> Iterator[tuple[nn.Module, ForwardHook]]:
-    """Hooks for every cross-attention of a UNet, and for the UNet, whose compiled blocks cannot be read."""
+    """Hooks for every cross-attention of a model, and for the model, whose compiled blocks cannot be read."""
     reading = map_layers(model)
     around = [
         module for name, module in model.named_modules() if any(each.startswith(f"{name}.") for each in reading if name)
@@ -33,7 +33,7 @@ def hooks(model: Any, shared: SharedState) -> Iterator[tuple[nn.Module, ForwardH
 
 
 def cross_attentions(model: Any) -> dict[str, Attention]:
-    """The cross-attentions of a UNet by their names."""
+    """The cross-attentions of a model by their names."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -42,8 +42,13 @@ def cross_attentions(model: Any) -> dict[str, Attention]:
 
 
 def map_layers(model: Any) -> list[str]:
-    """The cross-attentions whose maps are read: those with the number of tokens nearest to MAP_TOKENS."""
-    sizes = {name: tokens_of(name, model) for name in cross_attentions(model)}
+    """The cross-attentions whose maps are read: in a UNet those with the number of tokens nearest to MAP_TOKENS, in a
+    transformer, which has the same number everywhere, those in the middle half of the blocks.
+    """
+    names = list(cross_attentions(model))
+    if not hasattr(model.config, "block_out_channels"):
+        return names[len(names) // 4 : max(1, 3 * len(names) // 4)]
+    sizes = {name: tokens_of(name, model) for name in names}
     nearest = min((abs(math.log(size / MAP_TOKENS)) for size in sizes.values() if size), default=0.0)
     return [name for name, size in sizes.items() if size and abs(math.log(size / MAP_TOKENS)) == nearest]
 
@@ -88,6 +93,8 @@ class CrossAttention(ForwardHook):
 def _probabilities(attention: Any, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """What the model without experts attends to, mean over heads: hidden [B, T, C] and text [B, S, D] -> [B, T, S]."""
     to_q, to_k = (getattr(layer, "base_layer", layer) for layer in (attention.to_q, attention.to_k))
-    query, key = (attention.head_to_batch_dim(x) for x in (to_q(hidden), to_k(text)))
+    query, key = (attention.head_to_batch_dim(x) for x in (to_q(hidden), to_k(text)))  # [B heads, T or S, D]
+    if attention.norm_q is not None:
+        query, key = attention.norm_q(query), attention.norm_k(key)
     scores = attention.get_attention_scores(query, key)  # [B heads, T, S]
     return scores.unflatten(0, (len(hidden), -1)).mean(1)

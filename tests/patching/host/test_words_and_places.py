@@ -157,7 +157,8 @@ def test_a_given_region_reaches_the_embedder_of_z_image(tmp_path):
 
 
 @pytest.mark.usefixtures("decided")
-@pytest.mark.parametrize("drawn", thorough(*(name for name in LAST if name != "anima")), indirect=True)
+@pytest.mark.parametrize("drawn", ["qwen", *thorough(*(name for name in LAST if name != "qwen"))], indirect=True)
+@pytest.mark.shows("Words and places")
 def test_things_of_a_list_get_places_from_attention(drawn):
     pipe, options, files = drawn
     mixture = mole.attach(pipe, files, "sum", binding={"fox": "fox", "owl": "owl"})
@@ -216,6 +217,27 @@ def test_words_are_closed_outside_of_their_regions_in_anima(drawn):
     wanted[:, :4, tokens.index("w") - 1 : tokens.index("w") + 2] = -bound_text.CLOSING
     assert masks.kept
     assert all(torch.equal(mask, wanted.flatten(0, 1)[None, None]) for mask in masks.kept)
+
+
+@pytest.mark.parametrize("drawn", ["anima"], indirect=True)
+def test_maps_in_anima_are_what_it_attends_to(drawn, tmp_path):
+    """Of the first of its two blocks, which this LoRA does not change."""
+    pipe, options, _ = drawn
+    file = tiny_lora(pipe, tmp_path / "last", ends=("1.ff.net.2",))
+    mixture = mole.attach(pipe, {"fox": file, "owl": file}, "sum", binding={"fox": "fox", "owl": "owl"})
+    attention = pipe.transformer.transformer_blocks[0].attn2
+    heard = []
+    for norm in (attention.norm_q, attention.norm_k):
+        norm.register_forward_hook(lambda _, args, out: heard.append(out) if out.shape[1] == attention.heads else None)
+    with mixture.trace(maps=True) as trace, pytest.warns(UserWarning, match="no places of their own"):
+        hosts.draw(pipe, options, PROMPT, steps=1)
+    (query, *_), (key, *_) = heard[:2]  # [heads, T or S, D]
+    shares, tokens = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean(0), tokens_of("anima", pipe)
+    for name in ("fox", "owl"):
+        start = next(i for i in range(len(tokens)) if tokens[i : i + len(name)] == list(name))
+        wanted = shares[:, start : start + len(name)].mean(1).reshape(8, 8)
+        wanted = (wanted - wanted.min()) / (wanted.max() - wanted.min())
+        torch.testing.assert_close(trace.maps[0][0][name], wanted, atol=1e-4, rtol=0)
 
 
 def test_prompts_of_several_lengths_have_no_places_in_lumina_2(tmp_path):
