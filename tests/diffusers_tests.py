@@ -1,6 +1,6 @@
 """diffusers' own LoRA tests on the drop-in pipelines.
 
-    python tests/diffusers_tests.py FOLDER sd sdxl sd3 flux qwenimage z_image wan ltx_video
+    python tests/diffusers_tests.py FOLDER sd sdxl sd3 flux flux2 qwenimage z_image krea2 lumina2 wan ltx_video
 
 FOLDER is `tests` of a checkout of diffusers. A family is a file lora/test_lora_layers_FAMILY.py there. The tests need
 `parameterized` and `requests-mock`. They open tiny models of the hub, which are made here with random weights instead. With
@@ -21,6 +21,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    GemmaConfig,
+    GemmaForCausalLM,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     T5Config,
@@ -48,7 +50,7 @@ def t5_words():
 def make_models(folder):
     """Write every model and tokenizer that the tests name, where `from_pretrained` finds them by these names."""
     torch.manual_seed(0)
-    words, qwen = clip_words(), hosts.letters()
+    words, qwen, (_, gemma) = clip_words(), hosts.letters(), hosts.gemma()
     shape = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 5}
     ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
     clip = CLIPTextConfig(**shape, **ids, vocab_size=1000, projection_dim=32)
@@ -58,6 +60,7 @@ def make_models(folder):
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
     eye = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     vision = Qwen2_5_VLConfig(text_config=size | rope, vision_config=eye)
+    small = GemmaConfig(**size | {"hidden_size": 8, "vocab_size": len(gemma)}, head_dim=4)
     for name, parts in {
         "peft-internal-testing/tiny-clip-text-2": (words, CLIPTextModelWithProjection(clip)),
         "hf-internal-testing/tiny-random-clip": (words,),
@@ -66,6 +69,9 @@ def make_models(folder):
         "hf-internal-testing/tiny-random-t5": (t5_words(), T5EncoderModel(t5)),
         "hf-internal-testing/tiny-random-Qwen25VLForCondGen": (qwen, Qwen2_5_VLForConditionalGeneration(vision)),
         "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration": (qwen,),
+        "hf-internal-testing/tiny-mistral3-diffusers": hosts.mistral(width=16),
+        "hf-internal-testing/dummy-gemma": (gemma,),
+        "hf-internal-testing/dummy-gemma-diffusers": (GemmaForCausalLM(small),),
     }.items():
         for part in parts:
             part.save_pretrained(folder / name)

@@ -153,14 +153,14 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1, vocab_size=len(words))).eval(), words
 
 
-def mistral():
+def mistral(width=8):
     """Mistral's encoder, its processor and template, with a token for each byte.
 
     The states after its layers 10, 20 and 30 are the text.
     """
     marks = ["<pad>", "<s>", "</s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"]
     words = by_bytes(*marks, "[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 31, "num_attention_heads": 2, "head_dim": 4}
+    shape = {"hidden_size": width, "intermediate_size": 8, "num_hidden_layers": 31, "num_attention_heads": 2, "head_dim": 4}
     size = {"num_key_value_heads": 1, "vocab_size": len(words)}
     eye = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
     config = Mistral3Config(
