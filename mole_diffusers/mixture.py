@@ -18,7 +18,6 @@ from mole_diffusers.binding.config import Bound, bindings, files_bindings
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.binding.who_acts import Explanation
-from mole_diffusers.binding.words import ThingKey
 from mole_diffusers.gates import FAMILIES, GateBank, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
@@ -44,21 +43,12 @@ from mole_diffusers.patching.host.denoiser_inputs import (
     tokenizers_of,
 )
 from mole_diffusers.patching.host.offloading import loaded
+from mole_diffusers.patching.install import folding
 from mole_diffusers.patching.install.component import Component
-from mole_diffusers.patching.install.folding import (
-    Averages,
-    Folded,
-    evaluate_gates,
-    folded,
-    one_lora,
-    reads_nothing,
-    truncated,
-)
 from mole_diffusers.patching.install.installation import Installation, held, installed, remove
-from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
-from mole_diffusers.patching.subjects.apart import draws_in_tiles, explain, things_for_tiles
-from mole_diffusers.patching.subjects.things import PLACE_SOURCES, UNTIL, Encode, PictureCall, Tiling
-from mole_diffusers.patching.subjects.tiles import Tiles
+from mole_diffusers.patching.install.one_call import OneCall
+from mole_diffusers.patching.subjects.apart import draws_in_tiles, explain
+from mole_diffusers.patching.subjects.things import UNTIL, Encode, Tiling
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
@@ -301,61 +291,14 @@ class Mixture:
             now = attached(self._pipe)
             block: AbstractContextManager[None] = nullcontext()  # it was taken off while this call waited
             if now is not None:  # or replaced
-                block = self._one_call(call, pipe) if now is self else now.drawing(call, pipe=pipe)
+                block = self._running(call, pipe) if now is self else now.drawing(call, pipe=pipe)
             with block:
                 yield
 
-    @contextmanager
-    def _one_call(self, call: Mapping[str, Any] | None, pipe: Any) -> Iterator[None]:
+    def _running(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
         """A call of the pipeline that this mixture is on."""
-        shared, binding, is_done = self._shared, self._settings.binding.now, False
-        changes: list[Change[Any]] = [shared.step.pipe.to(pipe)]
-        if self._installation.is_off(lora_scale(call or {})):  # nothing that belongs to experts acts without them
-            changes += [self._settings.binding.to(None), self._settings.tiling.to(Tiling(0))]
-        if binding is not None:
-            binding.begin()
-        try:
-            with shared.changed_while(*changes), self._way_to_draw(call, pipe):
-                yield
-            is_done = True
-        finally:
-            shared.entered.leave()
-            shared.kept_text.end()
-            for hears in shared.listeners.layouts.now:
-                hears(self.layouts)
-            if binding is not None:
-                binding.end(warns=is_done and shared.effective.masks is binding)
-
-    def _way_to_draw(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
-        """A block in which the things of a call are drawn in tiles where there is room, or are first found in a given
-        picture; or neither. Whether there is room is known once the denoiser gets its latents.
-        """
-        settings = self._settings
-        masks, tiling = settings.binding.now, settings.tiling.now
-        if masks is None and tiling.always and tiling.until:
-            masks = self._masks(self.file_words)
-        # Weights by hand hold everywhere, and rows of sets belong to other prompts.
-        if call is None or masks is None or settings.fixed.now is not None or settings.rows.now is not None:
-            return nullcontext()
-        read = PictureCall(pipe, tiling, call, masks.bound, self._acting)
-        set_places = partial(self._set_places, masks)
-        if tiling.until and (things := things_for_tiles(read)) is not None:
-            return Tiles(read, things, alone=self._alone, set_places=set_places).drawn()
-        unheard = partial(self._alone, is_heard=False)
-        found = (source(read, alone=unheard, set_places=set_places) for source in PLACE_SOURCES)
-        return next((placing for placing in found if placing is not None), nullcontext())
-
-    def _alone(self, names: Sequence[str], *, is_heard: bool = True) -> AbstractContextManager[None]:
-        """Only these experts, on every word, for calls of the denoiser that are parts of a step, or that draw nothing."""
-        changes: list[Change[Any]] = [self._shared.step.alone.to(tuple(name in names for name in self.experts))]
-        if not is_heard:
-            changes.append(self._shared.listeners.decisions.to(()))
-        return self._changed_while(*changes)
-
-    def _set_places(self, masks: TokenMasks, places: Mapping[ThingKey, torch.Tensor]) -> bool:
-        done = masks.set_places(places)
-        self._shared.effective.changed()
-        return done
+        is_off, masks = self._installation.is_off(lora_scale(call or {})), partial(self._masks, self.file_words)
+        return OneCall(self._shared, list(self.experts), pipe, call).running(is_off=is_off, masks_of_files=masks)
 
     def weighed(self) -> dict[str, tuple[Expert, float]]:
         """name -> (expert, strength), as `attach` takes them."""
@@ -422,7 +365,8 @@ class Mixture:
             if self._installation.embeddings:
                 warnings.warn("folded experts are without the words that their files trained embeddings of", stacklevel=3)
             layers, _ = self._one_lora(prompt, call)
-            with self._changed_while(self._settings.folded.to(True)), self.lifted(), folded(self._components, layers):
+            folded = self._settings.folded.to(True)
+            with self._changed_while(folded), self.lifted(), folding.folded(self._components, layers):
                 yield
 
     def export_lora(
@@ -455,7 +399,7 @@ class Mixture:
         """
         (layers, acting), error = self._one_lora(prompt, call), 0.0
         if rank is not None:
-            layers, error = truncated(layers, rank)
+            layers, error = folding.truncated(layers, rank)
         about = {"mole.experts": ", ".join(self.experts), "mole.relative_error": f"{error:.3g}"}
         words = [own.words for own in own_words(self.experts).values()]
         about |= trigger_phrase([word for i in sorted(acting) for word in words[i]])
@@ -463,8 +407,8 @@ class Mixture:
         write_lora(layers, path, format=format, dtype=dtype, metadata=about, embeddings=trained)
         return error
 
-    def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> tuple[Folded, set[int]]:
-        averages = Averages()
+    def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> tuple[folding.Folded, set[int]]:
+        averages = folding.Averages()
         if self.is_bound:
             warnings.warn(FOLDED, stacklevel=4)
         heard = self._shared.listeners.decisions
@@ -472,10 +416,10 @@ class Mixture:
         if prompt is None:
             changes.append(self._settings.binding.to(None))
         with self._lock.held(), self._changed_while(*changes):
-            if prompt is not None and not reads_nothing(self._components):
+            if prompt is not None and not folding.reads_nothing(self._components):
                 self._installation.check_on()
-            evaluate_gates(self._pipe, self._components, prompt, **call)
-            return one_lora(self._components, averages.weights)
+            folding.evaluate_gates(self._pipe, self._components, prompt, **call)
+            return folding.one_lora(self._components, averages.weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card. Returns the commit's address.

@@ -4,9 +4,11 @@ host/ knows what differs between models, gating/ acts while sampling, install/ p
 subjects/ draws the things of a prompt apart. One step of a bound picture, in the order of the call:
 
     install/pipeline_calls.py     `pipe(prompt)` gets here first: its class has become a subclass, whose calls run inside of
-    mixture.Mixture.drawing       other threads wait (install/pipeline_lock.py); is it drawn in tiles?
-    gating/token_masks.py         a text encoder reads the prompt: which expert acts on which token, and who is silent
-    gating/shared_state.py        `StepHook`: the denoiser is called; noise level and text are noted before a gate is asked
+    mixture.Mixture.drawing       a lock of the denoiser (install/pipeline_lock.py): other threads wait
+    install/one_call.py           `OneCall.running`: what begins and ends with the call; is it drawn in tiles?
+    gating/token_masks.py         `on_text`: a text encoder reads the prompt; which expert acts on which token, who is silent
+    gating/shared_state.py        `StepHook`: the denoiser is called; noise level and text are noted, then
+                                  `TokenMasks.on_denoiser` does for its text what `on_text` does, before a gate is asked
     binding/picture_layout.py     `decide`: from the second step on, each thing has a place, where its words were attended
     gating/bound_text.py          `place` and `mask`: the masks of words and places that layers take, and what is closed
     install/gate_inputs.py        `MoLEAttnProcessor`: a block begins, and what enters its attention goes to its gate
@@ -19,5 +21,10 @@ Beside it:
     host/denoisers.py             `RECORDS`: everything that is special about a class of denoisers
     install/installation.py       on and off; `_hooks` has the order in which hooks run
     undo.py                       how each change is taken back
+    gating/settings.py            what the user set; `Setting.now` is the value that holds, in or outside of a `with` block
+    gating/prompt_tokens.py       which tokens the states that the denoiser reads were made of
+    gating/joint_attention.py     the same where a model attends to text and picture together (SD 3, Flux)
+    gating/kept_text.py           what layers make of a text that comes again in the next step
+    subjects/apart.py             which things of a prompt are drawn in tiles, and why not
     subjects/tiles.py             the steps in which the denoiser is called for each thing
 """

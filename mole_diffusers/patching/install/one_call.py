@@ -1,0 +1,93 @@
+"""One call of a pipeline with a mixture on it: what begins and ends with it, and how the things of its prompt are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from mole_diffusers.binding.words import ThingKey
+from mole_diffusers.patching.gating.settings import Change
+from mole_diffusers.patching.gating.shared_state import SharedState
+from mole_diffusers.patching.gating.token_masks import TokenMasks
+from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
+from mole_diffusers.patching.subjects.apart import things_for_tiles
+from mole_diffusers.patching.subjects.things import PLACE_SOURCES, PictureCall, Tiling
+from mole_diffusers.patching.subjects.tiles import Tiles
+
+
+@dataclass(frozen=True)
+class OneCall:
+    """A call of a pipeline.
+
+    Attributes:
+        names: the experts, in the order of the gates' columns.
+        pipe: the pipeline that is called.
+        given: the arguments of the call; None in a denoising loop of the user's own.
+    """
+
+    shared: SharedState
+    names: Sequence[str]
+    pipe: Any
+    given: Mapping[str, Any] | None
+
+    @contextmanager
+    def running(self, *, is_off: bool, masks_of_files: Callable[[], TokenMasks | None]) -> Iterator[None]:
+        """The block that the call runs in, while other threads wait.
+
+        Args:
+            is_off: whether the pipeline has switched all experts off. Nothing that belongs to them acts without them.
+            masks_of_files: the masks of the words of the experts' files, for tiles of a mixture that is not bound.
+        """
+        shared, binding, is_done = self.shared, self.shared.settings.binding.now, False
+        changes: list[Change[Any]] = [shared.step.pipe.to(self.pipe)]
+        if is_off:
+            changes += [shared.settings.binding.to(None), shared.settings.tiling.to(Tiling(0))]
+        if binding is not None:
+            binding.begin()
+        try:
+            with shared.changed_while(*changes), self._apart_or_placed(masks_of_files):
+                yield
+            is_done = True
+        finally:
+            shared.entered.leave()
+            shared.kept_text.end()
+            for hears in shared.listeners.layouts.now:
+                hears([] if binding is None else binding.layouts)
+            if binding is not None:
+                binding.end(warns=is_done and shared.effective.masks is binding)
+
+    def _apart_or_placed(self, masks_of_files: Callable[[], TokenMasks | None]) -> AbstractContextManager[None]:
+        """A block in which the things of the prompt are drawn in tiles where there is room, or are first found in a given
+        picture; or neither. Whether there is room is known once the denoiser gets its latents.
+        """
+        settings = self.shared.settings
+        masks, tiling = settings.binding.now, settings.tiling.now
+        if masks is None and tiling.always and tiling.until:
+            masks = masks_of_files()
+        # Weights by hand hold everywhere, and rows of sets belong to other prompts.
+        if self.given is None or masks is None or settings.fixed.now is not None or settings.rows.now is not None:
+            return nullcontext()
+        acting = {name for name, acts in zip(self.names, settings.acting, strict=True) if acts}
+        read, set_places = PictureCall(self.pipe, tiling, self.given, masks.bound, acting), partial(self._set_places, masks)
+        if tiling.until and (things := things_for_tiles(read)) is not None:
+            return Tiles(read, things, alone=self._alone, set_places=set_places).drawn()
+        unheard = partial(self._alone, is_heard=False)
+        found = (source(read, alone=unheard, set_places=set_places) for source in PLACE_SOURCES)
+        return next((placing for placing in found if placing is not None), nullcontext())
+
+    def _alone(self, names: Sequence[str], *, is_heard: bool = True) -> AbstractContextManager[None]:
+        """Only these experts, on every word, for calls of the denoiser that are parts of a step, or that draw nothing."""
+        changes: list[Change[Any]] = [self.shared.step.alone.to(tuple(name in names for name in self.names))]
+        if not is_heard:
+            changes.append(self.shared.listeners.decisions.to(()))
+        return self.shared.changed_while(*changes)
+
+    def _set_places(self, masks: TokenMasks, places: Mapping[ThingKey, torch.Tensor]) -> bool:
+        done = masks.set_places(places)
+        self.shared.effective.changed()
+        return done
