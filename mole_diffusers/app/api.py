@@ -27,6 +27,7 @@ from mole_diffusers.app.jobs import Work
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.sentences import USER_ERRORS, without_folders
 from mole_diffusers.app.visits import session
+from mole_diffusers.gates import RECOMMENDED
 from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.options import check_kinds
 from mole_diffusers.studio import infotext
@@ -339,7 +340,7 @@ class Endpoints:
         composed: list[str],
         steps: int = 60,
         styles: list[str] | None = None,
-        family: str = "factors",
+        family: str = RECOMMENDED,
         way: str = "collage",
         again: str = "",
     ) -> tuple[list[dict], list[str]]:

@@ -10,6 +10,7 @@ import gradio as gr
 
 from mole_diffusers.app.gate_training import TRAINED, WAYS
 from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE
+from mole_diffusers.gates import FAMILIES, RECOMMENDED
 from mole_diffusers.studio.block_weights import PRESETS
 from mole_diffusers.studio.prompt_syntax import PAINTED
 from mole_diffusers.studio.recipe import BINDINGS, RANGES
@@ -84,7 +85,11 @@ TRAINING: dict[str, Callable[..., Any]] = {  # field of a TrainingRequest -> its
     "styles": partial(choice, value=[], multiselect=True, label="Styles", info="they act everywhere"),
     "steps": partial(gr.Slider, 1, 500, 60, step=1, label="Steps (updates)"),
     "family": partial(
-        choice, TRAINED, value="factors", label="Family of gates", info="factors weigh each rank of a LoRA, flow each token"
+        choice,
+        TRAINED,
+        value=RECOMMENDED,
+        label="Family of gates",
+        info=f"{RECOMMENDED}: {(FAMILIES[RECOMMENDED].__doc__ or '').partition(chr(10))[0]}",
     ),
     "way": partial(
         choice,

@@ -16,7 +16,7 @@ from mole_diffusers.app import held_out
 from mole_diffusers.app.files import check_gates_name
 from mole_diffusers.app.jobs import ReportProgress, Work
 from mole_diffusers.app.training_runs import TrainingRun
-from mole_diffusers.gates import FAMILIES
+from mole_diffusers.gates import FAMILIES, RECOMMENDED
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.mixture import attach
 from mole_diffusers.options import check_options
@@ -58,7 +58,7 @@ class TrainingRequest:
     composed: list[str]
     styles: list[str] = field(default_factory=list)
     steps: int = 60
-    family: str = "factors"
+    family: str = RECOMMENDED
     way: str = "collage"
 
     def __post_init__(self) -> None:

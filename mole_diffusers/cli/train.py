@@ -43,7 +43,6 @@ READ_BY = {  # an option of `mole train` -> the terms that learn from it
     **dict.fromkeys(("width", "height"), ("composed", "separate", "collage", "rollout")),
 }
 NO_SETTINGS = ("out", "resume", "device", "push_to_hub")  # options that a file of settings does not hold
-RECOMMENDED = "factors"  # the best on validation compositions, see docs/training.md
 
 # ---- what both commands share
 
@@ -198,6 +197,7 @@ def carried_out(run: RunOptions, asked: Mapping[str, Any], fit: Callable[[Path],
 
 FAMILIES: list[Any] = [family for family in declared("gates/families").values() if getattr(family, "learns", True)]
 KINDS = " ".join(f"{family.name}: {family.__doc__.partition(chr(10))[0]}" for family in FAMILIES)
+RECOMMENDED = next(family.name for family in FAMILIES if getattr(family, "recommended", False))
 if TYPE_CHECKING:
     Name = str
 else:

@@ -9,6 +9,8 @@ from typing import Any
 from mole_diffusers.gates import families  # noqa: F401, which registers them
 from mole_diffusers.gates.contract import FAMILIES, Family
 
+RECOMMENDED = next(name for name, family in FAMILIES.items() if family.recommended)
+
 
 @dataclass(frozen=True, init=False)
 class GateConfig:

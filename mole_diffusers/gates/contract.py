@@ -131,6 +131,7 @@ class Family(ABC):
             output. Otherwise they weigh what each adds to every layer, and the block runs once.
         of_experts: whether gates belong to the experts that they were made for; otherwise they also serve any others.
         learns: whether there is anything to train.
+        recommended: whether it is what is trained if no family is named.
         untrained: how experts are weighed before training.
     """
 
@@ -139,6 +140,7 @@ class Family(ABC):
     mixes_outputs: ClassVar[bool] = False
     of_experts: ClassVar[bool] = True
     learns: ClassVar[bool] = True
+    recommended: ClassVar[bool] = False
     untrained: ClassVar[str] = "the plain sum"
 
     @property

@@ -1,6 +1,7 @@
 """Whatever breaks a writer off, a reader meets the old or the new; and one run writes to a folder at a time."""
 
 import json
+import os
 import platform
 import random
 import signal
@@ -140,6 +141,7 @@ def test_a_folder_put_aside_is_found(tmp_path, monkeypatch):
 
 
 SAVING = """
+import os
 import sys
 import torch
 import mole_diffusers as mole
@@ -154,11 +156,16 @@ for value, total, experts in ((1.0, "1", {"fox": fox, "ink": ink}), (2.0, "N", {
         for p in mixture.parameters():
             p.fill_(value)
     kept.append(mixture)
-while True:
-    for mixture in kept:
-        mixture.save_pretrained(f"{folder}/gates")
-        keep(mixture, f"{folder}/kept")
-        print("saved", flush=True)
+for _ in sys.stdin:  # a line for each process that saves until it is killed
+    if child := os.fork():
+        os.waitpid(child, 0)
+        print("killed", flush=True)
+        continue
+    while True:
+        for mixture in kept:
+            mixture.save_pretrained(f"{folder}/gates")
+            keep(mixture, f"{folder}/kept")
+            print(os.getpid(), flush=True)
 """
 
 
@@ -175,17 +182,21 @@ def check(folder):
 @pytest.mark.parametrize("kills", [1, 40])
 def test_a_killed_save_leaves_the_old_or_the_new(loras, tmp_path, kills):
     rng = random.Random(0)
-    for _ in range(kills):
-        command = [sys.executable, "-c", SAVING, *map(str, (loras["fox"], loras["ink"], tmp_path))]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as saving:
-            assert saving.stdout.readline() == "saved\n"
+    command, pipe = [sys.executable, "-c", SAVING, *map(str, (loras["fox"], loras["ink"], tmp_path))], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=Path(__file__).parents[1]) as parent:
+        for _ in range(kills):
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+            child = int(parent.stdout.readline())  # it has saved once
             time.sleep(rng.uniform(0.3, 0.6))
-            saving.send_signal(signal.SIGKILL)
-        check(tmp_path / "gates")
-        kept = whole_folder(tmp_path / "kept")
-        check(kept / "gates")
-        rows = json.loads((kept / "mixture.json").read_text())["experts"]
-        assert [row["name"] for row in rows] == list(checkpoint.load(kept / "gates").experts)
+            os.kill(child, signal.SIGKILL)
+            while not parent.stdout.readline().endswith("killed\n"):
+                pass
+            check(tmp_path / "gates")
+            kept = whole_folder(tmp_path / "kept")
+            check(kept / "gates")
+            rows = json.loads((kept / "mixture.json").read_text())["experts"]
+            assert [row["name"] for row in rows] == list(checkpoint.load(kept / "gates").experts)
     mixture = mole.attach(tiny_pipeline(), {"fox": loras["fox"]}, "static")
     mixture.save_pretrained(tmp_path / "gates")
     keep(mixture, tmp_path / "kept")
