@@ -92,7 +92,7 @@ def _forms(word: str) -> set[str]:
     forms = {word}
     if word[-1:].isalpha():
         forms |= {f"{word}s", f"{word}es"}
-        for end, other in (("y", "ies"), ("fe", "ves"), ("f", "ves")):
+        for end, other in (("y", "ies"), ("fe", "ves"), ("f", "ves"), ("man", "men")):
             if word.endswith(end):
                 forms.add(word.removesuffix(end) + other)
                 break

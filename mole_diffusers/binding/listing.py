@@ -44,6 +44,7 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
     """The list of a text's things. Experts in `placeless` act in the whole picture, so their words name no thing."""
     sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), NOTHING_LISTED
     found, tags = list[Found](), list[Found]()
+    sided = list[Segment]()  # "On the left, a fox. An owl is on the right." has two
     quotes = dict(quoted(tokens.words))
     placed = [
         match
@@ -67,7 +68,12 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
             elif items:
                 relations = list(dict.fromkeys([*_relations(items), *_side_relations(items)]))
                 (found if is_closed else tags).append((items, relations, segments))
+        here = [s for s in segments if s.is_thing and s.side]
+        if len(here) == 1 and (marks[0].kind == SIDE or here[0].said.marker not in known.HOLDING):
+            sided += here
     found = found or tags
+    if not found and len({segment.side for segment in sided}) == len(_names(sided)) == len(sided) > 1:
+        found = [(sided, list(_side_relations(sided)), sided)]
     items, relations, segments = max(found, key=lambda each: len(each[0]), default=([], [], []))
     if any(not _names(each) <= _names(items) for each, *_ in found):
         items, relations, why = [], [], TWO_LISTS
@@ -82,7 +88,7 @@ def _besides(tokens: Tokens, items: Sequence[Segment], segments: Sequence[Segmen
     bear", but not "in a dress".
     """
     found = [s.noun.name for s in segments if s.noun.name is not None and s.is_thing and s.noun.is_determined]
-    if items[-1].said.marker not in ("in", "at", "inside"):
+    if items[-1].said.marker not in ("in", "at", "inside", "made"):
         found += [m for m in items[-1].others if not tokens.words[m.end - 1].endswith("s")]
     return [match for match in found if tokens.words[match.end - 1] not in known.GARMENTS]
 
@@ -203,8 +209,8 @@ def _kept(run: Sequence[Segment]) -> list[Segment]:
         if not (item.is_thing or _is_member(item, things, is_last=not kept)):
             break
         kept.insert(0, item)
-    while len(kept) > 2 and kept[1].joint == "," and not kept[0].noun.is_determined:  # "ink, a fox and an owl"
-        if not all(item.noun.is_determined for item in kept[1:]):
+    while len(kept) > 2 and kept[1].joint == "," and not (kept[0].noun.is_determined or kept[0].is_person):
+        if not all(item.noun.is_determined for item in kept[1:]):  # as they are in "ink, a fox and an owl"
             break
         kept.pop(0)
     is_closed = any(item.joint in CLOSING for item in kept[1:])
@@ -248,10 +254,11 @@ def _is_style(first: NounPhrase, others: Sequence[Segment]) -> bool:
 
 
 def _share_a_head(noun: NounPhrase, last: NounPhrase) -> bool:
-    """Whether both may say which things the last word names: "fox and owl characters"."""
+    """Whether both may say what the last word names: "fox and owl characters", "strawberry and chocolate cake"."""
     if noun.name is None or last.name is None or noun.is_determined or last.is_determined:
         return False
-    return noun.end == noun.name.end and last.end > last.name.end and last.head.endswith("s")
+    is_shared = last.head.endswith("s") or {noun.head, last.head}.isdisjoint(known.PERSONS | known.NOT | known.GROUPS)
+    return noun.end == noun.name.end and last.end > last.name.end and is_shared
 
 
 def _is_member(item: Segment, things: Sequence[Segment], *, is_last: bool) -> bool:

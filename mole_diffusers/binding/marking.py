@@ -14,14 +14,14 @@ from mole_diffusers.binding.finding import Match, Tokens
 
 NAME, WORD, DETERMINER, MARKER, COMMA, AND, OR, BESIDE, SIDE, POSSESSIVE, JOINER, SILENT = range(12)
 QUOTES = frozenset('"“”„«»')
-STOPS, COMMAS, JOINERS = frozenset(".;!?|。！？；"), frozenset(",，、–—"), frozenset("-_")
+STOPS, COMMAS, JOINERS = frozenset(".;!?|<>。！？；"), frozenset(",，、–—"), frozenset("-_")
 Side = tuple[str, bool]  # axis, and whether it is where coordinates are small
 SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}
 RELATIONS = {"left": ("x", True), "right": ("x", False), "above": ("y", True), "below": ("y", False)}
 _IS, _WHOLE = known.one_of(known.IS), known.one_of(known.MEDIA | {"canvas", "frame"})
 ON_A_SIDE = re.compile(  # words for a side of the picture; "on the left cheek" are none
-    rf"(?:(?:{_IS}) )?(?:in|on|to|at) the (left|right|top|bottom)(?: (?:side|half|part))?"
-    rf"(?: of the (?:{_WHOLE})|(?! of ))(?: there)?(?: (?:is|are))? "
+    rf"(?:(?:{_IS}) )?(?:(?:in|on|to|at) the |(?=\w+ of frame ))(left|right|top|bottom)(?: (?:side|half|part))?"
+    rf"(?: of (?:the )?(?:{_WHOLE})|(?! of ))(?: there)?(?: (?:is|are))? "
 )
 STANDS_BESIDE = re.compile(r"(?:(?:next|adjacent) to|beside|alongside|(?:(?:to|on) the )?(left|right) of|(above|below)) ")
 AS_WELL = re.compile(r"(?:as well as|along with|together with) ")
@@ -32,14 +32,14 @@ LONGEST = 10  # words of these
 def sentences(tokens: Tokens, matches: Sequence[Match]) -> Iterator[tuple[int, int, list[Match]]]:
     """The sentences that have matches: (first token, the one after the last, matches)."""
     inside = {i for match in matches for i in range(match.begin, match.end)}
-    ends = [i for i in range(len(tokens.words)) if i not in inside and _stops(tokens.words, i)]
+    ends = [i for i in range(len(tokens.words)) if i not in inside and is_stop(tokens.words, i)]
     begins = [match.begin for match in matches]
     for before, end in pairwise([-1, *ends, len(tokens.words)]) if matches else ():
         if named := matches[bisect_left(begins, before) : bisect_left(begins, end)]:
             yield before + 1, end, list(named)
 
 
-def _stops(words: Sequence[str], i: int) -> bool:
+def is_stop(words: Sequence[str], i: int) -> bool:
     word, around = words[i], [*words[max(i - 1, 0) : i], *words[i + 1 : i + 2]]
     if word == ":":
         return not words[i + 1 : i + 2] or not words[i + 1].isdigit()
@@ -102,7 +102,8 @@ def _mark(words: Sequence[str], i: int, end: int, names: Mapping[int, Match]) ->
     word = words[i]
     if (match := names.get(i)) is not None:
         of = words[match.end : match.end + 2]  # what follows: a "fox shaped" or "fox-like" thing is no fox
-        if of[:1] == ["-"] and (of[-1] == "like" or of[-1].endswith("ed")) or known.LIKE.intersection(of[:1]):
+        is_like = of[:1] == ["-"] and (of[-1] == "like" or of[-1].endswith("ed")) or known.LIKE.intersection(of[:1])
+        if is_like or _is_written(words, i):
             return Mark(WORD, word, i, match.end)
         return Mark(NAME, words[match.end - 1], i, match.end, match)
     if word.isalpha() and words[i + 2 : min(i + 3, end)] == [word] and words[i + 1] in ("in", "to", "by"):
@@ -115,6 +116,14 @@ def _mark(words: Sequence[str], i: int, end: int, names: Mapping[int, Match]) ->
             after += 1
         return Mark(SILENT, word, i, after)
     return (_phrase(words, i, end, names) if word in MAY_BEGIN else None) or _one(words, i)
+
+
+def _is_written(words: Sequence[str], i: int) -> bool:
+    """Whether what begins here is a text in the picture: "the name miku", "a sign that says the fox"."""
+    before = words[max(i - 3, 0) : i]
+    while before and (before[-1] == ":" or before[-1] in known.DETERMINERS):
+        before = before[:-1]
+    return bool(before) and before[-1] in known.WRITTEN
 
 
 def _phrase(words: Sequence[str], i: int, end: int, names: Mapping[int, Match]) -> Mark | None:

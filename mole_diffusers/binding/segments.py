@@ -193,7 +193,8 @@ def _is_adjective(now: Segment, marks: Sequence[Mark], n: int) -> bool:
 
 def _end_noun_phrase(now: Segment, mark: Mark) -> None:
     """A verb or a preposition ends the noun phrase, unless it only introduces the thing: "a photo of"."""
-    is_introduction = now.noun.head in known.MEDIA or now.noun.head in known.GATHERINGS or not now.noun.words
+    is_introduction = now.noun.head in known.MEDIA | known.GATHERINGS or not now.noun.words
+    is_introduction = is_introduction or (mark.word in ("depicting", "portraying") and now.noun.name is None)
     if (
         now.noun.words == ["there"]
         and mark.word in known.IS

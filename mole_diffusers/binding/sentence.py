@@ -12,7 +12,7 @@ from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.contact import FRONT, OF_BOTH, STACKED
 from mole_diffusers.binding.finding import Match, Phrases, Span, Tokens, by_expert
 from mole_diffusers.binding.listing import Listing, listing
-from mole_diffusers.binding.marking import DETERMINER, WORD, kind
+from mole_diffusers.binding.marking import DETERMINER, WORD, is_stop, kind
 from mole_diffusers.binding.segments import Segment
 from mole_diffusers.binding.vocabulary import one_of
 
@@ -25,7 +25,7 @@ TOGETHER = re.compile(  # what two do together, "hand in hand", or what is said 
     rf"|{one_of(known.GROUPS)}|(?:each|the) other|one (?:another|of|with|in|is|has|wearing)|left to right)(?!\S)"
 )
 SEVERAL = (  # how many there are: "2 girls", "two big people", "a group"
-    rf"(?<!\S)(?:\d+ (?:girl|boy|other)|(?:{one_of(known.SEVERAL)})(?: \S+){{{{0,2}}}}? (?:{{}})|group|pair)(?!\S)"
+    rf"(?<!\S)(?:\d+ (?:girl|boy|other)|(?:{one_of(known.SEVERAL)})(?: \S+){{{{0,2}}}}? (?:{{}})|group|pair|crowd)(?!\S)"
 )
 BETWEEN_SIDES = re.compile(r"\s*[,:]?")
 
@@ -277,6 +277,8 @@ def _why_together(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> str:
     """Why things cannot be drawn apart: what the text says of several of them."""
     if listed.items[0].joint in ("and", "or"):  # "strong and brave sks man and xyz woman"
         return "it is not clear where the list begins"
+    if any(is_stop(tokens.words, i) for i in range(listed.items[0].stop, listed.items[-1].noun.begin)):
+        return "the things stand in several sentences"
     text = " ".join(tokens.words)
     if found := TOGETHER.search(text):
         if found["act"]:

@@ -5,6 +5,8 @@ Everything else counts as a noun or an adjective. Words are in lower case; nouns
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def words(*texts: str) -> frozenset[str]:
     """The words of some texts."""
@@ -19,6 +21,11 @@ def one_of(words: frozenset[str]) -> str:
 def is_scenery(word: str) -> bool:
     """Whether it names a medium, a style or a setting: "drawing", "zwxstyle", "beach"."""
     return word in MEDIA or word in SETTINGS or (word.endswith("style") and word not in GARMENTS)
+
+
+def is_look(words: Sequence[str]) -> bool:
+    """Whether these words only say what anybody may wear or look like: "white dress", "pointy ears", but not "sks dress"."""
+    return bool(words) and words[-1] in GARMENTS and (GARMENTS | QUALITIES | SETTINGS).issuperset(words)
 
 
 def _plural(*texts: str) -> frozenset[str]:
@@ -86,7 +93,7 @@ MEDIA = _plural(
     "icon print comic cartoon artwork art style view shot close-up closeup scene screenshot snapshot selfie",
     "photography wallpaper statue sculpture depiction composition collage concept design graffiti mosaic fresco",
     "watercolor watercolour aesthetic theme background foreground emoji anime manga still cover postcard mural tapestry",
-    "doodle banner billboard flyer filter effect"
+    "doodle banner billboard flyer filter effect logo polaroid acrylic gouache charcoal pastel ink oil crayon"
 )  # fmt: skip
 GATHERINGS = words("group pair couple duo trio team band set pack")
 INTRODUCING = words("of with featuring showing depicting containing including starring portraying about shows features")
@@ -97,11 +104,12 @@ SETTINGS = _plural(
     "restaurant stage road bridge window wall floor ground snow rain fog mist cloud storm moon sun star weather",
     "alley skyline cityscape backdrop meadow valley cave ruin station shop store library museum palace pool shore",
     "coast horizon distance bokeh blur focus depth quality masterpiece detail colour color palette mood",
-    "atmosphere camera lens paper canvas"
+    "atmosphere camera lens paper canvas grain vignette haze enclosure zoo"
 )  # fmt: skip
 BODY = _plural(
     "hair hairstyle eye head chest neck shoulder back mouth foot feet knee body belly paw beak nose eyes ear tail wing horn",
-    "beard mustache moustache face smile skin tattoo makeup lip nail leg arm hand finger wig ponytail braid freckles pose"
+    "beard mustache moustache face smile skin tattoo makeup lip nail leg arm hand finger wig ponytail braid freckles pose",
+    "twintail bang sleeve"
 )  # fmt: skip
 GARMENTS = BODY | _plural(
     "dress suit hat cap shirt t-shirt coat jacket cape cloak scarf glove boot shoe sock skirt trouser pant jean",
@@ -110,7 +118,7 @@ GARMENTS = BODY | _plural(
     "jewelry ribbon bow veil clothes clothing attire collar choker backpack bag headphone stocking legging leggings pants",
     "jeans shorts trousers top blouse blazer cardigan turtleneck jersey corset bodysuit jumpsuit overalls leotard pajamas",
     "tights panties bra underwear sandal sneaker heel slipper headband bandana hood tunic toga sari yukata cheongsam hanbok",
-    "poncho gauntlet hairpin"
+    "poncho gauntlet hairpin hairclip hairband capelet thighhigh pantyhose"
 )  # fmt: skip
 PERSONS = words(
     "man men woman women girl girls boy boys person people lady ladies guy guys kid kids child children baby",
@@ -121,7 +129,7 @@ PERSONS = words(
 QUALITIES = words(  # adjectives that are joined as in "black and white"
     "black white red green blue yellow orange purple pink brown grey gray golden silver dark light big small",
     "large little old young tall short cute beautiful happy sad strong warm cold bright soft hard rough clean",
-    "simple detailed realistic"
+    "simple detailed realistic vintage retro sepia pointy long"
 )  # fmt: skip
 SEVERAL = words("2 3 4 5 6 7 8 9 two three four five six seven several many multiple both some")  # how many
 COUNTED = words(
@@ -129,7 +137,8 @@ COUNTED = words(
     "adults subjects figures brothers sisters twins lovers heroes"
 )  # fmt: skip
 HELD_THINGS = words("sword shield staff wand bow spear axe dagger gun rifle bag handbag umbrella lantern torch")
-NOT = words("no not without except minus")
+NOT = words("no not without except minus half")
+WRITTEN = words("name names word words text title titled caption headline says saying labeled labelled spelling")
 LIKE = words("shaped themed inspired coloured colored")  # a "fox shaped cake" is no fox
 ONE = words("he she him himself herself hers")  # said of one of several
 GROUPS = words("couple duo trio twins both together them they their theirs themselves everyone everybody")
