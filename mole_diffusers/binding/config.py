@@ -9,11 +9,13 @@ from typing import Any
 from PIL import Image
 
 from mole_diffusers.binding.as_text import MASK, mask_text, read_mask
+from mole_diffusers.binding.finding import Tokens
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region
 from mole_diffusers.binding.sentence import Mention
+from mole_diffusers.binding.vocabulary import is_look
 from mole_diffusers.binding.words import Thing
 from mole_diffusers.lora import Expert
-from mole_diffusers.lora.metadata import as_read
+from mole_diffusers.lora.metadata import as_read, plain
 from mole_diffusers.lora.own_words import own_words
 
 
@@ -52,9 +54,12 @@ def given_region(thing: Thing | Mention, bound: Sequence[Bound]) -> Region | Non
 def files_bindings(experts: Mapping[str, Expert]) -> dict[str, Bound]:
     """Bind every expert to the words that its file gives beside the others'.
 
-    They count as the file writes them, and without A1111's weights and backslashes.
+    They count as the file writes them, and without A1111's weights and backslashes. "White dress" calls nobody where the
+    file also gives another kind of word, such as a name.
     """
-    return {name: Bound(as_read(own.words)) for name, own in own_words(experts).items()}
+    words = {name: as_read(own.words) for name, own in own_words(experts).items()}
+    calling = {name: tuple(word for word in each if not is_look(Tokens(plain(word)).words)) for name, each in words.items()}
+    return {name: Bound(calling[name] or each) for name, each in words.items()}
 
 
 def bound(given: Any, name: str, own: Bound) -> Bound:

@@ -38,6 +38,7 @@ GENERIC = re.compile(
     r"|artist:?\w*|uncensored|censored|trigger ?words?|none|null|n/a",
     re.IGNORECASE,
 )
+PHOTO_OF = re.compile(r"^(?:an? |the )?(?:photo|picture|image|portrait)s? of (?:an? |the )?", re.IGNORECASE)  # "... sks dog"
 
 
 class OwnWords(NamedTuple):
@@ -59,9 +60,11 @@ def own_words(experts: Mapping[str, Expert]) -> dict[str, OwnWords]:
         others = [words for other, words in known.items() if not is_same[other]]
         tags, captions = counts[name]
         common = (tag for tag, count in tags.items() if 2 * count >= captions and not is_generic(tag))
-        own = [tag for tag in common if not any(tag.casefold() in words for words in others)][:MOST_TRIGGERS]
+        own = [tag for tag in common if not any(tag.casefold() in words for words in others)]
         named = [tag for tag in own if _squeezed(tag) and any(_squeezed(tag) in each for each in _names(expert))]
-        found[name] = OwnWords(expert.triggers, True) if expert.triggers else OwnWords(tuple(named or own), False)
+        usual = named or [tag for tag in own if 4 * tags[tag] >= 3 * captions]  # others are what it was drawn with: "tree"
+        words = dict.fromkeys(PHOTO_OF.sub("", tag) for tag in usual[:MOST_TRIGGERS])
+        found[name] = OwnWords(expert.triggers, True) if expert.triggers else OwnWords(tuple(words), False)
     return found
 
 
@@ -74,7 +77,8 @@ def stated_words(beside: Iterable[Any], metadata: Mapping[str, str]) -> tuple[st
     """The trigger words that the notes beside a file state, otherwise its header; without generic ones."""
     for value in (*beside, *(_listed(metadata.get(key)) for key in HEADER)):
         texts = value if isinstance(value, list) else [value]
-        words = (word.strip()[:200] for text in texts if isinstance(text, str) for word in TAG.sub("", text).split(","))
+        pieces = (piece for text in texts if isinstance(text, str) for piece in TAG.sub("", text).split(","))
+        words = (PHOTO_OF.sub("", piece.strip())[:200] for piece in pieces)
         if own := tuple(dict.fromkeys(word for word in words if word and not is_generic(word)))[:MOST_TRIGGERS]:
             return own
     return ()

@@ -35,6 +35,20 @@ def test_words_count_as_the_file_writes_them_and_as_prompts_are_read(phrase):
     assert files_bindings({"miku": expert("miku", (phrase,))})["miku"].words == (phrase, plain_text(phrase))
 
 
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        # As pages of characters list them. Somebody else's white dress is not hers.
+        (("fern", "half updo", "white dress", "long hair", "pointy ears"), ("fern", "half updo")),
+        (("mikudef", "(school uniform:1.1)", "detached sleeves"), ("mikudef", "detached sleeves")),
+        (("ohwx man", "ohwx suit", "sks hat"), ("ohwx man", "ohwx suit", "sks hat")),  # triggers of their own
+        (("white dress", "long skirt"), ("white dress", "long skirt")),  # all that a file of clothes says
+    ],
+)
+def test_what_anybody_may_wear_calls_nobody_beside_a_name(stated, words):
+    assert files_bindings({"it": expert("it", stated)})["it"].words == words
+
+
 def test_what_a_comma_cuts_apart_and_a_face_keep_their_words():
     words = files_bindings({"miku": expert("miku", ("(miku", "vocaloid:1.2)", ":)", "3:1"))})["miku"].words
     assert words == ("(miku", "vocaloid:1.2)", ":)", "3:1", "miku", "vocaloid")
