@@ -30,7 +30,7 @@ from mole_diffusers.lora.strengths import Source, files_of, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
 from mole_diffusers.patching.gating.decision import Decision
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
-from mole_diffusers.patching.gating.settings import Change, Rows, Settings, StrengthPlan
+from mole_diffusers.patching.gating.settings import Change, RowSets, Settings, StrengthPlan
 from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.gating.trace import Trace
@@ -223,7 +223,7 @@ class Mixture:
                 raise ValueError(f'each prompt has experts with their factors, as {{"fox": 1.0}}, got {chosen!r}')
             for name, factor in chosen.items():
                 table[row, self._index(name)] = finite(name, factor)
-        return self._with_settings(self._settings.rows.to(Rows(table, images)))
+        return self._with_settings(self._settings.rows.to(RowSets(table, images)))
 
     def planned(self, plan: StrengthPlan) -> AbstractContextManager[None]:
         """Set strengths by component, block and step, or gates by hand, inside the block, see

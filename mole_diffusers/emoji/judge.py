@@ -23,7 +23,7 @@ from mole_diffusers.emoji.scenes import Scene
 ANOTHER = -1.7
 
 
-class Words(NamedTuple):
+class Labels(NamedTuple):
     """What a judge tells apart, in the order of its logits."""
 
     subjects: Sequence[str]
@@ -34,7 +34,7 @@ class Words(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in B pictures: logits for its `Words`.
+    """What the judge sees in B pictures: logits for its `Labels`.
 
     Attributes:
         subjects: [B, S], combined over places (see `Judge`).
@@ -73,18 +73,18 @@ class Judge(nn.Module):
     place.
     """
 
-    def __init__(self, words: Words):
+    def __init__(self, labels: Labels):
         super().__init__()
-        self.words = words
+        self.labels = labels
         layers: list[nn.Module] = []
         for before, after in ((3, 32), (32, 64), (64, 128), (128, 224)):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.SiLU(), _Residual(after)]
         self.trunk = nn.Sequential(*layers, _Residual(224))  # [B, 224, H / 16, W / 16]
-        self.subject = nn.Conv2d(224, len(words.subjects), 1)
+        self.subject = nn.Conv2d(224, len(labels.subjects), 1)
         self.weight = nn.Conv2d(224, 1, 1)  # how much a place says about style
-        self.style = nn.Conv2d(224, len(words.styles), 1)
-        self.background = nn.Linear(2 * 224, len(words.backgrounds))  # of the mean and the largest feature
-        self.light = nn.Linear(224, len(words.lights))
+        self.style = nn.Conv2d(224, len(labels.styles), 1)
+        self.background = nn.Linear(2 * 224, len(labels.backgrounds))  # of the mean and the largest feature
+        self.light = nn.Linear(224, len(labels.lights))
         self.seam = nn.Sequential(nn.Conv2d(224, 64, 3, padding=1), nn.SiLU(), nn.Conv2d(64, 1, 1))  # where scenes meet
 
     def forward(self, x: torch.Tensor) -> Verdict:
@@ -110,21 +110,21 @@ class Judge(nn.Module):
     def sees(self, verdict: Verdict, subjects: Sequence[str]) -> torch.Tensor:
         """[B, len(subjects)] bool: whether each subject is among the len(subjects) most likely ones."""
         top = verdict.subjects.topk(len(subjects)).indices  # [B, k]
-        wanted = torch.tensor([self.words.subjects.index(s) for s in subjects])
+        wanted = torch.tensor([self.labels.subjects.index(s) for s in subjects])
         return (top[:, None, :] == wanted[None, :, None]).any(-1)
 
     def sees_another(self, verdict: Verdict, subjects: Sequence[str]) -> torch.Tensor:
         """[B] bool: whether there is a subject besides these."""
-        others = [i for i, subject in enumerate(self.words.subjects) if subject not in subjects]
+        others = [i for i, subject in enumerate(self.labels.subjects) if subject not in subjects]
         return verdict.subjects[:, others].amax(-1) > ANOTHER
 
     def is_style(self, verdict: Verdict, style: str) -> torch.Tensor:
         """[B] bool."""
-        return verdict.style.argmax(-1) == self.words.styles.index(style)
+        return verdict.style.argmax(-1) == self.labels.styles.index(style)
 
     def is_background(self, verdict: Verdict, background: str) -> torch.Tensor:
         """[B] bool."""
-        return verdict.background.argmax(-1) == self.words.backgrounds.index(background)
+        return verdict.background.argmax(-1) == self.labels.backgrounds.index(background)
 
     def is_one_scene(self, verdict: Verdict) -> torch.Tensor:
         """[B] bool."""
@@ -137,7 +137,7 @@ class Judge(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> Judge:
         """Read a judge from its folder, in fp32 and in evaluation mode."""
-        judge = cls(Words(**json.loads((folder / "judge.json").read_text())))
+        judge = cls(Labels(**json.loads((folder / "judge.json").read_text())))
         judge.load_state_dict(load_file(folder / "judge.safetensors"))
         return judge.eval()
 

@@ -118,7 +118,7 @@ class JudgeMetrics:
         if len(scene.subjects) == 1:
             return [None] * len(images)
         maps = self.judge.subject_map(images)[
-            :, [self.judge.words.subjects.index(s) for s in scene.subjects]
+            :, [self.judge.labels.subjects.index(s) for s in scene.subjects]
         ]  # [B, k, h, w]
         likeliest, wide = maps.flatten(2).argmax(-1), maps.shape[-1]
         at = torch.stack([likeliest // wide, likeliest % wide], -1)  # [B, k, 2]: row and column

@@ -25,7 +25,7 @@ from mole_diffusers.lora.stacking import modules_by_key
 Convert = Callable[[dict[str, torch.Tensor]], Any]  # a pipeline's `lora_state_dict`
 
 
-class Form(NamedTuple):
+class KeyForm(NamedTuple):
     """How the keys of a file are written. Converters know a trainer's layers by one of these."""
 
     prefix: str
@@ -35,8 +35,8 @@ class Form(NamedTuple):
 
 
 FORMS = (  # ai-toolkit's and ComfyUI's, and kohya's
-    Form("diffusion_model.", "lora_A", "lora_B", is_flat=False),
-    Form("lora_unet_", "lora_down", "lora_up", is_flat=True),
+    KeyForm("diffusion_model.", "lora_A", "lora_B", is_flat=False),
+    KeyForm("lora_unet_", "lora_down", "lora_up", is_flat=True),
 )
 
 
@@ -92,7 +92,7 @@ def host_layers(layers: Mapping[str, int], convert: Convert) -> dict[str, list[H
     return found
 
 
-def _converted(layers: Mapping[str, int], form: Form, convert: Convert) -> dict[str, list[HostRows]]:
+def _converted(layers: Mapping[str, int], form: KeyForm, convert: Convert) -> dict[str, list[HostRows]]:
     """The layers of which every row has a place in what becomes of their probe."""
     names = list(layers)
     try:
@@ -112,7 +112,7 @@ def _converted(layers: Mapping[str, int], form: Form, convert: Convert) -> dict[
     return {name: rows for name, rows in places.items() if len(torch.cat([r.rows for r in rows]).unique()) == layers[name]}
 
 
-def _probe(layers: Mapping[str, int], form: Form) -> dict[str, torch.Tensor]:
+def _probe(layers: Mapping[str, int], form: KeyForm) -> dict[str, torch.Tensor]:
     tensors = {}
     for place, (name, rows) in enumerate(layers.items()):
         stem = form.prefix + (name.replace(".", "_") if form.is_flat else name)

@@ -17,7 +17,7 @@ from torch import nn
 
 from mole_diffusers.patching.undo import Undo
 
-Call = tuple[tuple, dict[str, Any]]  # the arguments of a forward
+ForwardInput = tuple[tuple, dict[str, Any]]  # the arguments of a forward
 
 
 class ForwardHook(ABC):
@@ -28,7 +28,7 @@ class ForwardHook(ABC):
         undo.before_forward(module, self.before, with_kwargs=True)
 
     @abstractmethod
-    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> ForwardInput | None:
         """Called before the forward; may return other arguments for it."""
 
 

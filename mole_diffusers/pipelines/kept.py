@@ -7,9 +7,8 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -95,12 +94,11 @@ def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
     """
     folder = whole_folder(Path(folder))
     kept = _kept_experts(folder, getattr(pipe, "unet", None))
-    binding = {expert.name: expert.binding for expert in kept if expert.binding is not None}
-    experts = {expert.name: (expert.source, expert.strength) for expert in kept}
     with lock_of_pipeline(pipe).held():  # so that nothing is drawn with experts that are off
         # What was kept had been attached, so missing layers were asked for.
-        mixture = attach(pipe, experts, folder / GATES_FOLDER, binding=binding or None, allow_missing_layers=True)
-        choose(pipe, {e.name: e.strength for e in kept if e.active}, {e.name: e.weights for e in kept if e.weights})
+        gates, binding = folder / GATES_FOLDER, kept.binding or None
+        mixture = attach(pipe, kept.experts, gates, binding=binding, allow_missing_layers=True)
+        choose(pipe, {name: strength for name, (_, strength) in kept.experts.items() if name in kept.active}, kept.weights)
     return mixture
 
 
@@ -112,34 +110,29 @@ def choose(pipe: Any, strengths: Mapping[str, float], by_block: Mapping[str, Map
         mixture.choose(strengths, AdapterWeights(names, by_block, unet) if by_block else None)
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """One expert of a kept mixture: its row in mixture.json."""
+class _Kept(NamedTuple):
+    """What a folder's mixture.json says of each expert, by name."""
 
-    name: str
-    source: Path
-    strength: float
-    active: bool
-    binding: Bound | None  # None if nothing is bound
-    weights: Mapping[str, Any]  # by model and block; empty if it has one strength
+    experts: dict[str, tuple[Path, float]]  # file and strength
+    active: set[str]
+    binding: dict[str, Bound]  # empty if nothing is bound
+    weights: dict[str, Mapping[str, Any]]  # by model and block, of those that have more than one strength
 
 
-def _kept_experts(folder: Path, unet: Any) -> list[_Kept]:
-    """The experts in a folder's mixture.json, for a pipeline with this `unet`, if any."""
+def _kept_experts(folder: Path, unet: Any) -> _Kept:
+    """The experts of a folder, for a pipeline with this `unet`, if any."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is no kept mixture: it has no {INDEX}")
     about = read_json(folder / INDEX, limit=MAX_INDEX)
     if not isinstance(about, dict) or (about.get("format"), about.get("version")) != ("mole_diffusers.mixture", VERSION):
         raise RefusedFileError(f"{folder / INDEX} is not of format mole_diffusers.mixture, version {VERSION}")
-    kept: list[_Kept] = []
-    pixels = 0
-    rows = about.get("experts")
+    kept, pixels, rows = _Kept({}, set(), {}, {}), 0, about.get("experts")
     for row in rows if isinstance(rows, list) and rows else [{}]:
         try:
-            name, file, active = str(row["name"]), row["file"], row.get("active", True)
+            name, file = str(row["name"]), row["file"]
             strength = finite(name, row["strength"])
             binding = from_json(row["binding"], name) if "binding" in row else None
-            weights = AdapterWeights([name], {name: row["weights"]}, unet).weights[name] if "weights" in row else {}
+            weights = AdapterWeights([name], {name: row["weights"]}, unet).weights if "weights" in row else {}
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RefusedFileError(f"{folder / INDEX} is not complete: {error!r}") from error
         if not isinstance(file, str) or not FILE.fullmatch(file):
@@ -149,8 +142,11 @@ def _kept_experts(folder: Path, unet: Any) -> list[_Kept]:
         if pixels > MAX_MASKS:
             raise RefusedFileError(f"{folder / INDEX}: its masks have more than {MAX_MASKS} pixels")
         source = folder / EXPERTS / file
-        is_twice = any(name == other.name or source == other.source for other in kept)
+        is_twice = name in kept.experts or any(source == other for other, _ in kept.experts.values())
         if is_twice or not source.is_file():
             raise RefusedFileError(f"{folder / INDEX}: expert {name!r} must come once, with its own file in {EXPERTS}/")
-        kept.append(_Kept(name, source, strength, bool(active), binding, weights))
+        kept.experts[name] = source, strength
+        kept.active.update([name] if row.get("active", True) else [])
+        kept.binding.update({} if binding is None else {name: binding})
+        kept.weights.update({} if not weights.get(name) else weights)
     return kept

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -358,8 +358,4 @@ def _below(start: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 def _count(net: Shapes, start: str) -> int:
     """How many numbers follow this in the keys: the number of blocks."""
-    return len(set(_numbers(net, start)))
-
-
-def _numbers(net: Shapes, start: str) -> Iterator[str]:
-    return (key[len(start) :].partition(".")[0] for key in net if key.startswith(start))
+    return len({key[len(start) :].partition(".")[0] for key in net if key.startswith(start)})

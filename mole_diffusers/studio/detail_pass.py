@@ -19,7 +19,7 @@ SOFT = 16  # the edge of what is put back is as soft as this part of its box
 
 
 @dataclass(frozen=True)
-class Subject:
+class PlacedSubject:
     """A subject with a place of its own.
 
     Attributes:
@@ -40,7 +40,7 @@ def with_a_place(explanation: Explanation) -> list[str]:
     return [name for name, role in explanation.experts.items() if role.place == OWN_PLACE]
 
 
-def subjects(explanation: Explanation, regions: Mapping[str, torch.Tensor], size: tuple[int, int]) -> list[Subject]:
+def subjects(explanation: Explanation, regions: Mapping[str, torch.Tensor], size: tuple[int, int]) -> list[PlacedSubject]:
     """The subjects that a picture of this size has room to improve.
 
     Args:
@@ -58,7 +58,7 @@ def subjects(explanation: Explanation, regions: Mapping[str, torch.Tensor], size
         box = max(box[0] - across, 0), max(box[1] - down, 0), min(box[2] + across, size[0]), min(box[3] + down, size[1])
         if (box[2] - box[0]) * (box[3] - box[1]) < LARGEST * size[0] * size[1]:
             worn = [other for other, role in explanation.experts.items() if role.place == f"with {name}"]
-            found.append(Subject(name, (name, *worn, *everywhere), box, mask))
+            found.append(PlacedSubject(name, (name, *worn, *everywhere), box, mask))
     return found
 
 
@@ -69,7 +69,7 @@ def enlarged(box: tuple[int, int, int, int], usual: tuple[int, int]) -> tuple[in
     return round(width * scale), round(height * scale)
 
 
-def put_back(picture: Image.Image, drawn: Image.Image, subject: Subject) -> Image.Image:
+def put_back(picture: Image.Image, drawn: Image.Image, subject: PlacedSubject) -> Image.Image:
     """The picture with a subject's part drawn anew, in its place, with a soft edge."""
     left, top, right, bottom = subject.box
     part = drawn.resize((right - left, bottom - top), Image.Resampling.LANCZOS)

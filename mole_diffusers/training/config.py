@@ -217,7 +217,7 @@ class Validation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateUpdates(Updates):
+class GateOptimization(Updates):
     """How an update changes gates.
 
     Attributes:
@@ -239,7 +239,7 @@ class GateUpdates(Updates):
 
 
 @dataclass(frozen=True)
-class GateTraining(GateUpdates):
+class GateTraining(GateOptimization):
     """How gates are trained.
 
     Attributes:

@@ -53,7 +53,7 @@ class Diffusion:
         return self._scheduler.step(prediction, self.timesteps[i], x).prev_sample
 
 
-class Flow:
+class RectifiedFlow:
     """As `Diffusion`, for straight paths from pictures to noise (rectified flow, Liu et al., 2022), at its levels.
 
     The scheduler's shift moves them towards noise, for large pictures more; random levels are shifted alike.
@@ -109,7 +109,7 @@ class Network(ABC):
         """Height and width of the model's own latents; None if it names none."""
 
     @abstractmethod
-    def noise(self, height: int, width: int, steps: int | None = None) -> Diffusion | Flow:
+    def noise(self, height: int, width: int, steps: int | None = None) -> Diffusion | RectifiedFlow:
         """The noise levels of latents of this size: all that the model is trained on, or those of a sampler."""
 
     def guided(self, guidance: float, pictures: int) -> dict[str, Any]:
@@ -180,15 +180,19 @@ def _encode(tokenizer: Any, encoder: Any, prompts: Sequence[str], **options: Any
 
 
 class Transformer(Network):
-    """One of `Flow` that reads tokens of 2 x 2 latents: it predicts noise - picture."""
+    """One of `RectifiedFlow` that reads tokens of 2 x 2 latents."""
 
     patch = 2
 
+    def noise(self, height: int, width: int, steps: int | None = None) -> RectifiedFlow:
+        return RectifiedFlow(self.pipe, height * width // 4, steps)
+
+
+class PackedTransformer(Transformer):
+    """One that gets its latents as tokens, and predicts noise - picture."""
+
     def own_size(self) -> tuple[int | None, int | None]:
         return (self.pipe.default_sample_size,) * 2
-
-    def noise(self, height: int, width: int, steps: int | None = None) -> Flow:
-        return Flow(self.pipe, height * width // 4, steps)
 
     @abstractmethod
     def places(self, states: torch.Tensor, height: int, width: int) -> dict[str, Any]:
@@ -204,7 +208,7 @@ class Transformer(Network):
         return F.pixel_shuffle(found.transpose(1, 2).unflatten(2, (height, width)), 2)
 
 
-class Flux(Transformer):
+class Flux(PackedTransformer):
     """Of Flux.1."""
 
     def embed(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -216,7 +220,7 @@ class Flux(Transformer):
         return {"img_ids": torch.cartesian_prod(*axes).to(states.dtype)}  # [H W, 3]
 
 
-class QwenImage(Transformer):
+class QwenImage(PackedTransformer):
     """Of Qwen-Image."""
 
     def guided(self, guidance: float, pictures: int) -> dict[str, Any]:
@@ -230,16 +234,11 @@ class QwenImage(Transformer):
         return {"img_shapes": [[(1, height, width)]] * len(states)}
 
 
-class ZImage(Network):
+class ZImage(Transformer):
     """Of Z-Image, which counts time from noise to picture and predicts picture - noise."""
-
-    patch = 2
 
     def own_size(self) -> tuple[int, int]:
         return (1024 // self.pipe.vae_scale_factor,) * 2
-
-    def noise(self, height: int, width: int, steps: int | None = None) -> Flow:
-        return Flow(self.pipe, height * width // 4, steps)
 
     def embed(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         return self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0]

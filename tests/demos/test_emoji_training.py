@@ -10,9 +10,9 @@ from torch import nn
 
 from mole_diffusers import emoji_world
 from mole_diffusers.emoji import Drawings, default_folder, words
-from mole_diffusers.emoji.judge import Judge, Words
+from mole_diffusers.emoji.judge import Judge, Labels
 
-WORDS = Words(("fox", "owl", "bat", "pig", "ant"), ("ink", "noto"), ("white", "blue", "grey"), ("day", "night"))
+LABELS = Labels(("fox", "owl", "bat", "pig", "ant"), ("ink", "noto"), ("white", "blue", "grey"), ("day", "night"))
 
 
 def test_the_base_learns_the_latents_that_the_autoencoder_gives(script):
@@ -110,9 +110,9 @@ def test_a_resumed_run_takes_the_same_step(script):
 
 def test_a_judge_is_saved_with_its_words(script, tmp_path):
     torch.manual_seed(0)
-    judge = Judge(WORDS).eval()
+    judge = Judge(LABELS).eval()
     script("train_judge").save(judge, tmp_path)
     again = Judge.load(tmp_path)
-    assert {name: tuple(known) for name, known in again.words._asdict().items()} == WORDS._asdict()
+    assert {name: tuple(known) for name, known in again.labels._asdict().items()} == LABELS._asdict()
     picture = [Image.new("RGB", (64, 64), "red")]
     assert torch.allclose(again.verdict(picture).subjects, judge.verdict(picture).subjects, atol=0.05)

@@ -86,8 +86,8 @@ def test_a_subject_that_nobody_asked_for_is_another_one(judge):
 def test_subjects_in_one_place_do_not_stand_apart(judge, monkeypatch):
     (case, scene), *_ = cases({"two subjects": [("fox", "koala")]})
     metrics = JudgeMetrics(judge, Drawings(default_folder()), [(case, scene)])
-    maps = torch.zeros(2, len(judge.words.subjects), 4, 8)
-    fox, koala = (judge.words.subjects.index(s) for s in ("fox", "koala"))
+    maps = torch.zeros(2, len(judge.labels.subjects), 4, 8)
+    fox, koala = (judge.labels.subjects.index(s) for s in ("fox", "koala"))
     maps[:, fox, 1, 2] = maps[0, koala, 1, 3] = maps[1, koala, 2, 4] = 9
     monkeypatch.setattr(judge, "subject_map", lambda images: maps)
     blank = Image.new("RGB", (128, 64))

@@ -4,15 +4,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mole_diffusers.emoji.judge import Judge, Words
+from mole_diffusers.emoji.judge import Judge, Labels
 
-WORDS = Words(("fox", "owl", "bat", "pig", "ant"), ("ink", "noto"), ("white", "blue", "grey"), ("day", "night"))
+LABELS = Labels(("fox", "owl", "bat", "pig", "ant"), ("ink", "noto"), ("white", "blue", "grey"), ("day", "night"))
 
 
 @pytest.fixture
 def judge():
     torch.manual_seed(0)
-    return Judge(WORDS).eval()
+    return Judge(LABELS).eval()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 64), (64, 128), (128, 128)])
@@ -26,7 +26,7 @@ def test_it_looks_at_every_canvas(judge, size):
 
 def test_as_many_subjects_are_seen_as_are_asked_for(judge):
     verdict = judge.verdict([Image.new("RGB", (128, 64), "red")])
-    best = [judge.words.subjects[i] for i in verdict.subjects[0].topk(2).indices]
+    best = [judge.labels.subjects[i] for i in verdict.subjects[0].topk(2).indices]
     assert judge.sees(verdict, best).all()
-    others = [s for s in judge.words.subjects if s not in best]
+    others = [s for s in judge.labels.subjects if s not in best]
     assert not judge.sees(verdict, others[:2]).any()

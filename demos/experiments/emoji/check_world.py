@@ -101,14 +101,14 @@ class World:
         if not self.judge.sees(verdict, scene.subjects).all():
             return "a subject"
         if (concepts is None or scene.style in concepts) and not self.judge.is_style(verdict, scene.style):
-            return f"{scene.style}, taken for {self.judge.words.styles[int(verdict.style.argmax())]}"
+            return f"{scene.style}, taken for {self.judge.labels.styles[int(verdict.style.argmax())]}"
         if not self.judge.is_one_scene(verdict):
             return "one scene"
         if scene.relation in CONTACTS and not touches_as_said(picture, self.drawings, scene):
             return "the order of contact"
         if named and scene.background != OPEN and not self.judge.is_background(verdict, scene.background):
-            return f"{scene.background}, taken for {self.judge.words.backgrounds[int(verdict.background.argmax())]}"
-        if named and scene.light and scene.light != (light := self.judge.words.lights[int(verdict.light.argmax())]):
+            return f"{scene.background}, taken for {self.judge.labels.backgrounds[int(verdict.background.argmax())]}"
+        if named and scene.light and scene.light != (light := self.judge.labels.lights[int(verdict.light.argmax())]):
             return f"{scene.light}, taken for {light}"
         return ""
 

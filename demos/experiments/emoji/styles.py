@@ -141,8 +141,8 @@ class Margins(emoji_protocol.JudgeMetrics):
 
     def __call__(self, case: Case, images: Sequence[Image.Image]) -> list[Row]:
         scene, verdict = self.scenes[case.prompt, case.size], self.judge.verdict(images)
-        styles = [self.judge.words.styles.index(scene.style)]
-        subjects = [self.judge.words.subjects.index(name) for name in scene.subjects]
+        styles = [self.judge.labels.styles.index(scene.style)]
+        subjects = [self.judge.labels.subjects.index(name) for name in scene.subjects]
         of_style = [margin(logits, styles) for logits in verdict.style]
         of_subjects = [margin(logits, subjects) for logits in verdict.subjects]
         found = zip(super().__call__(case, images), of_style, of_subjects, strict=True)

@@ -6,7 +6,7 @@ It is never used to train anything else.
 
 It sees true drawings of all subjects and styles of the world, one to four in a picture. They are blurred, noised and
 shifted in colour. A fifth of them goes through the base's autoencoder, since all generated pictures share its softness.
-Training is resumable. A run without a checkpoint continues from the judge in `assets/judge`, if there is one. Words that it
+Training is resumable. A run without a checkpoint continues from the judge in `assets/judge`, if there is one. Labels that it
 does not know start from scratch.
 """
 
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from mole_diffusers.emoji import words
 from mole_diffusers.emoji.drawings import Drawings, default_folder
-from mole_diffusers.emoji.judge import Judge, Words
+from mole_diffusers.emoji.judge import Judge, Labels
 from mole_diffusers.emoji.scenes import CONTACTS, SIDE, STACKED, Scene, squares
 
 BATCH = {1: 32, 2: 18, 3: 9, 4: 9}  # subjects in the picture -> pictures per update
@@ -57,7 +57,7 @@ def begin(judge: Judge, saved: dict[str, torch.Tensor], known: dict[str, list[st
     """Copy what a saved judge knows: its trunk, and in its heads the words that both have."""
     weights = judge.state_dict() | saved
     for head in ("subject", "style", "background"):
-        now, before = getattr(judge.words, f"{head}s"), known[f"{head}s"]
+        now, before = getattr(judge.labels, f"{head}s"), known[f"{head}s"]
         both = [word for word in now if word in before]
         for part in ("weight", "bias"):
             rows = judge.state_dict()[f"{head}.{part}"].clone()
@@ -74,12 +74,12 @@ def labelled(drawings: Drawings, judge: Judge, scenes: list[Scene], rng: np.rand
         joined = rng.random() < pasted
         pictures.append(of_two_scenes(drawings, scene, rng) if joined else random_picture(drawings, scene, rng))
         whole.append(float(not joined))
-        lights.append(judge.words.lights.index(scene.light) if scene.light and not joined else -1)
+        lights.append(judge.labels.lights.index(scene.light) if scene.light and not joined else -1)
     return Batch(
         to_tensor(pictures).to(device()),
-        torch.tensor([[float(s in scene.subjects) for s in judge.words.subjects] for scene in scenes], device=device()),
-        torch.tensor([judge.words.styles.index(s.style) for s in scenes], device=device()),
-        torch.tensor([judge.words.backgrounds.index(s.background) for s in scenes], device=device()),
+        torch.tensor([[float(s in scene.subjects) for s in judge.labels.subjects] for scene in scenes], device=device()),
+        torch.tensor([judge.labels.styles.index(s.style) for s in scenes], device=device()),
+        torch.tensor([judge.labels.backgrounds.index(s.background) for s in scenes], device=device()),
         torch.tensor(lights, device=device()),
         torch.tensor(whole, device=device()),
     )
@@ -225,12 +225,12 @@ def save(judge: Judge, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in judge.state_dict().items()}
     save_file(halves, folder / "judge.safetensors")
-    (folder / "judge.json").write_text(json.dumps(judge.words._asdict(), indent=1) + "\n")
+    (folder / "judge.json").write_text(json.dumps(judge.labels._asdict(), indent=1) + "\n")
 
 
 def untrained() -> Judge:
     """A judge of all of the world's words."""
-    return Judge(Words(words.SUBJECTS, words.STYLES, (*words.BACKGROUNDS, words.OPEN, *words.PLACES), tuple(words.LIGHTS)))
+    return Judge(Labels(words.SUBJECTS, words.STYLES, (*words.BACKGROUNDS, words.OPEN, *words.PLACES), tuple(words.LIGHTS)))
 
 
 def main() -> None:

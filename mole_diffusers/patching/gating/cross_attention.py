@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from mole_diffusers.patching.gating.shared_state import SharedState
-from mole_diffusers.patching.hooks import Call, ForwardHook, Uncompiled
+from mole_diffusers.patching.hooks import ForwardHook, ForwardInput, Uncompiled
 from mole_diffusers.patching.host.placement import tokens_of
 
 MAP_TOKENS = 256  # maps are read in layers with about this many tokens: 16 x 16 in SD 1.5 at 512 pixels
@@ -60,7 +60,7 @@ class CrossAttention(ForwardHook):
     shared: SharedState
     reads_maps: bool
 
-    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> ForwardInput | None:
         masks = self.shared.effective.masks
         if masks is None or (bound := masks.text) is None or not (bound.binds or self.shared.wants_maps):
             return None

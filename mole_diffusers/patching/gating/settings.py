@@ -86,7 +86,7 @@ class PlainSum:
     block = gates = part
 
 
-class Rows(NamedTuple):
+class RowSets(NamedTuple):
     """Sets of experts that differ within a batch."""
 
     factors: torch.Tensor  # [b, N], one for each prompt and expert
@@ -100,7 +100,7 @@ class Settings:
     active: Setting[Sequence[bool]]  # [N], which experts are switched on
     strengths: Setting[list[float]]  # [N]
     fixed: Setting[Sequence[float] | None] = field(default_factory=lambda: Setting(None))  # [N], by hand for every gate
-    rows: Setting[Rows | None] = field(default_factory=lambda: Setting(None))
+    rows: Setting[RowSets | None] = field(default_factory=lambda: Setting(None))
     control: Setting[Control | None] = field(default_factory=lambda: Setting(None))  # transforms every gate's output
     every: Setting[int] = field(default_factory=lambda: Setting(1))  # gates are evaluated once in so many of its calls
     plan: Setting[StrengthPlan | None] = field(default_factory=lambda: Setting(None))

@@ -18,7 +18,7 @@ from mole_diffusers.patching.host.denoisers import record
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.undo import undoing
 
-Weights = Mapping[tuple[str, Present], torch.Tensor]  # (site, present experts) -> [N], or [R] of gates per rank
+SiteWeights = Mapping[tuple[str, Present], torch.Tensor]  # (site, present experts) -> [N], or [R] of gates per rank
 Folded = dict[str, dict[str, LoraWeights]]  # component -> {module name in the model: one LoRA's weights}
 
 
@@ -35,7 +35,7 @@ class Averages:
         self._sums[key] = (total.to(weights.device) + weights.reshape(-1, weights.shape[-1]).mean(0), count + 1)
 
     @property
-    def weights(self) -> Weights:
+    def weights(self) -> SiteWeights:
         return {key: total / count for key, (total, count) in self._sums.items()}
 
 
@@ -102,10 +102,10 @@ def _draw_latents(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
     pipe(prompt, **{"num_inference_steps": 10, "generator": generator, "output_type": "latent", **call})
 
 
-def one_lora(components: Iterable[Component], weights: Weights) -> tuple[Folded, set[int]]:
+def one_lora(components: Iterable[Component], weights: SiteWeights) -> tuple[Folded, set[int]]:
     """All experts, each at its site's weight, as one LoRA of summed rank, and the columns of the experts that are in it.
 
-    Weights of 0 are left out, and layers without a weight: they did not run.
+    SiteWeights of 0 are left out, and layers without a weight: they did not run.
     """
     layers: Folded = {}
     acting: set[int] = set()

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.gating.gated_experts import ADAPTER, GatedExperts
-from mole_diffusers.patching.hooks import Call, ForwardHook
+from mole_diffusers.patching.hooks import ForwardHook, ForwardInput
 from mole_diffusers.patching.undo import Undo
 
 BY_NAME = ("proj_in", "proj_out")  # layers of AnimateDiff's motion modules that get their input as `input=`
@@ -70,7 +70,7 @@ class _Empty(TorchFunctionMode):
 class ByPosition(ForwardHook):
     """On a layer that gets its input as `input=`; peft's layers have another name for it."""
 
-    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> ForwardInput | None:
         return ((kwargs["input"],), {}) if "input" in kwargs else None
 
 
