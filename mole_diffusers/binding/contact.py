@@ -66,6 +66,9 @@ def touching(tokens: Tokens, marks: Sequence[Mark]) -> Iterator[Touch]:
         found = next(((m, relation, passive) for p, relation, passive in SAID if (m := p.search(between))), None)
         if found is None or set(first.match.experts) & set(second.match.experts):
             continue
+        rest = marks[second.at + 1 : second.end]
+        if rest and rest[0].kind == WORD and rest[-1].word not in known.PERSONS:  # "a tiger rug" is no tiger
+            continue
         said, relation, is_passive = found
         stop = marks[second.begin].begin - len(between[said.start(1) :].split())
         if _is_aside([mark for mark in marks[first.at + 1 : second.begin] if mark.begin < stop]):
@@ -100,7 +103,9 @@ def _is_aside(marks: Sequence[Mark]) -> bool:
     is_said = False  # whether the noun phrase is over
     for mark, after in zip_longest(marks, marks[1:]):
         is_said = is_said or mark.kind in (MARKER, COMMA)
-        if mark.kind not in (WORD, NAME, DETERMINER, MARKER, COMMA) or (mark.kind == MARKER and mark.word not in ASIDE):
+        if mark.kind not in (WORD, NAME, DETERMINER, MARKER, COMMA) or mark.word in known.NOT:
+            return False
+        if mark.kind == MARKER and mark.word not in ASIDE:
             return False
         is_head = mark.kind in (WORD, NAME) and (after is None or after.kind not in (WORD, NAME))
         if is_said and is_head and not (mark.word in known.GARMENTS or mark.word in known.MEDIA or mark.word.endswith("ly")):

@@ -63,12 +63,12 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
         for run in _runs(segments) if sum(segment.is_thing for segment in segments) > 1 else ():
             is_closed = any(item.joint in CLOSING for item in run[1:])
             items = _kept(run) if is_closed else _tags(run)
-            if items and (objection := _objection(items, run[: run.index(items[0])])):
+            if items and (objection := _objection(items, run[: run.index(items[0])], tokens.words[begin:end])):
                 why = objection
             elif items:
                 relations = list(dict.fromkeys([*_relations(items), *_side_relations(items)]))
                 (found if is_closed else tags).append((items, relations, segments))
-        here = [s for s in segments if s.is_thing and s.side]
+        here = [s for s in segments if s.is_thing and s.side and not s.is_introduced]
         if len(here) == 1 and (marks[0].kind == SIDE or here[0].said.marker not in known.HOLDING):
             sided += here
     found = found or tags
@@ -87,7 +87,9 @@ def _besides(tokens: Tokens, items: Sequence[Segment], segments: Sequence[Segmen
     """What names one more thing in the sentence of a list, alone or in what is said of all items: "a fox and an owl with a
     bear", but not "in a dress".
     """
-    found = [s.noun.name for s in segments if s.noun.name is not None and s.is_thing and s.noun.is_determined]
+    found = [
+        s.noun.name for s in segments if s.noun.name is not None and s.is_thing and (s.noun.is_determined or s.is_person)
+    ]
     if items[-1].said.marker not in ("in", "at", "inside", "made"):
         found += [m for m in items[-1].others if not tokens.words[m.end - 1].endswith("s")]
     return [match for match in found if tokens.words[match.end - 1] not in known.GARMENTS]
@@ -228,10 +230,12 @@ def _tags(run: Sequence[Segment]) -> list[Segment]:
     return items if is_list and len(set(map(_name, (run[i] for i in things)))) == len(things) > 1 else []
 
 
-def _objection(items: Sequence[Segment], before: Sequence[Segment]) -> str:
+def _objection(items: Sequence[Segment], before: Sequence[Segment], words: Sequence[str]) -> str:
     """Why items have no places, although they are listed; "" if they have."""
     if len(items) > MOST_THINGS:
         return TOO_MANY
+    if not known.IN_FRAMES.isdisjoint(words):  # "a character sheet of a fox and an owl"
+        return UNCLEAR
     has = known.WEARING | known.HOLDING
     if any(item.noun.is_of and item.others for item in before):  # "a sheet of foxes, owls and women"
         return UNCLEAR
@@ -243,7 +247,7 @@ def _objection(items: Sequence[Segment], before: Sequence[Segment]) -> str:
         return UNCLEAR
     if bare & known.BODY or (bare & known.GARMENTS and any(item.is_thing for item in before)):  # "sks woman, jeans and top"
         return UNCLEAR
-    is_unclear = _is_style(items[0].noun, items[1:]) or _share_a_head(items[-2].noun, items[-1].noun)
+    is_unclear = _is_style(items[0].noun, items[1:]) or _share_a_head(items[-2].noun, items[-1])
     return UNCLEAR if is_unclear else ""
 
 
@@ -253,9 +257,10 @@ def _is_style(first: NounPhrase, others: Sequence[Segment]) -> bool:
     return is_word and all(item.is_person and item.noun.end - item.noun.begin > 1 for item in others)
 
 
-def _share_a_head(noun: NounPhrase, last: NounPhrase) -> bool:
-    """Whether both may say what the last word names: "fox and owl characters", "strawberry and chocolate cake"."""
-    if noun.name is None or last.name is None or noun.is_determined or last.is_determined:
+def _share_a_head(noun: NounPhrase, item: Segment) -> bool:
+    """Whether both may say what the last word names: "fox and owl characters", "a strawberry and chocolate cake"."""
+    last = item.noun
+    if noun.name is None or last.name is None or last.is_determined or item.joint == "beside":
         return False
     is_shared = last.head.endswith("s") or {noun.head, last.head}.isdisjoint(known.PERSONS | known.NOT | known.GROUPS)
     return noun.end == noun.name.end and last.end > last.name.end and is_shared

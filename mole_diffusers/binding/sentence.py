@@ -22,10 +22,11 @@ CLOSED = re.compile(rf"(?:{WEIGHT.pattern})?\s*[{re.escape(CLOSING)}]")  # the e
 AROUND = " \t\r\n,;:"  # what a prompt neither begins nor ends with
 TOGETHER = re.compile(  # what two do together, "hand in hand", or what is said of several
     rf"(?<!\S)(?:(?P<act>{one_of(known.CONTACT)}|dance|fight|hold(?:ing|s) (?:hands|each)|(\S+) (?:in|to|by) \2)"
-    rf"|{one_of(known.GROUPS)}|(?:each|the) other|one (?:another|of|with|in|is|has|wearing)|left to right)(?!\S)"
+    rf"|{one_of(known.GROUPS)}|(?:each|the) other|the same|one (?:another|of|with|in|is|has|wearing)|left to right)(?!\S)"
 )
 SEVERAL = (  # how many there are: "2 girls", "two big people", "a group"
-    rf"(?<!\S)(?:\d+ (?:girl|boy|other)|(?:{one_of(known.SEVERAL)})(?: \S+){{{{0,2}}}}? (?:{{}})|group|pair|crowd)(?!\S)"
+    rf"(?<!\S)(?:\d+ (?:girl|boy|other)|(?:{one_of(known.SEVERAL)})(?: \S+){{{{0,2}}}}? (?:{{}})|group|pair|crowd"
+    rf"|(?:family|{one_of(known.GATHERINGS)}) of)(?!\S)"
 )
 BETWEEN_SIDES = re.compile(r"\s*[,:]?")
 
@@ -256,7 +257,10 @@ def _with_brackets(text: str, begin: int, end: int) -> Span:
     """A piece of text with the brackets and weights that belong to it."""
     unclosed = 0
     for letter in text[begin:end]:
-        unclosed = unclosed + 1 if letter in OPENING else max(0, unclosed - 1) if letter in CLOSING else unclosed
+        if unclosed or letter not in CLOSING:
+            unclosed += (letter in OPENING) - (letter in CLOSING)
+        elif text[begin - 1 : begin] in tuple(OPENING):  # "((fox)) standing"
+            begin -= 1
     while (closed := CLOSED.match(text, end)) and (unclosed or text[begin - 1 : begin] in tuple(OPENING)):
         begin, unclosed = (begin, unclosed - 1) if unclosed else (begin - 1, 0)
         end = closed.end()

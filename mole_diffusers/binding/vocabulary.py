@@ -93,7 +93,8 @@ MEDIA = _plural(
     "icon print comic cartoon artwork art style view shot close-up closeup scene screenshot snapshot selfie",
     "photography wallpaper statue sculpture depiction composition collage concept design graffiti mosaic fresco",
     "watercolor watercolour aesthetic theme background foreground emoji anime manga still cover postcard mural tapestry",
-    "doodle banner billboard flyer filter effect logo polaroid acrylic gouache charcoal pastel ink oil crayon"
+    "doodle banner billboard flyer filter effect logo polaroid acrylic gouache charcoal pastel ink oil crayon",
+    "macro cutout papercraft linocut woodcut lithograph"
 )  # fmt: skip
 GATHERINGS = words("group pair couple duo trio team band set pack")
 INTRODUCING = words("of with featuring showing depicting containing including starring portraying about shows features")
@@ -104,7 +105,7 @@ SETTINGS = _plural(
     "restaurant stage road bridge window wall floor ground snow rain fog mist cloud storm moon sun star weather",
     "alley skyline cityscape backdrop meadow valley cave ruin station shop store library museum palace pool shore",
     "coast horizon distance bokeh blur focus depth quality masterpiece detail colour color palette mood",
-    "atmosphere camera lens paper canvas grain vignette haze enclosure zoo"
+    "atmosphere camera lens paper canvas grain vignette haze aura glow enclosure zoo"
 )  # fmt: skip
 BODY = _plural(
     "hair hairstyle eye head chest neck shoulder back mouth foot feet knee body belly paw beak nose eyes ear tail wing horn",
@@ -140,5 +141,7 @@ HELD_THINGS = words("sword shield staff wand bow spear axe dagger gun rifle bag 
 NOT = words("no not without except minus half")
 WRITTEN = words("name names word words text title titled caption headline says saying labeled labelled spelling")
 LIKE = words("shaped themed inspired coloured colored")  # a "fox shaped cake" is no fox
-ONE = words("he she him himself herself hers")  # said of one of several
+ONE = words("he she him his her himself herself hers")  # said of one of several
+# Of one thing in several frames, or of several that are one
+IN_FRAMES = words("panel panels sheet turnaround storyboard fusion hybrid merged fused blended morphed")
 GROUPS = words("couple duo trio twins both together them they their theirs themselves everyone everybody")

@@ -20,6 +20,8 @@ FILES = (
     "more_readings",
     # Written as users write: tags, sentences, triggers, weights, names. What should come out was noted before it was read.
     "readings_of_strangers",
+    # In 30 more styles. What should come out was noted first; `half` says if it was held back while rules were made.
+    "readings_of_many_styles",
 )
 READINGS = [json.loads(line) for name in FILES for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
 PAIRS = [json.loads(line) for line in (DATA / "pairs.jsonl").read_text().splitlines()]
