@@ -1,19 +1,29 @@
-"""What comes from a file or a command line: named options, checked against type annotations, and text to print."""
+"""Named options: checked against type annotations, and described by docstrings; and text to print."""
 
 from __future__ import annotations
 
+import inspect
+import re
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+ENTRY = re.compile(r"^ {4}([\w, ]+?)(?: \((\S+)\))?: (.+(?:\n {8}.+)*)", re.MULTILINE)  # in a docstring's Args
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
 
 
 def printable(text: str) -> str:
     """Untrusted text on one line, without terminal control codes."""
     return "".join(c if c.isprintable() else " " for c in text)
+
+
+def described(thing: Any) -> dict[str, tuple[str | None, str]]:
+    """Name -> (metavar, help) from the Args or Attributes of a docstring; those of a class's bases are its own, too."""
+    docs = [each.__doc__ for each in reversed(thing.__mro__[:-1])] if isinstance(thing, type) else [thing.__doc__]
+    entries = [entry for doc in docs for entry in ENTRY.findall(inspect.cleandoc(doc or ""))]
+    return {n: (metavar or None, " ".join(text.split())) for names, metavar, text in entries for n in names.split(", ")}
 
 
 def check_options(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> None:

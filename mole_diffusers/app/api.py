@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -27,33 +27,64 @@ from mole_diffusers.app.jobs import Work
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.sentences import USER_ERRORS, without_folders
 from mole_diffusers.app.visits import session
-from mole_diffusers.gates import RECOMMENDED
 from mole_diffusers.lora.safe_files import read_picture
-from mole_diffusers.options import check_kinds
+from mole_diffusers.options import check_kinds, described
 from mole_diffusers.studio import infotext
 from mole_diffusers.studio.as_code import as_code
-from mole_diffusers.studio.recipe import FIELD_TYPES, PICTURES, Recipe
+from mole_diffusers.studio.recipe import PICTURES, Recipe
 
 WORDS = {  # in the endpoints' docstrings -> what they are replaced by
     "RECIPE": 'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. The defaults '
     "are: no negative prompt, seed 0, the app's steps and guidance, the usual size for the prompt or that of the picture to "
     'draw over, the model\'s own sampler, gates "auto", arm "gates", no locks.',
-    "pictures: PICTURES": """image: a picture to draw over. A recipe that names its pictures needs these again.
-            mask: a picture of the same size, white where the image is redrawn; by default all of it is.
-            control: a control map: edges, depths, a pose, ... as the ControlNet reads them.
-            reference: a picture that the IP-Adapter reads.""",
     "FAMILIES": f"one of {', '.join(TRAINED)}",
 }
-File = gr.FileData | None
-Pictures = dict[str, Any] | None  # of a method that takes `PICTURES`: name -> file, see `_endpoint`
+WHOLE = ("arm", "locks", "masks", "experts", "embeddings", "base", *PICTURES)  # what only endpoints with a RECIPE take
+
+
+class Part(NamedTuple):
+    """An argument that clients send, one of several in the place of one argument of a method."""
+
+    kind: str
+    about: str
+    is_needed: bool = False
+
+
+def _fields(kind: Any) -> dict[str, Part]:
+    """The fields of a dataclass, as arguments."""
+    hints, about, found = get_type_hints(kind), described(kind), dict[str, Part]()
+    for field in (field for field in fields(kind) if field.name in about):
+        of, is_needed = hints[field.name], field.default is MISSING and field.default_factory is MISSING
+        text = "dict" if get_origin(of) is Mapping else of.__name__ if of in (str, int, float) else str(of)
+        found[field.name] = Part(text, about[field.name][1], is_needed)
+    return found
+
+
+PARTS = {  # argument of a method -> those that clients send in its place
+    "pictures": {
+        "image": Part("gr.FileData", "a picture to draw over. A recipe that names its pictures needs these again."),
+        "mask": Part(
+            "gr.FileData", "a picture of the same size, white where the image is redrawn; by default all of it is."
+        ),
+        "control": Part("gr.FileData", "a control map: edges, depths, a pose, ... as the ControlNet reads them."),
+        "reference": Part("gr.FileData", "a picture that the IP-Adapter reads."),
+    },
+    "fields": {n: part for n, part in _fields(Recipe).items() if n not in WHOLE and not n.endswith("_sha256")},
+    "training": _fields(TrainingRequest),
+}
+Parts = dict[str, Any] | None  # of a method: the `PARTS` that were sent, by their names
 
 
 def add(page: Page) -> None:
     """Add every endpoint to the app."""
     endpoints = Endpoints(page)
+    words = {
+        f"{whole}: PARTS": "\n            ".join(f"{n}: {p.about}" for n, p in parts.items())
+        for whole, parts in PARTS.items()
+    }
     for name in (name for name in vars(Endpoints) if not name.startswith("_")):
         endpoint = _endpoint(method := getattr(endpoints, name))
-        for word, about in WORDS.items():
+        for word, about in (words | WORDS).items():
             endpoint.__doc__ = (endpoint.__doc__ or "").replace(word, about)
         limit = None if inspect.iscoroutinefunction(method) else 1  # jobs wait in our own queue, and `find` need not wait
         gr.api(endpoint, api_name=name, concurrency_limit=limit)
@@ -62,13 +93,16 @@ def add(page: Page) -> None:
 def _endpoint(method: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a method for clients: check what they send by its annotations, and turn errors of bad input into a sentence.
 
-    Clients send each of `PICTURES` as a file of its own.
+    Clients send `PARTS` one by one.
     """
-    kinds = {name: kind for name, kind in get_type_hints(method).items() if kind not in (gr.FileData, File, Pictures)}
-    signature, parameters = inspect.signature(method), list[inspect.Parameter]()  # with annotations as text
-    for each in signature.parameters.values():
-        names = PICTURES if each.name == "pictures" else ()
-        parameters += [each.replace(name=name, annotation="File") for name in names] or [each]
+    hints, signature, parameters = get_type_hints(method), inspect.signature(method), list[inspect.Parameter]()
+    apart = [name for name in signature.parameters if name in PARTS]
+    kinds = {name: kind for name, kind in hints.items() if name not in apart and kind is not gr.FileData}
+    for each in signature.parameters.values():  # with annotations as text
+        for name, part in PARTS.get(each.name, {}).items():
+            kind, default = (part.kind, each.empty) if part.is_needed else (f"{part.kind} | None", None)
+            parameters.append(each.replace(name=name, annotation=kind, default=default))
+        parameters += [] if each.name in PARTS else [each]
     signature = signature.replace(parameters=parameters)
 
     @functools.wraps(method)
@@ -76,8 +110,9 @@ def _endpoint(method: Callable[..., Any]) -> Callable[..., Any]:
         given = signature.bind(*args, **kwargs).arguments
         try:
             check_kinds({name: value for name, value in given.items() if name in kinds}, kinds, method.__name__)
-            if files := {name: given.pop(name) for name in PICTURES if name in given}:
-                given["pictures"] = files
+            for whole in apart:
+                parts = {name: given.pop(name, None) for name in PARTS[whole]}
+                given[whole] = {name: value for name, value in parts.items() if value is not None}
             if inspect.iscoroutinefunction(method):
                 return await method(**given)
             return await asyncio.to_thread(method, **given)
@@ -133,64 +168,18 @@ class Endpoints:
     async def compose(
         self,
         request: gr.Request,
-        prompt: str,
-        negative: str = "",
-        seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        gates: str = "auto",
+        fields: Parts,
         count: int = 1,
-        width: int | None = None,
-        height: int | None = None,
-        sampler: str = "",
-        pictures: Pictures = None,
-        strength: float | None = None,
-        hires: float | None = None,
-        hires_strength: float | None = None,
-        prompt_2: str = "",
-        negative_2: str = "",
-        binding: str | None = None,
-        clip_skip: int | None = None,
-        detail: float | None = None,
-        upscaler: str = "",
-        controlnet: str = "",
-        control_strength: float | None = None,
-        control_end: float | None = None,
-        ip_adapter: str = "",
-        ip_scale: float | None = None,
+        pictures: Parts = None,
     ) -> tuple[list[gr.FileData], list[dict], list[str]]:
         """Draw pictures. Every PNG has its recipe inside. Returns the files, their recipes, and notes.
 
         Args:
-            prompt: with a <lora:name:strength> tag for every LoRA. Tags may have te=, unet=, lbw=, start=, stop=, step=.
-            negative: the negative prompt.
-            seed: the seed of the first picture; the others have the next ones. -1 means a random seed.
-            steps: 1..150; by default the app's.
-            guidance: 0..50; 1 turns it off. By default the base model's.
-            gates: "auto", "sum", "mean" or the name of trained gates.
-            count: the number of pictures, 1..16.
-            width: in pixels, rounded to what the model can draw; by default the base model's own, or the image's.
-            height: the same for the height.
-            sampler: its usual name, for example "DPM++ 2M Karras"; "" means the model's own.
-            pictures: PICTURES
-            strength: how much of that picture is redrawn, 0..1.
-            hires: a factor up to 4. Above 1, the picture is enlarged by it and drawn over again.
-            hires_strength: how much of the enlarged picture is redrawn, 0..1.
-            prompt_2: what the second text encoder reads, if the model has two, without tags; "" means the same prompt.
-            negative_2: the same for the negative prompt.
-            binding: "bound" to words and places, "tiles" (in part drawn apart), "auto" (tiles if they fit), "none".
-            clip_skip: the last layer of the text encoder that is read, counted from the end. 1, the default, reads all.
-            upscaler: the model that enlarges the picture for hires, by the name of its file; "" interpolates its pixels.
-            detail: how much of each subject's place is redrawn at the end, enlarged: 0, the default, or 0.2 to 0.3.
-            controlnet: the ControlNet for the control map, by the name of its file.
-            control_strength: how much the map counts, 0..2.
-            control_end: the share of the steps after which it counts no more, 0.05..1.
-            ip_adapter: the IP-Adapter for the reference picture, by the name of its file.
-            ip_scale: how much the reference picture counts, 0..2.
+            fields: PARTS
+            count: the number of pictures with consecutive seeds, 1..16.
+            pictures: PARTS
         """
-        given, own = locals(), FIELD_TYPES.keys() - {*PICTURES}
-        recipe = {name: value for name, value in given.items() if name in own and value is not None}
-        done = await self._drawing(request, "compose", self.actions.compose, recipe, pictures, count)
+        done = await self._drawing(request, "compose", self.actions.compose, fields or {}, pictures, count)
         recipes = [each.recipe.to_dict() for each in done.pictures]
         return [_file(each.path) for each in done.pictures], recipes, done.warnings
 
@@ -198,13 +187,13 @@ class Endpoints:
         self,
         request: gr.Request,
         recipe: dict,
-        pictures: Pictures = None,
+        pictures: Parts = None,
     ) -> gr.FileData:
         """Draw one recipe: a complete one from a picture, or one with some fields left out.
 
         Args:
             recipe: RECIPE
-            pictures: PICTURES
+            pictures: PARTS
         """
         done = await self._drawing(request, "compose", self.actions.compose, recipe, pictures, 1)
         return _file(done.pictures[0].path)
@@ -214,7 +203,7 @@ class Endpoints:
         request: gr.Request,
         recipe: dict,
         merges: list[str] | None = None,
-        pictures: Pictures = None,
+        pictures: Parts = None,
     ) -> tuple[list[str], list[gr.FileData], list[str]]:
         """Draw the same seed in several ways: the base, each LoRA alone, the plain sum, bound, in tiles if there is room,
         with trained gates if there are any, and merges. The gallery keeps a sheet of them. Returns labels, files, and notes.
@@ -222,7 +211,7 @@ class Endpoints:
         Args:
             recipe: RECIPE
             merges: names of training-free merges, for example "ties".
-            pictures: PICTURES
+            pictures: PARTS
         """
         done = await self._drawing(request, "compare", self.actions.compare, recipe, pictures, merges or ())
         return [each.label for each in done.pictures], [_file(each.path) for each in done.pictures], done.warnings
@@ -231,14 +220,14 @@ class Endpoints:
         self,
         request: gr.Request,
         recipe: dict,
-        pictures: Pictures = None,
+        pictures: Parts = None,
     ) -> tuple[dict, list[gr.FileData], list[str]]:
         """Show what the gates did. Returns {"experts", "weights": block -> mean weight of each, "pictures"}, the figures,
         and notes.
 
         Args:
             recipe: RECIPE
-            pictures: PICTURES
+            pictures: PARTS
         """
         report = await self._drawing(request, "look", self.actions.look, recipe, pictures, None)
         figures = {"heat": report.heat, "shares": report.shares, **report.places}
@@ -259,7 +248,7 @@ class Endpoints:
         recipe: dict,
         x: str,
         y: str,
-        pictures: Pictures = None,
+        pictures: Parts = None,
     ) -> gr.FileData:
         """Draw an XY grid of one recipe. The gallery keeps it.
 
@@ -267,7 +256,7 @@ class Endpoints:
             recipe: RECIPE
             x: what varies across: "arm=base,sum,gates", "weight fox=0,0.5,1", "seed=1,2,3", ...
             y: what varies down, in the same form.
-            pictures: PICTURES
+            pictures: PARTS
         """
         done = await self._drawing(request, "grid", self.actions.grid, recipe, pictures, x, y)
         return _file(done.sheet)
@@ -335,30 +324,19 @@ class Endpoints:
         self,
         request: gr.Request,
         recipe: dict,
-        name: str,
-        singles: dict,
-        composed: list[str],
-        steps: int = 60,
-        styles: list[str] | None = None,
-        family: str = RECOMMENDED,
-        way: str = "collage",
+        training: Parts,
         again: str = "",
     ) -> tuple[list[dict], list[str]]:
         """Train gates for the LoRAs of a recipe, from prompts alone. Returns a row of losses per update, and as a note what
-        the gates are worth on seeds that the training did not use.
+        the gates are worth on seeds that the training did not use. The same name and settings continue a run that was
+        stopped.
 
         Args:
             recipe: RECIPE Its tags name the LoRAs.
-            name: the gates' name, for `compose` later. The same name and settings continue a run that was stopped.
-            singles: LoRA -> list of prompts that name it and no other; for a collage, a subject in the style.
-            composed: prompts that name all LoRAs.
-            steps: the total number of updates.
-            styles: LoRAs that act on the whole picture.
-            family: the kind of gates, FAMILIES.
-            way: "collage" puts subjects side by side, each drawn by its own LoRA; "blend" blends the LoRAs' predictions.
+            training: PARTS
             again: what to do if there are gates of this name with other settings: "continue" from them, or "overwrite".
         """
-        wanted = TrainingRequest(name, singles, composed, styles or [], steps=steps, family=family, way=way)
+        wanted = TrainingRequest(**training or {})
         done = await self._job(request, "train", self.actions.train, self._recipe(recipe), wanted, again)
         return done.rows, [done.verdict]
 
@@ -395,11 +373,10 @@ class Endpoints:
         return recipe
 
     async def _drawing(
-        self, request: gr.Request, kind: str, work_of: Callable[..., Work], recipe: dict, pictures: Pictures, *more: Any
+        self, request: gr.Request, kind: str, work_of: Callable[..., Work], recipe: dict, pictures: Parts, *more: Any
     ) -> Any:
         """The result of a job that draws a recipe, with uploaded pictures if there are any."""
-        files = [(name, file) for name, file in (pictures or {}).items() if file is not None]
-        read = {name: await asyncio.to_thread(_picture, file) for name, file in files}
+        read = {name: await asyncio.to_thread(_picture, file) for name, file in (pictures or {}).items()}
         return await self._job(request, kind, work_of, self._recipe(recipe), *more, read)
 
     async def _job(self, request: gr.Request, kind: str, work_of: Callable[..., Work], *given: Any) -> Any:

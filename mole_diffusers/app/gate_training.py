@@ -46,18 +46,18 @@ class TrainingRequest:
         name: the name of the gates, by which you choose them later.
         singles: LoRA -> prompts that name it and no other; for a collage, a subject in the style.
         composed: prompts that name all LoRAs.
-        styles: LoRAs that act on the whole picture.
         steps: the total number of updates, including earlier ones of a run that is continued.
-        family: the kind of gates, one of `TRAINED`.
-        way: one of `WAYS`. "collage" puts the subjects side by side, each drawn by its own LoRA. "blend" blends the LoRAs'
-            predictions under masks.
+        styles: LoRAs that act on the whole picture.
+        family: the kind of gates: FAMILIES.
+        way: "collage" puts the subjects side by side, each drawn by its own LoRA. "blend" blends the LoRAs' predictions
+            under masks.
     """
 
     name: str
     singles: Mapping[str, list[str]]
     composed: list[str]
-    styles: list[str] = field(default_factory=list)
     steps: int = 60
+    styles: list[str] = field(default_factory=list)
     family: str = RECOMMENDED
     way: str = "collage"
 

@@ -20,8 +20,8 @@ from rich.markup import escape
 from typer import Argument, Context, Option
 
 from mole_diffusers.cli.console import quiet
+from mole_diffusers.options import described
 
-ENTRY = re.compile(r"^ {4}([\w, ]+?)(?: \((\S+)\))?: (.+(?:\n {8}.+)*)", re.MULTILINE)  # in a docstring's Args
 T = TypeVar("T")
 
 
@@ -83,7 +83,7 @@ def as_command(command: Callable[..., Result | None]) -> Callable[..., int]:
     groups: dict[str, Any] = {"console": Verbose if signature.return_annotation is None else Console}
     groups |= {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Group)}
     told = [name for name, kind in kinds.items() if kind is Given]
-    entries, own = _entries(command), [name for name in kinds if name not in (*groups, *told)]
+    entries, own = described(command), [name for name in kinds if name not in (*groups, *told)]
     options = [_option(name, kinds[name], signature.parameters[name].default, entries.get(name)) for name in own]
     options += [option for group in groups.values() for option in _options(group)]
 
@@ -145,7 +145,7 @@ def _setting(name: str, kinds: Mapping[type, Any]) -> Any:
     if get_origin(kind) is Annotated:
         kind, least, most = get_args(kind)
     for config in kinds:
-        said.setdefault(_entries(config)[name][1], []).append(getattr(config, "name", ""))
+        said.setdefault(described(config)[name][1], []).append(getattr(config, "name", ""))
     text = " ".join(f"{', '.join(names)}: {text}".removeprefix(": ") for text, names in said.items())
     defaults = [getattr(config, name) for config in kinds]
     default, several = defaults[0], get_origin(kind) is Sequence
@@ -157,7 +157,7 @@ def _setting(name: str, kinds: Mapping[type, Any]) -> Any:
 def _options(group: type[Group]) -> list[inspect.Parameter]:
     """The options of base classes come first; each has the panel of its own class."""
     kinds, options = get_type_hints(group, include_extras=True), []
-    entries = _entries(group)
+    entries = described(group)
     for each in reversed(group.__mro__[:-2]):
         panel = vars(each).get("panel")
         for name in inspect.get_annotations(each):
@@ -186,10 +186,3 @@ def _option(
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _entries(thing: Any) -> dict[str, tuple[str | None, str]]:
-    """Name -> (metavar, help) from the Args or Attributes of a docstring; those of a class's bases are its own, too."""
-    docs = [each.__doc__ for each in reversed(thing.__mro__[:-1])] if isinstance(thing, type) else [thing.__doc__]
-    entries = [entry for doc in docs for entry in ENTRY.findall(inspect.cleandoc(doc or ""))]
-    return {n: (metavar or None, " ".join(text.split())) for names, metavar, text in entries for n in names.split(", ")}

@@ -284,12 +284,12 @@ BAD = [
     ("compose", ("x <lora:fox:0@0,1@-1>",), "a point is 0 or more"),
     ("compose", ("x <lora:fox:nan>",), "'nan' is not a finite number"),
     ("compose", ("x <lora:../../etc/passwd:1>",), "there is no LoRA '../../etc/passwd'"),
-    ("compose", ("x", "", -5), "seed must be in -1.."),
-    ("compose", ("x", "", 0, "many"), "steps of compose must be a whole number, got 'many'"),
-    ("compose", ("x", "", 0, 2, 99.0), "guidance must be in"),
-    ("compose", ("x", "", 0, 2, 3.0, "../../etc"), "there are no gates '../../etc'"),
-    ("compose", ("x", "", 0, 2, 3.0, "sum", 1000), "the number of pictures must be in 1..16"),
-    ("compose", ("x", "", 0, 2, 3.0, "sum", "two"), "count of compose must be a whole number"),
+    ("compose", {"prompt": "x", "seed": -5}, "seed must be in -1.."),
+    ("compose", {"prompt": "x", "steps": "many"}, "steps of a recipe must be a whole number, got 'many'"),
+    ("compose", {"prompt": "x", "guidance": 99.0}, "guidance must be in"),
+    ("compose", {"prompt": "x", "gates": "../../etc"}, "there are no gates '../../etc'"),
+    ("compose", {"prompt": "x", "count": 1000}, "the number of pictures must be in 1..16"),
+    ("compose", {"prompt": "x", "count": "two"}, "count of compose must be a whole number"),
     ("compose", ("y" * 6000,), "at most 5000 characters"),
     (
         "grid",
@@ -345,7 +345,7 @@ BAD = [
         (RECIPE, "one", {"fox": "a fox"}, ["x"], 2),
         "singles of a training must be names, each with a list of texts, got",
     ),
-    ("train", (RECIPE, "one", {}, "x", 2), "composed of train must be a list of texts, got 'x'"),
+    ("train", (RECIPE, "one", {}, "x", 2), "composed of a training must be a list of texts, got 'x'"),
     ("train", (RECIPE, "one", {}, [], 10**6), "the number of updates must be in"),
     ("train", (RECIPE, "one", {"fox": ["x"]}, ["x"], 2, [], "best"), "unknown family 'best'; known: factors"),
     (
@@ -370,7 +370,11 @@ def refused(client, name, *arguments):
 
 
 def test_bad_input_gets_one_sentence_and_the_app_goes_on(client, tmp_path):
-    jobs = [client.submit(*arguments, api_name=f"/{name}") for name, arguments, _ in BAD]
+    def sent(arguments):
+        return ((), arguments) if isinstance(arguments, dict) else (arguments, {})
+
+    calls = [(name, *sent(arguments)) for name, arguments, _ in BAD]
+    jobs = [client.submit(*args, **kwargs, api_name=f"/{name}") for name, args, kwargs in calls]
     for job, (name, arguments, message) in zip(jobs, BAD, strict=True):
         assert message in str(job.exception()), (name, arguments)
     named = client.view_api(return_format="dict")["named_endpoints"]

@@ -115,7 +115,7 @@ def test_jobs_that_were_asked_for_before_are_drawn_with_the_old_base(actions, tm
 def test_a_training_for_another_base_is_refused(actions):
     from mole_diffusers.app.gate_training import TrainingRequest, train
 
-    request = TrainingRequest("mine", {"fox": ["a fox"], "ink": ["ink"]}, ["a fox in ink"], [], steps=1)
+    request = TrainingRequest("mine", {"fox": ["a fox"], "ink": ["ink"]}, ["a fox in ink"], steps=1)
     recipe = Recipe(PROMPT, steps=1, width=32, height=32)
     work = train(actions.studio, recipe, request, home=actions.home)
     actions.bases.change("flux")(ignore)
