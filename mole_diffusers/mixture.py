@@ -47,8 +47,8 @@ from mole_diffusers.patching.install import folding
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.install.installation import Installation, held, installed, remove
 from mole_diffusers.patching.install.one_call import OneCall
-from mole_diffusers.patching.subjects.apart import draws_in_tiles, explain
-from mole_diffusers.patching.subjects.things import UNTIL, Encode, Tiling
+from mole_diffusers.patching.subjects.apart import begin_of_tiles, explain
+from mole_diffusers.patching.subjects.things import UNTIL, Encode, PictureCall, Tiling
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
@@ -572,7 +572,7 @@ class Mixture:
     def draws_in_tiles(self, call: Mapping[str, Any]) -> bool:
         """Whether it draws the pictures of a call in tiles by itself, as `tiled` says. The call includes their size."""
         bound = self.binding
-        return bound is not None and draws_in_tiles(self._pipe, call, bound, self._acting)
+        return bound is not None and begin_of_tiles(PictureCall(self._pipe, Tiling(), call, bound, self._acting)) is not None
 
     @property
     def layouts(self) -> list[Layout]:
@@ -605,7 +605,7 @@ class Mixture:
         if (bound := self.binding) is None:
             return Explanation.of_unbound(self.experts)
         call = {"prompt": prompt, "width": width, "height": height}
-        return explain(self._pipe, self._settings.tiling.now, call, bound, self._acting)
+        return explain(PictureCall(self._pipe, self._settings.tiling.now, call, bound, self._acting))
 
     # ---- begin and copy
 

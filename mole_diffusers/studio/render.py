@@ -18,13 +18,13 @@ from mole_diffusers.binding.config import Bound, bindings, files_bindings
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO, region_picture
 from mole_diffusers.binding.who_acts import Explanation
-from mole_diffusers.lora import Expert, check_family
+from mole_diffusers.lora import check_family
 from mole_diffusers.merging.merge import METHODS, by_activations
 from mole_diffusers.mixture import Mixture, detach
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.install.pipeline_lock import PipelineLock
-from mole_diffusers.patching.subjects.apart import begin_of_tiles, draws_in_tiles, explain, size_for_tiles
-from mole_diffusers.patching.subjects.things import UNTIL, Tiling
+from mole_diffusers.patching.subjects.apart import begin_of_tiles, explain, size_for_tiles
+from mole_diffusers.patching.subjects.things import UNTIL, PictureCall, Tiling
 from mole_diffusers.studio import detail_pass, embeddings, picture_passes
 from mole_diffusers.studio.attachment import Attachment
 from mole_diffusers.studio.base_models import Base, usual_size
@@ -229,10 +229,8 @@ class Studio:
         they are already, or if that cannot be."""
         if recipe.binding_of_pass() != AUTO:
             return None
-        asked = self._bound_call(recipe)
-        if asked is None or draws_in_tiles(self.pipe, *asked):
-            return None
-        return size_for_tiles(self.pipe, *asked, MAX_SIDE)
+        call = self._bound_call(recipe)
+        return None if call is None or begin_of_tiles(call) is not None else size_for_tiles(call, MAX_SIDE)
 
     def notes(self, asked: Recipe, recipe: Recipe, image: Image.Image | None = None) -> list[str]:
         """What a user should know about a completed recipe: what may be wrong with it, what was changed, and what is cut.
@@ -378,8 +376,8 @@ class Studio:
             return "the larger picture" if step <= first + larger else DETAILS
         if recipe.binding_of_pass() not in (AUTO, TILES):
             return ""
-        asked = self._bound_call(recipe)
-        since = None if asked is None else begin_of_tiles(self.pipe, Tiling(always=recipe.binding == TILES), *asked)
+        call = self._bound_call(recipe, always=recipe.binding == TILES)
+        since = None if call is None else begin_of_tiles(call)
         if since is None or step <= max(1, since * recipe.steps) + 1e-5 or step > UNTIL * recipe.steps + 1e-5:
             return ""
         return "each subject by itself"
@@ -470,8 +468,8 @@ class Studio:
 
     def draws_in_tiles(self, recipe: Recipe) -> bool:
         """Whether a completed recipe would be drawn in tiles with binding "auto"."""
-        asked = self._bound_call(recipe)
-        return asked is not None and draws_in_tiles(self.pipe, *asked)
+        call = self._bound_call(recipe)
+        return call is not None and begin_of_tiles(call) is not None
 
     def explain(self, recipe: Recipe) -> Explanation:
         """Who acts on the prompt of a completed recipe, where and why; see `Mixture.explain`."""
@@ -481,16 +479,14 @@ class Studio:
             return Explanation.of_unbound(recipe.experts)
         call = {"prompt": recipe.plain_text, "width": recipe.width, "height": recipe.height}
         tiling = Tiling(until=0) if recipe.binding_of_pass() == BOUND else Tiling(always=recipe.binding == TILES)
-        return explain(self.pipe, tiling, call, self._bound(recipe), list(recipe.experts))
+        return explain(PictureCall(self.pipe, tiling, call, self._bound(recipe), list(recipe.experts)))
 
-    def _bound_call(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Bound], dict[str, Expert]] | None:
-        """The arguments of `draws_in_tiles` after the pipeline; None if a prompt is too long, or with a given picture."""
-        if recipe.has_pictures:
+    def _bound_call(self, recipe: Recipe, *, always: bool = False) -> PictureCall | None:
+        """The call that draws a recipe; None if a prompt is too long, or with a given picture."""
+        if recipe.has_pictures or (texts := plain_texts(self.pipe, **recipe.call)) is None:
             return None
-        experts = {name: self.catalog.expert(name) for name in recipe.experts}
-        texts = plain_texts(self.pipe, **recipe.call)
-        size = {"width": recipe.width, "height": recipe.height}
-        return None if texts is None else (texts | size, self._bound(recipe), experts)
+        call = {**texts, "width": recipe.width, "height": recipe.height}
+        return PictureCall(self.pipe, Tiling(always=always), call, self._bound(recipe), list(recipe.experts))
 
     def _bound(self, recipe: Recipe) -> dict[str, Bound]:
         """The words and region of each LoRA of a completed recipe: from its tag, otherwise from its file."""

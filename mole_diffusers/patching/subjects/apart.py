@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations, product
-from typing import Any
 
 import torch
 
-from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.who_acts import OWN_TILE, Explanation, roles
 from mole_diffusers.patching.host.cropping import Cropping
 from mole_diffusers.patching.subjects.things import SINCE, PictureCall, PromptThings, Tiling
@@ -31,35 +29,24 @@ SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, s
 SCALE_ONLY = "of arguments for attention, tiles only know the scale of LoRAs, not {!r}"
 
 
-def begin_of_tiles(
-    pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
-) -> float | None:
-    """The share of the steps after which a bound mixture draws the pictures of a call in tiles; None if it never does.
-
-    The call includes their size.
+def begin_of_tiles(call: PictureCall) -> float | None:
+    """The share of the steps after which the pictures of a call, which includes their size, are drawn in tiles; None if they
+    never are.
     """
-    read = PictureCall(pipe, tiling, call, bound, acting)
-    things = things_for_tiles(read)
-    if things is None or read.for_processors:
+    things = things_for_tiles(call)
+    if things is None or call.for_processors:
         return None
-    windows = _windows_in(read, things)
-    if not tiling.always and not have_room(read.cropping, windows):
+    windows = _windows_in(call, things)
+    if not call.tiling.always and not have_room(call.cropping, windows):
         return None
-    return since_of(tiling, border(read.cropping, things, windows))
+    return since_of(call.tiling, border(call.cropping, things, windows))
 
 
-def draws_in_tiles(pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]) -> bool:
-    """Whether a bound mixture draws the pictures of a call in tiles by itself. The call includes their size."""
-    return begin_of_tiles(pipe, Tiling(), call, bound, acting) is not None
-
-
-def explain(
-    pipe: Any, tiling: Tiling, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str]
-) -> Explanation:
+def explain(call: PictureCall) -> Explanation:
     """Who acts on the prompt of a call, where and why, and the prompts of its tiles. See `Mixture.explain`."""
-    read, things = PictureCall(pipe, tiling, call, bound, acting), PromptThings(call["prompt"], bound, acting)
-    found = roles(list(bound), things.bound, [name in acting for name in bound], things.sentence)
-    why = _why_no_tiles(read)
+    things = PromptThings(call.given["prompt"], call.bound, call.acting)
+    found = roles(list(call.bound), things.bound, [name in call.acting for name in call.bound], things.sentence)
+    why = _why_no_tiles(call)
     tiles = None if why else [part.text for _, part in things.apart]
     for thing, other in () if tiles is None or things.contact is None else permutations(things.contact.things):
         for name in (things.names[k] for k in thing.experts):
@@ -86,19 +73,16 @@ def _why_no_tiles(call: PictureCall) -> str:
     return f"{size} have no room for one thing {'above' if things.contact.is_stacked else 'beside'} the other"
 
 
-def size_for_tiles(
-    pipe: Any, call: Mapping[str, Any], bound: Mapping[str, Bound], acting: Collection[str], most: int
-) -> tuple[int, int] | None:
-    """The smallest width and height in pixels at which `draws_in_tiles`, in whole pictures of the size that the denoiser
-    was trained at; None if there is none with sides of at most `most` pixels."""
-    read = PictureCall(pipe, Tiling(), call, bound, acting)
-    things = things_for_tiles(read)
-    if things is None or read.for_processors or not (side := read.cropping.trained):
+def size_for_tiles(call: PictureCall, most: int) -> tuple[int, int] | None:
+    """The smallest width and height in pixels at which a call is drawn in tiles, in whole pictures of the size that the
+    denoiser was trained at; None if there is none with sides of at most `most` pixels."""
+    things = things_for_tiles(call)
+    if things is None or call.for_processors or not (side := call.cropping.trained):
         return None
-    pixels = side * _token(read)
+    pixels = side * _token(call)
     times = range(1, min(len(things.apart), most // pixels) + 1)
     for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
-        if have_room(read.cropping, windows_of(read.cropping, things, height * side, width * side)):
+        if have_room(call.cropping, windows_of(call.cropping, things, height * side, width * side)):
             return width * pixels, height * pixels
     return None
 

@@ -20,8 +20,8 @@ from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.gating.gate_site import GateSite
-from mole_diffusers.patching.subjects.apart import draws_in_tiles, size_for_tiles
-from mole_diffusers.patching.subjects.things import PromptThings
+from mole_diffusers.patching.subjects.apart import size_for_tiles
+from mole_diffusers.patching.subjects.things import PictureCall, PromptThings, Tiling
 from mole_diffusers.patching.subjects.windows import silhouette
 
 PROMPT = "a fox+a hen"  # a token per letter
@@ -282,8 +282,8 @@ def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, expe
     with mixture.tiled(0):
         bound = latent(pipe)
     assert not torch.equal(bound, wanted)
-    call, acting = {"prompt": PROMPT, "width": 32, "height": 32}, list(experts)
-    assert draws_in_tiles(pipe, call, mixture.binding, acting)
+    call = {"prompt": PROMPT, "width": 32, "height": 32}
+    assert mixture.draws_in_tiles(call)
     for narrower in (
         {"prompt": "a fox eats a hen"},
         {"prompt": "an ox and a cow"},  # which are nobody's
@@ -297,20 +297,20 @@ def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, expe
         assert torch.equal(latent(pipe, **narrower), alone), narrower
         if "x" in narrower and len(narrower) == 1:
             narrower = {"width": 16, "height": 16}
-        assert not draws_in_tiles(pipe, call | narrower, mixture.binding, acting)
+        assert not mixture.draws_in_tiles(call | narrower)
     for other in ("fox and hen", "a fox, a hen", "a fox,a hen&an ox"):  # the ox is nobody's, and has a tile too
         with mixture.tiled():
             wanted = latent(pipe, other)
         assert torch.equal(latent(pipe, other), wanted), other
-        assert draws_in_tiles(pipe, call | {"prompt": other}, mixture.binding, acting)
+        assert mixture.draws_in_tiles(call | {"prompt": other})
     with mixture.only("fox"):
         one = latent(pipe)
     with mixture.only("fox"), mixture.tiled(0):
         assert torch.equal(latent(pipe), one)
     for more in ({"timesteps": [500, 1]}, {"prompt_2": "a fox"}, {"original_size": (64, 64)}):
-        assert not draws_in_tiles(pipe, call | more, mixture.binding, acting)
+        assert not mixture.draws_in_tiles(call | more)
     mixture.bind({"fox": (None, (0.0, 0.0, 0.3, 0.3))})
-    assert not draws_in_tiles(pipe, call, mixture.binding, acting)
+    assert not mixture.draws_in_tiles(call)
     mixture.bind(None)
     plain = latent(pipe)
     with mixture.tiled(0):
@@ -599,8 +599,8 @@ def test_what_a_call_gives_attention_is_honoured_or_said(pipe, experts):
         with pytest.warns(UserWarning, match="only know the scale of LoRAs, not 'mine', so this is drawn as one picture"):
             assert torch.equal(latent(pipe, cross_attention_kwargs={"mine": 1}), whole)
     call = {"prompt": PROMPT, "width": 32, "height": 32, "cross_attention_kwargs": {"mine": 1}}
-    assert not draws_in_tiles(pipe, call, mixture.binding, list(experts))
-    assert size_for_tiles(pipe, call, mixture.binding, list(experts), 64) is None
+    assert not mixture.draws_in_tiles(call)
+    assert size_for_tiles(PictureCall(pipe, Tiling(), call, mixture.binding, list(experts)), 64) is None
     with mixture.tiled(), pytest.raises(ValueError, match="not 'mine': draw without it"):
         latent(pipe, cross_attention_kwargs={"mine": 1})
 

@@ -15,7 +15,7 @@ from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.host.denoiser_inputs import denoiser
 from mole_diffusers.patching.host.denoisers import record
 from mole_diffusers.patching.subjects.apart import begin_of_tiles
-from mole_diffusers.patching.subjects.things import Tiling
+from mole_diffusers.patching.subjects.things import PictureCall, Tiling
 from mole_diffusers.patching.subjects.windows import silhouette
 
 PROMPT, TOUCHING = "fox and hen", "fox on hen"  # a token per letter
@@ -237,7 +237,8 @@ def test_it_is_never_done_without_being_asked(host):
     for width, begin in ((2 * side, 0.4), (side + side // 2, 0.2)):  # in the second, windows overlap
         room = {"prompt": PROMPT, "width": width, "height": side}
         assert not mixture.draws_in_tiles(room)
-        assert begin_of_tiles(host.pipe, Tiling(always=True), room, mixture.binding, list(mixture.experts)) == begin
+        read = PictureCall(host.pipe, Tiling(always=True), room, mixture.binding, list(mixture.experts))
+        assert begin_of_tiles(read) == begin
     kind = type(host.pipe.transformer).__name__
     assert mixture.explain(PROMPT).why_no_tiles == f"a {kind} draws in tiles inside `mixture.tiled()` alone"
     with mixture.tiled():
