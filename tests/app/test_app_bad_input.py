@@ -326,7 +326,7 @@ BAD = [
         (RECIPE, "one", {"fox": ["a fox"]}, ["fox"], 2, [], "flow", "collage", "both"),
         "again is one of continue, overwrite",
     ),
-    ("compose", ("x", "", 0, 2, 3.0, "sum", 1, 32, 32, "Best"), "unknown sampler 'Best'"),
+    ("compose", {"prompt": "x", "sampler": "Best"}, "unknown sampler 'Best'"),
     ("base", ("other",), "there is no base model 'other'; known: tiny"),
     ("base", (None,), "name of base must be a text, got None"),
     ("gallery", (5,), "text of gallery must be a text"),

@@ -104,8 +104,9 @@ def test_it_binds_and_draws_in_tiles_as_the_recipe_says(studio, tmp_path, monkey
             raise StoppedError
 
     monkeypatch.setattr(Tiles, "_denoise", lambda self, *args, **named: in_tiles.append(1) or denoise(self, *args, **named))
-    prompt = "a fox and an ink <lora:fox:1:word=fox> <lora:ink:1:word=ink>"
-    recipe, wanted = Recipe(prompt, steps=1, width=64, height=32, binding=binding), request(composed=["a fox and an ink"])
+    prompt, singles = "a fox and a hen <lora:fox:1:word=fox> <lora:ink:1:word=hen>", {"fox": ["a fox"], "ink": ["a hen"]}
+    recipe = Recipe(prompt, steps=1, width=64, height=32, binding=binding)
+    wanted = request(composed=["a fox and a hen"], singles=singles)
     with pytest.raises(StoppedError):
         train(studio, recipe, wanted, home=tmp_path)(stop)
     assert (attached(studio.pipe).binding is not None, bool(in_tiles)) == bound
