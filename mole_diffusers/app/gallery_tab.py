@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -33,21 +32,23 @@ def build(page: Page) -> None:
     count = gr.State(AT_ONCE)  # how many are shown
     asked = [text, lora, starred]
 
-    def search(text: str, lora: str, starred: bool, most: int = AT_ONCE, *, words: str = "") -> Values:
-        """Values of `outputs`. The status begins with `words`."""
+    def search(name: str, text: str, lora: str, starred: bool, most: int = AT_ONCE, *, words: str = "") -> Values:
+        """Values of `outputs`. The chosen picture stays so while it is shown. The status begins with `words`."""
         found = kept.entries(text=text or "", lora=(lora or "").strip(), favourites=starred)
         shown, is_cut = found[:most], len(found) > most
+        name = name if name in [entry.path.name for entry in shown] else ""
+        words = words or (f"chosen: {markdown(name)}; " if name else "")
         said = f"{words}{len(found)} picture{'' if len(found) == 1 else 's'}"
         return {
             pictures: gr.update(value=gallery_items(shown), selected_index=None),
             count: most,
             more: gr.update(visible=is_cut),
-            chosen: "",
+            chosen: name,
             status: said + (f", the newest {most} of them shown" if is_cut else ""),
         }
 
-    def show_more(text: str, lora: str, starred: bool, most: int) -> Values:
-        return search(text, lora, starred, most + AT_ONCE)
+    def show_more(name: str, text: str, lora: str, starred: bool, most: int) -> Values:
+        return search(name, text, lora, starred, most + AT_ONCE)
 
     def choose(event: gr.SelectData) -> Any:
         return clicked(event), f"chosen: {markdown(clicked(event))}"
@@ -56,14 +57,14 @@ def build(page: Page) -> None:
     def favour(name: str, *asked: Any) -> Values:
         on = not kept.entry(chosen_picture(name)).favourite
         kept.favour(name, on)
-        found = search(*asked, words="marked; " if on else "no longer marked; ")
-        return found | {chosen: name if name in [Path(file).name for file, _ in found[pictures]["value"]] else ""}
+        return search(name, *asked, words="marked; " if on else "no longer marked; ")
 
     outputs = [pictures, count, more, chosen, status]
-    # Search while typing, not when the field loses focus: clicking a picture does that, and the click would be lost.
+    # A search while typing may end after a click on what was found before, so one waits for the other.
+    one_by_one: dict[str, Any] = {"concurrency_id": "gallery", "concurrency_limit": 1}
     asking = [page.tab["Gallery"].select, starred.input, text.input, lora.input]
-    gr.on(asking, search, asked, outputs, trigger_mode="always_last", show_progress="hidden")
-    more.click(show_more, [*asked, count], outputs)
-    pictures.select(choose, None, [chosen, status], trigger_mode="multiple")
+    gr.on(asking, search, [chosen, *asked], outputs, trigger_mode="always_last", show_progress="hidden", **one_by_one)
+    more.click(show_more, [chosen, *asked, count], outputs, **one_by_one)
+    pictures.select(choose, None, [chosen, status], trigger_mode="multiple", **one_by_one)
     connect_use(page, chosen, use, over, status)
-    star.click(favour, [chosen, *asked, count], outputs)
+    star.click(favour, [chosen, *asked, count], outputs, **one_by_one)

@@ -1,5 +1,6 @@
 """Jobs, the gallery and other tabs in a real browser."""
 
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -202,21 +203,24 @@ def test_the_gallery_keeps_finds_and_gives_back(any_width, tmp_path):
 
 @pytest.mark.thorough
 def test_a_click_in_the_gallery_is_not_lost_to_a_search(tiny, tmp_path, monkeypatch):
-    """Leaving the field, whose search was done, searched again; in a large gallery that ended after the click."""
-    import time
-
-    from selenium.webdriver import Keys
-
+    """One that is still on its way in a large gallery, and the one for what was typed meanwhile."""
     from mole_diffusers.app.gallery import Gallery
 
     composed(tiny, tmp_path)
     tiny.tab("Gallery")
-    tiny.one("#find-text :is(input, textarea)").send_keys("fox", Keys.ENTER)
     tiny.until(lambda: tiny.text("#gallery-status") == "1 picture", WAIT)
-    entries = Gallery.entries
-    monkeypatch.setattr(Gallery, "entries", lambda *given, **how: time.sleep(1) or entries(*given, **how))
+    entries, asked = Gallery.entries, []
+
+    def slowly(*given, **how):
+        time.sleep(1)
+        asked.append(how["text"])
+        return entries(*given, **how)
+
+    monkeypatch.setattr(Gallery, "entries", slowly)
+    tiny.one("#find-text :is(input, textarea)").send_keys("fox")
     tiny.click("#gallery .thumbnail-item")
-    time.sleep(3)
+    tiny.until(lambda: asked[-1:] == ["fox"], WAIT)
+    time.sleep(1)  # until its answer is shown
     assert tiny.text("#gallery-status").startswith("chosen: ")
     tiny.click("#star")
     tiny.until(lambda: tiny.text("#gallery-status").startswith("marked"), WAIT)

@@ -206,7 +206,7 @@ def test_the_page_shows_more_pictures_when_asked(actions, monkeypatch):
     names = lambda found: [Path(file).name for file, _ in found[0]["value"]]  # noqa: E731
     for call in ("search", "show_more", "show_more"):
         most = (shown[-1][1],) if shown else ()
-        shown.append(functions[call](*everything, *most))
+        shown.append(functions[call]("", *everything, *most))
     assert list(map(names, shown)) == [files[:2], files[:4], files]
     assert [more["visible"] for *_, more, _, _ in shown] == [True, True, False]
     assert [status for *_, status in shown] == [
@@ -215,8 +215,11 @@ def test_the_page_shows_more_pictures_when_asked(actions, monkeypatch):
     found = functions["favour"](files[3], *everything, 4)  # and goes on showing them
     _, most, _, chosen, status = found
     assert (names(found), most, chosen, status[:8]) == (files[:4], 4, files[3], "marked; ")
-    found = functions["search"]("owl4", "", False)  # a new search begins anew
-    assert (names(found), found[1]) == (files[:1], 2)
+    found = functions["search"](files[3], "owl4", "", False)  # a new search begins anew
+    assert (names(found), found[1], found[3]) == (files[:1], 2, "")
+    found = functions["search"](files[0], "owl4", "", False)  # but keeps what is chosen
+    chosen = files[0].replace("-", "\\-").replace(".", "\\.")
+    assert found[3:] == (files[0], f"chosen: {chosen}; 1 picture")
 
 
 def test_the_picture_that_was_clicked_last_is_chosen(actions):
