@@ -38,16 +38,16 @@ def build(page: Page) -> None:
     prompt, shown = page.prompt.text, page.prompt.shown
     said = gr.HTML("", elem_id="roles")
 
-    @gr.render(inputs=[shown, prompt], triggers=[shown.change], **ORDERED)
-    def draw(drawn: dict[str, Any], prompt_now: str) -> None:
-        cards = drawn["cards"]
+    # The cards as they are by now: one may have been edited since `shown` changed.
+    @gr.render(inputs=[shown, page.prompt.cards, prompt], triggers=[shown.change], **ORDERED)
+    def draw(drawn: dict[str, Any], cards: list[MixerCard], prompt_now: str) -> None:
         if not cards:
             gr.Markdown(
                 "No LoRA yet. Browse yours, or let the app find those that the prompt asks for.", elem_classes="hint"
             )
             return
         for n, card in enumerate(cards):
-            _card(page, card, n, prompt_now)
+            _card(page, card, n, prompt_now, drawn)
 
     def tell(request: gr.Request, visitor: str, drawn: dict[str, Any], *values: Any) -> str:
         return lines(sentences(page, request, visitor, *values), drawn["cards"])
@@ -98,9 +98,9 @@ def stands(region: Any) -> str:
     return " ".join(found) or "in the middle"
 
 
-def _card(page: Page, card: MixerCard, n: int, prompt: str) -> None:
+def _card(page: Page, card: MixerCard, n: int, prompt: str, drawn: dict[str, Any]) -> None:
     """The card of one LoRA: switch, strength and place; what it does (see `lines`), and below that, folded if unused, the
-    rest of its tag and its file's facts."""
+    rest of its tag and its file's facts. `drawn` is `PromptBox.shown` as it is drawn."""
     name, report = card["name"], page.actions.loras.report(card["name"])
     typed = fields_of(card, page.actions.studio.catalog.loras)
     triggers = report["triggers"][:MOST_CHIPS]
@@ -152,7 +152,7 @@ def _card(page: Page, card: MixerCard, n: int, prompt: str) -> None:
                 parts |= {key: field(key) for key in ("te", "lbw", "start", "stop")}
             gr.Markdown(_facts(report, page.actions.studio.misfit(name)), elem_classes="facts")
     parts["place"] = switch
-    _connect_fields(page, card, parts)
+    _connect_fields(page, card, parts, drawn)
     _connect_prompt(page, name, remove=remove, chips=chips, ticked=gr.State(present))
 
 
@@ -193,11 +193,12 @@ def _facts(report: dict[str, Any], misfit: str) -> str:
     )
 
 
-def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
+def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any], drawn: dict[str, Any]) -> None:
     """Send a change of the switch, the slider or a field to the prompt, the cards and the other fields.
 
     Only changed values are read from the card, since the rest may be older than its tag. And only values that must change
-    are written to it, since the visitor may be typing in the rest.
+    are written to it, since the visitor may be typing in the rest. If the cards have been drawn anew since, as `drawn` says,
+    that was without this change: they are drawn once more.
     """
     known, name = page.actions.studio.catalog.loras, card["name"]
 
@@ -209,7 +210,14 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
     seen = gr.State(shows(card))  # the values that this card shows
 
     @errors_to(page.prompt.problem)
-    def write(seen_now: dict[str, Any], text: str, cards: list[MixerCard], rewrites: list[str], *values: Any) -> Values:
+    def write(
+        seen_now: dict[str, Any],
+        text: str,
+        cards: list[MixerCard],
+        rewrites: list[str],
+        shown_now: dict[str, Any],
+        *values: Any,
+    ) -> Values:
         given = dict(zip(parts, values, strict=True))
         edits = {key: value for key, value in given.items() if (value or None) != (seen_now[key] or None)}
         at = next((i for i, one in enumerate(cards) if one["name"] == name), None)
@@ -227,9 +235,12 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any]) -> None:
         if not is_moved and shown["unet"] != seen_now["unet"]:
             written[parts["slider"]] = gr.update(**slider_update(shown["unet"]))
         asked = {page.prompt.to_paint: (name, time.monotonic_ns())} if given["place"] == PAINTED != seen_now["place"] else {}
-        return page.prompt.rewrite(text, rewritten, rewrites) | written | {page.prompt.cards: cards, seen: shown} | asked
+        anew = {} if shown_now == drawn else page.prompt.redraw(cards)
+        return (
+            page.prompt.rewrite(text, rewritten, rewrites) | written | {page.prompt.cards: cards, seen: shown} | asked | anew
+        )
 
-    now = [seen, *page.prompt.written]
+    now = [seen, *page.prompt.written, page.prompt.shown]
     events = [parts["slider"].release, *(parts[key].input for key in ("on", "lbw", "word", "region", "place"))]
     for key in ("unet", "te", "start", "stop"):
         events += [parts[key].submit, parts[key].blur]

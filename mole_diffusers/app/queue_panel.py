@@ -15,6 +15,7 @@ from mole_diffusers.app.api import is_gone
 from mole_diffusers.app.jobs import Job
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.page_jobs import said
+from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.stage import Stage
 from mole_diffusers.app.style import Values, status_line
@@ -108,9 +109,12 @@ class QueuePanel:
         return f"{words[:60] or 'no words'}{seed}{f', {count} pictures' if count > 1 else ''}"
 
     def build_list(self) -> None:
-        """Lay out the list of the jobs that wait, which is drawn anew whenever they change."""
+        """Lay out the list of the jobs that wait, which is drawn anew whenever they change.
 
-        @gr.render(inputs=[self.rows], triggers=[self.rows.change], show_progress="hidden")
+        It waits for the cards if they are drawn: Gradio draws one thing at a time on a page, or fails.
+        """
+
+        @gr.render(inputs=[self.rows], triggers=[self.rows.change], show_progress="hidden", **ORDERED)
         def listed(rows: Rows) -> None:
             if len(rows) < 2:
                 return
@@ -133,7 +137,10 @@ class QueuePanel:
                     does(job)
 
         button = gr.Button(label, size="sm", min_width=44, scale=0, elem_classes=label.lower())
-        button.click(act, page.visits.visitor, None, concurrency_limit=None, api_visibility="private", show_progress_on=[])
+        button.click(
+            act, page.visits.visitor, None, key=(label, row["number"]), concurrency_limit=None, api_visibility="private",
+            show_progress_on=[],
+        )  # fmt: skip
 
 
 def _bar(job: Job) -> str:

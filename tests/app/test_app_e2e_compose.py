@@ -271,6 +271,38 @@ def test_a_picture_is_sent_on_to_be_drawn_over_and_keys_compose(any_width, tmp_p
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("typed", ["once they are drawn", "while they are drawn", "and left before they are drawn"])
+def test_what_is_typed_into_a_card_stays_while_the_cards_are_drawn_anew(tiny, typed, monkeypatch):
+    """The cards are drawn anew because the prompt, which was edited, is left for a field of a card."""
+    from mole_diffusers.app import mixer
+
+    cards(tiny, "fox")
+    draw, goes_on = mixer._card, Event()
+    monkeypatch.setattr(mixer, "_card", lambda *given: goes_on.wait(WAIT) and draw(*given))
+    box, field = tiny.one("#prompt textarea"), tiny.one(".c0 .any textarea")
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys("a fox <lora:fox:1.05>")
+    field.send_keys(Keys.CONTROL, "a")
+    if typed == "once they are drawn":
+        goes_on.set()
+        tiny.until(lambda: field.get_property("value") == "1.05", WAIT)
+    field.send_keys("2")
+    if typed == "and left before they are drawn":
+        field.send_keys(Keys.TAB)
+        goes_on.set()
+    else:
+        goes_on.set()
+        tiny.until(lambda: value(tiny, ".c0 .slide") == "1.05", WAIT)  # it is drawn
+        assert value(tiny, ".c0 .any") == "2"
+        field.send_keys(Keys.TAB)
+    tiny.until(lambda: value(tiny, "#prompt") == "a fox <lora:fox:2>", WAIT)
+    tiny.until(lambda: value(tiny, ".c0 .slide") == "2", WAIT)
+    tiny.one("#steps input[type=range]").send_keys(Keys.CONTROL, "z")
+    tiny.until(lambda: (value(tiny, "#prompt"), value(tiny, ".c0 .any")) == ("a fox <lora:fox:1.05>", "1.05"), WAIT)
+    assert not tiny.errors()
+
+
+@pytest.mark.thorough
 def test_keys_change_strengths_and_weights(tiny):
     def pressed(key, first, last):
         """The prompt after Ctrl and a key, with these characters selected."""

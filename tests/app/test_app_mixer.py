@@ -11,6 +11,7 @@ from mole_diffusers.app.mixer_cards import cards_of, fields_of
 gr = pytest.importorskip("gradio")
 FIELDS = ("unet", "word", "region", "te", "lbw", "start", "stop")  # of a card, as they are laid out
 TEXT = "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:0.5>"
+SHOWN = {"cards": [], "at": 1}  # as the cards are drawn
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def drawn(loras, tmp_path_factory):
     cards = cards_of(TEXT, [], loras)
     before = set(blocks.fns)
     with blocks:
-        mixer_of(blocks).fn({"cards": cards}, TEXT)
+        mixer_of(blocks).fn(SHOWN, cards, TEXT)
     events = [event for number, event in blocks.fns.items() if number not in before]
     return cards, list(blocks.blocks.values()), events, blocks
 
@@ -39,15 +40,15 @@ class Visit:
         cards, components, of_cards, blocks = drawn
         self.events = of_cards + [event for event in blocks.fns.values() if event.fn is not None and event not in of_cards]
         self.values = {one: deepcopy(one.value) for one in components if hasattr(one, "value")}
-        _, self.prompt, self.cards, self.rewrites = self.event("write").inputs[:4]
-        self.values |= {self.prompt: TEXT, self.cards: cards}
+        _, self.prompt, self.cards, self.rewrites, self.shown = self.event("write").inputs[:5]
+        self.values |= {self.prompt: TEXT, self.cards: cards, self.shown: SHOWN}
 
     def event(self, name, card=0):
         return [event for event in self.events if event.fn.__name__ == name][card]
 
     def part(self, name, card=1):
         """A component of a card, by default of ink."""
-        return self.event("write", card).inputs[4 + ["on", "slider", *FIELDS, "place"].index(name)]
+        return self.event("write", card).inputs[5 + ["on", "slider", *FIELDS, "place"].index(name)]
 
     def send(self, event, **edits):
         self.values |= edits.pop("shown", {})
@@ -181,6 +182,16 @@ def test_a_card_that_was_drawn_before_the_prompt_was_typed_changes_what_was_chan
     visit.values |= {visit.prompt: typed, visit.cards: cards_of(typed, drawn[0], loras)}
     assert visit.do(visit.edit(stop="3")) == "a fox <lora:fox:0@0,1@0.4:stop=9> <lora:ink:0.9:stop=3>"
     assert (visit.values[visit.part("unet")], visit.values[visit.part("slider")]) == ("0.9", 0.9)
+
+
+def test_a_card_that_is_edited_while_it_is_drawn_anew_is_drawn_with_the_edit(drawn, loras):
+    visit = Visit(drawn)
+    visit.do(visit.edit(stop="3"))
+    assert visit.values[visit.shown] == SHOWN  # not for its own edit alone
+    visit.values |= {visit.shown: {"cards": drawn[0], "at": 2}}
+    text = visit.do(visit.edit(unet="2"))
+    assert visit.values[visit.shown]["at"] > 2
+    assert visit.values[visit.shown]["cards"] == visit.values[visit.cards] == cards_of(text, drawn[0], loras)
 
 
 def test_a_field_that_is_left_as_it_was_and_a_card_that_is_gone_write_nothing(drawn):
