@@ -148,7 +148,7 @@ def _add(now: Segment, marks: Sequence[Mark], n: int) -> None:
     now.stop = mark.end
     if now.said.marker or now.is_said:
         _add_to_what_is_said(now, mark, marks[n - 1])
-    elif mark.kind == MARKER and not _is_adjective(now, marks, n):
+    elif (mark.kind == MARKER and not _is_adjective(now, marks, n)) or _is_plural_verb(now, marks, n):
         _end_noun_phrase(now, mark)
     elif now.noun.is_of:
         now.noun.end = mark.end
@@ -178,6 +178,13 @@ def _add_to_noun_phrase(now: Segment, mark: Mark, before: Mark | None) -> None:
         now.noun.name = now.noun.name or mark.match
         now.noun.is_mixed = now.noun.is_mixed or (mark.word in known.NOT and now.noun.name is None)
         now.noun.words.append(mark.word)
+
+
+def _is_plural_verb(now: Segment, marks: Sequence[Mark], n: int) -> bool:
+    """Whether a word says what all things of a list do: "a fox and an owl play chess", but not "fox and owl show poster"."""
+    if now.joint != "and" or marks[n].kind != WORD or marks[n - 1].kind != NAME or f"{marks[n].word}s" not in known.VERBS:
+        return False
+    return now.noun.is_determined or now.is_person or n + 1 == len(marks) or marks[n + 1].kind not in (WORD, NAME)
 
 
 def _is_adjective(now: Segment, marks: Sequence[Mark], n: int) -> bool:

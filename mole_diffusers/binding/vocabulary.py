@@ -80,7 +80,7 @@ VERBS = TWO_PARTY | POSTURES | words("made") | _verbs(
     "wear hold carry have do make eat drink play read run jump fly swim look gaze stare talk sing sleep cook",
     "drive work show write use take give throw kick hang fall float hover lean kneel climb cross enter leave",
     "reach open close turn go come sip love like want need cry shout scream perform enjoy put cut spin clap nap",
-    "step hit chat share pour ring say"
+    "step hit chat share pour ring say build sell buy serve"
 ) - words("drawing painting playing like likes looks painter")  # fmt: skip
 NO_VERBS = _plural(  # these end like verbs, and are nouns
     "ring king wing string thing building painting drawing evening morning spring sibling ceiling wedding",
@@ -144,4 +144,4 @@ LIKE = words("shaped themed inspired coloured colored")  # a "fox shaped cake" i
 ONE = words("he she him his her himself herself hers")  # said of one of several
 # Of one thing in several frames, or of several that are one
 IN_FRAMES = words("panel panels sheet turnaround storyboard fusion hybrid merged fused blended morphed")
-GROUPS = words("couple duo trio twins both together them they their theirs themselves everyone everybody")
+GROUPS = words("share sharing couple duo trio twins both together them they their theirs themselves everyone everybody")
