@@ -159,3 +159,13 @@ def test_a_pipeline_of_another_model_with_a_known_denoiser_is_refused(tmp_path):
     pipe.text_conditioner = None
     with pytest.raises(ValueError, match="in a CosmosTransformer3DModel beside a text_conditioner, and Anima.* has none"):
         mole.attach(pipe, {"fox": lora})
+
+
+@pytest.mark.shows("Pipelines")
+def test_a_pipeline_with_two_denoisers_is_refused(tmp_path):
+    """That of Wan 2.2, which draws the first steps with one and the others with the other."""
+    pipe = hosts.wan()
+    lora = tiny_lora(pipe, tmp_path / "fox", ends=("to_q",))
+    pipe.register_modules(transformer_2=pipe.transformer)
+    with pytest.raises(ValueError, match="a mixture acts in one denoiser, and this pipeline has two: transformer and tr"):
+        mole.attach(pipe, {"fox": lora})
