@@ -12,6 +12,8 @@ from mole_diffusers import functional
 from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
 from mole_diffusers.gates.unchanged import Derived
 
+SHORT = 1e-6  # features of a block are longer by far; shorter ones stay as they are, so that zeros give equal weights
+
 
 @dataclass(frozen=True)
 class MoLE(Family, name="mole"):
@@ -59,8 +61,8 @@ class MoLE(Family, name="mole"):
 class MoLEGate(Gate):
     """Eq. 9-11 of MoLE: softmax(e . normalised features / tau). tau is learned, and kept positive as exp(log_tau).
 
-    The paper leaves the normalisation open; as in the authors' code, it is L2 over the whole vector. Both divisions are made
-    where fewer numbers are: that by tau on e, once until e changes, and that by the features' length on the logits.
+    The paper leaves the normalisation open; as in the authors' code, it is L2 over the whole vector. `renorm` does it in one
+    operation: it shortens features to the length SHORT, and e is divided by SHORT and tau, once until it changes.
 
     Starts at equal weights (zero matrix). The linear map has no bias, as in the authors' code. `bias` adds a learned
     number per expert, so that the gate can start at any weights.
@@ -85,15 +87,15 @@ class MoLEGate(Gate):
                 f"a gate with flattened features was built for {self.width} values and got {tuple(hidden.shape[1:])} "
                 f"(tokens x channels): it is tied to one resolution; use features='pooled' for any other"
             )
-        length = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-12)  # [B, 1]
-        logits = features @ self._sharpened.get(self._over_tau, self.matrix, self.log_tau) / length  # [B, N]
+        features = torch.renorm(features, 2, 0, SHORT)
+        logits = features @ self._sharpened.get(self._over_tau, self.matrix, self.log_tau)  # [B, N]
         if self.bias is not None:
             logits = logits + self.bias.float()
         return functional.gate_weights(logits, context.mask_or_none, self.total)
 
     def _over_tau(self) -> torch.Tensor:
-        """e / tau, [D, N]."""
-        return (self.matrix.float() / self.log_tau.float().exp()).T
+        """e / (tau SHORT), [D, N]."""
+        return (self.matrix.float() / (self.log_tau.float().exp() * SHORT)).T
 
     def sensitivity(self) -> dict[str, float]:
         return {"matrix": self.width**0.5}  # features have length 1

@@ -149,9 +149,11 @@ class GateSite(ABC):
 
     def _validity(self, hidden: torch.Tensor) -> Validity:
         """How long decisions on `hidden` [B, T, C] hold."""
+        if torch.compiler.is_compiling():  # asked first: whatever is read before would be checked in each compiled call
+            return THIS_CALL
         step, settings = self.shared.step, self.shared.settings
         alone, every = step.alone.now, settings.every.now
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or settings.control.now is not None:
+        if torch.is_grad_enabled() or settings.control.now is not None:
             return THIS_CALL
         if self.gate.input_free:  # for each size of the batch, whatever it reads
             return Validity((*self._settings(), self._gate_version()), (alone, hidden.device, hidden.shape[0]))
