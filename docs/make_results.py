@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from math import comb
 from pathlib import Path
 
 import pandas as pd
@@ -52,17 +51,17 @@ IN_WORDS = {  # kind of composition -> what a reader of the counts is told
 }
 TOLD_THE_PROMPT = (
     *("freefuse", "masked blend", "regmean", "ssr", "ties", "np"),
-    *("switch", "w-switch, short turns", "w-composite", "composite", "svd"),
+    *("switch", "w-switch, short turns", "w-composite", "composite", "loratorio, sharp", "k-lora", "kl choice", "svd"),
 )
 TOLD_THE_PLACES = ("masked blend, given places", "regional prompts", "isolation until half")
 SENTENCES = (
     "are right in {hard} of {of_hard} pictures, three in {three} of {of_three}.",
     "Of these {all_hard} right ones, {with_more} also show",
-    "Of {others} that know the prompt alone, the best, FreeFuse, is right in {freefuse} of {cases} pictures",
-    "tiles in {tiles}. With a second seed, which the others lack, tiles are right in {tiles_again}",
-    "Of others that are told the places, the best is right in {told} of {cases}, our binding in {told_ours}",
-    "the plain sum is right in {sum} of {cases}, bound in {bound}, tiles in {tiles} (in {tiles_again} with the second seed)",
-    "tiles alone are right in {won} compositions, FreeFuse alone in {lost}: exact McNemar p = {p}",
+    "Of {others} that know the prompt alone",
+    "FreeFuse, is right in {freefuse} of {pictures} pictures of two subjects, tiles in {tiles}",
+    "the best is right in {told} of {cases}, our binding in {told_ours}",
+    "right in {freefuse} of {pictures}, tiles in {tiles}. Tiles alone are right in {won} pictures, FreeFuse alone in {lost}",
+    "the sum is right in {sum_1} of {cases}, bound in {bound_1}, FreeFuse in {freefuse_1} and tiles in {tiles_1}",
 )
 
 
@@ -144,20 +143,19 @@ def numbers() -> dict[str, str]:
     hard = shown[shown["kind"].isin(["contact", "two subjects, close"])]
     three = shown[shown["kind"].str.startswith("three")]
     right = pd.concat([hard, three]).query("success")
-    two = rows[rows["kind"] == "two subjects"].pivot(index="case", columns=["seed", "arm"], values="success")
-    first, second = (two[seed] for seed in sorted(rows["seed"].unique()))
+    two = rows[rows["kind"] == "two subjects"].pivot(index=["seed", "case"], columns="arm", values="success")
+    first = two.loc[two.index.levels[0].min()]
     best = first[[*TOLD_THE_PROMPT]].sum()
     if best["freefuse"] < best.max():
         raise ValueError(f"the best of the others is {best.idxmax()}")
-    won, lost = (first["tiles"] > first["freefuse"]).sum(), (first["freefuse"] > first["tiles"]).sum()
-    tail = sum(comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
     counted = {
         **{"hard": hard["success"].sum(), "of_hard": len(hard), "three": three["success"].sum(), "of_three": len(three)},
-        **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(TOLD_THE_PROMPT), "cases": len(first)},
-        **{"freefuse": best["freefuse"], "told": first[[*TOLD_THE_PLACES]].sum().max(), "won": won, "lost": lost},
-        **{"told_ours": first["words and given places"].sum(), "tiles_again": second["tiles"].sum()},
-        **{arm: first[arm].sum() for arm in ("sum", "bound", "tiles")},
-        "p": f"{min(1.0, 2 * tail):.3f}".removeprefix("0"),
+        **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(TOLD_THE_PROMPT)},
+        **{"pictures": len(two), "tiles": two["tiles"].sum(), "freefuse": two["freefuse"].sum()},
+        **{"won": (two["tiles"] > two["freefuse"]).sum(), "lost": (two["freefuse"] > two["tiles"]).sum()},
+        **{"cases": len(first), "told": first[[*TOLD_THE_PLACES]].sum().max()},
+        "told_ours": first["words and given places"].sum(),
+        **{f"{arm}_1": first[arm].sum() for arm in ("sum", "bound", "freefuse", "tiles")},
     }
     return {name: str(count) for name, count in counted.items()}
 
