@@ -14,7 +14,7 @@ from mole_diffusers.binding.finding import Match, Tokens
 
 NAME, WORD, DETERMINER, MARKER, COMMA, AND, OR, BESIDE, SIDE, POSSESSIVE, JOINER, SILENT = range(12)
 QUOTES = frozenset('"“”„«»')
-STOPS, COMMAS, JOINERS = frozenset(".;!?|<>。！？；"), frozenset(",，、–—"), frozenset("-_")
+STOPS, COMMAS, JOINERS = frozenset(".;!?|。！？；"), frozenset(",，、–—"), frozenset("-_")
 Side = tuple[str, bool]  # axis, and whether it is where coordinates are small
 SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}
 RELATIONS = {"left": ("x", True), "right": ("x", False), "above": ("y", True), "below": ("y", False)}

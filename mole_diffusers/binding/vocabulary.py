@@ -93,7 +93,7 @@ MEDIA = _plural(
     "icon print comic cartoon artwork art style view shot close-up closeup scene screenshot snapshot selfie",
     "photography wallpaper statue sculpture depiction composition collage concept design graffiti mosaic fresco",
     "watercolor watercolour aesthetic theme background foreground emoji anime manga still cover postcard mural tapestry",
-    "doodle banner billboard flyer filter effect logo polaroid acrylic gouache charcoal pastel ink oil crayon",
+    "doodle banner billboard flyer filter effect logo polaroid acrylic gouache charcoal pastel oil crayon",
     "macro cutout papercraft linocut woodcut lithograph"
 )  # fmt: skip
 GATHERINGS = words("group pair couple duo trio team band set pack")
