@@ -70,8 +70,8 @@ def test_two_loras_without_places_are_closed_on_each_others_words_and_nowhere_el
         with mixture.trace(maps=True) as trace:
             drawn(pipe, options, prompt)
         text = mixture._settings.binding.now.text
-        assert text.word_mask is not None
-        assert text.image is None
+        assert text.acting_tokens is not None
+        assert text.place_masks is None
         assert not text.biases
         assert not mixture.layouts[0].regions
         assert trace.maps or name != "sd15"

@@ -54,28 +54,28 @@ class BoundText:
     blocks: Blocks
     input: TextInput
     picture: PictureLayout
-    word_mask: torch.Tensor | None  # [B, S, N] bool, the tokens that each expert acts on; None if all act on every token
+    acting_tokens: torch.Tensor | None  # [B, S, N] bool, the tokens that each expert acts on; None if all act on every token
     silence: Silence
     # The text whose experts and places this one takes over: a negative prompt that the denoiser reads in a separate call
     # names no expert, and takes over those of the prompt.
     prompt: BoundText | None = None
-    image: torch.Tensor | None = None  # [B, N, H, W] in 0..1, where each expert acts; None if all act everywhere
+    place_masks: torch.Tensor | None = None  # [B, N, H, W] in 0..1, where each expert acts; None if all act everywhere
     biases: dict[int, torch.Tensor] = field(default_factory=dict)  # tokens of the picture -> [B, T, S], added to logits
     cache: LayerCache = field(default_factory=dict)  # what layers have asked for, until places change
 
-    def place(self) -> None:
-        """Make the picture's masks from the known regions."""
-        image, device = self.picture.expert_masks(), self.input.text.device
-        self.image, self.biases, self.cache = None if image is None else onto(image, device), {}, {}
-        if image is not None and self.picture.readings:
+    def make_masks(self) -> None:
+        """Make the masks of places, and what closes words, from the places that the picture's layout knows now."""
+        masks, device = self.picture.expert_masks(), self.input.text.device
+        self.place_masks, self.biases, self.cache = None if masks is None else onto(masks, device), {}, {}
+        if masks is not None and self.picture.readings:
             for side in sides(self.picture.side):
                 bias = -CLOSING * self.picture.closed_words(side)
                 self.biases[side[0] * side[1]] = onto(bias.to(self.input.text.dtype), device)
 
     def follow_prompt(self) -> None:
         """Take over the places that were decided for the prompt since then, if there were any."""
-        if self.prompt is not None and self.image is not self.prompt.image:
-            self.image, self.cache = self.prompt.image, {}
+        if self.prompt is not None and self.place_masks is not self.prompt.place_masks:
+            self.place_masks, self.cache = self.prompt.place_masks, {}
 
     def forget(self) -> None:
         """Drop what was computed for layers."""
@@ -86,7 +86,7 @@ class BoundText:
     @property
     def binds(self) -> bool:
         """Whether any expert is kept off any token."""
-        return self.word_mask is not None or self.image is not None
+        return self.acting_tokens is not None or self.place_masks is not None
 
     @property
     def rows(self) -> int:
@@ -110,14 +110,14 @@ class BoundText:
             return self._joint(tokens)
         if stream == "text":
             added = (0, 0, 0, max(0, tokens - self.tokens))
-            return None if self.word_mask is None else F.pad(self.word_mask, added, value=True)
+            return None if self.acting_tokens is None else F.pad(self.acting_tokens, added, value=True)
         side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(tokens)
-        return None if side is None else self._image_tokens(side)
+        return None if side is None else self._place_tokens(side)
 
-    def _image_tokens(self, side: GridSize) -> torch.Tensor | None:
-        if self.image is None:
+    def _place_tokens(self, side: GridSize) -> torch.Tensor | None:
+        if self.place_masks is None:
             return None
-        tokens = F.adaptive_avg_pool2d(self.image, side).flatten(2).transpose(1, 2)  # [B, T, N]
+        tokens = F.adaptive_avg_pool2d(self.place_masks, side).flatten(2).transpose(1, 2)  # [B, T, N]
         if side != self.picture.side:
             return tokens
         return F.pad(tokens, (0, 0, 0, self._tokens_of_pictures(side) - tokens.shape[1]), value=1.0)
@@ -133,7 +133,7 @@ class BoundText:
         if not self.binds or tokens <= self.tokens:
             return None
         side = self.side_of(tokens - self.tokens)
-        acts, image = self.word_mask, None if side is None else self._image_tokens(side)
+        acts, image = self.acting_tokens, None if side is None else self._place_tokens(side)
         rows, experts = len(self.input.text) if acts is None else len(acts), len(self.input.acting)
         if acts is None:
             acts = self.input.text.new_ones(rows, self.tokens, experts, dtype=torch.bool)

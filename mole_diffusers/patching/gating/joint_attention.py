@@ -39,7 +39,7 @@ def hooks(model: Any, shared: SharedState) -> Iterator[tuple[nn.Module, ForwardH
 
 def _closes(shared: SharedState) -> bool:
     masks = shared.effective.masks
-    return shared.effective.closes and masks is not None and masks.text is not None and masks.text.image is not None
+    return shared.effective.closes and masks is not None and masks.text is not None and masks.text.place_masks is not None
 
 
 @functools.cache  # once for each backend, not in every layer and step

@@ -9,7 +9,15 @@ In the order of a call of the pipeline:
     on_denoiser    step 2: the layout is decided from these maps, and stays from then on
     end            warn of what got no place
 
-Tiles, img2img and inpainting set the places without maps, by `set_places`, before the first step.
+So there are four ways to a place, and `BoundText.make_masks` turns it into masks; which of several things has which is kept
+in `binding/picture_layout.py`:
+
+    given          a region from the user, which holds from the first step
+    `decide`       attention to the words, after the first step
+    `set_places`   tiles, img2img and inpainting know the places before the first step, and no maps are read
+    `keep`         a new prompt in the same call that names the same things has their places
+
+A negative prompt that the denoiser reads in a call of its own has no places, and uses its prompt's (`follow_prompt`).
 
 Nothing here knows gates or settings: whoever calls says what is needed, and passes on what has changed. A layer is known by
 the tokens that it reads.
@@ -52,7 +60,7 @@ IdsSideBySide = tuple[tuple[str, tuple[int, ...]], ...]  # (text encoder, its id
 class EncoderText:
     """The text that a text encoder reads, or read last: [B, T, N] bool, and what layers have asked for."""
 
-    word_mask: torch.Tensor | None = None
+    acting_tokens: torch.Tensor | None = None
     cache: LayerCache = field(default_factory=dict)
 
     def rows_among(self, tokens: int) -> int | None:
@@ -61,7 +69,7 @@ class EncoderText:
 
     def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
         """[B, T, N] for a layer; None if every expert acts on every token."""
-        return self.word_mask
+        return self.acting_tokens
 
 
 class TextReader:
@@ -157,7 +165,7 @@ class TokenMasks:
         """The text with the masks of a layer that reads these tokens, see `placement.stream_of`; None if it has none."""
         if stream == "encoding":
             return self._encoder_text
-        if self.text is None or (stream == "image" and self.text.image is None):
+        if self.text is None or (stream == "image" and self.text.place_masks is None):
             return None
         return self.text
 
@@ -241,13 +249,13 @@ class TokenMasks:
             self._warn(*state.picture.lost_regions(acting))
             if pipe is not None:  # training prompts name single experts
                 self._warn(*self._notices(state), *state.picture.crowded(acting))
-        places = state.image
+        places = state.place_masks
         if state.picture.can_decide:
             self._warn(*state.picture.decide())
-            state.place()
+            state.make_masks()
         state.follow_prompt()
         others_are_silent = self.silence.experts != state.silence.experts or self.silence.rows is not state.silence.rows
-        changes = self.text is not state or state.image is not places or others_are_silent
+        changes = self.text is not state or state.place_masks is not places or others_are_silent
         if changes:
             self._hold(state, state.silence)
         return changes
@@ -270,7 +278,7 @@ class TokenMasks:
         self._places = regions
         for state in self._texts:
             if state.picture.set_places(regions):
-                state.place()
+                state.make_masks()
         self._hold(self.text, self.silence)
         return True
 
@@ -290,7 +298,7 @@ class TokenMasks:
     def _hold(self, text: BoundText | None, silence: Silence) -> None:
         """Hold a text for the layers that run now."""
         self.text, self.silence = text, silence
-        self.binds = self._encoder_text.word_mask is not None or (text is not None and text.binds)
+        self.binds = self._encoder_text.acting_tokens is not None or (text is not None and text.binds)
 
     def _begin_if_noisier(self, time: torch.Tensor) -> None:
         """Outside of a call, a rise of the noise level is all that says that another picture begins."""
@@ -323,7 +331,7 @@ class TokenMasks:
             picture.set_places(self._places)
         elif prompt is not None and pipe is not None:
             picture.keep(prompt.picture)
-        state.place()
+        state.make_masks()
         return state
 
     def _read(self, text: torch.Tensor, acting: Sequence[bool]) -> list[Reading]:

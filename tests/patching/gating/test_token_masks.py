@@ -91,7 +91,7 @@ def test_a_region_that_leaves_somebody_no_place_is_told_of_at_every_call(attach,
         with pytest.warns(UserWarning, match=warned) if warned else nullcontext():
             draw(pipe, PROMPT)
     assert len(mixture.binding_warnings) == bool(warned)
-    assert now(mixture).image[:, 1].min() == (warned != "expert")  # the owl acts in the whole picture
+    assert now(mixture).place_masks[:, 1].min() == (warned != "expert")  # the owl acts in the whole picture
 
 
 def test_without_an_expert_the_base_is_drawn_and_its_attention_read(attach, pipe, draw):
@@ -139,7 +139,7 @@ def test_a_word_of_two_experts_is_shared(attach, pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe(PROMPT, num_inference_steps=1, output_type="latent")
-    text = now(mixture).word_mask[-1]
+    text = now(mixture).acting_tokens[-1]
     assert torch.equal(text[:, 0], text[:, 1])
     assert not text[list(FOX), 2].any()
     assert text[list(FOX), 0].all()
@@ -165,7 +165,7 @@ def test_each_text_is_encoded_with_its_own_masks(attach, pipe):
 def test_negative_prompts_are_read_by_their_own_words(attach, pipe):
     mixture = attach(WORDS)
     pipe(PROMPT, negative_prompt="an owl", num_inference_steps=1, output_type="latent")
-    negative, positive = now(mixture).word_mask.float()
+    negative, positive = now(mixture).acting_tokens.float()
     torch.testing.assert_close(positive, own_words())
     assert not negative[list(range(3, 6)), 0].any()  # the owl's word there
     assert negative[:, 0].sum() == len(negative) - 3
@@ -179,21 +179,21 @@ def test_states_of_elsewhere_are_not_bound_and_say_so(attach, pipe):
         mixture = attach(HALVES)
         with pytest.warns(UserWarning, match="words are not known, .* before LoRAs or gates were last attached"):
             pipe(prompt_embeds=states, num_inference_steps=1, output_type="latent", guidance_scale=1)
-        assert now(mixture).word_mask is None
+        assert now(mixture).acting_tokens is None
 
 
 def test_weighted_words_are_found_by_their_direction(attach, pipe):
     mixture = attach(WORDS)
     embeds, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
     pipe(prompt_embeds=1.3 * embeds, num_inference_steps=1, output_type="latent", guidance_scale=1)
-    torch.testing.assert_close(now(mixture).word_mask[0].float(), own_words())
+    torch.testing.assert_close(now(mixture).acting_tokens[0].float(), own_words())
 
 
 def test_a_long_prompt_is_read_in_parts(attach, pipe):
     mixture = attach(WORDS)
     parts = [pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("a house", PROMPT)]
     pipe(prompt_embeds=torch.cat(parts, 1), num_inference_steps=1, output_type="latent", guidance_scale=1)
-    text = now(mixture).word_mask[0].float()
+    text = now(mixture).acting_tokens[0].float()
     torch.testing.assert_close(text[16:], own_words())
     assert text[:16].all()
 
@@ -202,7 +202,7 @@ def test_a_long_prompt_is_read_in_parts(attach, pipe):
 def test_clip_skip_finds_the_words(attach, pipe):
     mixture = attach(WORDS)
     pipe(PROMPT, clip_skip=1, num_inference_steps=1, output_type="latent", guidance_scale=1)
-    torch.testing.assert_close(now(mixture).word_mask[0].float(), own_words())
+    torch.testing.assert_close(now(mixture).acting_tokens[0].float(), own_words())
 
 
 def test_bound_is_for_a_block_and_bind_stays(attach, pipe, draw):
@@ -352,9 +352,9 @@ def test_words_of_two_prompts_share_the_tokens_of_both(name, tmp_path):
         warnings.simplefilter("ignore")
         hosts.draw(pipe, options | {"prompt_2": "a fox"}, "an owl", steps=3)
         assert not mixture.layouts[0].regions  # neither prompt lists them
-        own = now(mixture).word_mask[1].clone()
+        own = now(mixture).acting_tokens[1].clone()
         hosts.draw(pipe, options | {"prompt_2": "an owl"}, "a fox", steps=3)
-        assert torch.equal(now(mixture).word_mask[1], own)  # whichever text has which
+        assert torch.equal(now(mixture).acting_tokens[1], own)  # whichever text has which
         hosts.draw(pipe, options, "an owl", steps=1)
         assert now(mixture).silence.experts == (True, False)
     fox, owl = {2, 3, 4}, {3, 4, 5}

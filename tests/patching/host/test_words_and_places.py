@@ -97,7 +97,7 @@ def test_an_unbound_sum_is_set_adapters_and_each_words_tokens_are_known(request,
         for start in starts:
             own[start : start + len(word)] = True  # these tokenizers have a token for each letter
         assert starts
-        assert torch.equal(prompt.word_mask[row, :, 1 - k], ~own)
+        assert torch.equal(prompt.acting_tokens[row, :, 1 - k], ~own)
     mole.detach(pipe)
     hosts.assert_same(before, hosts.snapshot(pipe))
     assert torch.equal(hosts.draw(pipe, options, PROMPT), base)
