@@ -52,7 +52,23 @@ def build(actions: Actions, defaults: Recipe) -> gr.Blocks:
             event.show_progress_on = []  # the page's own lines show it; Gradio goes over all such places at every event
             if event.api_name not in vars(Endpoints):
                 event.api_visibility = "private"
+    config = blocks.default_config  # of which each visit has a copy
+    config.fns, config.blocks = Listed(config.fns), Listed(config.blocks)
     return blocks
+
+
+class Listed(dict[Any, Any]):
+    """A dict that may change while its values are gone through.
+
+    Gradio goes through the events and components of a visit while another thread draws cards, which adds some. The event
+    that was answered, such as the one that shows the progress of jobs, ended with an error.
+    """
+
+    def values(self) -> Any:
+        return list(super().values())
+
+    def items(self) -> Any:
+        return list(super().items())
 
 
 def _base(page: Page) -> None:

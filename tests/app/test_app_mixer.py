@@ -145,6 +145,18 @@ def test_what_the_prompt_was_comes_back_with_its_cards(drawn, loras):
     assert visit.do(visit.send(visit.event("undo"))) == TEXT  # there is nothing before it
 
 
+def test_events_are_answered_while_cards_are_drawn(drawn):
+    """Which adds to the events and components of the visit that Gradio goes through."""
+    from gradio.state_holder import SessionState
+
+    visit = SessionState(drawn[-1]).blocks_config
+    for held in (visit.fns, visit.blocks):
+        before = len(held)
+        for n, each in enumerate(held.values()):
+            held[f"new {n}"] = each
+        assert len(held) == 2 * before == len(list(held.items()))
+
+
 def test_cards_go(drawn):
     visit = Visit(drawn)
     assert visit.do(visit.send(visit.event("removed"))) == "a fox <lora:ink:0.5>"
