@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mole_diffusers.studio import infotext
 from mole_diffusers.studio.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demos" / "app"))
@@ -107,7 +108,9 @@ def sent(page, css, path):
 def dropped(page, path):
     """Fill the page from a picture or recipe."""
     sent(page, FROM_PICTURE, path)
-    page.until(lambda: page.text("#from-picture-status").startswith("loaded:"), WAIT)
+    page.until(lambda: page.text("#from-picture-status").startswith("loaded:"), WAIT)  # which may be of one before
+    recipe = infotext.read(path)
+    page.until(lambda: (value(page, "#prompt"), value(page, "#seed")) == (recipe.prompt, str(recipe.seed)), WAIT)
 
 
 def long_job(page):

@@ -114,7 +114,7 @@ def test_a_region_is_painted_and_comes_back(any_width, tmp_path):
     plain = composed(page, tmp_path)
     page.click("#paint-regions")
     page.until(lambda: value(page, "#paint-of") == "fox" and page.all("#paint canvas"), WAIT)
-    assert place(page, "#sheet") == place(page, "#picture")
+    page.until(lambda: place(page, "#sheet") == place(page, "#picture"), WAIT)
     painted(page)
     most = lambda: page.driver.execute_script(MOST_PAINT)  # noqa: E731
     assert most() == 255
