@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from compose import SEEDS, SPLITS, measured
@@ -21,10 +22,9 @@ from packing import pack
 from sampling import GUIDANCE, STEPS
 
 from mole_diffusers.emoji import TEST, Scene, words
-from mole_diffusers.emoji.captions import article
+from mole_diffusers.emoji.captions import FORMS, article
 from mole_diffusers.emoji.compositions import Concepts, compositions
-from mole_diffusers.emoji.judge import Judge
-from mole_diffusers.emoji.world import emoji_world
+from mole_diffusers.emoji.world import EmojiWorld, emoji_world
 from mole_diffusers.evaluation import arms, emoji_protocol
 from mole_diffusers.evaluation.plots import curves
 from mole_diffusers.evaluation.rows import Row, Rows
@@ -58,11 +58,10 @@ class Point:
         sizes = [(round(factor * scene.size[0]), round(factor * scene.size[1])) for _, scene in self.found]
         return replace(self, found=[(replace(c, size=size), s) for (c, s), size in zip(self.found, sizes, strict=True)])
 
-    def rows(self, judge: Judge, seeds: range, rows: Rows) -> list[Row]:
+    def rows(self, world: EmojiWorld, seeds: range, rows: Rows) -> list[Row]:
         """A row per picture. Missing pictures are drawn."""
-        return measured(
-            self.setup, self.arms, self.found, emoji_protocol.JudgeMetrics(judge, self.found), seeds=seeds, rows=rows
-        )
+        metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, self.found)
+        return measured(self.setup, self.arms, self.found, metrics, seeds=seeds, rows=rows)
 
 
 Axis = Callable[[Point], Mapping[float | str, Point]]  # the default setting -> the settings along an axis
@@ -152,10 +151,6 @@ def other_order(scene: Scene) -> str:
     return replace(scene, subjects=scene.subjects[::-1]).caption
 
 
-def style_last(scene: Scene) -> str:
-    return f"{scene.caption.removeprefix(f'{scene.style} ')} in {scene.style}"
-
-
 def places_said(scene: Scene) -> str:
     """A caption that says places, as a fifth of the base's captions do, for the same canvas."""
     relation = "above" if scene.size[1] > scene.size[0] else "left of"
@@ -163,9 +158,8 @@ def places_said(scene: Scene) -> str:
 
 
 WORDINGS: dict[str, Callable[[Scene], str]] = {
-    "as trained": lambda scene: scene.caption,
+    **{form: partial(Scene.worded, form=i) for i, form in enumerate(FORMS)},
     "other words": other_words,
-    "style last": style_last,
     "other order": other_order,
     "places said": places_said,
 }
@@ -200,13 +194,13 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the curves, too")
     args = parser.parse_args()
     world = emoji_world(device=device().type)
-    setup, judge = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}), world.judge()
+    setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds = range(SEEDS[args.split], SEEDS[args.split] + args.seeds)
     rows, found = Rows(WORK / "robustness" / args.split), []
     for axis in args.axes:
         for start in starts(setup, {kind: SPLITS[args.split][kind][: args.per_kind] for kind in args.kinds}):
             for at, point in AXES[axis](start).items():
-                found += [row | {"axis": axis, "setting": at} for row in point.rows(judge, seeds, rows)]
+                found += [row | {"axis": axis, "setting": at} for row in point.rows(world, seeds, rows)]
     frame = as_frame(found)
     frame["line"] = frame["composer"] + ": " + frame["kind"]
     named = frame.assign(setting=frame["setting"].astype(str).str.removesuffix(".0"))
