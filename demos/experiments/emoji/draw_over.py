@@ -28,7 +28,7 @@ from mole_diffusers.training.losses import cells
 STRENGTHS = (0.4, 0.6, 0.8)
 WAYS: dict[str, AbstractContextManager] = {
     "found in the picture": nullcontext(),
-    "from attention": patch("mole_diffusers.mixture.PLACE_SOURCES", []),
+    "from attention": patch("mole_diffusers.patching.install.one_call.PLACE_SOURCES", []),
 }
 
 

@@ -170,7 +170,7 @@ def main() -> None:
                 train_gates.train(world, case.concepts, way.gates, kept(case), updates=UPDATES)
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "styles" / "rows" / args.split)
-    metrics = Margins(world.judge(), found)
+    metrics = Margins(world.judge(), world.drawings, found)
     table = as_frame(measured(setup, [arm(name) for name in ways], found, metrics, seeds=seeds, rows=rows))
     columns = ("success", *MARGINS)
     print(by_kind(table, columns, head="way", digits=2))
