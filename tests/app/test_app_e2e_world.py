@@ -14,7 +14,22 @@ from mole_diffusers.studio.recipe import Recipe
 
 pytest.importorskip("gradio")
 pytest.importorskip("selenium")
-from page_visits import FROM_PICTURE, WAIT, browser, composed, drawn, dropped, kept, opened, pixels, sent, value, visiting
+from page_visits import (
+    FROM_PICTURE,
+    WAIT,
+    browser,
+    cards,
+    composed,
+    drawn,
+    dropped,
+    kept,
+    opened,
+    pixels,
+    place,
+    sent,
+    value,
+    visiting,
+)  # fmt: skip
 from selenium.webdriver import Keys
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
@@ -85,6 +100,11 @@ def test_a_newcomer_composes_two_characters_in_a_style(tmp_path, width):
         page.one("#found img")  # where each acted
         tags = "<lora:koala:1> <lora:octopus:1> <lora:aurora:1>"
         assert infotext.read(kept(tmp_path)[0]).prompt == f"a koala and an octopus in aurora colours {tags}"
+        page.type("#prompt textarea", f"a koala, an octopus and a tiger in aurora colours {tags} <lora:tiger:1>")
+        cards(page, *names, "tiger")
+        for css in ("#picture img", "#compose") if width == 1440 else ():  # also with four cards, and nothing scrolled
+            left, top, wide, high = place(page, css)
+            assert (left >= 0, top >= 0, left + wide <= 1440, top + high <= 900) == (True,) * 4, css
         assert not page.errors()
 
 
