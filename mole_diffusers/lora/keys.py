@@ -40,7 +40,8 @@ LAYER_STARTS = {  # component -> how its layer keys begin
         "transformer_blocks_", "single_transformer_blocks_", "x_embedder", "context_embedder", "time_text_embed_",
         "norm_out_", "proj_out", "pos_embed_", "img_in", "txt_in", "time_guidance_embed_", "blocks_", "layers_",
         "noise_refiner_", "context_refiner_", "double_blocks_", "single_blocks_", "joint_blocks_", "double_stream_blocks_",
-        "single_stream_blocks_", "text_fusion_", "txtfusion_",
+        "single_stream_blocks_", "text_fusion_", "txtfusion_", "all_x_embedder_", "all_final_layer_", "cap_embedder_",
+        "t_embedder_",
     ),
     "text_encoder": ("encoder_layers_",),
 }  # fmt: skip

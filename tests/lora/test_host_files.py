@@ -243,6 +243,7 @@ FILES = {  # host -> {form: (prefix, endings, layers)}
         "kohya": ("lora_unet_", DOWN_UP, flat(Z_IMAGE)),
         "fused": ("lora_unet_", DOWN_UP, flat(Z_IMAGE_FUSED)),
         "diffusers": ("transformer.", AB, Z_IMAGE),
+        "named adapter": ("", NAMED, Z_IMAGE),
     },
     "wan": {
         "ai-toolkit": ("diffusion_model.", AB, WAN),
