@@ -58,12 +58,20 @@ class Validity(NamedTuple):
 THIS_CALL = Validity(None)
 
 
+class KeptFactor(NamedTuple):
+    """A factor of the layers that have something in common."""
+
+    rows: int  # of the layer's input [rows, tokens, Cin]
+    tokens: int
+    factor: torch.Tensor
+
+
 @dataclass(eq=False)
 class Decided:
     """Decisions of a gate, and the factors that were made of them, by what layers have in common."""
 
     decisions: list[Decision] = field(default_factory=list)
-    factors: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    factors: dict[tuple, tuple[KeptFactor, ...]] = field(default_factory=dict)
 
 
 class KeptDecisions:
@@ -263,7 +271,7 @@ class GateSite(ABC):
     def factor(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """The factor for A x of a layer, rank by rank.
 
-        Until the gate is evaluated again, it is kept for layers of the same ranks and, if bound, of the same tokens.
+        Until the gate is evaluated again, it is kept for layers of the same ranks that read the same tokens.
 
         Args:
             x: the layer's input, [B, Cin], [B, T, Cin] or [B, Cin, H, W].
@@ -277,13 +285,16 @@ class GateSite(ABC):
         if x.dim() != 3 or not self.shares_factors:
             return self._new_factor(layer, x, low)
         masks = self.shared.effective.masks
-        tokens = (layer.stream, x.shape[:2]) if masks is not None and masks.binds else ()  # PAG passes a part of the rows
-        in_common = layer.ranks, low.dim(), low.shape[0], low.dtype, *tokens
-        factors = self.decided.now.factors
-        if (factor := factors.get(in_common)) is None:
-            factor = self._new_factor(layer, x, low)
-            if not factor.requires_grad:  # a checkpointed block that is computed again must save the same tensors
-                factors[in_common] = factor
+        binds = masks is not None and masks.binds
+        in_common = layer.ranks, low.dim(), low.dtype, binds and layer.stream
+        all_kept = self.decided.now.factors.get(in_common, ())
+        # With the number of tokens in the key, a compiled block would be for it alone. PAG passes a part of the rows.
+        for kept in all_kept:
+            if kept.tokens == x.shape[1] and kept.rows == x.shape[0]:
+                return kept.factor
+        factor = self._new_factor(layer, x, low)
+        if not factor.requires_grad:  # a checkpointed block that is computed again must save the same tensors
+            self.decided.now.factors[in_common] = (*all_kept, KeptFactor(x.shape[0], x.shape[1], factor))
         return factor
 
     def _new_factor(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
