@@ -9,6 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
 
 from benchmarks.hosts import ATTENTION
 from benchmarks.settings import Files
@@ -47,6 +50,31 @@ def load(pipe: Any, files: Files) -> None:
         pipe.load_lora_weights(str(path), adapter_name=name)
 
 
+class Products(nn.Module):
+    """A linear layer W with what stacked LoRAs at weight 1 compute, and nothing else: y = W x + B (A x)."""
+
+    def __init__(self, base: nn.Linear, down: torch.Tensor, up: torch.Tensor):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Parameter(down), nn.Parameter(up)  # A [R, Cin], B [Cout, R]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, Cin] -> [B, T, Cout]."""
+        rows = x.flatten(0, 1)
+        y = F.linear(rows, self.base.weight, self.base.bias)
+        return torch.addmm(y, F.linear(rows, self.down), self.up.T).view(*x.shape[:2], -1)
+
+
+def products(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
+    """The products of A and B alone: the least that LoRAs beside the weights can cost."""
+    loras = [load_file(path) for path in files.values()]
+    for name, layer in list(pipe.unet.named_modules()):
+        if name.endswith(ATTENTION):
+            down, up = ([lora[f"unet.{name}.lora_{half}.weight"].to(layer.weight) for lora in loras] for half in "AB")
+            parent, _, leaf = name.rpartition(".")
+            setattr(pipe.unet.get_submodule(parent), leaf, Products(layer, torch.cat(down), torch.cat(up, 1)))
+    return {}
+
+
 def gated(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
     """A mixture with gates, in a call of its pipeline."""
     stack.enter_context(awake(pipe, files, gates).drawing())
@@ -60,6 +88,14 @@ def bound(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[
     stack.enter_context(mixture.drawing())
     positive, negative, *_ = pipe.encode_prompt(" ".join(WORDS), pipe.device, 1, True)
     return {"encoder_hidden_states": torch.cat([negative, positive])}
+
+
+def two_named(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
+    """A mixture of which only the first two act, as if a prompt named no others."""
+    mixture = awake(pipe, files, gates)
+    stack.enter_context(mixture.only(*list(files)[:2]))
+    stack.enter_context(mixture.drawing())
+    return {}
 
 
 def collapsed(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> dict[str, torch.Tensor]:
@@ -87,9 +123,11 @@ ARMS: Mapping[str, Arm] = {
     "base": base,
     "again": base,  # the base once more, to show how much of a ratio is noise
     "set_adapters": set_adapters,
+    "products": products,
     **{family: of_family(gated, family) for family in ("sum", "mole", "flow", "factors")},
     **{f"bound {family}": of_family(bound, family) for family in ("sum", "mole")},
     "gated": gated,
+    "two named": two_named,
     "collapsed": collapsed,
 }
 
