@@ -49,8 +49,8 @@ GOALS = """
 FLOOR = """
 **The floor.** `products` computes W x + B (A x) with the LoRAs' matrices side by side, and nothing else: no gates, no
 strengths, no places. By PyTorch's count of multiplications, that takes 0.018, 0.049 and 0.099 of a step of SD 1.5 with
-3, 8 and 16 LoRAs; the goals for 8 and 16 ask for less than that. With blocks compiled one by one, as measured:
-COMPILED times the base, above the goal, too.
+3, 8 and 16 LoRAs; the goals for 8 and 16 ask for less than that. With blocks compiled one by one, it was measured:
+PRODUCTS times the base (the base once more: AGAIN), which leaves nothing of the goal for gates.
 
 What `mole` takes beyond that in compiled blocks is mostly PyTorch's own check, before each call of a block, that nothing
 has changed that its code was made for: more than twice as many conditions as for a block of the base.
@@ -242,7 +242,9 @@ def _of_folder() -> Found:
 
 def floor() -> str:
     """What the products of A and B alone take, and what is paid beside them."""
-    return FLOOR.replace("COMPILED", shown(costs("compiled")["products", 8]) + star("compiled"))
+    found = costs("compiled")
+    floor = FLOOR.replace("PRODUCTS", shown(found["products", 8]) + star("compiled"))
+    return floor.replace("AGAIN", shown(found["again", 8]))
 
 
 def names(families: Iterable[str]) -> str:
