@@ -20,6 +20,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 gc.disable()  # until everything is imported
 
 
+@pytest.hookimpl(trylast=True)  # when other marks are deselected
+def pytest_collection_modifyitems(items):
+    """Tests that need a card are skipped where there is none."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            import torch  # here, since other runs of few tests do without it
+
+            item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"))
+
+
 def pytest_collection_finish():
     """Collect rarely, and never look through what the imports made: that took a sixth of the time."""
     gc.freeze()

@@ -83,3 +83,21 @@ def test_twenty_changes_of_strength_prompt_seed_and_places_compile_nothing_again
         block._compiled_call_impl = None
     draw(22)
     torch.testing.assert_close(pictures[-1], pictures[-2], atol=2e-5, rtol=0)
+
+
+@pytest.mark.thorough
+@torch._dynamo.config.patch(recompile_limit=64)
+@pytest.mark.parametrize(("bound", "most"), [(False, 3), (True, 8)])
+@pytest.mark.shows("binding with `torch.compile`")
+def test_pictures_of_other_sizes_compile_twice_each_if_bound_and_like_the_base_otherwise(pipe, loras, awake, bound, most):
+    torch.compiler.reset()
+    mixture = awake(mole.attach(pipe, {name: loras[name] for name in ("fox", "ink")}, "mole"))
+    if bound:
+        mixture.bind({"fox": ("fox", (0, 0, 0.5, 1)), "ink": ("ink", (0.5, 0, 1, 1))})
+    graphs = []
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    sizes = [(32, 64), (64, 32), (32, 32), (64, 64)]
+    for height, width in sizes:
+        generator = torch.Generator().manual_seed(0)
+        pipe("a fox and an ink", generator=generator, num_inference_steps=2, height=height, width=width)
+    assert 0 < len(graphs) <= most  # the tiny model has one kind of block; the base has 3 graphs of it
