@@ -86,6 +86,16 @@ def describe_site(
     return SiteDescription(name, "block", entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
 
 
+def first_reads_its_input(site: SiteDescription, layers: Sequence[str], model: nn.Module) -> bool:
+    """Whether the first to run of these layers of a block reads the picture, in as many channels as its gate does.
+
+    Inside of a block, modules run in the order in which they are listed.
+    """
+    block = str(site.block)
+    first = next(name for name, _ in model.get_submodule(block).named_modules(prefix=block) if name in layers)
+    return record(model).blocks.stream_of(first) != "text" and _in_width(model.get_submodule(first)) == site.width
+
+
 def stream_of(part: str, model: nn.Module, layer: str) -> str | None:
     """The tokens that a layer of a part of a pipeline reads: "encoding" in a text encoder, else see `Blocks.stream_of`."""
     return record(model).blocks.stream_of(layer) if part in DENOISERS else "encoding"

@@ -28,6 +28,7 @@ from mole_diffusers.patching.host.placement import (
     SiteDescription,
     blocks,
     describe_site,
+    first_reads_its_input,
     probed,
     site_name,
     stream_of,
@@ -46,6 +47,7 @@ class PlacedSite:
     site: GateSite
     about: SiteDescription
     layers: Sequence[str]
+    by_processor: bool  # whether our attention processor passes on what the gate reads; else a hook does, if anything
 
 
 class Component:
@@ -76,7 +78,8 @@ class Component:
         gates = {name: self._gate(name, layers, of_layer[layers[0]]) for name, layers in self._layers_of_gate.items()}
         self.bank = GateBank(gates)
         self.placed = [
-            PlacedSite(self._site(sites[name], layers), sites[name], layers) for name, layers in layers_of_site.items()
+            PlacedSite(self._site(sites[name], layers), sites[name], layers, self._by_processor(sites[name], layers))
+            for name, layers in layers_of_site.items()
         ]
         self.site_of = {layer: each.site for each in self.placed for layer in each.layers}
 
@@ -85,15 +88,15 @@ class Component:
 
         A gate at a block reads what enters its attention. Where diffusers lets the processor of an attention be replaced,
         ours does that inside the attention, so that a processor that replaces ours is seen (`BlockSite`). Everything else
-        has no processor, or one that must stay (`_is_joint`), and gets a hook.
+        gets a hook, see `_by_processor`.
         """
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
         layers = {layer: (self.site_of[layer], stream_of(self.name, self.model, layer)) for layer in self.stacks}
         peft_injection.inject(self.model, self.stacks, layers, undo)
         for each in self.placed:
-            module, mixes = self._module(each.about), isinstance(each.site, OutputSite)
-            if isinstance(module, Attention) and not (self._is_joint or mixes):
+            module = self._module(each.about)
+            if each.by_processor and isinstance(module, Attention):
                 _replace_processor(module, each.site, undo)
 
     def hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
@@ -111,13 +114,23 @@ class Component:
                 continue
             if isinstance(site, BlockSite):
                 yield self.model.get_submodule(str(each.about.block)), AroundBlock(site)
-            if module is not None and (self._is_joint or not isinstance(module, Attention)):  # there, the processor does it
+            if module is not None and not each.by_processor:
                 yield module, GateInput(site, None if site.timed else self.shared.tokens)
 
     @property
     def _is_joint(self) -> bool:
         """Whether it attends to text and picture together. Such processors say which backend they use, so they stay."""
         return self.denoises and record(self.model).blocks.is_joint
+
+    def _by_processor(self, site: SiteDescription, layers: Sequence[str]) -> bool:
+        """Whether our attention processor gives the gate of a site and these layers its input.
+
+        Not where there is no processor, or one that must stay (`_is_joint`). And not where the layers cannot stand in for a
+        processor that replaces ours, since the first of them reads the text, or other channels than the gate.
+        """
+        if self._is_joint or self.family.mixes_outputs or not isinstance(self._module(site), Attention):
+            return False
+        return first_reads_its_input(site, layers, self.model)
 
     def _module(self, site: SiteDescription) -> nn.Module | None:
         """The module whose input the gate of a site reads when it runs."""

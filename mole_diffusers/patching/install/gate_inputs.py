@@ -110,14 +110,14 @@ class OutputMixing(ForwardHook):
 
 @dataclass(eq=False)
 class GateInput(ForwardHook):
-    """On a module whose input a gate reads, if it has no attention processor."""
+    """On a module whose input a gate reads, where `MoLEAttnProcessor` does not pass it on."""
 
     site: GateSite
     tokens: PromptTokens | None  # in a text encoder, knows which tokens are words
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         words = None if self.tokens is None else self.tokens.current
-        self.site.evaluate(args[0] if args else kwargs["hidden_states"], tokens=words)
+        self.site.evaluate(functional.as_tokens(args[0] if args else kwargs["hidden_states"]), tokens=words)
 
 
 @dataclass(eq=False)

@@ -93,6 +93,23 @@ def test_an_ip_adapter_comes_and_goes_before_and_after_the_mixture(awake, tmp_pa
     assert kinds == {name: type(p) for name, p in denoiser.attn_processors.items()}
 
 
+LAYERS = [("attn2.to_k", "attn2.to_v"), ("ff.net.2",)]  # the first that runs does not read what the gate of its block reads
+
+
+@pytest.mark.parametrize("ends", LAYERS)
+def test_a_gate_reads_the_same_when_an_adapter_replaces_its_processor(awake, tmp_path, ends):
+    pipe, options = hosts.HOSTS["sd15"]()
+    files = {name: tiny_lora(pipe, tmp_path / name, seed=i, ends=ends) for i, name in enumerate(("fox", "hat"))}
+    mixture, heard = awake(mole.attach(pipe, files, "mole")), []
+    with mixture.listen(lambda decision: heard.append(decision.gates.clone())):
+        expected, before = hosts.draw(pipe, options), list(heard)
+        hosts.ip_adapter(pipe)
+        pipe.set_ip_adapter_scale(0.0)
+        heard.clear()
+        torch.testing.assert_close(hosts.draw(pipe, options | IMAGE), expected, **CLOSE)
+    torch.testing.assert_close(heard, before, **CLOSE)
+
+
 MASKED = ["sd15", *thorough("sdxl", "sd21", "animatediff")]
 
 
