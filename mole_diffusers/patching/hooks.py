@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import Undo, undoing
 
 ForwardInput = tuple[tuple, dict[str, Any]]  # the arguments of a forward
 
@@ -85,3 +85,25 @@ class Uncompiled(AroundForward):
             if (call := getattr(block, "_compiled_call_impl", None)) is not None:
                 stack.callback(setattr, block, "_compiled_call_impl", call)
                 block._compiled_call_impl = None
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """While the block runs, calls of `module` go to `run`, after its hooks. Calls that `run` itself makes go to the module,
+    with its hooks.
+    """
+    found, inside = module.forward, False
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        if inside:
+            return found(*args, **kwargs)
+        inside = True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            inside = False
+
+    with undoing() as undo:
+        undo.override(module, "forward", forward)
+        yield

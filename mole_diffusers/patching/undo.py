@@ -85,23 +85,3 @@ def undoing() -> Iterator[Undo]:
         except BaseException:
             undo.close()
             raise
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Calls of `module` go to `run`. Calls that `run` itself makes go to the module."""
-    found, inside = module.forward, False
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inside
-        if inside:
-            return found(*args, **kwargs)
-        inside = True
-        try:
-            return run(*args, **kwargs)
-        finally:
-            inside = False
-
-    with undoing() as undo:
-        undo.override(module, "forward", forward)
-        yield

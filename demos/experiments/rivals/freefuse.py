@@ -16,8 +16,9 @@ from torch import nn
 from mole_diffusers.binding.regions import EVERYWHERE
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.cross_attention import map_layers
+from mole_diffusers.patching.hooks import replaced_forward
 from mole_diffusers.patching.host.denoiser_inputs import groups_of
-from mole_diffusers.patching.undo import replaced_forward, undoing
+from mole_diffusers.patching.undo import undoing
 from rivals.sampling_composers import StepCounter, check_encodes_by_expert
 
 FIRST_PASS = 1 / 3  # share of the steps before regions are found

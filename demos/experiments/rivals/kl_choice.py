@@ -11,7 +11,7 @@ import torch
 
 from mole_diffusers.functional import as_tokens
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.undo import replaced_forward
+from mole_diffusers.patching.hooks import replaced_forward
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from mole_diffusers.binding.picture_layout import side_of
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE, GridSize, Region, region_mask
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.cross_attention import cross_attentions
+from mole_diffusers.patching.hooks import replaced_forward
 from mole_diffusers.patching.host.denoiser_inputs import prompted_rows
-from mole_diffusers.patching.undo import replaced_forward
 from mole_diffusers.training.data import token_ids
 from rivals.sampling_composers import read_by, texts_apart
 

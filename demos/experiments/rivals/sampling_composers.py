@@ -14,8 +14,9 @@ from mole_diffusers.functional import onto
 from mole_diffusers.merging.factors import Layer
 from mole_diffusers.merging.layers import layers_of, merge_key
 from mole_diffusers.mixture import Mixture
+from mole_diffusers.patching.hooks import replaced_forward
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs
-from mole_diffusers.patching.undo import replaced_forward, undoing
+from mole_diffusers.patching.undo import undoing
 
 Forward = Callable[
     [Any, Sequence[torch.Tensor], tuple, dict], Any

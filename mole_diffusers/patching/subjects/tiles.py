@@ -25,13 +25,13 @@ from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.binding.sentence import Part
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.unchanged import LastTensor
+from mole_diffusers.patching.hooks import replaced_forward
 from mole_diffusers.patching.host.cropping import OF_WHOLE_SIZE, Call
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, Groups, groups_of, guides_in_turns
 from mole_diffusers.patching.subjects.apart import SCALE_ONLY, border, have_room, since_of, windows_of
 from mole_diffusers.patching.subjects.sampler_steps import SamplerSteps
 from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces
 from mole_diffusers.patching.subjects.windows import STEADY, Window, silhouette
-from mole_diffusers.patching.undo import replaced_forward
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,8 @@ class Tiles:
             kept.inputs[is_layout] = self._inputs_of(tiles, divided, groups, call, plan.side)
         inputs, call = kept.inputs[is_layout], {**call, "return_dict": False}
         grid = self.call.cropping.to_grid(latents, plan.side)  # [B, C, H, W], one place for each token
+        # The whole must come first: hooks have noted its noise level and what gates outside of blocks read when the denoiser
+        # was called (`StepHook`, `ModelInput`). They run again for each tile, and note the tile's instead.
         rest = None if inputs.outside is None else inputs.outside * self.call.cropping.to_grid(whole(**call)[0], plan.side)
         parts = [self._part(tile, i, inputs, call, grid) for i, tile in enumerate(tiles)]
         shares = list(inputs.shares)
