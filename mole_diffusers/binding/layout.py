@@ -1,4 +1,8 @@
-"""A layout from attention: the part of the picture that each thing gets, decided once and kept from then on."""
+"""A layout from attention: the part of the picture that each thing gets, decided once and kept from then on.
+
+Here are cells of the picture and who gets which. Tiles take theirs from the same cells (`PromptThings.masks`); whether there
+are tiles is decided in patching/subjects.
+"""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ subjects/ draws the things of a prompt apart. One step of a bound picture, in th
     gating/shared_state.py        `StepHook`: the denoiser is called; noise level and text are noted, then
                                   `TokenMasks.on_denoiser` does for its text what `on_text` does, before a gate is asked
     binding/picture_layout.py     `decide`: from the second step on, each thing has a place, where its words were attended
-    gating/bound_text.py          `place` and `mask`: the masks of words and places that layers take, and what is closed
-    install/gate_inputs.py        `MoLEAttnProcessor`: a block begins, and what enters its attention goes to its gate
+    gating/bound_text.py          `make_masks` and `mask`: the masks of words and places for layers, and what is closed
+    install/gate_inputs.py        `AroundBlock`: a block begins; `MoLEAttnProcessor`: its gate gets its input
     gating/gate_site.py           `evaluate` asks the gate; `factor` gives each layer its weights, times the mask
     gating/gated_experts.py       `linear`: y = W x + B (factor * (A x))
     gating/cross_attention.py     lowers attention to words outside their places; in the first step, reads it for `decide`
@@ -19,12 +19,14 @@ subjects/ draws the things of a prompt apart. One step of a bound picture, in th
 Beside it:
 
     host/denoisers.py             `RECORDS`: everything that is special about a class of denoisers
+    host/placement.py             where gates sit and what they read; install/component.py makes the sites of a model from it
     install/installation.py       on and off; `_hooks` has the order in which hooks run
     undo.py                       how each change is taken back
     gating/settings.py            what the user set; `Setting.now` is the value that holds, in or outside of a `with` block
     gating/prompt_tokens.py       which tokens the states that the denoiser reads were made of
     gating/joint_attention.py     the same where a model attends to text and picture together (SD 3, Flux)
     gating/kept_text.py           what layers make of a text that comes again in the next step
+    subjects/things.py            what a prompt names; `PictureCall.obstacle`: why its pipeline can draw no tiles
     subjects/apart.py             which things of a prompt are drawn in tiles, and why not
-    subjects/tiles.py             the steps in which the denoiser is called for each thing
+    subjects/tiles.py             the steps in which the denoiser is called for each thing; `_plan`: has each room?
 """

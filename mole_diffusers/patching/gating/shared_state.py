@@ -6,7 +6,8 @@
     effective    what follows from these: which experts act, how strong, and their masks
     listeners    who is told
 
-`StepHook` and `TextHook` take a call of a model through them in this order, before any gate is asked.
+`StepHook`, and `TextHook` (prompt_tokens.py) for a text encoder, take a call of a model through them in this order, before
+any gate is asked.
 """
 
 from __future__ import annotations
