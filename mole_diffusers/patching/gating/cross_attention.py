@@ -61,7 +61,7 @@ class CrossAttention(ForwardHook):
     reads_maps: bool
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> ForwardInput | None:
-        masks = self.shared.effective.masks
+        masks = self.shared.effective.binding
         if masks is None or (bound := masks.text) is None or not (bound.binds or self.shared.wants_maps):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]

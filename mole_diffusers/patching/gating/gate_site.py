@@ -211,10 +211,10 @@ class GateSite(ABC):
             weighed = self._weighed_experts(present, hidden)
             among = weighed if self.scope is None else self._weighed_experts(self.scope, hidden)
             all_weighed = not torch.compiler.is_compiling() and among.all_weighed  # a flag would be part of compiled code
-            gates = self.gate(features, Context(among.mask, time, layer, tokens, all_weighed))
+            gates = self.gate(features, Context(among.there, time, layer, tokens, all_weighed))
             gates = gates if self.index is None else gates[:, self.index]
             if control is not None:
-                gates = control(self.name, gates, weighed.mask if segment is None else weighed.mask[..., segment])
+                gates = control(self.name, gates, weighed.there if segment is None else weighed.there[..., segment])
             decisions.append(self._decision(present, gates, weighed, segment))
         return decisions
 
@@ -226,7 +226,7 @@ class GateSite(ABC):
         if torch.compiler.is_compiling() or not weighed.unit_strengths:
             strengths = weighed.strengths if segment is None else weighed.strengths[..., segment]
             applied = gates * functional.over_tokens(strengths, gates)
-        return Decision(self, present, gates, applied, weighed.mask, segment)
+        return Decision(self, present, gates, applied, weighed.there, segment)
 
     def _by_hand(
         self, present: Present, fixed: Sequence[float], hidden: torch.Tensor, segment: torch.Tensor | None
@@ -234,7 +234,7 @@ class GateSite(ABC):
         gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), hidden.device)
         weighed = self._weighed_experts(present, hidden)
         if self.shared.settings.fixed.now is None:  # weights by hand for one gate; an expert may be absent
-            gates = gates * weighed.mask
+            gates = gates * weighed.there
         return self._decision(present, gates if segment is None else gates[..., segment], weighed, segment)
 
     def _weighed_experts(self, present: Present, hidden: torch.Tensor) -> WeighedExperts:
@@ -244,10 +244,10 @@ class GateSite(ABC):
             weighed = effective.experts(present, hidden.device)
         else:
             weighed = effective.of_strengths(present, self._strengths(), hidden.device)
-        silent = None if effective.masks is None else effective.masks.silence.rows
+        silent = None if effective.binding is None else effective.binding.silence.rows
         if silent is None and settings.rows.now is None:
             return weighed
-        mask, strengths = weighed.mask, weighed.strengths
+        mask, strengths = weighed.there, weighed.strengths
         if silent is not None:
             mask = mask & ~functional.rows_for_layer(silent, batch)  # [B, N]
         if (rows := settings.rows.now) is not None:
@@ -284,7 +284,7 @@ class GateSite(ABC):
             self._make_ready(layer, x, low)
         if x.dim() != 3 or not self.shares_factors:
             return self._new_factor(layer, x, low)
-        masks = self.shared.effective.masks
+        masks = self.shared.effective.binding
         binds = masks is not None and masks.binds
         in_common = layer.ranks, low.dim(), low.dtype, binds and layer.stream
         all_kept = self.decided.now.factors.get(in_common, ())
@@ -316,7 +316,7 @@ class GateSite(ABC):
             low: [B, R], [B, T, R] or [B, R, H, W]; or rows [B T, R].
             rows_of: B if `low` is rows, else None.
         """
-        masks, stream = self.shared.effective.masks, layer.stream
+        masks, stream = self.shared.effective.binding, layer.stream
         if masks is None or not masks.binds or stream is None or (text := masks.text_of(stream)) is None:
             return None
         if low.dim() == 2 and rows_of is None and (rows_of := text.rows_among(len(low))) is None:
@@ -398,7 +398,7 @@ class OutputSite(GateSite):
             self._taken = self.decided.now.decisions[0].applied
             return
         weighed = self._weighed_experts(self.presents[0], hidden)
-        self._acting = weighed.strengths * weighed.mask
+        self._acting = weighed.strengths * weighed.there
         self._taken = torch.zeros_like(self._acting)
 
     @property

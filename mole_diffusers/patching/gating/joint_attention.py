@@ -38,7 +38,7 @@ def hooks(model: Any, shared: SharedState) -> Iterator[tuple[nn.Module, ForwardH
 
 
 def _closes(shared: SharedState) -> bool:
-    masks = shared.effective.masks
+    masks = shared.effective.binding
     return shared.effective.closes and masks is not None and masks.text is not None and masks.text.place_masks is not None
 
 
@@ -59,7 +59,7 @@ class JointAttention(AroundForward):
         self.shared, self.reads_maps = shared, reads_maps
 
     def enter(self, module: Any, stack: ExitStack) -> None:
-        if self.shared.effective.masks is None or torch.compiler.is_compiling():
+        if self.shared.effective.binding is None or torch.compiler.is_compiling():
             return
         closes, reads = _closes(self.shared), self.reads_maps and self.shared.wants_maps
         if not (closes or reads):
@@ -87,7 +87,7 @@ class _WatchedAttention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         given = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
         query, key = given["query"], given["key"]  # [B, heads, S, D]
-        masks = self.shared.effective.masks
+        masks = self.shared.effective.binding
         bound = None if masks is None else masks.text
         tokens = query.shape[2]
         apart = bound.apart(tokens) if bound is not None and key.shape[2] == tokens else None

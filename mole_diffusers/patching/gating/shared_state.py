@@ -73,9 +73,9 @@ class Step:
 class WeighedExperts(NamedTuple):
     """The experts that a gate weighs, and their strengths."""
 
-    mask: torch.Tensor  # [N] or [B, N] bool: those that the layer has, that are on, not at strength 0, and not silent
+    there: torch.Tensor  # [N] or [B, N] bool: those that the layer has, that are on, not at strength 0, and not silent
     strengths: torch.Tensor  # [N] or [B, N]
-    all_weighed: bool  # whether the mask is true for all, known without asking the device
+    all_weighed: bool  # whether `there` is true for all, known without asking the device
     unit_strengths: bool  # whether all strengths are 1
 
 
@@ -86,14 +86,14 @@ class EffectiveSettings:
     of a slider would compile again.
 
     Attributes:
-        masks: the binding if it applies: weights by hand, and a part of a step, hold on every token.
+        binding: that of the settings if it applies: weights by hand, and a part of a step, hold on every token.
         closes: whether words are closed outside their regions: while no expert acts, the model draws as itself.
         changes: counts changes. What gates decided before the last one no longer holds.
     """
 
     def __init__(self, settings: Settings, step: Step):
         self.settings, self.step = settings, step
-        self.masks: TokenMasks | None = None
+        self.binding: TokenMasks | None = None
         self.closes, self.changes = True, 0
         self._weighed: dict[tuple[Present, torch.device], WeighedExperts] = {}
 
@@ -106,7 +106,7 @@ class EffectiveSettings:
         """Follow what has changed. What gates decided for the same part of a step still holds."""
         settings = self.settings
         by_hand = settings.fixed.now is not None or self.step.alone.now is not None
-        self.masks = None if by_hand else settings.binding.now
+        self.binding = None if by_hand else settings.binding.now
         self.closes = any(settings.acting) and not self.step.is_off
         for present, device in self._weighed:
             self._weighed[present, device] = self.of_strengths(present, settings.strengths.now, device)
@@ -121,7 +121,7 @@ class EffectiveSettings:
     def of_strengths(self, present: Present, strengths: Sequence[float], device: torch.device) -> WeighedExperts:
         """The same with any strengths [N]."""
         on = self.settings.active.now if self.step.alone.now is None else self.step.alone.now
-        silent = (False,) * len(present) if self.masks is None else self.masks.silence.experts
+        silent = (False,) * len(present) if self.binding is None else self.binding.silence.experts
         there = [p and a and s != 0 and not mute for p, a, s, mute in zip(present, on, strengths, silent, strict=True)]
         with torch.inference_mode(False):  # they are kept, and are also used with gradients
             mask, factor = onto(torch.tensor(there), device), onto(torch.tensor(strengths), device)
@@ -130,8 +130,8 @@ class EffectiveSettings:
     @property
     def rows_of_prompts(self) -> int:
         """How many rows of the batch may have experts of their own; 1 if all rows have the same."""
-        if self.masks is not None and self.masks.silence.rows is not None:
-            return len(self.masks.silence.rows)
+        if self.binding is not None and self.binding.silence.rows is not None:
+            return len(self.binding.silence.rows)
         rows = self.settings.rows.now
         return 1 if rows is None else len(rows.factors) * rows.images
 
@@ -192,12 +192,12 @@ class SharedState:
     @property
     def wants_maps(self) -> bool:
         """Whether attention must be read at this step."""
-        masks = self.effective.masks
+        masks = self.effective.binding
         return masks is not None and masks.wants_maps(is_heard=bool(self.listeners.maps.now))
 
     def add_maps(self, shares: torch.Tensor) -> None:
         """Add what a layer attends to in each picture: shares [P, T, S] of its text's tokens, mean over heads."""
-        masks = self.effective.masks
+        masks = self.effective.binding
         if masks is None or (side := masks.add_maps(shares)) is None or masks.text is None:
             return
         for hears in self.listeners.maps.now:
@@ -205,7 +205,7 @@ class SharedState:
 
     def on_text(self, encoder: str, ids: torch.Tensor) -> None:
         """A text encoder is about to read `ids` [B, T]."""
-        masks, in_call = self.effective.masks, self.step.pipe.now is not None
+        masks, in_call = self.effective.binding, self.step.pipe.now is not None
         if masks is not None and masks.on_text(encoder, ids, in_call=in_call, acting=self.settings.acting):
             self.effective.changed()
 
@@ -228,7 +228,7 @@ class StepHook(ForwardHook):
         if step.is_off != was_off:
             effective.changed()
         shared.kept_text.begin(text, in_call=step.pipe.now is not None)
-        if effective.masks is not None and effective.masks.on_denoiser(
+        if effective.binding is not None and effective.binding.on_denoiser(
             text,
             inputs.latents(args, kwargs),
             lambda: inputs.side(args, kwargs),

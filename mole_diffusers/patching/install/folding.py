@@ -62,7 +62,7 @@ def evaluate_gates(pipe: Any, components: Sequence[Component], prompt: str | Seq
 def reads_nothing(components: Sequence[Component]) -> bool:
     """Whether all weights are known without a prompt."""
     shared = components[0].shared
-    masks = shared.effective.masks
+    masks = shared.effective.binding
     reads_text = shared.settings.rows.now is not None or (masks is not None and masks.reader.has_words)
     return all(component.input_free for component in components) and not reads_text
 

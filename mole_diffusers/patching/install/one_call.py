@@ -59,7 +59,7 @@ class OneCall:
             for hears in shared.listeners.layouts.now:
                 hears([] if binding is None else binding.layouts)
             if binding is not None:
-                binding.end(warns=is_done and shared.effective.masks is binding)
+                binding.end(warns=is_done and shared.effective.binding is binding)
 
     def _apart_or_placed(self, masks_of_files: Callable[[], TokenMasks | None]) -> AbstractContextManager[None]:
         """A block in which the things of the prompt are drawn in tiles where there is room, or are first found in a given
