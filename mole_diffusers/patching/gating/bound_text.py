@@ -78,7 +78,7 @@ class BoundText:
             self.place_masks, self.cache = self.prompt.place_masks, {}
 
     def forget(self) -> None:
-        """Drop what was computed for layers."""
+        """Drop what was made for each layer. It is made again from masks and biases, if the same text comes once more."""
         self.cache = {}
 
     # ---- what layers ask

@@ -7,6 +7,10 @@ of its layers the factor for its ranks (`factor`). Sites differ in when they eva
     OutputSite   when its block has run with each expert
     LayerSite    when its only layer runs
     ModelSite    once in a call of the model; in a denoiser, when the first of its layers asks
+
+Three things say whether weights still hold. Each layer compares its batch with `ready_for_rows`: has the block's gate been
+evaluated on so many rows since the block began? If not, `evaluate` is called. A `Validity` then says what decisions on its
+input depend on, and `KeptDecisions` has those that were made, as long as that stays the same.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from mole_diffusers.patching.gating.decision import Decision, Present
 from mole_diffusers.patching.gating.shared_state import SharedState, WeighedExperts
 from mole_diffusers.patching.undo import Undo, restore_point
 
-NEVER = -1  # rows for which a site's weights never hold without asking it
+NEVER = -1  # no batch has so many rows
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class KeptDecisions:
         self._by_call: dict[tuple, Decided] = {}  # see `Validity.call`
 
     def recall(self, validity: Validity) -> bool:
-        """Take what was decided before, if that still holds. Returns whether there is anything."""
+        """Take what was decided before, if that still holds; drop what no longer does. Returns whether there is anything."""
         if validity.until is None or validity.until != self._until:
             self._until, self._by_call = validity.until, {}
         found = self._by_call.get(validity.call)
@@ -118,7 +122,7 @@ class GateSite(ABC):
     """
 
     shares_factors = True  # whether all layers of the same ranks have the same factor
-    rows = NEVER  # of a layer's input, for which the last weights hold without asking; only a `BlockSite` has any
+    ready_for_rows = NEVER  # a layer whose input has so many rows takes the last weights as they are; only of a `BlockSite`
     spans_blocks = False  # whether each layer multiplies its own block's strength from a schedule
     text: LastTensor | None = None  # what the gate reads, if it reads only the text, as its layers do
 
@@ -280,7 +284,7 @@ class GateSite(ABC):
         Returns:
             A tensor in its dtype that broadcasts over `low`; for rows also [B, 1, R] or [B, T, R], if gradients are kept.
         """
-        if self.rows != x.shape[0]:
+        if self.ready_for_rows != x.shape[0]:
             self._make_ready(layer, x, low)
         if x.dim() != 3 or not self.shares_factors:
             return self._new_factor(layer, x, low)
@@ -336,7 +340,7 @@ class GateSite(ABC):
 
     @abstractmethod
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
-        """Evaluate the gate, unless its weights are those of this call and this layer. Called if `rows` are others."""
+        """Evaluate the gate, unless its weights are those of this call and this layer. If not `ready_for_rows`."""
 
     def _weights_of(self, layer: WeighedLayer, rows: int) -> torch.Tensor:
         """The weights of a layer's experts, [N] or [R], [B, ...] or [B, T, ...]; `rows` of the batch reach it."""
@@ -359,16 +363,16 @@ class BlockSite(GateSite):
 
     def begin_block(self) -> None:
         """The gate must be evaluated again, except for decisions that hold beyond a call (`_validity`)."""
-        self.rows = NEVER
+        self.ready_for_rows = NEVER
 
     def end_block(self) -> None:
         """Let go of what was decided for this call alone: in large pictures, factors of each token take much memory."""
         if self.decided.end():
-            self.rows = NEVER
+            self.ready_for_rows = NEVER
 
     def evaluate(self, hidden: torch.Tensor, layer: Layer | None = None, *, tokens: torch.Tensor | None = None) -> None:
         super().evaluate(hidden, layer, tokens=tokens)
-        self.rows = hidden.shape[0]
+        self.ready_for_rows = hidden.shape[0]
 
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
         self.evaluate(_as_input(x, low))

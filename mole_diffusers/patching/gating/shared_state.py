@@ -97,12 +97,12 @@ class EffectiveSettings:
         self.closes, self.changes = True, 0
         self._weighed: dict[tuple[Present, torch.device], WeighedExperts] = {}
 
-    def changed(self) -> None:
-        """Settings, or the masks of a text, have changed."""
+    def decide_again(self) -> None:
+        """Follow what has changed, settings or the masks of a text. What gates decided before holds no longer."""
         self.changes += 1
-        self.update()
+        self.follow()
 
-    def update(self) -> None:
+    def follow(self) -> None:
         """Follow what has changed. What gates decided for the same part of a step still holds."""
         settings = self.settings
         by_hand = settings.fixed.now is not None or self.step.alone.now is not None
@@ -162,15 +162,14 @@ class SharedState:
     def set(self, setting: Setting[T], value: T) -> None:
         """Change a setting, in the block that it comes from, if any."""
         setting.set(value)
-        self.effective.changed()
+        self.effective.decide_again()
 
     @contextmanager
     def changed_while(self, *changes: Change[Any]) -> Iterator[None]:
         """Change settings, or where sampling is, while the block runs."""
         # What is drawn for a part of a step changes nothing that holds for all steps.
-        follow = (
-            self.effective.update if any(change.setting is self.step.alone for change in changes) else self.effective.changed
-        )
+        is_part = any(change.setting is self.step.alone for change in changes)
+        follow = self.effective.follow if is_part else self.effective.decide_again
         with undoing() as undo:  # a leftover setting would change all later pictures
             undo.callback(follow)
             for change in changes:
@@ -183,10 +182,10 @@ class SharedState:
     def restored(self, points: Sequence[Callable[[Undo], None]], *changes: Change[Any]) -> Iterator[None]:
         """The same, and what was noted at some `restore_point`s holds again while the block runs."""
         with self.changed_while(*changes), undoing() as undo:
-            undo.callback(self.effective.changed)
+            undo.callback(self.effective.decide_again)
             for restore in points:
                 restore(undo)
-            self.effective.changed()
+            self.effective.decide_again()
             yield
 
     @property
@@ -207,7 +206,7 @@ class SharedState:
         """A text encoder is about to read `ids` [B, T]."""
         masks, in_call = self.effective.binding, self.step.pipe.now is not None
         if masks is not None and masks.on_text(encoder, ids, in_call=in_call, acting=self.settings.acting):
-            self.effective.changed()
+            self.effective.decide_again()
 
 
 @dataclass(eq=False)
@@ -226,7 +225,7 @@ class StepHook(ForwardHook):
         was_off = step.is_off
         step.begin(text, time, is_off=self.is_off(lora_scale(inputs.named(args, kwargs))))
         if step.is_off != was_off:
-            effective.changed()
+            effective.decide_again()
         shared.kept_text.begin(text, in_call=step.pipe.now is not None)
         if effective.binding is not None and effective.binding.on_denoiser(
             text,
@@ -236,4 +235,4 @@ class StepHook(ForwardHook):
             time=time,
             acting=shared.settings.acting,
         ):
-            effective.changed()
+            effective.decide_again()

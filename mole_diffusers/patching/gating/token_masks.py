@@ -198,6 +198,7 @@ class TokenMasks:
     def begin(self) -> None:
         """A call of the pipeline begins: its texts are read again, and its layout is decided again."""
         self._texts, self.text, self.warned, self._places = [], None, [], {}
+        self._encoder_text = EncoderText()  # a call with states of texts has none
         self._hold(None, self.reader.nobody)
 
     def on_text(self, encoder: str, ids: torch.Tensor, *, in_call: bool, acting: Sequence[bool]) -> bool:

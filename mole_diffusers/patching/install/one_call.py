@@ -88,6 +88,6 @@ class OneCall:
         return self.shared.changed_while(*changes)
 
     def _set_places(self, masks: TokenMasks, places: Mapping[ThingKey, torch.Tensor]) -> bool:
-        done = masks.set_places(places)
-        self.shared.effective.changed()
+        if done := masks.set_places(places):
+            self.shared.effective.decide_again()
         return done

@@ -182,6 +182,15 @@ def test_states_of_elsewhere_are_not_bound_and_say_so(attach, pipe):
         assert now(mixture).acting_tokens is None
 
 
+def test_a_call_with_states_keeps_nothing_of_the_last_encoded_text(attach, pipe):
+    mixture, options = attach(WORDS), {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 1}
+    house = pipe.encode_prompt("a house", "cpu", 1, False)[0]
+    pipe(PROMPT, **options)
+    assert mixture._settings.binding.now.binds
+    pipe(prompt_embeds=house, **options)
+    assert not mixture._settings.binding.now.binds
+
+
 def test_weighted_words_are_found_by_their_direction(attach, pipe):
     mixture = attach(WORDS)
     embeds, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
