@@ -284,7 +284,7 @@ def test_what_has_no_place_is_named(attach, pipe):
 
 @pytest.mark.thorough
 def test_averages_of_several_prompts_count_each(attach, pipe):
-    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    mixture = attach(IN_A_FOLDER, names=("fox", "ink"))
     found = []
     for prompts in (["a fox", "an owl"], ["an owl", "a fox"]):
         averages = Averages()
