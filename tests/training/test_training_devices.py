@@ -144,7 +144,7 @@ def test_a_run_of_half_precision_cut_off_goes_on(loras, tmp_path, device):
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from accelerate import PartialState
 state = PartialState(cpu={device!r} == "cpu", backend="gloo")  # NCCL refuses two processes on one card
 assert state.num_processes == 2
@@ -158,7 +158,7 @@ def test_two_processes_on_one_device_equal_one(loras, tmp_path, device):
     """Each is started as a machine of its own, as launchers do by these variables, so that both take the first card."""
     files = {n: str(loras[n]) for n in ("fox", "ink")}
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), device=device))
+    script.write_text(SCRIPT.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], device=device))
     shared = {
         "WORLD_SIZE": "2",
         "LOCAL_RANK": "0",
