@@ -30,14 +30,14 @@ SHORT
 
 **Neither a GPU nor a transformer, such as Flux, was timed**, and tiles only
 [in the embedded world](results.md#how-the-default-was-chosen). In each round every arm runs once and is divided by the
-base of that round; the page shows medians with quartiles. UNets have random weights, a batch of 2 (guidance), and N
-LoRAs on all attention layers, of rank 16 unless a section says otherwise. They ran on one CPU thread, by the process's
+base of that round; the page shows medians, which meet goals, with quartiles. UNets have random weights, a batch of 2
+(guidance), and N LoRAs on all attention layers, of rank 16 unless a section says otherwise. They ran on one CPU thread, by the process's
 own time, on a machine that did other work, too, but for dispatch, memory and times to a picture.
 `python docs/make_speed.py --measure` measures all anew. A star is for an older version; for bound steps of SD 1.5,
 which were measured on two threads by wall clock, a much older one.
 
 `set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates; `bound`
-gives each LoRA a word and a part of the picture. `products` is the floor, see below. `collapsed` has the gates' average
+gives each LoRA a word and a part of the picture. `products` is the floor. `collapsed` has the gates' average
 folded into the weights. `again` is the base once more: the noise.
 """
 GOALS = """
@@ -83,8 +83,7 @@ channels wide, at 64 pixels, with 16 tokens of text and LoRAs of rank 4. Operati
 SCALING = """
 ![Cost of such a step with LoRAs, ranks and pictures at once, as a share of the base's](speed.png)
 
-Curves have eight rounds, with 3 LoRAs where they are not counted. `set_adapters` grows with the number of LoRAs, a
-mixture hardly.
+Curves have eight rounds, with 3 LoRAs where they are not counted.
 """
 PICTURES = """
 ## Time to a picture
@@ -311,7 +310,7 @@ def short() -> str:
     return (
         f"A step of Stable Diffusion 1.5 with `mole` gates takes {gated[0]} times as long as the base's with 3 LoRAs and "
         f"{gated[1]} with 8;\nwith diffusers' `set_adapters` "
-        f"{plain[0]} and {plain[1]} ([at real size](#steps-at-real-size))."
+        f"{plain[0]} and {plain[1]} ([at real size](#steps-at-real-size), by an older version; without binding or tiles)."
     )
 
 
