@@ -28,13 +28,13 @@ HEAD = """# Speed and memory
 
 SHORT
 
-**Neither a GPU nor a transformer, such as Flux, was timed**, and tiles only
-[in the embedded world](results.md#how-the-default-was-chosen). In each round every arm runs once and is divided by the
-base of that round; the page shows medians, which meet goals, with quartiles. UNets have random weights, a batch of 2
-(guidance), and N LoRAs on all attention layers, of rank 16 unless a section says otherwise. They ran on one CPU thread, by the process's
-own time, on a machine that did other work, too, but for dispatch, memory and times to a picture.
-`python docs/make_speed.py --measure` measures all anew. A star is for an older version; for bound steps of SD 1.5,
-which were measured on two threads by wall clock, a much older one.
+**Neither a GPU nor a transformer, such as Flux, was timed**, and tiles only [in the embedded
+world](results.md#how-the-default-was-chosen). In each round every arm runs once and is divided by the base of that
+round; the page shows medians, which meet goals, with quartiles. UNets have random weights, a batch of 2 (guidance),
+and N LoRAs on all attention layers, of rank 16 unless a section says otherwise. They ran on one CPU thread, by the
+process's own time, on a machine that did other work, too, but for dispatch, memory and times to a picture. `python
+docs/make_speed.py --measure` measures all anew. A star is for an older version; for bound steps of SD 1.5, which were
+measured on two threads by wall clock, a much older one.
 
 `set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates; `bound`
 gives each LoRA a word and a part of the picture. `products` is the floor. `collapsed` has the gates' average
