@@ -17,7 +17,7 @@ AT_ONCE = 60  # pictures shown at first; "Show more" adds as many
 def build(page: Page) -> None:
     """Lay out the tab and connect it. The gallery is searched again whenever the tab is shown."""
     kept = page.actions.gallery
-    with gr.Row():
+    with gr.Row(elem_classes="phone-column"):
         text = gr.Textbox(label="Search", info="words of the prompt, comparison, grid", max_length=500, elem_id="find-text")
         lora = gr.Textbox(label="With the LoRA", max_length=200, elem_id="find-lora")
         starred = gr.Checkbox(label="Favourites only", elem_id="find-starred")
