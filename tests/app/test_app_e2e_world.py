@@ -155,6 +155,7 @@ def _watches(page):
 
 def _cancels(page):
     page.tab("Compose")
+    before = len(page.all("#strip img"))
     page.type("#count input[type=number]", "16")
     page.click("#compose")
     page.until(lambda: drawn(page) > 4, WAIT)  # the first of 16 pictures is done
@@ -162,7 +163,7 @@ def _cancels(page):
     page.until(lambda: page.text("#compose-status").startswith("stopped after"), WAIT)
     made = int(page.text("#compose-status").split()[2])
     assert 1 <= made < 16
-    page.until(lambda: len(page.all("#strip img")) == made + 1, WAIT)  # what is done stays
+    page.until(lambda: len(page.all("#strip img")) == before + made, WAIT)  # what is done stays
     page.type("#count input[type=number]", "1")
 
 
