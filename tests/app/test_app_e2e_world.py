@@ -120,6 +120,7 @@ def test_a_visit_to_the_embedded_world(tmp_path):
         trained = infotext.read(composed(page, tmp_path))
         assert (trained.gates, len(trained.gates_sha256)) == ("again", 64)
         _saves(page, tmp_path)
+        page.tab("Compose")
         dropped(page, first)
         assert np.array_equal(pixels(composed(page, tmp_path)), pixels(first))
         assert not page.errors()
