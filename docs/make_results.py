@@ -4,12 +4,14 @@ of the world `--pack`.
     python docs/make_results.py
 
 A table follows a line that says what is in it:
-`<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, to which `; less ARM` may be added: less what that arm has on the same
-compositions and seeds.
+`<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, to which may be added `; less ARM`: less what that arm has on the same
+compositions and seeds, or `; shared`: of the compositions alone that all of these arms have.
 `<!-- counts: SPLIT; ARM / ARM / ...; N seeds -->`: the same in numbers of pictures, a row per kind.
 `<!-- kinds: SPLIT; ARM / ARM / ...; N seeds -->`: the shares, a row per kind, and how many successes of the last arm also
 show a subject that nobody asked for.
 `<!-- ladder: N, N, ... updates -->`
+`<!-- wordings: ARM / ARM / ... -->`: by how the prompt says it.
+`<!-- joint: ARM / ARM -->`: one LoRA for all subjects, by composition, rank and updates.
 
 `SENTENCES` are those whose numbers are counted.
 """
@@ -23,11 +25,12 @@ from pathlib import Path
 import pandas as pd
 
 from mole_diffusers.emoji.compositions import LARGER, TEST
+from mole_diffusers.evaluation.statistics import wilson
 from mole_diffusers.evaluation.tables import interval, markdown, success_table
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
-TABLE = re.compile(r"<!-- (success|counts|kinds|ladder): (.+?) -->\n\n((?:\|.*\n)*)")
+TABLE = re.compile(r"<!-- (success|counts|kinds|ladder|wordings|joint): (.+?) -->\n\n((?:\|.*\n)*)")
 RUNGS = {  # arm of the ladder -> what is free to learn
     "sum": "",
     "bound": "",
@@ -49,6 +52,12 @@ IN_WORDS = {  # kind of composition -> what a reader of the counts is told
     "two subjects, close": "two subjects with little room",
     "two subjects on paper": "two subjects on a plain background",
 }
+TRAINED = {family: f"tiles, {family} gates" for family in ("mole", "factors", "flow")}
+WORDINGS = {  # setting of robustness.py -> what a reader is told; all others are forms of the base's captions
+    "other words": "words that no caption has",
+    "other order": "the subjects in the other order",
+    "places said": "with their places",
+}
 TOLD_THE_PROMPT = (
     *("freefuse", "masked blend", "regmean", "ssr", "ties", "np"),
     *("switch", "w-switch, short turns", "w-composite", "composite", "loratorio, sharp", "k-lora", "kl choice", "svd"),
@@ -61,6 +70,7 @@ SENTENCES = (
     "FreeFuse, is right in {freefuse} of {pictures} pictures of two subjects, tiles in {tiles}",
     "the best is right in {told} of {cases}, our binding in {told_ours}",
     "right in {freefuse} of {pictures}, tiles in {tiles}. Tiles alone are right in {won} pictures, FreeFuse alone in {lost}",
+    "right in {gates_mole} of {of_gates} pictures, tiles alone in {gates_none}, two other families in {gates_factors} and {gates_flow}",
     "the sum is right in {sum_1} of {cases}, bound in {bound_1}, FreeFuse in {freefuse_1} and tiles in {tiles_1}",
 )
 
@@ -83,16 +93,24 @@ def in_order(rows: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
 
 def success(asked: str) -> str:
     """Of arms on the compositions of a split."""
-    split, names, count, *less = asked.split("; ")
+    split, names, count, *more = asked.split("; ")
     rows, arms = verdicts(split), names.split(" / ")
-    against = less[0].removeprefix("less ") if less else None
+    against = next((option.removeprefix("less ") for option in more if option != "shared"), None)
     if against:
         arms.insert(0, against)
     if unknown := set(arms) - set(rows["arm"]):
         raise ValueError(f"{split}.csv.gz has no arm {sorted(unknown)}, but {sorted(set(rows['arm']))}")
     first = sorted(rows["seed"].unique())[: int(count.removesuffix(" seeds"))]
     rows = rows[rows["arm"].isin(arms) & rows["seed"].isin(first)]
+    if "shared" in more:
+        rows = shared(rows, arms)
     return success_table(in_order(rows, arms), against=against, resample="concepts")
+
+
+def shared(rows: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
+    """Rows of these arms, of the compositions and seeds that all of them have."""
+    rows = rows[rows["arm"].isin(arms := set(arms))]
+    return rows[rows.groupby(["prompt", "seed"])["arm"].transform("nunique") == len(arms)]
 
 
 def counts(asked: str) -> str:
@@ -136,6 +154,31 @@ def ladder(asked: str) -> str:
     return markdown(["arm", "free to learn", "untrained", *(f"{count} updates" for count in columns[1:])], body)
 
 
+def wordings(asked: str) -> str:
+    """By how the prompt says it: the forms of the base's captions together, then others."""
+    arms = asked.split(" / ")
+    rows = verdicts("robustness").query("axis == 'wording'")
+    told = rows["setting"].map(WORDINGS)
+    forms = rows.loc[told.isna(), "setting"].nunique()
+    rows = rows.assign(said=told.fillna(f"the {forms} forms of the base's captions"))
+    body = [
+        [said, *(interval(own[own["arm"] == arm], "success", resample="concepts") for arm in arms)]
+        for said, own in rows.groupby("said", sort=False)
+    ]
+    return markdown(["the prompt", *arms], body)
+
+
+def joint(asked: str) -> str:
+    """By composition, rank and updates: right pictures, of how many, and Wilson's interval over pictures."""
+    arms, body = asked.split(" / "), []
+    for (case, rank, updates), own in verdicts("joint").groupby(["case", "rank", "updates"]):
+        right = [own.loc[own["arm"] == arm, "success"] for arm in arms]
+        ends = [wilson(each.mean(), len(each)) for each in right]
+        cells = [f"{each.sum()} of {len(each)} [{a:.2f}, {b:.2f}]" for each, (a, b) in zip(right, ends, strict=True)]
+        body.append([case.replace("+", ", "), str(rank), str(updates), *cells])
+    return markdown(["taught on", "rank", "updates for each", *arms], body)
+
+
 def numbers() -> dict[str, str]:
     """What `SENTENCES` count. Raises ValueError if FreeFuse is not the best of the others."""
     rows = verdicts("test")
@@ -148,6 +191,8 @@ def numbers() -> dict[str, str]:
     best = first[[*TOLD_THE_PROMPT]].sum()
     if best["freefuse"] < best.max():
         raise ValueError(f"the best of the others is {best.idxmax()}")
+    gated = {"none": "tiles", **TRAINED}
+    of_gates = shared(rows, gated.values())
     counted = {
         **{"hard": hard["success"].sum(), "of_hard": len(hard), "three": three["success"].sum(), "of_three": len(three)},
         **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(TOLD_THE_PROMPT)},
@@ -155,6 +200,8 @@ def numbers() -> dict[str, str]:
         **{"won": (two["tiles"] > two["freefuse"]).sum(), "lost": (two["freefuse"] > two["tiles"]).sum()},
         **{"cases": len(first), "told": first[[*TOLD_THE_PLACES]].sum().max()},
         "told_ours": first["words and given places"].sum(),
+        **{f"gates_{name}": of_gates.loc[of_gates["arm"] == arm, "success"].sum() for name, arm in gated.items()},
+        "of_gates": (of_gates["arm"] == "tiles").sum(),
         **{f"{arm}_1": first[arm].sum() for arm in ("sum", "bound", "freefuse", "tiles")},
     }
     return {name: str(count) for name, count in counted.items()}
@@ -171,7 +218,7 @@ def said(sentence: str, counted: Mapping[str, str], text: str) -> str:
 
 def page(text: str) -> str:
     """A document with its tables and sentences made anew."""
-    tables = {"success": success, "counts": counts, "kinds": kinds, "ladder": ladder}
+    tables = {"success": success, "counts": counts, "kinds": kinds, "ladder": ladder, "wordings": wordings, "joint": joint}
 
     def made(found: re.Match[str]) -> str:
         after = "" if found[3] else "\n"  # a table that was there has its empty line after it

@@ -143,6 +143,35 @@ def test_packed_rows_replace_those_of_the_same_request_and_keep_the_others(scrip
     ]  # fmt: skip
 
 
+@pytest.mark.thorough
+def test_a_joint_lora_is_taught_once_and_its_pictures_are_judged_and_packed(script, tmp_path, monkeypatch, capsys):
+    import pandas as pd
+    from PIL import Image
+
+    joint, world, make = script("joint_lora"), script("check_world"), script("make_loras")
+    monkeypatch.setattr(script("packing"), "FOLDER", tmp_path)
+    for module in (joint, world):
+        monkeypatch.setattr(module, "WORK", tmp_path)
+    monkeypatch.setattr(make, "PICTURES", dict.fromkeys(make.PICTURES, 2))
+    monkeypatch.setattr(make, "BATCH", dict.fromkeys(make.BATCH, 2))
+    monkeypatch.setattr("sys.argv", ["x", "fox+octopus", "--rank", "2", "--updates", "1", "--pictures", "4", "--pack"])
+    joint.main()
+    file = tmp_path / "joint" / "fox+octopus_r2x1.safetensors"
+    made, printed = file.stat().st_mtime_ns, capsys.readouterr().out
+    assert [line.rpartition(" ")[2] for line in printed.splitlines()] == ["4", "2"]
+    drawn = world.latest()
+    for picture in (tmp_path / "pictures").glob("*/*.png"):  # right ones instead, which a second run judges
+        scene = joint.scene_of("two subjects", ("fox", "octopus"), int(picture.stem))
+        drawn.drawings.picture(scene, seed=int(picture.stem)).save(picture)
+        assert drawn.judge.sees(drawn.judge.verdict([Image.open(picture)]), scene.subjects).all()
+    joint.main()
+    assert file.stat().st_mtime_ns == made
+    rows = pd.read_csv(tmp_path / "joint.csv.gz")
+    assert rows[["arm", "seed", "success"]].values.tolist() == [
+        *(["everywhere", i, 1] for i in range(4)), *(["in tiles", i, 1] for i in range(2)),
+    ]  # fmt: skip
+
+
 def test_gates_of_a_composition_are_trained_as_asked_and_kept_once(script, tmp_path, monkeypatch):
     train_gates, seen = script("train_gates"), []
 

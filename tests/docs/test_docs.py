@@ -41,8 +41,7 @@ def test_successes_are_what_was_judged(path):
 
 
 def test_a_success_is_the_share_of_pictures_that_were_judged_right():
-    with gzip.open(DOCS / "results" / "test.csv.gz", "rt") as file:
-        rows = [row for row in csv.DictReader(file) if row["kind"] == "two subjects"]
+    rows = [row for row in packed("test") if row["kind"] == "two subjects"]
     first = sorted({row["seed"] for row in rows})[0]
     right = {
         arm: {row["concepts"]: int(row["success"]) for row in rows if (row["arm"], row["seed"]) == (arm, first)}
@@ -66,8 +65,7 @@ def test_sentences_say_what_was_judged():
     for sentence in RESULTS["SENTENCES"]:
         assert RESULTS["said"](sentence, counted, text) == text
         assert RESULTS["said"](sentence, dict.fromkeys(counted, "7777"), text) != text, sentence
-    with gzip.open(DOCS / "results" / "test.csv.gz", "rt") as file:
-        rows = [row for row in csv.DictReader(file) if row["arm"] in ("tiles", "freefuse")]
+    rows = [row for row in packed("test") if row["arm"] in ("tiles", "freefuse")]
     right = {(row["kind"], row["concepts"], row["seed"], row["arm"]): row["success"] == "1" for row in rows}
     pairs = [(right[(*of, "tiles")], right[(*of, arm)]) for *of, arm in right if arm == "freefuse"]
     alone = [sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)]
@@ -79,6 +77,47 @@ def test_sentences_say_what_was_judged():
     more = [row["another"] == "True" for row in hard + three if row["success"] == "1"]
     assert (counted["all_hard"], counted["with_more"]) == (str(len(more)), str(sum(more)))
     assert (counted["of_hard"], counted["of_three"]) == (str(len(hard)), str(len(three)))
+
+
+def packed(name):
+    with gzip.open(DOCS / "results" / f"{name}.csv.gz", "rt") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_table_of_trained_gates_has_what_all_of_its_arms_have():
+    """The sum was drawn of more compositions than gates were trained for."""
+    arms, kind = ("sum", "tiles, mole gates"), "three subjects"
+    rows = [row for row in packed("test") if row["kind"] == kind and row["arm"] in arms]
+    asked = {arm: {(row["concepts"], row["seed"]): int(row["success"]) for row in rows if row["arm"] == arm} for arm in arms}
+    table = RESULTS["success"]("test; sum / tiles, mole gates; 8 seeds; shared")
+    both = asked[arms[0]].keys() & asked[arms[1]].keys()
+    assert len(both) == len(asked[arms[1]]) < len(asked[arms[0]])
+    for arm in arms:
+        assert cell(table, arm, kind) == f"{sum(asked[arm][each] for each in both) / len(both):.2f}"
+
+
+def test_a_table_of_wordings_joins_the_forms_of_captions_alone():
+    arm = "bound"
+    rows = [row for row in packed("robustness") if row["axis"] == "wording" and row["arm"] == arm]
+    forms = [int(row["success"]) for row in rows if "{style}" in row["setting"]]
+    other = [int(row["success"]) for row in rows if row["setting"] == "other words"]
+    table = RESULTS["wordings"]("sum / bound")
+    assert cell(table, "the 8 forms of the base's captions", arm) == f"{sum(forms) / len(forms):.2f}"
+    assert cell(table, "words that no caption has", arm) == f"{sum(other) / len(other):.2f}"
+    assert len(rows) == len(forms) + 3 * len(other)
+
+
+def test_a_table_of_joint_loras_counts_the_pictures_of_each():
+    lines = RESULTS["joint"]("everywhere / in tiles").splitlines()[2:]
+    for pair, rank, updates, *arms in (line.strip("| ").split(" | ") for line in lines):
+        for arm, shown in zip(("everywhere", "in tiles"), arms, strict=True):
+            of = (pair.replace(", ", "+"), rank, updates, arm)
+            right = [
+                int(row["success"])
+                for row in packed("joint")
+                if (row["concepts"], row["rank"], row["updates"], row["arm"]) == of
+            ]
+            assert shown.startswith(f"{sum(right)} of {len(right)} [")
 
 
 def cell(table, row, column):

@@ -1,10 +1,9 @@
 """Is the emoji world fit to tell composers apart? This measures every row of its acceptance table, and says which pass.
 
-    python demos/experiments/emoji/check_world.py [--rows judge base wording loras neighbours joint] [--pictures 96]
+    python demos/experiments/emoji/check_world.py [--rows judge base wording loras neighbours] [--pictures 96]
 
 It writes work/gate.json after every row, prints the table as Markdown, keeps the pictures in work/pictures/, so that another
-judge can look at them, and puts sheets of samples into work/sheets/, each sample above its true drawing. Joint LoRAs are
-kept in work/joint/. A joint LoRA is trained on all concepts of a composition, but on no picture of them together.
+judge can look at them, and puts sheets of samples into work/sheets/, each sample above its true drawing.
 """
 
 import argparse
@@ -24,25 +23,15 @@ from random_scenes import draw_scene, is_unseen
 from sampling import Share, generate, sheet
 from train_judge import read_right
 
-from mole_diffusers import attach, detach
-from mole_diffusers.emoji import TEST, words
+from mole_diffusers.emoji import words
 from mole_diffusers.emoji.captions import FORMS
 from mole_diffusers.emoji.drawings import Drawings, default_folder
 from mole_diffusers.emoji.judge import Judge
 from mole_diffusers.emoji.measures import touches_as_said
 from mole_diffusers.emoji.scenes import CONTACTS, Scene
 from mole_diffusers.emoji.words import OPEN
-from mole_diffusers.evaluation.emoji_protocol import scene_of
-from mole_diffusers.training.lora_adapter import save_lora
 
 GATE = WORK / "gate.json"
-JOINT = make_loras.Recipe(rank=16, lr=3e-3)  # as many updates per concept as a single LoRA; at its rate, concepts mix
-JOINT_ROWS = {  # kind -> required share
-    "subject x style": 0.85,
-    "two subjects": 0.95,
-    "two subjects + style": 0.75,
-    "three subjects": 0.75,
-}
 
 
 @dataclass
@@ -53,24 +42,13 @@ class World:
     drawings: Drawings
     judge: Judge
 
-    def look(
-        self,
-        name: str,
-        scenes: list[Scene],
-        *,
-        captions: Sequence[str] = (),
-        concepts: Collection[str] | None = None,
-        named: bool = False,
-        batched: bool = True,
-    ) -> Share:
-        """The share of pictures of these scenes that are right. Prints what the others miss; saves a sheet of the first 24.
-
-        A picture is right if it shows every subject, the style and one scene.
+    def drawn(
+        self, name: str, scenes: list[Scene], captions: Sequence[str] = (), *, batched: bool = True
+    ) -> list[Image.Image]:
+        """Pictures of these scenes, drawn once and kept. Saves a sheet of the first 24.
 
         Args:
             captions: see `sampling.generate`.
-            concepts: the style counts only if it is one of these; None means that it always counts.
-            named: whether the background and the light that captions name count, too.
             batched: draw several prompts in one call. Tiles cannot do that.
         """
         kept = [WORK / "pictures" / name.replace(" ", "_") / f"{i}.png" for i in range(len(scenes))]
@@ -88,6 +66,27 @@ class World:
         first = scenes[:24]
         true = [self.drawings.picture(s, seed=i) for i, s in enumerate(first)]
         sheet(first, [pictures[:24], true], columns=8).save(folder / f"{name.replace(' ', '_')}.png")
+        return pictures
+
+    def look(
+        self,
+        name: str,
+        scenes: list[Scene],
+        *,
+        captions: Sequence[str] = (),
+        concepts: Collection[str] | None = None,
+        named: bool = False,
+    ) -> Share:
+        """The share of pictures of these scenes that are right. Prints what the others miss.
+
+        A picture is right if it shows every subject, the style and one scene.
+
+        Args:
+            captions: see `sampling.generate`.
+            concepts: the style counts only if it is one of these; None means that it always counts.
+            named: whether the background and the light that captions name count, too.
+        """
+        pictures = self.drawn(name, scenes, captions)
         missed = Counter(
             self.misses(scene, picture, concepts, named) for scene, picture in zip(scenes, pictures, strict=True)
         )
@@ -95,7 +94,7 @@ class World:
         print(f"{name} misses {dict(missed.most_common())}", flush=True)
         return Share(right, len(scenes))
 
-    def misses(self, scene: Scene, picture: Image.Image, concepts: Collection[str] | None, named: bool) -> str:
+    def misses(self, scene: Scene, picture: Image.Image, concepts: Collection[str] | None, named: bool = False) -> str:
         """What of a scene a picture misses first; "" if it is right."""
         verdict = self.judge.verdict([picture])
         if not self.judge.sees(verdict, scene.subjects).all():
@@ -111,6 +110,11 @@ class World:
         if named and scene.light and scene.light != (light := self.judge.labels.lights[int(verdict.light.argmax())]):
             return f"{scene.light}, taken for {light}"
         return ""
+
+
+def latest() -> World:
+    """The base as it was trained last, with the world's own drawings and judge."""
+    return World(train_base.trained(), Drawings(default_folder()), Judge.load(default_folder() / "judge"))
 
 
 def keep(row: str, share: Share, wanted: float) -> None:
@@ -216,37 +220,6 @@ def lora_rows(world: World, pictures: int) -> None:
         world.pipe.unload_lora_weights()
 
 
-def joint_file(concepts: tuple[str, ...]) -> Path:
-    """The file of the joint LoRA for these concepts."""
-    return WORK / "joint" / f"{'+'.join(concepts).replace(' ', '_')}.safetensors"
-
-
-def joint_rows(world: World, pictures: int, per_kind: int) -> None:
-    """Joint LoRAs, trained on all concepts of a composition but on no picture of them together: acting everywhere, and bound
-    to their words, in tiles."""
-    for kind, wanted in JOINT_ROWS.items():
-        hits = {"joint": 0, "joint, in tiles": 0}
-        count = 0
-        for concepts in TEST[kind][:per_kind]:
-            path = joint_file(concepts)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                samples = make_loras.concept_samples(world.pipe, world.drawings, concepts)
-                chosen = replace(JOINT, steps=JOINT.steps * len(concepts))
-                tensors = make_loras.train(world.pipe, samples, chosen, JOINT.rank)
-                save_lora(tensors, path, alpha=JOINT.rank)
-            scenes = [scene_of(kind, concepts, i) for i in range(pictures // 4)]
-            for way, binding in (("joint", None), ("joint, in tiles", {"joint": list(concepts)})):
-                attach(world.pipe, {"joint": path}, binding=binding)
-                share = world.look(f"{way} {path.stem}", scenes, concepts=concepts, batched=binding is None)
-                detach(world.pipe)
-                print(kind, way, concepts, share, flush=True)
-                hits[way] += share.hits
-            count += len(scenes)
-        for way, right in hits.items():
-            keep(f"{way}: {kind}", Share(right, count), wanted)
-
-
 def table() -> str:
     """work/gate.json as Markdown."""
     rows = json.loads(GATE.read_text()).items() if GATE.exists() else []
@@ -262,17 +235,13 @@ ROWS = {"judge": judge_rows, "base": base_rows, "wording": wording_rows, "loras"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", nargs="*", choices=(*ROWS, "joint"), default=list(ROWS))
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     parser.add_argument("--pictures", type=int, default=96, help="pictures per row; the judge's rows have ten times as many")
-    parser.add_argument("--per-kind", type=int, default=4, help="compositions of each kind with a joint LoRA")
     args = parser.parse_args()
     logging.set_verbosity_error()
-    world = World(train_base.trained(), Drawings(default_folder()), Judge.load(default_folder() / "judge"))
+    world = latest()
     for row in args.rows:
-        if row == "joint":
-            joint_rows(world, args.pictures, args.per_kind)
-        else:
-            ROWS[row](world, args.pictures * (10 if row == "judge" else 1))
+        ROWS[row](world, args.pictures * (10 if row == "judge" else 1))
     print(table())
 
 

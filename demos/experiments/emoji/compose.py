@@ -10,7 +10,7 @@ Rows are appended below work/compose/, so you can continue an interrupted run. T
 and four test subjects. `--concepts` composes subjects and styles that are in no split; first make their LoRAs with
 `make_loras.py`. Trained gates are included if `train_gates.py --family FAMILY --to work/gates/FAMILY` has made them, MoLE in
 the form of its paper if `train_gates.py --family outputs --unbound --to work/paper` has, and the joint LoRA if
-`check_world.py --rows joint` has.
+`joint_lora.py` has.
 `--search` finds the strengths of the arm "grid search" on validation compositions. `--pack` also writes the verdicts to
 docs/results/, from which docs/make_results.py makes the tables in the documents.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from check_world import joint_file
+from joint_lora import joint_file
 from loop import WORK, device, mixed_precision, small_attention
 from packing import pack
 from PIL import Image
