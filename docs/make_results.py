@@ -70,7 +70,7 @@ SENTENCES = (
     "FreeFuse, is right in {freefuse} of {pictures} pictures of two subjects, tiles in {tiles}",
     "the best is right in {told} of {cases}, our binding in {told_ours}",
     "right in {freefuse} of {pictures}, tiles in {tiles}. Tiles alone are right in {won} pictures, FreeFuse alone in {lost}",
-    "right in {gates_mole} of {of_gates} pictures, tiles alone in {gates_none}, two other families in {gates_factors} and {gates_flow}",
+    "right in {mole} of {of_gates} pictures, tiles alone in {none}, two other families in {factors} and {flow}.",
     "the sum is right in {sum_1} of {cases}, bound in {bound_1}, FreeFuse in {freefuse_1} and tiles in {tiles_1}",
 )
 
@@ -200,7 +200,7 @@ def numbers() -> dict[str, str]:
         **{"won": (two["tiles"] > two["freefuse"]).sum(), "lost": (two["freefuse"] > two["tiles"]).sum()},
         **{"cases": len(first), "told": first[[*TOLD_THE_PLACES]].sum().max()},
         "told_ours": first["words and given places"].sum(),
-        **{f"gates_{name}": of_gates.loc[of_gates["arm"] == arm, "success"].sum() for name, arm in gated.items()},
+        **{name: of_gates.loc[of_gates["arm"] == arm, "success"].sum() for name, arm in gated.items()},
         "of_gates": (of_gates["arm"] == "tiles").sum(),
         **{f"{arm}_1": first[arm].sum() for arm in ("sum", "bound", "freefuse", "tiles")},
     }
