@@ -40,6 +40,7 @@ from mole_diffusers.patching.host.denoiser_inputs import (
     hosts,
     lora_scale,
     models_of,
+    text_read,
     tokenizers_of,
 )
 from mole_diffusers.patching.host.offloading import loaded
@@ -605,7 +606,9 @@ class Mixture:
         if (bound := self.binding) is None:
             return Explanation.of_unbound(self.experts)
         call = {"prompt": prompt, "width": width, "height": height}
-        return explain(PictureCall(self._pipe, self._settings.tiling.now, call, bound, self._acting))
+        read = text_read(self._pipe, prompt)
+        found = explain(PictureCall(self._pipe, self._settings.tiling.now, call, bound, self._acting), [read])
+        return dataclasses.replace(found, unread=prompt[len(read) :])
 
     # ---- begin and copy
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 from mole_diffusers.binding import vocabulary as known
@@ -19,6 +20,7 @@ from mole_diffusers.binding.vocabulary import one_of
 OPENING, CLOSING = "([{", ")]}"
 WEIGHT = re.compile(r"\s*:\s*[\d.]+\s*")
 CLOSED = re.compile(rf"(?:{WEIGHT.pattern})?\s*[{re.escape(CLOSING)}]")  # the end of a bracket, and its weight
+TAG = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*>", re.IGNORECASE)  # of other tools, which says nothing here
 AROUND = " \t\r\n,;:"  # what a prompt neither begins nor ends with
 TOGETHER = re.compile(  # what two do together, "hand in hand", or what is said of several
     rf"(?<!\S)(?:(?P<act>{one_of(known.CONTACT)}|dance|fight|hold(?:ing|s) (?:hands|each)|(\S+) (?:in|to|by) \2)"
@@ -117,7 +119,8 @@ def parse(text: str, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Senten
     """Read a text. `phrases` [N] are each expert's words; empty for an expert that has none."""
     count, (_, given, everywhere) = len(phrases), who
     acting = range(count) if who.acting is None else who.acting
-    tokens = Tokens(text)
+    tags = [tag.span() for tag in TAG.finditer(text)]
+    tokens = Tokens(TAG.sub(lambda tag: " " * len(tag[0]), text))
     matches = Phrases(phrases).find(tokens.words)
     words = by_expert(tokens, matches, count)
     acted = [
@@ -129,9 +132,9 @@ def parse(text: str, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Senten
     own = _own_phrases(tokens, listed.items)
     things = _things(tokens, listed.items, own, words)
     own = [_with_brackets(text, *span) for span in own]
-    hidden = [_with_comma(text, *span) for span in listed.sides]
+    hidden = [*tags, *(_with_comma(text, *span) for span in listed.sides)]
     parts = tuple(_part(text, own[0][0], span, own[-1][1], hidden) for span in own)
-    contacts = (*_touching(tokens, listed, words), *_of_both(tokens, listed, things, own, hidden))
+    contacts = (*_touching(tokens, listed, words, tags), *_of_both(tokens, listed, things, own, hidden))
     why = f"the prompt has {contacts[0]}" if contacts and not listed.items else listed.why
     placed = {k for thing in things for k in thing.experts}
     for k in given:
@@ -149,6 +152,38 @@ def parse(text: str, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Senten
         why_no_places="" if things else why,
         why_no_tiles=why or _why_together(tokens, listed, own) or why_unparted(parts, things, [words[k] for k in acting]),
         styles=frozenset(k for k in acting if words[k] and all(m in styled for m in acted if any(k == j for j, _ in m.of))),
+    )
+
+
+def together(sentences: Sequence[Sentence]) -> Sentence:
+    """Several texts that a denoiser reads for one picture as one sentence, as `words.joined` and `words.overlaid` read their
+    tokens: the longest list counts; none, if another one differs.
+    """
+    if len(sentences) == 1:
+        return sentences[0]
+    starts = [0, *accumulate(len(each.text) + 1 for each in sentences)]
+
+    def moved(thing: Mention, by: int) -> Mention:
+        return replace(thing, spans=tuple((a + by, b + by) for a, b in thing.spans))
+
+    words: list[dict[Span, int]] = [{} for _ in sentences[0].words]
+    for sentence, start in zip(sentences, starts, strict=False):
+        for own, found in zip(words, sentence.words, strict=True):
+            own |= {(a + start, b + start): phrase for (a, b), phrase in found.items()}
+    at = max(range(len(sentences)), key=lambda i: len(sentences[i].things))
+    longest, experts = sentences[at], {thing.experts for thing in sentences[at].things}
+    differ = any(t.experts not in experts for each in sentences for t in each.things if t.experts)
+    silent = [each.why_no_places for each in sentences if each.why_no_places]
+    return Sentence(
+        "\n".join(each.text for each in sentences),
+        tuple(words),
+        () if differ else tuple(moved(thing, starts[at]) for thing in longest.things),
+        contacts=tuple(dict.fromkeys(contact for each in sentences for contact in each.contacts)),
+        why_no_places="the texts that are read list different things" if differ else "" if experts else silent[0],
+        why_no_tiles="several texts are read",
+        styles=frozenset(
+            k for k in range(len(words)) if words[k] and all(k in each.styles or not each.words[k] for each in sentences)
+        ),
     )
 
 
@@ -200,14 +235,16 @@ def _noun(tokens: Tokens, item: Segment) -> Mention:
 # ---- what touches
 
 
-def _touching(tokens: Tokens, listed: Listing, words: Sequence[Mapping[Span, int]]) -> Iterator[Contact]:
+def _touching(
+    tokens: Tokens, listed: Listing, words: Sequence[Mapping[Span, int]], hidden: Sequence[Span]
+) -> Iterator[Contact]:
     """The pairs with words between them that say so."""
     for touch in listed.touches:
         named = (_named(tokens, match) for match in touch.matches)
         things = [replace(thing, spans=tuple(sorted(s for k in thing.experts for s in words[k]))) for thing in named]
         own = [_with_brackets(tokens.text, *tokens.span(*phrase)) for phrase in touch.phrases]
         begin, end = min(own)[0], max(own)[1]
-        first, second = (_part(tokens.text, begin, span, end, ()) for span in own)
+        first, second = (_part(tokens.text, begin, span, end, hidden) for span in own)
         yield Contact((things[0], things[1]), touch.relation, (first, second))
 
 

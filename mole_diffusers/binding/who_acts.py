@@ -43,10 +43,11 @@ def notices(
         words = ", ".join(own.words)
         if on and not acts:
             yield f"expert {name!r} is silent: the prompt has none of its words, {words}"
-        elif on and own.words and not said and own.region == AUTO:
-            yield f"expert {name!r} acts everywhere: the prompt has none of its words, {words}"
+        elif on and own.words and not said:
+            where = "everywhere" if own.given is None else "in its region"
+            yield f"expert {name!r} acts {where}: the prompt has none of its words, {words}"
         elif on and not own.words and own.region == AUTO and sum(there) > 1:
-            yield f"expert {name!r} acts everywhere: it has no words of its own"
+            yield f"expert {name!r} acts everywhere: it has no words of its own, so give it some with bind"
 
 
 # ---- explanations of a prompt, before anything is drawn
@@ -77,12 +78,14 @@ class Explanation:
         tiles: the prompts of the things that are first drawn apart, from left to right as named; None if the picture is
             drawn as one. `why_no_tiles` says why.
         contacts: the things that touch.
+        unread: the end of the prompt, if it is longer than what any text encoder reads.
     """
 
     experts: Mapping[str, Role]
     tiles: list[str] | None
     why_no_tiles: str = ""
     contacts: tuple[Contact, ...] = ()
+    unread: str = ""
 
     @classmethod
     def of_unbound(cls, names: Iterable[str]) -> Explanation:
@@ -98,7 +101,8 @@ class Explanation:
             lines.append(f"no tiles: {self.why_no_tiles}")
         else:
             lines += [f"tile {i}: {prompt}" for i, prompt in enumerate(self.tiles, 1)]
-        return "\n".join([*lines, *(f"contact: {contact}" for contact in self.contacts)])
+        lines += [f"contact: {contact}" for contact in self.contacts]
+        return "\n".join([*lines, *([f"no text encoder reads {self.unread!r}"] if self.unread else [])])
 
 
 def roles(names: Sequence[str], bound: Sequence[Bound], acting: Sequence[bool], sentence: Sentence) -> dict[str, Role]:
@@ -117,12 +121,16 @@ def _set(own: Bound, is_on: bool, is_there: bool, words: Sequence[str]) -> tuple
     """Place and reason if the user has set them, or if none of the expert's words is there."""
     if not is_on:
         return SILENT, "it is off, or at strength 0"
-    if is_there and own.given is not None:
-        return OWN_PLACE, f"you gave it the region {'of a mask' if isinstance(own.given, Image.Image) else repr(own.given)}"
-    if is_there and own.region == EVERYWHERE:
-        return EVERY_PLACE, "you said so"
-    without = f"the prompt has none of its words: {', '.join(own.words)}"
-    return (EVERY_PLACE if is_there else SILENT, without) if own.words and not words else None
+    missing = f"the prompt has none of its words: {', '.join(own.words)}" if own.words and not words else ""
+    if not is_there:
+        return SILENT, missing
+    if own.region == AUTO:
+        return (EVERY_PLACE, missing) if missing else None
+    place, why = EVERY_PLACE, "you said so"
+    if own.given is not None:
+        shown = "of a mask" if isinstance(own.given, Image.Image) else repr(own.given)
+        place, why = OWN_PLACE, f"you gave it the region {shown}"
+    return place, f"{why}; {missing}" if missing else why
 
 
 def _listed(k: int, names: Sequence[str], sentence: Sentence) -> tuple[str, str] | None:

@@ -123,6 +123,18 @@ def plain_texts(pipe: Any, prompt: str, negative: str = "", **how: Any) -> dict[
     return {name: each[0].text for name, each in chunks.items()} if all(len(e) == 1 for e in chunks.values()) else None
 
 
+def texts_read(pipe: Any, prompt: str, prompt_2: str = "") -> list[str]:
+    """The words of the chunks that a denoiser's states are made of.
+
+    If a pipeline reads a second prompt, they are of both, or, as Flux's denoiser reads the second
+    encoder's states alone, of the second.
+    """
+    prompts = [prompt]
+    if prompt_2 and "prompt_2" in prompts_read(pipe):
+        prompts = [prompt_2] if _main_tokenizer(pipe) is pipe.tokenizer_2 else [prompt, prompt_2]
+    return [chunk.text for each in prompts for chunk in chunks_of(pipe, each)]
+
+
 def _chunks_asked(
     pipe: Any,
     prompt: str,

@@ -23,7 +23,7 @@ from mole_diffusers.merging.merge import METHODS, by_activations
 from mole_diffusers.mixture import Mixture, detach
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.install.pipeline_lock import PipelineLock
-from mole_diffusers.patching.subjects.apart import begin_of_tiles, explain, size_for_tiles
+from mole_diffusers.patching.subjects.apart import ONE_PROMPT, begin_of_tiles, explain, size_for_tiles
 from mole_diffusers.patching.subjects.things import UNTIL, PictureCall, Tiling
 from mole_diffusers.studio import detail_pass, embeddings, picture_passes
 from mole_diffusers.studio.attachment import Attachment
@@ -37,7 +37,15 @@ from mole_diffusers.studio.names import WORLD, shared_name
 from mole_diffusers.studio.picture_notes import PictureNotes
 from mole_diffusers.studio.predictions import Predictions
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
-from mole_diffusers.studio.prompt_weights import call_arguments, cut_off, plain_texts, tiled_prompt, unread
+from mole_diffusers.studio.prompt_weights import (
+    call_arguments,
+    cut_off,
+    plain_texts,
+    prompts_read,
+    texts_read,
+    tiled_prompt,
+    unread,
+)
 from mole_diffusers.studio.recipe import BOUND, PROMPTS, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
@@ -270,8 +278,8 @@ class Studio:
         notes = []
         if recipe.binding == TILES and recipe.has_pictures:
             notes.append("tiles are drawn from noise alone: with a given picture LoRAs are bound, and draw it as one")
-        if recipe.binding == TILES and recipe.prompt_2:
-            notes.append("tiles read the first prompt alone, not the second")
+        if recipe.binding == TILES and self._reads_second(recipe):
+            notes.append(ONE_PROMPT.format("prompt_2"))
         try:
             size = self.size_with_room(recipe)
         except ValueError as error:  # a painted region without a mask, which cannot be drawn
@@ -431,8 +439,9 @@ class Studio:
                 if acting is None and (binding := recipe.binding_of_pass(over=bool(over))) == BOUND:
                     stack.enter_context(mixture.tiled(0))
                 elif acting is None and binding != "none":
-                    second = "" if binding == TILES else recipe.prompt_2
-                    tiles = tiled_prompt(pipe, recipe.text, prompt_2=second)
+                    tiles = tiled_prompt(pipe, recipe.text, prompt_2=recipe.prompt_2)
+                    if binding == TILES and not tiles:
+                        raise ValueError(ONE_PROMPT.format("prompt_2"))
                     stack.enter_context(mixture.tiled(always=binding == TILES, **tiles))
                 stack.enter_context(inside(mixture))
             drawn = pipe(
@@ -478,8 +487,14 @@ class Studio:
         if recipe.binding_of_pass() == "none":
             return Explanation.of_unbound(recipe.experts)
         call = {"prompt": recipe.plain_text, "width": recipe.width, "height": recipe.height}
+        call |= {"prompt_2": recipe.prompt_2} if self._reads_second(recipe) else {}
         tiling = Tiling(until=0) if recipe.binding_of_pass() == BOUND else Tiling(always=recipe.binding == TILES)
-        return explain(PictureCall(self.pipe, tiling, call, self._bound(recipe), list(recipe.experts)))
+        found = PictureCall(self.pipe, tiling, call, self._bound(recipe), list(recipe.experts))
+        return explain(found, texts_read(self.pipe, recipe.text, recipe.prompt_2))
+
+    def _reads_second(self, recipe: Recipe) -> bool:
+        """Whether a recipe has a second prompt and the pipeline reads it."""
+        return bool(recipe.prompt_2) and "prompt_2" in prompts_read(self.pipe)
 
     def _bound_call(self, recipe: Recipe, *, always: bool = False) -> PictureCall | None:
         """The call that draws a recipe; None if a prompt is too long, or with a given picture."""

@@ -96,6 +96,25 @@ def test_a_region_counts_wherever_words_stand():
     )
     assert [role.place for role in found.experts.values()] == ["own", "everywhere", "own"]
     assert found.experts["fox"].why == "you gave it the region 'left'"
+    found = explained("a house", {"fox": "fox", "ink": "ink"}, regions={"fox": "left", "ink": "everywhere"})
+    assert [(role.place, role.why) for role in found.experts.values()] == [
+        ("own", "you gave it the region 'left'; the prompt has none of its words: fox"),
+        ("everywhere", "you said so; the prompt has none of its words: ink"),
+    ]
+
+
+def test_a_tag_of_other_tools_says_nothing():
+    """It may begin a prompt, name the same LoRA again, and stand anywhere; no thing is drawn with it."""
+    loras = {"fox": "fox", "owl": "owl"}
+    said = explained("a fox and an owl, night", loras)
+    for prompt in (
+        "<lora:fox:0.8> a fox and an owl, night",
+        "a fox and an owl, night <lora:fox:0.8> <lora:owl_v2:1:0.5>",
+        "a fox <lyco:owl:1> and an owl, night",
+    ):
+        found = explained(prompt, loras)
+        assert (found.experts, [tile.split() for tile in found.tiles]) == (said.experts, [t.split() for t in said.tiles])
+    assert explained("a house < lora : fox : 0 . 8 >", loras).experts["fox"].words == ()  # as a tokenizer splits it
 
 
 def test_an_explanation_is_a_table():

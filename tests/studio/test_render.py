@@ -26,7 +26,7 @@ from mole_diffusers.studio.picture_passes import (
     steps_drawn,
     with_pictures,
 )
-from mole_diffusers.studio.prompt_weights import call_arguments
+from mole_diffusers.studio.prompt_weights import call_arguments, chunks_of
 from mole_diffusers.studio.recipe import READ_WITH, Recipe
 from mole_diffusers.studio.render import Studio
 
@@ -268,6 +268,47 @@ def test_with_a_second_prompt_weights_bring_no_tiles(tmp_path):
         assert studio.draws_in_tiles(recipe) == tiled
         bound = studio.draw(dataclasses.replace(recipe, binding="bound"))
         assert (far(studio.draw(recipe), bound) > 1) == tiled
+
+
+LONG = ["fox and hen, in the far, far, far east", "far, far, far, far, far, far, fox and hen", "a fox BREAK a hen"]
+
+
+@pytest.mark.usefixtures("decided")
+@pytest.mark.parametrize(
+    ("host", "prompt", "second"),
+    [
+        ("sdxl", "hat", "fox and hen"),
+        ("sdxl", "fox and hen BREAK a tree", ""),
+        ("flux", "fox and hen", "fox"),
+        *thorough(*((host, "fox and hen", second) for host in ("sdxl", "flux") for second in ("", "hen and fox", "ink"))),
+        *thorough(*((host, prompt, "") for host in ("sd15", "sdxl") for prompt in LONG)),
+    ],
+)
+def test_what_is_explained_is_what_is_drawn(host, prompt, second, tmp_path):
+    """Also of a second prompt, and of a prompt that is read in several chunks: words, places, tiles."""
+    pipe, _ = hosts.HOSTS[host]()
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hat"))}
+    studio, seen, noted = Studio(pipe, Catalog(files, {}), host), [], PictureNotes()
+    prompt = f"{prompt} <lora:fox:1:word=fox> <lora:hat:1:word=hen>"
+    recipe = studio.complete(Recipe(prompt, prompt_2=second, steps=2, width=32, height=32, gates="sum"))
+
+    def look(*_):
+        picture = attached(pipe)._settings.binding.now.text.picture
+        seen.append(picture.readings[picture.picture_rows[0]])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        studio.draw(recipe, on_step=look, noted=noted)
+    said = studio.explain(recipe).experts
+    assert [bool(role.words) for role in said.values()] == list(seen[-1].mentioned)
+    placed = {name for name, role in said.items() if role.place == "own"}
+    assert placed == (set(noted.layout.regions) if seen[-1].things else set())
+    tiled = dataclasses.replace(recipe, binding="tiles")
+    if second or len(chunks_of(pipe, recipe.text)) > 1:
+        assert studio.explain(tiled).tiles is None
+        if "and" in recipe.text:  # it lists two, so that the wish is refused
+            with pytest.raises(ValueError, match=r"draw without prompt_2|shorten"):
+                studio.draw(tiled)
 
 
 @pytest.mark.thorough

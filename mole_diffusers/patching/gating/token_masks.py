@@ -247,12 +247,12 @@ class TokenMasks:
         if state is None:
             state = self._new(text, latents, side(), pipe, acting)
             self._texts = [*self._texts, state][-MOST_TEXTS:]
-            self._warn(*state.picture.lost_regions(acting))
+            self.warn(*state.picture.lost_regions(acting))
             if pipe is not None:  # training prompts name single experts
-                self._warn(*self._notices(state), *state.picture.crowded(acting))
+                self.warn(*self._notices(state), *state.picture.crowded(acting))
         places = state.place_masks
         if state.picture.can_decide:
-            self._warn(*state.picture.decide())
+            self.warn(*state.picture.decide())
             state.make_masks()
         state.follow_prompt()
         others_are_silent = self.silence.experts != state.silence.experts or self.silence.rows is not state.silence.rows
@@ -290,7 +290,7 @@ class TokenMasks:
             text.forget()
         if warns and (unplaced := [name for text in self._texts for name in text.picture.unplaced]):
             named = " and ".join(map(repr, dict.fromkeys(unplaced)))
-            self._warn(f"{named} got no places of their own: there was a single step, or no attention to read; give regions")
+            self.warn(f"{named} got no places of their own: there was a single step, or no attention to read; give regions")
 
     def restore_point(self) -> Callable[[Undo], None]:
         """A function that holds the text of now for the layers again, until it is undone."""
@@ -341,7 +341,7 @@ class TokenMasks:
             return []
         readings = self.reader.denoiser_text(text, acting)
         if readings is None and sum(acting) > 1:
-            self._warn(UNKNOWN)
+            self.warn(UNKNOWN)
         return readings or []
 
     @property
@@ -349,7 +349,7 @@ class TokenMasks:
         """The texts of the current pictures that name an expert."""
         return [text for text in self._texts if _names_an_expert(text.picture.readings)]
 
-    def _warn(self, *messages: str) -> None:
+    def warn(self, *messages: str) -> None:
         """Warn once in a call of the pipeline."""
         for message in messages:
             if message not in self.warned:

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLI
 from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import ProcessorMixin
+from transformers import CLIPTokenizer, ProcessorMixin, T5Tokenizer
 
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.gates.unchanged import LastTensor
@@ -196,6 +196,27 @@ def tokenizers_of(pipe: Any) -> dict[str, Any]:
     if CONDITIONER in given:
         given[CONDITIONER] = getattr(pipe, "t5_tokenizer", None)
     return {part: words.tokenizer if isinstance(words, ProcessorMixin) else words for part, words in given.items()}
+
+
+def text_read(pipe: Any, prompt: str) -> str:
+    """As much of a prompt as the text encoder reads that reads most: CLIP 75 tokens, T5 as many as the pipeline asks for."""
+    return max((_cut(pipe, tokenizer, prompt) for tokenizer in tokenizers_of(pipe).values()), key=len, default=prompt)
+
+
+def _cut(pipe: Any, tokenizer: Any, prompt: str) -> str:
+    """A prompt without the tokens that do not fit. A call of the tokenizer would change its padding for other threads."""
+    most = None
+    if isinstance(tokenizer, CLIPTokenizer):
+        most = tokenizer.model_max_length
+    elif isinstance(tokenizer, T5Tokenizer) and hasattr(pipe, "encode_prompt"):
+        asked = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
+        most = None if asked is None else asked.default
+    if most is None:
+        return prompt
+    room = most - tokenizer.num_special_tokens_to_add()
+    offsets = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).offsets
+    is_long = len(offsets) > room and offsets[room] != (0, 0)  # as padding has
+    return prompt[: offsets[room][0]] if is_long else prompt
 
 
 def hosts(pipe: Any) -> dict[str, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mole_diffusers.binding.picture_warning import PictureWarning
+from mole_diffusers.binding.sentence import TAG
 from mole_diffusers.binding.words import ThingKey
 from mole_diffusers.patching.gating.settings import Change
 from mole_diffusers.patching.gating.shared_state import SharedState
@@ -49,6 +52,9 @@ class OneCall:
             changes += [shared.settings.binding.to(None), shared.settings.tiling.to(Tiling(0))]
         if binding is not None:
             binding.begin()
+        if self.given is not None and (tag := _tag_in(self.given)):
+            message = f"{tag} in the prompt is read as words: strengths are given to attach or to the mixture"
+            warnings.warn(message, PictureWarning, stacklevel=2) if binding is None else binding.warn(message)
         try:
             with shared.changed_while(*changes), self._apart_or_placed(masks_of_files):
                 yield
@@ -91,3 +97,10 @@ class OneCall:
         if done := masks.set_places(places):
             self.shared.effective.decide_again()
         return done
+
+
+def _tag_in(given: Mapping[str, Any]) -> str:
+    """A tag of other tools, such as <lora:fox:0.8>, in the prompts of a call; "" if there is none."""
+    prompts = [given.get(name) for name in ("prompt", "prompt_2", "prompt_3")]
+    texts = [text for each in prompts for text in (each if isinstance(each, list | tuple) else [each])]
+    return next((tag[0] for text in texts if isinstance(text, str) and (tag := TAG.search(text))), "")

@@ -8,7 +8,9 @@ from itertools import permutations, product
 
 import torch
 
-from mole_diffusers.binding.who_acts import OWN_TILE, Explanation, roles
+from mole_diffusers.binding.sentence import together
+from mole_diffusers.binding.who_acts import OWN_TILE, Explanation, read_prompt, roles
+from mole_diffusers.binding.words import keys
 from mole_diffusers.patching.host.cropping import Cropping
 from mole_diffusers.patching.subjects.things import SINCE, PictureCall, PromptThings, Tiling
 from mole_diffusers.patching.subjects.windows import Window, border_of, window_around, windows_of_two_that_touch
@@ -26,6 +28,8 @@ OF_WHOLE_PICTURE = {"prompt_2", "prompt_3"} | {
     f"{of}{name}" for of in ("", "negative_") for name in ("original_size", "crops_coords_top_left", "target_size")
 }
 SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, so they agree on a scene earlier
+ONE_PROMPT = "each tile has a prompt and a size of its own: draw without {}"
+OTHER_THINGS = "the text encoder reads other things in this prompt than {}: shorten or reword it"
 SCALE_ONLY = "of arguments for attention, tiles only know the scale of LoRAs, not {!r}"
 
 
@@ -42,16 +46,25 @@ def begin_of_tiles(call: PictureCall) -> float | None:
     return since_of(call.tiling, border(call.cropping, things, windows))
 
 
-def explain(call: PictureCall) -> Explanation:
-    """Who acts on the prompt of a call, where and why, and the prompts of its tiles. See `Mixture.explain`."""
-    things = PromptThings(call.given["prompt"], call.bound, call.acting)
-    found = roles(list(call.bound), things.bound, [name in call.acting for name in call.bound], things.sentence)
+def explain(call: PictureCall, texts: Sequence[str]) -> Explanation:
+    """Who acts on the prompt of a call, where and why, and the prompts of its tiles. See `Mixture.explain`.
+
+    Args:
+        texts: what the denoiser's text is made of: the prompt, or what is read of it, its chunks, a second prompt.
+    """
+    things, on = PromptThings(call.given["prompt"], call.bound, call.acting), [name in call.acting for name in call.bound]
+    read = together([read_prompt(text, things.bound, on) for text in dict.fromkeys(texts)])
+    found = roles(list(call.bound), things.bound, on, read)
     why = _why_no_tiles(call)
+    if not why and len(texts) > 1:
+        why = f"tiles read a prompt of one part, and this one is read in {len(texts)}: shorten it"
+    elif not why and {*keys(read.things)} != {*things.keys}:
+        why = OTHER_THINGS.format(" and ".join(repr(thing.name) for thing, _ in things.apart))
     tiles = None if why else [part.text for _, part in things.apart]
     for thing, other in () if tiles is None or things.contact is None else permutations(things.contact.things):
         for name in (things.names[k] for k in thing.experts):
             found[name] = replace(found[name], place=OWN_TILE, why=f"it touches {other.name!r}")
-    return Explanation(found, tiles, why, things.sentence.contacts)
+    return Explanation(found, tiles, why, read.contacts)
 
 
 def _why_no_tiles(call: PictureCall) -> str:
@@ -61,8 +74,12 @@ def _why_no_tiles(call: PictureCall) -> str:
         return "tiles are off"
     if things is not None and things.why_not_apart and not (always and len(things.apart) > 1):
         return things.why_not_apart
-    if things is None or call.obstacle or always:
+    if things is None or call.obstacle:
         return call.obstacle
+    if lost := [name for name in sorted(OF_WHOLE_PICTURE) if call.given.get(name) is not None]:
+        return ONE_PROMPT.format(" and ".join(lost))
+    if always:
+        return ""
     if not call.cropping.by_itself:
         return f"a {type(call.denoiser).__name__} draws in tiles inside `mixture.tiled()` alone"
     if call.given.get("width") is None or have_room(call.cropping, _windows_in(call, things)):
@@ -99,7 +116,7 @@ def things_for_tiles(call: PictureCall) -> PromptThings | None:
         return None
     given = {name for name, value in call.given.items() if value is not None}
     if always and (lost := sorted(given & OF_WHOLE_PICTURE)):
-        raise ValueError(f"each tile has a prompt and a size of its own: draw without {' and '.join(lost)}")
+        raise ValueError(ONE_PROMPT.format(" and ".join(lost)))
     if always and call.for_processors:
         raise ValueError(f"{SCALE_ONLY.format(call.for_processors[0])}: draw without it, or without tiles")
     allowed = OF_A_PROMPT | OF_STATES if call.gives_states else OF_A_PROMPT

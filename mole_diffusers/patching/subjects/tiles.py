@@ -28,7 +28,7 @@ from mole_diffusers.gates.unchanged import LastTensor
 from mole_diffusers.patching.hooks import replaced_forward
 from mole_diffusers.patching.host.cropping import OF_WHOLE_SIZE, Call
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, Groups, groups_of, guides_in_turns
-from mole_diffusers.patching.subjects.apart import SCALE_ONLY, border, have_room, since_of, windows_of
+from mole_diffusers.patching.subjects.apart import OTHER_THINGS, SCALE_ONLY, border, have_room, since_of, windows_of
 from mole_diffusers.patching.subjects.sampler_steps import SamplerSteps
 from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces
 from mole_diffusers.patching.subjects.windows import STEADY, Window, silhouette
@@ -158,7 +158,7 @@ class Tiles:
         if not self.things.sentence.things or self.set_places(places):
             return ""
         named = " and ".join(repr(thing.name) for thing, _ in self.things.apart)
-        return f"the text encoder reads other things in this prompt than {named}: shorten or reword it"
+        return OTHER_THINGS.format(named)
 
     def _layout(self, height: int, width: int) -> Tile:
         """The whole picture without the LoRAs of its things: the base knows better than they how two touch."""

@@ -82,7 +82,9 @@ def test_several_experts_in_one_place_are_told_of(attach, pipe, draw, binding, w
     [
         ({"fox": ("fox", Image.new("L", (8, 8), 0)), "ink": "owl"}, "expert 'fox' acts nowhere: its region is empty"),
         ({"fox": ("fox", (0, 0, 1, 1)), "ink": "owl"}, "the given regions leave 'owl' no place"),
-        ({"fox": ("cat", "left"), "ink": "owl"}, ""),
+        ({"fox": ("cat", "left"), "ink": "owl"}, "expert 'fox' acts in its region: the prompt has none of its words, cat"),
+        ({"fox": ("fox", "left"), "ink": ("cat", "everywhere")}, "expert 'ink' acts everywhere: the prompt has none of its"),
+        ({"fox": (None, "left"), "ink": "owl"}, ""),
     ],
 )
 def test_a_region_that_leaves_somebody_no_place_is_told_of_at_every_call(attach, pipe, draw, given, warned):
@@ -92,6 +94,33 @@ def test_a_region_that_leaves_somebody_no_place_is_told_of_at_every_call(attach,
             draw(pipe, PROMPT)
     assert len(mixture.binding_warnings) == bool(warned)
     assert now(mixture).place_masks[:, 1].min() == (warned != "expert")  # the owl acts in the whole picture
+
+
+@pytest.mark.parametrize(
+    "prompt", ["fox & owl", "fox & owl, far away", "far, far, far, fox & owl", "far away, fox & owl & hat"]
+)
+def test_no_more_is_explained_than_the_text_encoder_reads(attach, pipe, draw, prompt):
+    mixture = attach({"fox": "fox", "ink": "owl", "hat": "hat"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draw(pipe, prompt)
+    said, reading = mixture.explain(prompt), now(mixture).picture.readings[-1]
+    assert [bool(role.words) for role in said.experts.values()] == list(reading.mentioned)
+    assert [role.place == "own" for role in said.experts.values()] == [
+        any(k in thing.experts for thing in reading.things) for k in range(3)
+    ]
+    assert prompt.replace(" ", "")[14:] == said.unread.replace(" ", "")  # a token per letter, and two marks
+    assert (f"no text encoder reads {said.unread!r}" in str(said)) == bool(said.unread)
+
+
+def test_a_tag_of_other_tools_is_no_word_of_a_lora_and_is_told_of(attach, pipe, draw):
+    for binding in (WORDS, None):
+        mixture = attach(binding)
+        with pytest.warns(UserWarning, match="<lora:fox:1> in the prompt is read as words"):
+            draw(pipe, "<lora:fox:1>")
+        if binding is not None:
+            assert now(mixture).picture.readings[-1].mentioned == (False, False, False)
+            assert mixture.binding_warnings[0].startswith("<lora:fox:1> in the prompt is read as words")
 
 
 def test_without_an_expert_the_base_is_drawn_and_its_attention_read(attach, pipe, draw):
