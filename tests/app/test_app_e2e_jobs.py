@@ -53,6 +53,20 @@ def test_a_job_and_the_fields_survive_a_reload(any_width):
 
 
 @pytest.mark.thorough
+def test_a_page_that_is_left_while_it_draws_says_so_in_its_console_alone(tiny):
+    """The next page shows nothing of it; other errors, and the same ones later, count."""
+    long_job(tiny)
+    tiny.driver.execute_script("addEventListener('beforeunload', () => console.error('a fault'))")
+    tiny.open(tiny.url)
+    tiny.until(lambda: drawn(tiny) > 0, WAIT)
+    assert not tiny.all(".toast-body")
+    assert [error.split()[-2:] for error in tiny.errors()] == [['"a', 'fault"']]
+    tiny.driver.execute_script("console.error('Unexpected error', 'Connection errored out. ')")
+    assert len(tiny.errors()) == 2
+    cancelled(tiny)
+
+
+@pytest.mark.thorough
 def test_the_list_of_jobs_is_reordered_and_cancelled_one_by_one(any_width):
     page = any_width
     long_job(page)
