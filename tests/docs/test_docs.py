@@ -189,15 +189,6 @@ def test_an_arm_of_the_readers_own_is_one():
     assert [arm.name for arm in names["ARMS"].values()] == ["weak styles"]
 
 
-def test_every_page_whose_python_runs_has_a_test_here():
-    assert {path.name for path in DOCS.glob("*.md") if blocks(path.name, "python")} == {
-        "bind.md",
-        "methods.md",
-        "tiles.md",
-        "tutorial.md",
-    }
-
-
 @pages
 def test_links_and_pictures_lead_somewhere(page):
     for path, anchor in re.findall(r"\]\((?!https?:)([\w./-]+)?#?([\w-]*)\)", page.read_text()):

@@ -105,6 +105,7 @@ def own_arms() -> list[Arm]:
         rivals.patchwise("loratorio, sharp", temperature=0.02),
         rivals.blended("masked blend, given places", parts),
         *(arms.in_tiles(f"tiles, {family} gates", gates=arms.gates_of(WORK / "gates" / family)) for family in FAMILIES),
+        arms.weighted("bound, factors gates", gates=arms.gates_of(WORK / "gates" / "factors"), binding=arms.from_files),
         arms.weighted("MoLE, the paper's form", gates=arms.gates_of(WORK / "paper")),
         in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
         in_file("joint LoRA, tiles", lambda case: joint_file(case.concepts), by_words=True),
