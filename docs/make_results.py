@@ -197,7 +197,7 @@ def numbers() -> dict[str, str]:
     counted = {
         **{"hard": hard["success"].sum(), "of_hard": len(hard), "three": three["success"].sum(), "of_three": len(three)},
         **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(TOLD_THE_PROMPT)},
-        **{"pictures": len(two), "tiles": two["tiles"].sum(), "bound": two["bound"].sum(), "freefuse": two["freefuse"].sum()},
+        **{"pictures": len(two), **{arm: two[arm].sum() for arm in ("bound", "tiles", "freefuse")}},
         **{"won": (two["tiles"] > two["freefuse"]).sum(), "lost": (two["freefuse"] > two["tiles"]).sum()},
         **{"cases": len(first), "told": first[[*TOLD_THE_PLACES]].sum().max()},
         "told_ours": first["words and given places"].sum(),
