@@ -30,15 +30,14 @@ SHORT
 
 **Neither a GPU nor a transformer, such as Flux, was timed**, and tiles only [in the embedded
 world](results.md#how-the-default-was-chosen). In each round every arm runs once and is divided by the base of that
-round; the page shows medians, which meet goals, with quartiles. UNets have random weights, a batch of 2 (guidance),
-and N LoRAs on all attention layers, of rank 16 unless a section says otherwise. They ran on one CPU thread, by the
-process's own time, on a machine that did other work, too, but for dispatch, memory and times to a picture. `python
-docs/make_speed.py --measure` measures all anew. A star is for an older version; for bound steps of SD 1.5, which were
-measured on two threads by wall clock, a much older one.
+round; the page shows medians with quartiles. UNets have random weights, a batch of 2 (guidance), and N LoRAs on all
+attention layers, of rank 16 unless a section says otherwise. They ran on one CPU thread, by the process's own time, on
+a machine that did other work, too, but for dispatch, memory and times to a picture (`python docs/make_speed.py
+--measure`). A star is for an older version; bound steps of SD 1.5 (two threads, wall clock) are of a much older one.
 
 `set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates; `bound`
-gives each LoRA a word and a part of the picture. `products` is the floor. `collapsed` has the gates' average
-folded into the weights. `again` is the base once more: the noise.
+gives each LoRA a word and a part of the picture. `collapsed` has the gates' average folded into the weights. `again` is
+the base once more: the noise.
 """
 GOALS = """
 ## Goals
@@ -49,15 +48,12 @@ GOALS = """
 FLOOR = """
 **The floor.** `products` computes W x + B (A x) with the LoRAs' matrices side by side, and nothing else: no gates, no
 strengths, no places. By PyTorch's count of multiplications, that takes 0.018, 0.049 and 0.099 of a step of SD 1.5 with
-3, 8 and 16 LoRAs; the goals for 8 and 16 ask for less than that. With blocks compiled one by one, it was measured:
-PRODUCTS times the base (the base once more: AGAIN), which leaves nothing of the goal for gates.
+3, 8 and 16 LoRAs; the goals for 8 and 16 ask for less. With blocks compiled one by one, it takes PRODUCTS times the
+base (the base once more: AGAIN), which leaves nothing of the goal for gates. What `mole` takes beyond is mostly PyTorch's
+check, before each call of a block, that nothing has changed that its code was made for.
 
-What `mole` takes beyond that in compiled blocks is mostly PyTorch's own check, before each call of a block, that nothing
-has changed that its code was made for: more than twice as many conditions as for a block of the base.
-
-Keys and values of the text are kept for the whole picture: 7.7 MB in SD 1.5 and 51.3 MB in SDXL in half precision, beside
-1.7 and 5.1 GB of the UNet's weights. The peak of memory misses its goal by that, and with SDXL a step is below the base's
-for it.
+Keys and values of the text are kept for the whole picture: 7.7 MB in SD 1.5 and 51.3 MB in SDXL in half precision. The
+peak of memory misses its goal by that, and with SDXL a step is below the base's for it.
 
 `attach(pipe, folder)` puts the ranks of all files of a folder into every layer. Those that a prompt does not name take
 memory and time, too, and miss their goals. `mole draw` and the app attach only those that the prompt names.
@@ -73,9 +69,9 @@ At 256 pixels in bf16, times a step of the base:
 DISPATCH = """
 ## Dispatch
 
-A step with next to no arithmetic, as where a card waits for its host: the modules of Stable Diffusion 1.5, but 8 to 24
-channels wide, at 64 pixels, with 16 tokens of text and LoRAs of rank 4. Operations are those that PyTorch is asked for
-(the base's are BASE). Times the base, ROUNDS:
+A step with next to no arithmetic, as where a card waits for its host: the modules of SD 1.5, but 8 to 24 channels wide,
+at 64 pixels, with 16 tokens of text and LoRAs of rank 4. Operations are those that PyTorch is asked for (the base's are
+BASE). Times the base, ROUNDS:
 
 | arm | operations more than the base | N = 3 | 8 | 16 |
 |---|---|---|---|---|
@@ -98,7 +94,7 @@ REUSE = """
 ## Gates evaluated less often
 
 `mixture.every(k)` evaluates the gates in one of k steps. Mean absolute difference of pictures of the embedded world,
-values in 0..1, trained gates per token, 20 steps, no tiles (`benchmarks/reuse.py`):
+values in 0..1, `flow` gates, 20 steps, no tiles (`benchmarks/reuse.py`):
 
 | | difference |
 |---|---|

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -398,23 +399,30 @@ def test_a_base_and_a_folder_of_loras_are_enough_and_a_killed_run_goes_on(comman
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def launchers(way):
+    """The words before `-m mole_diffusers` for two processes: of one machine, or as two machines start them, one each."""
+    python = [sys.executable, "-m"]
+    if way == "machines":
+        at = ["--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+        return [[*python, "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank), *at] for rank in range(2)]
+    accelerate = [*python, "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    return [[*accelerate, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]]
+
+
 @pytest.mark.thorough
-def test_two_processes_make_the_page_of_one(command, tmp_path, capsys):
+@pytest.mark.parametrize("way", ["processes", "machines"])
+def test_two_processes_make_the_page_of_one(command, tmp_path, capsys, way):
     """Without a GPU, what accelerate calls several GPUs are processes on the CPU."""
     assert main([*command, *ARMS, "--out", str(tmp_path / "one")]) == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "mole_diffusers"]
-    root = str(Path(mole_diffusers.__file__).parent.parent)
-    subprocess.run([*launch, *command, *ARMS, "--out", str(tmp_path / "two")], check=True, cwd=root)
+    root, own = str(Path(mole_diffusers.__file__).parent.parent), ["-m", "mole_diffusers", *command, *ARMS]
+    started = [subprocess.Popen([*launcher, *own, "--out", str(tmp_path / "two")], cwd=root) for launcher in launchers(way)]
+    assert [process.wait(timeout=900) for process in started] == [0] * len(started)
     for name in ("rows", "measures"):
         counts = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "two").glob(f"{name}-*.jsonl"))]
         assert len(counts) == 2
