@@ -96,5 +96,7 @@ def test_of_a_folder_only_those_act_that_the_prompt_names(tmp_path):
     two = {name: tmp_path / f"{name}.safetensors" for name in ("fox", "owl")}
     mixture = mole.attach(pipe, two, binding={name: Bound((name,), required=True) for name in two})
     torch.testing.assert_close(drawn(pipe, options, "fox and owl"), found, atol=1e-5, rtol=0)
+    mole.attach(pipe, two)  # chosen, they act on the negative prompt, too, as LoRAs do in diffusers
+    torch.testing.assert_close(drawn(pipe, options, "fox and owl"), found, atol=1e-5, rtol=0)
     mixture = mole.attach(pipe, tmp_path, binding={"hen": "hen"})  # chosen, so it acts
     assert mixture.explain("fox").experts["hen"].place == "everywhere"

@@ -10,6 +10,7 @@ from PIL import Image
 import mole_diffusers as mole
 from mole_diffusers.cli.mole import main
 
+SAID = "a fox: seed 0, 64 x 64 pixels\nfox at 1, everywhere: no other LoRA acts\n{}\n"  # of `mole draw`
 SLOW = ("torch", "diffusers", "transformers", "matplotlib", "gradio")
 
 
@@ -88,7 +89,7 @@ def test_the_version(capsys):
 def test_other_libraries_are_silent_unless_asked(tmp_path):
     argv = ["draw", "a fox <lora:fox:1>", "--steps", "1", "--out", f"{tmp_path}/x.png"]
     out, err = shell(f"from mole_diffusers.cli.mole import main; main({argv})")
-    assert out == f"a fox <lora:fox:1>: {tmp_path}/x.png\n"
+    assert out == SAID.format(f"{tmp_path}/x.png")
     said = [line for line in re.split(r"[\r\n]+ *", err) if line and "%|" not in line]  # its own bar, if it took long
     assert said == ["emoji: StableDiffusionPipeline, cpu, float32"]
     assert "Loading" not in err
@@ -98,7 +99,7 @@ def test_other_libraries_are_silent_unless_asked(tmp_path):
 def test_other_libraries_speak_where_asked(tmp_path):
     argv = ["draw", "a fox <lora:fox:1>", "--steps", "1", "--out", f"{tmp_path}/x.png", "-v"]
     out, err = shell(f"from mole_diffusers.cli.mole import main; main({argv})")
-    assert out == f"a fox <lora:fox:1>: {tmp_path}/x.png\n"
+    assert out == SAID.format(f"{tmp_path}/x.png")
     assert "Loading pipeline components" in err
     assert not [word for word in ("torchvision", "torch_dtype", "deprecated") if word in err]
 

@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import or_
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ UNKNOWN = (
     "LoRAs or gates were last attached, or too many texts ago"
 )
 
+Mentioned = tuple[bool, ...]  # [N], whether a text has the words of each expert
 IdsSideBySide = tuple[tuple[str, tuple[int, ...]], ...]  # (text encoder, its ids), one beside the other in the channels
 
 
@@ -107,9 +109,14 @@ class TextReader:
         return [known[row] for row in rows]
 
     def acting_tokens(
-        self, readings: Sequence[Reading], acting: Sequence[bool], device: torch.device
+        self,
+        readings: Sequence[Reading],
+        mentioned: Sequence[Mentioned],
+        acting: Sequence[bool],
+        device: torch.device,
     ) -> torch.Tensor | None:
-        """[B, T, N] bool, the tokens that each expert acts on; None if every expert acts on every token.
+        """[B, T, N] bool, the tokens that each expert acts on; None if every expert acts on every token. `mentioned` [B][N]:
+        whom each row's picture names.
 
         One expert alone acts on every token. Several act on their own words and on those of nobody. One without words that
         the user wants everywhere acts on the words of others, too.
@@ -117,15 +124,15 @@ class TextReader:
         bounds = list(self.bound.values())
         everywhere = torch.tensor([not b.words and b.region == EVERYWHERE for b in bounds])
         rows = []
-        for reading in readings:
-            there = present(bounds, acting, reading.mentioned)
+        for reading, named in zip(readings, mentioned, strict=True):
+            there = present(bounds, acting, named)
             own = torch.tensor(reading.own).T & torch.tensor(acting)  # [T, N]
             nobodys = ~own.any(1, keepdim=True)  # [T, 1]
             rows.append(own | nobodys | everywhere if sum(there) > 1 else torch.ones_like(own))
         acts = torch.stack(rows)
         return None if acts.all() else onto(acts, device)
 
-    def silence(self, mentioned: Sequence[Sequence[bool]], device: torch.device) -> Silence:
+    def silence(self, mentioned: Sequence[Mentioned], device: torch.device) -> Silence:
         """Who requires words that the text does not have. `mentioned` [B][N]: whether each row has the expert's words."""
         bounds = list(self.bound.values())
         rows = [tuple(b.needs_words and not there for b, there in zip(bounds, row, strict=True)) for row in mentioned]
@@ -150,6 +157,7 @@ class TokenMasks:
         self.text: BoundText | None = None
         self.warned: list[str] = []
         self._encoder_text = EncoderText()
+        self._said: dict[str, list[Mentioned]] = {}  # text encoder -> whom the rows of its first text in this call name
         self._texts: list[BoundText] = []  # of the current pictures
         self._places: Mapping[ThingKey, torch.Tensor] = {}  # of their things, if somebody set them
         self._level = 0.0  # of noise at the last step, outside of calls
@@ -198,7 +206,7 @@ class TokenMasks:
     def begin(self) -> None:
         """A call of the pipeline begins: its texts are read again, and its layout is decided again."""
         self._texts, self.text, self.warned, self._places = [], None, [], {}
-        self._encoder_text = EncoderText()  # a call with states of texts has none
+        self._encoder_text, self._said = EncoderText(), {}  # a call with states of texts has none
         self._hold(None, self.reader.nobody)
 
     def on_text(self, encoder: str, ids: torch.Tensor, *, in_call: bool, acting: Sequence[bool]) -> bool:
@@ -211,11 +219,22 @@ class TokenMasks:
         if not self.reader.has_words:
             return False
         readings = self.reader.encoder_text(encoder, ids, acting)
-        acts = None if readings is None else self.reader.acting_tokens(readings, acting, ids.device)
-        self._encoder_text = EncoderText(acts)
         mentioned = [(True,) * len(self.bound)] if readings is None else [reading.mentioned for reading in readings]
+        if in_call:
+            mentioned = self._or_in_first_text(encoder, mentioned)
+        acts = None if readings is None else self.reader.acting_tokens(readings, mentioned, acting, ids.device)
+        self._encoder_text = EncoderText(acts)
         self._hold(self.text, self.reader.silence(mentioned, ids.device))
         return True
+
+    def _or_in_first_text(self, encoder: str, mentioned: list[Mentioned]) -> list[Mentioned]:
+        """Whom rows of a text or of the first text of the call name. That is the prompt: who acts on it acts on the negative
+        prompt, too, as LoRAs do that do not wait for their words.
+        """
+        prompts = self._said.setdefault(encoder, mentioned)
+        if len(prompts) != len(mentioned):
+            return mentioned
+        return [tuple(map(or_, now, first)) for now, first in zip(mentioned, prompts, strict=True)]
 
     def on_denoiser(
         self,
@@ -320,14 +339,15 @@ class TokenMasks:
         readings = self._read(text, acting)
         frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
         picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings, latents), frames=frames, side=side)
-        acts = self.reader.acting_tokens(readings, acting, text.device) if readings else None
+        mentioned = [readings[row].mentioned for row in picture.prompt_of]
+        acts = self.reader.acting_tokens(readings, mentioned, acting, text.device) if readings else None
         words = TextInput(text.detach(), version(text), latents.shape, acting), picture, acts
         prompt = next(reversed(self._prompts), None)
         is_prompt = groups is not None or _names_an_expert(readings)
         if not is_prompt and prompt is not None and len(prompt.input.text) == len(text):
             return BoundText(self.blocks, *words, prompt.silence, prompt)
-        mentioned = [readings[row].mentioned for row in picture.prompt_of] or [(True,) * len(self.bound)]
-        state = BoundText(self.blocks, *words, self.reader.silence(mentioned, text.device))
+        silence = self.reader.silence(mentioned or [(True,) * len(self.bound)], text.device)
+        state = BoundText(self.blocks, *words, silence)
         if self._places:
             picture.set_places(self._places)
         elif prompt is not None and pipe is not None:

@@ -289,7 +289,7 @@ def test_no_hook_is_left_where_recording_it_is_interrupted(loras, monkeypatch):
 
 @pytest.mark.parametrize(("families", "rounds"), [(("mole",), 1), *thorough((tuple(FAMILIES), 25))], ids=["mole", "each"])
 def test_no_family_leaves_anything_behind(loras, families, rounds):
-    """As many tensors, modules, mixtures and hooks after so many rounds as after twice as many."""
+    """No more tensors, modules, mixtures and hooks after twice as many rounds. What ended before may still go meanwhile."""
     pipe, kinds = tiny_pipeline(), (torch.Tensor, torch.nn.Module, mole.Mixture)
 
     def alive():
@@ -304,6 +304,8 @@ def test_no_family_leaves_anything_behind(loras, families, rounds):
             mole.detach(pipe)
 
     attaching(rounds)
-    once = alive()
+    things, hooks = alive()
     attaching(rounds)
-    assert alive() == once
+    now, still = alive()
+    assert now <= things
+    assert still == hooks
