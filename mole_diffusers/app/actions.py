@@ -155,7 +155,7 @@ class Actions:
         notes = [] if recipe is None else self.studio.notes(asked, recipe)
         if asked.base and (other := self.bases.other(asked.base)) is not None:
             notes.append(f"it was drawn with the base {other!r}, and here is {self.bases.open!r}")
-        return notes + found.notes(self.studio.base)
+        return notes + found.notes(self.studio.base.name)
 
     def size_of(self, recipe: Recipe) -> tuple[int, int]:
         """Width and height in pixels that a recipe is drawn at. Raises what `Studio.complete` raises."""
@@ -267,7 +267,7 @@ class Actions:
                 state.part = self.studio.part_of_step(recipe, state.done - before)
                 state.seconds_left = (time.monotonic() - begun) / state.done * (state.total - state.done)
                 is_whole = state.part != DETAILS  # else only a part would fill the frame
-                preview = self._preview(self.studio.pipe, latents) if gallery and is_whole else None
+                preview = self._preview(self.studio.base.pipe, latents) if gallery and is_whole else None
                 report(replace(state, preview=preview))
 
             try:
@@ -314,7 +314,7 @@ class Actions:
 
         @contextmanager
         def tracing(mixture: Mixture) -> Iterator[None]:
-            acted = contributions(self.studio.pipe, mixture, (recipe.height, recipe.width))
+            acted = contributions(self.studio.base.pipe, mixture, (recipe.height, recipe.width))
             with mixture.trace() as seen["trace"], acted as seen["acted"]:
                 yield
 
@@ -361,17 +361,17 @@ class Actions:
         def work(report: ReportProgress) -> Exported:
             report("writing")
             path = self.new_folder() / f"{name}.safetensors"  # others may export the same LoRAs with other weights
-            with self.studio.lock.held():
-                self.studio.check_base(recipe)
-                if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.pipe):
+            with self.studio.base.lock.held():
+                self.studio.base.check_for(recipe)
+                if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.base.pipe):
                     call["prompt_2"] = plain_text(recipe.prompt_2)
-                mixture = self.studio.attachment.to(self.studio.pipe, recipe)
+                mixture = self.studio.base.attachment.to(self.studio.base.pipe, recipe)
                 assert mixture is not None  # there are tags
                 if not mixture.config.options.reads_prompt:  # gates that do read it alone, without guidance's empty one
                     call["guidance_scale"] = recipe.guidance
                 names = list(mixture.experts)
                 tags = [LoraTag(name) for name in names]
-                by_hand = StrengthSchedule(names, tags, unet=denoiser(self.studio.pipe), steps=1, locks=recipe.locks)
+                by_hand = StrengthSchedule(names, tags, unet=denoiser(self.studio.base.pipe), steps=1, locks=recipe.locks)
                 with mixture.strengths(strengths), mixture.planned(by_hand):
                     error = mixture.export_lora(path, recipe.plain_text, rank=rank, **call)
                 return Exported(path, error, FOLDED if mixture.is_bound else "")

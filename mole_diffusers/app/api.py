@@ -280,7 +280,7 @@ class Endpoints:
             recipe: RECIPE
         """
         studio = self.actions.studio
-        return as_code(studio.complete(self._recipe(recipe)), studio.config)
+        return as_code(studio.complete(self._recipe(recipe)), studio.base.config)
 
     async def export(
         self, request: gr.Request, recipe: dict, rank: int | None = None

@@ -29,13 +29,13 @@ class Bases:
         sources: Mapping[str, str] | None = None,
         opening: Callable[[str], Base] = open_base,
     ):
-        self.studio, self._loras, self._opening, self._first = studio, loras, opening, studio.base
-        self.sources = dict(sources or {Path(studio.base).name: studio.base})
+        self.studio, self._loras, self._opening, self._first = studio, loras, opening, studio.base.name
+        self.sources = dict(sources or {Path(studio.base.name).name: studio.base.name})
 
     @property
     def open(self) -> str | None:
         """The name of the open base model, one of `sources`; None if none is open, see `Studio.base`."""
-        return next((name for name, source in self.sources.items() if source == self.studio.base), None)
+        return next((name for name, source in self.sources.items() if source == self.studio.base.name), None)
 
     def change(self, name: str) -> Work:
         """Replace the base model for all visitors. The work returns a sentence.
@@ -49,8 +49,8 @@ class Bases:
             report(f"opening {found}")
             if self.open != found:
                 with self._loras.let_go():
-                    self.studio.change_base(self.sources[found], self._opening)
-            return f"{found} is open: {type(self.studio.pipe).__name__}"
+                    self.studio.base.change(self.sources[found], self._opening)
+            return f"{found} is open: {type(self.studio.base.pipe).__name__}"
 
         return work
 
@@ -62,19 +62,19 @@ class Bases:
                 name.
         """
         asked = asked or ""
-        wanted, here = shared_name(self.sources.get(asked, asked)), shared_name(self.studio.base)
+        wanted, here = shared_name(self.sources.get(asked, asked)), shared_name(self.studio.base.name)
         known = next((name for name, source in self.sources.items() if shared_name(source) == wanted), None)
         is_open = wanted == here or (known is None and Path(wanted).name == Path(here).name)
         return None if is_open else known or Path(wanted).name
 
     def check(self, asked: str | None, mend: str) -> None:
         """Raises ValueError if settings are for another base model than the open one; `mend` says what to do about it."""
-        self.studio.check_open()
+        self.studio.base.check_open()
         if (other := self.other(asked)) is not None:
             raise ValueError(f"this is for the base model {other!r}, and here is {self.open!r}: {mend}")
 
     def settings(self) -> dict[str, Any]:
         """An open size and the usual guidance of the base model, as in a Recipe; {} for the one from the start."""
-        if self.studio.base == self._first:
+        if self.studio.base.name == self._first:
             return {}
-        return {"width": 0, "height": 0, "guidance": usual_guidance(self.studio.pipe, self.studio.base)}
+        return {"width": 0, "height": 0, "guidance": usual_guidance(self.studio.base.pipe, self.studio.base.name)}

@@ -45,7 +45,7 @@ class Form:
         self.actions, self.defaults = actions, defaults
         catalog, first = actions.studio.catalog, self._shown(defaults)
         known: dict[str, Callable[[], list[Any]]] = {
-            "sampler": lambda: [UNSET["sampler"], *actions.studio.samplers],
+            "sampler": lambda: [UNSET["sampler"], *actions.studio.base.samplers],
             "controlnet": lambda: [UNSET["controlnet"], *catalog.files["controlnet"]],
             "ip_adapter": lambda: [UNSET["ip_adapter"], *catalog.files["ip_adapter"]],
             "gates": lambda: ["auto", *UNTRAINED, *catalog.gates],
@@ -99,8 +99,8 @@ class Form:
         """What changes with the base model, LoRAs and gates."""
         studio = self.actions.studio
         here = {
-            "second": "prompt_2" in prompts_read(studio.pipe),
-            "given": studio.takes_pictures and any(studio.catalog.files[kind] for kind in ("controlnet", "ip_adapter")),
+            "second": "prompt_2" in prompts_read(studio.base.pipe),
+            "given": studio.base.takes_pictures and any(studio.catalog.files[kind] for kind in ("controlnet", "ip_adapter")),
         }  # those that are not are hidden, not gone: their fields would lose their values
         panels = {self.more[name]: gr.update(visible=is_here or "hidden") for name, is_here in here.items()}
         return {field: gr.update(choices=choices()) for field, choices in self.choices.items()} | panels
@@ -117,7 +117,7 @@ class Form:
         named |= {name: named[name] or 0 for name in OPEN}
         named["seed"] = -1 if named["seed"] is None else named["seed"]
         named |= {name: "" for name, choice in UNSET.items() if named[name] == choice}
-        return Recipe(**named, locks=locks, masks=masks, base=self.actions.studio.base)
+        return Recipe(**named, locks=locks, masks=masks, base=self.actions.studio.base.name)
 
     def asked(self, *values: Any) -> tuple[Any, ...]:
         """Values of `inputs`, any further components, and those of `Page.pictures` -> the recipe, the further values, and

@@ -63,7 +63,7 @@ def gate_report(
     """
     with Image.open(picture) as image:
         places = gate_figures.places(image, acted, shades=shades)  # raises ValueError if no LoRA acted on the denoiser
-    network: Any = denoiser(studio.pipe)
+    network: Any = denoiser(studio.base.pipe)
     labels = gate_figures.block_places(trace, block_names(network) if hasattr(network, "down_blocks") else None)
     table = trace.all_weights()
     schedule = StrengthSchedule(trace.experts, recipe.tags, unet=network, steps=recipe.steps)

@@ -149,7 +149,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     Raises ValueError for bad settings, for strengths that vary over components, blocks or steps, and for a base that cannot
     be trained on, and GatesExistError if `again` is needed.
     """
-    unet_of(studio.pipe, "training on this page")
+    unet_of(studio.base.pipe, "training on this page")
     width, height = _canvas(studio, recipe, request.composed)
     check_size(width, height)
     recipe = studio.complete(replace(recipe, gates="sum", gates_sha256="", locks={}, arm="gates"))
@@ -165,17 +165,17 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     run.check(again)
 
     def work(report: ReportProgress) -> TrainingProgress:
-        studio.check_base(recipe)
+        studio.base.check_for(recipe)
         progress = TrainingProgress(request)
         report(progress)
         run.prepare(again)
-        with studio.lock.held():
+        with studio.base.lock.held():
             try:
                 _train(studio, recipe, config, run, progress, report)
             except ValueError as error:  # hide the folder from visitors
                 raise ValueError(str(error).replace(f"{home}/", "")) from error
             finally:
-                studio.attachment.forget()
+                studio.base.attachment.forget()
         return progress
 
     return work
@@ -187,8 +187,10 @@ def _canvas(studio: Studio, recipe: Recipe, composed: Sequence[str]) -> tuple[in
     If they are open, this is the largest usual size of any of the composed prompts, or of the recipe's prompt if there are
     none.
     """
-    widths, heights = zip(*(usual_size(studio.pipe, studio.base, text) for text in composed or [recipe.text]), strict=True)
-    return drawable(studio.pipe, recipe.width or max(widths), recipe.height or max(heights))
+    widths, heights = zip(
+        *(usual_size(studio.base.pipe, studio.base.name, text) for text in composed or [recipe.text]), strict=True
+    )
+    return drawable(studio.base.pipe, recipe.width or max(widths), recipe.height or max(heights))
 
 
 def _train(
@@ -199,7 +201,7 @@ def _train(
     progress: TrainingProgress,
     report: ReportProgress,
 ) -> None:
-    pipe, request, seeds = studio.pipe, progress.request, held_out.seeds(config.seed)[:SHOWN]
+    pipe, request, seeds = studio.base.pipe, progress.request, held_out.seeds(config.seed)[:SHOWN]
     options = {"width": recipe.width, "height": recipe.height, "guidance_scale": recipe.guidance}
 
     def on_call(*_: Any) -> None:  # every phase calls the denoiser, so a stop is noticed at once

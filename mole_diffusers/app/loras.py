@@ -51,7 +51,7 @@ class Loras:
         self.studio, self.uploads, self._thumbnail = studio, uploads, thumbnail
         studio.catalog.find_loras([uploads])
         self._adding, self._finding = threading.Lock(), threading.Lock()
-        self._reader = text_beside(studio.pipe)
+        self._reader = text_beside(studio.base.pipe)
         self._library: LoraLibrary | None = None
         self._library_of: Any = None  # base, reader and files; opening a base again makes a new reader
 
@@ -71,7 +71,7 @@ class Loras:
             facts |= {"base": expert.base, "format": expert.format, "sha256": expert.sha256}
             facts |= {"ranks": f"{low}" if low == high else f"{low}..{high}", "triggers": list(words_of(expert).words)}
             facts["layers"] = total
-            pipe, models = self.studio.pipe, models_of(self.studio.pipe)
+            pipe, models = self.studio.base.pipe, models_of(self.studio.base.pipe)
             return facts | {"matched": total - len(match(with_host_names(expert, pipe, models), models).unmatched)}
         except (ValueError, OSError) as error:
             return facts | {"problem": without_folders(str(error))}
@@ -106,13 +106,13 @@ class Loras:
             return []
         with self._finding, ExitStack() as stack:
             if (reader := self._reader) is None:
-                stack.enter_context(self.studio.lock.held())
-            self.studio.check_open()
-            wanted = (self.studio.base, reader, loras)
+                stack.enter_context(self.studio.base.lock.held())
+            self.studio.base.check_open()
+            wanted = (self.studio.base.name, reader, loras)
             if self._library is None or self._library_of != wanted:
-                self._library = LoraLibrary.of(loras, reader or PipelineText(self.studio.pipe))
+                self._library = LoraLibrary.of(loras, reader or PipelineText(self.studio.base.pipe))
                 self._library_of = wanted
-            return retrieve_for(self._library, self.studio.pipe, parse(prompt, loras).text)
+            return retrieve_for(self._library, self.studio.base.pipe, parse(prompt, loras).text)
 
     @contextmanager
     def let_go(self) -> Iterator[None]:
@@ -122,7 +122,7 @@ class Loras:
         try:
             yield
         finally:
-            self._reader = text_beside(self.studio.pipe)
+            self._reader = text_beside(self.studio.base.pipe)
 
     def add(self, path: Path) -> str:
         """Copy an uploaded LoRA into `uploads`, add it to the catalog under its file name, and return that name.
@@ -143,7 +143,7 @@ class Loras:
                 raise ValueError(f"there is already another LoRA {name!r}; rename the file")
             check_room(self.uploads.iterdir(), [path])
             try:
-                check_family((expert := read_expert(path, name)).base, models_of(self.studio.pipe))
+                check_family((expert := read_expert(path, name)).base, models_of(self.studio.base.pipe))
             except ValueError as error:
                 said = without_folders(str(error))
                 raise ValueError(said if path.name in said else f"{path.name}: {said}") from error

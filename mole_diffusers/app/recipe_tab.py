@@ -80,7 +80,7 @@ def _saving(page: Page) -> None:
 
     @errors_to(status)
     def script(*values: Any) -> Values:
-        return {text: gr.update(value=as_code(completed(*values), page.actions.studio.config), visible=True)}
+        return {text: gr.update(value=as_code(completed(*values), page.actions.studio.base.config), visible=True)}
 
     def work_of(recipe: Recipe, rank: int | None, _: Any) -> Work:
         return page.actions.export(recipe, rank or None)

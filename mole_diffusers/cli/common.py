@@ -199,7 +199,7 @@ def first_recipe(studio: Studio, **changes: Any) -> Recipe:
     from mole_diffusers.studio.base_models import usual_guidance
     from mole_diffusers.studio.recipe import Recipe
 
-    own = {"guidance": usual_guidance(studio.pipe, studio.base), "base": studio.base}
+    own = {"guidance": usual_guidance(studio.base.pipe, studio.base.name), "base": studio.base.name}
     given = {name: value for name, value in changes.items() if value is not None}
     return Recipe(**{"prompt": "", "gates": "auto", **own, **given})
 

@@ -7,7 +7,7 @@ import inspect
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cache, lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,20 +20,17 @@ from mole_diffusers.binding.regions import AUTO, region_picture
 from mole_diffusers.binding.who_acts import Explanation
 from mole_diffusers.lora import check_family
 from mole_diffusers.merging.merge import METHODS, by_activations
-from mole_diffusers.mixture import Mixture, detach
+from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
-from mole_diffusers.patching.install.pipeline_lock import PipelineLock
-from mole_diffusers.patching.subjects.apart import ONE_PROMPT, begin_of_tiles, explain, size_for_tiles
-from mole_diffusers.patching.subjects.things import UNTIL, PictureCall, Tiling
+from mole_diffusers.patching.subjects.apart import ONE_PROMPT, begin_of_tiles, explain, part_of_step, size_for_tiles
+from mole_diffusers.patching.subjects.things import PictureCall, Tiling
 from mole_diffusers.studio import detail_pass, embeddings, picture_passes
-from mole_diffusers.studio.attachment import Attachment
-from mole_diffusers.studio.base_models import Base, usual_size
+from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_diffusers.studio.clip_skip import clip_skip, most_clip_skip
-from mole_diffusers.studio.controlnets import open_controlnet
+from mole_diffusers.studio.current_base import CurrentBase
 from mole_diffusers.studio.ip_adapters import Reference
-from mole_diffusers.studio.memory import clear_frames, release
-from mole_diffusers.studio.names import WORLD, shared_name
+from mole_diffusers.studio.names import WORLD
 from mole_diffusers.studio.picture_notes import PictureNotes
 from mole_diffusers.studio.predictions import Predictions
 from mole_diffusers.studio.prompt_syntax import LoraTag, parse
@@ -47,7 +44,7 @@ from mole_diffusers.studio.prompt_weights import (
     unread,
 )
 from mole_diffusers.studio.recipe import BOUND, PROMPTS, TILES, Recipe
-from mole_diffusers.studio.samplers import sampler, sampler_name, samplers_of
+from mole_diffusers.studio.samplers import sampler, sampler_name
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.upscaling import enlarged
 from mole_diffusers.studio.weight_syntax import parse_weights
@@ -58,8 +55,6 @@ OnStep = Callable[[int, torch.Tensor], None]  # (steps done, the clean latents t
 MixtureContext = Callable[[Mixture], AbstractContextManager]
 SDXL_FOR_TWO = {(2048, 1024): "1344 x 768", (1024, 2048): "768 x 1344"}  # sizes for tiles -> that SDXL was trained at
 DETAILS = "the details of each subject"  # what the last pass draws
-CHANGING = "the base model is being changed: wait a little"
-NONE_OPEN = "no base model is open, since the last change failed: choose one"
 
 
 def check_size(width: int, height: int, larger: float = 1.0) -> None:
@@ -70,95 +65,17 @@ def check_size(width: int, height: int, larger: float = 1.0) -> None:
 
 
 class Studio:
-    """One pipeline with a catalog of LoRAs and gates for it.
-
-    Attributes:
-        lock: held while a picture is drawn. Hold it to do anything else with the pipeline.
-        base: the base model that is open; "" while it is changed, and if that failed and the one before could not be opened
-            again.
-        config: the config that the base model was opened with, see `open_base`.
-        attachment: the LoRAs and gates on the pipeline.
-    """
+    """Draws recipes with one base model, and the LoRAs and gates of a catalog."""
 
     def __init__(self, pipe: Any, catalog: Catalog, base: str, config: str | None = None):
-        self.catalog, self.lock, self._why_none, self._reference = catalog, PipelineLock(), NONE_OPEN, Reference()
-        self._use(pipe, base, config)
-
-    def _use(self, pipe: Any, base: str, config: str | None) -> None:
-        self.pipe, self._own_scheduler, self.config = pipe, pipe.scheduler, config
-        # ControlNet, or None -> what draws with it, by what it draws over; each keeps what is attached to it
-        self._drawing_with = lru_cache(2)(self._all_drawing_with)
-        self.attachment = Attachment(self.catalog)
-        self.base = base  # last, since other threads see it as a sign that the rest is ready
-
-    def _all_drawing_with(self, controlnet: Path | None) -> Callable[..., Any]:
-        network = None if controlnet is None else open_controlnet(self.pipe, controlnet)
-        return cache(partial(picture_passes.drawing_with, self.pipe, controlnet=network))
-
-    def change_base(self, base: str, opening: Callable[[str], Base]) -> None:
-        """Replace the base model. The old weights are freed first, so that two models are never in memory at once.
-
-        Recipes that were completed before belong to the old base: complete them again.
-
-        Args:
-            opening: opens a base by name, for example `base_models.open_base`.
-
-        Raises what `opening` raises, after opening the old base again. If that fails, too, it raises ValueError, and no base
-        is open until you choose one.
-        """
-        with self.lock.held():
-            before, self._why_none = self.base, CHANGING
-            if (failed := self._put(base, opening)) is None:
-                return
-            again = self._put(before, opening) if before else None
-            self._why_none = NONE_OPEN
-            if again is not None:
-                raise ValueError(f"{failed}; and {before} cannot be opened again: {again}") from failed
-            raise failed
-
-    def _put(self, base: str, opening: Callable[[str], Base]) -> Exception | None:
-        """Open a base, in place of the open one if there is one. Returns the error if that fails."""
-        try:
-            if self.base:
-                self.base = ""
-                detach(self.pipe)
-                self._drawing_with.cache_clear()
-                release(self.pipe)
-            found = opening(base)
-        except Exception as error:
-            clear_frames(error)
-            return error
-        self._use(found.pipe, found.name, found.config)
-        return None
-
-    def check_open(self) -> None:
-        """Raises ValueError if no base model is open."""
-        if not self.base:
-            raise ValueError(self._why_none)
-
-    def check_base(self, recipe: Recipe) -> None:
-        """Raises ValueError if a recipe was completed for another base than the one that is open."""
-        self.check_open()
-        if shared_name(recipe.base) != shared_name(self.base):
-            meant, here = (Path(base).name for base in (recipe.base, self.base))
-            raise ValueError(f"this was meant for the base model {meant!r}, and now {here!r} is here: start it again")
+        self.catalog, self.base, self._reference = catalog, CurrentBase(pipe, catalog, base, config), Reference()
 
     # ---- what can be drawn
-
-    @property
-    def samplers(self) -> list[str]:
-        """The samplers that this base can be drawn with."""
-        return list(samplers_of(self._own_scheduler))
-
-    @property
-    def takes_pictures(self) -> bool:
-        """Whether ControlNets and IP-Adapters can be used with this base."""
-        return any(kind.__name__ in picture_passes.CONTROLLED for kind in type(self.pipe).__mro__)
 
     def misfit(self, name: str) -> str:
         """Why a LoRA cannot be used with this base, in one clause; "" if it may fit. Only the file's header is read."""
         try:
-            check_family(self.catalog.family(name), models_of(self.pipe))
+            check_family(self.catalog.family(name), models_of(self.base.pipe))
         except (ValueError, FileNotFoundError) as error:
             return str(error)
         return ""
@@ -178,7 +95,7 @@ class Studio:
 
         Raises ValueError if something is missing here or does not fit.
         """
-        self.check_open()
+        self.base.check_open()
         given = parse(recipe.prompt, {*recipe.experts, *self.catalog.loras})
         names = {tag.name: self.catalog.local_name(tag.name, recipe.experts.get(tag.name, "")) for tag in given.tags}
         if len(set(names.values())) < len(names):
@@ -188,7 +105,7 @@ class Studio:
         tags = tuple(tag.or_at(self.catalog.preferred_weight) for tag in here_as)
         here = {name: name for name in names.values()} | names  # a name in the recipe may be another LoRA's name here
         rows = {place: {here[n]: w for n, w in row.items() if n in here} for place, row in recipe.locks.items()}
-        unfit = self.attachment.unfit
+        unfit = self.base.attachment.unfit
         gates = self.catalog.gates_for(names.values(), unfit=unfit) if recipe.gates == "auto" else recipe.gates
         source = self.catalog.gates_source(gates)
         digest = "" if gates in UNTRAINED else gates_hash(Path(source))
@@ -203,23 +120,23 @@ class Studio:
             raise ValueError(f"unknown merge {about!r}; known: {', '.join(MERGES)}")
         if kind == "alone" and about not in here:
             raise ValueError(f"the prompt has no LoRA {about!r} to draw alone, but {', '.join(names.values()) or 'none'}")
-        if recipe.clip_skip > (most := most_clip_skip(self.pipe)) > 1:
+        if recipe.clip_skip > (most := most_clip_skip(self.base.pipe)) > 1:
             raise ValueError(f"clip skip is in 1..{most} with this base, got {recipe.clip_skip}")
         words = embeddings.named([getattr(recipe, name) for name in PROMPTS], self.catalog.files["embedding"])
         files = dict[str, Any]()
         for of in ("upscaler", "controlnet", "ip_adapter"):
             files[of], files[f"{of}_sha256"] = self.catalog.found(of, getattr(recipe, of), getattr(recipe, f"{of}_sha256"))
         if recipe.controlnet or recipe.ip_adapter:
-            picture_passes.kind_in(self.pipe, picture_passes.CONTROLLED)
-        own = usual_size(self.pipe, self.base, given.text)
-        width, height = picture_passes.drawable(self.pipe, recipe.width or own[0], recipe.height or own[1])
+            picture_passes.kind_in(self.base.pipe, picture_passes.CONTROLLED)
+        own = usual_size(self.base.pipe, self.base.name, given.text)
+        width, height = picture_passes.drawable(self.base.pipe, recipe.width or own[0], recipe.height or own[1])
         return dataclasses.replace(
             recipe,
             prompt=str(dataclasses.replace(given, tags=tags)),
             seed=secrets.randbelow(1 << 32) if recipe.seed == -1 else recipe.seed,
             width=width,
             height=height,
-            sampler=sampler_name(recipe.sampler, self._own_scheduler) if recipe.sampler else "",
+            sampler=sampler_name(recipe.sampler, self.base.scheduler) if recipe.sampler else "",
             clip_skip=min(recipe.clip_skip, most),
             arm=f"alone {here[about]}" if kind == "alone" else recipe.arm,
             locks={place: row for place, row in rows.items() if row},
@@ -229,7 +146,7 @@ class Studio:
             **files,
             experts={name: self.catalog.expert(name).sha256 for name in names.values()},
             embeddings=dict(self.catalog.found("embedding", name, recipe.embeddings.get(name, "")) for name in words),
-            base=self.base,
+            base=self.base.name,
         )
 
     def size_with_room(self, recipe: Recipe) -> tuple[int, int] | None:
@@ -269,10 +186,10 @@ class Studio:
         if "<lora:" in recipe.negative:  # as in A1111, whose pictures can be drawn
             notes.append("the tags of LoRAs in the negative prompt are read as words")
         if asked.clip_skip != recipe.clip_skip:
-            notes.append(f"{type(self.pipe).__name__} is drawn without clip skip")
+            notes.append(f"{type(self.base.pipe).__name__} is drawn without clip skip")
         notes += [f"{name} does nothing without {other}".replace("_", " ") for name, other in recipe.unread.items()]
-        notes += cut_off(self.pipe, recipe.text, recipe.prompt_2)
-        return notes + unread(self.pipe, **{name: getattr(recipe, name) for name in (*PROMPTS[1:], "guidance")})
+        notes += cut_off(self.base.pipe, recipe.text, recipe.prompt_2)
+        return notes + unread(self.base.pipe, **{name: getattr(recipe, name) for name in (*PROMPTS[1:], "guidance")})
 
     def _notes_on_tiles(self, recipe: Recipe) -> list[str]:
         notes = []
@@ -289,10 +206,10 @@ class Studio:
     def _note_on_room(self, size: tuple[int, int]) -> str:
         """What is said of a size with room for several subjects, which is larger than the base was trained at."""
         words = f"at {size[0]} x {size[1]} pixels, each subject is drawn by itself in some steps"
-        if self.base != WORLD:
-            width, height = usual_size(self.pipe, self.base, "")
+        if self.base.name != WORLD:
+            width, height = usual_size(self.base.pipe, self.base.name, "")
             words += f"; the base was trained at {width} x {height}, and may draw things twice there"
-        if type(self.pipe).__name__.startswith("StableDiffusionXL") and size in SDXL_FOR_TWO:
+        if type(self.base.pipe).__name__.startswith("StableDiffusionXL") and size in SDXL_FOR_TWO:
             words += f": two have more room at {SDXL_FOR_TWO[size]}, which it was trained at, too"
         return words
 
@@ -325,8 +242,8 @@ class Studio:
         seen = {n: picture_passes.on_white(each) for n in ("control", "reference") if (each := pictures[n]) is not None}
         self.total_steps(recipe)
         size = recipe.width, recipe.height
-        with self.lock.held():
-            self.check_base(recipe)
+        with self.base.lock.held():
+            self.base.check_for(recipe)
             over: dict[str, Any] = {}
             if image is not None:
                 over = {"strength": recipe.strength, "image": picture_passes.fitted(picture_passes.on_white(image), *size)}
@@ -337,9 +254,11 @@ class Studio:
             if mask is not None:  # the VAE changes the rest a little
                 drawn = Image.composite(drawn, over["image"], over["mask_image"])
             if recipe.hires > 1:
-                larger = picture_passes.drawable(self.pipe, *(round(side * recipe.hires) for side in size))
+                larger = picture_passes.drawable(self.base.pipe, *(round(side * recipe.hires) for side in size))
                 if recipe.upscaler:
-                    drawn = enlarged(drawn, self.catalog.files["upscaler"][recipe.upscaler], self.pipe._execution_device)
+                    drawn = enlarged(
+                        drawn, self.catalog.files["upscaler"][recipe.upscaler], self.base.pipe._execution_device
+                    )
                 over = {"image": picture_passes.fitted(drawn, *larger), "strength": recipe.hires_strength}
                 drawn = self._pass(recipe, larger, over, seen, on_step)
             if recipe.detail and noted.layout is not None:
@@ -350,9 +269,9 @@ class Studio:
         self, recipe: Recipe, drawn: Image.Image, layout: Layout, seen: Mapping[str, Image.Image], on_step: OnStep | None
     ) -> Image.Image:
         """The picture with each subject's place drawn over once more, enlarged, by the LoRAs that act there."""
-        usual = usual_size(self.pipe, self.base, "")
+        usual = usual_size(self.base.pipe, self.base.name, "")
         for subject in detail_pass.subjects(self.explain(recipe), layout.regions, drawn.size):
-            size = picture_passes.drawable(self.pipe, *detail_pass.enlarged(subject.box, usual))
+            size = picture_passes.drawable(self.base.pipe, *detail_pass.enlarged(subject.box, usual))
             over = {"image": picture_passes.fitted(drawn.crop(subject.box), *size), "strength": recipe.detail}
             here = dict(seen)
             if "control" in seen:
@@ -370,7 +289,7 @@ class Studio:
 
     def _steps_of_passes(self, recipe: Recipe) -> tuple[int, int, int]:
         """The steps of the first pass, of the larger picture, and of all details."""
-        count = partial(picture_passes.steps_drawn, self.pipe, recipe.steps)
+        count = partial(picture_passes.steps_drawn, self.base.pipe, recipe.steps)
         first = count(recipe.strength) if recipe.image else recipe.steps
         larger = count(recipe.hires_strength) if recipe.hires > 1 else 0
         if not recipe.detail:
@@ -386,7 +305,7 @@ class Studio:
             return ""
         call = self._bound_call(recipe, always=recipe.binding == TILES)
         since = None if call is None else begin_of_tiles(call)
-        if since is None or step <= max(1, since * recipe.steps) + 1e-5 or step > UNTIL * recipe.steps + 1e-5:
+        if call is None or since is None or part_of_step(step, recipe.steps, call.tiling, since) != "tiles":
             return ""
         return "each subject by itself"
 
@@ -409,12 +328,12 @@ class Studio:
             acting: only these LoRAs act, everywhere; by default all, as the recipe says.
         """
         controlnet = self.catalog.files["controlnet"][recipe.controlnet] if recipe.controlnet else None
-        pipe = self._drawing_with(controlnet)(over=bool(over), masked="mask_image" in over)
+        pipe = self.base.drawing_with(controlnet)(over=bool(over), masked="mask_image" in over)
         steps = picture_passes.steps_drawn(pipe, recipe.steps, over.get("strength", 1.0))
         with ExitStack() as stack:
-            stack.callback(setattr, pipe, "scheduler", self._own_scheduler)
-            pipe.scheduler = sampler(recipe.sampler, self._own_scheduler, recipe.seed)
-            mixture = self.attachment.to(pipe, recipe)
+            stack.callback(setattr, pipe, "scheduler", self.base.scheduler)
+            pipe.scheduler = sampler(recipe.sampler, self.base.scheduler, recipe.seed)
+            mixture = self.base.attachment.to(pipe, recipe)
             shown = self._shown(pipe, recipe, size, seen, stack)
             files = {name: self.catalog.files["embedding"][name] for name in recipe.embeddings}
             words = stack.enter_context(embeddings.taught(pipe, files))  # after what is attached, and taken back before it
@@ -489,19 +408,19 @@ class Studio:
         call = {"prompt": recipe.plain_text, "width": recipe.width, "height": recipe.height}
         call |= {"prompt_2": recipe.prompt_2} if self._reads_second(recipe) else {}
         tiling = Tiling(until=0) if recipe.binding_of_pass() == BOUND else Tiling(always=recipe.binding == TILES)
-        found = PictureCall(self.pipe, tiling, call, self._bound(recipe), list(recipe.experts))
-        return explain(found, texts_read(self.pipe, recipe.text, recipe.prompt_2))
+        found = PictureCall(self.base.pipe, tiling, call, self._bound(recipe), list(recipe.experts))
+        return explain(found, texts_read(self.base.pipe, recipe.text, recipe.prompt_2))
 
     def _reads_second(self, recipe: Recipe) -> bool:
         """Whether a recipe has a second prompt and the pipeline reads it."""
-        return bool(recipe.prompt_2) and "prompt_2" in prompts_read(self.pipe)
+        return bool(recipe.prompt_2) and "prompt_2" in prompts_read(self.base.pipe)
 
     def _bound_call(self, recipe: Recipe, *, always: bool = False) -> PictureCall | None:
         """The call that draws a recipe; None if a prompt is too long, or with a given picture."""
-        if recipe.has_pictures or (texts := plain_texts(self.pipe, **recipe.call)) is None:
+        if recipe.has_pictures or (texts := plain_texts(self.base.pipe, **recipe.call)) is None:
             return None
         call = {**texts, "width": recipe.width, "height": recipe.height}
-        return PictureCall(self.pipe, Tiling(always=always), call, self._bound(recipe), list(recipe.experts))
+        return PictureCall(self.base.pipe, Tiling(always=always), call, self._bound(recipe), list(recipe.experts))
 
     def _bound(self, recipe: Recipe) -> dict[str, Bound]:
         """The words and region of each LoRA of a completed recipe: from its tag, otherwise from its file."""

@@ -296,7 +296,7 @@ def test_the_command_takes_several_bases(loras, tmp_path, monkeypatch, capsys):
     assert said[-1].startswith(
         "note: pictures can be drawn, but training on this page needs a UNet, and FluxPipeline has none"
     )
-    assert actions.studio.pipe._progress_bar_config["disable"]
+    assert actions.studio.base.pipe._progress_bar_config["disable"]
     assert actions.bases.settings()["guidance"] == 3.5
     assert main(["app", *bases, "--base-config", str(tmp_path / "flux"), "--loras", files]) == 1
     assert "--base-config is the config of one model, and these are 2: dream, flux" in capsys.readouterr().err

@@ -181,7 +181,7 @@ def test_the_page_says_what_a_mixture_says_of_each_lora(actions, loras):
     assert {name: role.place for name, role in found.items()} == {"fox": "own", "hat": "own", "ink": "own"}
     assert [found[name] for name in ("fox", "hat")] == [said[name] for name in ("fox", "hat")]
     assert "region" in found["ink"].why  # its mask is in the page alone
-    assert mole.mixture.attached(actions.studio.pipe) is None  # and nothing was attached
+    assert mole.mixture.attached(actions.studio.base.pipe) is None  # and nothing was attached
 
 
 def test_a_card_says_in_one_line_what_its_lora_does(actions):

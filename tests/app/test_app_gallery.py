@@ -133,7 +133,7 @@ def test_a_comparison_has_a_column_in_tiles_where_there_is_room(actions):
     recipe = dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1:word=fox> and an ink <lora:ink:1:word=ink>")
     labels = ["base", "alone fox", "alone ink", "sum", "bound"]
     assert [picture.label for picture in actions.compare(recipe)(ignore).pictures] == labels
-    actions.studio.pipe.unet.register_to_config(sample_size=8)  # as if trained on pictures of 16 pixels
+    actions.studio.base.pipe.unet.register_to_config(sample_size=8)  # as if trained on pictures of 16 pixels
     assert [picture.label for picture in actions.compare(recipe)(ignore).pictures] == [*labels, "tiles"]
 
 

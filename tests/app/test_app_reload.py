@@ -246,9 +246,9 @@ def test_gates_that_came_after_the_page_was_opened_can_be_filled_in(loras, tmp_p
 
     actions = Actions(Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny"))
     functions = named(build(actions, Recipe("a fox", steps=2)))
-    mixture = attach(actions.studio.pipe, {name: loras[name] for name in ("fox", "ink")}, "mole")
+    mixture = attach(actions.studio.base.pipe, {name: loras[name] for name in ("fox", "ink")}, "mole")
     mixture.save_pretrained(tmp_path / "new")
-    detach(actions.studio.pipe)
+    detach(actions.studio.base.pipe)
     actions.studio.catalog.add_gates("new", tmp_path / "new")
     Recipe(PROMPT, gates="new", base="tiny").save(tmp_path / "recipe.json")
     load, event = functions["load"]

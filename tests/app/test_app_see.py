@@ -40,7 +40,7 @@ RECIPE = Recipe("a <lora:fox:0.5> b <lora:ink:1>", steps=2, width=32, height=32,
 def test_every_model_shows_where_which_lora_acted(actions):
     seen = []
     report = actions.look(RECIPE)(seen.append)
-    part = PARTS[actions.studio.base]
+    part = PARTS[actions.studio.base.name]
     assert str(report) == "mean weight: fox 0.50, ink 1.00"
     assert all(site.startswith(f"{part}.") for site in report.labels.values())
     assert len(report.labels) > 1
@@ -93,9 +93,9 @@ def test_loras_that_did_not_act_on_the_picture_are_said(tmp_path):
 
 def test_the_preview_of_the_last_step_is_the_picture(actions):
     studio, latents = actions.studio, []
-    studio.pipe.vae.register_to_config(shift_factor=0.0 if hasattr(studio.pipe, "unet") else 0.5)
+    studio.base.pipe.vae.register_to_config(shift_factor=0.0 if hasattr(studio.base.pipe, "unet") else 0.5)
     image = studio.draw(studio.complete(RECIPE), on_step=lambda _, now: latents.append(now))
-    preview = PreviewDecoder()(studio.pipe, latents[-1])
+    preview = PreviewDecoder()(studio.base.pipe, latents[-1])
     assert np.abs(np.asarray(preview, int) - np.asarray(image, int)).max() <= 1
 
 

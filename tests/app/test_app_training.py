@@ -63,7 +63,7 @@ def run(studio, home, wanted=None, *, stop=lambda state: False, again="", prompt
     work = train(studio, Recipe(prompt, steps=2, width=32, height=32), wanted or request(), home=home, again=again)
     with suppress(StoppedError):
         last[:] = [work(report)]
-    assert len(studio.pipe.unet._forward_pre_hooks) == 2  # the mixture's own
+    assert len(studio.base.pipe.unet._forward_pre_hooks) == 2  # the mixture's own
     return last[0], said
 
 
@@ -90,7 +90,7 @@ def test_loras_are_bound_as_their_tags_say(studio, tmp_path, recwarn, way):
     prompt = "a beast in ink <lora:fox:1:word=beast:region=left> <lora:ink:1>"
     singles = {"fox": ["a beast in ink"], "ink": ["ink"]}
     run(studio, tmp_path, request(singles=singles, composed=["beast in ink"], steps=1, way=way), prompt=prompt)
-    assert attached(studio.pipe).binding["fox"] == Bound(("beast",), "left")
+    assert attached(studio.base.pipe).binding["fox"] == Bound(("beast",), "left")
     assert not [w for w in recwarn if "no trigger" in str(w.message)]
 
 
@@ -109,7 +109,7 @@ def test_it_binds_and_draws_in_tiles_as_the_recipe_says(studio, tmp_path, monkey
     wanted = request(composed=["a fox and a hen"], singles=singles)
     with pytest.raises(StoppedError):
         train(studio, recipe, wanted, home=tmp_path)(stop)
-    assert (attached(studio.pipe).binding is not None, bool(in_tiles)) == bound
+    assert (attached(studio.base.pipe).binding is not None, bool(in_tiles)) == bound
     assert read_json(tmp_path / ".runs" / "g" / "run.json")["is_bound"] == (binding != "none")
 
 
@@ -188,13 +188,13 @@ def test_a_name_is_continued_or_overwritten(studio, tmp_path):
 @pytest.mark.thorough
 def test_gates_are_trained_at_the_size_of_the_recipe(studio, tmp_path):
     shapes = []
-    record = studio.pipe.unet.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[2:])))
+    record = studio.base.pipe.unet.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[2:])))
     wanted = request(way="collage", steps=2)
     work = train(studio, Recipe(PROMPT, steps=2, width=48, height=32), wanted, home=tmp_path)
     last = work(lambda _: None)
     record.remove()
     with pytest.raises(GatesExistError):
-        train(Studio(studio.pipe, studio.catalog, "another"), replace(RECIPE, width=48), wanted, home=tmp_path)
+        train(Studio(studio.base.pipe, studio.catalog, "another"), replace(RECIPE, width=48), wanted, home=tmp_path)
     assert {picture.size for picture, _ in last.pictures} == {(48, 32)}
     assert set(shapes) == {(16, 24), (16, 16)}  # collages are wide, their parts are not
     with pytest.raises(GatesExistError):
@@ -204,7 +204,7 @@ def test_gates_are_trained_at_the_size_of_the_recipe(studio, tmp_path):
 def test_the_text_encoder_is_read_as_far_as_in_the_picture(studio, tmp_path, monkeypatch):
     """Clip skip was left out, so gates were trained on texts that no picture was drawn with."""
     monkeypatch.setattr(held_out, "COUNT", 1)
-    ran, last = [], studio.pipe.text_encoder.encoder.layers[-1].self_attn
+    ran, last = [], studio.base.pipe.text_encoder.encoder.layers[-1].self_attn
     last.register_forward_pre_hook(lambda *_: ran.append(last))
     wanted = request(steps=1)
     assert train(studio, replace(RECIPE, clip_skip=2), wanted, home=tmp_path)(ignore).verdict
@@ -245,8 +245,8 @@ def test_an_open_size_is_that_of_what_is_trained(studio, tmp_path, monkeypatch):
 def test_the_verdict_compares_the_same_held_out_seeds(studio):
     wanted = request()
     experts = {name: studio.catalog.expert(name) for name in ("fox", "ink")}
-    mixture = attach(studio.pipe, experts, "flow")
-    losses = held_out.losses(studio.pipe, mixture, wanted.data(), replace(wanted.config(), seed=3))
+    mixture = attach(studio.base.pipe, experts, "flow")
+    losses = held_out.losses(studio.base.pipe, mixture, wanted.data(), replace(wanted.config(), seed=3))
     once, again = [loss() for loss in losses], [loss() for loss in losses]
     assert once == again
     assert len(set(once)) == 4

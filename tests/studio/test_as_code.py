@@ -73,7 +73,7 @@ def test_a_script_draws_the_recipes_picture(changes, base, config, folder, monke
     recipe = dataclasses.replace(RECIPE, **{name: value for name, value in changes.items() if name not in pictures})
     recipe = studio.complete(with_pictures(recipe, pictures.get("image"), pictures.get("mask")))
     wanted = np.asarray(studio.draw(recipe, **pictures))
-    assert np.array_equal(drawn_by(as_code(recipe, studio.config)), wanted)
+    assert np.array_equal(drawn_by(as_code(recipe, studio.base.config)), wanted)
 
 
 def test_a_checkpoint_is_opened_with_the_config_that_was_given(folder, monkeypatch):
@@ -81,7 +81,7 @@ def test_a_checkpoint_is_opened_with_the_config_that_was_given(folder, monkeypat
     found = open_base("Dream.safetensors", config="config")
     studio = Studio(found.pipe, Catalog(files_of("loras", "lora"), {}), found.name, found.config)
     recipe = studio.complete(dataclasses.replace(RECIPE, prompt=SAME_NAME))
-    assert np.array_equal(drawn_by(as_code(recipe, studio.config)), np.asarray(studio.draw(recipe)))
+    assert np.array_equal(drawn_by(as_code(recipe, studio.base.config)), np.asarray(studio.draw(recipe)))
 
 
 def test_a_script_draws_in_the_precision_of_the_app(folder, monkeypatch):

@@ -58,7 +58,7 @@ def test_a_hundred_loras_cost_what_the_two_of_the_prompt_cost(loras, monkeypatch
         recipe = studio.complete(RECIPE)
         with Operations() as operations:
             studio.draw(recipe)
-        held = sum(p.nbytes for model in (studio.pipe.unet, studio.pipe.text_encoder) for p in model.parameters())
+        held = sum(p.nbytes for model in (studio.base.pipe.unet, studio.base.pipe.text_encoder) for p in model.parameters())
         costs.append((sorted(read), operations.count, held))
     assert costs[0] == costs[1]
     assert costs[0][0] == ["fox", "ink"]
@@ -131,7 +131,7 @@ def test_a_lora_is_found_by_its_hash_among_files_that_cannot_be_read(studio, lor
     (tmp_path / "a.safetensors").write_text("<html>")
     (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     catalog = Catalog({**files_of(tmp_path, "lora"), "renamed": loras["fox"]}, {})
-    there = Studio(studio.pipe, catalog, "tiny")
+    there = Studio(studio.base.pipe, catalog, "tiny")
     assert [bool(there.misfit(name)) for name in catalog.loras] == [True, True, False]
     with pytest.raises(ValueError, match="the LoRA 'gone' cannot be used here: no file at"):
         there.complete(Recipe("a <lora:gone:1>"))

@@ -43,12 +43,12 @@ def draw(studio, recipe):
 @pytest.mark.parametrize("lora", ["", " <lora:fox:1>"])
 def test_a_prompt_is_drawn_as_diffusers_draws_it_and_the_next_one_as_before(studio, lora):
     plain = studio.complete(Recipe(f"a fox{lora}", steps=2, seed=1, guidance=3.0))
-    before, words = draw(studio, plain), len(studio.pipe.tokenizer)
+    before, words = draw(studio, plain), len(studio.base.pipe.tokenizer)
     prompts = {"prompt": f"a (fox:1.2), embedding:face-1.5{lora}", "negative": "blur, embedding:Easy Negative."}
     recipe = studio.complete(dataclasses.replace(plain, **prompts))
     assert set(recipe.embeddings) == {"Face-1.5", "easy negative"}
     drawn = draw(studio, recipe)
-    assert len(studio.pipe.tokenizer) == words == len(studio.pipe.text_encoder.get_input_embeddings().weight)
+    assert len(studio.base.pipe.tokenizer) == words == len(studio.base.pipe.text_encoder.get_input_embeddings().weight)
     assert np.array_equal(draw(studio, plain), before)
     theirs = Studio(tiny_pipeline(), studio.catalog, "tiny")
     theirs.pipe.load_textual_inversion({"zwface": TRAINED[0]}, token="zwface")
@@ -93,7 +93,7 @@ def test_a_recipe_knows_its_embeddings_by_their_tensors(studio, folder):
     recipe = studio.complete(Recipe("embedding:easy negative", steps=1))
     assert studio.complete(recipe).embeddings == recipe.embeddings
     save_file({"emb_params": TRAINED + 1}, folder / "easy negative.safetensors")
-    other = Studio(studio.pipe, Catalog({}, {}, files=studio.catalog.files), "tiny")
+    other = Studio(studio.base.pipe, Catalog({}, {}, files=studio.catalog.files), "tiny")
     with pytest.raises(ValueError, match="the embedding 'easy negative' here is another file than the recipe's"):
         other.complete(recipe)
     with pytest.raises(ValueError, match="nowhere is not there; give the folder of embedding files"):

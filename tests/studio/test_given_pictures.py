@@ -124,10 +124,10 @@ def test_a_control_map_is_that_of_diffusers_call_with_the_mixture_on(kind, studi
 def test_a_file_with_the_original_names_has_the_same_weights(studio, tmp_path):
     torch.manual_seed(4)
     widths = {"conditioning_embedding_out_channels": (2, 4, 6, 8), "load_weights_from_unet": False}
-    net = diffusers.ControlNetModel.from_unet(studio.pipe.unet, **widths)
+    net = diffusers.ControlNetModel.from_unet(studio.base.pipe.unet, **widths)
     for weight in net.parameters():
         torch.nn.init.normal_(weight)
-    found = open_controlnet(studio.pipe, save_controlnet(net, tmp_path / "net.safetensors")).state_dict()
+    found = open_controlnet(studio.base.pipe, save_controlnet(net, tmp_path / "net.safetensors")).state_dict()
     assert found.keys() == net.state_dict().keys()
     assert all(torch.equal(found[name], weight) for name, weight in net.state_dict().items())
 
@@ -135,7 +135,7 @@ def test_a_file_with_the_original_names_has_the_same_weights(studio, tmp_path):
 def test_a_reference_picture_is_that_of_diffusers_call_and_leaves_nothing_behind(kind, studio, folder, encoder):
     plain = studio.complete(RECIPE)
     before = studio.draw(plain)
-    processors = dict(studio.pipe.unet.attn_processors)
+    processors = dict(studio.base.pipe.unet.attn_processors)
     recipe = completed(studio, dataclasses.replace(RECIPE, **ADAPTED), reference=SHOWN)
     drawn = studio.draw(recipe, reference=SHOWN)
     pipe = PIPES[kind][0]()
@@ -149,9 +149,9 @@ def test_a_reference_picture_is_that_of_diffusers_call_and_leaves_nothing_behind
     assert far(studio.draw(recipe, reference=SHOWN), drawn) == 0  # with what was remembered
     assert far(studio.draw(plain), before) == 0
     assert far(drawn, before) > 3
-    assert studio.pipe.unet.attn_processors == processors
-    assert studio.pipe.unet.encoder_hid_proj is None
-    assert getattr(studio.pipe, "image_encoder", None) is None
+    assert studio.base.pipe.unet.attn_processors == processors
+    assert studio.base.pipe.unet.encoder_hid_proj is None
+    assert getattr(studio.base.pipe, "image_encoder", None) is None
 
 
 def test_an_image_encoder_is_read_from_its_file_alone(folder, encoder):
@@ -207,7 +207,7 @@ def test_what_cannot_act_is_refused_in_one_sentence(kind, studio, folder, tmp_pa
         recipe = other.complete(with_pictures(dataclasses.replace(adapted, prompt="a fox"), reference=MAP))
         with pytest.raises(ValueError, match=r"ip-plus\.safetensors is no IP-Adapter for"):
             other.draw(recipe, reference=MAP)
-    lone = Studio(studio.pipe, Catalog({}, {}, files={"ip_adapter": files_of(folder, "ip_adapter")}), "lone")
+    lone = Studio(studio.base.pipe, Catalog({}, {}, files={"ip_adapter": files_of(folder, "ip_adapter")}), "lone")
     recipe = lone.complete(with_pictures(dataclasses.replace(adapted, prompt="a fox"), reference=MAP))
     with pytest.raises(ValueError, match="needs its image encoder, a .safetensors file in the folder clip_vision"):
         lone.draw(recipe, reference=MAP)

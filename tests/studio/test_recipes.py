@@ -27,10 +27,10 @@ def test_tags_and_cards_without_a_strength_take_that_of_the_note(studio, loras, 
         shutil.copy(loras[name], path)
     (tmp_path / "fox.json").write_text('{"activation text": "fox", "preferred weight": 0.6}')
     asked = Recipe("a fox <lora:Fox> <lora:ink>", steps=1, width=32, height=32)
-    found = Studio(studio.pipe, catalog, "tiny").complete(asked)
+    found = Studio(studio.base.pipe, catalog, "tiny").complete(asked)
     assert found.prompt == "a fox <lora:fox:0.6> <lora:ink:1>"
     for typed in ("<lora:fox:1>", "<lora:fox:te=1>", "<lora:fox:unet=0.2>"):
-        (tag,) = Studio(studio.pipe, catalog, "tiny").complete(dataclasses.replace(asked, prompt=typed)).tags
+        (tag,) = Studio(studio.base.pipe, catalog, "tiny").complete(dataclasses.replace(asked, prompt=typed)).tags
         assert tag.te(0, 1) == 1, typed
     cards = cards_of(asked.prompt, [], catalog.loras, catalog.preferred_weight)
     assert [card["tag"] for card in cards] == ["<lora:fox:0.6>", "<lora:ink:1>"]
@@ -54,13 +54,13 @@ def test_what_was_drawn_before_does_not_change_a_picture(studio, recipe):
     image = studio.draw(recipe)
     studio.draw(studio.complete(Recipe("a hat <lora:hat:2>", steps=1, width=32, height=32, sampler="Euler a")))
     studio.draw(studio.complete(Recipe("a hat", steps=1, width=32, height=32)))
-    assert attached(studio.pipe) is None
+    assert attached(studio.base.pipe) is None
     assert same(studio.draw(recipe), image)
 
 
 def test_a_recipe_without_a_size_has_that_of_its_prompt(studio, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"format": FORMAT, "version": VERSION, "prompt": "a fox", "height": 48}))
-    own = studio.pipe.unet.config.sample_size * studio.pipe.vae_scale_factor
+    own = studio.base.pipe.unet.config.sample_size * studio.base.pipe.vae_scale_factor
     assert own != 64
     asked = infotext.read(tmp_path / "r.json")
     recipe = studio.complete(asked)
@@ -90,7 +90,7 @@ def test_words_and_regions_of_tags_bind(studio, recipe):
     tags = "a fox in ink <lora:fox:0.8:word=fox:region=left> <lora:ink:1:stop=1:region=everywhere>"
     bound = dataclasses.replace(recipe, prompt=tags)
     picture = studio.draw(bound)
-    assert attached(studio.pipe).binding["fox"] == Bound(("fox",), "left")
+    assert attached(studio.base.pipe).binding["fox"] == Bound(("fox",), "left")
     assert not same(picture, unbound)
     assert same(studio.draw(dataclasses.replace(bound, binding="none")), unbound)
     assert same(studio.draw(recipe), unbound)  # the tag's binding does not stay

@@ -131,7 +131,7 @@ def test_binding_acts_where_a_picture_is_drawn_over(studio, photo):
     bound = studio.draw(recipe, image=photo)
     assert far(studio.draw(dataclasses.replace(recipe, binding="none"), image=photo), bound) > 0
     studio.draw(recipe, image=photo)
-    (layout,) = attached(studio.pipe).layouts
+    (layout,) = attached(studio.base.pipe).layouts
     assert layout is not None
     swapped = dataclasses.replace(recipe, prompt=prompt.replace("left", "top"))
     assert far(studio.draw(swapped, image=photo), bound) > 0
@@ -140,9 +140,9 @@ def test_binding_acts_where_a_picture_is_drawn_over(studio, photo):
 @pytest.fixture
 def room_for_tiles(studio):
     """Sets the size in the latents that the UNet counts as trained at."""
-    own = studio.pipe.unet.config.sample_size
-    yield lambda size: studio.pipe.unet.register_to_config(sample_size=size)
-    studio.pipe.unet.register_to_config(sample_size=own)
+    own = studio.base.pipe.unet.config.sample_size
+    yield lambda size: studio.base.pipe.unet.register_to_config(sample_size=size)
+    studio.base.pipe.unet.register_to_config(sample_size=own)
 
 
 def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo, room_for_tiles):
@@ -426,7 +426,7 @@ def test_a_detail_pass_draws_each_subject_again_enlarged_in_its_place_by_the_lor
     assert np.abs(array(after) - array(before))[outside].max() == 0
     theirs = before
     for subject in found:  # the same by img2img with the plain sum of these LoRAs
-        size = drawable(studio.pipe, *enlarged(subject.box, (32, 32)))
+        size = drawable(studio.base.pipe, *enlarged(subject.box, (32, 32)))
         crop = fitted(theirs.crop(subject.box), *size)
         tags = " ".join(str(tag) for tag in recipe.tags if tag.name in subject.acting)
         over = {"prompt": f"{recipe.text} {tags}", "arm": "sum", "width": size[0], "height": size[1], "strength": 0.5}
@@ -521,7 +521,7 @@ def test_other_hosts_draw_and_draw_over(host, photo, tmp_path):
     pipe, _ = hosts.HOSTS[host]()
     loras = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "ink"))}
     studio = Studio(pipe, Catalog(loras, {}), host)
-    assert usual_size(studio.pipe, host, "")[0] >= 32
+    assert usual_size(studio.base.pipe, host, "")[0] >= 32
     recipe = studio.complete(dataclasses.replace(RECIPE, steps=2, sampler="euler", hires=1.5))
     shapes = []
     drawn = studio.draw(recipe, on_step=lambda _, latents: shapes.append(tuple(latents.shape)))
@@ -532,7 +532,7 @@ def test_other_hosts_draw_and_draw_over(host, photo, tmp_path):
     over = studio.complete(with_pictures(dataclasses.replace(RECIPE, steps=2, width=48, strength=0.5), photo))
     assert studio.draw(over, image=photo).size == (48, 32)
     if host == "flux":
-        assert studio.samplers == ["Euler"]
+        assert studio.base.samplers == ["Euler"]
         with pytest.raises(ValueError, match="unknown sampler 'DDIM'; known: Euler"):
             studio.complete(dataclasses.replace(RECIPE, sampler="DDIM"))
         noted = dataclasses.replace(recipe, negative="blur", prompt="a fox in ink with a red hat")

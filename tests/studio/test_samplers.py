@@ -71,7 +71,7 @@ def test_samplers_clip_latents_only_if_the_models_scheduler_does(name):
 
 def test_a_sampler_that_needs_a_package_is_listed_where_that_is(studio, monkeypatch):
     monkeypatch.setattr("mole_diffusers.studio.samplers.find_spec", lambda name: None)
-    assert not [name for name in studio.samplers if name.startswith("DPM++ SDE")]
+    assert not [name for name in studio.base.samplers if name.startswith("DPM++ SDE")]
     with pytest.raises(
         ValueError, match=r"'DPM\+\+ SDE Karras' needs the package torchsde: pip install 'mole-diffusers\[sampl"
     ):
@@ -79,7 +79,7 @@ def test_a_sampler_that_needs_a_package_is_listed_where_that_is(studio, monkeypa
     with pytest.raises(ValueError, match=r"unknown sampler 'DPM\+\+ SDE'; known: Euler$"):  # which no package would help
         sampler("DPM++ SDE", hosts.flow())
     monkeypatch.setattr("mole_diffusers.studio.samplers.find_spec", lambda name: name)
-    assert [name for name in studio.samplers if name.startswith("DPM++ SDE")] == ["DPM++ SDE", "DPM++ SDE Karras"]
+    assert [name for name in studio.base.samplers if name.startswith("DPM++ SDE")] == ["DPM++ SDE", "DPM++ SDE Karras"]
     assert list(samplers_of(hosts.flow())) == ["Euler"]
 
 
@@ -101,7 +101,7 @@ def test_noise_of_a_samplers_own_is_that_of_the_seed(studio):
 def test_clip_skip_ends_the_text_encoder_earlier(studio):
     """As diffusers' argument, which counts one less, and means the prompt alone; also where words have weights."""
     recipe = studio.complete(dataclasses.replace(RECIPE, clip_skip=2, guidance=1.0))
-    image, layers = studio.draw(recipe), studio.pipe.text_encoder.encoder.layers
+    image, layers = studio.draw(recipe), studio.base.pipe.text_encoder.encoder.layers
     pipe = tiny_pipeline()
     attach(pipe, {"fox": (studio.catalog.loras["fox"], 0.8), "ink": studio.catalog.loras["ink"]})
     given = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(7)}
@@ -111,7 +111,7 @@ def test_clip_skip_ends_the_text_encoder_earlier(studio):
     assert far(studio.draw(weighted), image) <= 2
     with pytest.raises(ValueError, match=r"clip skip is in 1..2 with this base, got 3"):  # before anything is drawn
         studio.complete(dataclasses.replace(recipe, clip_skip=3))
-    assert studio.pipe.text_encoder.encoder.layers is layers
+    assert studio.base.pipe.text_encoder.encoder.layers is layers
     assert len(layers) == 2
 
 
@@ -135,10 +135,10 @@ def evaluations(studio, recipe):
 
 
 def test_samplers_differ_and_the_own_one_comes_back(studio):
-    own = studio.pipe.scheduler
+    own = studio.base.pipe.scheduler
     drawn = {n: studio.draw(studio.complete(dataclasses.replace(RECIPE, sampler=n))) for n in ("Euler", "Euler Karras")}
     assert far(*drawn.values()) > 0
-    assert studio.pipe.scheduler is own
+    assert studio.base.pipe.scheduler is own
     pipe = tiny_pipeline()
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(own.config, use_karras_sigmas=True)
     again = Studio(pipe, studio.catalog, "tiny")

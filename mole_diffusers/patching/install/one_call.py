@@ -80,7 +80,7 @@ class OneCall:
             return nullcontext()
         acting = {name for name, acts in zip(self.names, settings.acting, strict=True) if acts}
         read, set_places = PictureCall(self.pipe, tiling, self.given, masks.bound, acting), partial(self._set_places, masks)
-        if tiling.until and (things := things_for_tiles(read)) is not None:
+        if (things := things_for_tiles(read)) is not None:
             return Tiles(read, things, alone=self._alone, set_places=set_places).drawn()
         unheard = partial(self._alone, is_heard=False)
         found = (source(read, alone=unheard, set_places=set_places) for source in PLACE_SOURCES)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import permutations, product
+from typing import Literal
 
 import torch
 
+from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.binding.sentence import together
 from mole_diffusers.binding.who_acts import OWN_TILE, Explanation, read_prompt, roles
 from mole_diffusers.binding.words import keys
-from mole_diffusers.patching.host.cropping import Cropping
 from mole_diffusers.patching.subjects.things import SINCE, PictureCall, PromptThings, Tiling
 from mole_diffusers.patching.subjects.windows import Window, border_of, window_around, windows_of_two_that_touch
 
@@ -33,6 +34,79 @@ OTHER_THINGS = "the text encoder reads other things in this prompt than {}: shor
 SCALE_ONLY = "of arguments for attention, tiles only know the scale of LoRAs, not {!r}"
 
 
+def why_one_picture(call: PictureCall) -> str:
+    """Why the prompts or the pipeline of a call make its picture be drawn as one; "" if it may be drawn in tiles.
+
+    The call's other arguments (`things_for_tiles`) and the size (`cut`) decide about the rest.
+    """
+    things, always = call.things, call.tiling.always
+    if call.tiling.until == 0:
+        return "tiles are off"
+    if things is not None and things.why_not_apart and not (always and len(things.apart) > 1):
+        return things.why_not_apart
+    if call.obstacle:
+        return call.obstacle
+    if lost := sorted(_given(call) & OF_WHOLE_PICTURE):
+        return ONE_PROMPT.format(" and ".join(lost))
+    if always or call.cropping.by_itself:
+        return ""
+    return f"a {type(call.denoiser).__name__} draws in tiles inside `mixture.tiled()` alone"
+
+
+def things_for_tiles(call: PictureCall) -> PromptThings | None:
+    """The things that a call is drawn of, in tiles if there is room; None if its picture is drawn as one.
+
+    Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
+    """
+    things, always = call.things, call.tiling.always and call.tiling.until > 0
+    if always and call.obstacle:
+        raise ValueError(call.obstacle)
+    if things is None or len(things.apart) < 2:
+        return None
+    why = why_one_picture(call)
+    if always and call.for_processors and not why:
+        why = f"{SCALE_ONLY.format(call.for_processors[0])}: draw without it, or without tiles"
+    if always and why:
+        raise ValueError(why)
+    allowed = OF_A_PROMPT | OF_STATES if call.gives_states else OF_A_PROMPT
+    return things if always or not why and _given(call) <= allowed else None
+
+
+def _given(call: PictureCall) -> set[str]:
+    """The names of a call's arguments."""
+    return {name for name, value in call.given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a picture is cut into tiles.
+
+    Attributes:
+        windows: one for each thing.
+        border: [H, W] bool, where silhouettes divide two windows, see `border_of`; None where nothing or the user does.
+        since: the share of the steps before the tiles.
+    """
+
+    windows: Sequence[Window]
+    border: torch.Tensor | None
+    since: float
+
+
+def cut(call: PictureCall, things: PromptThings, height: int, width: int) -> Cut | None:
+    """How the things of a call are cut in a picture of so many tokens; None if tiles need more room."""
+    trained, step, contact = call.cropping.trained, call.cropping.multiple, things.contact
+    if contact is not None:
+        windows = windows_of_two_that_touch(height, width, trained, step, contact.is_stacked)
+    else:
+        windows = [window_around(mask, trained, step) for mask in things.masks(height, width)]
+    if not call.tiling.always and not (trained > 0 and all(window.has_room(trained) for window in windows)):
+        return None
+    is_given = any(things.is_given(thing) for thing, _ in things.apart)
+    border = None if len(windows) != 2 or is_given else border_of(windows[0], windows[1], trained)
+    usual = min(SINCE if border is None else SINCE_OVERLAPPING, call.tiling.until / 2)
+    return Cut(windows, border, usual if call.tiling.since is None else call.tiling.since)
+
+
 def begin_of_tiles(call: PictureCall) -> float | None:
     """The share of the steps after which the pictures of a call, which includes their size, are drawn in tiles; None if they
     never are.
@@ -40,10 +114,8 @@ def begin_of_tiles(call: PictureCall) -> float | None:
     things = things_for_tiles(call)
     if things is None or call.for_processors:
         return None
-    windows = _windows_in(call, things)
-    if not call.tiling.always and not have_room(call.cropping, windows):
-        return None
-    return since_of(call.tiling, border(call.cropping, things, windows))
+    found = cut(call, things, *_tokens(call))
+    return None if found is None else found.since
 
 
 def explain(call: PictureCall, texts: Sequence[str]) -> Explanation:
@@ -55,7 +127,10 @@ def explain(call: PictureCall, texts: Sequence[str]) -> Explanation:
     things, on = PromptThings(call.given["prompt"], call.bound, call.acting), [name in call.acting for name in call.bound]
     read = together([read_prompt(text, things.bound, on) for text in dict.fromkeys(texts)])
     found = roles(list(call.bound), things.bound, on, read)
-    why = _why_no_tiles(call)
+    why = why_one_picture(call)
+    has_size = call.given.get("width") is not None and not call.tiling.always
+    if not why and has_size and cut(call, things, *_tokens(call)) is None:
+        why = _no_room(call, things)
     if not why and len(texts) > 1:
         why = f"tiles read a prompt of one part, and this one is read in {len(texts)}: shorten it"
     elif not why and {*keys(read.things)} != {*things.keys}:
@@ -67,23 +142,7 @@ def explain(call: PictureCall, texts: Sequence[str]) -> Explanation:
     return Explanation(found, tiles, why, read.contacts)
 
 
-def _why_no_tiles(call: PictureCall) -> str:
-    """Why the picture of a call is drawn as one; "" if it is drawn in tiles. Without a size, as if there were room."""
-    things, always = call.things, call.tiling.always
-    if call.tiling.until == 0:
-        return "tiles are off"
-    if things is not None and things.why_not_apart and not (always and len(things.apart) > 1):
-        return things.why_not_apart
-    if things is None or call.obstacle:
-        return call.obstacle
-    if lost := [name for name in sorted(OF_WHOLE_PICTURE) if call.given.get(name) is not None]:
-        return ONE_PROMPT.format(" and ".join(lost))
-    if always:
-        return ""
-    if not call.cropping.by_itself:
-        return f"a {type(call.denoiser).__name__} draws in tiles inside `mixture.tiled()` alone"
-    if call.given.get("width") is None or have_room(call.cropping, _windows_in(call, things)):
-        return ""
+def _no_room(call: PictureCall, things: PromptThings) -> str:
     size = f"{call.given['width']} x {call.given['height']} pixels"
     if things.contact is None:
         return f"{size} are too small to draw each thing apart"
@@ -99,42 +158,17 @@ def size_for_tiles(call: PictureCall, most: int) -> tuple[int, int] | None:
     pixels = side * _token(call)
     times = range(1, min(len(things.apart), most // pixels) + 1)
     for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
-        if have_room(call.cropping, windows_of(call.cropping, things, height * side, width * side)):
+        if cut(call, things, height * side, width * side) is not None:
             return width * pixels, height * pixels
     return None
 
 
-def things_for_tiles(call: PictureCall) -> PromptThings | None:
-    """The things that a call is drawn of, in tiles if there is room; None if its picture is drawn as one.
-
-    Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
-    """
-    things, always, reason = call.things, call.tiling.always, call.obstacle
-    if reason and always:
-        raise ValueError(reason)
-    if reason or things is None or len(things.apart) < 2:
-        return None
-    given = {name for name, value in call.given.items() if value is not None}
-    if always and (lost := sorted(given & OF_WHOLE_PICTURE)):
-        raise ValueError(ONE_PROMPT.format(" and ".join(lost)))
-    if always and call.for_processors:
-        raise ValueError(f"{SCALE_ONLY.format(call.for_processors[0])}: draw without it, or without tiles")
-    allowed = OF_A_PROMPT | OF_STATES if call.gives_states else OF_A_PROMPT
-    by_itself = call.cropping.by_itself and not things.why_not_apart and given <= allowed
-    return things if always or by_itself else None
-
-
-def windows_of(cropping: Cropping, things: PromptThings, height: int, width: int) -> list[Window]:
-    """The windows of the things of a prompt in a picture of so many tokens."""
-    trained, step = cropping.trained, cropping.multiple
-    if things.contact is not None:
-        return windows_of_two_that_touch(height, width, trained, step, things.contact.is_stacked)
-    return [window_around(mask, trained, step) for mask in things.masks(height, width)]
-
-
-def have_room(cropping: Cropping, windows: Sequence[Window]) -> bool:
-    """Whether the denoiser was trained with pictures that are as large as each window."""
-    return cropping.trained > 0 and all(window.has_room(cropping.trained) for window in windows)
+def part_of_step(step: float, total: int, tiling: Tiling, since: float) -> Literal["layout", "tiles", "whole"]:
+    """What a step, from 1, of `total` draws if tiles begin after the share `since` of them; the first is usually no tile."""
+    before = since * total if tiling.since is not None else max(1, since * total)
+    if step > tiling.until * total + 1e-5:
+        return "whole"
+    return "layout" if step <= before + 1e-5 else "tiles"
 
 
 def _token(call: PictureCall) -> int:
@@ -142,21 +176,6 @@ def _token(call: PictureCall) -> int:
     return int(call.pipe.vae_scale_factor) * call.cropping.patch
 
 
-def _windows_in(call: PictureCall, things: PromptThings) -> list[Window]:
-    """The windows of the things of a call in its picture."""
-    height, width = (call.given[side] // _token(call) for side in ("height", "width"))
-    return windows_of(call.cropping, things, height, width)
-
-
-def border(cropping: Cropping, things: PromptThings, windows: Sequence[Window]) -> torch.Tensor | None:
-    """[H, W] bool, where silhouettes divide two windows, see `border_of`; None where the user did."""
-    if len(windows) != 2 or any(things.is_given(thing) for thing, _ in things.apart):
-        return None
-    return border_of(windows[0], windows[1], cropping.trained)
-
-
-def since_of(tiling: Tiling, border: torch.Tensor | None) -> float:
-    """The share of the steps before the tiles."""
-    if tiling.since is not None:
-        return tiling.since
-    return min(SINCE if border is None else SINCE_OVERLAPPING, tiling.until / 2)
+def _tokens(call: PictureCall) -> GridSize:
+    """The height and width of a call's picture in tokens."""
+    return call.given["height"] // _token(call), call.given["width"] // _token(call)

@@ -143,7 +143,7 @@ class PictureCall:
         """What it gives attention processors besides the scale of LoRAs, such as GLIGEN's boxes."""
         return [name for given in FOR_ATTENTION for name in self.given.get(given) or {} if name != "scale"]
 
-    @property
+    @cached_property
     def obstacle(self) -> str:
         """Why the pipeline cannot draw these in tiles; "" if it can."""
         pipe, things = self.pipe, self.things

@@ -28,7 +28,7 @@ from mole_diffusers.gates.unchanged import LastTensor
 from mole_diffusers.patching.hooks import replaced_forward
 from mole_diffusers.patching.host.cropping import OF_WHOLE_SIZE, Call
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, Groups, groups_of, guides_in_turns
-from mole_diffusers.patching.subjects.apart import OTHER_THINGS, SCALE_ONLY, border, have_room, since_of, windows_of
+from mole_diffusers.patching.subjects.apart import OTHER_THINGS, SCALE_ONLY, cut, part_of_step
 from mole_diffusers.patching.subjects.sampler_steps import SamplerSteps
 from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces
 from mole_diffusers.patching.subjects.windows import STEADY, Window, silhouette
@@ -100,11 +100,10 @@ class Tiles:
         if (plan := self._plan(call)) is None:
             return whole(*args, **kwargs)
         times = self.call.pipe.scheduler.timesteps
-        begun = self._steps.begun(times, self.reader.timestep((), call), lambda: float(self.reader.time((), call)[0]))
-        total = len(times)
-        before = plan.since * total if self.call.tiling.since is not None else max(1, plan.since * total)
-        is_layout = begun <= before + 1e-5
-        if begun > self.call.tiling.until * total + 1e-5 or (is_layout and plan.layout is None):
+        step = self._steps.begun(times, self.reader.timestep((), call), lambda: float(self.reader.time((), call)[0]))
+        part = part_of_step(step, len(times), self.call.tiling, plan.since)
+        is_layout = part == "layout"
+        if part == "whole" or (is_layout and plan.layout is None):
             self._in_front = None
             return whole(*args, **kwargs)
         out = self._parts(plan, whole, call, is_layout=is_layout, is_negative=is_negative)
@@ -124,31 +123,27 @@ class Tiles:
         return self._plans[key]
 
     def _plan_at(self, side: GridSize, tokens: int) -> Plan | None:
-        things, always = self.things, self.call.tiling.always
-        windows = windows_of(self.call.cropping, things, *side)
-        if not always and not have_room(self.call.cropping, windows):
+        things = self.things
+        if (found := cut(self.call, things, *side)) is None:
             return None
         if self.call.for_processors:
             why = SCALE_ONLY.format(self.call.for_processors[0])
             warnings.warn(f"{why}, so this is drawn as one picture", PictureWarning, stacklevel=2)
             return None
-        for (thing, _), window in zip(things.apart, windows, strict=True):
+        for (thing, _), window in zip(things.apart, found.windows, strict=True):
             if not window.mask.any():
                 raise ValueError(f"the regions leave no place for {thing.name!r}")
         tiles = []
-        for (thing, part), window in zip(things.apart, windows, strict=True):
+        for (thing, part), window in zip(things.apart, found.windows, strict=True):
             names = things.drawing(thing, part)
             tiles.append(Tile(names, *self._encoded(part, names), window))
-        why = self._why_not(tiles, tokens)
-        if why and always:
-            raise ValueError(why)
-        if why:
+        if why := self._why_not(tiles, tokens):
+            if self.call.tiling.always:
+                raise ValueError(why)
             return None
-        divided, contact = border(self.call.cropping, things, windows), things.contact
-        since = since_of(self.call.tiling, divided)
-        if contact is None:
-            return Plan(side, tiles, since, divided, front=0, layout=None)
-        return Plan(side, tiles, since, divided, contact.front, self._layout(*side))
+        if things.contact is None:
+            return Plan(side, tiles, found.since, found.border, front=0, layout=None)
+        return Plan(side, tiles, found.since, found.border, things.contact.front, self._layout(*side))
 
     def _why_not(self, tiles: Sequence[Tile], tokens: int) -> str:
         """Why a text of so many tokens cannot be drawn in these tiles; "" if it can, and then listed things have places."""

@@ -42,12 +42,12 @@ def drawn(studio, recipe=RECIPE, **pictures):
 
 def test_pictures_are_those_of_the_base_that_is_open(loras):
     studio = fresh("one", loras)
-    first, before = drawn(studio), studio.pipe
-    studio.change_base("two", opening)
-    assert (studio.base, attached(before)) == ("two", None)
+    first, before = drawn(studio), studio.base.pipe
+    studio.base.change("two", opening)
+    assert (studio.base.name, attached(before)) == ("two", None)
     assert all(parameter.is_meta for parameter in before.unet.parameters())  # its memory is free
     assert np.array_equal(drawn(studio), drawn(fresh("two", loras)))
-    studio.change_base("one", opening)
+    studio.base.change("one", opening)
     assert np.array_equal(drawn(studio), first)
 
 
@@ -55,22 +55,22 @@ def test_weights_are_let_go_before_others_come(loras):
     studio, seen = fresh("one", loras), []
 
     def looking(name):
-        seen.append({parameter.device.type for parameter in studio.pipe.unet.parameters()})
+        seen.append({parameter.device.type for parameter in studio.base.pipe.unet.parameters()})
         return opening(name)
 
     drawn(studio)
-    studio.change_base("two", looking)
+    studio.base.change("two", looking)
     assert seen == [{"meta"}]
 
 
 @pytest.mark.parametrize("offload", ["model", *thorough("sequential")])
 def test_an_offloaded_base_is_let_go_too(loras, offload):
     studio = fresh("one", loras)
-    hosts.OFFLOADS[offload](studio.pipe)
-    first, before = drawn(studio), studio.pipe
-    studio.change_base("two", opening)
+    hosts.OFFLOADS[offload](studio.base.pipe)
+    first, before = drawn(studio), studio.base.pipe
+    studio.base.change("two", opening)
     assert all(p.is_meta for model in hosts.networks(before) for p in model.parameters())
-    studio.change_base("one", opening)
+    studio.base.change("one", opening)
     assert np.array_equal(drawn(studio), first)
 
 
@@ -78,8 +78,8 @@ def test_a_base_that_cannot_be_opened_leaves_the_one_that_was_there(loras):
     studio = fresh("one", loras)
     first = drawn(studio)
     with pytest.raises(ValueError, match="three is no base"):
-        studio.change_base("three", opening)
-    assert studio.base == "one"
+        studio.base.change("three", opening)
+    assert studio.base.name == "one"
     assert np.array_equal(drawn(studio), first)
 
 
@@ -96,7 +96,7 @@ def test_what_was_half_opened_is_let_go_before_the_old_one_comes_back(loras):
         return opening(name)
 
     with pytest.raises(ValueError, match="no room"):
-        studio.change_base("two", failing)
+        studio.base.change("two", failing)
     assert half[1] is None
 
 
@@ -110,22 +110,22 @@ def test_while_it_is_changed_others_are_told_to_wait(loras):
         return no_network() if name == "two" else opening(name)
 
     with pytest.raises(OSError, match="no network"):
-        studio.change_base("two", slowly)
-    assert (studio.base, len(said)) == ("one", 2)
+        studio.base.change("two", slowly)
+    assert (studio.base.name, len(said)) == ("one", 2)
 
 
 def test_where_the_old_one_cannot_be_opened_again_one_can_still_be_chosen(loras):
     studio = fresh("one", loras)
     first, recipe = drawn(studio), studio.complete(RECIPE)
     with pytest.raises(ValueError, match="three is no base; and one cannot be opened again: no network"):
-        studio.change_base("three", lambda name: opening(name) if name == "three" else no_network())
-    assert studio.base == ""
+        studio.base.change("three", lambda name: opening(name) if name == "three" else no_network())
+    assert studio.base.name == ""
     for ask in (lambda: studio.complete(RECIPE), lambda: studio.draw(recipe)):
         with pytest.raises(ValueError, match="no base model is open"):
             ask()
     with pytest.raises(ValueError, match="three is no base$"):
-        studio.change_base("three", opening)
-    studio.change_base("one", opening)
+        studio.base.change("three", opening)
+    studio.base.change("one", opening)
     assert np.array_equal(drawn(studio), first)
 
 
@@ -142,9 +142,9 @@ def test_a_base_that_cannot_be_let_go_is_opened_anew(loras, monkeypatch):
     first = drawn(studio)
     monkeypatch.setattr(render, "release", lambda pipe: (release(pipe), no_memory()))
     with pytest.raises(RuntimeError, match="no memory"):
-        studio.change_base("two", opening)
+        studio.base.change("two", opening)
     monkeypatch.undo()
-    assert studio.base == "one"
+    assert studio.base.name == "one"
     assert np.array_equal(drawn(studio), first)
 
 
@@ -156,13 +156,13 @@ def test_what_was_meant_for_another_base_is_refused(loras, tmp_path):
     studio = fresh("one", {**loras, "worn": file})
     recipe = studio.complete(RECIPE)
     assert studio.misfit("worn") == ""
-    studio.change_base("flux", opening)
+    studio.base.change("flux", opening)
     with pytest.raises(ValueError, match="meant for the base model 'one', and now 'flux' is here: start it again"):
         studio.draw(recipe)
     assert studio.misfit("worn") == "it is made for SD 1.x and this pipeline is Flux"
     with pytest.raises(ValueError, match="the LoRA 'worn' cannot be used here"):
         studio.complete(Recipe("a fox <lora:worn:1>"))
-    assert studio.samplers == ["Euler"]
+    assert studio.base.samplers == ["Euler"]
     assert drawn(studio, dataclasses.replace(RECIPE, prompt="a fox", steps=1)).shape == (32, 32, 3)
 
 
