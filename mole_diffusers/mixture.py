@@ -4,64 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from mole_diffusers.binding.config import Bound, bindings, files_bindings
+from mole_diffusers.binding.config import Bound, files_bindings
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.binding.who_acts import Explanation
-from mole_diffusers.gates import FAMILIES, GateBank, GateConfig, checkpoint
+from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.expert import joined_embeddings
 from mole_diffusers.lora.host_names import with_host_names
 from mole_diffusers.lora.own_words import own_words
-from mole_diffusers.lora.stacking import check_share, match, stack_all
+from mole_diffusers.lora.stacking import check_share
 from mole_diffusers.lora.strengths import Source, files_of, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
-from mole_diffusers.patching.gating.decision import Decision
-from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
-from mole_diffusers.patching.gating.settings import Change, RowSets, Settings, StrengthPlan
-from mole_diffusers.patching.gating.shared_state import SharedState
-from mole_diffusers.patching.gating.token_masks import TokenMasks
+from mole_diffusers.patching.gating.settings import Change, RowSets
 from mole_diffusers.patching.gating.trace import Trace
 from mole_diffusers.patching.host.denoiser_inputs import (
-    DenoiserInputs,
     denoiser,
-    hosts,
-    lora_scale,
     models_of,
     text_read,
-    tokenizers_of,
 )
 from mole_diffusers.patching.host.offloading import loaded
 from mole_diffusers.patching.install import folding
-from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.install.installation import Installation, held, installed, remove
-from mole_diffusers.patching.install.one_call import OneCall
-from mole_diffusers.patching.subjects.apart import begin_of_tiles, explain
+from mole_diffusers.patching.install.parts import Parts
+from mole_diffusers.patching.subjects.apart import explain
 from mole_diffusers.patching.subjects.things import UNTIL, Encode, PictureCall, Tiling
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
-
-
-class PersistentSettings(NamedTuple):
-    """What a mixture is set to outside of all `with` blocks."""
-
-    experts: dict[str, tuple[Expert, float]]  # name -> (expert, strength), as `attach` takes them
-    active: set[str]  # the experts that are switched on
-    plan: StrengthPlan | None  # that `choose` has set, if any
-    binding: dict[str, Bound] | None  # each expert's words and region; None if nothing is bound
 
 
 class Mixture:
@@ -79,6 +60,7 @@ class Mixture:
         experts: name -> Expert, in the order of the gates' columns.
         file_words: name -> the words that its file gives it beside the others, see `lora.own_words`.
         unmatched: name -> layer keys of the file that the pipeline does not have.
+        parts: for the modules of this package; it may change with any version.
     """
 
     def __init__(
@@ -88,40 +70,16 @@ class Mixture:
         config: GateConfig,
         binding: Mapping[str, Any] | str | None,
     ):
-        models, files = hosts(pipe), {name: expert for name, (expert, _) in experts.items()}
-        matches = [match(expert, models) for expert in files.values()]
-        self.config, self.experts, self.file_words, self._pipe = config, files, files_bindings(files), pipe
-        self.unmatched = {name: tuple(m.unmatched) for name, m in zip(files, matches, strict=True)}
-        strengths = [strength for _, strength in experts.values()]
-        self._shared = SharedState.of(strengths, DenoiserInputs(denoiser(pipe)), PromptTokens(tokenizers_of(pipe)))
-        self._components = [
-            Component(name, models[name], stacks, family=config.options, shared=self._shared)
-            for name, stacks in stack_all(matches, models).items()
-        ]
-        self._installation = Installation(self, pipe, files, self._components, self._shared)
-        self._lock = self._installation.lock
-        self._shared.set(self._settings.binding, self._masks(binding))
+        self.parts = Parts(self, pipe, experts, config, binding)
+        self.config, self.experts, self.unmatched = config, self.parts.experts, self.parts.unmatched
+        self.file_words = self.parts.file_words
 
     def __repr__(self) -> str:
-        strengths = zip(self.experts, self._settings.strengths.now, self._settings.active.now, strict=True)
+        strengths = zip(self.experts, self.parts.settings.strengths.now, self.parts.settings.active.now, strict=True)
         experts = ", ".join(f"{name} {strength:g}{'' if is_on else ' (off)'}" for name, strength, is_on in strengths)
-        on, bound = self._installation, "not bound" if self.binding is None else "bound"
+        on, bound = self.parts.installation, "not bound" if self.binding is None else "bound"
         where = "on" if on.is_on else "lifted off" if on.is_lifted else "not attached any more to"
-        return f"<Mixture of {experts}; gates {self.config.family!r}, {bound}; {where} {type(self._pipe).__name__}>"
-
-    @property
-    def without_embedding(self) -> list[str]:
-        """A sentence for each trained embedding of the files that the pipeline's text encoders cannot take."""
-        return self._installation.without_embedding
-
-    @cached_property
-    def banks(self) -> dict[str, GateBank]:
-        """Component -> the gates of that model. A bank that is added is trained and saved like these."""
-        return {each.name: each.bank for each in self._components}
-
-    @property
-    def _settings(self) -> Settings:
-        return self._shared.settings
+        return f"<Mixture of {experts}; gates {self.config.family!r}, {bound}; {where} {type(self.parts.pipe).__name__}>"
 
     # ---- for users
 
@@ -130,70 +88,36 @@ class Mixture:
 
         Inside a `strengths` block that names the expert, the value holds until the block ends.
         """
-        index = self._index(name)
-        with self._lock.held():
-            strengths = self._settings.strengths.now
+        index = self.parts.index(name)
+        with self.parts.lock.held():
+            strengths = self.parts.settings.strengths.now
             if value is not None:
-                self._installation.check_in_use()
+                self.parts.installation.check_in_use()
                 strengths[index] = finite(name, value)  # in this list, so that a block of `strengths` knows it from `choose`
-                self._shared.set(self._settings.strengths, strengths)
+                self.parts.shared.set(self.parts.settings.strengths, strengths)
             return strengths[index]
-
-    @property
-    def active(self) -> set[str]:
-        """The experts that are switched on, whatever their strength."""
-        return {name for name, on in zip(self.experts, self._settings.active.now, strict=True) if on}
-
-    @property
-    def _acting(self) -> set[str]:
-        """The experts that are switched on, and not at strength 0."""
-        return {name for name, acts in zip(self.experts, self._settings.acting, strict=True) if acts}
-
-    @property
-    def plan(self) -> StrengthPlan | None:
-        """The plan that `choose` or `planned` has set, if any."""
-        return self._settings.plan.now
-
-    def choose(self, strengths: Mapping[str, float], plan: StrengthPlan | None = None) -> None:
-        """Switch on exactly these experts, at these strengths. `plan` adds factors on top, by component and block.
-
-        Inside a block of `strengths`, `only` or `planned`, what that block sets is restored when it ends: all strengths,
-        who is on, or the plan.
-        """
-        for name, value in strengths.items():
-            self._index(name)
-            finite(name, value)
-        with self._lock.held():
-            self._installation.check_in_use()
-            now = [strengths.get(name, old) for name, old in zip(self.experts, self._settings.strengths.now, strict=True)]
-            self._set(now, strengths, plan)
-
-    def _set(self, strengths: list[float], active: Container[str], plan: StrengthPlan | None) -> None:
-        self._shared.set(self._settings.strengths, strengths)
-        self._shared.set(self._settings.active, [name in active for name in self.experts])
-        self._shared.set(self._settings.plan, plan)
 
     @contextmanager
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
         """Use these strengths inside the block. Experts that are not named keep theirs, and what `strength` gives them."""
-        changed = {self._index(name): finite(name, value) for name, value in values.items()}
-        with self._lock.held():
-            before = list(self._settings.strengths.now)
+        changed = {self.parts.index(name): finite(name, value) for name, value in values.items()}
+        with self.parts.lock.held():
+            before = list(self.parts.settings.strengths.now)
             inside = [changed.get(i, s) for i, s in enumerate(before)]
             try:
-                with self._with_settings(self._settings.strengths.to(inside)):
+                with self.parts.with_settings(self.parts.settings.strengths.to(inside)):
                     yield
             finally:
-                now = self._settings.strengths.now
+                now = self.parts.settings.strengths.now
                 for i, strength in enumerate(inside):
                     if i not in changed and strength != before[i]:  # set by `strength` inside
                         now[i] = strength
-                self._shared.set(self._settings.strengths, now)
+                self.parts.shared.set(self.parts.settings.strengths, now)
 
     def only(self, *names: str) -> AbstractContextManager[None]:
         """Mask all other experts and renormalise the gates inside the block (MoLE's second inference mode)."""
-        kept = {self._index(name) for name in names}
-        return self._with_settings(self._settings.active.to([i in kept for i in range(len(self.experts))]))
+        kept = {self.parts.index(name) for name in names}
+        return self.parts.with_settings(self.parts.settings.active.to([i in kept for i in range(len(self.experts))]))
 
     def fixed(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
         """Replace every gate by these weights inside the block.
@@ -202,8 +126,8 @@ class Mixture:
         """
         values = [0.0] * len(self.experts)
         for name, weight in weights.items():
-            values[self._index(name)] = finite(name, weight)
-        return self._with_settings(self._settings.fixed.to(values))
+            values[self.parts.index(name)] = finite(name, weight)
+        return self.parts.with_settings(self.parts.settings.fixed.to(values))
 
     def rows(self, sets: Sequence[Mapping[str, float]], *, images: int = 1) -> AbstractContextManager[None]:
         """Give each prompt of a batch its own set of experts, by one mapping matrix (LoraRetriever, Zhao et al., 2024).
@@ -223,21 +147,15 @@ class Mixture:
             if not isinstance(chosen, Mapping):
                 raise ValueError(f'each prompt has experts with their factors, as {{"fox": 1.0}}, got {chosen!r}')
             for name, factor in chosen.items():
-                table[row, self._index(name)] = finite(name, factor)
-        return self._with_settings(self._settings.rows.to(RowSets(table, images)))
-
-    def planned(self, plan: StrengthPlan) -> AbstractContextManager[None]:
-        """Set strengths by component, block and step, or gates by hand, inside the block, see
-        `patching.gating.settings.StrengthPlan`.
-        """
-        return self._with_settings(self._settings.plan.to(plan))
+                table[row, self.parts.index(name)] = finite(name, factor)
+        return self.parts.with_settings(self.parts.settings.rows.to(RowSets(table, images)))
 
     def adjusted(self, control: Control) -> AbstractContextManager[None]:
         """Transform the gates inside the block, before strengths apply: `control(site, gates, mask) -> gates`.
 
         See `gates.transforms`.
         """
-        return self._with_settings(self._settings.control.to(control))
+        return self.parts.with_settings(self.parts.settings.control.to(control))
 
     def every(self, calls: int) -> AbstractContextManager[None]:
         """Evaluate the denoiser's gates only in every `calls`-th of its calls, and reuse their weights in between.
@@ -247,14 +165,7 @@ class Mixture:
         """
         if not isinstance(calls, int) or calls < 1:
             raise ValueError(f"gates can be evaluated in one of 1 or more calls, got {calls}")
-        return self._with_settings(self._settings.every.to(calls))
-
-    @contextmanager
-    def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
-        """Call `listener(decision)` with each gate's live weights, whenever it computes them."""
-        heard = self._shared.listeners.decisions
-        with self._lock.held(), self._with_settings(heard.to((*heard.now, listener))):
-            yield
+        return self.parts.with_settings(self.parts.settings.every.to(calls))
 
     @contextmanager
     def trace(self, *, maps: bool = False) -> Iterator[Trace]:
@@ -266,13 +177,13 @@ class Mixture:
                 place: for each thing, picture and step 1 KB in Stable Diffusion 1.5 at 512 pixels, 16 KB in Flux at
                 1024.
         """
-        with self._lock.held():
-            step, listeners = self._shared.step, self._shared.listeners
+        with self.parts.lock.held():
+            step, listeners = self.parts.shared.step, self.parts.shared.listeners
             trace = Trace(list(self.experts), step, step.number + 1)
             changes: list[Change[Any]] = [listeners.layouts.to((*listeners.layouts.now, trace.record_layouts))]
             if maps:
                 changes.append(listeners.maps.to((*listeners.maps.now, trace.record_maps)))
-            with self.listen(trace.record), self._with_settings(*changes):
+            with self.parts.listen(trace.record), self.parts.with_settings(*changes):
                 yield trace
 
     @contextmanager
@@ -286,49 +197,19 @@ class Mixture:
             call: the arguments of the pipeline's call.
             pipe: the pipeline that is called, over the same models; by default the one that the mixture is attached to.
         """
-        pipe = self._pipe if pipe is None else pipe
-        with self._lock.held(draws=True):
-            self._installation.refuse_replaced(pipe)
-            now = attached(self._pipe)
+        pipe = self.parts.pipe if pipe is None else pipe
+        with self.parts.lock.held(draws=True):
+            self.parts.installation.refuse_replaced(pipe)
+            now = attached(self.parts.pipe)
             block: AbstractContextManager[None] = nullcontext()  # it was taken off while this call waited
             if now is not None:  # or replaced
-                block = self._running(call, pipe) if now is self else now.drawing(call, pipe=pipe)
+                block = self.parts.running(call, pipe) if now is self else now.drawing(call, pipe=pipe)
             with block:
                 yield
 
-    def _running(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
-        """A call of the pipeline that this mixture is on."""
-        is_off, masks = self._installation.is_off(lora_scale(call or {})), partial(self._masks, self.file_words)
-        return OneCall(self._shared, list(self.experts), pipe, call).running(is_off=is_off, masks_of_files=masks)
-
-    def weighed(self) -> dict[str, tuple[Expert, float]]:
-        """name -> (expert, strength), as `attach` takes them."""
-        return {name: (expert, self.strength(name)) for name, expert in self.experts.items()}
-
-    def persistent_settings(self) -> PersistentSettings:
-        """The settings outside of all `with` blocks, those of other threads included: what is copied and saved."""
-        with self._lock.held():
-            settings, binding = self._settings, self._settings.binding.outside
-            strengths, active = settings.strengths.outside, settings.active.outside
-            return PersistentSettings(
-                {name: (expert, s) for (name, expert), s in zip(self.experts.items(), strengths, strict=True)},
-                {name for name, on in zip(self.experts, active, strict=True) if on},
-                settings.plan.outside,
-                None if binding is None else binding.bound,
-            )
-
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters: everything that training changes."""
-        return [p for bank in self.banks.values() for p in bank.parameters()]
-
-    @property
-    def sites(self) -> list[str]:
-        """The names of the gates' sites, such as "unet.mid_block.attentions.0.transformer_blocks.0"."""
-        return [site.name for each in self._components for site in each.sites]
-
-    def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
-        """Each gate with the layers that it weighs, such as "unet.down_blocks.0.attentions.0.proj_in"."""
-        return [(g, [f"{p.name}.{layer}" for layer in layers]) for p in self._components for g, layers in p.layers_by_gate()]
+        return [p for bank in self.parts.banks.values() for p in bank.parameters()]
 
     def lifted(self) -> AbstractContextManager[None]:
         """Take the mixture off while the block runs, for example to save the original pipeline.
@@ -339,7 +220,7 @@ class Mixture:
 
         Raises ValueError for a mixture that is not attached.
         """
-        return self._installation.lifted()
+        return self.parts.installation.lifted()
 
     @contextmanager
     def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
@@ -360,14 +241,14 @@ class Mixture:
             ValueError: gates that depend on the picture, without a prompt; a quantised or offloaded host; a mixture that is
                 folded already, or not attached any more.
         """
-        with self._lock.held():
-            if self._settings.folded.now:
+        with self.parts.lock.held():
+            if self.parts.settings.folded.now:
                 raise ValueError("this mixture is already folded into the pipeline's weights, by an outer `collapsed` block")
-            if self._installation.embeddings:
+            if self.parts.installation.embeddings:
                 warnings.warn("folded experts are without the words that their files trained embeddings of", stacklevel=3)
             layers, _ = self._one_lora(prompt, call)
-            folded = self._settings.folded.to(True)
-            with self._changed_while(folded), self.lifted(), folding.folded(self._components, layers):
+            folded = self.parts.settings.folded.to(True)
+            with self.parts.changed_while(folded), self.lifted(), folding.folded(self.parts.components, layers):
                 yield
 
     def export_lora(
@@ -410,24 +291,24 @@ class Mixture:
 
     def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> tuple[folding.Folded, set[int]]:
         averages = folding.Averages()
-        if self.is_bound:
+        if self.parts.is_bound:
             warnings.warn(FOLDED, stacklevel=4)
-        heard = self._shared.listeners.decisions
-        changes: list[Change[Any]] = [self._settings.tiling.to(Tiling(0)), heard.to((*heard.now, averages))]
+        heard = self.parts.shared.listeners.decisions
+        changes: list[Change[Any]] = [self.parts.settings.tiling.to(Tiling(0)), heard.to((*heard.now, averages))]
         if prompt is None:
-            changes.append(self._settings.binding.to(None))
-        with self._lock.held(), self._changed_while(*changes):
-            if prompt is not None and not folding.reads_nothing(self._components):
-                self._installation.check_on()
-            folding.evaluate_gates(self._pipe, self._components, prompt, **call)
-            return folding.one_lora(self._components, averages.weights)
+            changes.append(self.parts.settings.binding.to(None))
+        with self.parts.lock.held(), self.parts.changed_while(*changes):
+            if prompt is not None and not folding.reads_nothing(self.parts.components):
+                self.parts.installation.check_on()
+            folding.evaluate_gates(self.parts.pipe, self.parts.components, prompt, **call)
+            return folding.one_lora(self.parts.components, averages.weights)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card. Returns the commit's address.
 
         `options` are those of `gates.hub.upload`: private, token, commit_message, ...
         """
-        card = model_card(self.weighed(), self.config, repo_id, pipeline=False)
+        card = model_card(self.parts.weighed(), self.config, repo_id, pipeline=False)
         return push(self.save_pretrained, card, repo_id, **options)
 
     def save_pretrained(
@@ -437,37 +318,16 @@ class Mixture:
 
         `experts` are the files that the gates will be loaded with, by default those of the mixture.
         """
-        with self._lock.held(), loaded(self._pipe):  # between calls, offloaded gates have no values
-            self._installation.check_in_use()
-            checkpoint.save(folder, self.banks, self.config, experts=experts or self.experts, dtype=dtype)
-
-    @contextmanager
-    def _with_settings(self, *changes: Change[Any]) -> Iterator[None]:
-        """`_changed_while`, for a user. Raises ValueError for a mixture that is not attached: it would change nothing."""
-        with self._changed_while(*changes):
-            if self._settings.folded.now:
-                raise ValueError("inside `collapsed` the experts are folded into the weights, and cannot be changed")
-            self._installation.check_in_use()
-            yield
-
-    @contextmanager
-    def _changed_while(self, *changes: Change[Any]) -> Iterator[None]:
-        """Keep other threads out and change settings while the block runs."""
-        with self._lock.held(), self._shared.changed_while(*changes):
-            yield
-
-    def _index(self, name: str) -> int:
-        if name not in self.experts:
-            raise ValueError(f"unknown expert {name!r}; attached: {list(self.experts)}")
-        return list(self.experts).index(name)
+        with self.parts.lock.held(), loaded(self.parts.pipe):  # between calls, offloaded gates have no values
+            self.parts.installation.check_in_use()
+            checkpoint.save(folder, self.parts.banks, self.config, experts=experts or self.experts, dtype=dtype)
 
     # ---- binding
 
     @property
     def binding(self) -> dict[str, Bound] | None:
         """Each expert's words and region; None if nothing is bound."""
-        masks = self._settings.binding.now
-        return None if masks is None else dict(masks.bound)
+        return self.parts.binding
 
     def bind(self, binding: Mapping[str, Any] | None) -> None:
         """Set each expert's words and its place in the picture. Experts that are not named keep theirs.
@@ -482,34 +342,18 @@ class Mixture:
 
         Raises ValueError for an unknown name or region; nothing changes then. So does a mixture that is not attached.
         """
-        with self._lock.held():
-            self._installation.check_in_use()
-            self._shared.set(self._settings.binding, self._masks(binding))
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether binding keeps any expert off the words of others, or in a place."""
-        bounds = list((self.binding or {}).values())
-        return any(b.given is not None or (b.words and len(bounds) > 1) for b in bounds)
+        with self.parts.lock.held():
+            self.parts.installation.check_in_use()
+            self.parts.shared.set(self.parts.settings.binding, self.parts.masks(binding))
 
     @contextmanager
     def bound(self, binding: Mapping[str, Any] | None) -> Iterator[None]:
         """`bind` while the block runs."""
-        with self._lock.held(), self._with_settings(self._settings.binding.to(self._masks(binding))):
+        with (
+            self.parts.lock.held(),
+            self.parts.with_settings(self.parts.settings.binding.to(self.parts.masks(binding))),
+        ):
             yield
-
-    def restore_point(self) -> AbstractContextManager[None]:
-        """A block in which the experts act as they do now, in this call of the denoiser. It can be entered once, later.
-
-        It is for gradient checkpointing, which runs single blocks of the model again: after other calls, and after the
-        `with` blocks that set the binding and the active experts have ended.
-        """
-        settings, masks = self._settings, self._settings.binding.now
-        sites = [site for each in self._components for site in each.model_sites]
-        points = [self._shared.step.restore_point(), *(site.restore_point() for site in sites)]
-        if masks is not None:
-            points.append(masks.restore_point())
-        return self._shared.restored(points, settings.binding.to(masks), settings.active.to(list(settings.active.now)))
 
     def tiled(
         self,
@@ -568,17 +412,12 @@ class Mixture:
             raise ValueError(
                 f"tiles need shares of the steps with 0 <= since < until <= 1, got since={since}, until={until}"
             )
-        return self._with_settings(self._settings.tiling.to(Tiling(until, since, always, prompt, encode)))
-
-    def draws_in_tiles(self, call: Mapping[str, Any]) -> bool:
-        """Whether it draws the pictures of a call in tiles by itself, as `tiled` says. The call includes their size."""
-        bound = self.binding
-        return bound is not None and begin_of_tiles(PictureCall(self._pipe, Tiling(), call, bound, self._acting)) is not None
+        return self.parts.with_settings(self.parts.settings.tiling.to(Tiling(until, since, always, prompt, encode)))
 
     @property
     def layouts(self) -> list[Layout]:
         """Where each expert acts in the last pictures, or in those being drawn now: one layout per picture."""
-        masks = self._settings.binding.now
+        masks = self.parts.settings.binding.now
         return [] if masks is None else masks.layouts
 
     @property
@@ -588,7 +427,7 @@ class Mixture:
         Warnings are about experts whose words are not in the prompt, several experts in one place, places that are
         undecided, and places that no expert got. They are also given as Python warnings, once in each call.
         """
-        masks = self._settings.binding.now
+        masks = self.parts.settings.binding.now
         return [] if masks is None else list(masks.warned)
 
     def explain(self, prompt: str, width: int | None = None, height: int | None = None) -> Explanation:
@@ -606,35 +445,24 @@ class Mixture:
         if (bound := self.binding) is None:
             return Explanation.of_unbound(self.experts)
         call = {"prompt": prompt, "width": width, "height": height}
-        read = text_read(self._pipe, prompt)
-        found = explain(PictureCall(self._pipe, self._settings.tiling.now, call, bound, self._acting), [read])
+        read, tiling = text_read(self.parts.pipe, prompt), self.parts.settings.tiling.now
+        found = explain(PictureCall(self.parts.pipe, tiling, call, bound, self.parts.acting), [read])
         return dataclasses.replace(found, unread=prompt[len(read) :])
 
     # ---- begin and copy
 
-    def copied_to(self, pipe: Any) -> Installation:
+    def _copied_to(self, pipe: Any) -> Installation:
         """What puts this mixture on a copy of its pipeline, with copies of its gates and settings. Call it while lifted."""
-        kept = self.persistent_settings()
+        kept = self.parts.persistent_settings()
         mixture = Mixture(pipe, kept.experts, self.config, kept.binding)
-        for name, bank in self.banks.items():  # inside `lifted` it is not offloaded
-            mixture.banks[name].load_state_dict(bank.state_dict())
-        mixture._set([strength for _, strength in kept.experts.values()], kept.active, copy(kept.plan))
-        return mixture._installation
+        for name, bank in self.parts.banks.items():  # inside `lifted` it is not offloaded
+            mixture.parts.banks[name].load_state_dict(bank.state_dict())
+        mixture.parts.set([strength for _, strength in kept.experts.values()], kept.active, copy(kept.plan))
+        return mixture.parts.installation
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixture | None:
         """The mixture of the pipeline's copy."""
-        return attached(deepcopy(self._pipe, memo))
-
-    def _masks(self, binding: Mapping[str, Any] | str | None) -> TokenMasks | None:
-        """The masks of a binding, as `bind` takes it."""
-        if binding is None:
-            return None
-        bound = bindings(binding, self.file_words, self.binding or self.file_words)
-        given, record = [name for name, each in bound.items() if each.given is not None], self._shared.inputs.record
-        if given and record.side is None:
-            named = " and ".join(map(repr, given))
-            raise ValueError(f"a {type(denoiser(self._pipe)).__name__} has no regions, and one was given for {named}")
-        return TokenMasks(bound, self._shared.tokens, record.blocks)
+        return attached(deepcopy(self.parts.pipe, memo))
 
 
 def attach(
@@ -673,8 +501,8 @@ def attach(
             # An expert that is on the pipeline has been accepted before.
             if not allow_missing_layers and (before is None or before.experts.get(name) is not expert):
                 check_share(expert, mixture.unmatched[name], models_of(pipe))
-        mixture._installation.replace(before)
-    for why in mixture.without_embedding:
+        mixture.parts.installation.replace(before)
+    for why in mixture.parts.installation.without_embedding:
         warnings.warn(why, stacklevel=2)
     for name, keys in mixture.unmatched.items():
         if keys:
@@ -719,7 +547,7 @@ def _prepared(
         return Mixture(pipe, named, gates if isinstance(gates, GateConfig) else GateConfig(family=str(gates)), said)
     saved = checkpoint.load(gates)
     mixture = Mixture(pipe, {name: named[name] for name in saved.order(files)}, saved.config, said)
-    saved.fill(mixture.banks)
+    saved.fill(mixture.parts.banks)
     return mixture
 
 

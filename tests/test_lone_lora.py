@@ -69,7 +69,7 @@ def test_two_loras_without_places_are_closed_on_each_others_words_and_nowhere_el
     for prompt in ("fox on owl", "owl hugs fox", "fox,owl"):
         with mixture.trace(maps=True) as trace:
             drawn(pipe, options, prompt)
-        text = mixture._settings.binding.now.text
+        text = mixture.parts.settings.binding.now.text
         assert text.acting_tokens is not None
         assert text.place_masks is None
         assert not text.biases

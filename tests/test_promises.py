@@ -158,9 +158,9 @@ def test_strengths_set_in_a_block_stay_but_of_those_it_names(pipe, loras):
         assert [mixture.strength(name) for name in loras] == [3.0, 2.0, 0.7]
     assert [mixture.strength(name) for name in loras] == [1.0, 2.0, 1.0]
     with mixture.strengths({"fox": 0.5}), mixture.only("fox"):
-        mixture.choose({"ink": 3.0})
-        assert (mixture.strength("ink"), mixture.active) == (3.0, {"ink"})
-    assert (mixture.strength("ink"), mixture.active) == (2.0, set(loras))
+        mixture.parts.choose({"ink": 3.0})
+        assert (mixture.strength("ink"), mixture.parts.active) == (3.0, {"ink"})
+    assert (mixture.strength("ink"), mixture.parts.active) == (2.0, set(loras))
 
 
 def test_fixed_weights_stand_in_for_gates(pipe, loras, draw, awake):
@@ -183,7 +183,7 @@ def test_only_gates_get_gradients(pipe, loras):
     pipe.enable_lora()  # peft turns gradients of active adapters on
     predict(pipe, torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), ["a fox", ""]).square().mean().backward()
     gates = {id(p) for p in mixture.parameters()}
-    named = {n: p for bank in mixture.banks.values() for n, p in bank.named_parameters()}
+    named = {n: p for bank in mixture.parts.banks.values() for n, p in bank.named_parameters()}
     shared = {n: p for n, p in named.items() if "layers" in n or "transformer_blocks" in n}  # elsewhere is one expert
     assert all(p.grad.abs().sum() > 0 for n, p in shared.items() if n.endswith("matrix"))
     others = [p for model in (pipe.unet, pipe.text_encoder) for p in model.parameters() if id(p) not in gates]
@@ -369,7 +369,7 @@ def test_a_mixture_that_was_taken_off_says_so(pipe, loras, draw, tmp_path):
         lambda: mixture.strength("fox", 2.0),
         lambda: mixture.bind({"fox": "a fox"}),
         lambda: mixture.bind(None),
-        lambda: mixture.choose({"fox": 1.0}),
+        lambda: mixture.parts.choose({"fox": 1.0}),
         lambda: mixture.save_pretrained(tmp_path / "gates"),
         lambda: mixture.push_to_hub("me/gates"),
     ]

@@ -372,9 +372,9 @@ class Actions:
                 names = list(mixture.experts)
                 tags = [LoraTag(name) for name in names]
                 by_hand = StrengthSchedule(names, tags, unet=denoiser(self.studio.base.pipe), steps=1, locks=recipe.locks)
-                with mixture.strengths(strengths), mixture.planned(by_hand):
+                with mixture.strengths(strengths), mixture.parts.planned(by_hand):
                     error = mixture.export_lora(path, recipe.plain_text, rank=rank, **call)
-                return Exported(path, error, FOLDED if mixture.is_bound else "")
+                return Exported(path, error, FOLDED if mixture.parts.is_bound else "")
 
         return work
 

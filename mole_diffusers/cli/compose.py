@@ -87,10 +87,10 @@ def compose(
     page = PromptSheet(prompt, sheet)
     mixture = attach(page.pipe, experts, gates, binding=binding)
     texts = plain_texts(page.pipe, **page.recipe.call)
-    has_tiles = texts is not None and mixture.draws_in_tiles(texts | page.call)
+    has_tiles = texts is not None and mixture.parts.draws_in_tiles(texts | page.call)
     tiles = tiled_prompt(page.pipe, page.recipe.text) if has_tiles else None
     hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
-    strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
+    strengths = {name: strength for name, (_, strength) in mixture.parts.weighed().items()}
     ways = columns(mixture, tiles)
     ways |= {name: context for name, context in _composers(page, mixture, arm, arms_from).items() if name not in ways}
     for label, context in tqdm(ways.items(), desc="columns", delay=2, leave=False):
@@ -113,7 +113,7 @@ def _composers(
     from mole_diffusers.evaluation.arms import ARMS, arms_from, chosen_arms
     from mole_diffusers.evaluation.runner import Case, Setup
 
-    strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
+    strengths = {name: strength for name, (_, strength) in mixture.parts.weighed().items()}
     setup = Setup(page.pipe, mixture.experts, page.call, strengths=strengths)
     case = Case(tuple(strengths), "prompt", page.recipe.plain_text)
     others = arms_from(file)

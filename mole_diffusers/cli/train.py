@@ -353,7 +353,7 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: RunOption
     if is_main_process():
         known = base if is_hub_id(base) else None  # a local folder means nothing to others
         prompt, about = next(iter(data.composed), None), summary(config, log)
-        card = hub.model_card(mixture.weighed(), mixture.config, prompt=prompt, base=known, training=about)
+        card = hub.model_card(mixture.parts.weighed(), mixture.config, prompt=prompt, base=known, training=about)
         write_text(out / hub.CARD, card)
         if repo:
             hub.upload(out, repo, allow_patterns=[checkpoint.WEIGHTS, checkpoint.CONFIG, hub.CARD])

@@ -33,7 +33,7 @@ def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[st
     strengths = {name: mixture.strength(name) for name in mixture.experts}
     alone = {f"alone {n}": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
     family, binds, untiled = mixture.config.family, mixture.binding is not None, partial(mixture.tiled, 0)
-    summed = partial(mixture.planned, PlainSum(len(mixture.experts)))
+    summed = partial(mixture.parts.planned, PlainSum(len(mixture.experts)))
     gated = (f"bound + {family}" if binds else f"gated ({family})") if not binds or mixture.parameters() else ""
     found: dict[str, Callable[[], AbstractContextManager]] = {
         "base": partial(mixture.fixed, {}),
@@ -68,7 +68,7 @@ def compare(
             mixture by itself would draw in tiles at this size.
     """
     call, pictures = {"prompt": prompt, **options}, {}
-    in_tiles = {"width", "height"} <= options.keys() and mixture.draws_in_tiles(call)
+    in_tiles = {"width", "height"} <= options.keys() and mixture.parts.draws_in_tiles(call)
     for label, context in columns(mixture, {"prompt": prompt} if in_tiles else None).items():
         with context():
             pictures[label] = sample(pipe, prompt, seeds, **options)

@@ -157,7 +157,7 @@ class DropIn:
     def get_active_adapters(self) -> list[str]:
         """The adapters that are on, whatever their weight."""
         mixture = self.mixture
-        active = [] if mixture is None else [name for name in mixture.experts if name in mixture.active]
+        active = [] if mixture is None else [name for name in mixture.experts if name in mixture.parts.active]
         return [*active, *(name for name in super().get_active_adapters() if name != ADAPTER)]
 
     def get_list_adapters(self) -> dict[str, list[str]]:
@@ -204,7 +204,7 @@ class DropIn:
         if mixture is None:
             super().fuse_lora(*args, **kwargs)
             return
-        if mixture.parameters() or mixture.config.family != "sum" or mixture.is_bound:
+        if mixture.parameters() or mixture.config.family != "sum" or mixture.parts.is_bound:
             raise ValueError(
                 "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
                 "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"
@@ -222,7 +222,7 @@ class DropIn:
             warnings.warn(
                 f"the trained embeddings of {words} are not fused: load_textual_inversion loads some", stacklevel=3
             )
-        before = mixture.persistent_settings()
+        before = mixture.parts.persistent_settings()
         try:
             self._hand_over(mixture)
             super().fuse_lora(*args, **kwargs)
@@ -235,7 +235,8 @@ class DropIn:
 
     def _hand_over(self, mixture: Mixture) -> None:
         """Turn the experts into ordinary diffusers adapters with the same weights."""
-        experts, active, by_block = mixture.weighed(), self.get_active_adapters(), weights_by_block(mixture.plan)
+        experts, active = mixture.parts.weighed(), self.get_active_adapters()
+        by_block = weights_by_block(mixture.parts.settings.plan.now)
         with TemporaryDirectory() as folder:
             files = {name: Path(folder, f"{i}.safetensors") for i, name in enumerate(experts)}
             for name, (expert, _) in experts.items():
@@ -327,7 +328,7 @@ class DropIn:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, with a model card; `options` are those of `gates.hub.upload`."""
         mixture = self._require()
-        card = model_card(mixture.persistent_settings().experts, mixture.config, repo_id, pipeline=True)
+        card = model_card(mixture.parts.persistent_settings().experts, mixture.config, repo_id, pipeline=True)
         return push(self.save_pretrained, card, repo_id, **options)
 
     def to_json_string(self) -> str:
@@ -337,7 +338,7 @@ class DropIn:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _experts(self) -> dict[str, tuple[Expert, float]]:
-        return {} if self.mixture is None else self.mixture.persistent_settings().experts
+        return {} if self.mixture is None else self.mixture.parts.persistent_settings().experts
 
     def _attach(self, experts: Mapping[str, tuple[Expert, float]], gates: Gates | None = None) -> None:
         """Attach these experts instead of the present ones; bindings and switched-off experts stay. No experts: detach.
@@ -355,7 +356,7 @@ class DropIn:
         elif mixture is None:
             attach(self, experts, gates)
         else:
-            now = mixture.persistent_settings()
+            now = mixture.parts.persistent_settings()
             off, by_block = set(mixture.experts) - now.active, weights_by_block(now.plan)
             same = {name for name, (expert, _) in experts.items() if expert is mixture.experts.get(name)}
             binding = None if now.binding is None else {n: b for n, b in now.binding.items() if n in same}

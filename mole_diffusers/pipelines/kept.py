@@ -40,7 +40,7 @@ def keep(mixture: Mixture, folder: str | Path) -> None:
     """
     with new_folder(folder) as part:
         (part / EXPERTS).mkdir()
-        kept, rows, now = {}, [], mixture.persistent_settings()
+        kept, rows, now = {}, [], mixture.parts.persistent_settings()
         by_block = weights_by_block(now.plan)
         for i, (name, (expert, strength)) in enumerate(now.experts.items()):
             file = f"{i}.safetensors"
@@ -107,7 +107,7 @@ def choose(pipe: Any, strengths: Mapping[str, float], by_block: Mapping[str, Map
     mixture = attached(pipe)
     if mixture is not None:
         names, unet = list(mixture.experts), getattr(pipe, "unet", None)
-        mixture.choose(strengths, AdapterWeights(names, by_block, unet) if by_block else None)
+        mixture.parts.choose(strengths, AdapterWeights(names, by_block, unet) if by_block else None)
 
 
 class _Kept(NamedTuple):

@@ -29,7 +29,7 @@ class PictureNotes:
 
     def take(self, mixture: Mixture, recipe: Recipe) -> None:
         """Note what the mixture says right after the first pass."""
-        self.sites, self.warnings = mixture.sites, mixture.binding_warnings
+        self.sites, self.warnings = mixture.parts.sites, mixture.binding_warnings
         bound = (mixture.binding or {}).items()
         side = recipe.height // 8, recipe.width // 8
         given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}

@@ -354,7 +354,7 @@ class Studio:
                     stack.enter_context(mixture.fixed(dict.fromkeys(acting, 1.0)))
                 elif kind in weights:  # else the gates decide, or there are none
                     stack.enter_context(mixture.fixed(weights[kind]))
-                stack.enter_context(mixture.planned(schedule))
+                stack.enter_context(mixture.parts.planned(schedule))
                 if acting is None and (binding := recipe.binding_of_pass(over=bool(over))) == BOUND:
                     stack.enter_context(mixture.tiled(0))
                 elif acting is None and binding != "none":

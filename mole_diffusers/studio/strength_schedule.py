@@ -10,7 +10,7 @@ from mole_diffusers.studio.prompt_syntax import LoraTag
 
 
 class StrengthSchedule:
-    """The schedule of a set of tags, for `Mixture.planned`.
+    """The schedule of a set of tags, for `Parts.planned`.
 
     `step` is the current step; the callback of `on_step` advances it.
 

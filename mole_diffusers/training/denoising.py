@@ -38,7 +38,7 @@ def _predict(model: Network, x: torch.Tensor, timesteps: torch.Tensor, text: Any
 
 def _checkpointed(mixture: Mixture, block: nn.Module, *args: Any) -> Any:
     """Run a block now, and again in the backward pass with the noise level, the experts and the places of this call."""
-    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), mixture.restore_point()))
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), mixture.parts.restore_point()))
 
 
 def _guided(model: Network, prompts: Sequence[str], guidance: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -200,7 +200,7 @@ def bound_to_words(mixture: Mixture) -> Iterator[None]:
 def alone(mixture: Mixture, strengths: Mapping[str, float]) -> Iterator[None]:
     """Only these experts act, at these strengths, whatever the gates say. Without any it is the base."""
     ones = PlainSum(len(mixture.experts))
-    with bound_to_words(mixture), mixture.only(*strengths), mixture.strengths(strengths), mixture.planned(ones):
+    with bound_to_words(mixture), mixture.only(*strengths), mixture.strengths(strengths), mixture.parts.planned(ones):
         yield
 
 

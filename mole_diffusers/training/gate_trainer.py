@@ -123,7 +123,7 @@ class GateTrainer:
         self.ema = EMAModel(mixture.parameters(), decay=config.ema) if config.ema else None
         optimizer = adamw(parameter_groups(self.gates, config.lr), context.pipe.device, weight_decay=config.weight_decay)
         schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
-        stateful = {"kept": self.context, **{f"gates of {part}": bank for part, bank in mixture.banks.items()}}
+        stateful = {"kept": self.context, **{f"gates of {part}": bank for part, bank in mixture.parts.banks.items()}}
         stateful |= {"ema": self.ema} if self.ema else {}
         kept = Checkpoints(folder, identity(context), mixture.save_pretrained, stateful)
         self.engine = Engine(accelerator, optimizer, schedule, config, kept, self._diagnose, config.max_norm)
@@ -184,7 +184,7 @@ class GateTrainer:
         found = {}
         with ExitStack() as stack:
             routed = [stack.enter_context(g.noting_routes()) for g in self.gates] if BALANCE in terms else []
-            with self.engine.autocast(), dropout, mixture.listen(decisions.append):
+            with self.engine.autocast(), dropout, mixture.parts.listen(decisions.append):
                 for name, loss in self.loss_fns.items():
                     found[name] = loss(RandomBatch(generator, terms[name].batch or config.batch, index, shares))
             if BALANCE in terms:
@@ -208,7 +208,7 @@ class GateTrainer:
 
     @property
     def gates(self) -> list[Gate]:
-        return [gate for bank in self.context.mixture.banks.values() for gate in bank]
+        return [gate for bank in self.context.mixture.parts.banks.values() for gate in bank]
 
     @torch.no_grad()
     def _diagnose(self) -> str:
@@ -272,7 +272,7 @@ def identity(context: TrainingContext) -> dict[str, Any]:
     """What must be the same for a run to resume."""
     mixture, clip = context.mixture, context.clip
     settings = {name: value for name, value in asdict(context.config).items() if name not in MAY_CHANGE}
-    experts = {name: [expert.sha256, strength] for name, (expert, strength) in mixture.weighed().items()}
+    experts = {name: [expert.sha256, strength] for name, (expert, strength) in mixture.parts.weighed().items()}
     models = {"base": digest(context.pipe.components.values()), "clip": digest([clip.model]) if clip else None}
     return {**settings, **context.data.to_dict(), **models, "gates": mixture.config.to_dict(), "experts": experts}
 

@@ -26,7 +26,7 @@ def initialize(context: TrainingContext, initial: str) -> None:
     """
     if initial == "uniform":
         return
-    gates = context.mixture.layers_by_gate()
+    gates = context.mixture.parts.layers_by_gate()
     if not gates or not all(gate.starts_anywhere for gate, _ in gates):
         raise ValueError(f"gates of family {context.mixture.config.family!r} can only start 'uniform', not {initial!r}")
     equations = _equations(context, initial)
@@ -40,7 +40,7 @@ def initialize(context: TrainingContext, initial: str) -> None:
 
 def _equations(context: TrainingContext, initial: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Layer key -> normal equations (H [N, N], g [N]) over all experts; zeros where an expert lacks the layer."""
-    weighed, singles = context.mixture.weighed(), context.data.singles
+    weighed, singles = context.mixture.parts.weighed(), context.data.singles
     if missing := [name for name in weighed if not singles.get(name)]:
         raise ValueError(f"weights to start at need single prompts of every expert, and {missing[0]!r} has none")
     activations = Activations(context.pipe, singles)

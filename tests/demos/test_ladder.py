@@ -57,7 +57,7 @@ def test_a_mixer_mixes_ranks_before_the_gate(ladder, pipe, experts):
     mixture = mole.attach(pipe, {"fox": (experts["fox"], 0.5), "hat": (experts["hat"], 2.0)}, binding=None)
     ladder.set_free(pipe, mixture, ladder.RUNGS["mixer"])
     part, name, layer = next(found for found in ladder.layers(pipe) if found[1].endswith("attn1.to_q"))
-    mixer = mixture.banks["layers"][f"{part}.{name}"].module
+    mixer = mixture.parts.banks["layers"][f"{part}.{name}"].module
     with torch.no_grad():
         mixer.change.copy_(torch.randn(mixer.change.shape, generator=torch.Generator().manual_seed(2)))
     a, b = layer.lora_A[ladder.ADAPTER].weight, layer.lora_B[ladder.ADAPTER].weight

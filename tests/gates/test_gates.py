@@ -302,7 +302,7 @@ def test_numbers_that_no_picture_survives_are_refused(pipe, loras, value):
     calls = {
         "strength": lambda: mixture.strength("fox", value),
         "strengths": lambda: mixture.strengths({"fox": value}).__enter__(),
-        "choose": lambda: mixture.choose({"fox": value}),
+        "choose": lambda: mixture.parts.choose({"fox": value}),
         "fixed": lambda: mixture.fixed({"fox": value}).__enter__(),
         "rows": lambda: mixture.rows([{"fox": value}]).__enter__(),
         "attach": lambda: mole.attach(tiny_pipeline(), {"fox": (loras["fox"], value)}),

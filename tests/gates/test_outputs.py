@@ -75,14 +75,14 @@ def test_it_is_the_paper_written_out(pipe, loras, awake):
     host, strengths = copy.deepcopy(pipe), {"fox": 0.8, "ink": -1.3}
     mixture = awake(mole.attach(pipe, {n: (loras[n], s) for n, s in strengths.items()}, FLAT, binding=None), size=0.7)
     with torch.no_grad():
-        for gates in mixture.banks.values():
+        for gates in mixture.parts.banks.values():
             for i, gate in enumerate(gates):
                 gate.log_tau.fill_(0.1 * i - 0.3)
     heard = []
-    with mixture.listen(heard.append):
+    with mixture.parts.listen(heard.append):
         found = states(pipe)
     experts = [(read_expert(loras[name], name), strength) for name, strength in strengths.items()]
-    written = [Written(getattr(host, part), part, experts, bank) for part, bank in mixture.banks.items()]
+    written = [Written(getattr(host, part), part, experts, bank) for part, bank in mixture.parts.banks.items()]
     for ours, theirs in zip(found, states(host), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
     gates = torch.cat([decision.gates for decision in heard])
@@ -145,7 +145,7 @@ def test_gates_are_saved_and_get_gradients_and_are_balanced_as_in_the_paper(pipe
     trainer.prepare()
     with trainer.only_gates_learn():
         heard = []
-        with mixture.listen(heard.append):
+        with mixture.parts.listen(heard.append):
             losses = trainer.losses(0, index=0, shares=1)
         losses["loss"].backward()
     assert all(p.grad is not None and p.grad.any() for p in mixture.parameters())

@@ -138,7 +138,7 @@ def test_sd15_has_the_17_and_26_blocks_that_artists_know():
 
 def drawn(pipe, draw, mixture, tags, steps=3):
     plan = StrengthSchedule(list(mixture.experts), parse(tags).tags, unet=pipe.unet, steps=steps)
-    with mixture.planned(plan):
+    with mixture.parts.planned(plan):
         return draw(pipe, num_inference_steps=steps, callback_on_step_end=plan.on_step())
 
 
@@ -189,7 +189,7 @@ def test_a_locked_gate_says_what_it_was_told(pipe, loras, draw):
     place = "unet.mid_block.attentions.0.transformer_blocks.0"
     tags = parse("<lora:fox:2> <lora:ink>").tags
     plan = StrengthSchedule(["fox", "ink"], tags, unet=pipe.unet, steps=2, locks={place: {"fox": 0.1, "ink": 0.9}})
-    with mixture.planned(plan), mixture.trace() as trace:
+    with mixture.parts.planned(plan), mixture.trace() as trace:
         draw(pipe, callback_on_step_end=plan.on_step())
     assert torch.allclose(trace.weights(place)[-1], torch.tensor([0.2, 0.9]))
     detach(pipe)

@@ -286,7 +286,7 @@ def test_binding_finds_words_in_a_prompt_with_weights(host, loras, tmp_path, mon
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # of words that are not known, or experts that are silent
             bound = picture(pipe, options, prompt)
-        masks = mixture._settings.binding.now
+        masks = mixture.parts.settings.binding.now
         own = masks.text.acting_tokens[-1].any(0).tolist() if masks.text is not None else None
         assert own == [True, True], prompt
         with mixture.bound(None):

@@ -91,7 +91,7 @@ def test_what_is_computed_again_is_bound_and_acts_as_it_did(pipe, loras):
     torch.testing.assert_close(gradients(), wanted)
     assert wanted.abs().max() > 0
     assert mixture.binding == before
-    assert mixture.active == set(BOUND)
+    assert mixture.parts.active == set(BOUND)
 
 
 def test_an_expert_that_no_part_names_is_refused_before_anything_is_drawn(pipe, loras):

@@ -123,7 +123,7 @@ def set_free(pipe: Any, mixture: Mixture, rung: Rung) -> None:
     """Add what a rung frees to the mixture's gates, so that it is trained and saved. `detach` undoes this."""
     if rung.frees is not None:
         freed = {f"{part}.{name}": Freed(rung.frees(layer)) for part, name, layer in layers(pipe)}
-        mixture.banks["layers"] = GateBank(freed)
+        mixture.parts.banks["layers"] = GateBank(freed)
 
 
 # ---- training
@@ -165,7 +165,7 @@ def bound(name: str, updates: int) -> Arm:
         experts = setup.weighted_experts(arms.ones(setup, case))
         with arms.attached_to(setup, experts, gates_for(rung.gates, case.concepts), {}) as mixture, mixture.tiled(0):
             set_free(setup.pipe, mixture, rung)
-            checkpoint.load(folder(case)).fill(mixture.banks)
+            checkpoint.load(folder(case)).fill(mixture.parts.banks)
             yield
 
     def settings(setup: Setup, case: Case) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, *, styles: Col
         for part, name, layer in ladder.layers(pipe)
         if part == "unet"
     }
-    mixture.banks["scores"] = GateBank(gates)
+    mixture.parts.banks["scores"] = GateBank(gates)
 
 
 # ---- training

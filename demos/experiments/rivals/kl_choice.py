@@ -45,7 +45,7 @@ def kl_choice(pipe: Any, mixture: Mixture) -> Iterator[None]:
         return features[best, torch.arange(len(best), device=best.device)]
 
     with mixture.tiled(0), ExitStack() as undo:
-        for _, layers in mixture.layers_by_gate():
+        for _, layers in mixture.parts.layers_by_gate():
             for name in layers:
                 part, _, module = name.partition(".")
                 if part == "unet":

@@ -37,7 +37,7 @@ class Installable(Protocol):
         """The block that a call of the pipeline runs in."""
         ...
 
-    def copied_to(self, pipe: Any) -> Installation:
+    def _copied_to(self, pipe: Any) -> Installation:
         """What puts the same mixture on a copy of the pipeline; it is not on it yet."""
         ...
 
@@ -249,7 +249,7 @@ class Installation:
         off = [component.name for component in self.components if switched_off(component.model)]
         with self.lifted():
             twin = deepcopy(self.pipe, memo)
-            installation = self.mixture.copied_to(twin)
+            installation = self.mixture._copied_to(twin)
         models = [getattr(twin, name) for name in off]
         switch(models, on=True)
         installation.replace(None)

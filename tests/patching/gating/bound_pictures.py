@@ -25,7 +25,7 @@ def own_words(tokens=16):
 
 def now(mixture):
     """What binding knows of the text that was drawn last."""
-    return mixture._settings.binding.now.text
+    return mixture.parts.settings.binding.now.text
 
 
 def by_hand(steps, tokens, side):

@@ -71,7 +71,7 @@ def test_guidance_by_a_second_text_has_one_layout(other):
     options = {"max_sequence_length": 16, "negative_prompt": "a cat", "true_cfg_scale": 2.0, "num_inference_steps": 3}
     other.pipe("fox and owl", output_type="latent", **hosts.SIZE, **options)
     assert set(mixture.layouts[0].regions) == {"fox", "ink"}
-    spoken, negative = mixture._settings.binding.now._texts
+    spoken, negative = mixture.parts.settings.binding.now._texts
     assert spoken.place_masks is not None
     assert negative.place_masks is spoken.place_masks
     assert negative.silence.experts == spoken.silence.experts == (False, False)

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("decided")
 def test_a_map_is_the_mean_attention_to_its_words(pipe, attach):
     mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
     pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)
-    masks = mixture._settings.binding.now
+    masks = mixture.parts.settings.binding.now
     probabilities = torch.rand(1, 64, 16, generator=torch.Generator().manual_seed(0))
-    text, latents = mixture._shared.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
+    text, latents = mixture.parts.shared.tokens._known[-1].states[0], torch.zeros(1, 4, 8, 8)
     masks.begin()
     now = {"pipe": None, "time": torch.ones(1), "acting": [True, True]}
     masks.on_denoiser(text, latents, lambda: (8, 8), **now)
@@ -42,7 +42,7 @@ def test_maps_are_the_hosts_own_attention(pipe, attach):
     def keep(_, args, kwargs):
         inputs.append((args[0], kwargs["encoder_hidden_states"]))
 
-    mixture._settings.binding.now.add_maps = lambda probabilities: read.append(probabilities)
+    mixture.parts.settings.binding.now.add_maps = lambda probabilities: read.append(probabilities)
     attention = pipe.unet.get_submodule("down_blocks.1.attentions.0.transformer_blocks.0.attn2")
     hook = attention.register_forward_pre_hook(keep, with_kwargs=True)
     pipe(PROMPT, num_inference_steps=1, output_type="latent", guidance_scale=1)
@@ -82,7 +82,7 @@ def test_a_trace_keeps_the_maps_of_every_step(pipe, attach, draw, binding):
     if binding["ink"] == "owl":
         for name, map_ in mixture.layouts[0].maps.items():
             assert torch.equal(map_, trace.maps[0][0][name])
-    assert not mixture._shared.listeners.maps.now
+    assert not mixture.parts.shared.listeners.maps.now
     with mixture.trace(maps=True) as trace, mixture.bound(None):
         draw(pipe, PROMPT)
     assert trace.maps == {}
@@ -220,7 +220,7 @@ def test_a_unet_compiled_whole_is_bound_in_the_text_alone(attach, pipe, draw):
     draw(pipe, PROMPT)
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="eager")
     whole = draw(pipe, PROMPT)
-    masks = mixture._settings.binding.now
+    masks = mixture.parts.settings.binding.now
     masks.on_denoiser = lambda *_, **__: None
     pipe.unet = pipe.unet._orig_mod
     torch.testing.assert_close(draw(pipe, PROMPT), whole, atol=2e-5, rtol=0)

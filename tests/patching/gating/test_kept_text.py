@@ -157,7 +157,7 @@ def test_what_is_kept_takes_the_memory_of_keys_and_values(pipe, attached, draw, 
     mixture, held = attached(family, binding=PLACES), []
 
     def count(step, _):
-        products = mixture._shared.kept_text._made.values()
+        products = mixture.parts.shared.kept_text._made.values()
         held.append(sum(each.nbytes for p in products for each in (p.plain, p._output) if each is not None))
 
     options = {"prompt": "a fox and an ink", "height": 64, "width": 128} if tiled else {}

@@ -31,7 +31,7 @@ def test_every_word_and_the_whole_picture_are_no_binding(attach, pipe, draw):
 def test_files_without_trigger_words_are_not_bound(attach, pipe, draw):
     attach(None)
     unbound = draw(pipe, PROMPT)
-    assert torch.equal(draw(attach("auto")._pipe, PROMPT), unbound)
+    assert torch.equal(draw(attach("auto").parts.pipe, PROMPT), unbound)
 
 
 def test_weights_by_hand_hold_on_every_token(attach, pipe, draw):
@@ -134,7 +134,7 @@ def test_without_an_expert_the_base_is_drawn_and_its_attention_read(attach, pipe
     assert torch.equal(draw(pipe, PROMPT, num_inference_steps=4), bound)
     with mixture.only("hat"):  # one alone is the plain LoRA
         beside = draw(pipe, PROMPT)
-    torch.testing.assert_close(beside, draw(attach(None, names=["hat"])._pipe, PROMPT), atol=1e-5, rtol=0)
+    torch.testing.assert_close(beside, draw(attach(None, names=["hat"]).parts.pipe, PROMPT), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("gates", families("mole", among=["sum", *LEARNED]))
@@ -215,9 +215,9 @@ def test_a_call_with_states_keeps_nothing_of_the_last_encoded_text(attach, pipe)
     mixture, options = attach(WORDS), {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 1}
     house = pipe.encode_prompt("a house", "cpu", 1, False)[0]
     pipe(PROMPT, **options)
-    assert mixture._settings.binding.now.binds
+    assert mixture.parts.settings.binding.now.binds
     pipe(prompt_embeds=house, **options)
-    assert not mixture._settings.binding.now.binds
+    assert not mixture.parts.settings.binding.now.binds
 
 
 def test_weighted_words_are_found_by_their_direction(attach, pipe):
@@ -317,9 +317,9 @@ def test_averages_of_several_prompts_count_each(attach, pipe):
     found = []
     for prompts in (["a fox", "an owl"], ["an owl", "a fox"]):
         averages = Averages()
-        with warnings.catch_warnings(), mixture.listen(averages):
+        with warnings.catch_warnings(), mixture.parts.listen(averages):
             warnings.simplefilter("ignore")
-            evaluate_gates(pipe, mixture._components, prompts)
+            evaluate_gates(pipe, mixture.parts.components, prompts)
         found.append({key: weights for key, weights in averages.weights.items() if key[0].startswith("unet")})
     for (place, present), weights in found[0].items():
         torch.testing.assert_close(weights, 0.5 * torch.tensor(present))
@@ -358,9 +358,9 @@ def test_words_of_a_second_prompt_are_found_in_its_own_text(name, tmp_path):
         warnings.simplefilter("ignore")
         alone = hosts.draw(pipe, options, "a hen")
     mixture.bind(None)
-    with mixture.planned(OneEncoder({("text_encoder", 0)}, 2)):
+    with mixture.parts.planned(OneEncoder({("text_encoder", 0)}, 2)):
         torch.testing.assert_close(bound, hosts.draw(pipe, options, "a hen"), atol=1e-5, rtol=0)
-    with mixture.planned(OneEncoder({("text_encoder", 0)}, 2)), mixture.strengths({"ink": 0}):
+    with mixture.parts.planned(OneEncoder({("text_encoder", 0)}, 2)), mixture.strengths({"ink": 0}):
         torch.testing.assert_close(alone, hosts.draw(pipe, options, "a hen"), atol=1e-5, rtol=0)
     assert not torch.allclose(bound, hosts.draw(pipe, options, "a hen"), atol=1e-4)
 
@@ -371,7 +371,7 @@ def test_weights_by_hand_know_which_texts_of_a_batch_have_whose_words(attach, pi
 
     def encoded(*texts):
         ids = pipe.tokenizer(list(texts), padding="max_length", max_length=16, return_tensors="pt").input_ids
-        with torch.no_grad(), mixture.planned(PlainSum(2)):
+        with torch.no_grad(), mixture.parts.planned(PlainSum(2)):
             return pipe.text_encoder(ids)[0]
 
     both = encoded("a fox", "an owl")

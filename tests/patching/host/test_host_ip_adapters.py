@@ -101,7 +101,7 @@ def test_a_gate_reads_the_same_when_an_adapter_replaces_its_processor(awake, tmp
     pipe, options = hosts.HOSTS["sd15"]()
     files = {name: tiny_lora(pipe, tmp_path / name, seed=i, ends=ends) for i, name in enumerate(("fox", "hat"))}
     mixture, heard = awake(mole.attach(pipe, files, "mole")), []
-    with mixture.listen(lambda decision: heard.append(decision.gates.clone())):
+    with mixture.parts.listen(lambda decision: heard.append(decision.gates.clone())):
         expected, before = hosts.draw(pipe, options), list(heard)
         hosts.ip_adapter(pipe)
         pipe.set_ip_adapter_scale(0.0)

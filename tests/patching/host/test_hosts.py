@@ -114,7 +114,7 @@ def test_flux_2_is_drawn_bound(tmp_path):
     for region in ("left", (0.0, 0.0, 0.5, 1.0), "right"):
         mixture.bind({"fox": (None, region)})
         outputs.append(transformer(**call).sample)
-        assert mixture._settings.binding.now.text.place_masks.shape == (1, 2, 4, 8)
+        assert mixture.parts.settings.binding.now.text.place_masks.shape == (1, 2, 4, 8)
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.allclose(outputs[0], outputs[2], atol=1e-4)
 

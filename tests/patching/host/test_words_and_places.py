@@ -88,7 +88,7 @@ def test_an_unbound_sum_is_set_adapters_and_each_words_tokens_are_known(request,
     unbound = hosts.draw(pipe, options, PROMPT)
     mixture.bind({"fox": "fox", "owl": "owl"})
     bound = hosts.draw(pipe, options, PROMPT)
-    known = mixture._settings.binding.now._texts
+    known = mixture.parts.settings.binding.now._texts
     prompt, row = next((t, i) for t in known for i, each in enumerate(t.picture.readings) if any(each.mentioned))
     tokens = tokens_of(request.node.callspec.params["drawn"], pipe)
     for k, word in enumerate(("fox", "owl")):

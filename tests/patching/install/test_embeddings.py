@@ -33,7 +33,7 @@ def test_words_are_loaded_and_taken_out_again(pipe, loras, draw, tmp_path, vecto
         assert torch.equal(draw(pipe, prompt), plain)
     assert torch.equal(draw(pipe, prompt), found)
     again = mole.attach(pipe, {"fox": file}, binding=None)  # in the place of itself
-    assert (again.file_words["fox"].words, again.without_embedding) == (("zwx",), [])
+    assert (again.file_words["fox"].words, again.parts.installation.without_embedding) == (("zwx",), [])
     assert torch.equal(draw(pipe, prompt), found)
     pipe.save_pretrained(tmp_path / "saved")
     saved = type(pipe).from_pretrained(tmp_path / "saved")
@@ -66,7 +66,7 @@ def test_each_text_encoder_has_its_own(host, tmp_path):
             mixture = mole.attach(pipe, {"fox": file}, binding=None)
     else:
         mixture = mole.attach(pipe, {"fox": file}, binding=None)
-    assert not [part for part in mixture.banks if part.startswith("text")]
+    assert not [part for part in mixture.parts.banks if part.startswith("text")]
     assert not torch.equal(hosts.draw(pipe, options, "a zwx"), plain)
     mole.detach(pipe)
     assert torch.equal(hosts.draw(pipe, options, "a zwx"), plain)
@@ -82,7 +82,7 @@ def test_what_a_text_encoder_cannot_take_is_said(pipe, loras, tmp_path):
         file = with_embedding(loras["fox"], tmp_path / "fox.safetensors", **own)
         with pytest.warns(UserWarning, match=f"expert 'fox': .* is not used.* {why}"):
             mixture = mole.attach(pipe, {"fox": file})
-        assert len(mixture.without_embedding) == 1
+        assert len(mixture.parts.installation.without_embedding) == 1
         mole.detach(pipe)
 
 

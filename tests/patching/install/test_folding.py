@@ -82,7 +82,7 @@ def test_gates_without_input_are_evaluated_where_their_model_is(pipe, loras, mon
     mixture, devices = mole.attach(pipe, {"fox": (loras["fox"], 0.8), "hat": loras["hat"]}, "static"), set()
     monkeypatch.setattr(GateSite, "evaluate", lambda _, hidden, *__, **___: devices.add(hidden.device.type))
     pipe.unet.to("meta")
-    evaluate_gates(pipe, [part for part in mixture._components if part.name == "unet"], None)
+    evaluate_gates(pipe, [part for part in mixture.parts.components if part.name == "unet"], None)
     assert devices == {"meta"}
 
 
@@ -94,7 +94,7 @@ def test_gates_that_move_collapse_to_their_average(pipe, loras, draw, awake):
     with mixture.collapsed("a fox"):
         collapsed = draw(pipe)
     still = mole.attach(pipe, loras, mole.GateConfig("static", total="linear"))
-    for part, bank in still.banks.items():
+    for part, bank in still.parts.banks.items():
         for key, gate in bank.gates.items():
             name = part if key == "network" else f"{part}.{key.replace('/', '.')}"
             weights = torch.stack([trace.weights(p).mean(0) for p in trace.sites if p.split(" ")[0] == name])
@@ -107,12 +107,12 @@ def test_gates_of_the_prompt_are_folded_without_drawing(pipe, loras, draw, awake
     """The other route: what they say while a whole picture is drawn."""
     mixture = awake(mole.attach(pipe, loras, mole.GateConfig("prompt", axis=axis)))
     drawn, entered, call = Averages(), [], {"guidance_scale": 1.0}
-    with mixture.listen(drawn):
+    with mixture.parts.listen(drawn):
         draw(pipe, num_inference_steps=3, **call)
     hook = pipe.unet.conv_in.register_forward_pre_hook(lambda *_: entered.append(0))
     asked = Averages()
-    with mixture.listen(asked):
-        evaluate_gates(pipe, mixture._components, "a fox in ink", **call)
+    with mixture.parts.listen(asked):
+        evaluate_gates(pipe, mixture.parts.components, "a fox in ink", **call)
     assert not entered
     assert asked.weights.keys() == drawn.weights.keys()
     for key, weights in drawn.weights.items():

@@ -30,7 +30,7 @@ BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 PLACES = {  # what is interrupted -> the module in which it happens
     "text encoder": lambda pipe, mixture: pipe.text_encoder.encoder.layers[1],
     "first layer": lambda pipe, mixture: pipe.unet.conv_in,
-    "gate": lambda pipe, mixture: mixture.banks["unet"][BLOCK],
+    "gate": lambda pipe, mixture: mixture.parts.banks["unet"][BLOCK],
     "attention": lambda pipe, mixture: pipe.unet.get_submodule(f"{BLOCK}.attn1"),
     "expert": lambda pipe, mixture: pipe.unet.get_submodule(f"{BLOCK}.attn2.to_out.0.lora_A.mole_experts"),
     "last layer": lambda pipe, mixture: pipe.unet.conv_out,

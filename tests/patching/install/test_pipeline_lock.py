@@ -152,16 +152,16 @@ def test_blocks_of_generators_may_end_in_any_order(pipe, loras):
         waiting = threads.submit(mixture.strength, "hat")
         time.sleep(0.3)
         assert not waiting.done()  # for the block that is open
-        second_active = mixture.active
+        second_active = mixture.parts.active
         second.close()
         waiting.result(60)
     assert second_active == {"ink"}
     second = opened("ink", 3.0)
     next(second)
-    assert mixture.active == {"ink"}
+    assert mixture.parts.active == {"ink"}
     assert mixture.strength("ink") == 3
     second.close()
-    assert mixture.active == set(loras)
+    assert mixture.parts.active == set(loras)
     assert mixture.strength("fox") == mixture.strength("ink") == 1
 
 

@@ -92,10 +92,10 @@ def test_blocks_leave_nothing_behind(pipe, loras, draw, threads):
                 if not drops:
                     assert next(generator, None) is None
                 del kept, generator
-                assert collects or not mixture._lock._open  # at once
+                assert collects or not mixture.parts.lock._open  # at once
                 gc.collect()
                 assert known() is None
-                assert not mixture._lock._open
+                assert not mixture.parts.lock._open
                 assert torch.equal(first.submit(draw, pipe).result(60), whole)
     finally:
         gc.enable()

@@ -150,9 +150,9 @@ def test_a_trace_counts_a_step_once_however_many_tiles_it_has(pipe, experts):
 
 def test_while_a_tile_is_drawn_the_mixture_says_what_the_user_set(pipe, experts):
     mixture, seen = mole.attach(pipe, experts), []
-    before = mixture.active, mixture.binding
+    before = mixture.parts.active, mixture.binding
     hook = pipe.unet.conv_in.register_forward_hook(
-        lambda *_: seen.append((mixture.active, mixture.binding, mixture.is_bound, len(mixture.layouts)))
+        lambda *_: seen.append((mixture.parts.active, mixture.binding, mixture.parts.is_bound, len(mixture.layouts)))
     )
     with tiled(pipe, PROMPT, 1.0):
         latent(pipe)
@@ -267,7 +267,7 @@ def test_the_pipeline_is_given_back(pipe, experts):
         raise RuntimeError("stop")
     assert "forward" not in vars(pipe.unet)
     assert torch.equal(latent(pipe), before)
-    assert mixture.active == set(experts)
+    assert mixture.parts.active == set(experts)
 
 
 def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, experts):
@@ -283,7 +283,7 @@ def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, expe
         bound = latent(pipe)
     assert not torch.equal(bound, wanted)
     call = {"prompt": PROMPT, "width": 32, "height": 32}
-    assert mixture.draws_in_tiles(call)
+    assert mixture.parts.draws_in_tiles(call)
     for narrower in (
         {"prompt": "a fox eats a hen"},
         {"prompt": "an ox and a cow"},  # which are nobody's
@@ -297,20 +297,20 @@ def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, expe
         assert torch.equal(latent(pipe, **narrower), alone), narrower
         if "x" in narrower and len(narrower) == 1:
             narrower = {"width": 16, "height": 16}
-        assert not mixture.draws_in_tiles(call | narrower)
+        assert not mixture.parts.draws_in_tiles(call | narrower)
     for other in ("fox and hen", "a fox, a hen", "a fox,a hen&an ox"):  # the ox is nobody's, and has a tile too
         with mixture.tiled():
             wanted = latent(pipe, other)
         assert torch.equal(latent(pipe, other), wanted), other
-        assert mixture.draws_in_tiles(call | {"prompt": other})
+        assert mixture.parts.draws_in_tiles(call | {"prompt": other})
     with mixture.only("fox"):
         one = latent(pipe)
     with mixture.only("fox"), mixture.tiled(0):
         assert torch.equal(latent(pipe), one)
     for more in ({"timesteps": [500, 1]}, {"prompt_2": "a fox"}, {"original_size": (64, 64)}):
-        assert not mixture.draws_in_tiles(call | more)
+        assert not mixture.parts.draws_in_tiles(call | more)
     mixture.bind({"fox": (None, (0.0, 0.0, 0.3, 0.3))})
-    assert not mixture.draws_in_tiles(call)
+    assert not mixture.parts.draws_in_tiles(call)
     mixture.bind(None)
     plain = latent(pipe)
     with mixture.tiled(0):
@@ -600,7 +600,7 @@ def test_what_a_call_gives_attention_is_honoured_or_said(pipe, experts):
         with pytest.warns(UserWarning, match="only know the scale of LoRAs, not 'mine', so this is drawn as one picture"):
             assert torch.equal(latent(pipe, cross_attention_kwargs={"mine": 1}), whole)
     call = {"prompt": PROMPT, "width": 32, "height": 32, "cross_attention_kwargs": {"mine": 1}}
-    assert not mixture.draws_in_tiles(call)
+    assert not mixture.parts.draws_in_tiles(call)
     assert size_for_tiles(PictureCall(pipe, Tiling(), call, mixture.binding, list(experts)), 64) is None
     with mixture.tiled(), pytest.raises(ValueError, match="not 'mine': draw without it"):
         latent(pipe, cross_attention_kwargs={"mine": 1})
@@ -611,7 +611,7 @@ def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_pa
     pipe = sdxl() if family == "sdxl" else pipe
     files = {name: tiny_lora(pipe, tmp_path / name, seed=seed) for seed, name in enumerate(("fox", "hat"))}
     mixture = mole.attach(pipe, {name: replace(read_expert(path), triggers=(WORDS[name],)) for name, path in files.items()})
-    assert "text_encoder" in mixture.banks
+    assert "text_encoder" in mixture.parts.banks
     with mixture.tiled(1.0, since=0):
         scaled = latent(pipe, cross_attention_kwargs={"scale": 0.5})
         with mixture.strengths({"fox": 0.5, "hat": 0.5}):
@@ -648,7 +648,7 @@ def test_where_there_is_no_room_a_step_is_one_call(pipe, experts):
 
     def told(tiling):
         decisions = []
-        with tiling, mixture.trace(maps=True) as trace, mixture.every(2), mixture.listen(decisions.append):
+        with tiling, mixture.trace(maps=True) as trace, mixture.every(2), mixture.parts.listen(decisions.append):
             latent(pipe, steps=4)
         return [*trace.maps], len(decisions)
 
@@ -690,7 +690,7 @@ def test_nouns_keep_the_places_of_their_tiles(pipe, experts):
     for prompt in ("a fox,a b&a hen", "a fox+a t-x+a hen"):
         with mixture.tiled():
             latent(pipe, prompt, noise(16, 48), steps=2)
-        (regions,) = mixture._settings.binding.now._texts[-1].picture._decided.values()
+        (regions,) = mixture.parts.settings.binding.now._texts[-1].picture._decided.values()
         assert torch.equal(regions, partition(3, 16, 48))
         assert not mixture.binding_warnings
 

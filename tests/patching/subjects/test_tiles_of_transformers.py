@@ -236,7 +236,7 @@ def test_it_is_never_done_without_being_asked(host):
     side = {"sd3": 16, "flux": 256}[host.name]  # pixels of a picture that the transformer was trained with
     for width, begin in ((2 * side, 0.4), (side + side // 2, 0.2)):  # in the second, windows overlap
         room = {"prompt": PROMPT, "width": width, "height": side}
-        assert not mixture.draws_in_tiles(room)
+        assert not mixture.parts.draws_in_tiles(room)
         read = PictureCall(host.pipe, Tiling(always=True), room, mixture.binding, list(mixture.experts))
         assert begin_of_tiles(read) == begin
     kind = type(host.pipe.transformer).__name__
