@@ -13,7 +13,7 @@ from tiers import thorough
 from tiny import tiny_pipeline
 
 from mole_diffusers import attached
-from mole_diffusers.studio import render
+from mole_diffusers.studio import current_base
 from mole_diffusers.studio.base_models import Base
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.memory import Memory, release
@@ -140,7 +140,7 @@ def no_memory():
 def test_a_base_that_cannot_be_let_go_is_opened_anew(loras, monkeypatch):
     studio = fresh("one", loras)
     first = drawn(studio)
-    monkeypatch.setattr(render, "release", lambda pipe: (release(pipe), no_memory()))
+    monkeypatch.setattr(current_base, "release", lambda pipe: (release(pipe), no_memory()))
     with pytest.raises(RuntimeError, match="no memory"):
         studio.base.change("two", opening)
     monkeypatch.undo()
