@@ -90,7 +90,7 @@ def test_a_base_that_is_opened_again_is_read_anew(loras, monkeypatch):
     studio = Studio(tiny_pipeline(), Catalog(dict(loras), {}), "tiny")
     actions = Actions(studio, bases={"tiny": "tiny", "broken": "broken"}, opening=opening)
     change, hits = studio.base.change, []
-    monkeypatch.setattr(studio, "change_base", lambda *given: (hits.append(actions.loras.find("a fox")), change(*given)))
+    monkeypatch.setattr(studio.base, "change", lambda *given: (hits.append(actions.loras.find("a fox")), change(*given)))
     with pytest.raises(ValueError, match="cannot be opened"):
         actions.bases.change("broken")(ignore)
     assert [actions.loras.find("a fox")] == hits
