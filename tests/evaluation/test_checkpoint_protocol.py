@@ -291,10 +291,10 @@ def test_a_limit_is_of_each_kind(checkpoint, loras, tmp_path, capsys):
     assert [(row["kind"], row["prompt"]) for row in rows] == [("1 concepts", "a fox"), ("2 concepts", "a fox in ink")]
 
 
-def test_a_sheet_needs_two_arms_before_anything_is_drawn(checkpoint, loras, capsys, monkeypatch):
-    monkeypatch.setattr("mole_diffusers.evaluation.runner.evaluate", lambda *_, **__: pytest.fail("drawn"))
+def test_a_sheet_needs_two_arms_before_anything_is_drawn(checkpoint, loras, tmp_path, capsys):
     assert main([*checkpoint, "--expert", f"fox={loras['fox']}", "--arm", "base", "--sheet"]) == 1
     assert "a sheet needs two arms or more" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_the_card_is_taken_where_there_is_one(checkpoint, loras, monkeypatch):

@@ -14,7 +14,17 @@ from mole_diffusers.patching.gating.trace import Trace
 pytest.importorskip("matplotlib")
 
 
-def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that matplotlib draws."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figures, draw = [], FigureCanvasAgg.draw
+    monkeypatch.setattr(FigureCanvasAgg, "draw", lambda canvas: figures.append(canvas.figure) or draw(canvas))
+    return figures
+
+
+def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(drawn):
     records = [("text_encoder.x", -1, torch.ones(2))] * 4  # prompts are no steps
     for step in range(3):
         for place in ("unet.one", "unet.two"):
@@ -22,15 +32,15 @@ def test_the_heat_map_has_a_row_per_block_and_a_column_per_step(monkeypatch):
             records.append((f"{place} (b)", step, torch.zeros(1, 2)))  # layers that lack an expert
     records.append(("unet.once", 0, torch.ones(2)))
     trace = Trace(["a", "b"], SimpleNamespace(), 0, records)
-    monkeypatch.setattr(gate_figures, "_picture", lambda figure: figure)
-    panels = gate_figures.heat_map(trace, gate_figures.block_places(trace)).axes
+    gate_figures.heat_map(trace, gate_figures.block_places(trace))
+    panels = drawn[-1].axes
     assert panels[0].images[0].get_array().tolist() == [[None, 1, 2], [1, 2, 3]]  # at 0 it does not act
     assert panels[1].images[0].get_array().tolist() == [[3, 3, 3], [4, 4, 4]]
     assert [t.get_text() for t in panels[0].get_yticklabels()] == ["one", "two"]
     assert all(torch.equal(rows, trace.weights(place)) for place, rows in trace.all_weights().items())
 
 
-def test_many_gates_have_a_row_per_block_with_the_mean_of_those_that_act(monkeypatch):
+def test_many_gates_have_a_row_per_block_with_the_mean_of_those_that_act(drawn):
     """Each gate has a label of its own, also where an attention has several transformer blocks."""
     host, weights = "unet.down_blocks.1.attentions.0.transformer_blocks", torch.rand(2, 48, 1) / 5 + 0.7
     weights[0, :24:2] = 0
@@ -44,8 +54,8 @@ def test_many_gates_have_a_row_per_block_with_the_mean_of_those_that_act(monkeyp
         *(f"IN04 {i}.l{n}" for i in range(12) for n in range(2)),
         *(f"IN07 l{n}" for n in range(24)),
     ]
-    monkeypatch.setattr(gate_figures, "_picture", lambda figure: figure)
-    panel, bar = gate_figures.heat_map(trace, labels, locked=[modules[3]]).axes
+    gate_figures.heat_map(trace, labels, locked=[modules[3]])
+    panel, bar = drawn[-1].axes
     assert [t.get_text() for t in panel.get_yticklabels()] == ["IN04 (set)", "IN07"]
     wanted = [[weights[0, 1:24:2].mean(), weights[1, :24].mean()], weights[:, 24:].mean((1, 2)).tolist()]
     assert np.allclose(panel.images[0].get_array(), wanted)
@@ -56,27 +66,28 @@ def test_many_gates_have_a_row_per_block_with_the_mean_of_those_that_act(monkeyp
     assert bar.get_ylim() == pytest.approx((np.min(wanted), 1.05))
 
 
-def test_shares_are_as_high_as_their_curves(monkeypatch):
+def test_shares_are_as_high_as_their_curves(drawn):
     records = [("unet.one", step, torch.tensor([0.98 + step / 50, 1.0])) for step in range(3)]
     trace = Trace(["a", "b"], SimpleNamespace(), 0, records)
-    monkeypatch.setattr(gate_figures, "_picture", lambda figure: figure)
-    (axes,) = gate_figures.shares(trace, gate_figures.block_places(trace)).axes
+    gate_figures.shares(trace, gate_figures.block_places(trace))
+    (axes,) = drawn[-1].axes
     curves = np.stack([line.get_ydata() for line in axes.lines])
     assert curves.sum(0) == pytest.approx(1)
     assert axes.get_ylim() == pytest.approx((curves.min() - 0.02, curves.max() + 0.02))
 
 
-def test_a_loss_is_shown_with_its_mean_and_with_terms_if_there_are_several(monkeypatch):
-    monkeypatch.setattr(gate_figures, "_picture", lambda figure: figure)
+def test_a_loss_is_shown_with_its_mean_and_with_terms_if_there_are_several(drawn):
     rows = [{"step": i, "loss": float(i**2), "a": float(i**2), "b": 0.0} for i in range(18)]
     for terms, labels in (("ab", ["loss", "a", "b", "mean of 3 updates"]), ("a", ["loss", "mean of 3 updates"])):
-        (axes,) = gate_figures.losses([{name: row[name] for name in ("step", "loss", *terms)} for row in rows]).axes
+        gate_figures.losses([{name: row[name] for name in ("step", "loss", *terms)} for row in rows])
+        (axes,) = drawn[-1].axes
         lines = {line.get_label(): line for line in axes.lines}
         assert list(lines) == labels
         mean = lines["mean of 3 updates"]
         assert mean.get_ydata()[[0, 1, 2, 17]] == pytest.approx([0, 1 / 2, 5 / 3, (15**2 + 16**2 + 17**2) / 3])
         assert mean.get_linewidth() > lines["loss"].get_linewidth()
-    assert len(gate_figures.losses(rows[:1]).axes[0].lines) == 4
+    gate_figures.losses(rows[:1])
+    assert len(drawn[-1].axes[0].lines) == 4
 
 
 @pytest.mark.parametrize(
