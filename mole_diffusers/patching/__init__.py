@@ -20,6 +20,7 @@ Beside it:
 
     host/denoisers.py             `RECORDS`: everything that is special about a class of denoisers
     host/placement.py             where gates sit and what they read; install/component.py makes the sites of a model from it
+    install/parts.py              what a mixture is made of; the package's own modules ask it, users `mixture.Mixture`
     install/installation.py       on and off; `_hooks` has the order in which hooks run
     undo.py                       how each change is taken back
     gating/settings.py            what the user set; `Setting.now` is the value that holds, in or outside of a `with` block
