@@ -325,10 +325,10 @@ def test_an_exported_lora_stays_as_it_was_written(actions):
     assert path.read_bytes() == content
 
 
-def test_exports_are_few_and_their_names_short_enough_for_a_file(actions, loras, monkeypatch):
+def test_exports_are_few_and_their_names_short_enough_for_a_file(loras, monkeypatch):
     monkeypatch.setattr("mole_diffusers.app.actions.MAX_FOLDERS", 2)
     names = [40 * character for character in "狐墨帽"]
-    monkeypatch.setattr(actions.studio.catalog, "loras", dict.fromkeys(names, loras["fox"]))
+    actions = Actions(Studio(tiny_pipeline(), Catalog(dict.fromkeys(names, loras["fox"]), {}), "tiny"))
     recipe = dataclasses.replace(RECIPE, prompt=" ".join(["a fox", *(f"<lora:{name}:1>" for name in names)]), steps=1)
     first, second, third = (actions.export(recipe)(ignore).path for _ in range(3))
     assert second.name == third.name == f"{min(names)[:33]}.safetensors"

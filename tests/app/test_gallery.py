@@ -189,8 +189,8 @@ def test_cells_of_a_grid_with_a_random_seed_share_it(actions):
     assert len({picture.recipe.seed for picture in done.pictures} | {infotext.read(done.sheet).seed}) == 1
 
 
-def test_a_grid_finds_a_lora_with_a_colon_in_its_name(actions, loras, monkeypatch):
-    monkeypatch.setattr(actions.studio.catalog, "loras", {"fo:x": loras["fox"]})
+def test_a_grid_finds_a_lora_with_a_colon_in_its_name(loras):
+    actions = Actions(Studio(tiny_pipeline(), Catalog({"fo:x": loras["fox"]}, {}), "tiny"))
     done = actions.grid(dataclasses.replace(RECIPE, prompt="a fox <lora:fo:x:1>"), "weight fo:x=0,2", "seed=1")(ignore)
     assert [picture.recipe.prompt for picture in done.pictures] == ["a fox <lora:fo:x:0>", "a fox <lora:fo:x:2>"]
 

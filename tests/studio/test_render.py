@@ -293,7 +293,7 @@ def test_what_is_explained_is_what_is_drawn(host, prompt, second, tmp_path):
     recipe = studio.complete(Recipe(prompt, prompt_2=second, steps=2, width=32, height=32, gates="sum"))
 
     def look(*_):
-        picture = attached(pipe)._settings.binding.now.text.picture
+        picture = attached(pipe).parts.settings.binding.now.text.picture
         seen.append(picture.readings[picture.picture_rows[0]])
 
     with warnings.catch_warnings():
