@@ -60,9 +60,14 @@ IdsSideBySide = tuple[tuple[str, tuple[int, ...]], ...]  # (text encoder, its id
 
 @dataclass
 class EncoderText:
-    """The text that a text encoder reads, or read last: [B, T, N] bool, and what layers have asked for."""
+    """The text that a text encoder reads, or read last: [B, T, N] bool, and what layers have asked for.
+
+    Attributes:
+        first: text encoder -> whom the rows of its first text in this call name.
+    """
 
     acting_tokens: torch.Tensor | None = None
+    first: dict[str, list[Mentioned]] = field(default_factory=dict)
     cache: LayerCache = field(default_factory=dict)
 
     def rows_among(self, tokens: int) -> int | None:
@@ -157,7 +162,6 @@ class TokenMasks:
         self.text: BoundText | None = None
         self.warned: list[str] = []
         self._encoder_text = EncoderText()
-        self._said: dict[str, list[Mentioned]] = {}  # text encoder -> whom the rows of its first text in this call name
         self._texts: list[BoundText] = []  # of the current pictures
         self._places: Mapping[ThingKey, torch.Tensor] = {}  # of their things, if somebody set them
         self._level = 0.0  # of noise at the last step, outside of calls
@@ -206,7 +210,7 @@ class TokenMasks:
     def begin(self) -> None:
         """A call of the pipeline begins: its texts are read again, and its layout is decided again."""
         self._texts, self.text, self.warned, self._places = [], None, [], {}
-        self._encoder_text, self._said = EncoderText(), {}  # a call with states of texts has none
+        self._encoder_text = EncoderText()  # a call with states of texts has none
         self._hold(None, self.reader.nobody)
 
     def on_text(self, encoder: str, ids: torch.Tensor, *, in_call: bool, acting: Sequence[bool]) -> bool:
@@ -223,7 +227,7 @@ class TokenMasks:
         if in_call:
             mentioned = self._or_in_first_text(encoder, mentioned)
         acts = None if readings is None else self.reader.acting_tokens(readings, mentioned, acting, ids.device)
-        self._encoder_text = EncoderText(acts)
+        self._encoder_text = EncoderText(acts, self._encoder_text.first)
         self._hold(self.text, self.reader.silence(mentioned, ids.device))
         return True
 
@@ -231,7 +235,7 @@ class TokenMasks:
         """Whom rows of a text or of the first text of the call name. That is the prompt: who acts on it acts on the negative
         prompt, too, as LoRAs do that do not wait for their words.
         """
-        prompts = self._said.setdefault(encoder, mentioned)
+        prompts = self._encoder_text.first.setdefault(encoder, mentioned)
         if len(prompts) != len(mentioned):
             return mentioned
         return [tuple(map(or_, now, first)) for now, first in zip(mentioned, prompts, strict=True)]
