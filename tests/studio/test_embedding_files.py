@@ -51,8 +51,8 @@ def test_a_prompt_is_drawn_as_diffusers_draws_it_and_the_next_one_as_before(stud
     assert len(studio.base.pipe.tokenizer) == words == len(studio.base.pipe.text_encoder.get_input_embeddings().weight)
     assert np.array_equal(draw(studio, plain), before)
     theirs = Studio(tiny_pipeline(), studio.catalog, "tiny")
-    theirs.pipe.load_textual_inversion({"zwface": TRAINED[0]}, token="zwface")
-    theirs.pipe.load_textual_inversion({"zwneg": TRAINED}, token="zwneg")
+    theirs.base.pipe.load_textual_inversion({"zwface": TRAINED[0]}, token="zwface")
+    theirs.base.pipe.load_textual_inversion({"zwneg": TRAINED}, token="zwneg")
     same = {"prompt": f"a (fox:1.2), zwface{lora}", "negative": "blur, zwneg."}
     assert np.abs(draw(theirs, theirs.complete(dataclasses.replace(plain, **same))) - drawn).max() <= 1
     assert np.abs(drawn - before).max() > 3
