@@ -22,6 +22,8 @@ POSED = (
 ).replace(" ", "|")
 HANDS = "(?:holding|holds|hold|shaking) hands|hand in hand|arm in arm|cheek to cheek"
 MUTUAL, CARRYING, TOUCHING = map(known.one_of, (known.MUTUAL, known.CARRYING, known.TOUCHING - known.CARRYING))
+SEATS = known.words("back shoulder shoulders head lap")
+LEANING = "against|lean(?:s|ing) (?:on|upon)"
 SAID = [  # what stands between two things, their relation, and whether the second is the one that does it
     (re.compile(rf"(?:^| )((?:(?:{POSED}) )*(?:{said}))$"), relation, is_passive)
     for said, relation, is_passive in (
@@ -29,11 +31,11 @@ SAID = [  # what stands between two things, their relation, and whether the seco
         (r"ridden by", "riding", True),
         (r"in front of", "in front of", False),
         (r"behind", "behind", False),
-        (rf"(?:{TOUCHING}|{HANDS})(?: (?:with|against|up to|up against))?|against", "hugging", False),
+        (rf"(?:{TOUCHING}|{HANDS})(?: (?:with|against|up to|up against))?|{LEANING}", "hugging", False),
         (r"(?:hugged|kissed|embraced|petted|cuddled|touched) by", "hugging", True),
         (rf"(?:{CARRYING})(?: (?:up|aloft))?", "holding", False),
         (r"(?:held|carried|lifted|cradled) by|in the (?:arms|hands?|paws?) of", "holding", True),
-        (r"(?:climb(?:s|ing) )?(?:on|upon|atop|onto|on top of|on the (?:back|shoulders?|head|lap) of)", "on", False),
+        (rf"(?:climb(?:s|ing) )?(?:on|upon|atop|onto|on top of|on the (?:{known.one_of(SEATS)}) of)", "on", False),
     )
 ]
 FARTHEST = 10  # words of a noun phrase, or between two
@@ -92,7 +94,7 @@ def _subject(marks: Sequence[Mark], n: int, match: Match) -> Subject | None:
     if before[-1:] == ["in"] or (before[-1:] == ["by"] and not before[0].endswith(("ed", "en", "held"))):  # "in ink"
         return None
     if end < len(marks) and marks[end].kind == POSSESSIVE:
-        if [mark.word for mark in marks[end + 1 : end + 2]] != ["back"]:  # "on an elephant's back"
+        if not SEATS.intersection(mark.word for mark in marks[end + 1 : end + 2]):  # "on an elephant's back"
             return None
         end += 2
     return Subject(match, n, begin, end)

@@ -52,13 +52,13 @@ class Tokens:
 
 
 class Phrases:
-    """What is looked for: [N], each expert's phrases. Their last word may be in the plural."""
+    """What is looked for: [N], each expert's phrases. Their last word may be in the plural, and an underscore is a space."""
 
     def __init__(self, phrases: Sequence[Sequence[str]]):
         self._by_first: dict[str, list[tuple[tuple[str, ...], frozenset[str], Phrase]]] = {}
         for k, each in enumerate(phrases):
             for i, phrase in enumerate(each):
-                if words := Tokens(phrase).words:
+                if words := [word for word in Tokens(phrase).words if not _is_silent(word)]:
                     *before, last = words
                     forms = frozenset(_forms(last))
                     for first in before[:1] or forms:
@@ -72,6 +72,8 @@ class Phrases:
         """
         found: list[Match] = []
         furthest = 0
+        at = [i for i, word in enumerate(words) if not _is_silent(word)]
+        words = [words[i] for i in at]
         for begin, first in enumerate(words):
             if (candidates := self._by_first.get(first)) is None:
                 continue
@@ -83,8 +85,13 @@ class Phrases:
             end = max((end for end, phrases in here.items() if counts(phrases)), default=0)
             if end > furthest:
                 furthest = end
-                found.append(Match(begin, end, tuple(here[end])))
+                found.append(Match(at[begin], at[end - 1] + 1, tuple(here[end])))
         return found
+
+
+def _is_silent(word: str) -> bool:
+    """Whether it is no part of a word: an underscore for a space, or A1111's backslash: "miku_\\(vocaloid\\)"."""
+    return word[0] in "_\\"
 
 
 def _forms(word: str) -> set[str]:

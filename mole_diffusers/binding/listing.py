@@ -112,6 +112,8 @@ def _runs(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
         if segment.joint == "," and run and run[-1].side and segment.side:
             segment.joint = "and"
         verdict = _verdict(run[-1], segment, is_closed, after_comma) if run else "begin"
+        if verdict in ("part", "end") and segment.is_said and segment.joint == ",":
+            run[-1].said.is_aside = True
         if verdict == "part":
             run[-1].absorb(segment)
             after_comma = after_comma if not segment.is_said else segment.joint == ","

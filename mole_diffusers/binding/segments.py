@@ -54,6 +54,7 @@ class Predicate:
     object_is_determined: bool = False
     is_clause: bool = False  # a sentence of its own: "a fox is in a tree"
     is_behind: bool = False  # "in the background"
+    is_aside: bool = False  # after a comma: "a fox, sitting"
 
 
 @dataclass(slots=True)

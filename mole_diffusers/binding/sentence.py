@@ -28,7 +28,7 @@ TOGETHER = re.compile(  # what two do together, "hand in hand", or what is said 
 )
 SEVERAL = (  # how many there are: "2 girls", "two big people", "a group"
     rf"(?<!\S)(?:\d+ (?:girl|boy|other)|(?:{one_of(known.SEVERAL)})(?: \S+){{{{0,2}}}}? (?:{{}})|group|pair|crowd"
-    rf"|(?:family|{one_of(known.GATHERINGS)}) of)(?!\S)"
+    rf"|(?:family|{one_of(known.GATHERINGS)}) of|family :)(?!\S)"
 )
 BETWEEN_SIDES = re.compile(r"\s*[,:]?")
 
@@ -320,6 +320,8 @@ def _why_together(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> str:
         return "it is not clear where the list begins"
     if any(is_stop(tokens.words, i) for i in range(listed.items[0].stop, listed.items[-1].noun.begin)):
         return "the things stand in several sentences"
+    if listed.items[-1].said.is_aside and any(item.said.is_aside for item in listed.items[:-1]):
+        return "it is not clear of whom it says what follows the list"  # "a fox, sitting, and an owl, flying"
     text = " ".join(tokens.words)
     if found := TOGETHER.search(text):
         if found["act"]:

@@ -140,8 +140,11 @@ COUNTED = words(
 HELD_THINGS = words("sword shield staff wand bow spear axe dagger gun rifle bag handbag umbrella lantern torch")
 NOT = words("no not without except minus half")
 WRITTEN = words("name names word words text title titled caption headline says saying labeled labelled spelling")
-LIKE = words("shaped themed inspired coloured colored")  # a "fox shaped cake" is no fox
+LIKE = words("shaped themed inspired coloured colored print printed patterned motif")  # a "fox shaped cake" is no fox
 ONE = words("he she him his her himself herself hers")  # said of one of several
 # Of one thing in several frames, or of several that are one
 IN_FRAMES = words("panel panels sheet turnaround storyboard fusion hybrid merged fused blended morphed")
-GROUPS = words("share sharing couple duo trio twins both together them they their theirs themselves everyone everybody")
+GROUPS = words(
+    "share sharing couple duo trio twins both together them they their theirs themselves everyone everybody friends",
+    "lovers siblings",
+)

@@ -299,3 +299,12 @@ def test_instructions_before_a_prompt_are_not_the_users():
     """As Lumina 2 has them."""
     tokens = ["<bos>", "A", "▁picture", "<", "Prompt", "▁Start", ">", "▁a", "▁fox"]
     assert list(of_user(tokens)) == [False] * 7 + [True] * 2
+
+
+@pytest.mark.parametrize(
+    "text", ["hatsune miku (cos)", "hatsune_miku_(cos)", r"hatsune miku \(cos\)", r"hatsune_miku_\(cos\)"]
+)
+def test_underscores_and_backslashes_are_written_in_tags_as_in_triggers(text):
+    for phrase in ("hatsune miku (cos)", "hatsune_miku_(cos)", r"hatsune_miku_\(cos\)"):
+        assert finding.spans(f"a {text}, night", phrase) == [(2, 2 + len(text))]
+    assert finding.spans(text, "hatsune cos") == []
