@@ -9,7 +9,7 @@ from mole_diffusers.lora.stacking import Stack
 
 C = 64
 ROWS = tuple(LoraWeights(torch.full((r, C), 1 / (r * C)), torch.ones(8, r), scale) for r, scale in ((2, 1.0), (3, -1.0)))
-PLACE = GatePlace(experts=2, width=C, tokens=0, is_network=False, presents=[(True, True)], stack=Stack(ROWS, (C,)))
+PLACE = GatePlace(experts=2, width=C, tokens=0, is_network=False, presents=[(True, True)], stack=Stack(ROWS, (C,), 8))
 GATES = {name: family().gate(PLACE) for name, family in FAMILIES.items()}  # one of each, with the default options
 
 LEARNED = [name for name, family in FAMILIES.items() if family.learns]

@@ -164,6 +164,11 @@ class Family(ABC):
         return False
 
     @property
+    def reads_ranks(self) -> bool:
+        """Whether gates read or weigh the ranks of all experts one by one, also of those that do not act."""
+        return self.reads_experts
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether gates tell tokens apart. If not, experts' outputs are those for the mean token."""
         return True

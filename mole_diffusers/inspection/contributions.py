@@ -73,7 +73,7 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
         # If unknown: the same pictures twice mean guidance, with the prompts' rows last.
         groups = known or ((False, True) if repeats(latents, 2) else (True,))
 
-    def measuring(up: Any, segment: torch.Tensor, *, has_text: bool) -> Callable[[Any, tuple], None]:
+    def measuring(up: Any, down: Any, *, has_text: bool) -> Callable[[Any, tuple], None]:
         def measure(_: Any, args: tuple) -> None:
             if tokens < whole or args[0].dim() == 2:  # a part of the picture, or a layer without places
                 return
@@ -84,16 +84,16 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
                 return
             # PAG gives some layers only the first groups, and others the perturbed ones, which are not the picture.
             if prompted := [rows for rows, asks in zip(z.chunk(len(groups)), groups, strict=False) if asks]:
-                found.add(shape, norms(torch.cat(prompted), up.weight, segment, len(found.experts)))
+                found.add(shape, norms(torch.cat(prompted), up.weight, down.segment, len(found.experts)))
 
         return measure
 
     with undoing() as undo:
         undo.before_forward(model, count, with_kwargs=True)
-        for name, (up, segment) in peft_injection.ups(model).items():
+        for name, (up, down) in peft_injection.ups(model).items():
             stream = inputs.record.blocks.stream_of(name)
             if stream in ("image", "joint") and not name.endswith(NOT_IMAGE):
-                undo.before_forward(up, measuring(up, segment, has_text=stream == "joint"))
+                undo.before_forward(up, measuring(up, down, has_text=stream == "joint"))
         yield found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from mole_diffusers.lora import Expert, LoraWeights, check_family, layer_key
 from mole_diffusers.lora.algorithms import check_largest
 from mole_diffusers.lora.dora import on_base
 from mole_diffusers.lora.families import MODEL_FAMILIES
-from mole_diffusers.lora.safe_files import RefusedFileError, check_memory
+from mole_diffusers.lora.safe_files import RefusedFileError
 
 SHARE = 0.9  # of an expert's layers that a pipeline must have
 
@@ -28,6 +28,7 @@ class Stack:
 
     rows: tuple[LoraWeights | None, ...]  # [N], None if an expert lacks the layer
     inner: tuple[int, ...]  # shape of a row of the host's weight: (Cin,) or (Cin, k, k)
+    out: int  # Cout
 
     @property
     def down(self) -> torch.Tensor:
@@ -39,11 +40,6 @@ class Stack:
         """[Cout, R] or [Cout, R, 1, 1]."""
         ones = (1,) * (len(self.inner) - 1)
         return torch.cat([w.up.float().reshape(-1, w.rank, *ones) for w in self.rows if w is not None], 1)
-
-    @property
-    def out(self) -> int:
-        """Cout."""
-        return next(w.up.shape[0] for w in self.rows if w is not None)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -59,6 +55,19 @@ class Stack:
     def present(self) -> tuple[bool, ...]:
         """[N]: which experts have this layer."""
         return tuple(r > 0 for r in self.ranks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both matrices."""
+        return sum(4 * (w.down.numel() + w.up.numel()) for w in self.rows if w is not None)
+
+    def of(self, experts: Sequence[bool]) -> Stack:
+        """Only the ranks of these experts, [N]. A layer that none of them has keeps one rank of zeros."""
+        rows = [w if kept else None for w, kept in zip(self.rows, experts, strict=True)]
+        if not any(rows):
+            first = next(i for i, w in enumerate(self.rows) if w is not None)
+            rows[first] = LoraWeights(torch.zeros(1, *self.inner), torch.zeros(self.out, 1), 1.0)
+        return replace(self, rows=tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -166,17 +175,14 @@ def _check_numbers(about: str, layer: str, weights: LoraWeights, module: Any) ->
 def stack_all(matches: Sequence[HostMatch], hosts: Mapping[str, nn.Module]) -> dict[str, dict[str, Stack]]:
     """component -> {module name: Stack} for every layer that any expert has, in the model's order.
 
-    Raises RefusedFileError if memory does not suffice, or if an expert is DoRA and the base's own weights are packed or
-    elsewhere.
+    Raises RefusedFileError if an expert is DoRA and the base's own weights are packed or elsewhere.
     """
-    all_weights = [w for m in matches for layers in m.layers.values() for w in layers.values()]
-    check_memory(sum(4 * (w.down.numel() + w.up.numel()) for w in all_weights), "the experts, stacked for the host, take")
     stacks: dict[str, dict[str, Stack]] = {}
     for component, host in hosts.items():
         for name, module in modules_by_key(host).values():
             rows = tuple(_on_base(m, component, name, module) for m in matches)
             if any(rows):
-                stacks.setdefault(component, {})[name] = Stack(rows, _shape(module)[1:])
+                stacks.setdefault(component, {})[name] = Stack(rows, _shape(module)[1:], _shape(module)[0])
     return stacks
 
 

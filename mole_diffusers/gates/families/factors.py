@@ -16,6 +16,7 @@ class Factors(Family, name="factors"):
     """Learns a constant for each rank of each LoRA at every layer."""
 
     one_gate_per = "matrix"
+    reads_ranks = True
     recommended = True  # the best on validation compositions, see docs/training.md
 
     def gate(self, at: GatePlace) -> FactorGate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -29,6 +29,7 @@ class Rank(Family, name="rank"):
     """
 
     one_gate_per = "matrix"
+    reads_ranks = True
     top: Annotated[int, 0, 1 << 16] = 0
     partition: Annotated[int, 0, 1 << 16] = 1
     refactor: bool = True
@@ -60,7 +61,7 @@ def singular(stack: Stack) -> Stack:
     rows: list[LoraWeights | None] = []
     for down, up in zip(stack.down.split(list(stack.ranks)), stack.up.split(list(stack.ranks), 1), strict=True):
         rows.append(LoraWeights(*functional.low_rank(down, up)[:2], 1.0) if len(down) else None)
-    return Stack(tuple(rows), stack.inner)
+    return replace(stack, rows=tuple(rows))
 
 
 def grouped(ranks: Sequence[int], partition: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ class Retrieval(Family, name="retrieval"):
     """
 
     one_gate_per = "matrix"
+    reads_ranks = True
     of_experts = False
     rank: Annotated[int, 1, 128] = 4
     scores: Literal["token", "image"] = "token"

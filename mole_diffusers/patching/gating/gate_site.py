@@ -41,7 +41,7 @@ class WeighedLayer:
 
     name: str  # component first
     present: Present
-    ranks: tuple[int, ...]  # [N]
+    held: str  # whose ranks it holds, and how many of each; as text, since it is hashed and compared in every layer
     stream: str | None  # which tokens it reads, see `placement.stream_of`
     down: Any  # the module that holds A [R, Cin]
     up: Any  # and B [Cout, R]
@@ -290,7 +290,7 @@ class GateSite(ABC):
             return self._new_factor(layer, x, low)
         masks = self.shared.effective.binding
         binds = masks is not None and masks.binds
-        in_common = layer.ranks, low.dim(), low.dtype, binds and layer.stream
+        in_common = layer.held, low.dim(), low.dtype, binds and layer.stream
         all_kept = self.decided.now.factors.get(in_common, ())
         # With the number of tokens in the key, a compiled block would be for it alone. PAG passes a part of the rows.
         for kept in all_kept:
@@ -325,7 +325,7 @@ class GateSite(ABC):
             return None
         if low.dim() == 2 and rows_of is None and (rows_of := text.rows_among(len(low))) is None:
             return None  # no tokens, or those of all rows one after the other
-        key = stream, layer.ranks, rows_of, low.shape, low.dtype, low.device
+        key = stream, layer.held, rows_of, low.shape, low.dtype, low.device
         if key not in text.cache:
             tokens = low if rows_of is None else low.view(rows_of, -1, low.shape[1])
             found = text.mask(stream, tokens)

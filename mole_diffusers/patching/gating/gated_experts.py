@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,12 +34,17 @@ class GatedExperts:
 
     def __init__(self, site: GateSite, stack: Stack, layer: Any, name: str, stream: str | None):
         base, down, up = matrices = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        self.site, self.layer = site, WeighedLayer(name, stack.present, stack.ranks, stream, down, up)
+        self.site, self.layer = site, WeighedLayer(name, stack.present, "", stream, down, up)
         # A module's attribute lookup is slow, so the dicts with weights and hooks are read directly.
         self._base, self._down, self._up = base._parameters, down._parameters, up._parameters
         self._hooks = tuple(hooks for m in matrices for hooks in (m._forward_pre_hooks, m._forward_hooks))
         self._own = base.__dict__, down.__dict__, up.__dict__
         self._reads_text = stream == "text"
+
+    def hold(self, ranks: Sequence[int]) -> None:
+        """The matrices have so many ranks of each expert from now on, [N]."""
+        held = " ".join(f"{expert}:{rank}" for expert, rank in enumerate(ranks) if rank)
+        self.layer = replace(self.layer, held=sys.intern(held))
 
     def linear(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The whole layer, x [B, T, Cin] -> [B, T, Cout]; None if it must run through peft's own modules.

@@ -128,6 +128,20 @@ class EffectiveSettings:
         return WeighedExperts(mask, factor, all(there), all(s == 1 for s in strengths))
 
     @property
+    def needed(self) -> tuple[bool, ...]:
+        """[N]: the experts whose ranks layers need now. None of the others weighs anything.
+
+        With gradients all do: blocks may be run again later, with the matrices of their first run.
+        """
+        settings, on = self.settings, self.settings.active.now if self.step.alone.now is None else self.step.alone.now
+        if torch.is_grad_enabled() or settings.control.now is not None:  # which may give weight to anyone
+            return (True,) * len(on)
+        if settings.fixed.now is not None:
+            return tuple(weight != 0 for weight in settings.fixed.now)
+        silent = (False,) * len(on) if self.binding is None else self.binding.silence.experts
+        return tuple(a and s != 0 and not mute for a, s, mute in zip(on, settings.strengths.now, silent, strict=True))
+
+    @property
     def rows_of_prompts(self) -> int:
         """How many rows of the batch may have experts of their own; 1 if all rows have the same."""
         if self.binding is not None and self.binding.silence.rows is not None:

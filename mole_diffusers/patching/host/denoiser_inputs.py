@@ -173,9 +173,17 @@ def denoiser(pipe: Any) -> nn.Module:
 
 def is_one_graph(pipe: Any) -> bool:
     """Whether the denoiser of a pipeline was compiled as a whole, so that no hook of a layer can leave it."""
-    model: Any = denoiser(pipe)
-    is_wrapped = all(getattr(pipe, name, None) is not model for name in DENOISERS)
-    return is_wrapped or getattr(model, "_compiled_call_impl", None) is not None
+    return is_compiled_whole(pipe, next(name for name in DENOISERS if getattr(pipe, name, None) is not None))
+
+
+def is_compiled_whole(pipe: Any, part: str) -> bool:
+    """Whether a model of a pipeline was compiled as a whole, by `torch.compile(model)` or `model.compile()`."""
+    return is_compiled_module(getattr(pipe, part))
+
+
+def is_compiled_module(module: Any) -> bool:
+    """Whether the forward of a module, as a whole, is compiled."""
+    return compiled_from(module) is not module or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import cpu_offload
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.hooks.group_offloading import _GROUP_OFFLOADING, _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from torch import nn
 
@@ -45,6 +45,17 @@ def loaded(pipe: Any) -> Iterator[None]:
                 cpu_offload(model, device, offload_buffers=len(model._parameters) > 0)
         for model in models:
             _maybe_remove_and_reapply_group_offloading(model)
+
+
+def moves_parts(model: nn.Module) -> bool:
+    """Whether hooks on parts of a model move their weights, so that these must stay the tensors that they are."""
+    for module in model.modules():
+        registry: Any = vars(module).get("_diffusers_hook")
+        if registry is not None and registry.get_hook(_GROUP_OFFLOADING) is not None:
+            return True
+        if module is not model and "_hf_hook" in vars(module):
+            return True
+    return False
 
 
 def _device(modules: Iterable[nn.Module]) -> Any:

@@ -35,6 +35,7 @@ from mole_diffusers.patching.host.placement import (
 )
 from mole_diffusers.patching.install import peft_injection
 from mole_diffusers.patching.install.gate_inputs import AroundBlock, GateInput, ModelInput, MoLEAttnProcessor, OutputMixing
+from mole_diffusers.patching.install.held_ranks import HeldRanks
 from mole_diffusers.patching.undo import Undo
 
 BANK = "mole_gates"  # submodule of a model with its gates, so that they move and offload with it
@@ -81,6 +82,7 @@ class Component:
             PlacedSite(self._site(sites[name], layers), sites[name], layers, self._by_processor(sites[name], layers))
             for name, layers in layers_of_site.items()
         ]
+        self.ranks = HeldRanks(model, self.stacks, shared, denoises=self.denoises, whole=family.reads_ranks)
         self.site_of = {layer: each.site for each in self.placed for layer in each.layers}
 
     def install(self, undo: Undo) -> None:
@@ -93,7 +95,7 @@ class Component:
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
         layers = {layer: (self.site_of[layer], stream_of(self.name, self.model, layer)) for layer in self.stacks}
-        peft_injection.inject(self.model, self.stacks, layers, undo)
+        peft_injection.inject(self.model, self.stacks, self.ranks.install(), layers, undo)
         for each in self.placed:
             module = self._module(each.about)
             if each.by_processor and isinstance(module, Attention):
@@ -147,7 +149,7 @@ class Component:
     @property
     def is_off(self) -> bool:
         """Whether `disable_lora` has switched its experts off, which it does for all layers at once."""
-        return self.model.get_submodule(next(iter(self.stacks))).disable_adapters
+        return self.ranks.is_off
 
     @property
     def step_invariant(self) -> bool:

@@ -16,8 +16,16 @@ from mole_diffusers.patching.gating import cross_attention, joint_attention
 from mole_diffusers.patching.gating.prompt_tokens import TextHook
 from mole_diffusers.patching.gating.shared_state import SharedState, StepHook
 from mole_diffusers.patching.hooks import ForwardHook
-from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, denoiser, denoisers, hosts, models_of, readers_of
-from mole_diffusers.patching.host.offloading import loaded
+from mole_diffusers.patching.host.denoiser_inputs import (
+    DENOISERS,
+    denoiser,
+    denoisers,
+    hosts,
+    is_compiled_whole,
+    models_of,
+    readers_of,
+)
+from mole_diffusers.patching.host.offloading import loaded, moves_parts
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.install.embeddings import Words, add_words, embedded, left_out
 from mole_diffusers.patching.install.host_calls import guard
@@ -142,6 +150,19 @@ class Installation:
         self._uninstall()
         self._locking.close()
 
+    def begin_call(self) -> None:
+        """A call of the pipeline begins: layers may let go of the ranks of the one before. Where they cannot get others
+        while it runs, they get all.
+        """
+        for component in self.components:
+            component.ranks.begin_call()
+        lacking = [component for component in self.components if not component.ranks.is_whole]
+        fixed = [c for c in lacking if is_compiled_whole(self.pipe, c.name) or moves_parts(c.model)]
+        if fixed:
+            with loaded(self.pipe):
+                for component in fixed:
+                    component.ranks.hold_all()
+
     def _lock_calls(self) -> None:
         lock_calls(self.pipe, self.mixture.drawing, self._locking)
 
@@ -178,6 +199,9 @@ class Installation:
         yield self.denoiser, StepHook(shared, self.is_off)
         for name, model in readers_of(self.pipe).items():
             yield model, TextHook(name, shared.tokens, shared.inputs.record.pipelines.text_layers, shared.on_text)
+        # Layers need the ranks of those who act.
+        for component in self.components:
+            yield component.model, component.ranks
         # Attention that is read or closed must not be compiled in this call.
         attention = joint_attention if shared.inputs.record.blocks.is_joint else cross_attention
         yield from attention.hooks(self.denoiser, shared)

@@ -222,5 +222,6 @@ class Parts:
 
     def running(self, call: Mapping[str, Any] | None, pipe: Any) -> AbstractContextManager[None]:
         """A call of the pipeline that the mixture is on, while it has the lock."""
+        self.installation.begin_call()
         is_off, masks = self.installation.is_off(lora_scale(call or {})), partial(self.masks, self.file_words)
         return OneCall(self.shared, list(self.experts), pipe, call).running(is_off=is_off, masks_of_files=masks)

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from mole_diffusers.lora.safe_files import check_memory
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.gating.gated_experts import ADAPTER, GatedExperts
@@ -34,10 +35,17 @@ class GatedLinear(lora.Linear):
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
-def inject(model: Any, stacks: Mapping[str, Stack], layers: Mapping[str, tuple[GateSite, str | None]], undo: Undo) -> None:
-    """Put the stacked experts on the named layers of `model`, each change recorded in `undo` first.
+def inject(
+    model: Any,
+    stacks: Mapping[str, Stack],
+    held: Mapping[str, Stack],
+    layers: Mapping[str, tuple[GateSite, str | None]],
+    undo: Undo,
+) -> None:
+    """Put experts on the named layers of `model`, each change recorded in `undo` first.
 
-    `layers` has the site of each layer's gate, and what it reads, see `placement.stream_of`.
+    `stacks` has all experts of each layer, `held` those whose ranks it gets, and `layers` the site of its gate, and what it
+    reads, see `placement.stream_of`.
     """
     before, active = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)
@@ -46,16 +54,17 @@ def inject(model: Any, stacks: Mapping[str, Stack], layers: Mapping[str, tuple[G
         inject_adapter_in_model(config, model, ADAPTER)
     model._hf_peft_config_loaded = True
     for name, stack in stacks.items():
-        _fill(model.get_submodule(name), stack, *layers[name], name)
+        _prepare(model.get_submodule(name), stack, *layers[name], name)
         if layers[name][1] is None and name.endswith(BY_NAME):
             ByPosition().register(model.get_submodule(name), undo)
+    fill(model, held)
     _activate(model, {name: [*active.get(name, []), ADAPTER] for name in (*active, *stacks)})
     for p, flag in before.items():  # peft froze the model, but its own parameters are up to the user
         p.requires_grad_(flag)
 
 
 class _Empty(TorchFunctionMode):
-    """New layers get no memory and no random numbers, in this thread: `_fill` gives them their matrices.
+    """New layers get no memory and no random numbers, in this thread: `fill` gives them their matrices.
 
     (peft's own `low_cpu_mem_usage` patches nn.Module for all threads.)
     """
@@ -104,12 +113,24 @@ def _record(model: Any, adapter: str, undo: Undo) -> tuple[dict[nn.Parameter, bo
     return gradients, active
 
 
-def _fill(layer: Any, stack: Stack, site: GateSite, stream: str | None, name: str) -> None:
-    weight, dtype = layer.get_base_layer().weight, _computed_in(layer.get_base_layer())
-    for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
-        half[ADAPTER].weight = nn.Parameter(matrix.to(weight.device, dtype), requires_grad=False)
-    layer.lora_A[ADAPTER].register_buffer("segment", stack.segment.to(weight.device), persistent=False)
-    rank = len(stack.segment)
+def fill(model: Any, stacks: Mapping[str, Stack]) -> None:
+    """Give injected layers these matrices in place of those that they have.
+
+    Raises RefusedFileError if memory does not suffice.
+    """
+    check_memory(sum(stack.nbytes for stack in stacks.values()), "the experts, stacked for the host, take")
+    with torch.inference_mode(False):  # they are also used with gradients
+        for name, stack in stacks.items():
+            layer = model.get_submodule(name)
+            weight, dtype = layer.get_base_layer().weight, _computed_in(layer.get_base_layer())
+            for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
+                half[ADAPTER].weight = nn.Parameter(matrix.to(weight.device, dtype), requires_grad=False)
+            layer.lora_A[ADAPTER].register_buffer("segment", stack.segment.to(weight.device), persistent=False)
+            layer.lora_variant[ADAPTER].hold(stack.ranks)
+
+
+def _prepare(layer: Any, stack: Stack, site: GateSite, stream: str | None, name: str) -> None:
+    rank = sum(stack.ranks)
     layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, rank, 1.0
     component = site.name.partition(".")[0]
     layer.lora_variant[ADAPTER] = GatedExperts(site, stack, layer, f"{component}.{name}", stream)
@@ -208,7 +229,7 @@ def stacked(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return (down.sum((2, 3)), up.sum((2, 3))) if down.dim() == 4 else (down, up)
 
 
-def ups(model: Any) -> dict[str, tuple[nn.Module, torch.Tensor]]:
-    """layer -> (the module that holds `up`, segment [R]). The input of that module is z times the weights."""
+def ups(model: Any) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """layer -> the modules that hold `up`, and segment [R]. The input of the first is z times the weights."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A}
-    return {name: (layer.lora_B[ADAPTER], layer.lora_A[ADAPTER].segment) for name, layer in layers.items()}
+    return {name: (layer.lora_B[ADAPTER], layer.lora_A[ADAPTER]) for name, layer in layers.items()}

@@ -158,7 +158,7 @@ def test_singular_ranks_are_the_same_lora_in_order(shape):
         torch.randn(COUT, 6, *(1 for _ in shape), generator=generator),
     )
     halves = zip(down.split(RANKS), up.split(RANKS, 1), strict=True)
-    stack = Stack(tuple(LoraWeights(d, u, 1.0) if len(d) else None for d, u in halves), tuple(down.shape[1:]))
+    stack = Stack(tuple(LoraWeights(d, u, 1.0) if len(d) else None for d, u in halves), tuple(down.shape[1:]), len(up))
     turned = singular(stack)
     for i, rank in enumerate(RANKS):
         mine = torch.tensor(i) == SEGMENT
