@@ -15,7 +15,7 @@ import torch
 from benchmarks.arms import ARMS
 from benchmarks.clock import CLOCKS
 from benchmarks.hosts import SIZES
-from benchmarks.once import attaching, collapsing, once_costs, updating
+from benchmarks.once import attaching, collapsing, moving, once_costs, updating
 from benchmarks.picture import cold_costs, picture_costs
 from benchmarks.settings import COMPILED, DTYPES, Settings
 from benchmarks.steps import memory_costs, operation_counts, scaling, step_costs
@@ -31,6 +31,7 @@ WHAT: Mapping[str, Callable[[Settings, Sequence[str], Sequence[int]], list[Any]]
         replace(settings, size="thin", rank=4, pixels=64), COUNTED, experts
     ),
     "attach": lambda settings, _, experts: once_costs(settings, attaching, experts),
+    "moving": lambda settings, _, experts: once_costs(settings, moving, experts),
     "collapse": lambda settings, _, experts: once_costs(settings, collapsing, experts),
     "update": lambda settings, _, experts: once_costs(settings, updating, experts),
     "memory": memory_costs,

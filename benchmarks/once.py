@@ -1,9 +1,10 @@
-"""One-time costs: attaching, folding gates away, and one update of the gates in training."""
+"""One-time costs: attaching, other LoRAs than before, folding gates away, and one update of the gates in training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -45,6 +46,25 @@ def attaching(settings: Settings, pipe: Any, given: Mapping[str, Any], files: Fi
         return took
 
     return {"load": loaded, "attach": put}
+
+
+def moving(settings: Settings, pipe: Any, given: Mapping[str, Any], files: Files) -> dict[str, Measure]:
+    """What a picture with one half of N LoRAs pays after one with the other half, compared to one step of the base."""
+    mixture, names = attach(twin(pipe), dict(files), settings.gates), list(files)
+    halves = cycle([names[: len(names) // 2], names[len(names) // 2 :]])
+    ranks = mixture._installation.components[0].ranks
+
+    @torch.no_grad()
+    def step() -> None:
+        pipe.unet(**given)
+
+    @torch.no_grad()
+    def moved() -> float:
+        with mixture.only(*next(halves)):
+            ranks.begin_call()
+            return seconds(partial(ranks.before, ranks.model, (), {}), clock=settings.clock)
+
+    return {"step": partial(seconds, step, clock=settings.clock), "others": moved}
 
 
 def collapsing(settings: Settings, pipe: Any, given: Mapping[str, Any], files: Files) -> dict[str, Measure]:

@@ -478,7 +478,8 @@ def attach(
     Args:
         pipe: a pipeline whose `unet` or `transformer` is of a class in `patching.host.denoisers.RECORDS`.
         experts: name -> file, or (file, strength). Strength is your own factor: any sign and size, 1 by default, 0 means
-            absent. Or a folder: all LoRA files in it, each silent unless the prompt has its words.
+            absent. Or a folder: all LoRA files in it, each silent unless the prompt has its words. Until then it only takes
+            memory of the CPU.
         gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote (a Path, or
             "./flow" if it has a family's name), or a hub id.
         binding: each expert's words and place, as `Mixture.bind` takes them. "auto" takes the trigger words from the

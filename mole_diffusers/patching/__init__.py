@@ -24,6 +24,7 @@ Beside it:
     install/installation.py       on and off; `_hooks` has the order in which hooks run
     undo.py                       how each change is taken back
     gating/settings.py            what the user set; `Setting.now` is the value that holds, in or outside of a `with` block
+    install/held_ranks.py         which experts' matrices the layers hold: of those that act; the others wait outside
     gating/prompt_tokens.py       which tokens the states that the denoiser reads were made of
     gating/joint_attention.py     the same where a model attends to text and picture together (SD 3, Flux)
     gating/kept_text.py           what layers make of a text that comes again in the next step

@@ -159,6 +159,7 @@ def test_the_command(capsys):
     [
         *thorough(("attach", ["load", "attach"]), ("collapse", ["30 steps", "collapse static", "collapse prompt"])),
         ("update", ["base", "update"]),
+        ("moving", ["step", "others"]),
     ],
 )
 def test_what_is_paid_once(what, arms, capsys):
