@@ -52,7 +52,7 @@ def moving(settings: Settings, pipe: Any, given: Mapping[str, Any], files: Files
     """What a picture with one half of N LoRAs pays after one with the other half, compared to one step of the base."""
     mixture, names = attach(twin(pipe), dict(files), settings.gates), list(files)
     halves = cycle([names[: len(names) // 2], names[len(names) // 2 :]])
-    ranks = mixture._installation.components[0].ranks
+    ranks = mixture.parts.components[0].ranks
 
     @torch.no_grad()
     def step() -> None:

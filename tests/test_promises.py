@@ -75,7 +75,7 @@ def test_a_failure_while_installing_undoes_what_was_done(pipe, loras, draw, monk
     from mole_diffusers.patching.install import peft_injection
 
     base, before = draw(pipe), snapshot(pipe)
-    fill, calls = peft_injection._fill, []
+    fill, calls = peft_injection.fill, []
 
     def fail_on_the_fifth(*args):
         calls.append(args)
@@ -83,7 +83,7 @@ def test_a_failure_while_installing_undoes_what_was_done(pipe, loras, draw, monk
             raise RuntimeError("out of memory")
         return fill(*args)
 
-    monkeypatch.setattr(peft_injection, "_fill", fail_on_the_fifth)
+    monkeypatch.setattr(peft_injection, "fill", fail_on_the_fifth)
     with pytest.raises(RuntimeError, match="out of memory"):
         mole.attach(pipe, loras, "mole")
     assert_same(before, snapshot(pipe))
