@@ -1,14 +1,25 @@
 """Tiny random models in every role of `mole evaluate`, in the forms in which their libraries load real ones."""
 
 import json
+from contextlib import contextmanager
 
 import open_clip
+import pytest
 import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
 from tiny import tiny_tokenizer
 from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor, OwlViTProcessor
+
+
+@contextmanager
+def saved(folder):
+    """A folder of each model, by the option of `mole evaluate` that takes it. Torch finds that of LPIPS meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(save_squeezenet(folder / "torch")))
+        models = {"clip": save_clip, "dino": save_dino, "detector": save_detector}
+        yield {name: str(save(folder / name)) for name, save in models.items()} | {"lpips": "squeeze"}
 
 
 def save_clip(folder):

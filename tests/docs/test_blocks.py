@@ -8,8 +8,8 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from subprocess import PIPE, Popen, run
@@ -19,6 +19,7 @@ import hosts
 import pytest
 import torch
 from PIL import Image
+from ports import free_port
 from single_file import save_single_file
 from tiny import tiny_lora
 
@@ -135,17 +136,8 @@ def judges(tmp_path_factory):
         pytest.importorskip(library)
     import tiny_models
 
-    folder = tmp_path_factory.mktemp("judges")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_HOME", str(tiny_models.save_squeezenet(folder / "torch")))
-        saved = {name: getattr(tiny_models, f"save_{name}")(folder / name) for name in ("clip", "dino", "detector")}
-        yield [word for name, path in saved.items() for word in (f"--{name}", str(path))] + ["--lpips", "squeeze"]
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    with tiny_models.saved(tmp_path_factory.mktemp("judges")) as models:
+        yield [word for name, value in models.items() for word in (f"--{name}", value)]
 
 
 def tiny(words, judges=()):
@@ -182,7 +174,7 @@ def launch(words, folder, judges):
         config = ["train", "--base", "MODEL", *experts, "--prompt", "a fox and an octopus", "--part", "a fox"]
         assert main(tiny([*config, "--part", "an octopus", "--write-config", "run.yaml"])) == 0
         own = [*words[at:], "--steps", "2"]
-    own = [*own, "--out", f"made-by-{len(list(folder.iterdir()))}"]
+    own = [*own, "--out", tempfile.mkdtemp(dir=folder)]
     if given[0] == "torchrun":
         edits = {"HOST": "127.0.0.1", "4": "1", "29500": free_port()}
         given = [sys.executable, "-m", "torch.distributed.run", *(edits.get(word, word) for word in given[1:])]
@@ -194,7 +186,7 @@ def launch(words, folder, judges):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     started = [Popen([*start, *own], cwd=folder, env=environment) for start in starts]
     assert [process.wait(timeout=900) for process in started] == [0] * len(started)
-    made = folder / own[-1]
+    made = Path(own[-1])
     if own[0] == "train":
         assert (made / "gates.safetensors").is_file()
     else:
@@ -272,7 +264,7 @@ def in_python(page, code, folder, request):
 
 
 def in_json(text, folder):
-    """Read a file of cases, or of strengths, and draw with it."""
+    """Read a file of cases, or of strengths."""
     found = json.loads(text)
     if "concepts" in found:
         from mole_diffusers.evaluation.checkpoint_protocol import read_cases

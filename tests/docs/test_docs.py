@@ -209,7 +209,7 @@ def test_pictures_are_small():
 
 @pages
 def test_every_command_of_a_page_is_one_that_mole_takes(page):
-    """Also those that tests do not run, since they need files or machines of the reader's own."""
+    """Also those that no test runs; test_blocks.py runs the others."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     fenced = [(language, block.replace("\\", "/") if language == "bat" else block) for language, block in fenced]
     lines = [line for language, block in fenced if language in ("", "sh", "bash", "text", "bat") for line in joined(block)]

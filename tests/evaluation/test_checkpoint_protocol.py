@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from ports import free_port
 from protocol_parts import noise
 from single_file import save_single_file
 from tiny import tiny_pipeline
@@ -397,12 +397,6 @@ def test_a_base_and_a_folder_of_loras_are_enough_and_a_killed_run_goes_on(comman
     assert capsys.readouterr().out == text
     for name in ("index.html", "table.md"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def launchers(way):

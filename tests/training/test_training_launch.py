@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from ports import free_port
 from safetensors.torch import load_file
 from tiny import tiny_clip, tiny_pipeline, tiny_tokenizer
 
@@ -93,12 +93,6 @@ def test_a_line_killed_in_the_middle_and_given_again_ends_as_if_it_had_not_been(
     assert rows == expected
 
 
-def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def launched(way, tmp_path):
     """The words before `-m mole_diffusers` of each command that is to be started, for two processes on this CPU."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -106,8 +100,8 @@ def launched(way, tmp_path):
     if way == "mpirun":
         (tmp_path / "hosts").write_text("localhost\nlocalhost\n")
         hosts = ["--cpu", "--num_machines", "1", "--mpirun_hostfile", str(tmp_path / "hosts")]
-        return [[*accelerate, *known, *hosts, "--main_process_port", port()]]
-    known += ["--multi_gpu", "--main_process_port", port()]
+        return [[*accelerate, *known, *hosts, "--main_process_port", free_port()]]
+    known += ["--multi_gpu", "--main_process_port", free_port()]
     if way == "processes":
         return [[*accelerate, *known, "--num_machines", "1"]]
     machines = ["--num_machines", "2", "--main_process_ip", "127.0.0.1"]
