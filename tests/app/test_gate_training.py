@@ -63,7 +63,7 @@ def run(studio, home, wanted=None, *, stop=lambda state: False, again="", prompt
     work = train(studio, Recipe(prompt, steps=2, width=32, height=32), wanted or request(), home=home, again=again)
     with suppress(StoppedError):
         last[:] = [work(report)]
-    assert len(studio.base.pipe.unet._forward_pre_hooks) == 2  # the mixture's own
+    assert len(studio.base.pipe.unet._forward_pre_hooks) == 3  # the mixture's own
     return last[0], said
 
 
