@@ -36,6 +36,7 @@ from mole_diffusers.patching.host.placement import (
 from mole_diffusers.patching.install import peft_injection
 from mole_diffusers.patching.install.gate_inputs import AroundBlock, GateInput, ModelInput, MoLEAttnProcessor, OutputMixing
 from mole_diffusers.patching.install.held_ranks import HeldRanks
+from mole_diffusers.patching.install.pipeline_lock import PipelineLock
 from mole_diffusers.patching.undo import Undo
 
 BANK = "mole_gates"  # submodule of a model with its gates, so that they move and offload with it
@@ -57,7 +58,9 @@ class Component:
     Building checks everything and changes nothing; `install` changes the model.
     """
 
-    def __init__(self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, shared: SharedState):
+    def __init__(
+        self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, shared: SharedState, lock: PipelineLock
+    ):
         self.name, self.model, self.family, self.shared = name, model, family, shared
         if family.mixes_outputs and self._is_joint:
             raise ValueError(
@@ -82,7 +85,7 @@ class Component:
             PlacedSite(self._site(sites[name], layers), sites[name], layers, self._by_processor(sites[name], layers))
             for name, layers in layers_of_site.items()
         ]
-        self.ranks = HeldRanks(model, self.stacks, shared, denoises=self.denoises, whole=family.reads_ranks)
+        self.ranks = HeldRanks(model, self.stacks, shared, lock, denoises=self.denoises, whole=family.reads_ranks)
         self.site_of = {layer: each.site for each in self.placed for layer in each.layers}
 
     def install(self, undo: Undo) -> None:

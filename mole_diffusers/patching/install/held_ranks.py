@@ -13,6 +13,7 @@ from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.host.denoiser_inputs import is_compiled_module
 from mole_diffusers.patching.host.offloading import moves_parts
 from mole_diffusers.patching.install import peft_injection
+from mole_diffusers.patching.install.pipeline_lock import PipelineLock
 
 OFFLOADED = (
     "the layers of this offloaded {kind} lack LoRAs that act now; call the pipeline, or the model inside `with "
@@ -27,10 +28,12 @@ class HeldRanks(ForwardHook):
     When a call of the pipeline begins, its first texts and settings say which ranks are held from then on. So a picture
     pays for its own experts, and a step that draws a part of it moves nothing. All ranks are held where gates weigh or read
     them one by one, while gradients are kept, and in models that are compiled, whose code is made for the shape of the
-    matrices, or offloaded layer by layer, whose hooks keep the matrices.
+    matrices, or offloaded layer by layer, whose hooks keep the matrices. So they are from the first time on that the model
+    runs without the lock, as in a second pipeline: it may run in one thread while another begins a call.
 
     Args:
         stacks: layer -> all its experts.
+        lock: held while the mixture's pipeline draws.
         denoises: whether it is the denoiser.
         whole: all ranks are always held.
 
@@ -38,8 +41,17 @@ class HeldRanks(ForwardHook):
         experts: [N], those whose ranks the layers hold.
     """
 
-    def __init__(self, model: Any, stacks: Mapping[str, Stack], shared: SharedState, *, denoises: bool, whole: bool):
-        self.model, self.stacks, self.shared = model, stacks, shared
+    def __init__(
+        self,
+        model: Any,
+        stacks: Mapping[str, Stack],
+        shared: SharedState,
+        lock: PipelineLock,
+        *,
+        denoises: bool,
+        whole: bool,
+    ):
+        self.model, self.stacks, self.shared, self.lock = model, stacks, shared, lock
         self._denoises, self._always_whole = denoises, whole
         self.experts = self._all = (True,) * len(shared.settings.active.now)
         self._needed: tuple[bool, ...] | None = None  # by the last forward
@@ -73,6 +85,10 @@ class HeldRanks(ForwardHook):
             return
         if self.shared.step.is_off if self._denoises else self.is_off:
             return
+        if not (self._always_whole or self.lock.is_mine or moves_parts(self.model)):
+            with self.lock.held():
+                self._always_whole = True
+                self.hold_all()
         needed, may_drop = self.shared.effective.needed, self._begins and self.shared.step.alone.now is None
         if needed != self._needed or may_drop:
             self._needed, self._begins = needed, self._begins and not may_drop

@@ -21,6 +21,7 @@ from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, denoise
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.install.installation import Installable, Installation
 from mole_diffusers.patching.install.one_call import OneCall
+from mole_diffusers.patching.install.pipeline_lock import lock_of
 from mole_diffusers.patching.subjects.apart import begin_of_tiles
 from mole_diffusers.patching.subjects.things import PictureCall, Tiling
 
@@ -61,12 +62,12 @@ class Parts:
         self.unmatched = {name: tuple(m.unmatched) for name, m in zip(files, matches, strict=True)}
         strengths = [strength for _, strength in experts.values()]
         self.shared = SharedState.of(strengths, DenoiserInputs(denoiser(pipe)), PromptTokens(tokenizers_of(pipe)))
+        self.lock = lock_of(denoiser(pipe))
         self.components = [
-            Component(name, models[name], stacks, family=config.options, shared=self.shared)
+            Component(name, models[name], stacks, family=config.options, shared=self.shared, lock=self.lock)
             for name, stacks in stack_all(matches, models).items()
         ]
         self.installation = Installation(mixture, pipe, files, self.components, self.shared)
-        self.lock = self.installation.lock
         self.shared.set(self.settings.binding, self.masks(binding))
 
     @property

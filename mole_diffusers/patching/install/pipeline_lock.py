@@ -58,6 +58,12 @@ class PipelineLock:
         self._open: list[_Block] = []  # those of the holder, the outermost first
         self._joining = threading.RLock()  # held to change `_open` while it has blocks: any thread may close one
 
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread, or this task of it, holds it."""
+        block = _Block(threading.current_thread(), _task(), False)
+        return any(opened.admits(block) for opened in self._open[:1])
+
     @contextmanager
     def held(self, *, draws: bool = False) -> Iterator[None]:
         """Keep others out while this block runs, and while other blocks of the same holder do.
@@ -69,7 +75,7 @@ class PipelineLock:
         """
         block = _Block(threading.current_thread(), _task(), draws)
         with self._joining:
-            if joins := any(opened.admits(block) for opened in self._open[:1]):
+            if joins := self.is_mine:
                 self._open.append(block)
         if not joins:
             if not self._lock.acquire(blocking=False):

@@ -1,9 +1,11 @@
 """Which experts' ranks the layers hold: a folder of many LoRAs draws, and costs, as if only those were there that act."""
 
+import threading
 from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from gate_families import families
 from hosts import OFFLOADS
 from safetensors.torch import load_file, save_file
@@ -128,6 +130,31 @@ def test_with_gradients_all_ranks_are_there(folders):
     mole.attach(pipe, folders(*ENDS))
     pipe.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 77, pipe.unet.config.cross_attention_dim))
     assert max(ranks(pipe).values()) == 2 + 3 + 4 + 5 + 6
+
+
+def test_nothing_moves_while_a_second_pipeline_draws_in_another_thread(folders, draw):
+    pipe, alone = tiny_pipeline(), tiny_pipeline()
+    mole.attach(pipe, folders(*ENDS))
+    mole.attach(alone, folders(*ENDS))
+    second = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    half_way, goes_on, drawn = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        if threading.current_thread() is thread and not half_way.is_set():
+            half_way.set()
+            assert goes_on.wait(60)
+
+    between = next(m for n, m in pipe.unet.named_modules() if n.startswith("mid_block") and n.endswith(f"lora_A.{ADAPTER}"))
+    between.register_forward_hook(wait)  # in the middle of a layer
+    thread = threading.Thread(target=lambda: drawn.append(draw(second, "a cat")))
+    thread.start()
+    assert half_way.wait(60)
+    try:
+        torch.testing.assert_close(draw(pipe, "a dog"), draw(alone, "a dog"), **CLOSE)
+    finally:
+        goes_on.set()
+        thread.join()
+    assert len(drawn) == 1  # without an error
 
 
 @pytest.mark.thorough
