@@ -4,8 +4,8 @@ of the world `--pack`.
     python docs/make_results.py
 
 A table follows a line that says what is in it:
-`<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, to which may be added `; less ARM`: less what that arm has on the same
-compositions and seeds, or `; shared`: of the compositions alone that all of these arms have.
+`<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, with "others" for all of `OTHERS`. It may go on with `; less ARM`: less
+what that arm has on the same compositions and seeds, or `; shared`: of the compositions alone that all of these arms have.
 `<!-- counts: SPLIT; ARM / ARM / ...; N seeds -->`: the same in numbers of pictures, a row per kind.
 `<!-- kinds: SPLIT; ARM / ARM / ...; N seeds -->`: the shares, a row per kind, and how many successes of the last arm also
 show a subject that nobody asked for.
@@ -58,11 +58,18 @@ WORDINGS = {  # setting of robustness.py -> what a reader is told; all others ar
     "other order": "the subjects in the other order",
     "places said": "with their places",
 }
+FOR_A_STYLE = ("k-lora", "kl choice")  # made for one subject in a style
 TOLD_THE_PROMPT = (
     *("freefuse", "masked blend", "regmean", "ssr", "ties", "np"),
-    *("switch", "w-switch, short turns", "w-composite", "composite", "loratorio, sharp", "k-lora", "kl choice", "svd"),
+    *("switch", "w-switch, short turns", "w-composite", "composite", "svd", "loratorio, sharp"),
 )
 TOLD_THE_PLACES = ("masked blend, given places", "regional prompts", "isolation until half")
+OTHERS = (
+    *TOLD_THE_PROMPT,
+    *("loratorio", "tiles from the first step", "words and given places"),
+    *TOLD_THE_PLACES,
+    "bound, isolation until half",
+)
 SENTENCES = (
     "are right in {hard} of {of_hard} pictures, three in {three} of {of_three}.",
     "Of these {all_hard} right ones, {with_more} also show",
@@ -95,7 +102,7 @@ def in_order(rows: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
 def success(asked: str) -> str:
     """Of arms on the compositions of a split."""
     split, names, count, *more = asked.split("; ")
-    rows, arms = verdicts(split), names.split(" / ")
+    rows, arms = verdicts(split), [*OTHERS] if names == "others" else names.split(" / ")
     against = next((option.removeprefix("less ") for option in more if option != "shared"), None)
     if against:
         arms.insert(0, against)
@@ -189,14 +196,15 @@ def numbers() -> dict[str, str]:
     right = pd.concat([hard, three]).query("success")
     two = rows[rows["kind"] == "two subjects"].pivot(index=["seed", "case"], columns="arm", values="success")
     first = two.loc[two.index.levels[0].min()]
-    best = first[[*TOLD_THE_PROMPT]].sum()
+    prompted = [*TOLD_THE_PROMPT, *FOR_A_STYLE]
+    best = first[prompted].sum()
     if best["freefuse"] < best.max():
         raise ValueError(f"the best of the others is {best.idxmax()}")
     gated = {"none": "tiles", **TRAINED}
     of_gates = shared(rows, gated.values())
     counted = {
         **{"hard": hard["success"].sum(), "of_hard": len(hard), "three": three["success"].sum(), "of_three": len(three)},
-        **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(TOLD_THE_PROMPT)},
+        **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(prompted)},
         **{"pictures": len(two), **{arm: two[arm].sum() for arm in ("bound", "tiles", "freefuse")}},
         **{"won": (two["tiles"] > two["freefuse"]).sum(), "lost": (two["freefuse"] > two["tiles"]).sum()},
         **{"cases": len(first), "told": first[[*TOLD_THE_PLACES]].sum().max()},

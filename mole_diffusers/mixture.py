@@ -52,8 +52,8 @@ class Mixture:
     for one another, so one thread's masks and strengths never reach another thread's picture.
 
     A second pipeline over the same models does not wait, and it neither draws in tiles nor finds places in a given
-    picture. Call it inside a `with` block of the mixture, or attach to it. A pipeline that a drop-in's `from_pipe` made
-    needs neither.
+    picture. Call it inside a `with` block of the mixture, or attach to it; otherwise the models hold the ranks of all
+    experts from then on, also of silent ones. A pipeline that a drop-in's `from_pipe` made needs neither.
 
     Attributes:
         config: the gates' configuration.

@@ -17,7 +17,7 @@ class Factors(Family, name="factors"):
 
     one_gate_per = "matrix"
     reads_ranks = True
-    recommended = True  # the best on validation compositions, see docs/training.md
+    recommended = True  # the best on an earlier base, see docs/appendix.md
 
     def gate(self, at: GatePlace) -> FactorGate:
         return FactorGate(at.one_layer.ranks)
