@@ -213,8 +213,6 @@ class Actions:
         summed = replace(whole, gates="sum", gates_sha256="", locks={})
         drawn = {"gates": whole} | {binding: replace(summed, binding=binding) for binding in (BOUND, TILES)}
         trained = "" if whole.gates in UNTRAINED else "gates"
-        if not trained:
-            notes = [*notes, "no gates are trained for these LoRAs, see the tab Train"]
         labels = ways(whole.experts, tiles=self.studio.draws_in_tiles(whole), trained=trained)
         labels += [f"merge {method}" for method in dict.fromkeys(merges)]
         for arm in (label for label in labels if label not in drawn):  # "alone" has the names of here
@@ -224,7 +222,7 @@ class Actions:
         def sheet(images: Sequence[Image.Image]) -> Path:
             return self.gallery.add(xy_grid.labelled(images, labels), whole, {"columns": labels})
 
-        return self._draw(wanted, pictures, notes=notes, sheet=sheet)
+        return self._draw(wanted, pictures, notes=notes, sheet=sheet, says_which=True)
 
     def _draw(
         self,
@@ -235,6 +233,7 @@ class Actions:
         notes: Sequence[str] = (),
         sheet: SaveSheet | None = None,
         inside: MixtureContext = nullcontext,
+        says_which: bool = False,
     ) -> Work:
         """Draw labelled recipes one after the other. Reports a Progress after each step, and returns the last.
 
@@ -244,6 +243,7 @@ class Actions:
             notes: further sentences for the progress.
             sheet: puts a sheet of the pictures into the gallery. If stopped, of those that are finished.
             inside: as in `Studio.draw`.
+            says_which: whether what is warned of a picture has its label.
         """
         recipes = [self._completed(recipe) for _, recipe in wanted]
         for recipe in recipes:
@@ -277,7 +277,8 @@ class Actions:
                     told = partial(on_step, recipe, state.done)
                     image = self.studio.draw(recipe, **pictures, on_step=told, inside=inside, noted=noted)
                     recipe, by_hand = _with_locks_of(recipe, noted.sites)
-                    state.warnings = list(dict.fromkeys([*state.warnings, *noted.warnings, *by_hand]))
+                    warned = [f"{label}: {each}" if says_which else each for each in noted.warnings]
+                    state.warnings = list(dict.fromkeys([*state.warnings, *warned, *by_hand]))
                     path = (gallery or self.unkept).add(image, recipe)
                     state.pictures = [*state.pictures, Picture(label, path, recipe, noted.layout)]
                     drawn.append(image)

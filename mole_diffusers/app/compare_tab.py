@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,10 @@ from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import MERGES
 
 COMPARED = ("sum", "bound")  # initially left and right of the slider, if there are no trained gates
+WAYS = {  # way to combine the LoRAs -> what the page says of it
+    "base": "without LoRAs", "sum": "all added up (sum)", "bound": "each in its place (bound)",
+    "tiles": "each drawn by itself for some steps (tiles)", "gates": "with your own gates",
+}  # fmt: skip
 NO_LOCKS = "nothing: every gate decides"
 
 
@@ -61,12 +66,13 @@ def _comparison(page: Page) -> None:
         arms = gallery(label="The same seed", columns=4, visible=False, elem_id="arms")
         with gr.Column(visible=False, elem_id="sides") as sides_panel:
             with gr.Row():
-                left = gr.Dropdown(list(COMPARED), value=COMPARED[0], label="Left", elem_id="left")
-                right = gr.Dropdown(list(COMPARED), value=COMPARED[1], label="Right", elem_id="right")
+                left = gr.Dropdown(_choices(COMPARED), value=COMPARED[0], label="Left", elem_id="left")
+                right = gr.Dropdown(_choices(COMPARED), value=COMPARED[1], label="Right", elem_id="right")
             slider = gr.ImageSlider(
                 label="Left and right", format="png", interactive=False, buttons=BUTTONS, elem_id="slider"
             )  # fmt: skip
         with gr.Accordion("Advanced", open=False):
+            gr.Markdown("Gates that you have trained for these LoRAs, in the tab Train, are one more picture.")
             merges = gr.Dropdown(
                 MERGES, value=[], multiselect=True, label="Merges to compare as well",
                 info="training-free, one LoRA from all", elem_id="merges",
@@ -83,15 +89,25 @@ def _comparison(page: Page) -> None:
     def show(job: Job) -> Values:
         files = {picture.label: str(picture.path) for picture in job.event.pictures}
         first, second = COMPARED if "gates" not in files else ("sum", "gates")
-        shown: Values = {arms: gr.update(value=gallery_items(job.event.pictures), visible=True), drawn: files}
+        items = [(path, words_of(label)) for path, label in gallery_items(job.event.pictures)]
+        shown: Values = {arms: gr.update(value=items, visible=True), drawn: files}
         if {first, second} <= set(files):
-            shown |= {slider: (files[first], files[second]), left: gr.update(choices=list(files), value=first)}
-            shown |= {right: gr.update(choices=list(files), value=second), sides_panel: gr.update(visible=True)}
+            shown |= {slider: (files[first], files[second]), left: gr.update(choices=_choices(files), value=first)}
+            shown |= {right: gr.update(choices=_choices(files), value=second), sides_panel: gr.update(visible=True)}
         return shown
 
     gr.on([left.input, right.input], sides, [drawn, left, right], slider, trigger_mode="always_last")
     outputs = [status, arms, slider, left, right, sides_panel, drawn]
     connect_job(page, "compare", [compare], work_of, show, outputs, more=[merges, last])
+
+
+def words_of(way: str) -> str:
+    """What the page says of a way to combine the LoRAs."""
+    return f"{name} alone" if (name := way.removeprefix("alone ")) != way else WAYS.get(way, way)
+
+
+def _choices(ways: Iterable[str]) -> list[tuple[str, str]]:
+    return [(words_of(way), way) for way in ways]
 
 
 def _gate_report(page: Page) -> None:

@@ -14,6 +14,7 @@ from mole_diffusers.app.paint import Painting
 from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.queue_panel import QueuePanel
 from mole_diffusers.app.recipe_tab import fill_from
+from mole_diffusers.app.side_by_side import SideBySide
 from mole_diffusers.app.stage import Stage
 from mole_diffusers.app.style import Values, row, status_line
 
@@ -22,10 +23,10 @@ HISTORY = 30  # earlier prompts that are listed
 
 def build(page: Page) -> None:
     """Lay out the tab and connect it. `page.css` says where each part is, on a desk and on a phone."""
-    stage, queue = Stage(page), QueuePanel(page)
+    stage, queue, side_by_side = Stage(page), QueuePanel(page), SideBySide(page)
     with gr.Column(elem_id="studio"):
         with gr.Column(elem_id="ask"):
-            undo = _ask(page, queue)
+            undo, browser = _ask(page, queue, side_by_side)
         with gr.Column(elem_id="stage"):
             stage.frame.render()
             with gr.Column(elem_id="view"):
@@ -38,16 +39,18 @@ def build(page: Page) -> None:
             queue.build_list()
             stage.strip.render()
         with gr.Column(elem_id="controls"):
-            mixer.build(page)
+            mixer.build(page, side_by_side)
             _settings(page)
     queue.connect(stage, [page.prompt.text.submit], [*page.form.inputs, page.form.more["count"], *page.pictures])
+    queue.shows_the_picture(browser)
     stage.connect()
     painting.connect(paint)
     _connect_prompt(page, undo)
 
 
-def _ask(page: Page, queue: QueuePanel) -> Any:
-    """The prompt, the buttons that draw it, and the LoRAs to add. Returns the button that undoes its last change."""
+def _ask(page: Page, queue: QueuePanel, side_by_side: SideBySide) -> tuple[Any, Any]:
+    """The prompt, the buttons that draw it, and the LoRAs to add. Returns the button that undoes its last change, and the
+    browser of LoRAs."""
     page.prompt.text.render()
     page.prompt.problem.render()
     page.form.controls["negative"].render()
@@ -57,8 +60,8 @@ def _ask(page: Page, queue: QueuePanel) -> Any:
         undo = gr.Button("Undo", scale=1, min_width=70, elem_id="undo")
     queue.bar.render()
     queue.status.render()
-    lora_browser.build(page)
-    return undo
+    side_by_side.build()
+    return undo, lora_browser.build(page)
 
 
 def _connect_prompt(page: Page, undo: Any) -> None:

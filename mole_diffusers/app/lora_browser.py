@@ -21,14 +21,15 @@ ORDERS = {"for this base first": "fit", "by name": "name", "newest first": "newe
 AT_ONCE = 48  # LoRAs shown at first; "Show more" adds as many
 
 
-def build(page: Page) -> None:
-    """Lay out the button that opens the browser and the other ways to add a LoRA, and connect the browser to it."""
+def build(page: Page) -> Any:
+    """Lay out the button that opens the browser and the other ways to add a LoRA, and connect the browser to it. Returns
+    the browser."""
     with gr.Row(elem_classes="adding", equal_height=True):
         browse = gr.Button("Browse LoRAs", size="sm", min_width=90, elem_id="browse")
         find = gr.Button("Find for the prompt", size="sm", min_width=110, elem_id="find")
         upload = gr.UploadButton("Upload", file_types=[".safetensors"], size="sm", min_width=60, elem_id="upload")
     why = status_line(elem_id="why")
-    _panel(page, browse)
+    browser = _panel(page, browse)
     check_fit = page.actions.studio.check_fit
 
     @errors_to(why)
@@ -57,6 +58,7 @@ def build(page: Page) -> None:
     _add_found(page, find.click, found, page.prompt.text, why, concurrency_limit=None)
     event = _add_found(page, upload.upload, uploaded, upload, why)
     event.then(page.form.now, None, page.form.lists, show_progress="hidden")
+    return browser
 
 
 def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **options: Any) -> Any:
@@ -70,7 +72,7 @@ def _add_found(page: Page, event: Any, find: Any, given: Any, why: Any, **option
     return known.then(add, [names, *page.prompt.written], [names, *page.prompt.written, page.prompt.shown], **ORDERED)
 
 
-def _panel(page: Page, browse: Any) -> None:
+def _panel(page: Page, browse: Any) -> Any:
     """The browser itself, which covers the large picture while it is open. `browse` opens and closes it."""
     with gr.Column(visible=False, elem_id="browser") as panel:
         with gr.Row(equal_height=True):
@@ -139,9 +141,14 @@ def _panel(page: Page, browse: Any) -> None:
     written = page.prompt.written
     grid.select(picked, [names, *written], [*written, page.prompt.shown, said], trigger_mode="multiple", **ORDERED)
     browse.click(lambda: gr.update(visible=True), None, panel)
-    done.click(lambda: gr.update(visible=False), None, panel)
+    done.click(lambda: gr.update(visible=False), None, panel).then(None, js=SHOW_CARDS)
+    return panel
 
 
+# On a phone the cards are below the picture.
+SHOW_CARDS = """() => setTimeout(() => {
+  if (innerWidth <= 900) document.querySelector(".card")?.scrollIntoView({ block: "center" });
+}, 100)"""
 NONE_HERE = "No LoRAs here yet: start the app with --loras FOLDER, or upload one."
 
 

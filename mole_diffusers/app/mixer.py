@@ -16,6 +16,7 @@ from mole_diffusers.app.mixer_cards import MixerCard, edit, fields_of, newest, t
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import errors_to, markdown
+from mole_diffusers.app.side_by_side import SideBySide
 from mole_diffusers.app.style import Values, figure
 from mole_diffusers.binding.who_acts import OWN_PLACE, OWN_TILE, SILENT, Role
 from mole_diffusers.studio.prompt_syntax import PAINTED
@@ -33,7 +34,7 @@ SEEN = ("prompt", "binding", "width", "height", "controlnet", "ip_adapter")  # f
 MOST_CHIPS = 8  # trigger words on a card
 
 
-def build(page: Page) -> None:
+def build(page: Page, side_by_side: SideBySide) -> None:
     """Lay out the cards. They are redrawn whenever `PromptBox.shown` changes."""
     prompt, shown = page.prompt.text, page.prompt.shown
     said = gr.HTML("", elem_id="roles")
@@ -49,13 +50,22 @@ def build(page: Page) -> None:
         for n, card in enumerate(cards):
             _card(page, card, n, prompt_now, drawn)
 
-    def tell(request: gr.Request, visitor: str, drawn: dict[str, Any], *values: Any) -> str:
-        return lines(sentences(page, request, visitor, *values), drawn["cards"])
+    def tell(request: gr.Request, visitor: str, drawn: dict[str, Any], *values: Any) -> Values:
+        try:
+            recipe = page.form.recipe(*values)
+            roles = page.actions.loras.roles(recipe)
+        except (ValueError, FileNotFoundError):  # said below the prompt
+            return {said: lines({}, drawn["cards"])} | side_by_side.nothing()
+        last = next(reversed(page.visits.drawn(request, visitor)), None)
+        regions = last.layout.regions if last and last.layout else {}
+        words = {name: sentence(role, stands(regions.get(name))) for name, role in roles.items()}
+        return {said: lines(words, drawn["cards"])} | side_by_side.of(recipe, roles)
 
     # Not in `draw`: a page whose cards are just drawn anew could call an event that is gone.
     changes = [page.showing, shown, *(page.form.controls[name] for name in SEEN)]
     given = [page.visits.visitor, shown, *page.form.inputs]
-    gr.on([each.change for each in changes], tell, given, said, trigger_mode="always_last", show_progress="hidden")
+    outputs = [said, *side_by_side.outputs]
+    gr.on([each.change for each in changes], tell, given, outputs, trigger_mode="always_last", show_progress="hidden")
 
 
 def lines(said: Mapping[str, str], cards: Sequence[MixerCard]) -> str:
@@ -65,17 +75,6 @@ def lines(said: Mapping[str, str], cards: Sequence[MixerCard]) -> str:
         words = re.sub(r"\W", lambda char: f"\\{ord(char[0]):06x}", said.get(card["name"], ""))
         rules.append(f'.card.n{n} .rest > button::before {{ content: "{words}"; }}')
     return f"<style>{' '.join(rules)}</style>"
-
-
-def sentences(page: Page, request: gr.Request | None, visitor: str, *values: Any) -> dict[str, str]:
-    """LoRA -> what it does in a picture with these values of the fields; {} if they cannot be read."""
-    try:
-        roles = page.actions.loras.roles(page.form.recipe(*values))
-    except (ValueError, FileNotFoundError):  # said below the prompt
-        return {}
-    last = next(reversed(page.visits.drawn(request, visitor)), None)
-    regions = last.layout.regions if last and last.layout else {}
-    return {name: sentence(role, stands(regions.get(name))) for name, role in roles.items()}
 
 
 def sentence(role: Role, stood: str = "") -> str:

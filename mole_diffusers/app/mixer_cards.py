@@ -19,6 +19,7 @@ from mole_diffusers.studio.prompt_syntax import TAG, LoraTag, Parsed, number, pa
 
 # name, on, tag (its text), colour (an index of COLOURS), picked (by hand, not by typing a tag); plain data for a gr.State
 MixerCard = dict[str, Any]
+ARTICLE = re.compile(r"^(?:an?|the)\s+", re.IGNORECASE)
 
 
 def parse_named(prompt: str, known: Collection[str], preferred: Callable[[str], float | None] = lambda _: None) -> Parsed:
@@ -154,6 +155,32 @@ def with_triggers(prompt: str, before: Collection[str], chosen: Collection[str],
     text = re.sub(rf"(?:\s*{TAG.pattern})*\s*$", "", prompt)  # without its last tags
     end = prompt[len(text) :] if text else f" {prompt}"
     return (", ".join([*filter(None, [text.rstrip(" ,")]), *missing]) + end).rstrip()
+
+
+def bare_tags(prompt: str) -> dict[str, tuple[int, int]]:
+    """What stands between commas in a prompt, outside its LoRAs' tags: its words without an article, in lower case -> where
+    it first stands, with its article."""
+    found: dict[str, tuple[int, int]] = {}
+    for piece in re.finditer(r"[^\s,|][^,|\n]*", _without_tags(prompt)):
+        words = piece[0].rstrip()
+        found.setdefault(ARTICLE.sub("", words).casefold(), (piece.start(), piece.start() + len(words)))
+    return found
+
+
+def listed(prompt: str, words: Collection[str]) -> str:
+    """The prompt with two or more of its `bare_tags` as a list of things: "fox, owl, ink" -> "a fox and an owl, ink"."""
+    places = sorted(place for word, place in bare_tags(prompt).items() if word in words)
+    *first, last = (_with_article(ARTICLE.sub("", prompt[begin:end])) for begin, end in places)
+    for begin, end in reversed(places[1:]):
+        prompt = re.sub(r",?\s*\Z", "", prompt[:begin]) + prompt[end:]
+    begin, end = places[0]
+    return f"{prompt[:begin]}{', '.join(first)} and {last}{prompt[end:]}"
+
+
+def _with_article(thing: str) -> str:
+    """ "a fox", "an owl"; but "french fries" and names, "Miku" or "sks_v2", as they are."""
+    is_name = re.search(r"[A-Z\d_]|(?<!s)s$", thing) is not None
+    return thing if is_name else f"an {thing}" if thing[0] in "aeio" else f"a {thing}"
 
 
 def _without_tags(prompt: str) -> str:

@@ -102,6 +102,11 @@ class QueuePanel:
         watched = [self.status, self.button, self.bar, self.rows, *stage.outputs]
         page.entered.then(watch, page.visits.visitor, watched, concurrency_limit=None, show_progress="hidden")
 
+    def shows_the_picture(self, cover: Any) -> None:
+        """Let the buttons that compose hide what covers the picture."""
+        starts = [self.button.click, self.more.click, self.page.prompt.text.submit]
+        gr.on(starts, lambda: gr.update(visible=False), None, cover, queue=False, show_progress="hidden")
+
     def title(self, recipe: Recipe, count: int) -> str:
         """What a job draws, for the list."""
         words = parse(recipe.prompt, self.page.actions.studio.catalog.loras).text

@@ -52,7 +52,7 @@ def build(page: Page) -> None:
     gr.on([shape.input, scale.input], chosen, [shape, scale, prompt], [*sizes, said], show_progress="hidden")
     take.click(took, roomy, sizes)
     asking = [page.form.controls[name].change for name in ("width", "height", "binding", "controlnet", "ip_adapter")]
-    asking += [page.prompt.shown.change, prompt.blur]
+    asking += [page.prompt.shown.change, prompt.change]
     outputs = [said, take, roomy, shape, scale]
     gr.on(asking, told, page.form.inputs, outputs, trigger_mode="always_last", show_progress="hidden")
 

@@ -156,11 +156,11 @@ def test_every_tab_cancels_its_work(any_width):
     long_job(page)
     cancelled(page)
     page.tab("Compare")
-    page.click("#compare")
     opened(page, "#gate-report")
-    page.click("#look")
+    page.click("#compare")
     page.until(lambda: drawn(page, "#compare-status") > 0, WAIT)
-    assert page.text("#look-status") == "waiting: 1 job before this one"
+    page.click("#look")
+    page.until(lambda: page.text("#look-status") == "waiting: 1 job before this one", WAIT)
     for start in ("#compare", "#look"):
         page.until(lambda start=start: drawn(page, f"{start}-status") > 0, WAIT)
         page.click(f"{start}-cancel")

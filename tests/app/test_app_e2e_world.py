@@ -109,6 +109,51 @@ def test_a_newcomer_composes_two_characters_in_a_style(tmp_path, width):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("width", [1440, 390])
+def test_a_newcomer_ticks_the_words_of_two_characters(tmp_path, width):
+    """And writes nothing."""
+    with visiting(world(), Recipe("", steps=4, gates="auto", base="emoji"), tmp_path, width=width) as page:
+        page.click("#browse")
+        for name in ("crocodile", "honeybee"):
+            find = lambda name=name: [each for each in page.all("#loras .thumbnail-item") if each.text == name]  # noqa: E731
+            page.until(find, WAIT)[0].click()
+            page.until(lambda name=name: page.text("#lora-status") == f"added {name}", WAIT)
+        page.click("#lora-done")
+        cards(page, "crocodile", "honeybee")
+        page.until(lambda: _is_in_view(page, ".c0 .head"), WAIT)
+        (name,) = [each for each in page.all(".c0 .head label") if each.text == "crocodile"]
+        assert name.rect["height"] < 30  # one line
+        for n, name in enumerate(("crocodile", "honeybee")):
+            page.click(f".c{n} .chips input")
+            page.until(lambda name=name: name in value(page, "#prompt").partition("<")[0], WAIT)
+        page.until(lambda: page.text("#side-by-side") == "Write “a crocodile and a honeybee”", WAIT)
+        page.click("#side-by-side")
+        tags = "<lora:crocodile:1> <lora:honeybee:1>"
+        page.until(lambda: value(page, "#prompt") == f"a crocodile and a honeybee {tags}", WAIT)
+        page.until(lambda: not page.all("#side-by-side"), WAIT)
+        page.until(lambda: page.text("#size-said") == "128 × 64 pixels", WAIT)
+        page.click("#browse")
+        page.one("#loras img")
+        page.driver.execute_script("scrollTo(0, 0)")
+        page.click("#compose")
+        page.until(lambda: page.text("#compose-status").startswith("done") and kept(tmp_path), WAIT)
+        page.until(lambda: not page.all("#browser") and _is_in_view(page, "#picture img"), WAIT)
+        assert page.driver.execute_script(SAID)[0].startswith('"Acts in its own place on “crocodile”')
+        page.one("#found img")
+        assert not page.errors()
+
+
+def _is_in_view(page, css):
+    """Whether a click in the middle of an element would reach it."""
+    return page.driver.execute_script(
+        """const element = document.querySelector(arguments[0]), box = element.getBoundingClientRect();
+        const there = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2);
+        return box.top >= 0 && box.bottom <= innerHeight && element.contains(there)""",
+        css,
+    )
+
+
+@pytest.mark.thorough
 def test_a_visit_to_the_embedded_world(tmp_path):
     recipe = Recipe("duotone drawing of a fox <lora:fox:1> <lora:duotone:1>", steps=4, gates="auto", base="emoji")
     with visiting(world(), recipe, tmp_path) as page:
@@ -130,12 +175,12 @@ def _compares(page):
     page.tab("Compare")
     page.click("#compare")
     page.until(lambda: page.text("#compare-status").startswith("done"), WAIT)
-    assert "no gates are trained for these LoRAs" in page.text("#compare-status")
-    arms = ["base", "alone fox", "alone duotone", "sum", "bound"]  # drawn a moment after the status
+    assert page.text("#compare-status") == "done"
+    arms = ["without LoRAs", "fox alone", "duotone alone", "all added up (sum)", "each in its place (bound)"]
     page.until(lambda: [label.text for label in page.all("#arms .caption-label")] == arms, WAIT)
     assert len(page.all("#slider img")) == 2
     before = {image.get_attribute("src") for image in page.all("#slider img")}
-    page.choose("#left", "base")
+    page.choose("#left", "without LoRAs")
     page.until(lambda: {image.get_attribute("src") for image in page.all("#slider img")} != before, WAIT)
 
 

@@ -125,3 +125,22 @@ def test_an_emptied_seed_is_a_random_one(blocks):
         number = len(visit.see(lambda shown: titles(shown) == [])["strip"])
         seeds.add(infotext.read(visit.done()["picture"]).seed)
     assert (len(seeds), number) == (2, 2)
+
+
+def starts(blocks, event):
+    """The components and actions that an event follows."""
+    return {(blocks.blocks[number].elem_id, kind) for number, kind in event.targets if number is not None}
+
+
+def test_what_covers_the_picture_goes_when_one_is_composed(blocks):
+    closing = [event for event in blocks.fns.values() if [each.elem_id for each in event.outputs] == ["browser"]]
+    composing = {("compose", "click"), ("queue-more", "click"), ("prompt", "submit")}
+    (event,) = [event for event in closing if starts(blocks, event) == composing]
+    assert event.fn()["visible"] is False
+
+
+def test_the_size_that_is_said_follows_the_prompt_whoever_writes_it(blocks):
+    (told,) = [
+        event for event in blocks.fns.values() if event.fn and event.fn.__name__ == "told" and len(event.outputs) == 5
+    ]
+    assert ("prompt", "change") in starts(blocks, told)

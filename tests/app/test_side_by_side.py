@@ -1,0 +1,94 @@
+"""Words of LoRAs that are tags of the prompt: what the page says of them, and the click that lists them as things."""
+
+import json
+import shutil
+
+import pytest
+from app_client import REQUEST, built, plain
+
+from mole_diffusers.app.mixer_cards import bare_tags, listed
+
+pytest.importorskip("gradio")
+OF_THREE = ["fox", "owl", "hat"]
+TAGS = "<lora:fox:1> <lora:hen:1> <lora:owl:1>"
+
+
+@pytest.fixture(scope="module")
+def page(loras, tmp_path_factory):
+    """A page with animals, one of which is in a folder of styles, and what its events are called."""
+    folder, files = tmp_path_factory.mktemp("loras"), {}
+    for name, source in zip(("fox", "hen", "owl", "ink"), [*loras.values(), loras["fox"]], strict=True):
+        files[name] = folder / ("styles" if name == "ink" else "animals") / f"{name}.safetensors"
+        files[name].parent.mkdir(exist_ok=True)
+        shutil.copy(source, files[name])
+        words = {"owl": "owl, big eyes"}.get(name, name)
+        files[name].with_suffix(".json").write_text(json.dumps({"activation text": words}))
+    return {each.fn.__name__: each for each in built(files, tmp_path_factory.mktemp("app")).fns.values() if each.fn}
+
+
+def seen(page, prompt, **edits):
+    """What the page says and offers beside the result, and the words that a click takes."""
+    event, edits = page["tell"], {"prompt": prompt, **edits}
+    values = [edits.get(one.elem_id, one.value) for one in event.inputs[2:]]
+    _, said, button, words = plain(event)(REQUEST, "me", {"cards": []}, *values)
+    return said, button.get("value", "") if button["visible"] else "", words
+
+
+@pytest.mark.parametrize(
+    ("prompt", "offered"),
+    [
+        (f"fox, hen {TAGS}", "a fox and a hen"),
+        (f"masterpiece, FOX, 1girl, hen, forest {TAGS}", "FOX and a hen"),
+        (f"fox, a hen, owl {TAGS}", ""),  # the tiny tokenizer has no comma, so a list of three would lose its first
+        (f"big eyes, fox {TAGS}", ""),  # eyes are no thing
+        (f"a fox and a hen {TAGS}", ""),
+        (f"a fox, a hen {TAGS}", ""),  # which has places
+        (f"fox {TAGS}", ""),
+        (f"fox, (hen:1.2) {TAGS}", ""),
+        ("fox, hen <lora:fox:1> <lora:hen:1:region=everywhere>", ""),
+        ("fox, ink <lora:fox:1> <lora:ink:1>", ""),
+        ("fox, hen, ink <lora:fox:1> <lora:hen:1> <lora:ink:1>", "a fox and a hen"),
+        ("fox, hen <lora:fox:1> <lora:gone:1>", ""),
+    ],
+)
+def test_tags_that_could_be_things_are_offered_as_a_list(page, prompt, offered):
+    said, button, words = seen(page, prompt)
+    assert button == (f"Write “{offered}”" if offered else "")
+    assert bool(said) == bool(offered) == bool(words)
+
+
+def test_nothing_is_offered_without_binding(page):
+    assert seen(page, f"fox, hen {TAGS}", binding="none") == ("", "", [])
+
+
+def test_a_click_writes_the_list_and_then_nothing_more_is_offered(page):
+    prompt = f"masterpiece, fox, forest, hen {TAGS}"
+    said, _, words = seen(page, prompt)
+    assert said.startswith("fox, hen are tags here")
+    click = page["as_things"]
+    text, *_ = plain(click)(words, prompt, [], [])
+    assert text == f"masterpiece, a fox and a hen, forest {TAGS}"
+    assert seen(page, text) == ("", "", [])
+    assert plain(click)(words, "a fox and a hen", [], [])[0]["__type__"] == "update"  # the prompt was changed meanwhile
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "wanted"),
+    [
+        ("fox, owl, ink", ["fox", "owl"], "a fox and an owl, ink"),
+        (
+            "fox <lora:fox:1>, The Owl,\nhat <lora:owl:1>",
+            ["fox", "owl", "hat"],
+            "a fox, Owl and a hat <lora:fox:1> <lora:owl:1>",
+        ),
+        ("fries, sks_man, glass, Fox", ["fries", "sks_man", "glass"], "fries, sks_man and a glass, Fox"),
+    ],
+)
+def test_things_get_articles_and_names_do_not(prompt, words, wanted):
+    assert listed(prompt, words) == wanted
+
+
+def test_tags_are_what_stands_between_commas_alone():
+    assert bare_tags("a fox, in ink <lora:a, b:1> Owl\nowl,, (hat:1.2)") == {
+        "fox": (0, 5), "in ink": (7, 13), "owl": (28, 31), "(hat:1.2)": (38, 47),
+    }  # fmt: skip
