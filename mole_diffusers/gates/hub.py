@@ -30,8 +30,8 @@ TEXT = """\
 
 # {title}
 
-{what} by [mole_diffusers](https://github.com/mole-diffusers/mole-diffusers): {count} concept LoRAs in one picture, weighed by
-`{family}` gates{granularity}.{missing}
+{what} by [mole_diffusers](https://github.com/mole-diffusers/mole-diffusers): {count} concept LoRAs in one picture, weighed
+by `{family}` gates{granularity}.{missing}
 
 | expert | strength | trigger words | trained for | SHA-256 of its file |
 |---|---|---|---|---|
