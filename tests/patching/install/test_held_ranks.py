@@ -132,6 +132,7 @@ def test_with_gradients_all_ranks_are_there(folders):
     assert max(ranks(pipe).values()) == 2 + 3 + 4 + 5 + 6
 
 
+@pytest.mark.shows("`from_pipe`")
 def test_nothing_moves_while_a_second_pipeline_draws_in_another_thread(folders, draw):
     pipe, alone = tiny_pipeline(), tiny_pipeline()
     mole.attach(pipe, folders(*ENDS))
