@@ -87,7 +87,7 @@ class HeldRanks(ForwardHook):
             return
         if not (self._always_whole or self.lock.is_mine or moves_parts(self.model)):
             with self.lock.held():
-                self._always_whole = True
+                self._always_whole, self._begins = True, False
                 self.hold_all()
         needed, may_drop = self.shared.effective.needed, self._begins and self.shared.step.alone.now is None
         if needed != self._needed or may_drop:
