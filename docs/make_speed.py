@@ -31,9 +31,8 @@ SHORT
 **Neither a GPU nor a transformer, such as Flux, was timed**, and tiles only [in the embedded
 world](results.md#how-the-default-was-chosen). In each round every arm runs once and is divided by the base of that
 round; the page shows medians with quartiles. UNets have random weights, a batch of 2 (guidance), and N LoRAs on all
-attention layers, of rank 16 unless a section says otherwise. They ran on one CPU thread, by the process's own time, on
-a machine that did other work, too, but for dispatch, memory and times to a picture (`python docs/make_speed.py
---measure`). A star is for an older version; bound steps of SD 1.5 (two threads, wall clock) are of a much older one.
+attention layers, of rank 16 unless a section says otherwise. They ran on one CPU thread, by the process's own time
+(`python docs/make_speed.py --measure`); another core did other work during steps of SD 1.5 and compiled ones.
 
 `set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates; `bound`
 gives each LoRA a word and a part of the picture. `collapsed` has the gates' average folded into the weights. `again` is
@@ -111,8 +110,8 @@ BOUND = ["sum", "mole", "bound sum", "bound mole"]
 RUNS = {  # name of a file -> what measures it
     "operations": ["--what", "operations", "--experts", "3", "8"],
     "dispatch": ["--what", "dispatch", "--experts", "3", "8", "16", "--repeats", "40", *ONE_THREAD],
-    "compiled": [*THIN, "--arms", *COMPILED, "--experts", "8", "--compile", "blocks", "--repeats", "40"],
-    "step-sd15": [*SD15, "--arms", *STEP_ARMS, "--experts", "3", "8", "16", "--repeats", "8"],
+    "compiled": [*THIN, "--arms", *COMPILED, "--experts", "8", "--compile", "blocks", "--repeats", "120"],
+    "step-sd15": [*SD15, "--arms", *STEP_ARMS, "--experts", "3", "8", "16", "--repeats", "48"],
     "step-sd15-flow": [*SD15, "--arms", "gated", "--gates", "flow", "--experts", "3", "8", "--repeats", "8"],
     "bound-step": [*SD15, "--arms", *BOUND, "--experts", "3", "8", "--repeats", "8"],
     "step-sdxl": [*SD15, "--size", "sdxl", "--arms", "again", "set_adapters", "gated", "--experts", "3", "--repeats", "8"],
@@ -165,15 +164,10 @@ def goal(what: str, n: str, *found: Found) -> str:
     return f"| {what} | {n} | {'; '.join(measured for measured, *_ in found)} | <= {limits} | {said} |\n"
 
 
-def star(name: str) -> str:
-    """A star if a file was measured before a step did less: measuring again takes that note away."""
-    return " *" if "older" in load(name) else ""
-
-
 def below(name: str, arm: str, n: int, limit: float) -> Found:
     """A ratio to the base in a file."""
     cost = costs(name).get((arm, n))
-    return ("not measured", limit, None) if cost is None else (shown(cost) + star(name), limit, cost.ratio <= limit)
+    return ("not measured", limit, None) if cost is None else (shown(cost), limit, cost.ratio <= limit)
 
 
 def goals() -> str:
@@ -200,7 +194,7 @@ def _in_a_step() -> str:
     for name, about, limit in (("dispatch", "dispatch", 0.06), ("bound-step", "a step of SD 1.5", 0.02)):
         for gates in PAIR:
             more = [_more(costs(name), gates, n) for n in (3, 8)]
-            found = [(quartiles(each, "+.3f") + star(name), limit, each[1] <= limit) for each in more]
+            found = [(quartiles(each, "+.3f"), limit, each[1] <= limit) for each in more]
             text += goal(f"{about}, bound less not bound: `{gates}`", "3, 8", *found)
     text += goal("dispatch, both compiled by blocks: `mole`", "8", below("compiled", "mole", 8, 1.10))
     limits = {3: 1.02, 8: 1.03, 16: 1.06}
@@ -209,7 +203,7 @@ def _in_a_step() -> str:
     sd15 = costs("step-sd15")
     share = (sd15["mole", 8].ratio - 1) / (sd15["set_adapters", 8].ratio - 1)
     about = "what `mole` adds / what `set_adapters` adds, SD 1.5"
-    return text + goal(about, "8", (f"{share:.2f}{star('step-sd15')}", 0.35, share <= 0.35))
+    return text + goal(about, "8", (f"{share:.2f}", 0.35, share <= 0.35))
 
 
 def _once() -> str:
@@ -223,11 +217,11 @@ def _once() -> str:
         share = row["over"] / row["own"]
         measured = f"{row['over'] / 1e6:.1f} / {row['own'] / 1e6:.1f} MB = {share:.2f}"
         about = f"peak memory over the base / the LoRAs' own: `{'mole' if row['arm'] == 'gated' else row['arm']}`"
-        text += goal(about, str(row["experts"]), (measured + star("memory"), 1.05, share <= 1.05))
+        text += goal(about, str(row["experts"]), (measured, 1.05, share <= 1.05))
     text += goal("100 LoRAs of a folder attached, 2 named / 2 attached: dispatch", "100", _of_folder())
     held = {(row["arm"], row["experts"]): row["over"] for row in load("folder-memory")["rows"]}
     share = held["two named", 100] / held["gated", 2]
-    text += goal("the same: peak memory over the base", "100", (f"{share:.2f}{star('folder-memory')}", 1.05, share <= 1.05))
+    text += goal("the same: peak memory over the base", "100", (f"{share:.2f}", 1.05, share <= 1.05))
     return text + goal("cold `mole draw` / a script of diffusers", "3", below("cold", "cold, mole draw", 3, 1.2))
 
 
@@ -235,14 +229,14 @@ def _of_folder() -> Found:
     """A step with many LoRAs of which two act, over one with only these two."""
     many, two = (costs("folder")[each].seconds for each in (("two named", 100), ("sum", 2)))
     ratios = quantiles([one / other for one, other in zip(many, two, strict=True)], n=4, method="inclusive")
-    return quartiles(ratios) + star("folder"), 1.02, ratios[1] <= 1.02
+    return quartiles(ratios), 1.02, ratios[1] <= 1.02
 
 
 def floor() -> str:
     """What the products of A and B alone take, and what is paid beside them."""
     found = costs("compiled")
-    floor = FLOOR.replace("PRODUCTS", shown(found["products", 8]) + star("compiled"))
-    moved = shown(costs("moving")["others", 4]) + star("moving")
+    floor = FLOOR.replace("PRODUCTS", shown(found["products", 8]))
+    moved = shown(costs("moving")["others", 4])
     return floor.replace("AGAIN", shown(found["again", 8])).replace("MOVED", moved)
 
 
@@ -269,7 +263,7 @@ def steps() -> str:
     for name, about in (("step-sd15", "SD 1.5"), ("step-sd15-flow", "SD 1.5"), ("step-sdxl", "SDXL")):
         found = costs(name)
         base = found.pop(("base", 0))
-        about += f", {base.ms:.0f} ms, {len(base.seconds)} rounds{star(name)}"
+        about += f", {base.ms:.0f} ms, {len(base.seconds)} rounds"
         arms = dict.fromkeys(arm for arm, n in found)
         text += table(found, [("" if k else about, arm) for k, arm in enumerate(arms)])
     return text
@@ -279,7 +273,7 @@ def dispatch() -> str:
     """A step of the narrow UNet."""
     counts = {row["arm"]: row for row in load("operations")["rows"] if row["experts"] in (0, 3)}
     found = costs("dispatch")
-    rounds = f"{load('dispatch')['repeats']} rounds{star('dispatch')}"
+    rounds = f"{load('dispatch')['repeats']} rounds"
     text = DISPATCH.replace("BASE", f"{counts['base']['operations']:,}").replace("ROUNDS", rounds)
     for line in table(found, [(arm,) for arm in dict.fromkeys(arm for arm, n in found if n)]).splitlines(keepends=True):
         arm = line.split(" | ")[0].strip("| ")
@@ -310,7 +304,7 @@ def short() -> str:
     return (
         f"A step of Stable Diffusion 1.5 with `mole` gates takes {gated[0]} times as long as the base's with 3 LoRAs and "
         f"{gated[1]} with 8;\nwith diffusers' `set_adapters` "
-        f"{plain[0]} and {plain[1]} ([at real size](#steps-at-real-size), by an older version; without binding or tiles)."
+        f"{plain[0]} and {plain[1]} ([at real size](#steps-at-real-size); without binding or tiles)."
     )
 
 
