@@ -54,12 +54,13 @@ def build(page: Page, side_by_side: SideBySide) -> None:
         try:
             recipe = page.form.recipe(*values)
             roles = page.actions.loras.roles(recipe)
+            offered = side_by_side.of(recipe, roles)
         except (ValueError, FileNotFoundError):  # said below the prompt
             return {said: lines({}, drawn["cards"])} | side_by_side.nothing()
         last = next(reversed(page.visits.drawn(request, visitor)), None)
         regions = last.layout.regions if last and last.layout else {}
         words = {name: sentence(role, stands(regions.get(name))) for name, role in roles.items()}
-        return {said: lines(words, drawn["cards"])} | side_by_side.of(recipe, roles)
+        return {said: lines(words, drawn["cards"])} | offered
 
     # Not in `draw`: a page whose cards are just drawn anew could call an event that is gone.
     changes = [page.showing, shown, *(page.form.controls[name] for name in SEEN)]

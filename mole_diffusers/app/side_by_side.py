@@ -15,6 +15,7 @@ from mole_diffusers.app.sentences import markdown
 from mole_diffusers.app.style import Values, status_line
 from mole_diffusers.binding.vocabulary import is_look, is_scenery
 from mole_diffusers.binding.who_acts import EVERY_PLACE, OWN_PLACE, OWN_TILE, Role
+from mole_diffusers.lora.own_words import words_of
 from mole_diffusers.studio.recipe import Recipe
 
 
@@ -62,18 +63,18 @@ class SideBySide:
         """The tags of a recipe's prompt that would have places as a list of things, in their order, one of each LoRA; [] if
         there are fewer than two. Those of styles, as far as their names tell, and of LoRAs that were set to act everywhere
         are none of them."""
-        loras = self.page.actions.studio.catalog.loras
-        regions = {tag.name: tag.region for tag in parse_named(recipe.prompt, loras).tags}
+        catalog = self.page.actions.studio.catalog
+        regions = {tag.name: tag.region for tag in parse_named(recipe.prompt, catalog.loras).tags}
         tags, words = bare_tags(recipe.prompt), list[str]()
         for name in (name for name, role in roles.items() if role.place == EVERY_PLACE and not regions[name]):
-            own = (word.casefold() for word in self.page.actions.loras.report(name)["triggers"])
+            own = (word.casefold() for word in words_of(catalog.expert(name)).words)
             word = next((word for word in own if word in tags), None)
-            is_style = "style" in f"{loras[name].parent.name} {name}".casefold()
-            if word and not (is_style or is_scenery(word.split()[-1]) or is_look(word.split())):
+            is_style = "style" in f"{catalog.loras[name].parent.name} {name}".casefold()
+            if word and not (word in words or is_style or is_scenery(word.split()[-1]) or is_look(word.split())):
                 words.append(word)
         if len(words) < 2:
             return []
         words.sort(key=lambda word: tags[word])
         after = self.page.actions.loras.roles(replace(recipe, prompt=listed(recipe.prompt, words)))
         changed = [after[name].place for name in roles if after[name].place != roles[name].place]
-        return words if len(changed) == len(words) and set(changed) <= {OWN_PLACE, OWN_TILE} else []
+        return words if len(changed) >= len(words) and set(changed) <= {OWN_PLACE, OWN_TILE} else []

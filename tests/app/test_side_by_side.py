@@ -44,6 +44,7 @@ def seen(page, prompt, **edits):
         (f"a fox and a hen {TAGS}", ""),
         (f"a fox, a hen {TAGS}", ""),  # which has places
         (f"fox {TAGS}", ""),
+        (f"fox, fox {TAGS}", ""),
         (f"fox, (hen:1.2) {TAGS}", ""),
         ("fox, hen <lora:fox:1> <lora:hen:1:region=everywhere>", ""),
         ("fox, ink <lora:fox:1> <lora:ink:1>", ""),
