@@ -78,6 +78,7 @@ def test_a_trigger_word_is_ticked_and_the_rest_of_the_prompt_stays(loras, tmp_pa
         page.until(lambda: page.all(".card .chips input"), WAIT)
         assert not [box for box in page.all(".card .chips input") if box.is_selected()]
         page.type("#prompt textarea", "a fox, ink <lora:sks:1>")
+        page.until(lambda: page.one(".card .chips input[name='fox']").is_selected(), WAIT)
         for label, wanted in (("fur", "a fox, ink, fur"), ("sks", "a fox, ink, fur, sks"), ("fur", "a fox, ink, sks")):
             page.one(f".card .chips input[name='{label}']").click()
             page.until(lambda wanted=wanted: value(page, "#prompt") == f"{wanted} <lora:sks:1>", WAIT)
