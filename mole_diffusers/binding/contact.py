@@ -6,13 +6,12 @@ In a picture they overlap, so neither has a part of it to itself, and one is in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.finding import Match, Span, Tokens
-from mole_diffusers.binding.marking import COMMA, DETERMINER, MARKER, NAME, POSSESSIVE, WORD, Mark
+from mole_diffusers.binding.marking import AND, COMMA, DETERMINER, MARKER, NAME, POSSESSIVE, WORD, Mark
 
 FRONT = {"riding": 0, "on": 0, "in front of": 0, "hugging": 0, "behind": 1, "holding": 1}  # relation -> who is in front
 STACKED = ("riding", "on")  # relations in which the first is above the second
@@ -63,7 +62,10 @@ class Subject(NamedTuple):
 def touching(tokens: Tokens, marks: Sequence[Mark]) -> Iterator[Touch]:
     """The pairs of a sentence between whom words stand that say that they touch."""
     subjects = [each for n, mark in enumerate(marks) if mark.match is not None and (each := _subject(marks, n, mark.match))]
+    ends = {each.end for each in subjects}
     for first, second in zip(subjects, subjects[1:], strict=False):
+        if _is_one_of_several(marks, first.begin, ends):
+            continue
         between = " ".join(tokens.words[first.match.end : marks[second.begin].begin][-FARTHEST:])
         found = next(((m, relation, passive) for p, relation, passive in SAID if (m := p.search(between))), None)
         if found is None or set(first.match.experts) & set(second.match.experts):
@@ -77,6 +79,16 @@ def touching(tokens: Tokens, marks: Sequence[Mark]) -> Iterator[Touch]:
             matches = first.match, second.match
             phrases = (marks[first.begin].begin, stop), (marks[second.begin].begin, marks[second.end - 1].end)
             yield Touch(*((matches[::-1], phrases[::-1]) if is_passive else (matches, phrases)), relation)
+
+
+def _is_one_of_several(marks: Sequence[Mark], begin: int, ends: Collection[int]) -> bool:
+    """Whether a noun phrase is not all of who does something: "a fox and an owl riding a bear", "the shadow of a fox"."""
+    before = marks[max(begin - 2, 0) : begin]
+    if len(before) < 2:
+        return False
+    if before[1].word == "of":
+        return before[0].kind == WORD and before[0].word not in known.MEDIA | known.GATHERINGS
+    return before[1].kind == AND and begin - 1 in ends
 
 
 def _subject(marks: Sequence[Mark], n: int, match: Match) -> Subject | None:
@@ -103,13 +115,15 @@ def _subject(marks: Sequence[Mark], n: int, match: Match) -> Subject | None:
 def _is_aside(marks: Sequence[Mark]) -> bool:
     """Whether these marks after a name belong to it: "toy in a red hat", but not "watching a man"."""
     is_said = False  # whether the noun phrase is over
-    for mark, after in zip_longest(marks, marks[1:]):
+    for n, mark in enumerate(marks):
         is_said = is_said or mark.kind in (MARKER, COMMA)
         if mark.kind not in (WORD, NAME, DETERMINER, MARKER, COMMA) or mark.word in known.NOT:
             return False
         if mark.kind == MARKER and mark.word not in ASIDE:
             return False
-        is_head = mark.kind in (WORD, NAME) and (after is None or after.kind not in (WORD, NAME))
+        if mark.kind == DETERMINER and n and marks[n - 1].kind == COMMA:  # ", her hand holding"
+            return False
+        is_head = mark.kind in (WORD, NAME) and not (n + 1 < len(marks) and marks[n + 1].kind in (WORD, NAME))
         if is_said and is_head and not (mark.word in known.GARMENTS or mark.word in known.MEDIA or mark.word.endswith("ly")):
             return False
     return True

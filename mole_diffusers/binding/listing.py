@@ -36,13 +36,14 @@ class Listing:
     sides: tuple[Span, ...] = ()  # words for a side of the picture, such as "on the left"
     styles: tuple[Match, ...] = ()  # those that name a style, a medium or a setting
     touches: tuple[Touch, ...] = ()  # the things that touch
-    besides: tuple[Match, ...] = ()  # those of single things in its sentence that may be none of its items
+    besides: tuple[Span, ...] = ()  # the tokens (begin, end) of single things in its sentence that may be none of its items
     why: str = ""  # why there is no list
 
 
 def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int] = ()) -> Listing:
     """The list of a text's things. Experts in `placeless` act in the whole picture, so their words name no thing."""
-    sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), NOTHING_LISTED
+    is_framed = not known.FRAMES.isdisjoint(tokens.words)  # "Four panels. A fox and an owl"
+    sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), UNCLEAR if is_framed else NOTHING_LISTED
     found, tags = list[Found](), list[Found]()
     sided = list[Segment]()  # "On the left, a fox. An owl is on the right." has two
     quotes = dict(quoted(tokens.words))
@@ -60,16 +61,16 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
             styles += segment.styles
             if segment.noun.name is not None and segment.is_scenery:
                 styles.append(segment.noun.name)
-        for run in _runs(segments) if sum(segment.is_thing for segment in segments) > 1 else ():
+        for run in _runs(segments) if sum(s.is_thing for s in segments) > 1 and not is_framed else ():
             is_closed = any(item.joint in CLOSING for item in run[1:])
             items = _kept(run) if is_closed else _tags(run)
-            if items and (objection := _objection(items, run[: run.index(items[0])], tokens.words[begin:end])):
+            if items and (objection := _objection(items, run[: run.index(items[0])], tokens.words, begin, end)):
                 why = objection
             elif items:
                 relations = list(dict.fromkeys([*_relations(items), *_side_relations(items)]))
                 (found if is_closed else tags).append((items, relations, segments))
         here = [s for s in segments if s.is_thing and s.side and not s.is_introduced]
-        if len(here) == 1 and (marks[0].kind == SIDE or here[0].said.marker not in known.HOLDING):
+        if len(here) == 1 and not is_framed and (marks[0].kind == SIDE or here[0].said.marker not in known.HOLDING):
             sided += here
     found = found or tags
     if not found and len({segment.side for segment in sided}) == len(_names(sided)) == len(sided) > 1:
@@ -83,16 +84,17 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
     )
 
 
-def _besides(tokens: Tokens, items: Sequence[Segment], segments: Sequence[Segment]) -> list[Match]:
+def _besides(tokens: Tokens, items: Sequence[Segment], segments: Sequence[Segment]) -> list[Span]:
     """What names one more thing in the sentence of a list, alone or in what is said of all items: "a fox and an owl with a
-    bear", but not "in a dress".
+    bear", but not "in a dress"; and anything with a side of the picture: "and on the right a lamp".
     """
     found = [
         s.noun.name for s in segments if s.noun.name is not None and s.is_thing and (s.noun.is_determined or s.is_person)
     ]
     if items[-1].said.marker not in ("in", "at", "inside", "made"):
         found += [m for m in items[-1].others if not tokens.words[m.end - 1].endswith("s")]
-    return [match for match in found if tokens.words[match.end - 1] not in known.GARMENTS]
+    sided = [(s.noun.begin, s.noun.end) for s in segments if s.side and s.is_noun and not any(s is item for item in items)]
+    return [(m.begin, m.end) for m in found if tokens.words[m.end - 1] not in known.GARMENTS] + sided
 
 
 def _names(items: Sequence[Segment]) -> set[Any]:
@@ -171,7 +173,6 @@ def _after_and(item: Segment, new: Segment) -> Verdict:
         # "a fox with a cup and an owl with a hat"
         ("item", new_has_predicate and not (takes_things and item.others)),
         ("unclear", takes_things and (item.others or marker in known.TWO_PARTY | NEAR)),  # "a fox near a tree and an owl"
-        ("unclear", item.others and marker == "without"),  # "a fox without an owl and a woman"
         ("unclear", item.others and not have_article and (item.is_person or item.said.object not in known.GARMENTS)),
         ("item", marker not in known.WEARING and item.said.object in known.GARMENTS),  # "a fox in a hat and an owl"
         ("item", marker not in known.WEARING and not takes_things),  # "a fox in a garden and an owl"
@@ -232,15 +233,19 @@ def _tags(run: Sequence[Segment]) -> list[Segment]:
     return items if is_list and len(set(map(_name, (run[i] for i in things)))) == len(things) > 1 else []
 
 
-def _objection(items: Sequence[Segment], before: Sequence[Segment], words: Sequence[str]) -> str:
-    """Why items have no places, although they are listed; "" if they have."""
+def _objection(items: Sequence[Segment], before: Sequence[Segment], words: Sequence[str], begin: int, end: int) -> str:
+    """Why items have no places, although they are listed; "" if they have. `words` are the text's, the sentence's from
+    `begin` to the one before `end`.
+    """
     if len(items) > MOST_THINGS:
         return TOO_MANY
-    if not known.IN_FRAMES.isdisjoint(words):  # "a character sheet of a fox and an owl"
+    if not known.IN_FRAMES.isdisjoint(words[begin:end]):  # "a character sheet of a fox and an owl"
         return UNCLEAR
     has = known.WEARING | known.HOLDING
     if any(item.noun.is_of and item.others for item in before):  # "a sheet of foxes, owls and women"
         return UNCLEAR
+    if any(not known.NOT.isdisjoint(words[max(m.begin - 2, 0) : m.begin]) for item in items for m in item.others):
+        return UNCLEAR  # "a fox without an owl and a woman"
     if not items[0].is_person and any(item.said.marker in has for item in before):  # "wearing goggles, a shirt and a jacket"
         return UNCLEAR
     bare = {item.noun.head for item in items if not item.noun.is_determined}

@@ -15,17 +15,19 @@ from mole_diffusers.binding.finding import Match, Tokens
 NAME, WORD, DETERMINER, MARKER, COMMA, AND, OR, BESIDE, SIDE, POSSESSIVE, JOINER, SILENT = range(12)
 QUOTES = frozenset('"“”„«»')
 STOPS, COMMAS, JOINERS = frozenset(".;!?|。！？；"), frozenset(",，、–—"), frozenset("-_")
+APOSTROPHES = ("'", "’")
 Side = tuple[str, bool]  # axis, and whether it is where coordinates are small
 SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}
 RELATIONS = {"left": ("x", True), "right": ("x", False), "above": ("y", True), "below": ("y", False)}
 _IS, _WHOLE = known.one_of(known.IS), known.one_of(known.MEDIA | {"canvas", "frame"})
 ON_A_SIDE = re.compile(  # words for a side of the picture; "on the left cheek" are none
-    rf"(?:(?:{_IS}) )?(?:(?:in|on|to|at) the |(?=\w+ of frame ))(left|right|top|bottom)(?: (?:side|half|part))?"
+    rf"(?:(?:{_IS}) )?(?:(?:in|on|to|at) the (?:far )?|(?=\w+ of frame ))(left|right|top|bottom)(?: (?:side|half|part))?"
     rf"(?: of (?:the )?(?:{_WHOLE})|(?! of ))(?: there)?(?: (?:is|are))? "
 )
+LABELLED = re.compile(r"(?:(left|right)(?: side)? : |\( (left|right)(?: side)? \) )")  # "left: a fox", "a fox (left)"
 STANDS_BESIDE = re.compile(r"(?:(?:next|adjacent) to|beside|alongside|(?:(?:to|on) the )?(left|right) of|(above|below)) ")
 AS_WELL = re.compile(r"(?:as well as|along with|together with) ")
-MAY_BEGIN = known.IS | known.words("in on to at next adjacent beside alongside above below left right as along together")
+MAY_BEGIN = known.IS | known.words("in on to at next adjacent beside alongside above below left right as along together (")
 LONGEST = 10  # words of these
 
 
@@ -40,11 +42,22 @@ def sentences(tokens: Tokens, matches: Sequence[Match]) -> Iterator[tuple[int, i
 
 
 def is_stop(words: Sequence[str], i: int) -> bool:
-    word, around = words[i], [*words[max(i - 1, 0) : i], *words[i + 1 : i + 2]]
+    word = words[i]
     if word == ":":
-        return not words[i + 1 : i + 2] or not words[i + 1].isdigit()
-    is_decimal = word == "." and len(around) == 2 and all(each.isdigit() for each in around)
-    return word == "break" or (word[0] in STOPS and not is_decimal)
+        return not words[i + 1 : i + 2] or not (words[i + 1].isdigit() or _is_after_a_side(words, i))
+    if word[0] not in STOPS:
+        return word == "break"
+    around = [*words[max(i - 1, 0) : i], *words[i + 1 : i + 2]]
+    return word != "." or len(around) < 2 or not all(each.isdigit() for each in around)
+
+
+def _is_after_a_side(words: Sequence[str], colon: int) -> bool:
+    """Whether what stands before a colon is a side of the picture: "left: a fox", but not "from left to right: a fox"."""
+    before = [*words[max(colon - 3, 0) : colon]]
+    if before[-1:] == ["side"]:
+        before.pop()
+    is_side = before[-1:] in (["left"], ["right"])
+    return is_side and (len(before) == 1 or before[-2] in ("the", "far") or before[-2][0] in STOPS | COMMAS)
 
 
 def quoted(words: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -132,7 +145,11 @@ def _phrase(words: Sequence[str], i: int, end: int, names: Mapping[int, Match]) 
     if found := ON_A_SIDE.match(text):
         stop = i + found[0].count(" ")
         if stop >= end or stop in names or not words[stop].isalpha() or kind(words[stop]) != WORD:
-            return Mark(SIDE, found[1], i, stop, relation=SIDES[found[1]])
+            return Mark(SIDE, words[i], i, stop, relation=SIDES[found[1]])
+    if found := LABELLED.match(text):
+        stop = i + found[0].count(" ")
+        if found[2] or _is_after_a_side(words, stop - 1):
+            return Mark(SIDE, words[i], i, stop, relation=SIDES[found[1] or found[2]])
     if (found := STANDS_BESIDE.match(text)) and not (found[2] and words[max(i - 1, 0)] == "from"):  # "seen from above"
         side = found[1] or found[2]
         return Mark(BESIDE, side or found[0].strip(), i, i + found[0].count(" "), relation=RELATIONS.get(side))
@@ -145,8 +162,10 @@ def _one(words: Sequence[str], i: int) -> Mark:
     word = words[i]
     if words[i : i + 2] == ["in", "front"]:
         return Mark(MARKER, "before", i, i + 2)
-    if word == "s" and i and words[i - 1] in ("'", "’"):
+    if word == "s" and i and words[i - 1] in APOSTROPHES:
         return Mark(POSSESSIVE, word, i, i + 1)
+    if word in APOSTROPHES and words[max(i - 1, 0)][-1] == "s" and words[i + 1 : i + 2] and words[i + 1][0].isalpha():
+        return Mark(POSSESSIVE if kind(words[i + 1]) == WORD else SILENT, word, i, i + 1)  # "foxes' tails"
     if word[0] in COMMAS:
         return Mark(COMMA, word, i, i + 1)
     if word in ("&", "+"):  # "++" is a weight

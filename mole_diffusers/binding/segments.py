@@ -113,11 +113,14 @@ def segments_of(marks: Sequence[Mark]) -> list[Segment]:
     """The segments of a sentence."""
     segments, now, joint = list[Segment](), Segment(), ""
     for n, mark in enumerate(marks):
+        is_empty = now.noun.begin < 0 and not now.is_said
+        if mark.kind == SIDE and mark.word in known.IS and is_empty and segments:  # "a fox, in a hat, stands on the left"
+            next((s for s in reversed(segments) if not s.is_said), segments[-1]).side = mark.relation
+            continue
         if mark.kind not in JOINTS or _joins_qualities(now, marks, n):
             _add(now, marks, n)
             continue
         side = now.side
-        is_empty = now.noun.begin < 0 and not now.is_said
         if not is_empty:
             segments.append(now)
             joint, side = JOINTS[mark.kind], None

@@ -191,7 +191,9 @@ def _own_phrases(tokens: Tokens, items: Sequence[Segment]) -> list[Span]:
     """Where each item stands, with what is said of it. What is said after the last one is said of all, unless each keeps
     its own.
     """
-    keeps = any(
+    # "an owl on the right and a bear in the middle"
+    keeps = any(item.side for item in items) and items[-1].said.object in known.MIDDLE
+    keeps = keeps or any(
         item.said.marker and (item.said.has_object or following.joint != "beside")
         for item, following in zip(items, items[1:], strict=False)
     )
@@ -327,9 +329,9 @@ def _why_together(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> str:
         if found["act"]:
             return f"the prompt says {found[0]!r}, which two do together"
         return f"the prompt speaks of several together: {found[0]!r}"
-    for match in listed.besides:
-        if not any(a <= tokens.spans[match.begin][0] < b for a, b in own):
-            return f"the prompt names {tokens.text[slice(*tokens.span(match.begin, match.end))]!r} besides"
+    for begin, end in listed.besides:
+        if not any(a <= tokens.spans[begin][0] < b for a, b in own):
+            return f"the prompt names {tokens.text[slice(*tokens.span(begin, end))]!r} besides"
     counted = "|".join([*sorted(known.COUNTED), *(re.escape(f"{item.noun.head}s") for item in listed.items)])
     for found in re.finditer(SEVERAL.format(counted), text):
         begin, end = tokens.spans[text.count(" ", 0, found.start())]

@@ -110,7 +110,7 @@ SETTINGS = _plural(
 BODY = _plural(
     "hair hairstyle eye head chest neck shoulder back mouth foot feet knee body belly paw beak nose eyes ear tail wing horn",
     "beard mustache moustache face smile skin tattoo makeup lip nail leg arm hand finger wig ponytail braid freckles pose",
-    "twintail bang sleeve"
+    "twintail bang sleeve feather fur claw fang"
 )  # fmt: skip
 GARMENTS = BODY | _plural(
     "dress suit hat cap shirt t-shirt coat jacket cape cloak scarf glove boot shoe sock skirt trouser pant jean",
@@ -140,10 +140,13 @@ COUNTED = words(
 HELD_THINGS = words("sword shield staff wand bow spear axe dagger gun rifle bag handbag umbrella lantern torch")
 NOT = words("no not without except minus half")
 WRITTEN = words("name names word words text title titled caption headline says saying labeled labelled spelling")
+MIDDLE = words("middle center centre")
 LIKE = words("shaped themed inspired coloured colored print printed patterned motif")  # a "fox shaped cake" is no fox
 ONE = words("he she him his her himself herself hers")  # said of one of several
-# Of one thing in several frames, or of several that are one
-IN_FRAMES = words("panel panels sheet turnaround storyboard fusion hybrid merged fused blended morphed")
+FRAMES = words("panels koma storyboard collage polaroids diptych triptych")  # a picture of several pictures
+IN_FRAMES = words(
+    "panel sheet turnaround fusion hybrid merged fused blended morphed"
+)  # one thing in several, or several in one
 GROUPS = words(
     "share sharing couple duo trio twins both together them they their theirs themselves everyone everybody friends",
     "lovers siblings",
