@@ -49,15 +49,17 @@ FLOOR = """
 strengths, no places. By PyTorch's count of multiplications, that takes 0.018, 0.049 and 0.099 of a step of SD 1.5 with
 3, 8 and 16 LoRAs; the goals for 8 and 16 ask for less. With blocks compiled one by one, it takes PRODUCTS times the
 base (the base once more: AGAIN), which leaves nothing of the goal for gates. What `mole` takes beyond is mostly PyTorch's
-check, before each call of a block, that nothing has changed that its code was made for.
+check, before each call of a block, that nothing has changed that its code was made for. Tests count that 20 changes
+compile nothing again, and that an update of gates reads no value from the device.
 
 Keys and values of the text are kept for the whole picture: 7.7 MB in SD 1.5 and 51.3 MB in SDXL in half precision. The
 peak of memory misses its goal by that, and with SDXL a step is below the base's for it.
 
 Layers hold the ranks of LoRAs that act; the others of a folder are in the CPU's memory until a prompt names them. Two
 others than in the picture before take MOVED of a step of SD 1.5 once.
-All ranks are held in a model that was compiled or is offloaded layer by layer, while gates are trained, and for `rank`,
-`factors` and `retrieval` gates and `mole` gates that read the LoRAs' outputs.
+All ranks are held in a model that was compiled, is offloaded layer by layer or was drawn with by [another
+pipeline](hosts.md), while gates are trained, and for `rank`, `factors` and `retrieval` gates and `mole` gates that read
+the LoRAs' outputs.
 """
 STEPS = """
 ## Steps at real size
@@ -191,11 +193,10 @@ def _counted() -> str:
 def _in_a_step() -> str:
     """Goals for times of a step."""
     text = ""
-    for name, about, limit in (("dispatch", "dispatch", 0.06), ("bound-step", "a step of SD 1.5", 0.02)):
-        for gates in PAIR:
-            more = [_more(costs(name), gates, n) for n in (3, 8)]
-            found = [(quartiles(each, "+.3f"), limit, each[1] <= limit) for each in more]
-            text += goal(f"{about}, bound less not bound: `{gates}`", "3, 8", *found)
+    for gates in PAIR:
+        more = [_more(costs("bound-step"), gates, n) for n in (3, 8)]
+        found = [(quartiles(each, "+.3f"), 0.02, each[1] <= 0.02) for each in more]
+        text += goal(f"a step of SD 1.5, bound less not bound: `{gates}`", "3, 8", *found)
     text += goal("dispatch, both compiled by blocks: `mole`", "8", below("compiled", "mole", 8, 1.10))
     limits = {3: 1.02, 8: 1.03, 16: 1.06}
     text += goal("a step of SD 1.5: `mole`", "3, 8, 16", *(below("step-sd15", "mole", n, limits[n]) for n in limits))

@@ -25,9 +25,13 @@ class LastTensor:
         self._tensor: Callable[[], torch.Tensor | None] = lambda: None
         self._version = 0
 
+    def is_it(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is the last one, unchanged since then."""
+        return self._tensor() is tensor and self._version == version(tensor) and not tensor.is_inference()
+
     def is_again(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` is the last one, unchanged since then. Otherwise it is the last one from now on."""
-        if self._tensor() is tensor and self._version == version(tensor) and not tensor.is_inference():
+        """The same. If it is another one, it is the last one from now on."""
+        if self.is_it(tensor):
             return True
         self._tensor, self._version, self.number = weakref.ref(tensor), version(tensor), self.number + 1
         return False

@@ -36,15 +36,18 @@ class TextInput:
     shape: torch.Size  # of the latents
     acting: tuple[bool, ...]  # [N], the experts that were on
 
-    def is_of(self, text: torch.Tensor, latents: torch.Tensor, acting: tuple[bool, ...]) -> bool:
-        """Whether this is the input of such a call. A copy of the text counts: offloading makes one at every step."""
-        if self.acting != acting or self.text.shape != text.shape or self.text.device != text.device:
-            return False
-        if self.shape[1:] != latents.shape[1:] or torch.is_grad_enabled():  # in training every text is new
-            return False
-        if self.text.data_ptr() == text.data_ptr():
-            return self.version == version(text)
-        return torch.equal(self.text, text)
+    def may_be(self, text: torch.Tensor, latents: torch.Tensor, acting: tuple[bool, ...]) -> bool:
+        """Whether this may be the input of such a call. In training every text is new."""
+        alike = self.text.shape == text.shape and self.text.device == text.device and self.shape[1:] == latents.shape[1:]
+        return alike and self.acting == acting and not torch.is_grad_enabled()
+
+    def is_same(self, text: torch.Tensor) -> bool:
+        """Whether this has the memory of a text, and nothing has changed it since."""
+        return self.text.data_ptr() == text.data_ptr() and self.version == version(text)
+
+    def is_copied(self, text: torch.Tensor) -> bool:
+        """Whether a text is a copy of this, as offloading makes one at every step. Finding out waits for the device."""
+        return self.text.data_ptr() != text.data_ptr() and torch.equal(self.text, text)
 
 
 @dataclass(eq=False)

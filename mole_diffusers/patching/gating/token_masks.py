@@ -266,7 +266,9 @@ class TokenMasks:
         if pipe is None:
             self._begin_if_noisier(time)
         acting = tuple(acting)
-        state = next((known for known in self._texts if known.input.is_of(text, latents, acting)), None)
+        alike = [known for known in self._texts if known.input.may_be(text, latents, acting)]
+        state = next((known for known in alike if known.input.is_same(text)), None)
+        state = state or next((known for known in alike if known.input.is_copied(text)), None)
         if state is None:
             state = self._new(text, latents, side(), pipe, acting)
             self._texts = [*self._texts, state][-MOST_TEXTS:]

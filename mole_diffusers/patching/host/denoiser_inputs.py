@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ class DenoiserInputs:
         self.record = record(denoiser)
         self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._config = getattr(denoiser, "config", None)
-        self._given: list[LastTensor] = []  # the texts as they were given last, and as blocks read them
-        self._text: torch.Tensor | None = None
+        # Texts as they were given last, and as blocks read them. Guidance may call the denoiser for two in turn.
+        self._texts: deque[tuple[list[LastTensor], torch.Tensor]] = deque(maxlen=2)
 
     def named(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """All arguments by name."""
@@ -92,12 +93,14 @@ class DenoiserInputs:
         if isinstance(given, torch.Tensor) and given.dim() == 3 and shown is None:
             return given
         texts = [*(given if isinstance(given, list) else [given]), *([] if before is None else [before])]
-        if len(self._given) != len(texts):
-            self._given, self._text = [LastTensor() for _ in texts], None
-        again = [last.is_again(text) for last, text in zip(self._given, texts, strict=True)]
-        if self._text is None or not all(again):
-            self._text = self._in_blocks(given, shown, before)
-        return self._text
+        for lasts, read in self._texts:
+            if len(lasts) == len(texts) and all(last.is_it(text) for last, text in zip(lasts, texts, strict=True)):
+                return read
+        read, lasts = self._in_blocks(given, shown, before), [LastTensor() for _ in texts]
+        for last, text in zip(lasts, texts, strict=True):
+            last.is_again(text)
+        self._texts.append((lasts, read))
+        return read
 
     def _in_blocks(
         self, given: torch.Tensor | list[torch.Tensor], shown: torch.Tensor | None, before: torch.Tensor | None
