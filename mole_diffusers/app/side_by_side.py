@@ -51,7 +51,7 @@ class SideBySide:
             return self.nothing()
         tags = bare_tags(recipe.prompt)
         typed = ", ".join(recipe.prompt[slice(*tags[word])] for word in words)
-        said = f"{markdown(typed)} are tags here, and may mix. As things side by side each has its own place:"
+        said = f"{markdown(typed)} are tags here, and may mix. Set a style to “everywhere”; give things places of their own:"
         label = f"Write “{listed(typed, words)}”"
         return {self._said: said, self._button: gr.update(visible=True, value=label), self._words: words}
 

@@ -123,10 +123,12 @@ def test_a_newcomer_ticks_the_words_of_two_characters(tmp_path, width):
         page.until(lambda: _is_in_view(page, ".c0 .head"), WAIT)
         (name,) = [each for each in page.all(".c0 .head label") if each.text == "crocodile"]
         assert name.rect["height"] < 30  # one line
+        before = place(page, ".c1 .chips input")
         for n, name in enumerate(("crocodile", "honeybee")):
             page.click(f".c{n} .chips input")
             page.until(lambda name=name: name in value(page, "#prompt").partition("<")[0], WAIT)
         page.until(lambda: page.text("#side-by-side") == "Write “a crocodile and a honeybee”", WAIT)
+        assert width == 390 or place(page, ".c1 .chips input") == before  # it stays under the pointer
         page.click("#side-by-side")
         tags = "<lora:crocodile:1> <lora:honeybee:1>"
         page.until(lambda: value(page, "#prompt") == f"a crocodile and a honeybee {tags}", WAIT)
