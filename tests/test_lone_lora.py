@@ -100,3 +100,19 @@ def test_of_a_folder_only_those_act_that_the_prompt_names(tmp_path):
     torch.testing.assert_close(drawn(pipe, options, "fox and owl"), found, atol=1e-5, rtol=0)
     mixture = mole.attach(pipe, tmp_path, binding={"hen": "hen"})  # chosen, so it acts
     assert mixture.explain("fox").experts["hen"].place == "everywhere"
+
+
+@pytest.mark.parametrize("name", ["sd15", *thorough("sdxl", "sd3")])
+def test_a_prompt_that_is_encoded_first_is_drawn_as_in_a_call(name, tmp_path):
+    """Who acts on the prompt acts on the negative prompt, too, whether this names LoRAs that wait for their words or not."""
+    pipe, options = hosts.HOSTS[name]()
+    files = {each: tiny_lora(pipe, tmp_path / each, seed=i) for i, each in enumerate(("fox", "owl"))}
+    mole.attach(pipe, files, binding={each: Bound((each,), required=True) for each in files})
+    others = {"prompt_2": None, "prompt_3": None} if name == "sd3" else {}
+    kinds = [f"{kind}prompt_embeds" for kind in ("", "negative_", "pooled_", "negative_pooled_")]
+    for prompt, negative in (("fox", ""), ("a hen", "fog"), ("owl", "fog"), ("a hen", ""), ("hen", "fox")):
+        wanted = drawn(pipe, options | {"negative_prompt": negative}, prompt)
+        texts = {"prompt": prompt, "negative_prompt": negative, **others}
+        states = pipe.encode_prompt(**texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+        encoded = dict(zip(kinds, states, strict=False))
+        torch.testing.assert_close(drawn(pipe, options | encoded, None), wanted, atol=1e-5, rtol=0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -215,6 +215,11 @@ class SharedState:
             return
         for hears in self.listeners.maps.now:
             hears(masks.text.picture.named_maps(shares, side))
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """The block that a pipeline's `encode_prompt` runs in, which reads a prompt and its negative prompt."""
+        masks, in_call = self.effective.binding, self.step.pipe.now is not None
+        return nullcontext() if masks is None or in_call else masks.encoding()
 
     def on_text(self, encoder: str, ids: torch.Tensor) -> None:
         """A text encoder is about to read `ids` [B, T]."""

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import or_
@@ -63,11 +64,11 @@ class EncoderText:
     """The text that a text encoder reads, or read last: [B, T, N] bool, and what layers have asked for.
 
     Attributes:
-        first: text encoder -> whom the rows of its first text in this call name.
+        first: text encoder -> whom the rows of its first text in this call name; None outside of one.
     """
 
     acting_tokens: torch.Tensor | None = None
-    first: dict[str, list[Mentioned]] = field(default_factory=dict)
+    first: dict[str, list[Mentioned]] | None = None
     cache: LayerCache = field(default_factory=dict)
 
     def rows_among(self, tokens: int) -> int | None:
@@ -210,7 +211,7 @@ class TokenMasks:
     def begin(self) -> None:
         """A call of the pipeline begins: its texts are read again, and its layout is decided again."""
         self._texts, self.text, self.warned, self._places = [], None, [], {}
-        self._encoder_text = EncoderText()  # a call with states of texts has none
+        self._encoder_text = EncoderText(first={})  # a call with states of texts has none
         self._hold(None, self.reader.nobody)
 
     def on_text(self, encoder: str, ids: torch.Tensor, *, in_call: bool, acting: Sequence[bool]) -> bool:
@@ -224,8 +225,7 @@ class TokenMasks:
             return False
         readings = self.reader.encoder_text(encoder, ids, acting)
         mentioned = [(True,) * len(self.bound)] if readings is None else [reading.mentioned for reading in readings]
-        if in_call:
-            mentioned = self._or_in_first_text(encoder, mentioned)
+        mentioned = self._or_in_first_text(encoder, mentioned)
         acts = None if readings is None else self.reader.acting_tokens(readings, mentioned, acting, ids.device)
         self._encoder_text = EncoderText(acts, self._encoder_text.first)
         self._hold(self.text, self.reader.silence(mentioned, ids.device))
@@ -235,10 +235,24 @@ class TokenMasks:
         """Whom rows of a text or of the first text of the call name. That is the prompt: who acts on it acts on the negative
         prompt, too, as LoRAs do that do not wait for their words.
         """
+        if self._encoder_text.first is None:
+            return mentioned
         prompts = self._encoder_text.first.setdefault(encoder, mentioned)
         if len(prompts) != len(mentioned):
             return mentioned
         return [tuple(map(or_, now, first)) for now, first in zip(mentioned, prompts, strict=True)]
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """A block outside of a call in which a prompt and then its negative prompt are read, as in a call."""
+        if self._encoder_text.first is not None:  # some pipelines encode the negative prompt by the same function
+            yield
+            return
+        self._encoder_text = EncoderText(first={})
+        try:
+            yield
+        finally:
+            self._encoder_text.first = None
 
     def on_denoiser(
         self,
@@ -310,7 +324,7 @@ class TokenMasks:
 
     def end(self, *, warns: bool) -> None:
         """The call has ended. With `warns`, warn of what got no place."""
-        self._level = 0.0
+        self._level, self._encoder_text.first = 0.0, None
         for text in self._texts:
             text.forget()
         if warns and (unplaced := [name for text in self._texts for name in text.picture.unplaced]):

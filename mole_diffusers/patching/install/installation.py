@@ -164,7 +164,7 @@ class Installation:
                     component.ranks.hold_all()
 
     def _lock_calls(self) -> None:
-        lock_calls(self.pipe, self.mixture.drawing, self._locking)
+        lock_calls(self.pipe, self.mixture.drawing, self.shared.encoding, self._locking)
 
     def _install(self) -> None:
         undo = self._undo

@@ -24,11 +24,11 @@ def entered(monkeypatch):
 
 
 def test_the_pipeline_keeps_its_kind_and_its_signature(pipe, loras):
-    signature = inspect.signature(pipe.__call__)
+    signature, encoding = inspect.signature(pipe.__call__), inspect.signature(pipe.encode_prompt)
     mole.attach(pipe, {"ink": loras["ink"]})
     assert isinstance(pipe, StableDiffusionPipeline)
     assert type(pipe).__name__ == "StableDiffusionPipeline"
-    assert inspect.signature(pipe.__call__) == signature
+    assert (inspect.signature(pipe.__call__), inspect.signature(pipe.encode_prompt)) == (signature, encoding)
     for kind in (StableDiffusionImg2ImgPipeline, AutoPipelineForImage2Image):
         assert type(kind.from_pipe(pipe, dtype=torch.float32)) is StableDiffusionImg2ImgPipeline
     with TemporaryDirectory() as folder, mole.attached(pipe).lifted():
