@@ -91,22 +91,27 @@ class DrawnOver:
         given = [each for batch in self._encoded or [picture] for each in batch]
         if not all(torch.equal(each, given[0]) for each in given):
             return
-        errors = torch.stack([self._errors(i, picture[:1], latents, call) for i in free]).cpu()  # [K, H, W]
+        samples = len(latents) // len(picture)
+        errors = torch.stack([self._errors(i, picture[:1], latents, call, samples) for i in free]).cpu()  # [K, H, W]
         chosen, (height, width) = [things.sentence.things[i] for i in free], errors.shape[1:]
         regions, margin = regions_of_things(things.sentence, chosen, errors.amax(0) - errors, things.bound, (height, width))
         if margin >= UNDECIDED:
             self.set_places({things.keys[i]: region for i, region in zip(free, regions, strict=True)})
 
     @torch.no_grad()
-    def _errors(self, thing: int, picture: torch.Tensor, latents: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
+    def _errors(
+        self, thing: int, picture: torch.Tensor, latents: torch.Tensor, call: Mapping[str, Any], samples: int
+    ) -> torch.Tensor:
         """The squared error of one thing's model at each place of a picture [1, C, H, W], [H, W].
 
-        It is over as many noise samples as a step has rows. `call` are all arguments of the UNet for a step's latents.
+        It is over as many noise samples as a step has rows for one picture, so that a batch has the places that each of its
+        pictures would have. `call` are all arguments of the UNet for a step's latents.
         """
         alphas = self.pipe.scheduler.alphas_cumprod
         timestep = int(LEVEL * len(alphas))
         alpha, generator = alphas[timestep].to(latents), torch.Generator().manual_seed(0)
-        noise = onto(torch.randn(latents.shape, generator=generator), latents.device).to(latents.dtype)
+        noise = torch.randn(samples, *latents.shape[1:], generator=generator).repeat(len(latents) // samples, 1, 1, 1)
+        noise = onto(noise, latents.device).to(latents.dtype)
         with self.alone(self.things.drawing(self.things.sentence.things[thing], self.things.parts[thing])):
             text, pooled = self.call.encode(self.things.parts[thing])
             changed = {

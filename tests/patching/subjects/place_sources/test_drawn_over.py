@@ -3,7 +3,7 @@
 import diffusers
 import pytest
 import torch
-from hosts import ip_adapter, sdxl
+from hosts import HOSTS, draw, ip_adapter, sdxl
 from PIL import ImageOps
 from tiers import thorough
 from tiny import tiny_lora
@@ -97,6 +97,19 @@ def test_a_place_fits_the_thing_whose_model_errs_least_there(pipe, loras, monkey
         errors.append((found - noise).square().mean((0, 1)))
     by_hand = torch.stack(errors)
     torch.testing.assert_close(seen[0], by_hand.amax(0) - by_hand, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, *thorough(1, 2)])
+def test_places_do_not_depend_on_how_many_pictures_are_drawn(seed, tmp_path):
+    pipe, options = HOSTS["sd15-img2img"]()
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    files = {n: tiny_lora(pipe, tmp_path / n, seed=10 * seed + i, ends=ends) for i, n in enumerate(("fox", "owl"))}
+    mole.attach(pipe, files, binding={"fox": "fox", "owl": "owl"})
+    one = draw(pipe, options, "fox & owl", steps=3)
+    for count in (2, 3):
+        same = [torch.Generator().manual_seed(0) for _ in range(count)]
+        several = draw(pipe, options | {"num_images_per_prompt": count, "generator": same}, "fox & owl", steps=3)
+        torch.testing.assert_close(several, one.expand_as(several), atol=1e-5, rtol=0)
 
 
 class Fixed:
