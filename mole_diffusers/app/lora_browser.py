@@ -177,5 +177,5 @@ def sorted_loras(names: list[str], loras: Mapping[str, Path], order: str, fits: 
 def caption(page: Page, name: str, fits: bool, is_on: bool) -> str:
     """What stands below a LoRA's picture: its name, the strength it likes, and whether it is in the prompt."""
     weight = page.actions.studio.catalog.preferred_weight(name)
-    marks = ["✓ in the prompt"] if is_on else [] if fits else ["for another model"]
-    return " · ".join([name, *([f"{weight:g}"] if weight is not None else []), *marks])
+    marks = [] if is_on or fits else ["for another model"]
+    return " · ".join([f"✓ {name}" if is_on else name, *([f"{weight:g}"] if weight is not None else []), *marks])

@@ -169,7 +169,8 @@ def bare_tags(prompt: str) -> dict[str, tuple[int, int]]:
 
 def listed(prompt: str, words: Collection[str]) -> str:
     """The prompt with two or more of its `bare_tags` as a list of things: "fox, owl, ink" -> "a fox and an owl, ink"."""
-    places = sorted(place for word, place in bare_tags(prompt).items() if word in words)
+    wanted = {word.casefold() for word in words}
+    places = sorted(place for word, place in bare_tags(prompt).items() if word in wanted)
     *first, last = (_with_article(ARTICLE.sub("", prompt[begin:end])) for begin, end in places)
     for begin, end in reversed(places[1:]):
         prompt = re.sub(r",?\s*\Z", "", prompt[:begin]) + prompt[end:]

@@ -128,5 +128,5 @@ def said(jobs: Jobs, job: Job) -> str:
         return "cancelled before it began" if job.state == "stopped" else "starting"
     if job.state == "stopped" and isinstance(job.event, Progress):
         return f"stopped after {len(job.event.pictures)} of {job.event.count} pictures"
-    words = markdown(str(job.event))
+    words = markdown(str(job.event).replace("expert '", "'"))  # as the API names LoRAs
     return f"stopped: {words}" if job.state == "stopped" else words

@@ -1,14 +1,14 @@
-"""Where words of LoRAs are tags of a prompt, "fox, owl", they have no places. The page says so beside the result, and a
-click lists them as things: "a fox and an owl"."""
+"""Where words of LoRAs are tags of a prompt, "fox, owl", or it lacks them, the LoRAs have no places. The page says so beside
+the result, and a click lists them as things: "a fox and an owl"."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import gradio as gr
 
-from mole_diffusers.app.mixer_cards import MixerCard, bare_tags, listed, newest, parse_named
+from mole_diffusers.app.mixer_cards import MixerCard, bare_tags, listed, newest, parse_named, with_triggers
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import markdown
@@ -20,7 +20,7 @@ from mole_diffusers.studio.recipe import Recipe
 
 
 class SideBySide:
-    """What the page says of such tags, and the button.
+    """What the page says of it, and the button.
 
     Attributes:
         outputs: the components that `of` has values for.
@@ -40,8 +40,9 @@ class SideBySide:
         prompt = self.page.prompt
 
         def as_things(words: list[str], text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
-            now = newest(text, rewrites)
-            return prompt.replaced(text, listed(now, words), cards, rewrites) if set(words) <= set(bare_tags(now)) else {}
+            now = self._with_words(newest(text, rewrites), words)
+            are_tags = {word.casefold() for word in words} <= set(bare_tags(now))
+            return prompt.replaced(text, listed(now, words), cards, rewrites) if are_tags else {}
 
         self._button.click(as_things, [self._words, *prompt.written], [prompt.text, *prompt.of_cards], **ORDERED)
 
@@ -49,9 +50,12 @@ class SideBySide:
         """What is seen of it, given a recipe and what its LoRAs do."""
         if not (words := self.mixed(recipe, roles)):
             return self.nothing()
-        tags = bare_tags(recipe.prompt)
-        typed = ", ".join(recipe.prompt[slice(*tags[word])] for word in words)
-        said = f"{markdown(typed)} are tags here, and may mix. Set a style to “everywhere”; give things places of their own:"
+        wanted = {word.casefold() for word in words}
+        tags = bare_tags(prompt := self._with_words(recipe.prompt, words))
+        typed = ", ".join(prompt[slice(*place)] for word, place in tags.items() if word in wanted)
+        is_there = prompt == recipe.prompt
+        why = f"{markdown(typed)} are tags here, and may mix." if is_there else "The prompt lacks words of these LoRAs."
+        said = f"{why} Set a style to “everywhere”; give things places of their own:"
         label = f"Write “{listed(typed, words)}”"
         return {self._said: said, self._button: gr.update(visible=True, value=label), self._words: words}
 
@@ -60,21 +64,30 @@ class SideBySide:
         return {self._said: "", self._button: gr.update(visible=False), self._words: []}
 
     def mixed(self, recipe: Recipe, roles: Mapping[str, Role]) -> list[str]:
-        """The tags of a recipe's prompt that would have places as a list of things, in their order, one of each LoRA; [] if
-        there are fewer than two. Those of styles, as far as their names tell, and of LoRAs that were set to act everywhere
-        are none of them."""
+        """The words that would have places as a list of things, in their order, one of each LoRA; [] if there are fewer than
+        two. They are tags of the recipe's prompt; if that has one or none, and no others, it may lack the rest. Those of
+        styles, as far as their names tell, and of LoRAs that were set to act everywhere are none of them."""
         catalog = self.page.actions.studio.catalog
         regions = {tag.name: tag.region for tag in parse_named(recipe.prompt, catalog.loras).tags}
+        free = [name for name, role in roles.items() if role.place == EVERY_PLACE and not regions[name]]
+        own = {name: words_of(catalog.expert(name)).words for name in free}
         tags, words = bare_tags(recipe.prompt), list[str]()
-        for name in (name for name, role in roles.items() if role.place == EVERY_PLACE and not regions[name]):
-            own = (word.casefold() for word in words_of(catalog.expert(name)).words)
-            word = next((word for word in own if word in tags), None)
+        lacks = set(tags) <= {word.casefold() for each in own.values() for word in each}
+        for name in free:
+            there = (word for word in own[name] if word.casefold() in tags)
+            word = next(there, own[name][0] if lacks and own[name] else "")
             is_style = "style" in f"{catalog.loras[name].parent.name} {name}".casefold()
             if word and not (word in words or is_style or is_scenery(word.split()[-1]) or is_look(word.split())):
                 words.append(word)
+        tagged = [word for word in words if word.casefold() in tags]
+        words = tagged if len(tagged) > 1 else words
         if len(words) < 2:
             return []
-        words.sort(key=lambda word: tags[word])
-        after = self.page.actions.loras.roles(replace(recipe, prompt=listed(recipe.prompt, words)))
+        things = listed(self._with_words(recipe.prompt, words), words)
+        after = self.page.actions.loras.roles(replace(recipe, prompt=things))
         changed = [after[name].place for name in roles if after[name].place != roles[name].place]
         return words if len(changed) >= len(words) and set(changed) <= {OWN_PLACE, OWN_TILE} else []
+
+    def _with_words(self, prompt: str, words: Sequence[str]) -> str:
+        """A prompt, with those of these words that it lacks."""
+        return with_triggers(prompt, [], words, self.page.actions.studio.catalog.loras)

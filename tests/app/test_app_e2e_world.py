@@ -123,6 +123,7 @@ def test_a_newcomer_ticks_the_words_of_two_characters(tmp_path, width):
         page.until(lambda: _is_in_view(page, ".c0 .head"), WAIT)
         (name,) = [each for each in page.all(".c0 .head label") if each.text == "crocodile"]
         assert name.rect["height"] < 30  # one line
+        page.until(lambda: page.text("#side-by-side"), WAIT)
         before = place(page, ".c1 .chips input")
         for n, name in enumerate(("crocodile", "honeybee")):
             page.click(f".c{n} .chips input")

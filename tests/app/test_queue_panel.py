@@ -117,6 +117,13 @@ def test_wrong_fields_are_said_and_nothing_is_started(blocks):
     assert titles(visit.see(lambda shown: True)) == []
 
 
+def test_what_a_lora_without_its_words_does_is_said_of_it_by_its_name(blocks):
+    visit = QueueVisit(blocks, **{"Prompt": "a hat <lora:fox:1:word=hen> <lora:ink:1:word=owl>"})
+    visit.press()
+    said = visit.done()["compose-status"].replace("\\", "")
+    assert said.startswith("done; 'fox' acts everywhere: the prompt has none of its words, hen; 'ink' acts")
+
+
 def test_an_emptied_seed_is_a_random_one(blocks):
     seeds = set()
     for _ in range(2):

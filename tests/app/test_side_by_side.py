@@ -21,7 +21,7 @@ def page(loras, tmp_path_factory):
         files[name] = folder / ("styles" if name == "ink" else "animals") / f"{name}.safetensors"
         files[name].parent.mkdir(exist_ok=True)
         shutil.copy(source, files[name])
-        words = {"owl": "owl, big eyes"}.get(name, name)
+        words = {"owl": "owl, big eyes", "hen": "Hen"}.get(name, name)
         files[name].with_suffix(".json").write_text(json.dumps({"activation text": words}))
     return {each.fn.__name__: each for each in built(files, tmp_path_factory.mktemp("app")).fns.values() if each.fn}
 
@@ -40,11 +40,17 @@ def seen(page, prompt, **edits):
         (f"fox, hen {TAGS}", "a fox and a hen"),
         (f"masterpiece, FOX, 1girl, hen, forest {TAGS}", "FOX and a hen"),
         (f"fox, a hen, owl {TAGS}", ""),  # the tiny tokenizer has no comma, so a list of three would lose its first
-        (f"big eyes, fox {TAGS}", ""),  # eyes are no thing
+        (f"big eyes, fox, forest {TAGS}", ""),  # eyes are no thing
         (f"a fox and a hen {TAGS}", ""),
         (f"a fox, a hen {TAGS}", ""),  # which has places
-        (f"fox {TAGS}", ""),
-        (f"fox, fox {TAGS}", ""),
+        ("hen, forest <lora:fox:1> <lora:hen:1>", ""),
+        ("fox, fox, forest <lora:fox:1>", ""),
+        ("hen <lora:fox:1> <lora:hen:1>", "a hen and a fox"),
+        ("<lora:fox:1> <lora:hen:1>", "a fox and Hen"),  # as its file writes it
+        ("<lora:hen:1> <lora:ink:1> <lora:fox:1>", "Hen and a fox"),
+        ("<lora:fox:1> <lora:hen:1:region=everywhere>", ""),
+        ("<lora:fox:1>", ""),
+        ("", ""),
         (f"fox, (hen:1.2) {TAGS}", ""),
         ("fox, hen <lora:fox:1> <lora:hen:1:region=everywhere>", ""),
         ("fox, ink <lora:fox:1> <lora:ink:1>", ""),
@@ -70,6 +76,7 @@ def test_a_click_writes_the_list_and_then_nothing_more_is_offered(page):
     text, *_ = plain(click)(words, prompt, [], [])
     assert text == f"masterpiece, a fox and a hen, forest {TAGS}"
     assert seen(page, text) == ("", "", [])
+    assert plain(click)(words, TAGS, [], [])[0] == f"a fox and Hen {TAGS}"  # into a prompt without words
     assert plain(click)(words, "a fox and a hen", [], [])[0]["__type__"] == "update"  # the prompt was changed meanwhile
 
 
