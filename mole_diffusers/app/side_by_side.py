@@ -54,8 +54,8 @@ class SideBySide:
         tags = bare_tags(prompt := self._with_words(recipe.prompt, words))
         typed = ", ".join(prompt[slice(*place)] for word, place in tags.items() if word in wanted)
         is_there = prompt == recipe.prompt
-        why = f"{markdown(typed)} are tags here, and may mix." if is_there else "The prompt lacks words of these LoRAs."
-        said = f"{why} Set a style to “everywhere”; give things places of their own:"
+        why = f"{markdown(typed)} are tags, and may mix." if is_there else "The prompt lacks words of LoRAs."
+        said = f"{why} Set a style to “everywhere”; give things their places:"
         label = f"Write “{listed(typed, words)}”"
         return {self._said: said, self._button: gr.update(visible=True, value=label), self._words: words}
 
