@@ -44,8 +44,9 @@ def visiting(studio, recipe, folder, *, width=1440, height=900):
 
 
 def kept(folder):
-    """The pictures of the gallery, oldest first."""
-    return sorted((folder / "pictures").glob("[!.]*.png"), key=lambda path: path.stat().st_mtime_ns)
+    """The pictures of the gallery, oldest first. A name that is taken for a picture is empty for a moment."""
+    pictures = (path for path in (folder / "pictures").glob("[!.]*.png") if path.stat().st_size)
+    return sorted(pictures, key=lambda path: path.stat().st_mtime_ns)
 
 
 def composed(page, folder, start="#compose"):

@@ -180,7 +180,7 @@ def listed(prompt: str, words: Collection[str]) -> str:
 
 def _with_article(thing: str) -> str:
     """ "a fox", "an owl"; but "french fries" and names, "Miku" or "sks_v2", as they are."""
-    is_name = re.search(r"[A-Z\d_]|(?<!s)s$", thing) is not None
+    is_name = re.search(r"[A-Z\d_]|(?<![sui])s$", thing) is not None
     return thing if is_name else f"an {thing}" if thing[0] in "aeio" else f"a {thing}"
 
 

@@ -89,6 +89,7 @@ def test_a_click_writes_the_list_and_then_nothing_more_is_offered(page):
             ["fox", "owl", "hat"],
             "a fox, Owl and a hat <lora:fox:1> <lora:owl:1>",
         ),
+        ("octopus, iris", ["octopus", "iris"], "an octopus and an iris"),
         ("fries, sks_man, glass, Fox", ["fries", "sks_man", "glass"], "fries, sks_man and a glass, Fox"),
     ],
 )
