@@ -47,7 +47,7 @@ from mole_diffusers.studio.recipe import BOUND, PROMPTS, TILES, Recipe
 from mole_diffusers.studio.samplers import sampler, sampler_name
 from mole_diffusers.studio.strength_schedule import StrengthSchedule
 from mole_diffusers.studio.upscaling import enlarged
-from mole_diffusers.studio.weight_syntax import parse_weights
+from mole_diffusers.studio.weight_syntax import parse_weights, read_as_words
 
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MAX_SIDE = 2048  # pixels of a picture in the app, and of one that a note suggests
@@ -183,20 +183,29 @@ class Studio:
             if tag.start >= (last := min(recipe.steps, recipe.steps if tag.stop is None else tag.stop)):
                 notes.append(f"{tag.name!r} acts in no step: it starts at {tag.start}, and ends before {last}")
         notes += self._notes_on_tiles(recipe)
-        if "<lora:" in recipe.negative:  # as in A1111, whose pictures can be drawn
-            notes.append("the tags of LoRAs in the negative prompt are read as words")
+        notes += self._notes_on_words(recipe)
         if asked.clip_skip != recipe.clip_skip:
             notes.append(f"{type(self.base.pipe).__name__} is drawn without clip skip")
         notes += [f"{name} does nothing without {other}".replace("_", " ") for name, other in recipe.unread.items()]
         notes += cut_off(self.base.pipe, recipe.text, recipe.prompt_2)
         return notes + unread(self.base.pipe, **{name: getattr(recipe, name) for name in (*PROMPTS[1:], "guidance")})
 
+    def _notes_on_words(self, recipe: Recipe) -> list[str]:
+        texts = recipe.text, recipe.negative, recipe.prompt_2, recipe.negative_2
+        syntax = dict.fromkeys(found for text in texts for found in read_as_words(text))
+        notes = [f"{found} is read as words: nothing is chosen or combined here" for found in syntax]
+        if "<lora:" in recipe.negative:  # as in A1111, whose pictures can be drawn
+            notes.append("the tags of LoRAs in the negative prompt are read as words")
+        return notes
+
     def _notes_on_tiles(self, recipe: Recipe) -> list[str]:
         notes = []
         if recipe.binding == TILES and recipe.has_pictures:
             notes.append("tiles are drawn from noise alone: with a given picture LoRAs are bound, and draw it as one")
-        if recipe.binding == TILES and self._reads_second(recipe):
+        elif recipe.binding == TILES and self._reads_second(recipe):
             notes.append(ONE_PROMPT.format("prompt_2"))
+        elif recipe.binding_of_pass() == TILES and (why := self.explain(recipe).why_no_tiles):
+            notes.append(f"no tiles are drawn: {why}")
         try:
             size = self.size_with_room(recipe)
         except ValueError as error:  # a painted region without a mask, which cannot be drawn

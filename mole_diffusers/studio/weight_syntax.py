@@ -16,6 +16,7 @@ MOST_NESTED = 50
 MOST_WEIGHT = 100.0
 PIECE = re.compile(r"\\[()\[\]\\]|[()\[\]]|[^\\()\[\]]+|\\")
 NUMBER = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*$")
+OF_OTHERS = re.compile(r"\{[^{}|]*\|[^{}]*\}|\b__[\w/*-]+__\b|(?<=\s)AND(?=\s)")  # a choice, a wildcard, two prompts
 BREAK = "\0"
 CLOSING = {"(": ")", "[": "]"}
 
@@ -126,6 +127,12 @@ def balanced(prompt: str) -> str:
             piece = opened.pop() if piece in opened[-1:] else f"\\{piece}"
         pieces.append(piece)
     return "".join([*pieces, *reversed(opened)])
+
+
+def read_as_words(prompt: str) -> list[str]:
+    """What other programs do not read as words, and this one does: "{day|night}", "__animal__", AND between prompts."""
+    found = dict.fromkeys(OF_OTHERS.findall(prompt))
+    return [each for each in found if each != "AND" or prompt != prompt.upper()]
 
 
 def _closed(bracket: str, inside: str, start: int) -> tuple[float, int]:

@@ -87,6 +87,22 @@ def test_a_setting_that_nothing_reads_is_said(studio, name):
     assert dataclasses.replace(recipe, **{READ_WITH[name]: other}).unread == {}
 
 
+@pytest.mark.parametrize("syntax", ["{day|night}", "__time__", "AND"])
+def test_what_other_programs_do_not_read_as_words_is_said(studio, syntax):
+    plain = studio.complete(dataclasses.replace(RECIPE, prompt="A FOX AND (AN OWL)", negative="fog and_AND __ {a}"))
+    assert studio.notes(plain, plain) == []
+    said = f"{syntax} is read as words: nothing is chosen or combined here"
+    for given in ({"prompt": f"a fox {syntax} an owl"}, {"negative": f"fog {syntax} rain"}):
+        recipe = studio.complete(dataclasses.replace(RECIPE, **given))
+        assert studio.notes(recipe, recipe) == [said]
+
+
+def test_tiles_that_are_asked_for_and_not_drawn_are_said(studio):
+    recipe = studio.complete(dataclasses.replace(RECIPE, prompt="a fox <lora:fox:1:word=fox>", binding="tiles"))
+    assert studio.notes(recipe, recipe) == [f"no tiles are drawn: {studio.explain(recipe).why_no_tiles}"]
+    assert studio.explain(recipe).why_no_tiles
+
+
 def test_sizes_are_rounded_to_what_can_be_drawn(studio):
     asked = dataclasses.replace(RECIPE, width=37, height=43)
     recipe = studio.complete(asked)
