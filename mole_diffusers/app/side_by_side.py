@@ -42,7 +42,10 @@ class SideBySide:
         def as_things(words: list[str], text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
             now = self._with_words(newest(text, rewrites), words)
             are_tags = {word.casefold() for word in words} <= set(bare_tags(now))
-            return prompt.replaced(text, listed(now, words), cards, rewrites) if are_tags else {}
+            if not are_tags:
+                return {}
+            found = prompt.replaced(text, listed(now, words), cards, rewrites)
+            return found if prompt.shown in found else found | prompt.redraw(cards)  # with these words ticked
 
         self._button.click(as_things, [self._words, *prompt.written], [prompt.text, *prompt.of_cards], **ORDERED)
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from app_client import REQUEST, built, plain
 
-from mole_diffusers.app.mixer_cards import bare_tags, listed
+from mole_diffusers.app.mixer_cards import bare_tags, cards_of, listed
 
 pytest.importorskip("gradio")
 OF_THREE = ["fox", "owl", "hat"]
@@ -73,7 +73,9 @@ def test_a_click_writes_the_list_and_then_nothing_more_is_offered(page):
     said, _, words = seen(page, prompt)
     assert said.startswith("fox, hen are tags")
     click = page["as_things"]
-    text, *_ = plain(click)(words, prompt, [], [])
+    cards = cards_of(prompt, [], ["fox", "hen", "owl"])
+    text, _, shown, *_ = plain(click)(words, prompt, cards, [])
+    assert shown["cards"] == cards  # drawn anew, with the words ticked
     assert text == f"masterpiece, a fox and a hen, forest {TAGS}"
     assert seen(page, text) == ("", "", [])
     assert plain(click)(words, TAGS, [], [])[0] == f"a fox and Hen {TAGS}"  # into a prompt without words
