@@ -398,7 +398,8 @@ class Mixture:
             since: share of the steps, less than `until`, that are drawn as one before the tiles. With 0, each thing has a
                 scene of its own. By default 0.4, or 0.2 where windows overlap, and at most half of `until`.
             always: draw in tiles whatever the size and the prompt. False: only if the mixture would do so by itself.
-            prompt: the text of the pictures, if the call gives text states instead of it.
+            prompt: the text of the pictures, if the call gives text states instead of it. A call with another prompt raises
+                ValueError.
             encode: function from a part of that prompt (`binding.sentence.Part`) to its text states [1, S, C], and to the
                 pooled states that SDXL, SD 3 and Flux read, [1, P], None for other models. By default the pipeline encodes
                 the part. `studio.prompt_weights.tiled_prompt` makes `prompt` and `encode` for a prompt with weights.

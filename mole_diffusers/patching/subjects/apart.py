@@ -56,8 +56,11 @@ def why_one_picture(call: PictureCall) -> str:
 def things_for_tiles(call: PictureCall) -> PromptThings | None:
     """The things that a call is drawn of, in tiles if there is room; None if its picture is drawn as one.
 
-    Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`.
+    Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`, or are of another prompt.
     """
+    own, said = call.given.get("prompt"), call.tiling.prompt
+    if said is not None and own is not None and any(each != said for each in ([own] if isinstance(own, str) else own)):
+        raise ValueError(f"the tiles' prompt is {said!r}, and that of the call is {own!r}: say one of them")
     things, always = call.things, call.tiling.always and call.tiling.until > 0
     if always and call.obstacle:
         raise ValueError(call.obstacle)

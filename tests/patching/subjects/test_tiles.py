@@ -715,3 +715,12 @@ def test_what_cannot_be_drawn_in_tiles_is_said(pipe, experts):
     call = {"prompt": PROMPT}
     with mixture.tiled(), mixture.drawing(call), pytest.raises(ValueError, match="a ControlNet sees the whole picture"):
         pipe.unet(noise(), pipe.scheduler.timesteps[0], torch.zeros(1, 16, 16), **residual)
+
+
+def test_tiles_of_another_prompt_than_the_calls_are_refused(pipe, experts):
+    mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    with tiled(pipe, "a fox+a hen"):
+        drawn = latent(pipe, "a fox+a hen")
+        with pytest.raises(ValueError, match="the tiles' prompt is 'a fox.a hen', and that of the call is 'a hen'"):
+            latent(pipe, "a hen")
+        assert torch.equal(latent(pipe, "a fox+a hen"), drawn)
