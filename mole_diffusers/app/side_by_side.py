@@ -41,8 +41,7 @@ class SideBySide:
 
         def as_things(words: list[str], text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
             now = self._with_words(newest(text, rewrites), words)
-            are_tags = {word.casefold() for word in words} <= set(bare_tags(now))
-            if not are_tags:
+            if not _are_tags(words, now):
                 return {}
             found = prompt.replaced(text, listed(now, words), cards, rewrites)
             return found if prompt.shown in found else found | prompt.redraw(cards)  # with these words ticked
@@ -84,13 +83,17 @@ class SideBySide:
                 words.append(word)
         tagged = [word for word in words if word.casefold() in tags]
         words = tagged if len(tagged) > 1 else words
-        if len(words) < 2:
+        whole = self._with_words(recipe.prompt, words)
+        if len(words) < 2 or not _are_tags(words, whole):
             return []
-        things = listed(self._with_words(recipe.prompt, words), words)
-        after = self.page.actions.loras.roles(replace(recipe, prompt=things))
+        after = self.page.actions.loras.roles(replace(recipe, prompt=listed(whole, words)))
         changed = [after[name].place for name in roles if after[name].place != roles[name].place]
         return words if len(changed) >= len(words) and set(changed) <= {OWN_PLACE, OWN_TILE} else []
 
     def _with_words(self, prompt: str, words: Sequence[str]) -> str:
         """A prompt, with those of these words that it lacks."""
         return with_triggers(prompt, [], words, self.page.actions.studio.catalog.loras)
+
+
+def _are_tags(words: Sequence[str], prompt: str) -> bool:
+    return {word.casefold() for word in words} <= set(bare_tags(prompt))

@@ -7,6 +7,7 @@ import pytest
 from app_client import REQUEST, built, plain
 
 from mole_diffusers.app.mixer_cards import bare_tags, cards_of, listed
+from mole_diffusers.lora.own_words import OwnWords
 
 pytest.importorskip("gradio")
 OF_THREE = ["fox", "owl", "hat"]
@@ -62,6 +63,15 @@ def test_tags_that_could_be_things_are_offered_as_a_list(page, prompt, offered):
     said, button, words = seen(page, prompt)
     assert button == (f"Write “{offered}”" if offered else "")
     assert bool(said) == bool(offered) == bool(words)
+
+
+def test_words_that_cannot_be_a_tag_are_not_offered_and_the_cards_say_what_they_did(page, monkeypatch):
+    own = lambda expert: OwnWords((f"the {expert.name}|side",), True)  # noqa: E731
+    monkeypatch.setattr("mole_diffusers.app.side_by_side.words_of", own)
+    event, edits = page["tell"], {"prompt": "<lora:fox:1> <lora:hen:1>"}
+    values = [edits.get(one.elem_id, one.value) for one in event.inputs[2:]]
+    lines, said, *_ = plain(event)(REQUEST, "me", {"cards": [{"name": "fox"}]}, *values)
+    assert ("Acts" in lines, said) == (True, "")
 
 
 def test_nothing_is_offered_without_binding(page):
