@@ -93,7 +93,8 @@ def _besides(tokens: Tokens, items: Sequence[Segment], segments: Sequence[Segmen
     ]
     if items[-1].said.marker not in ("in", "at", "inside", "made"):
         found += [m for m in items[-1].others if not tokens.words[m.end - 1].endswith("s")]
-    sided = [(s.noun.begin, s.noun.end) for s in segments if s.side and s.is_noun and not any(s is item for item in items)]
+    others = [s for s in segments if s.side and s.noun.words and not s.is_said and not any(s is item for item in items)]
+    sided = [(s.noun.begin, s.noun.end) for s in others if s.noun.name is None]  # "left: day, right: night"
     return [(m.begin, m.end) for m in found if tokens.words[m.end - 1] not in known.GARMENTS] + sided
 
 
