@@ -164,7 +164,13 @@ class Installation:
                     component.ranks.hold_all()
 
     def _lock_calls(self) -> None:
-        lock_calls(self.pipe, self.mixture.drawing, self.shared.encoding, self._locking)
+        lock_calls(self.pipe, self.mixture.drawing, self.encoding, self._locking)
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """The block that the pipeline's `encode_prompt` runs in: its texts are not read amid those of another thread."""
+        with self.lock.held(), self.shared.encoding():
+            yield
 
     def _install(self) -> None:
         undo = self._undo

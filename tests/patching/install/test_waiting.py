@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from tiers import thorough
+from tiny import tiny_pipeline
 
 import mole_diffusers as mole
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.patching.install import pipeline_lock
 
 
@@ -182,3 +184,28 @@ def test_long_drawing_is_waited_for_without_a_word(pipe, loras, draw, threads, m
         begun.wait(60)
         second.submit(draw, pipe).result(60)
         working.result(60)
+
+
+def test_texts_that_another_thread_encodes_wait_for_the_picture(loras, draw):
+    def attached():
+        pipe = tiny_pipeline()
+        mole.attach(pipe, loras, binding={name: Bound((name,), required=True) for name in loras})
+        return pipe
+
+    def encoded(pipe):
+        return pipe.encode_prompt("ink", "cpu", 1, True, negative_prompt="a hat")[:2]
+
+    pipe, alone, found = attached(), attached(), []
+    other = threading.Thread(target=lambda: found.append(encoded(pipe)))
+
+    def between(*_):  # the prompt and its negative prompt
+        if other.ident is None:
+            other.start()
+            other.join(1)
+
+    pipe.text_encoder.register_forward_hook(between)
+    picture = draw(pipe, "a fox", negative_prompt="a hat")
+    other.join(60)
+    assert torch.equal(picture, draw(alone, "a fox", negative_prompt="a hat"))
+    for states, wanted in zip(found[0], encoded(alone), strict=True):
+        assert torch.equal(states, wanted)
