@@ -699,6 +699,10 @@ def test_what_cannot_be_drawn_in_tiles_is_said(pipe, experts):
     mixture = mole.attach(pipe, experts)
     with pytest.raises(ValueError, match=r"0 <= since < until <= 1, got since=None, until=1\.5"), mixture.tiled(1.5):
         pass
+    with pytest.raises(ValueError, match=r"0 <= since < until <= 1, got since=None, until='all'"), mixture.tiled("all"):
+        pass
+    with pytest.raises(ValueError, match="give `prompt`, too"), mixture.tiled(encode=lambda part: (part, None)):
+        pass
     with pytest.raises(ValueError, match=r"got since=0\.5, until=0\.5"), mixture.tiled(0.5, since=0.5):
         pass
     with mixture.tiled(), pytest.raises(ValueError, match="tiles are drawn of one prompt"):
