@@ -404,10 +404,11 @@ class Mixture:
                 pooled states that SDXL, SD 3 and Flux read, [1, P], None for other models. By default the pipeline encodes
                 the part. `studio.prompt_weights.tiled_prompt` makes `prompt` and `encode` for a prompt with weights.
 
-        Raises ValueError for shares that are not 0 <= since < until <= 1, and for `encode` without `prompt`. A picture that must be drawn in tiles also raises
-        it for other transformers, for anything but one prompt, for more than eight things, for a video, a ControlNet,
-        a prompt of several chunks, or a region of an expert that is not a thing. So do regions that leave a thing no place,
-        SDXL's refiner, `prompt_2`, sizes such as `original_size`, pictures given to Flux Kontext, and a denoiser's cache.
+        Raises ValueError for shares that are not 0 <= since < until <= 1, and for `encode` without `prompt`. A picture that
+        must be drawn in tiles also raises it for other transformers, for anything but one prompt, for more than eight
+        things, for a video, a ControlNet, a prompt of several chunks, or a region of an expert that is not a thing. So do
+        regions that leave a thing no place, SDXL's refiner, `prompt_2`, sizes such as `original_size`, pictures given to
+        Flux Kontext, and a denoiser's cache.
         """
         are_numbers = all(isinstance(share, int | float) for share in (until, since or 0))
         if not are_numbers or (until != 0 and not 0 <= (since or 0) < until <= 1):
