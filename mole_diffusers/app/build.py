@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import matplotlib
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
@@ -114,6 +115,7 @@ def launch(blocks: gr.Blocks, *, gallery: Path | None = None, sites: Collection[
         gallery: the folder of the pictures that the page shows.
         sites: names under which a server in front of the app shows it, see `own_pages`.
     """
+    matplotlib.use("agg")  # or Gradio looks for a backend at the first event, while the first visitor waits
     blocks.queue(max_size=64)
     middleware = [Middleware(OwnPagesOnly, sites=sites), Middleware(PageCompressed)]
     middleware += [Middleware(GalleryPicturesOnly, gallery=gallery)] if gallery else []

@@ -112,7 +112,8 @@ def remember(page: Page) -> Any:
             is_typed = (now[i] or "") != (first[i] or "")  # while the page opened
             if value is not None and not is_typed:
                 shown[i] = updates[i] = value
-        return [shown, *updates]
+        cards = page.prompt.cards_for(shown[fields.index(page.prompt.text)])
+        return [shown, *updates, *(cards[each] for each in page.prompt.of_cards)]
 
     changes = [field.change for field in fields]
     gr.on(changes, keep, [filling, *fields], kept, trigger_mode="always_last", queue=False, **RAW)
@@ -133,8 +134,7 @@ def remember(page: Page) -> Any:
 
     loaded = page.blocks.load(listed, None, [form.base, *form.lists])
     known = loaded.then(enter, [visitor, kept], [visitor, filling])
-    filled = known.then(fill, [filling, *fields], [kept, *fields], **RAW, **ORDERED)
-    filled.then(page.prompt.cards_for, page.prompt.text, page.prompt.of_cards, **ORDERED)
+    filled = known.then(fill, [filling, *fields], [kept, *fields, *page.prompt.of_cards], **RAW, **ORDERED)
     filled.then(reopened, [over.has, form.controls["hires"]], [over.panel, over.status, over.has])
     return filled
 

@@ -57,9 +57,10 @@ def test_a_new_browser_gets_a_name_and_keeps_the_defaults(functions):
 
 
 def test_the_cards_are_those_of_the_prompt_after_a_page_was_filled(functions):
-    cards_for, _ = functions["cards_for"]
-    assert [card["tag"] for card in cards_for("a hat <lora:hat:0.5>")[0]] == ["<lora:hat:0.5>"]
-    cards, _, rewrites, problem = cards_for("a <lora:gone:1> <lora:hat:0.5>")
+    (fill, _), first = functions["fill"], values(functions)
+    *_, cards, _, _, problem = fill([None] * len(first), "a hat <lora:hat:0.5>", *first[1:])
+    assert ([card["tag"] for card in cards], problem) == (["<lora:hat:0.5>"], "")
+    *_, cards, _, rewrites, problem = fill(["a <lora:gone:1> <lora:hat:0.5>", *[None] * len(first[1:])], *first)
     assert [card["tag"] for card in cards] == ["<lora:hat:0.5>"]  # one that is not here hides no other
     assert "there is no LoRA 'gone'" in problem
     assert rewrites == ["a <lora:gone:1> <lora:hat:0.5>"]
@@ -106,7 +107,7 @@ def test_what_is_typed_while_a_page_opens_stays_and_the_browser_keeps_the_fields
     assert (shown[:2], updates[:2]) == (["kept", "blurred"], ["kept", "blurred"])
     shown, *updates = fill(filling, "typed", *first[1:])
     assert (shown[:2], updates[1]) == (["typed", "blurred"], "blurred")
-    assert all(map(is_left, [updates[0], *updates[2:]]))
+    assert all(map(is_left, [updates[0], *updates[2 : len(first)]]))
     assert keep(filling, *shown) == shown
 
 

@@ -249,7 +249,7 @@ def test_events_that_write_the_prompt_or_its_cards_wait_for_each_other(drawn):
     visit, renderable = Visit(drawn), mixer_of(drawn[3])
     ours = {visit.prompt, visit.cards, visit.rewrites}
     events = [event for event in visit.events if ours & {*event.outputs}]
-    names = "fill cards_for changed undo taken chosen add picked write switched removed used load reuse redraw put_around"
+    names = "fill changed undo taken chosen add picked write switched removed used load reuse redraw put_around"
     assert {event.fn.__name__ for event in events} == {*names.split(), "as_things"}
     events += [event for event in drawn[3].fns.values() if event.renderable is renderable]
     assert {(event.concurrency_id, event.concurrency_limit) for event in events} == {("prompt", 1)}
