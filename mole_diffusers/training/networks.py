@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -208,6 +209,13 @@ class PackedTransformer(Transformer):
         return F.pixel_shuffle(found.transpose(1, 2).unflatten(2, (height, width)), 2)
 
 
+@lru_cache(maxsize=1)
+def _rows_and_columns(height: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The picture's number, 0, row and column of each token, [H W, 3]. The same tensor again: its values are known."""
+    axes = (torch.arange(length, device=device).float() for length in (1, height, width))
+    return torch.cartesian_prod(*axes).to(dtype)
+
+
 class Flux(PackedTransformer):
     """Of Flux.1."""
 
@@ -216,8 +224,7 @@ class Flux(PackedTransformer):
         return {"encoder_hidden_states": states, "pooled_projections": pooled, "txt_ids": ids}
 
     def places(self, states: torch.Tensor, height: int, width: int) -> dict[str, Any]:
-        axes = (torch.arange(length, device=states.device).float() for length in (1, height, width))
-        return {"img_ids": torch.cartesian_prod(*axes).to(states.dtype)}  # [H W, 3]
+        return {"img_ids": _rows_and_columns(height, width, states.dtype, states.device)}
 
 
 class QwenImage(PackedTransformer):

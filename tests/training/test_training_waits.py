@@ -4,14 +4,19 @@ It runs on torch's meta device: tensors there have no values, so whatever reads 
 by a mask, `cpu()`) fails, where it would make the CPU wait for a card. Copies to the device are watched.
 """
 
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 from gate_families import LEARNED
-from hosts import sdxl
+from hosts import HOSTS, sdxl
 from tiers import thorough
 from tiny import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import mole_diffusers as mole
 from mole_diffusers.patching.undo import undoing
@@ -21,6 +26,7 @@ from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import Samples, TrainingData
 from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
 from mole_diffusers.training.lora_trainer import LoraTrainer
+from mole_diffusers.training.networks import network
 from mole_diffusers.training.objectives import OBJECTIVES
 
 TEACH = {"seeds": 2, "steps": 2}
@@ -136,6 +142,32 @@ def test_an_update_of_gates_on_sdxl_waits_for_nothing(monkeypatch, tmp_path, opt
     trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, TERMS["denoise"]())}
     with trainer.only_gates_learn():
         assert waits(lambda i: trainer.update(i)) == []
+
+
+@pytest.mark.parametrize("host", ["flux", *thorough("qwen", "z_image")])
+def test_an_update_of_gates_on_a_transformer_waits_for_what_the_transformer_waits_for(monkeypatch, tmp_path, host):
+    monkeypatch.setattr("mole_diffusers.training.gate_trainer.digest", lambda _: "of values")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # meta has no autocast to ask for
+    pipe, bare = HOSTS[host]()[0], HOSTS[host]()[0]
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    mixture = mole.attach(pipe, files, "mole")
+    mixture.bind({"fox": (None, "left"), "ink": (None, "right")})
+    inputs, sides = mixture.parts.shared.inputs, iter([(8, 8)])  # the side is read once
+    inputs.record = replace(inputs.record, side=lambda *_: next(sides)) if host == "flux" else inputs.record
+    texts = {pair: network(pipe).embed(pair) for pair in product(("", *PICTURES.captions), repeat=2)}
+    on_meta = partial(tree_map_only, torch.Tensor, lambda tensor: tensor.detach().to("meta", non_blocking=True))
+    monkeypatch.setattr(type(network(pipe)), "embed", lambda _, prompts: on_meta(texts[tuple(prompts)]))
+    for model in (pipe.transformer, pipe.text_encoder, getattr(pipe, "text_encoder_2", None), pipe.vae, bare.transformer):
+        if model is not None:
+            model.to("meta")
+    x, level = torch.empty(2, 4, 16, 16, device="meta"), torch.empty(2, device="meta")
+    own = waits(lambda _: network(bare).call(x, level, network(bare).embed(PICTURES.captions)))
+    config = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=2, steps=2, drop=0.5, ema=0.9)
+    context = TrainingContext(pipe, mixture, TrainingData(samples=PICTURES), None, config)
+    trainer = GateTrainer(context)
+    trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, TERMS["denoise"]())}
+    with trainer.only_gates_learn():
+        assert waits(lambda i: trainer.update(i)) == own
 
 
 @pytest.mark.thorough

@@ -41,6 +41,9 @@ class DenoiserInputs:
         self._config = getattr(denoiser, "config", None)
         # Texts as they were given last, and as blocks read them. Guidance may call the denoiser for two in turn.
         self._texts: deque[tuple[list[LastTensor], torch.Tensor]] = deque(maxlen=2)
+        # The side that places said last, since reading them waits for the device.
+        self._places = LastTensor()
+        self._side: GridSize | None = None
 
     def named(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """All arguments by name."""
@@ -66,7 +69,10 @@ class DenoiserInputs:
         """Height and width of the latents, in the denoiser's tokens; None if their layout is not known."""
         if self.record.side is None:
             return None
-        return self.record.side(lambda name: self._read(name, args, kwargs), self._config)
+        places = self.record.arguments.places
+        if places is None or not self._places.is_again(self._read(places, args, kwargs)):
+            self._side = self.record.side(lambda name: self._read(name, args, kwargs), self._config)
+        return self._side
 
     def latents(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """The denoiser's input: [B, C, H, W], [B, C, F, H, W] for a video, or tokens [B, T, C].

@@ -92,6 +92,7 @@ class Arguments(NamedTuple):
             picture together.
         text_before: another text, [B, S, C], in front of it. The text is then all layers' states [L, B, S, C], of which
             each block reads the last and behind them those of one layer.
+        places: row and column of each token, if they say the picture's side.
     """
 
     latents: str = "hidden_states"
@@ -99,6 +100,7 @@ class Arguments(NamedTuple):
     time: str = "timestep"
     text_shown: str | None = None
     text_before: str | None = None
+    places: str | None = None
 
 
 class Pipelines(NamedTuple):
@@ -207,6 +209,7 @@ FLUX = Denoiser(
     _of_ids,
     "joint_attention_dim",
     Blocks(("proj_mlp", "attn"), "text first", JOINT, joint=("single_transformer_blocks.",)),
+    Arguments(places="img_ids"),
 )
 RECORDS: Mapping[str, Denoiser] = {
     "UNet2DConditionModel": UNET,
