@@ -17,8 +17,9 @@ from mole_diffusers.binding.words import ThingKey
 from mole_diffusers.patching.gating.settings import Change
 from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.gating.token_masks import TokenMasks
+from mole_diffusers.patching.host.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
-from mole_diffusers.patching.subjects.apart import things_for_tiles
+from mole_diffusers.patching.subjects.apart import ONE_GRAPH, things_for_tiles
 from mole_diffusers.patching.subjects.things import PLACE_SOURCES, PictureCall, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles
 
@@ -56,8 +57,10 @@ class OneCall:
             message = f"{tag} in the prompt is read as words: strengths are given to attach or to the mixture"
             warnings.warn(message, PictureWarning, stacklevel=2) if binding is None else binding.warn(message)
         try:
-            with shared.changed_while(*changes), self._apart_or_placed(masks_of_files):
-                yield
+            with shared.changed_while(*changes):
+                self._check_one_graph()
+                with self._apart_or_placed(masks_of_files):
+                    yield
             is_done = True
         finally:
             shared.entered.leave()
@@ -66,6 +69,20 @@ class OneCall:
                 hears([] if binding is None else binding.layouts)
             if binding is not None:
                 binding.end(warns=is_done and shared.effective.binding is binding)
+
+    def _check_one_graph(self) -> None:
+        """Raise ValueError for a region, and warn of words, if the denoiser is compiled as one graph, which keeps nothing
+        apart.
+        """
+        masks, acting = self.shared.effective.binding, self.shared.settings.acting
+        if masks is None or not is_one_graph(self.pipe):
+            return
+        why = ONE_GRAPH.format(kind=type(denoiser(self.pipe)).__name__)
+        bound = {name: own for (name, own), acts in zip(masks.bound.items(), acting, strict=True) if acts}
+        if given := [name for name, own in bound.items() if own.given is not None]:
+            raise ValueError(f"the region of {given[0]!r} cannot act: {why}")
+        if len(bound) > 1 and any(own.words for own in bound.values()):
+            masks.warn(why)
 
     def _apart_or_placed(self, masks_of_files: Callable[[], TokenMasks | None]) -> AbstractContextManager[None]:
         """A block in which the things of the prompt are drawn in tiles where there is room, or are first found in a given

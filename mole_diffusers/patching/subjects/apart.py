@@ -11,8 +11,9 @@ import torch
 
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.binding.sentence import together
-from mole_diffusers.binding.who_acts import OWN_TILE, Explanation, read_prompt, roles
+from mole_diffusers.binding.who_acts import EVERY_PLACE, OWN_TILE, SILENT, Explanation, read_prompt, roles
 from mole_diffusers.binding.words import keys
+from mole_diffusers.patching.host.denoiser_inputs import is_one_graph
 from mole_diffusers.patching.subjects.things import SINCE, PictureCall, PromptThings, Tiling
 from mole_diffusers.patching.subjects.windows import Window, border_of, window_around, windows_of_two_that_touch
 
@@ -31,6 +32,10 @@ OF_WHOLE_PICTURE = {"prompt_2", "prompt_3"} | {
 SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, so they agree on a scene earlier
 ONE_PROMPT = "each tile has a prompt and a size of its own: draw without {}"
 OTHER_THINGS = "the text encoder reads other things in this prompt than {}: shorten or reword it"
+ONE_GRAPH = (
+    "the {kind} is compiled as one graph, in which each LoRA acts on every word and in the whole picture: compile its blocks "
+    "one by one, with compile_repeated_blocks()"
+)
 SCALE_ONLY = "of arguments for attention, tiles only know the scale of LoRAs, not {!r}"
 
 
@@ -130,6 +135,10 @@ def explain(call: PictureCall, texts: Sequence[str]) -> Explanation:
     things, on = PromptThings(call.given["prompt"], call.bound, call.acting), [name in call.acting for name in call.bound]
     read = together([read_prompt(text, things.bound, on) for text in dict.fromkeys(texts)])
     found = roles(list(call.bound), things.bound, on, read)
+    if is_one_graph(call.pipe):
+        unplaced = ONE_GRAPH.format(kind=type(call.denoiser).__name__)
+        own = {name: role for name, role in found.items() if role.place not in (EVERY_PLACE, SILENT)}
+        found |= {name: replace(role, place=EVERY_PLACE, why=unplaced) for name, role in own.items()}
     why = why_one_picture(call)
     has_size = call.given.get("width") is not None and not call.tiling.always
     if not why and has_size and cut(call, things, *_tokens(call)) is None:

@@ -12,6 +12,7 @@ from tiers import thorough
 from tiny import tiny_lora
 
 import mole_diffusers as mole
+from mole_diffusers.binding.picture_warning import PictureWarning
 from mole_diffusers.patching.gating import bound_text
 
 pytestmark = pytest.mark.usefixtures("decided")
@@ -214,12 +215,25 @@ def test_blocks_compiled_one_by_one_are_bound(attach, pipe, draw):
 @pytest.mark.thorough
 @pytest.mark.shows("binding with `torch.compile`")
 def test_a_unet_compiled_whole_is_bound_in_the_text_alone(attach, pipe, draw):
-    """What was drawn before it was compiled leaves no masks behind."""
+    """What was drawn before it was compiled leaves no masks behind. It says so, and regions that were given are refused."""
     torch.compiler.reset()
     mixture = attach(HALVES)
     draw(pipe, PROMPT)
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="eager")
-    whole = draw(pipe, PROMPT)
+    with pytest.raises(ValueError, match="region of 'fox' cannot act: the UNet2DConditionModel is compiled as one graph"):
+        draw(pipe, PROMPT)
+    mixture.bind({name: (None, "auto") for name in HALVES} | WORDS)
+    with pytest.warns(PictureWarning, match="acts on every word .* compile_repeated_blocks"):
+        whole = draw(pipe, PROMPT)
+    assert len(mixture.binding_warnings) == 1
+    explained = mixture.explain(PROMPT)
+    assert {role.place for role in explained.experts.values()} == {"everywhere"}
+    assert "compiled as one graph" in explained.experts["fox"].why
+    with warnings.catch_warnings(action="error"):  # where binding changes nothing, nothing is said
+        with mixture.only("fox"):
+            draw(pipe, PROMPT)
+        with mixture.bound(None):
+            draw(pipe, PROMPT)
     masks = mixture.parts.settings.binding.now
     masks.on_denoiser = lambda *_, **__: None
     pipe.unet = pipe.unet._orig_mod
