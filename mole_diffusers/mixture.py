@@ -16,7 +16,7 @@ from torch import nn
 from mole_diffusers.binding.config import Bound, files_bindings
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
-from mole_diffusers.binding.who_acts import Explanation
+from mole_diffusers.binding.who_acts import Explanation, without_words
 from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
@@ -38,6 +38,7 @@ from mole_diffusers.patching.host.offloading import loaded
 from mole_diffusers.patching.install import folding
 from mole_diffusers.patching.install.installation import Installation, held, installed, remove
 from mole_diffusers.patching.install.parts import Parts
+from mole_diffusers.patching.install.peft_injection import also_loaded
 from mole_diffusers.patching.subjects.apart import explain
 from mole_diffusers.patching.subjects.things import UNTIL, Encode, PictureCall, Tiling
 
@@ -375,7 +376,8 @@ class Mixture:
         A bound mixture draws in tiles by itself if all of this holds:
 
         - The denoiser is a UNet. SD 3 and Flux draw in tiles only inside this block: what it gains there was not measured.
-        - The call only asks for pictures of one prompt, without img2img, inpainting or ControlNet.
+        - The call only asks for pictures of one prompt, given as a text, without img2img, inpainting or ControlNet. Several
+          prompts, and states (`prompt_embeds`) of a known one, are drawn as one picture each, with a warning.
         - The prompt lists things ("a fox and an owl"), at least one with an expert that is on. A thing without an expert
           counts only in a list such as "a fox, a lemon and an owl". Or it says that the things of two experts touch
           ("a fox riding an owl", "a fox in front of an owl"), and names no other expert but styles.
@@ -439,7 +441,8 @@ class Mixture:
         """Who acts on a prompt, where and why, and the prompts of its tiles, before anything is drawn. Print it.
 
         Args:
-            prompt: as the pipeline gets it.
+            prompt: as the pipeline gets it, the only one of the call. Several prompts in one call, and states of a prompt,
+                are not drawn in tiles.
             width: of the picture in pixels. Without a size, tiles are told as if there were room.
             height: of the picture in pixels.
 
@@ -508,19 +511,32 @@ def attach(
             if not allow_missing_layers and (before is None or before.experts.get(name) is not expert):
                 check_share(expert, mixture.unmatched[name], models_of(pipe))
         mixture.parts.installation.replace(before)
-    for why in mixture.parts.installation.without_embedding:
+    for why in _notices(mixture):
         warnings.warn(why, stacklevel=2)
-    for name, keys in mixture.unmatched.items():
-        if keys:
-            warnings.warn(
-                f"expert {name!r}: the pipeline lacks {len(keys)} of its layers, {keys[0]!r} for one", stacklevel=2
-            )
     if isinstance(gates, str) and gates in FAMILIES and FAMILIES[gates].learns:
         before_training = FAMILIES[gates].untrained
         warnings.warn(
             f"{gates!r} gates weigh as {before_training} until they are trained or loaded from a folder", stacklevel=2
         )
     return mixture
+
+
+def _notices(mixture: Mixture) -> Iterator[str]:
+    """What a user should know about a mixture that was attached."""
+    yield from mixture.parts.installation.without_embedding
+    for name, keys in mixture.unmatched.items():
+        if keys:
+            yield f"expert {name!r}: the pipeline lacks {len(keys)} of its layers, {keys[0]!r} for one"
+    models = models_of(mixture.parts.pipe)
+    for name, expert in mixture.experts.items():
+        found = [a for part, model in models.items() for a in also_loaded(model, expert.layers.get(part, {}))]
+        for adapter in dict.fromkeys(found):
+            yield (
+                f"expert {name!r} is also on the pipeline as the adapter {adapter!r}, so it acts twice: call "
+                f"pipe.delete_adapters({adapter!r})"
+            )
+    if why := without_words(mixture.binding or {}):
+        yield why
 
 
 def _prepared(

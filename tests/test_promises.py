@@ -1,5 +1,6 @@
 """The promises of the project, each on a tiny real Stable Diffusion."""
 
+import warnings
 from contextlib import nullcontext
 
 import hosts
@@ -288,6 +289,54 @@ def test_an_ordinary_lora_stays_beside_the_mixture(pipe, loras, draw):
     pipe.load_lora_weights(loras["fox"], adapter_name="fox")
     pipe.set_adapters(["hat", "fox"], [1.0, 1.0])
     torch.testing.assert_close(beside, draw(pipe), atol=1e-5, rtol=0)
+
+
+def test_a_lora_that_is_loaded_already_is_named_since_it_acts_twice(pipe, loras, draw):
+    two = {name: loras[name] for name in ("fox", "hat")}
+    mole.attach(pipe, two)
+    once = draw(pipe)
+    mole.detach(pipe)
+    for adapter in ("hat", "ink"):
+        pipe.load_lora_weights(loras[adapter], adapter_name=adapter)
+    pipe.set_adapters("hat", 0.5)
+    with pytest.warns(UserWarning, match="'hat' is also on the pipeline as the adapter 'hat', so it acts twice") as said:
+        mole.attach(pipe, two)
+    assert sum("acts twice" in str(each.message) for each in said) == 1
+    assert (draw(pipe) - once).abs().max() > 1e-2
+    pipe.delete_adapters(["hat", "ink"])
+    torch.testing.assert_close(draw(pipe), once, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("adapters", "weight"), [("ink", 1.0), ("hat", 0.0)])
+def test_a_lora_that_acts_once_is_not_named(pipe, loras, adapters, weight):
+    for adapter in ("hat", "ink"):
+        pipe.load_lora_weights(loras[adapter], adapter_name=adapter)
+    pipe.set_adapters(adapters, weight)
+    with warnings.catch_warnings(record=True) as said:
+        mole.attach(pipe, {"hat": loras["hat"]})
+    assert not any("acts twice" in str(each.message) for each in said)
+
+
+@pytest.mark.parametrize(
+    ("binding", "named"),
+    [
+        ("auto", "'fox' and 'ink' are known"),
+        ({"fox": "everywhere"}, "'ink' are known"),
+        ({"fox": "everywhere", "ink": "everywhere"}, ""),
+        ({"fox": "a fox"}, ""),  # its words are read, and each picture says that 'ink' has none
+        (None, ""),
+    ],
+    ids=str,
+)
+def test_attach_says_once_who_has_no_words_if_nobody_has(pipe, loras, draw, binding, named):
+    two = {name: loras[name] for name in ("fox", "ink")}
+    with warnings.catch_warnings(record=True, action="always") as said:
+        mole.attach(pipe, two, binding=binding)
+        draw(pipe)
+        draw(pipe)
+        mole.attach(pipe, {"fox": loras["fox"]})  # one alone is the plain LoRA
+    told = [str(each.message) for each in said if "no words of '" in str(each.message)]
+    assert [f"no words of {named}" in each for each in told] == [True] * bool(named)
 
 
 @pytest.mark.shows("`unload_lora_weights`")

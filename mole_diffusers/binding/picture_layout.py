@@ -114,7 +114,11 @@ class PictureLayout:
                 if not regions.flatten(1).any(1).all():
                     warned.append(f"the given regions leave {named} no place: they act in the whole picture")
                 elif margin < UNDECIDED and len(things) > 1:
-                    warned.append(f"the places of {named} are undecided, so they act in the whole picture: give a region")
+                    some = next(self.names[k] for thing in things for k in thing.experts)
+                    warned.append(
+                        f"the places of {named} are undecided, since attention in the first step does not tell them apart, "
+                        f"so they act in the whole picture: give a region, as in mixture.bind({{{some!r}: (None, 'left')}})"
+                    )
                 else:
                     self._decided[row] = regions
         return warned

@@ -13,6 +13,7 @@ from mole_diffusers.binding.sentence import Contact, Sentence, Who, parse
 
 EVERY_PLACE, OWN_PLACE, OWN_TILE, SILENT = "everywhere", "own", "own tile", "silent"
 UNBOUND = "nothing is bound"
+MOST_NAMED = 5  # LoRAs in a sentence
 
 
 def read_prompt(prompt: str, bound: Sequence[Bound], acting: Sequence[bool]) -> Sentence:
@@ -48,6 +49,19 @@ def notices(
             yield f"expert {name!r} acts {where}: the prompt has none of its words, {words}"
         elif on and not own.words and own.region == AUTO and sum(there) > 1:
             yield f"expert {name!r} acts everywhere: it has no words of its own, so give it some with bind"
+
+
+def without_words(bound: Mapping[str, Bound]) -> str:
+    """A sentence on several experts of which none has words, so that no text is read for them; "" for others."""
+    names = [name for name, own in bound.items() if own.region == AUTO]
+    if len(bound) < 2 or not names or any(own.words for own in bound.values()):
+        return ""
+    named = " and ".join(map(repr, names[:MOST_NAMED]))
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return (
+        f"no words of {named}{more} are known, so they act everywhere, as with set_adapters: give each its words, as in "
+        f"mixture.bind({{{names[0]!r}: 'a fox'}}), or 'everywhere'"
+    )
 
 
 # ---- explanations of a prompt, before anything is drawn

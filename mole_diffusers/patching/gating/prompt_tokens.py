@@ -112,6 +112,12 @@ class PromptTokens:
             self._rows = self._found(text)
         return self._rows
 
+    def texts(self, states: torch.Tensor) -> list[str]:
+        """The texts that the rows of states [B, T, C] are of, as far as they are known and of one part."""
+        first = [row[0][0] for row in self.rows(states) or () if len(row) == 1]
+        known = [(tokenizer, run.ids[i]) for run, i in first if (tokenizer := self.tokenizers[run.encoder]) is not None]
+        return [tokenizer.decode(ids, skip_special_tokens=True) for tokenizer, ids in known]
+
     def _found(self, text: torch.Tensor) -> list[TextRow] | None:
         for encoded in reversed(self._known):
             if any(_same_memory(states, text) for states in encoded.states):

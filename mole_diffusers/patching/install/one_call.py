@@ -19,7 +19,7 @@ from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
-from mole_diffusers.patching.subjects.apart import ONE_GRAPH, things_for_tiles
+from mole_diffusers.patching.subjects.apart import ONE_GRAPH, lost_tiles, things_for_tiles
 from mole_diffusers.patching.subjects.things import PLACE_SOURCES, PictureCall, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles
 
@@ -99,9 +99,16 @@ class OneCall:
         read, set_places = PictureCall(self.pipe, tiling, self.given, masks.bound, acting), partial(self._set_places, masks)
         if (things := things_for_tiles(read)) is not None:
             return Tiles(read, things, alone=self._alone, set_places=set_places).drawn()
+        if why := lost_tiles(read, self._encoded_prompts()):
+            masks.warn(why)
         unheard = partial(self._alone, is_heard=False)
         found = (source(read, alone=unheard, set_places=set_places) for source in PLACE_SOURCES)
         return next((placing for placing in found if placing is not None), nullcontext())
+
+    def _encoded_prompts(self) -> list[str]:
+        """The texts of the states that the call gives, if their words are known."""
+        states = (self.given or {}).get("prompt_embeds")
+        return self.shared.tokens.texts(states) if isinstance(states, torch.Tensor) else []
 
     def _alone(self, names: Sequence[str], *, is_heard: bool = True) -> AbstractContextManager[None]:
         """Only these experts, on every word, for calls of the denoiser that are parts of a step, or that draw nothing."""

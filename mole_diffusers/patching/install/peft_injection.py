@@ -17,6 +17,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from mole_diffusers.lora.expert import LoraWeights
+from mole_diffusers.lora.keys import layer_key
 from mole_diffusers.lora.safe_files import check_memory
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gating.gate_site import GateSite
@@ -216,6 +218,28 @@ def off_after(models: Sequence[nn.Module], off: Sequence[nn.Module], before: Map
 def adapted(model: nn.Module) -> list[Any]:
     """The layers of a model that have LoRAs: the mixture's experts or ordinary ones."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def also_loaded(model: nn.Module, layers: Mapping[str, LoraWeights]) -> list[str]:
+    """The active ordinary adapters of a model that are the LoRA with these layers, by layer key: the first layer that both
+    have has the same matrices, up to a factor.
+    """
+    found: dict[str, bool] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or (weights := layers.get(layer_key(name))) is None:
+            continue
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A and adapter not in (ADAPTER, *found):
+                halves = (layer.lora_A[adapter].weight, weights.down), (layer.lora_B[adapter].weight, weights.up)
+                found[adapter] = layer.scaling[adapter] != 0 and all(_point_alike(*half) for half in halves)
+    return [adapter for adapter, is_same in found.items() if is_same]
+
+
+def _point_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two matrices are the same up to a factor, and what half precision rounds off."""
+    if one.shape != other.shape or one.is_meta:
+        return False
+    return bool(torch.cosine_similarity(one.detach().float().cpu().flatten(), other.float().cpu().flatten(), 0) > 0.9999)
 
 
 def stacked(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,8 +33,8 @@ SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, s
 ONE_PROMPT = "each tile has a prompt and a size of its own: draw without {}"
 OTHER_THINGS = "the text encoder reads other things in this prompt than {}: shorten or reword it"
 ONE_GRAPH = (
-    "the {kind} is compiled as one graph, in which each LoRA acts on every word and in the whole picture: compile its blocks "
-    "one by one, with compile_repeated_blocks()"
+    "the {kind} is compiled as one graph, in which each LoRA acts on every word and in the whole picture: compile its "
+    "blocks one by one, with compile_repeated_blocks()"
 )
 SCALE_ONLY = "of arguments for attention, tiles only know the scale of LoRAs, not {!r}"
 
@@ -124,6 +124,25 @@ def begin_of_tiles(call: PictureCall) -> float | None:
         return None
     found = cut(call, things, *_tokens(call))
     return None if found is None else found.since
+
+
+def lost_tiles(call: PictureCall, encoded: Sequence[str]) -> str:
+    """A sentence for a call that is not drawn in tiles, if one of its prompts, given alone as a text, would be; else "".
+
+    Args:
+        encoded: the prompts of the states that it gives, as far as they are known.
+    """
+    given, own = call.given, call.given.get("prompt")
+    if call.things is not None or call.tiling.always or given.get("height") is None or given.get("width") is None:
+        return ""
+    others = {name: value for name, value in given.items() if name not in OF_STATES}
+    for prompt in dict.fromkeys(encoded if own is None else own):
+        if begin_of_tiles(replace(call, given={**others, "prompt": prompt})) is not None:
+            why, how = "call has several prompts", "call the pipeline once for each"
+            if own is None:
+                why, how = "call gives states of its prompt", "give the text, or draw inside `mixture.tiled(prompt=...)`"
+            return f"{prompt!r} is drawn as one picture, and not in tiles, since the {why}: {how}"
+    return ""
 
 
 def explain(call: PictureCall, texts: Sequence[str]) -> Explanation:

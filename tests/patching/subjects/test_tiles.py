@@ -16,6 +16,7 @@ from waits import waits_of_a_step
 import mole_diffusers as mole
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.layout import partition
+from mole_diffusers.binding.picture_warning import PictureWarning
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
@@ -268,6 +269,34 @@ def test_the_pipeline_is_given_back(pipe, experts):
     assert "forward" not in vars(pipe.unet)
     assert torch.equal(latent(pipe), before)
     assert mixture.parts.active == set(experts)
+
+
+def test_a_call_says_what_takes_its_prompt_the_tiles(pipe, experts):
+    """Several prompts, or states: in such a call they are refused if they were asked for, and otherwise missed aloud."""
+    pipe.unet.register_to_config(sample_size=8)
+    mixture, two = mole.attach(pipe, experts), torch.cat([noise()] * 2)
+    states = {"prompt": None, "prompt_embeds": pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]}
+    several = {"prompt": ["an ink", PROMPT], "x": two}
+    for call, why in ((several, "several prompts: call the pipeline once for each"), (states, "states of its prompt: give")):
+        with pytest.warns(PictureWarning, match=f"'a fox.* is drawn as one picture, and not in tiles, since .*{why}"):
+            latent(pipe, **call)
+        assert sum("not in tiles" in warning for warning in mixture.binding_warnings) == 1
+        with mixture.tiled(), pytest.raises(ValueError, match="tiles are drawn of one prompt"):
+            latent(pipe, **call)
+        with mixture.tiled(0):
+            latent(pipe, **call)
+        assert not any("not in tiles" in warning for warning in mixture.binding_warnings)
+    for call in (  # which are drawn in tiles, or would be drawn as one in any case
+        {"prompt": [PROMPT] * 2, "x": two},
+        {"prompt": ["an ink", "a fox"], "x": two},
+        several | {"x": two[..., :8, :8]},
+        states | {"x": noise(8, 8)},
+    ):
+        latent(pipe, **call)
+        assert not any("not in tiles" in warning for warning in mixture.binding_warnings), call
+    with mixture.tiled(prompt=PROMPT, always=False):
+        found = latent(pipe, **states)
+    assert torch.equal(found, latent(pipe))
 
 
 def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, experts):
