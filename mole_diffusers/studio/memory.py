@@ -108,7 +108,11 @@ def place(pipe: Any, memory: Memory) -> Memory:
     if memory.tiling:
         pipe.vae.enable_tiling()
     if memory.compiled:
-        denoiser(pipe).compile()
+        model: Any = denoiser(pipe)
+        if model._repeated_blocks:  # compiled as one graph, it would keep no LoRA to its words or place
+            model.compile_repeated_blocks()
+        else:
+            model.compile()
     return memory
 
 

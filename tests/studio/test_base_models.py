@@ -14,6 +14,7 @@ from single_file import save_single_file, save_transformer_file
 from tiers import thorough
 from tiny import tiny_lora, tiny_pipeline
 
+import mole_diffusers as mole
 from mole_diffusers import MoLEPipeline
 from mole_diffusers.studio.base_models import checkpoint_kind, open_base
 from mole_diffusers.studio.memory import Memory, place
@@ -277,11 +278,15 @@ def test_offloading_draws_the_same(draw, offload):
 
 
 @pytest.mark.thorough
-def test_compiled_draws_the_same(draw):
-    wanted, pipe = draw(tiny_pipeline()), tiny_pipeline()
-    place(pipe, Memory("cpu", "float32", compiled=True))
-    assert pipe.unet._compiled_call_impl is not None
-    assert torch.allclose(draw(pipe), wanted, atol=1e-3)
+def test_compiled_draws_the_same_and_bound(draw, loras):
+    pipes, pictures = (tiny_pipeline(), tiny_pipeline()), []
+    place(pipes[0], Memory("cpu", "float32", compiled=True))
+    assert any(getattr(module, "_compiled_call_impl", None) for module in pipes[0].unet.modules())
+    for pipe in pipes:
+        plain = draw(pipe)
+        mole.attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]}, binding={"fox": ("fox", "left"), "ink": "ink"})
+        pictures.append(torch.stack([plain, draw(pipe)]))
+    assert torch.allclose(*pictures, atol=1e-3)
 
 
 def test_names_of_many_are_not_listed():

@@ -19,7 +19,7 @@ from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
-from mole_diffusers.patching.subjects.apart import ONE_GRAPH, lost_tiles, things_for_tiles
+from mole_diffusers.patching.subjects.apart import lost_tiles, things_for_tiles, why_unbound
 from mole_diffusers.patching.subjects.things import PLACE_SOURCES, PictureCall, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles
 
@@ -77,7 +77,7 @@ class OneCall:
         masks, acting = self.shared.effective.binding, self.shared.settings.acting
         if masks is None or not is_one_graph(self.pipe):
             return
-        why = ONE_GRAPH.format(kind=type(denoiser(self.pipe)).__name__)
+        why = why_unbound(denoiser(self.pipe))
         bound = {name: own for (name, own), acts in zip(masks.bound.items(), acting, strict=True) if acts}
         if given := [name for name, own in bound.items() if own.given is not None]:
             raise ValueError(f"the region of {given[0]!r} cannot act: {why}")

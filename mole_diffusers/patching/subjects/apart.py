@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -32,11 +32,14 @@ OF_WHOLE_PICTURE = {"prompt_2", "prompt_3"} | {
 SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, so they agree on a scene earlier
 ONE_PROMPT = "each tile has a prompt and a size of its own: draw without {}"
 OTHER_THINGS = "the text encoder reads other things in this prompt than {}: shorten or reword it"
-ONE_GRAPH = (
-    "the {kind} is compiled as one graph, in which each LoRA acts on every word and in the whole picture: compile its "
-    "blocks one by one, with compile_repeated_blocks()"
-)
 SCALE_ONLY = "of arguments for attention, tiles only know the scale of LoRAs, not {!r}"
+
+
+def why_unbound(denoiser: Any) -> str:
+    """Why a denoiser that is compiled as one graph keeps no LoRA to its words or place, and what to do."""
+    by_blocks = "compile its blocks one by one, with compile_repeated_blocks()"
+    how = by_blocks if getattr(denoiser, "_repeated_blocks", None) else "leave it uncompiled"
+    return f"the {type(denoiser).__name__} is compiled as one graph, where LoRAs have no words or places of their own: {how}"
 
 
 def why_one_picture(call: PictureCall) -> str:
@@ -155,9 +158,8 @@ def explain(call: PictureCall, texts: Sequence[str]) -> Explanation:
     read = together([read_prompt(text, things.bound, on) for text in dict.fromkeys(texts)])
     found = roles(list(call.bound), things.bound, on, read)
     if is_one_graph(call.pipe):
-        unplaced = ONE_GRAPH.format(kind=type(call.denoiser).__name__)
         own = {name: role for name, role in found.items() if role.place not in (EVERY_PLACE, SILENT)}
-        found |= {name: replace(role, place=EVERY_PLACE, why=unplaced) for name, role in own.items()}
+        found |= {name: replace(role, place=EVERY_PLACE, why=why_unbound(call.denoiser)) for name, role in own.items()}
     why = why_one_picture(call)
     has_size = call.given.get("width") is not None and not call.tiling.always
     if not why and has_size and cut(call, things, *_tokens(call)) is None:

@@ -223,7 +223,7 @@ def test_a_unet_compiled_whole_is_bound_in_the_text_alone(attach, pipe, draw):
     with pytest.raises(ValueError, match="region of 'fox' cannot act: the UNet2DConditionModel is compiled as one graph"):
         draw(pipe, PROMPT)
     mixture.bind(dict.fromkeys(HALVES, (None, "auto")) | WORDS)
-    with pytest.warns(PictureWarning, match="acts on every word .* compile_repeated_blocks"):
+    with pytest.warns(PictureWarning, match="no words or places of their own: .* compile_repeated_blocks"):
         whole = draw(pipe, PROMPT)
     assert len(mixture.binding_warnings) == 1
     explained = mixture.explain(PROMPT)

@@ -96,6 +96,17 @@ def test_a_region_that_leaves_somebody_no_place_is_told_of_at_every_call(attach,
     assert now(mixture).place_masks[:, 1].min() == (warned != "expert")  # the owl acts in the whole picture
 
 
+def test_places_that_attention_does_not_tell_say_what_to_do(attach, pipe, draw, monkeypatch):
+    monkeypatch.setattr("mole_diffusers.binding.picture_layout.UNDECIDED", 2.0)
+    mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
+    what = r"of 'fox' and 'owl' are undecided, .*: give a region, as in mixture.bind\(\{'fox': \(None, 'left'\)\}\)"
+    with pytest.warns(UserWarning, match=what):
+        draw(pipe, PROMPT)
+    mixture.bind({"fox": (None, "left")})
+    draw(pipe, PROMPT)
+    assert not mixture.binding_warnings
+
+
 @pytest.mark.parametrize(
     "prompt", ["fox & owl", "fox & owl, far away", "far, far, far, fox & owl", "far away, fox & owl & hat"]
 )
