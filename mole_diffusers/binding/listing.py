@@ -91,7 +91,7 @@ def _besides(tokens: Tokens, items: Sequence[Segment], segments: Sequence[Segmen
     found = [
         s.noun.name for s in segments if s.noun.name is not None and s.is_thing and (s.noun.is_determined or s.is_person)
     ]
-    if items[-1].said.marker not in ("in", "at", "inside", "made"):
+    if items[-1].said.marker != "made":  # "of clay"
         found += [m for m in items[-1].others if not tokens.words[m.end - 1].endswith("s")]
     others = [s for s in segments if s.side and s.noun.words and not s.is_said and not any(s is item for item in items)]
     sided = [(s.noun.begin, s.noun.end) for s in others if s.noun.name is None]  # "left: day, right: night"
@@ -247,6 +247,8 @@ def _objection(items: Sequence[Segment], before: Sequence[Segment], words: Seque
         return UNCLEAR
     if any(not known.NOT.isdisjoint(words[max(m.begin - 2, 0) : m.begin]) for item in items for m in item.others):
         return UNCLEAR  # "a fox without an owl and a woman"
+    if words[max(items[-1].stop - 1, 0)] == "it" and items[-1].said.marker in NEAR:  # "and an owl behind it"
+        return UNCLEAR
     if not items[0].is_person and any(item.said.marker in has for item in before):  # "wearing goggles, a shirt and a jacket"
         return UNCLEAR
     bare = {item.noun.head for item in items if not item.noun.is_determined}

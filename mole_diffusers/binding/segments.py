@@ -79,8 +79,10 @@ class Segment:
     @property
     def is_thing(self) -> bool:
         """Whether it names a thing of an expert."""
-        unclear = self.is_said or self.noun.is_mixed or self.is_scenery
-        return self.noun.name is not None and not unclear and not known.QUALITIES.issuperset(self.noun.words)
+        if self.noun.name is None or self.is_said or self.noun.is_mixed or self.is_scenery:
+            return False
+        is_adjective = self.noun.end > self.noun.name.end and self.noun.head in known.QUALITIES | known.GARMENTS
+        return not is_adjective and not known.QUALITIES.issuperset(self.noun.words)  # "fox red", "cat earrings"
 
     @property
     def is_noun(self) -> bool:

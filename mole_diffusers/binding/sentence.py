@@ -13,23 +13,15 @@ from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.contact import FRONT, OF_BOTH, STACKED
 from mole_diffusers.binding.finding import Match, Phrases, Span, Tokens, by_expert
 from mole_diffusers.binding.listing import Listing, listing
-from mole_diffusers.binding.marking import DETERMINER, WORD, is_stop, kind
+from mole_diffusers.binding.marking import DETERMINER, WORD, kind
 from mole_diffusers.binding.segments import Segment
-from mole_diffusers.binding.vocabulary import one_of
+from mole_diffusers.binding.together import why_together
 
 OPENING, CLOSING = "([{", ")]}"
 WEIGHT = re.compile(r"\s*:\s*[\d.]+\s*")
 CLOSED = re.compile(rf"(?:{WEIGHT.pattern})?\s*[{re.escape(CLOSING)}]")  # the end of a bracket, and its weight
 TAG = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*>", re.IGNORECASE)  # of other tools, which says nothing here
 AROUND = " \t\r\n,;:"  # what a prompt neither begins nor ends with
-TOGETHER = re.compile(  # what two do together, "hand in hand", or what is said of several
-    rf"(?<!\S)(?:(?P<act>{one_of(known.CONTACT)}|dance|fight|hold(?:ing|s) (?:hands|each)|(\S+) (?:in|to|by) \2)"
-    rf"|{one_of(known.GROUPS)}|(?:each|the) other|the same|one (?:another|of|with|in|is|has|wearing)|left to right)(?!\S)"
-)
-SEVERAL = (  # how many there are: "2 girls", "two big people", "a group"
-    rf"(?<!\S)(?:\d+ (?:girl|boy|other)|(?:{one_of(known.SEVERAL)})(?: \S+){{{{0,2}}}}? (?:{{}})|group|pair|crowd"
-    rf"|(?:family|{one_of(known.GATHERINGS)}) of|family :)(?!\S)"
-)
 BETWEEN_SIDES = re.compile(r"\s*[,:]?")
 
 
@@ -150,7 +142,9 @@ def parse(text: str, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Senten
         parts,
         contacts,
         why_no_places="" if things else why,
-        why_no_tiles=why or _why_together(tokens, listed, own) or why_unparted(parts, things, [words[k] for k in acting]),
+        why_no_tiles=why
+        or why_together(tokens, listed, own, phrases)
+        or why_unparted(parts, things, [words[k] for k in acting]),
         styles=frozenset(k for k in acting if words[k] and all(m in styled for m in acted if any(k == j for j, _ in m.of))),
     )
 
@@ -314,30 +308,6 @@ def _with_comma(text: str, begin: int, end: int) -> Span:
     if not start or text[start - 1] in ",;:.(":
         return begin, BETWEEN_SIDES.match(text, end).end()  # type: ignore[union-attr]
     return start, end
-
-
-def _why_together(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> str:
-    """Why things cannot be drawn apart: what the text says of several of them."""
-    if listed.items[0].joint in ("and", "or"):  # "strong and brave sks man and xyz woman"
-        return "it is not clear where the list begins"
-    if any(is_stop(tokens.words, i) for i in range(listed.items[0].stop, listed.items[-1].noun.begin)):
-        return "the things stand in several sentences"
-    if listed.items[-1].said.is_aside and any(item.said.is_aside for item in listed.items[:-1]):
-        return "it is not clear of whom it says what follows the list"  # "a fox, sitting, and an owl, flying"
-    text = " ".join(tokens.words)
-    if found := TOGETHER.search(text):
-        if found["act"]:
-            return f"the prompt says {found[0]!r}, which two do together"
-        return f"the prompt speaks of several together: {found[0]!r}"
-    for begin, end in listed.besides:
-        if not any(a <= tokens.spans[begin][0] < b for a, b in own):
-            return f"the prompt names {tokens.text[slice(*tokens.span(begin, end))]!r} besides"
-    counted = "|".join([*sorted(known.COUNTED), *(re.escape(f"{item.noun.head}s") for item in listed.items)])
-    for found in re.finditer(SEVERAL.format(counted), text):
-        begin, end = tokens.spans[text.count(" ", 0, found.start())]
-        if not any(a <= begin and end <= b for a, b in own):
-            return f"the prompt counts several: {found[0]!r}"
-    return ""
 
 
 def why_unparted(parts: Sequence[Part], things: Sequence[Mention], words: Sequence[Mapping[Span, int]]) -> str:

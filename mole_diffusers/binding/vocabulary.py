@@ -48,8 +48,9 @@ def _verbs(*texts: str) -> frozenset[str]:
 
 DOUBLING = words("hug sit run put cut pet grab swim spin clap nap step hit chat")
 
-DETERMINERS = words(
-    "a an the this that these those some his her their its my your our another one two three four five six seven",
+POSSESSIVES = words("his her their its my your our")
+DETERMINERS = POSSESSIVES | words(
+    "a an the this that these those some another one two three four five six seven",
     "eight each",
 )
 PREPOSITIONS = words(
@@ -67,11 +68,15 @@ HOLDING = words(
 IS = words("is are was were be being stands stand sits sit")
 POSTURES = IS | _verbs("stand sit walk pose lie wait rest smile laugh") | words("lying seated located placed parked")
 # What two do with one another. Then each alone would be another picture. "Hugging" is also said of two that are listed.
-MUTUAL = _verbs("hug kiss embrace cuddle snuggle spoon dance wrestle fight") | words("embraced hugged")
+MUTUAL = _verbs("hug kiss embrace cuddle snuggle spoon") | words("embraced hugged")
 CARRYING = _verbs("hold carry lift cradle")
 TOUCHING = MUTUAL | CARRYING | _verbs("ride straddle touch grab clasp pet lick bite feed")
 OF_ONE = words("holds holding carries carrying cradles cradling straddles straddling shares sharing")  # also of a thing
-CONTACT = (TOUCHING | _verbs("chase push pull catch share shake") | {"embrace", "hug", "kiss", "kissed"}) - OF_ONE
+CONTACT = (
+    TOUCHING
+    | _verbs("chase push pull catch share shake race dance wrestle fight tango waltz")
+    | {"embrace", "hug", "kiss", "kissed"}
+) - OF_ONE
 TWO_PARTY = CONTACT | _verbs(
     "watch follow meet greet face lead teach paint draw photograph film help attack guard surround catch see look",
     "talk wave point",
@@ -85,7 +90,7 @@ VERBS = TWO_PARTY | POSTURES | words("made") | _verbs(
 NO_VERBS = _plural(  # these end like verbs, and are nouns
     "ring king wing string thing building painting drawing evening morning spring sibling ceiling wedding",
     "clothing pudding earring dumpling duckling viking sting being lightning sling swing bling lettering",
-    "rendering etching engraving icing"
+    "rendering etching engraving icing living"
 ) | words("during something nothing anything everything darling charming amazing stunning interesting beijing")  # fmt: skip
 
 MEDIA = _plural(
@@ -105,7 +110,8 @@ SETTINGS = _plural(
     "restaurant stage road bridge window wall floor ground snow rain fog mist cloud storm moon sun star weather",
     "alley skyline cityscape backdrop meadow valley cave ruin station shop store library museum palace pool shore",
     "coast horizon distance bokeh blur focus depth quality masterpiece detail colour color palette mood",
-    "atmosphere camera lens paper canvas grain vignette haze aura glow enclosure zoo"
+    "atmosphere camera lens paper canvas grain vignette haze aura glow enclosure zoo studio tavern rooftop market lawn",
+    "garage farm pond harbor harbour cliff yard backyard prairie savanna airport gym gallery"
 )  # fmt: skip
 BODY = _plural(
     "hair hairstyle eye head chest neck shoulder back mouth foot feet knee body belly paw beak nose eyes ear tail wing horn",
@@ -119,7 +125,7 @@ GARMENTS = BODY | _plural(
     "jewelry ribbon bow veil clothes clothing attire collar choker backpack bag headphone stocking legging leggings pants",
     "jeans shorts trousers top blouse blazer cardigan turtleneck jersey corset bodysuit jumpsuit overalls leotard pajamas",
     "tights panties bra underwear sandal sneaker heel slipper headband bandana hood tunic toga sari yukata cheongsam hanbok",
-    "poncho gauntlet hairpin hairclip hairband capelet thighhigh pantyhose"
+    "poncho brooch gauntlet hairpin hairclip hairband capelet thighhigh pantyhose"
 )  # fmt: skip
 PERSONS = words(
     "man men woman women girl girls boy boys person people lady ladies guy guys kid kids child children baby",
@@ -138,6 +144,9 @@ COUNTED = words(
     "adults subjects figures brothers sisters twins lovers heroes"
 )  # fmt: skip
 HELD_THINGS = words("sword shield staff wand bow spear axe dagger gun rifle bag handbag umbrella lantern torch")
+ONE_OBJECT = words(  # what two share, or that shows both: then there is one of it
+    "bench couch sofa bed table bathtub hammock boat car umbrella blanket cake statue sculpture shirt"
+)
 NOT = words("no not without except minus half")
 WRITTEN = words("name names word words text title titled caption headline says saying labeled labelled spelling")
 MIDDLE = words("middle center centre")
@@ -148,6 +157,6 @@ IN_FRAMES = words(
     "panel sheet turnaround fusion hybrid merged fused blended morphed"
 )  # one thing in several, or several in one
 GROUPS = words(
-    "share sharing couple duo trio twins both together them they their theirs themselves everyone everybody friends",
-    "lovers siblings",
+    "share sharing couple duo trio group pair crowd twins both together them they their theirs themselves",
+    "everyone everybody friends lovers siblings family arms",
 )

@@ -48,7 +48,7 @@ def test_the_worlds_captions_say_their_relation_and_who_is_in_front(relation):
         ("a fox stands in front of an owl wearing a hat", ("fox", "in front of", "owl")),
         ("a fox gently kissing an owl", ("fox", "hugging", "owl")),
         ("a fox holding hands with an owl", ("fox", "hugging", "owl")),
-        ("a fox and an owl dancing in the rain", ("fox", "hugging", "owl")),
+        ("a fox and an owl kissing in the rain", ("fox", "hugging", "owl")),
         ("a fox and an owl, hand in hand", ("fox", "hugging", "owl")),
         ("a fox next to an owl", None),
         ("a fox and an owl", None),
@@ -58,6 +58,7 @@ def test_the_worlds_captions_say_their_relation_and_who_is_in_front(relation):
         ("a fox, a man holding an owl", None),
         ("a fox on a beach and an owl", None),
         ("a fox chasing an owl", None),
+        ("a fox and an owl dancing in the rain", None),  # apart, or one in the other's arms
         ("a fox in ink", None),
         ("a fox on ink paper, an owl", None),
         ("a fox. On an owl", None),
