@@ -58,7 +58,6 @@ WORDINGS = {  # setting of robustness.py -> what a reader is told; all others ar
     "other order": "the subjects in the other order",
     "places said": "with their places",
 }
-FOR_A_STYLE = ("k-lora", "kl choice")  # made for one subject in a style
 TOLD_THE_PROMPT = (
     *("freefuse", "masked blend", "regmean", "ssr", "ties", "np"),
     *("switch", "w-switch, short turns", "w-composite", "composite", "svd", "loratorio, sharp"),
@@ -71,10 +70,12 @@ OTHERS = (
     "bound, isolation until half",
 )
 SENTENCES = (
+    "of the right ones of two subjects in tiles, {two_more} of {tiles} show one subject more.",
+    "tiles were right in {reworded} of {of_reworded}, the base with subjects that it knows in {known}.",
     "are right in {hard} of {of_hard} pictures, three in {three} of {of_three}.",
     "Of these {all_hard} right ones, {with_more} also show",
     "Binding without tiles is right in {bound} of {pictures}, little more.",
-    "Of {others} that know the prompt alone",
+    "Of {others} that are told the prompt alone",
     "FreeFuse, is right in {freefuse} of {pictures} pictures of two subjects, tiles in {tiles}",
     "the best is right in {told} of {cases}, our binding in {told_ours}",
     "right in {freefuse} of {pictures}, tiles in {tiles}. Tiles alone are right in {won} pictures, FreeFuse alone in {lost}",
@@ -196,20 +197,23 @@ def numbers() -> dict[str, str]:
     right = pd.concat([hard, three]).query("success")
     two = rows[rows["kind"] == "two subjects"].pivot(index=["seed", "case"], columns="arm", values="success")
     first = two.loc[two.index.levels[0].min()]
-    prompted = [*TOLD_THE_PROMPT, *FOR_A_STYLE]
-    best = first[prompted].sum()
+    best = first[[*TOLD_THE_PROMPT]].sum()
     if best["freefuse"] < best.max():
         raise ValueError(f"the best of the others is {best.idxmax()}")
+    reworded = verdicts("robustness").query("setting == 'other words'").groupby("arm")["success"].agg(["sum", "size"])
     gated = {"none": "tiles", **TRAINED}
     of_gates = shared(rows, gated.values())
     counted = {
         **{"hard": hard["success"].sum(), "of_hard": len(hard), "three": three["success"].sum(), "of_three": len(three)},
-        **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(prompted)},
+        **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(TOLD_THE_PROMPT)},
         **{"pictures": len(two), **{arm: two[arm].sum() for arm in ("bound", "tiles", "freefuse")}},
         **{"won": (two["tiles"] > two["freefuse"]).sum(), "lost": (two["freefuse"] > two["tiles"]).sum()},
         **{"cases": len(first), "told": first[[*TOLD_THE_PLACES]].sum().max()},
         "told_ours": first["words and given places"].sum(),
         **{name: of_gates.loc[of_gates["arm"] == arm, "success"].sum() for name, arm in gated.items()},
+        "two_more": shown.query("kind == 'two subjects' and success")["another"].sum(),
+        **{"reworded": reworded["sum"]["tiles"], "of_reworded": reworded["size"]["tiles"]},
+        "known": reworded["sum"]["base, own words"],
         "of_gates": (of_gates["arm"] == "tiles").sum(),
         **{f"{arm}_1": first[arm].sum() for arm in ("sum", "bound", "freefuse", "tiles")},
     }
