@@ -26,6 +26,7 @@ from mole_diffusers.app.jobs import ReportProgress, StoppedError, Work
 from mole_diffusers.app.loras import THUMBNAIL, Loras
 from mole_diffusers.app.presets import Presets
 from mole_diffusers.app.preview import PreviewDecoder
+from mole_diffusers.app.sentences import way_in_words
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.inspection.compare import ways
 from mole_diffusers.inspection.contributions import contributions
@@ -220,7 +221,7 @@ class Actions:
         wanted = [(label, drawn[label]) for label in labels]
 
         def sheet(images: Sequence[Image.Image]) -> Path:
-            return self.gallery.add(xy_grid.labelled(images, labels), whole, {"columns": labels})
+            return self.gallery.add(xy_grid.labelled(images, [*map(way_in_words, labels)]), whole, {"columns": labels})
 
         return self._draw(wanted, pictures, notes=notes, sheet=sheet, says_which=True)
 

@@ -14,17 +14,13 @@ from mole_diffusers.app.jobs import Job, Work
 from mole_diffusers.app.mixer_cards import MixerCard, parse_lock, parse_named, shades
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.page_jobs import buttons, connect_job
-from mole_diffusers.app.sentences import errors_to, markdown
+from mole_diffusers.app.sentences import errors_to, markdown, way_in_words
 from mole_diffusers.app.style import BUTTONS, Values, figure, gallery, gallery_items, row, status_line
 from mole_diffusers.studio import xy_grid
 from mole_diffusers.studio.recipe import Recipe
 from mole_diffusers.studio.render import MERGES
 
 COMPARED = ("sum", "bound")  # initially left and right of the slider, if there are no trained gates
-WAYS = {  # way to combine the LoRAs -> what the page says of it
-    "base": "without LoRAs", "sum": "all added up (sum)", "bound": "each in its place (bound)",
-    "tiles": "each drawn by itself for some steps (tiles)", "gates": "with your own gates",
-}  # fmt: skip
 NO_LOCKS = "nothing: every gate decides"
 
 
@@ -89,7 +85,7 @@ def _comparison(page: Page) -> None:
     def show(job: Job) -> Values:
         files = {picture.label: str(picture.path) for picture in job.event.pictures}
         first, second = COMPARED if "gates" not in files else ("sum", "gates")
-        items = [(path, words_of(label)) for path, label in gallery_items(job.event.pictures)]
+        items = [(path, way_in_words(label)) for path, label in gallery_items(job.event.pictures)]
         shown: Values = {arms: gr.update(value=items, visible=True), drawn: files}
         if {first, second} <= set(files):
             shown |= {slider: (files[first], files[second]), left: gr.update(choices=_choices(files), value=first)}
@@ -101,13 +97,8 @@ def _comparison(page: Page) -> None:
     connect_job(page, "compare", [compare], work_of, show, outputs, more=[merges, last])
 
 
-def words_of(way: str) -> str:
-    """What the page says of a way to combine the LoRAs."""
-    return f"{name} alone" if (name := way.removeprefix("alone ")) != way else WAYS.get(way, way)
-
-
 def _choices(ways: Iterable[str]) -> list[tuple[str, str]]:
-    return [(words_of(way), way) for way in ways]
+    return [(way_in_words(way), way) for way in ways]
 
 
 def _gate_report(page: Page) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from mole_diffusers.app.sentences import way_in_words
 from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.studio import infotext
@@ -51,15 +52,23 @@ class Entry:
     @property
     def sheet(self) -> str:
         """What a sheet shows, such as "seed=1,2 by steps=4,8" or "base, sum, bound"; "" for a single picture."""
+        return self._shows(str)
+
+    @property
+    def sheet_in_words(self) -> str:
+        """The same as the page says it: "without LoRAs, all added up (sum), each in its place (bound)"."""
+        return self._shows(lambda way: way_in_words(str(way)))
+
+    def _shows(self, said: Callable[[Any], str]) -> str:
         shows = self.contents.sheet
         if isinstance(columns := shows.get("columns"), list):
-            return ", ".join(map(str, columns))
+            return ", ".join(map(said, columns))
         return " by ".join(str(shows[axis]) for axis in ("x", "y") if axis in shows)
 
     @property
     def label(self) -> str:
         """The text below the picture."""
-        what = f"{self.sheet[:80]}: " if self.sheet else ""
+        what = f"{self.sheet_in_words[:100]}: " if self.sheet else ""
         return f"{'★ ' if self.favourite else ''}{what}{self.parsed.text[:80]} · seed {self.recipe.seed}"
 
 
@@ -104,7 +113,8 @@ class Gallery:
         wanted = text.lower().split()
 
         def fits(entry: Entry) -> bool:
-            said = f"{entry.recipe.prompt} {entry.recipe.prompt_2} {entry.path.name} {entry.sheet}".lower()
+            prompts = f"{entry.recipe.prompt} {entry.recipe.prompt_2}"
+            said = f"{prompts} {entry.path.name} {entry.sheet} {entry.sheet_in_words}".lower()
             names = ["", *(tag.name.lower() for tag in entry.parsed.tags)]
             has_lora = any(lora.lower() in name for name in names)
             return entry.favourite >= favourites and has_lora and all(word in said for word in wanted)

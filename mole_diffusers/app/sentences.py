@@ -1,4 +1,4 @@
-"""Text on the page: escape what others wrote, and show errors of bad input as one sentence."""
+"""Text on the page: escape what others wrote, show errors of bad input as one sentence, and name ways to combine LoRAs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 USER_ERRORS = (ValueError, FileNotFoundError)  # raised for bad input; anything else is a bug and is logged
+WAYS = {  # way to combine the LoRAs -> what the page says of it
+    "base": "without LoRAs", "sum": "all added up (sum)", "bound": "each in its place (bound)",
+    "tiles": "each drawn by itself for some steps (tiles)", "gates": "with your own gates",
+}  # fmt: skip
+
+
+def way_in_words(way: str) -> str:
+    """What the page says of a way to combine the LoRAs."""
+    return f"{name} alone" if (name := way.removeprefix("alone ")) != way else WAYS.get(way, way)
 
 
 def markdown(text: str) -> str:

@@ -143,7 +143,11 @@ def connect_use(page: Page, chosen: gr.State, use: gr.Button, over: gr.Button, s
         entry = kept.entry(chosen_picture(name))
         recipe, values, notes = page.filled(entry.contents)
         tab = "Compare" if entry.contents.axes else "Compose"  # the tab with the button for it
-        words = [f"its settings are in all fields, seed {recipe.seed}", entry.sheet and f"it shows {entry.sheet}", *notes]
+        words = [
+            f"its settings are in all fields, seed {recipe.seed}",
+            entry.sheet and f"it shows {entry.sheet_in_words}",
+            *notes,
+        ]
         return values | {page.tabs: gr.update(selected=tab), status: markdown("; ".join(filter(None, words)))}
 
     @errors_to(status)

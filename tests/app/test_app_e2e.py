@@ -3,6 +3,7 @@
 import base64
 import json
 import multiprocessing
+import re
 import shutil
 import sys
 import threading
@@ -338,6 +339,35 @@ def serious(page):
         f"{each['id']}: {node['html'][:160]}" for each in found if each["impact"] in ("serious", "critical")
         for node in each["nodes"]
     ]  # fmt: skip
+
+
+# Of those who study how LoRAs are combined. They stand under Advanced, in Compare and in Train.
+RESEARCH = re.compile(
+    r"\b(gat(e|es|ing)|arms?|keep|attention|attend\w*|masks?|tokens?|ranks?|adapters?|mole|bind(s|ing)?|bound|experts?"
+    r"|composers?|latents?|denoiser|unet|encoders?|logits?|mixture|retrieval)\b",
+    re.IGNORECASE,
+)
+READ = """const shown = [...document.querySelectorAll("body *")].filter((each) => each.checkVisibility());
+const words = (each) => [each.placeholder, each.title, each.ariaLabel, each.matches("input, textarea") ? each.value : "",
+  ...["::before", "::after"].map((part) => getComputedStyle(each, part).content)];
+return [document.body.innerText, ...shown.flatMap(words)].join("\\n")"""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_first_screen_has_no_words_of_research(studio, tmp_path, width):
+    """Before and after a picture, with all that its fields and cards say while what is folded stays so."""
+    recipe = replace(RECIPE, prompt="a fox and a hat in ink <lora:fox:1> <lora:hat:1> <lora:ink:1>", width=64)
+    with visiting(studio, recipe, tmp_path, width=width) as page:
+        cards(page, "fox", "hat", "ink")
+        page.until(lambda: "Acts in its own place" in page.driver.execute_script(READ), WAIT)
+        read = [page.driver.execute_script(READ)]
+        composed(page, tmp_path)
+        page.one("#strip img")
+        read.append(page.driver.execute_script(READ))
+        for said in read:
+            assert "What is in the picture?" in said
+            assert [found[0] for found in RESEARCH.finditer(said)] == []
 
 
 @pytest.mark.thorough

@@ -42,6 +42,23 @@ return paint.reduce((a, b) => Math.max(a, b))"""
 
 
 @pytest.mark.thorough
+def test_an_earlier_prompt_is_clicked_and_comes_back_with_its_cards(tiny, tmp_path):
+    composed(tiny, tmp_path)
+    tiny.type("#prompt textarea", "a hat <lora:hat:0.5>")
+    cards(tiny, "hat")
+    opened(tiny, "#history")
+    (earlier,) = tiny.until(lambda: tiny.all("#earlier label"), WAIT)
+    assert earlier.text == RECIPE.prompt
+    earlier.click()
+    tiny.until(lambda: value(tiny, "#prompt") == RECIPE.prompt, WAIT)
+    cards(tiny, "fox")
+    tiny.click("#undo")
+    cards(tiny, "hat")
+    assert value(tiny, "#prompt") == "a hat <lora:hat:0.5>"
+    assert not tiny.errors()
+
+
+@pytest.mark.thorough
 def test_a_picture_comes_back_from_itself(tiny, tmp_path):
     first = composed(tiny, tmp_path)
     assert infotext.read(first).prompt == "a fox <lora:fox:1>"

@@ -113,14 +113,16 @@ def test_sheets_of_comparisons_and_grids_outlive_the_app(actions):
     assert other.entries(text="COMPARISON bound", lora="fox") == [compared]
     assert other.entries(text="grid 0,0.5") == [grid]
     assert grid.label == "weight fox=0,0.5 by seed=1,2,3: a fox · seed 3"
-    assert compared.label == "base, alone fox, sum, bound: a fox · seed 3"
+    words = ["without LoRAs", "fox alone", "all added up (sum)", "each in its place (bound)"]
+    assert (compared.sheet, compared.label) == ("base, alone fox, sum, bound", f"{', '.join(words)}: a fox · seed 3")
+    assert other.entries(text="comparison alone fox added") == [compared]
 
     def drawn(**changed):
         return actions.studio.draw(actions.studio.complete(dataclasses.replace(recipe, **changed)))
 
     arms = {arm: drawn(arm=arm) for arm in ("base", "alone fox", "sum")} | {"bound": drawn()}
-    pictures, names = list(arms.values()), list(arms)
-    rows = [np.asarray(sheet(pictures[i : i + 2], names[i : i + 2], [""])) for i in (0, 2)]
+    pictures = list(arms.values())
+    rows = [np.asarray(sheet(pictures[i : i + 2], words[i : i + 2], [""])) for i in (0, 2)]
     assert np.array_equal(pixels(compared.path), np.concatenate(rows))  # about as wide as it is high
     at = [recipe.prompt.replace(":1:", f":{strength}:") for strength in ("0", "0.5")]
     cells = [drawn(prompt=prompt, seed=seed) for seed in (1, 2, 3) for prompt in at]
