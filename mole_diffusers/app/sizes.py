@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import gradio as gr
@@ -33,8 +34,9 @@ def build(page: Page) -> None:
         return dict(zip((width, height), new, strict=True))
 
     def told(*values: Any) -> Values:
+        *given, shape_now, scale_now = values
         try:
-            recipe = page.form.recipe(*values)
+            recipe = page.form.recipe(*given)
             drawn = page.actions.studio.complete(recipe)
             better = page.actions.studio.size_with_room(drawn)
         except ValueError:  # said where it was typed
@@ -42,7 +44,7 @@ def build(page: Page) -> None:
         words = f"{drawn.width} × {drawn.height} pixels"
         words += ", too few to draw each subject by itself" if better else ""
         button = gr.update(visible=better is not None, value=f"Take {better[0]} × {better[1]}" if better else "")
-        shown = choices_for(page, recipe)
+        shown = choices_for(page, recipe, (shape_now, scale_now))
         return {said: words, take: button, roomy: better or (0, 0)} | dict(zip((shape, scale), shown, strict=True))
 
     def took(size: tuple[int, int]) -> Values:
@@ -54,16 +56,21 @@ def build(page: Page) -> None:
     asking = [page.form.controls[name].change for name in ("width", "height", "binding", "controlnet", "ip_adapter")]
     asking += [page.prompt.shown.change, prompt.change]
     outputs = [said, take, roomy, shape, scale]
-    gr.on(asking, told, page.form.inputs, outputs, trigger_mode="always_last", show_progress="hidden")
+    gr.on(asking, told, [*page.form.inputs, shape, scale], outputs, trigger_mode="always_last", show_progress="hidden")
 
 
-def choices_for(page: Page, recipe: Recipe) -> tuple[str | None, str | None]:
-    """The shape and the scale that give a recipe's size; None for another one."""
-    for scale, times in SCALES.items():
-        for shape, ratio in SHAPES.items():
-            if size_of(page, recipe.prompt, ratio, times) == (recipe.width, recipe.height):
-                return shape, scale
-    return None, None
+def choices_for(page: Page, recipe: Recipe, chosen: tuple[str | None, str | None]) -> tuple[str | None, str | None]:
+    """The shape and the scale that give a recipe's size: those that are chosen, if they do; None for another size.
+
+    Of a small base two shapes can have one size: with 64 x 64 pixels both 16:9 and 2:1 are 88 x 48.
+    """
+    size = recipe.width, recipe.height
+    fits = [
+        (shape, scale)
+        for (scale, times), (shape, ratio) in product(SCALES.items(), SHAPES.items())
+        if size_of(page, recipe.prompt, ratio, times) == size
+    ]
+    return chosen if chosen in fits else next(iter(fits), (None, None))
 
 
 def size_of(page: Page, prompt: str, ratio: float, scale: float) -> tuple[int, int]:

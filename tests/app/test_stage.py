@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from PIL import Image
@@ -45,6 +46,18 @@ def test_sizes_have_the_pixels_of_the_base_in_every_shape(actions):
         wide, high = sizes.size_of(page, "", ratio, 1.0)
         assert not ratio or abs(wide / high - ratio) < 0.35 * ratio
         assert not ratio or abs(wide * high / side**2 - 1) < 0.35
+
+
+def test_a_chosen_shape_stays_chosen_if_another_one_has_the_same_size(actions):
+    page = type("Page", (), {"actions": actions})()
+    found = set()
+    for shape, scale in product(list(sizes.SHAPES)[1:], sizes.SCALES):
+        width, height = sizes.size_of(page, "", sizes.SHAPES[shape], sizes.SCALES[scale])
+        recipe = Recipe("", width=width, height=height)
+        assert sizes.choices_for(page, recipe, (shape, scale)) == (shape, scale)
+        found.add(sizes.choices_for(page, recipe, (None, None)))
+    assert len(found) < (len(sizes.SHAPES) - 1) * len(sizes.SCALES)  # some have the same size
+    assert sizes.choices_for(page, Recipe("", width=16, height=512), ("1:1", "1 ×")) == (None, None)
 
 
 def test_a_size_at_which_each_subject_has_room_is_offered_and_not_taken(actions):
