@@ -77,7 +77,7 @@ def _reasons_around(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> Ite
 def _objects(tokens: Tokens, elsewhere: Collection[Span]) -> Iterator[Span]:
     """The tokens (begin, end) that name something for all items that is no setting: "on a sofa", but not "in a garden"."""
     words = tokens.words
-    for i, (before, word) in enumerate(pairwise(words), 1):
+    for i, (before, word) in enumerate(pairwise(("", *words))):
         if _is_in(tokens.spans[i], elsewhere):
             continue
         if word in known.ONE_OBJECT:

@@ -75,7 +75,7 @@ OF_ONE = words("holds holding carries carrying cradles cradling straddles stradd
 CONTACT = (
     TOUCHING
     | _verbs("chase push pull catch share shake race dance wrestle fight tango waltz")
-    | {"embrace", "hug", "kiss", "kissed"}
+    | {"embrace", "hug", "kiss", "kissed", "tango", "waltz", "wrestle"}
 ) - OF_ONE
 TWO_PARTY = CONTACT | _verbs(
     "watch follow meet greet face lead teach paint draw photograph film help attack guard surround catch see look",
