@@ -74,7 +74,6 @@ SENTENCES = (
     "tiles were right in {reworded} of {of_reworded}, the base with subjects that it knows in {known}.",
     "are right in {hard} of {of_hard} pictures, three in {three} of {of_three}.",
     "Of these {all_hard} right ones, {with_more} also show",
-    "Binding without tiles is right in {bound} of {pictures}, little more.",
     "Of {others} that are told the prompt alone",
     "FreeFuse, is right in {freefuse} of {pictures} pictures of two subjects, tiles in {tiles}",
     "the best is right in {told} of {cases}, our binding in {told_ours}",
@@ -206,7 +205,7 @@ def numbers() -> dict[str, str]:
     counted = {
         **{"hard": hard["success"].sum(), "of_hard": len(hard), "three": three["success"].sum(), "of_three": len(three)},
         **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(TOLD_THE_PROMPT)},
-        **{"pictures": len(two), **{arm: two[arm].sum() for arm in ("bound", "tiles", "freefuse")}},
+        **{"pictures": len(two), **{arm: two[arm].sum() for arm in ("tiles", "freefuse")}},
         **{"won": (two["tiles"] > two["freefuse"]).sum(), "lost": (two["freefuse"] > two["tiles"]).sum()},
         **{"cases": len(first), "told": first[[*TOLD_THE_PLACES]].sum().max()},
         "told_ours": first["words and given places"].sum(),

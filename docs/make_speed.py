@@ -48,9 +48,9 @@ FLOOR = """
 **The floor.** `products` computes W x + B (A x) with the LoRAs' matrices side by side, and nothing else: no gates, no
 strengths, no places. By PyTorch's count of multiplications, that takes 0.018, 0.049 and 0.099 of a step of SD 1.5 with
 3, 8 and 16 LoRAs; the goals for 8 and 16 ask for less. With blocks compiled one by one, it takes PRODUCTS times the
-base (the base once more: AGAIN), which leaves nothing of the goal for gates. What `mole` takes beyond is mostly PyTorch's
-check, before each call of a block, that nothing has changed that its code was made for. Tests count that 20 changes
-compile nothing again, and that an update of gates reads no value from the device with SD 1.5 and SDXL; with Flux, one.
+base (the base once more: AGAIN), which leaves nothing of the goal for gates. What `mole` takes beyond is mostly
+outside of the compiled code. Tests count that 20 changes compile nothing again, and that an update of gates reads no value
+from the device with SD 1.5, SDXL and, unless words are bound, Flux.
 
 Keys and values of the text are kept for the whole picture: 7.7 MB in SD 1.5 and 51.3 MB in SDXL in half precision. The
 peak of memory misses its goal by that, and with SDXL a step is below the base's for it.
