@@ -30,7 +30,7 @@ def long(blocks, **more):
 
 
 def test_a_picture_is_drawn_previewed_and_kept_in_one_frame(blocks):
-    visit, seen = QueueVisit(blocks, **{"Steps": 60}), []
+    visit, seen = QueueVisit(blocks, **{"Steps": 150}), []
 
     def finished(shown):
         seen.append((type(shown.get("picture")), shown.get("frame"), label(shown)))
@@ -38,7 +38,7 @@ def test_a_picture_is_drawn_previewed_and_kept_in_one_frame(blocks):
 
     assert visit.press("pressed", "Compose") == ""
     shown = visit.see(finished)
-    assert infotext.read(shown["picture"]).steps == 60
+    assert infotext.read(shown["picture"]).steps == 150
     assert Path(shown["picture"]).name == shown[6]  # which is the one that the tools use
     assert [Path(small).stem for small, _ in shown["strip"]] == [Path(shown["picture"]).stem]
     previews = [frame for kind, frame, _ in seen if kind is Image.Image]
