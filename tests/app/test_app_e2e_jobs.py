@@ -153,7 +153,7 @@ def test_another_base_is_chosen_and_the_page_of_another_visitor_says_so(studio, 
 @pytest.mark.thorough
 @pytest.mark.parametrize("width", [1440, 390])
 def test_every_tab_cancels_its_work(studio, tmp_path, width):
-    large = replace(RECIPE, width=64, height=64)  # or a comparison is over before it is cancelled
+    large = replace(RECIPE, width=128, height=128)  # or a comparison is over before it is cancelled
     with visiting(studio, large, tmp_path, width=width) as page:
         page.type("#prompt textarea", "a fox in ink <lora:fox:1> <lora:ink:1>")
         long_job(page)
