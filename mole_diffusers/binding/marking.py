@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.finding import Match, Tokens
@@ -16,6 +16,7 @@ NAME, WORD, DETERMINER, MARKER, COMMA, AND, OR, BESIDE, SIDE, POSSESSIVE, JOINER
 QUOTES = frozenset('"“”„«»')
 STOPS, COMMAS, JOINERS = frozenset(".;!?|。！？；"), frozenset(",，、–—"), frozenset("-_")
 APOSTROPHES = ("'", "’")
+SINGLE_QUOTES = (*APOSTROPHES, "‘")
 Side = tuple[str, bool]  # axis, and whether it is where coordinates are small
 SIDES = {"left": ("x", True), "right": ("x", False), "top": ("y", True), "bottom": ("y", False)}
 RELATIONS = {"left": ("x", True), "right": ("x", False), "above": ("y", True), "below": ("y", False)}
@@ -61,14 +62,21 @@ def _is_after_a_side(words: Sequence[str], colon: int) -> bool:
 
 
 def quoted(words: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """The words that are written in the picture, as on a sign: each token between double quotes, and the end of what it
-    may name; for the first one, that is the end of the quotation. A prompt that is all in quotes has none.
+    """The words that are written in the picture, as on a sign: each token between double quotes, or between single ones
+    after a word such as "titled", and the end of what it may name; for the first one, that is the end of the quotation. A
+    prompt that is all in quotes has none.
     """
     at = [i for i, word in enumerate(words) if word[0] in QUOTES and not words[max(i - 1, 0)].isdigit()]  # not inches
-    for begin, end in zip(at[::2], at[1::2], strict=False):
+    for begin, end in chain(zip(at[::2], at[1::2], strict=False), _in_single_quotes(words)):
         if begin or end < len(words) - 1:
             yield begin + 1, end
             yield from ((i, -1) for i in range(begin + 2, end))
+
+
+def _in_single_quotes(words: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Where single quotes open and close after a word for what is written: "a poster titled 'fox and owl'"."""
+    at = [i for i, word in enumerate(words) if word in SINGLE_QUOTES and words[i + 1 : i + 2] != ["s"]]
+    yield from ((begin, end) for begin, end in pairwise(at) if _is_written(words, begin))
 
 
 @dataclass(slots=True)

@@ -9,13 +9,14 @@ from itertools import chain, pairwise
 from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.finding import Span, Tokens
 from mole_diffusers.binding.listing import Listing
-from mole_diffusers.binding.marking import MARKER, WORD, is_stop, kind
+from mole_diffusers.binding.marking import MARKER, QUOTES, WORD, is_stop, kind
 from mole_diffusers.binding.segments import NounPhrase
 from mole_diffusers.binding.vocabulary import one_of
 
 TOGETHER = re.compile(  # what two do together, "hand in hand", or what is said of several
     rf"(?<!\S)(?:(?P<act>{one_of(known.CONTACT)}|dance|fight|hold(?:ing|s) (?:hands|each)|(\S+) (?:in|to|by) \2)"
-    rf"|{one_of(known.GROUPS)}|(?:each|the) other|the same|one (?:another|of|with|in|is|has|wearing)|left to right)(?!\S)"
+    rf"|{one_of(known.GROUPS)}|(?:each|the) other|the same|of one|left to right"
+    r"|one (?:another|body|of|with|in|is|has|wearing))(?!\S)"
 )
 SEVERAL = (  # how many there are: "2 girls", "two big people", "a set of"
     rf"(?<!\S)(?:\d+ (?:girl|boy|other)|(?:{one_of(known.SEVERAL)})(?: \S+){{{{0,2}}}}? (?:{{}})"
@@ -84,7 +85,7 @@ def _objects(tokens: Tokens, elsewhere: Collection[Span]) -> Iterator[Span]:
             yield i, i + 1
         elif word in known.DETERMINERS and kind(before) == MARKER and before not in ("of", "from"):
             end = i + 1
-            while end < len(words) and words[end][0] not in ",.;()" and kind(words[end]) == WORD:
+            while end < len(words) and words[end][0] not in QUOTES | {*",.;()"} and kind(words[end]) == WORD:
                 end += 1
             if end > i + 1 and not (known.is_scenery(words[end - 1]) or words[end - 1] in known.GARMENTS):
                 yield i - 1, end
