@@ -1,4 +1,4 @@
-"""`mole compose`: a prompt with several LoRAs, next to what each of them draws alone."""
+"""`mole compose`: a prompt with several LoRAs, next to their plain sum."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ def compose(
     gates: str = "sum",
     bind: Sequence[str] = (),
     unbound: bool = False,
+    alone: bool = False,
     arm: Sequence[str] = (),
     arms_from: options.FileOrFolder = None,
     *,
     sheet: SheetOptions,
 ) -> Result:
-    """Draw a prompt with several LoRAs, next to the base, each LoRA alone and the plain sum.
+    """Draw a prompt with several LoRAs, next to their plain sum.
 
     Each LoRA acts on its own words of the prompt and in its own place. If every place has room for a picture of the size
     that the model was trained at, each LoRA's subject is also drawn by itself in some steps, in tiles.
@@ -62,6 +63,7 @@ def compose(
             fox=@0,0,0.5,1, fox=everywhere, fox=fox@mask.png. Default: the file's trigger words, and places found from
             attention.
         unbound: let every LoRA act on every word and in the whole picture.
+        alone: more columns: the base without LoRAs, and each LoRA alone.
         arm (NAME): one more column, by a composer of mole evaluate, such as mean or np; a wrong name lists all.
         arms_from (FILE): a Python file or folder with further composers, all of which are drawn without --arm. It is run.
     """
@@ -92,13 +94,15 @@ def compose(
     hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
     strengths = {name: strength for name, (_, strength) in mixture.parts.weighed().items()}
     ways = columns(mixture, tiles)
+    if not alone:
+        ways = {label: drawn for label, drawn in ways.items() if label not in ("base", *(f"alone {n}" for n in hashes))}
     ways |= {name: context for name, context in _composers(page, mixture, arm, arms_from).items() if name not in ways}
     for label, context in tqdm(ways.items(), desc="columns", delay=2, leave=False):
         with context():
             page.draw(label)
     if sheet.base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
         page.columns["true drawing"] = [drawing] * sheet.rows
-    about = {"gates": mixture.config.to_dict(), "bind": bind, "unbound": unbound, "arm": arm}
+    about = {"gates": mixture.config.to_dict(), "bind": bind, "unbound": unbound, "alone": alone, "arm": arm}
     facts = page.save(path, experts=list(hashes), sha256=hashes, strengths=strengths, **about)
     return Result(facts, f"{prompt}: {path}")
 

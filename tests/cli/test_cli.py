@@ -87,7 +87,8 @@ def test_compose_on_the_embedded_world(tmp_path, capsys):
     assert facts["experts"] == ["sunflower", "doughnut"]  # as the prompt names them
     assert facts["gates"]["family"] == "sum"  # gates are a column that one asks for
     with Image.open(out) as image:
-        assert image.width > 5 * 128
+        assert json.loads(image.text[infotext.SHEET])["columns"] == ["sum", "bound", "tiles", "true drawing"]
+        assert image.width > 4 * 128
 
 
 def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, capsys):
@@ -269,9 +270,15 @@ def test_compose_draws_composers_of_the_evaluation(loras, base, tmp_path, capsys
     more = [word for name in ("mean", "np", "sum") for word in ("--arm", name)]
     assert main([*compose, *more, "--out", str(tmp_path / "more.png")]) == 0
     plain, found = sheets
-    assert list(found) == [*plain, "mean", "np"]
+    assert list(found) == [*plain, "mean", "np"] == ["sum", "bound", "mean", "np"]
     assert found["sum"] == plain["sum"]
-    assert len({image.tobytes() for (image,) in map(found.get, ("sum", "mean", "np", "base"))}) == 4
+    assert main([*compose, "--alone", "--arm", "base", "--out", str(tmp_path / "alone.png")]) == 0
+    alone = sheets.pop()
+    assert list(alone) == ["base", "alone fox", "alone ink", *plain]
+    assert alone["sum"] == plain["sum"]
+    assert main([*compose, "--arm", "base", "--out", str(tmp_path / "base.png")]) == 0
+    assert sheets.pop()["base"] == alone["base"]
+    assert len({image.tobytes() for (image,) in map((found | alone).get, ("sum", "mean", "np", "base"))}) == 4
     halved = [*compose[:-1], f"ink={loras['ink']}:0.25"]
     assert main([*halved, "--arm", "mean", "--out", str(tmp_path / "less.png")]) == 0
     assert sheets[-1]["mean"] != found["mean"]

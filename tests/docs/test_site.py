@@ -43,4 +43,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert mole.attach.__doc__.split(",")[0] in page
     assert (ROOT / "docs" / "world.md").read_text().count("](../demos/") > 0
     assert 'href="../demos/' not in (tmp_path / "world" / "index.html").read_text()
-    assert '<a class="wide" href="grid.png"><img' in (tmp_path / "index.html").read_text()
+    assert '<a class="other" href="grid.png"><img' in (tmp_path / "index.html").read_text()
+    assert '<a class="wide" href="../tutorial_sum.png"><img' in (tmp_path / "tutorial" / "index.html").read_text()
