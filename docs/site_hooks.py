@@ -1,14 +1,17 @@
-"""On the site, links out of docs/ lead to the repository; in the repository they are relative. Pictures open whole."""
+"""On the site, links out of docs/ lead to the repository; in the repository they are relative. Pictures open whole, and the
+lists of the reference are whole docstrings."""
 
 import re
 from pathlib import Path
 from typing import Any
 
+from make_reference import with_docstrings
 from PIL import Image
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """A page's text with the links that leave docs/ made whole."""
+    """A page's text with its lists of docstrings, and with the links that leave docs/ made whole."""
+    markdown = with_docstrings(markdown)
     out = "../" * (1 + page.file.src_uri.count("/"))
     return re.sub(rf"\]\({re.escape(out)}(?!\.)", f"]({config.repo_url}/blob/main/", markdown)
 
