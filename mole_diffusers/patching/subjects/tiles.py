@@ -33,6 +33,8 @@ from mole_diffusers.patching.subjects.sampler_steps import SamplerSteps
 from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces
 from mole_diffusers.patching.subjects.windows import STEADY, Window, silhouette
 
+CHANGED = "the prompt's states were changed between two steps, and tiles have prompts of their own"
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -87,6 +89,11 @@ class Tiles:
         self._turns = cycle((False, True) if guides_in_turns(call.given) else (False,))  # whether a call is of the negatives
         self._kept = {False: KeptInputs(), True: KeptInputs()}  # of the prompts' calls, and of those of the negatives
         self._in_front: torch.Tensor | None = None  # [P, h, w], the silhouette of the thing in front, over the steps
+        self._text, self._prompt = (
+            LastTensor(),
+            torch.empty(0),
+        )  # of the last call, and the prompt's states [S, C] of the first
+        self._is_changed = False  # whether the last call had other ones
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
@@ -102,12 +109,27 @@ class Tiles:
         times = self.call.pipe.scheduler.timesteps
         step = self._steps.begun(times, self.reader.timestep((), call), lambda: float(self.reader.time((), call)[0]))
         part = part_of_step(step, len(times), self.call.tiling, plan.since)
-        is_layout = part == "layout"
-        if part == "whole" or (is_layout and plan.layout is None):
+        is_layout, is_changed = part == "layout", self._has_changed(call, is_negative=is_negative)
+        is_whole = part == "whole" or (is_layout and plan.layout is None)
+        if is_changed and not is_whole:
+            if self.call.tiling.always:
+                raise ValueError(CHANGED)
+            warnings.warn(f"{CHANGED}: the other steps draw one picture", PictureWarning, stacklevel=2)
+        if is_whole or is_changed:
             self._in_front = None
             return whole(*args, **kwargs)
         out = self._parts(plan, whole, call, is_layout=is_layout, is_negative=is_negative)
         return self.call.cropping.output(sample=out) if call.get("return_dict", True) else (out,)
+
+    def _has_changed(self, call: Call, *, is_negative: bool) -> bool:
+        """Whether the prompt's states are not those of the first call: tiles were made of these."""
+        text = self.reader.text((), call)
+        if not is_negative and not self._text.is_again(text):
+            prompt = text[0 if self.reader.record.pipelines.prompts_first else -1]
+            if not len(self._prompt):
+                self._prompt = prompt
+            self._is_changed = not torch.equal(prompt, self._prompt)
+        return self._is_changed
 
     def _plan(self, call: Call) -> Plan | None:
         """How a call is drawn in tiles; None if it draws the picture as one."""

@@ -185,6 +185,33 @@ def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, mon
     assert (changed - x).abs().max() > 1e-3
 
 
+def test_a_callback_that_changes_the_prompt_ends_the_tiles(pipe, experts):
+    """Another negative prompt acts in them."""
+    pipe.unet.register_to_config(sample_size=8)
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    other, negative = pipe.encode_prompt("a hen+a fox", "cpu", 1, True, "an owl")
+
+    def drawn(texts, after=5):
+        def change(pipe, step, timestep, kwargs):
+            return {"prompt_embeds": texts(*kwargs["prompt_embeds"].chunk(2))} if step == after else {}
+
+        inputs = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        return latent(pipe, steps=10, callback_on_step_end=change, **inputs)
+
+    def changed(empty, prompt):
+        return torch.cat([empty, other])
+
+    with pytest.warns(PictureWarning, match="states were changed between two steps"):
+        found = drawn(changed)
+    with tiled(pipe, until=0.6, since=0.4):
+        assert torch.equal(drawn(changed), found)
+    with mixture.tiled(), pytest.raises(ValueError, match="tiles have prompts of their own"):
+        drawn(changed)
+    assert not torch.equal(drawn(lambda empty, prompt: torch.cat([empty, prompt])), found)
+    early, late = (drawn(lambda empty, prompt: torch.cat([negative, prompt]), after) for after in (5, 7))
+    assert not torch.equal(early, late)
+
+
 def test_tiles_give_way_to_the_bound_picture(pipe, experts):
     """A layout of the whole may come before them; with no steps in tiles the picture is the bound one, bit for bit."""
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
