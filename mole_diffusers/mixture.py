@@ -410,7 +410,7 @@ class Mixture:
         must be drawn in tiles also raises it for other transformers, for anything but one prompt, for more than eight
         things, for a video, a ControlNet, a prompt of several chunks, or a region of an expert that is not a thing. So do
         regions that leave a thing no place, SDXL's refiner, `prompt_2`, sizes such as `original_size`, pictures given to
-        Flux Kontext, and a denoiser's cache.
+        Flux Kontext, a denoiser's cache, and a callback that changes the states of the prompt.
         """
         are_numbers = all(isinstance(share, int | float) for share in (until, since or 0))
         if not are_numbers or (until != 0 and not 0 <= (since or 0) < until <= 1):

@@ -89,11 +89,9 @@ class Tiles:
         self._turns = cycle((False, True) if guides_in_turns(call.given) else (False,))  # whether a call is of the negatives
         self._kept = {False: KeptInputs(), True: KeptInputs()}  # of the prompts' calls, and of those of the negatives
         self._in_front: torch.Tensor | None = None  # [P, h, w], the silhouette of the thing in front, over the steps
-        self._text, self._prompt = (
-            LastTensor(),
-            torch.empty(0),
-        )  # of the last call, and the prompt's states [S, C] of the first
-        self._is_changed = False  # whether the last call had other ones
+        self._text = LastTensor()  # of the last call
+        self._prompt = torch.empty(0)  # the first call's prompt, [S, C]
+        self._is_changed = False  # whether the last call had another one
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
