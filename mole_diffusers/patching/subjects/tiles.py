@@ -64,6 +64,15 @@ class KeptInputs:
 
     text: LastTensor = field(default_factory=LastTensor)
     inputs: dict[bool, TileInputs] = field(default_factory=dict)  # of the tiles, and under True of the layout
+    first: torch.Tensor | None = None  # [S, C], the states of a prompt in the first text
+    is_as_first: bool = True  # whether the last text has the same
+
+    def read(self, text: torch.Tensor, row: int) -> None:
+        """Forget what was made of another text. A prompt is in this row of all."""
+        if not self.text.is_again(text):
+            self.inputs.clear()
+            self.first = text[row] if self.first is None else self.first
+            self.is_as_first = torch.equal(text[row], self.first)
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,6 @@ class Tiles:
         self._turns = cycle((False, True) if guides_in_turns(call.given) else (False,))  # whether a call is of the negatives
         self._kept = {False: KeptInputs(), True: KeptInputs()}  # of the prompts' calls, and of those of the negatives
         self._in_front: torch.Tensor | None = None  # [P, h, w], the silhouette of the thing in front, over the steps
-        self._text = LastTensor()  # of the last call
-        self._prompt = torch.empty(0)  # the first call's prompt, [S, C]
-        self._is_changed = False  # whether the last call had another one
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
@@ -107,7 +113,8 @@ class Tiles:
         times = self.call.pipe.scheduler.timesteps
         step = self._steps.begun(times, self.reader.timestep((), call), lambda: float(self.reader.time((), call)[0]))
         part = part_of_step(step, len(times), self.call.tiling, plan.since)
-        is_layout, is_changed = part == "layout", self._has_changed(call, is_negative=is_negative)
+        self._kept[is_negative].read(self.reader.text((), call), 0 if self.reader.record.pipelines.prompts_first else -1)
+        is_layout, is_changed = part == "layout", not self._kept[False].is_as_first
         is_whole = part == "whole" or (is_layout and plan.layout is None)
         if is_changed and not is_whole:
             if self.call.tiling.always:
@@ -118,16 +125,6 @@ class Tiles:
             return whole(*args, **kwargs)
         out = self._parts(plan, whole, call, is_layout=is_layout, is_negative=is_negative)
         return self.call.cropping.output(sample=out) if call.get("return_dict", True) else (out,)
-
-    def _has_changed(self, call: Call, *, is_negative: bool) -> bool:
-        """Whether the prompt's states are not those of the first call: tiles were made of these."""
-        text = self.reader.text((), call)
-        if not is_negative and not self._text.is_again(text):
-            prompt = text[0 if self.reader.record.pipelines.prompts_first else -1]
-            if not len(self._prompt):
-                self._prompt = prompt
-            self._is_changed = not torch.equal(prompt, self._prompt)
-        return self._is_changed
 
     def _plan(self, call: Call) -> Plan | None:
         """How a call is drawn in tiles; None if it draws the picture as one."""
@@ -195,8 +192,6 @@ class Tiles:
         tiles = [plan.layout] if is_layout and plan.layout else plan.tiles
         latents, text = self.reader.latents((), call), self.reader.text((), call)
         kept = self._kept[is_negative]
-        if not kept.text.is_again(text):
-            kept.inputs.clear()
         if is_layout not in kept.inputs or kept.inputs[is_layout].shares.shape[1:] != plan.side:
             groups = (False,) if is_negative else groups_of(self.call.pipe, text, latents) or (True,)
             divided = None if is_layout else plan.border
