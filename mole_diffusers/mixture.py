@@ -247,7 +247,7 @@ class Mixture:
                 raise ValueError("this mixture is already folded into the pipeline's weights, by an outer `collapsed` block")
             if self.parts.installation.embeddings:
                 warnings.warn("folded experts are without the words that their files trained embeddings of", stacklevel=3)
-            layers, _ = self._one_lora(prompt, call)
+            layers, _ = self._one_lora(prompt, call, stacklevel=4)
             folded = self.parts.settings.folded.to(True)
             with self.parts.changed_while(folded), self.lifted(), folding.folded(self.parts.components, layers):
                 yield
@@ -280,7 +280,7 @@ class Mixture:
 
         Raises ValueError for gates that depend on the picture, without a prompt or on a mixture that is not attached.
         """
-        (layers, acting), error = self._one_lora(prompt, call), 0.0
+        (layers, acting), error = self._one_lora(prompt, call, stacklevel=3), 0.0
         if rank is not None:
             layers, error = folding.truncated(layers, rank)
         about = {"mole.experts": ", ".join(self.experts), "mole.relative_error": f"{error:.3g}"}
@@ -290,10 +290,12 @@ class Mixture:
         write_lora(layers, path, format=format, dtype=dtype, metadata=about, embeddings=trained)
         return error
 
-    def _one_lora(self, prompt: str | Sequence[str] | None, call: dict[str, Any]) -> tuple[folding.Folded, set[int]]:
+    def _one_lora(
+        self, prompt: str | Sequence[str] | None, call: dict[str, Any], *, stacklevel: int
+    ) -> tuple[folding.Folded, set[int]]:
         averages = folding.Averages()
         if self.parts.is_bound:
-            warnings.warn(FOLDED, stacklevel=4)
+            warnings.warn(FOLDED, stacklevel=stacklevel)
         heard = self.parts.shared.listeners.decisions
         changes: list[Change[Any]] = [self.parts.settings.tiling.to(Tiling(0)), heard.to((*heard.now, averages))]
         if prompt is None:

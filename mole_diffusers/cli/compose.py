@@ -90,7 +90,7 @@ def compose(
     mixture = attach(page.pipe, experts, gates, binding=binding)
     texts = plain_texts(page.pipe, **page.recipe.call)
     has_tiles = texts is not None and mixture.parts.draws_in_tiles(texts | page.call)
-    tiles = tiled_prompt(page.pipe, page.recipe.text) if has_tiles else None
+    tiles = tiled_prompt(page.pipe, **page.recipe.call) if has_tiles else None
     hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
     strengths = {name: strength for name, (_, strength) in mixture.parts.weighed().items()}
     ways = columns(mixture, tiles)

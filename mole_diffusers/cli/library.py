@@ -102,7 +102,7 @@ def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, sear
     asked: dict[str, Any] = {"mode": mode, "k": search.k, "threshold": search.threshold, "gates": gates}
     with composed(library, page.pipe, plain_text(prompt), **asked) as composition:
         mixture = composition.mixture
-        tiles = tiled_prompt(page.pipe, page.recipe.text, prompt_2=page.recipe.prompt_2)
+        tiles = tiled_prompt(page.pipe, **page.recipe.call)
         with nullcontext() if mixture is None else mixture.tiled(always=False, **tiles):
             page.draw(f"found ({mode})")
     page.draw("base")

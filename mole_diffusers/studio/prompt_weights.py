@@ -117,10 +117,12 @@ def _states(pipe: Any, chunks: Mapping[str, list[Chunk]], guided: bool) -> dict[
 
 
 def plain_texts(pipe: Any, prompt: str, negative: str = "", **how: Any) -> dict[str, str] | None:
-    """The words of the prompts that a call reads, or None if one is too long for one chunk. Takes the arguments of
-    `call_arguments`."""
+    """The words of the prompts that a call reads, or None if one that is no negative prompt is too long for one chunk.
+    Takes the arguments of `call_arguments`."""
     chunks = _chunks_asked(pipe, prompt, negative, **how)
-    return {name: each[0].text for name, each in chunks.items()} if all(len(e) == 1 for e in chunks.values()) else None
+    if any(len(each) > 1 for name, each in chunks.items() if not name.startswith("negative")):
+        return None
+    return {name: " ".join(chunk.text for chunk in each) for name, each in chunks.items()}
 
 
 def texts_read(pipe: Any, prompt: str, prompt_2: str = "") -> list[str]:
@@ -154,15 +156,17 @@ def _chunks_asked(
     return {name: chunks_of(pipe, text) for name, text in asked.items()}
 
 
-def tiled_prompt(pipe: Any, prompt: str, *, prompt_2: str = "") -> dict[str, Any]:
+def tiled_prompt(pipe: Any, prompt: str, negative: str = "", **how: Any) -> dict[str, Any]:
     """The arguments of `Mixture.tiled` for a prompt with weights: its words, and a function that encodes a part of them
-    with their weights.
+    with their weights. Takes the arguments of `call_arguments`.
 
-    Args:
-        prompt_2: the second prompt of the same call. If the pipeline reads it, the result is {}: tiles would ignore it.
+    A part is followed by empty chunks where the prompt is, beside a longer negative one. If the pipeline reads a second
+    prompt, the result is {}: tiles would ignore it.
     """
-    if prompt_2 and "prompt_2" in prompts_read(pipe):
+    asked = _chunks_asked(pipe, prompt, negative, **how)
+    if "prompt_2" in asked:
         return {}
+    empty = max(map(len, asked.values())) - 1 if len(asked["prompt"]) == 1 else 0
     chunks = [chunk for chunk in parse_weights(prompt) if chunk.text]
     text = " ".join(chunk.text for chunk in chunks)
     of_text = [weight for chunk in chunks for weight in (*chunk.weights, 1.0)]
@@ -170,7 +174,7 @@ def tiled_prompt(pipe: Any, prompt: str, *, prompt_2: str = "") -> dict[str, Any
     @torch.no_grad()
     def encode(part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
         chunk = Chunk(part.text, tuple(of_text[i] for i in part.source))
-        states = _states(pipe, {"prompt": [chunk]}, guided=False)
+        states = _states(pipe, {"prompt": [chunk, *[NOTHING] * empty]}, guided=False)
         return states["prompt_embeds"], states.get("pooled_prompt_embeds")
 
     return {"prompt": text, "encode": encode}

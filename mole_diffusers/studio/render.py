@@ -367,7 +367,7 @@ class Studio:
                 if acting is None and (binding := recipe.binding_of_pass(over=bool(over))) == BOUND:
                     stack.enter_context(mixture.tiled(0))
                 elif acting is None and binding != "none":
-                    tiles = tiled_prompt(pipe, recipe.text, prompt_2=recipe.prompt_2)
+                    tiles = tiled_prompt(pipe, **recipe.call)
                     if binding == TILES and not tiles:
                         raise ValueError(ONE_PROMPT.format("prompt_2"))
                     stack.enter_context(mixture.tiled(always=binding == TILES, **tiles))

@@ -147,6 +147,21 @@ def test_a_part_of_a_prompt_is_encoded_with_the_weights_that_it_has_there(host, 
         assert pooled is None or torch.equal(pooled, wanted["pooled_prompt_embeds"])
 
 
+@pytest.mark.parametrize("host", ["sd15", *thorough("sdxl")])
+def test_a_part_is_as_long_as_the_prompt_beside_a_long_negative_one(host):
+    pipe, _ = hosts.HOSTS[host]()
+    negative = "ink, " * 40
+    tiles = tiled_prompt(pipe, "a fox and a (cat:1.3)", negative)
+    part = parse(tiles["prompt"], [["fox"], ["cat"]]).parts[1]
+    wanted = call_arguments(pipe, "a (cat:1.3)", negative)
+    assert wanted["prompt_embeds"].shape[1] > call_arguments(pipe, "a (cat:1.3)")["prompt_embeds"].shape[1]
+    states, pooled = tiles["encode"](part)
+    assert torch.equal(states, wanted["prompt_embeds"])
+    assert pooled is None or torch.equal(pooled, wanted["pooled_prompt_embeds"])
+    unguided = tiled_prompt(pipe, "a fox and a (cat:1.3)", negative, guided=False)["encode"](part)[0]
+    assert torch.equal(unguided, call_arguments(pipe, "a (cat:1.3)", negative, guided=False)["prompt_embeds"])
+
+
 def test_tiles_are_not_given_a_prompt_that_they_would_not_read_whole():
     pipe, _ = hosts.HOSTS["sdxl"]()
     assert tiled_prompt(pipe, "a (fox)", prompt_2="a hat") == {}

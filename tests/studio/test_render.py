@@ -182,6 +182,9 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo, roo
     assert studio.notes(automatic, automatic) == []
     assert far(studio.draw(automatic), wanted) <= 1
     assert far(studio.draw(plain), studio.draw(bound)) <= 1
+    in_tiles, as_one = (dataclasses.replace(r, negative="an ink hat, " * 40) for r in (automatic, plain))
+    assert studio.draws_in_tiles(in_tiles)
+    assert far(studio.draw(in_tiles), studio.draw(as_one)) > 1
     assert not studio.notes(recipe, recipe)
     over = with_pictures(recipe, photo)
     assert "tiles are drawn from noise" in " ".join(studio.notes(over, over, photo))
