@@ -12,7 +12,7 @@ def test_the_table_of_hosts_names_every_host():
     table = (
         (DOCS / "hosts.md")
         .read_text()
-        .partition("| model | with a drop-in | without |\n|---|---|---|\n")[2]
+        .partition("| model | tested with a drop-in | tested without |\n|---|---|---|\n")[2]
         .partition("\n\n")[0]
     )
     cells = [cell for row in table.splitlines() for cell in row.strip("| ").split("|")[1:] if cell.strip()]
