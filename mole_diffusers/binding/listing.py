@@ -5,6 +5,7 @@ Neighbouring segments of a sentence make a list if each clearly names a thing. W
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,12 @@ NOTHING_LISTED = "the prompt lists it beside no other LoRA's thing"
 UNCLEAR = "the prompt does not say clearly who stands beside whom"
 TOO_MANY = "the prompt lists more things than can have places"
 TWO_LISTS = "the prompt has several lists"
+FRAMED = re.compile(  # "Four panels. A fox and an owl"
+    rf"(?<!\S)(?:{known.one_of(known.FRAMES)}|(?:seamless|repeating) patterns?|before and after"
+    r"|(?:double|triple|multiple) exposures?"
+    r"|(?:multiple|several|many|various) (?:views|angles|images|photos|pictures|expressions|poses)"
+    r"|(?:comic|film|photo) strip|(\d) x \1 grid)(?!\S)"
+)
 Verdict = Literal["item", "part", "begin", "end", "unclear"]
 Rows = tuple[tuple[Verdict, Any], ...]  # the first row that holds decides; its example is for LoRAs of fox, owl and woman
 NEAR = known.PREPOSITIONS - known.HAVING
@@ -42,7 +49,7 @@ class Listing:
 
 def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int] = ()) -> Listing:
     """The list of a text's things. Experts in `placeless` act in the whole picture, so their words name no thing."""
-    is_framed = not known.FRAMES.isdisjoint(tokens.words)  # "Four panels. A fox and an owl"
+    is_framed = FRAMED.search(" ".join(tokens.words)) is not None
     sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), UNCLEAR if is_framed else NOTHING_LISTED
     found, tags = list[Found](), list[Found]()
     sided = list[Segment]()  # "On the left, a fox. An owl is on the right." has two
@@ -55,7 +62,7 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
     for begin, end, named in sentences(tokens, placed):
         marks = marked(tokens, begin, end, named)
         sides += [tokens.span(mark.begin, mark.end) for mark in marks if mark.kind == SIDE]
-        touches += touching(tokens, marks)
+        touches += () if is_framed or not known.IN_FRAMES.isdisjoint(tokens.words[begin:end]) else touching(tokens, marks)
         segments = segments_of(marks)
         for segment in segments:
             styles += segment.styles

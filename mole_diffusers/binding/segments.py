@@ -154,7 +154,7 @@ def _add(now: Segment, marks: Sequence[Mark], n: int) -> None:
     now.stop = mark.end
     if now.said.marker or now.is_said:
         _add_to_what_is_said(now, mark, marks[n - 1])
-    elif (mark.kind == MARKER and not _is_adjective(now, marks, n)) or _is_plural_verb(now, marks, n):
+    elif _ends_noun_phrase(now, marks, n):
         _end_noun_phrase(now, mark)
     elif now.noun.is_of:
         now.noun.end = mark.end
@@ -186,11 +186,23 @@ def _add_to_noun_phrase(now: Segment, mark: Mark, before: Mark | None) -> None:
         now.noun.words.append(mark.word)
 
 
+def _ends_noun_phrase(now: Segment, marks: Sequence[Mark], n: int) -> bool:
+    is_marker = marks[n].kind == MARKER and not _is_adjective(now, marks, n)
+    return is_marker or _is_plural_verb(now, marks, n) or _is_participle(now, marks, n)
+
+
 def _is_plural_verb(now: Segment, marks: Sequence[Mark], n: int) -> bool:
     """Whether a word says what all things of a list do: "a fox and an owl play chess", but not "fox and owl show poster"."""
     if now.joint != "and" or marks[n].kind != WORD or marks[n - 1].kind != NAME or f"{marks[n].word}s" not in known.VERBS:
         return False
     return now.noun.is_determined or now.is_person or n + 1 == len(marks) or marks[n + 1].kind not in (WORD, NAME)
+
+
+def _is_participle(now: Segment, marks: Sequence[Mark], n: int) -> bool:
+    """Whether a word after the name of a thing says what is done to it: "an owl painted on a wall", but not "owl-headed"."""
+    if marks[n].kind != WORD or now.noun.name is None or not known.is_participle(marks[n].word):
+        return False
+    return n + 1 == len(marks) or marks[n + 1].kind not in (WORD, NAME, POSSESSIVE)
 
 
 def _is_adjective(now: Segment, marks: Sequence[Mark], n: int) -> bool:
@@ -247,7 +259,9 @@ def _add_to_what_is_said(now: Segment, mark: Mark, before: Mark) -> None:
         elif mark.word in known.CLAUSES - known.RELATIVES:  # "where clocks and watches melt"
             now.said.marker, now.said.has_object, now.said.object_is_determined = mark.word, False, False
         elif not now.said.has_object and (
-            now.said.marker in known.IS or (now.said.marker in known.POSTURES and mark.word in known.HAVING)
+            now.said.marker in known.IS
+            or known.is_participle(now.said.marker)
+            or (now.said.marker in known.POSTURES and mark.word in known.HAVING)
         ):
             now.said.marker = mark.word  # "standing in a suit"
 

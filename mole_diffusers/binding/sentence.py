@@ -15,7 +15,7 @@ from mole_diffusers.binding.finding import Match, Phrases, Span, Tokens, by_expe
 from mole_diffusers.binding.listing import Listing, listing
 from mole_diffusers.binding.marking import DETERMINER, WORD, kind
 from mole_diffusers.binding.segments import Segment
-from mole_diffusers.binding.together import why_together
+from mole_diffusers.binding.together import why_not_apart, why_together
 
 OPENING, CLOSING = "([{", ")]}"
 WEIGHT = re.compile(r"\s*:\s*[\d.]+\s*")
@@ -60,6 +60,7 @@ class Contact:
     things: tuple[Mention, Mention]
     relation: str  # what the first does, a key of `contact.FRONT`, whatever words the prompt has for it
     parts: tuple[Part, Part]  # the prompt of each alone, without what the two do
+    why_not_apart: str = ""  # "" if they may be drawn apart
 
     @property
     def front(self) -> int:
@@ -126,7 +127,7 @@ def parse(text: str, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Senten
     own = [_with_brackets(text, *span) for span in own]
     hidden = [*tags, *(_with_comma(text, *span) for span in listed.sides)]
     parts = tuple(_part(text, own[0][0], span, own[-1][1], hidden) for span in own)
-    contacts = (*_touching(tokens, listed, words, tags), *_of_both(tokens, listed, things, own, hidden))
+    contacts = (*_touching(tokens, listed, phrases, words, tags), *_of_both(tokens, listed, phrases, things, own, hidden))
     why = f"the prompt has {contacts[0]}" if contacts and not listed.items else listed.why
     placed = {k for thing in things for k in thing.experts}
     for k in given:
@@ -232,7 +233,11 @@ def _noun(tokens: Tokens, item: Segment) -> Mention:
 
 
 def _touching(
-    tokens: Tokens, listed: Listing, words: Sequence[Mapping[Span, int]], hidden: Sequence[Span]
+    tokens: Tokens,
+    listed: Listing,
+    phrases: Sequence[Sequence[str]],
+    words: Sequence[Mapping[Span, int]],
+    hidden: Sequence[Span],
 ) -> Iterator[Contact]:
     """The pairs with words between them that say so."""
     for touch in listed.touches:
@@ -241,11 +246,18 @@ def _touching(
         own = [_with_brackets(tokens.text, *tokens.span(*phrase)) for phrase in touch.phrases]
         begin, end = min(own)[0], max(own)[1]
         first, second = (_part(tokens.text, begin, span, end, hidden) for span in own)
-        yield Contact((things[0], things[1]), touch.relation, (first, second))
+        nouns = [(begin, match) for (begin, _), match in zip(touch.phrases, touch.matches, strict=True)]
+        why = why_not_apart(tokens, [(begin, end)], nouns, phrases)
+        yield Contact((things[0], things[1]), touch.relation, (first, second), why)
 
 
 def _of_both(
-    tokens: Tokens, listed: Listing, things: Sequence[Mention], own: Sequence[Span], hidden: Sequence[Span]
+    tokens: Tokens,
+    listed: Listing,
+    phrases: Sequence[Sequence[str]],
+    things: Sequence[Mention],
+    own: Sequence[Span],
+    hidden: Sequence[Span],
 ) -> Iterator[Contact]:
     """A list of two of whom it is said together: "a fox and an owl hugging"."""
     if len(things) != 2 or not all(thing.experts for thing in things):
@@ -259,7 +271,9 @@ def _of_both(
         return
     without = [*hidden, _with_comma(tokens.text, *tokens.span(begin, end))]
     first, second = (_part(tokens.text, own[0][0], span, own[1][1], without) for span in own)
-    yield Contact((things[0], things[1]), "hugging", (first, second))
+    nouns = [(item.noun.begin, item.noun.name) for item in listed.items if item.noun.name is not None]
+    why = why_not_apart(tokens, [*own, without[-1]], nouns, phrases)
+    yield Contact((things[0], things[1]), "hugging", (first, second), why)
 
 
 # ---- prompts of single things

@@ -28,6 +28,13 @@ def is_look(words: Sequence[str]) -> bool:
     return bool(words) and words[-1] in GARMENTS and (GARMENTS | QUALITIES | SETTINGS).issuperset(words)
 
 
+def is_participle(word: str) -> bool:
+    """Whether it says what was done to a thing, or what it does: "painted", "high-fiving"."""
+    if word.endswith("ed"):
+        return len(word) > 4 and word not in NO_PARTICIPLES
+    return word in IRREGULAR or ("-" in word and word.endswith("ing"))
+
+
 def _plural(*texts: str) -> frozenset[str]:
     found = words(*texts)
     return found | {f"{word}s" for word in found} | {f"{word}es" for word in found if word.endswith(("s", "x", "ch", "sh"))}
@@ -93,6 +100,9 @@ NO_VERBS = _plural(  # these end like verbs, and are nouns
     "rendering etching engraving icing living"
 ) | words("during something nothing anything everything darling charming amazing stunning interesting beijing")  # fmt: skip
 
+IRREGULAR = words("seen shown drawn lit caught hidden frozen woven bound torn split built taken")  # participles
+NO_PARTICIPLES = HAVING | words("breed steed speed hundred tweed")
+
 MEDIA = _plural(
     "drawing painting photo photograph picture image illustration sketch render rendering portrait poster sticker",
     "icon print comic cartoon artwork art style view shot close-up closeup scene screenshot snapshot selfie",
@@ -101,6 +111,10 @@ MEDIA = _plural(
     "doodle banner billboard flyer filter effect logo polaroid acrylic gouache charcoal pastel oil crayon",
     "macro cutout papercraft linocut woodcut lithograph"
 )  # fmt: skip
+PICTURES = words(  # those of MEDIA that hang on a wall or stand on a page, so that there may be one of them in the picture
+    "drawing painting photo photograph picture image illustration sketch portrait poster sticker print comic cover",
+    "screenshot snapshot selfie mural graffiti mosaic fresco tapestry postcard billboard banner flyer doodle polaroid",
+)
 GATHERINGS = words("group pair couple duo trio team band set pack")
 INTRODUCING = words("of with featuring showing depicting containing including starring portraying about shows features")
 SETTINGS = _plural(
@@ -143,9 +157,22 @@ COUNTED = words(
     "people persons men women girls boys ladies guys kids children friends characters humans males females others",
     "adults subjects figures brothers sisters twins lovers heroes"
 )  # fmt: skip
+JOINT = _verbs(  # what several do, are to one another, or have once
+    "talk chat argue converse whisper compete spar duel battle debate quarrel bicker clink toast trade switch swap meet",
+    "flirt",
+) | words(
+    "duel battle debate conversation argument showdown standoff faceoff reunion duet piggyback lap lineup",
+    "enemies rivals married romantic romance yuri yaoi hetero versus vs matching identical opposite separate separated",
+    "between respectively latter former difference interlocked intertwined surrounded framed dinner lunch breakfast",
+    "brunch picnic tv television selfie chess poker checkers",
+    "tennis football soccer basketball volleyball badminton hockey",
+    "mahjong billiards frisbee mirrored intimate expressions solo carry grab docking kabedon sandwiched persona inset"
+)  # fmt: skip
+COMPARED = words("bigger smaller larger taller shorter older younger")
+LARGE, SMALL = words("giant gigantic huge enormous colossal towering massive"), words("tiny miniature mini small little")
 HELD_THINGS = words("sword shield staff wand bow spear axe dagger gun rifle bag handbag umbrella lantern torch")
 ONE_OBJECT = words(  # what two share, or that shows both: then there is one of it
-    "bench couch sofa bed table bathtub hammock boat car umbrella blanket cake statue sculpture shirt"
+    "bench couch sofa bed table bathtub hammock boat car umbrella blanket cake statue sculpture shirt latte"
 )
 NOT = words("no not without except minus half")
 WRITTEN = words("name names word words text title titled caption headline says saying labeled labelled spelling")
@@ -154,7 +181,7 @@ LIKE = words("shaped themed inspired coloured colored print printed patterned mo
 ONE = words("he she him his her himself herself hers")  # said of one of several
 FRAMES = words("panels koma storyboard collage polaroids diptych triptych")  # a picture of several pictures
 IN_FRAMES = words(
-    "panel sheet turnaround fusion hybrid merged fused blended morphed"
+    "panel sheet turnaround fusion hybrid merged fused blended morphed morph"
 )  # one thing in several, or several in one
 GROUPS = words(
     "share sharing couple duo trio group pair crowd twins both together them they their theirs themselves",

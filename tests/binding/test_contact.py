@@ -99,3 +99,40 @@ def test_an_explanation_names_the_contact():
     said = "'fox' holding 'owl', with 'owl' in front"
     assert {role.why for role in found.experts.values()} == {f"the prompt has {said}"}
     assert str(found).splitlines()[-2:] == [f"no tiles: the prompt has {said}", f"contact: {said}"]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "2girls, a fox hugging an owl, park",  # each would be drawn as two girls
+        "1girl, 1boy, fox kissing owl",
+        "a couple, a fox kissing an owl, wedding photo",
+        "photos of a fox hugging an owl",
+        "a fox hugging an owl, both smiling",
+        "split screen, a fox hugging an owl",
+        "a fox hugging an owl on a sofa",
+        "a photo of a painting of a fox hugging an owl",
+        "a fox and an owl hugging, twins",
+        "foxes riding owls",
+        "a fox carried by three owls",
+        "a tiny fox riding a giant owl",
+    ],
+)
+def test_two_that_touch_are_one_picture_if_the_prompt_says_more_of_both(prompt):
+    (contact,) = parse(prompt, [[name] for name in NAMES]).contacts
+    assert contact.why_not_apart
+
+
+def test_two_that_touch_may_be_drawn_apart_whatever_is_said_of_one():
+    for prompt in (
+        "ink drawing of a fox in a painted hat hugging an owl in a garden at night",
+        "a giant fox riding an owl",
+        "a photo of a married fox hugging an owl",
+    ):
+        (contact,) = parse(prompt, [[name] for name in NAMES]).contacts
+        assert not contact.why_not_apart
+
+
+def test_panels_have_no_two_that_touch():
+    assert not contacts("comic panels, a fox hugging an owl")
+    assert not contacts("character sheet of a fox hugging an owl")

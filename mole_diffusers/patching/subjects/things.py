@@ -65,7 +65,7 @@ class PromptThings:
         self.contact, why = self._only_contact(on)
         of = self.contact or self.sentence
         self.apart = tuple(zip(of.things, of.parts, strict=False))
-        self.why_not_apart = "" if self.contact else why or self.sentence.why_no_tiles
+        self.why_not_apart = why or ("" if self.contact else self.sentence.why_no_tiles)
         placed = {k for thing, _ in self.apart for k in thing.experts}
         self.everywhere = [k for k, acts in enumerate(there) if acts and k not in placed]
         self.outside = [self.names[k] for k in self.everywhere if self.bound[k].given is not None]
@@ -73,7 +73,7 @@ class PromptThings:
     def _only_contact(self, on: Sequence[bool]) -> tuple[Contact | None, str]:
         """The contact of two things without a given region, if no words of others are in the prompt, but for styles.
 
-        Otherwise why its things have no prompts of their own, if that is why.
+        And why its things are not drawn apart, if what is said of them is why.
         """
         if len(self.sentence.contacts) != 1:
             return None, ""
@@ -82,8 +82,9 @@ class PromptThings:
         spoken = [k for k, acts in enumerate(on) if acts and self.sentence.words[k]]
         if any(self.is_given(thing) for thing in contact.things) or not set(spoken) <= own | self.sentence.styles:
             return None, ""
-        why = why_unparted(contact.parts, contact.things, [self.sentence.words[k] for k in spoken])
-        return (None, why) if why else (contact, "")
+        if why := why_unparted(contact.parts, contact.things, [self.sentence.words[k] for k in spoken]):
+            return None, why
+        return contact, contact.why_not_apart
 
     def is_given(self, thing: Mention) -> bool:
         """Whether the user gave a thing its region."""
