@@ -61,6 +61,8 @@ class Subject(NamedTuple):
 
 def touching(tokens: Tokens, marks: Sequence[Mark]) -> Iterator[Touch]:
     """The pairs of a sentence between whom words stand that say that they touch."""
+    if len({k for mark in marks if mark.match is not None for k in mark.match.experts}) < 2:
+        return
     subjects = [each for n, mark in enumerate(marks) if mark.match is not None and (each := _subject(marks, n, mark.match))]
     ends = {each.end for each in subjects}
     for first, second in zip(subjects, subjects[1:], strict=False):

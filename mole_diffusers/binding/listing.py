@@ -50,7 +50,7 @@ class Listing:
 def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int] = ()) -> Listing:
     """The list of a text's things. Experts in `placeless` act in the whole picture, so their words name no thing."""
     is_framed = FRAMED.search(" ".join(tokens.words)) is not None
-    sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), UNCLEAR if is_framed else NOTHING_LISTED
+    sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), NOTHING_LISTED
     found, tags = list[Found](), list[Found]()
     sided = list[Segment]()  # "On the left, a fox. An owl is on the right." has two
     quotes = dict(quoted(tokens.words))
@@ -62,28 +62,29 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
     for begin, end, named in sentences(tokens, placed):
         marks = marked(tokens, begin, end, named)
         sides += [tokens.span(mark.begin, mark.end) for mark in marks if mark.kind == SIDE]
-        touches += () if is_framed or not known.IN_FRAMES.isdisjoint(tokens.words[begin:end]) else touching(tokens, marks)
         segments = segments_of(marks)
-        for segment in segments:
-            styles += segment.styles
-            if segment.noun.name is not None and segment.is_scenery:
-                styles.append(segment.noun.name)
-        for run in _runs(segments) if sum(s.is_thing for s in segments) > 1 and not is_framed else ():
+        styles += (style for segment in segments for style in segment.all_styles)
+        if is_framed or not known.IN_FRAMES.isdisjoint(tokens.words[begin:end]):  # "a character sheet of a fox and an owl"
+            why = UNCLEAR
+            continue
+        touches += touching(tokens, marks)
+        for run in _runs(segments) if sum(s.is_thing for s in segments) > 1 else ():
             is_closed = any(item.joint in CLOSING for item in run[1:])
             items = _kept(run) if is_closed else _tags(run)
-            if items and (objection := _objection(items, run[: run.index(items[0])], tokens.words, begin, end)):
+            if items and (objection := _objection(items, run[: run.index(items[0])], tokens.words)):
                 why = objection
             elif items:
                 relations = list(dict.fromkeys([*_relations(items), *_side_relations(items)]))
                 (found if is_closed else tags).append((items, relations, segments))
         here = [s for s in segments if s.is_thing and s.side and not s.is_introduced]
-        if len(here) == 1 and not is_framed and (marks[0].kind == SIDE or here[0].said.marker not in known.HOLDING):
+        if len(here) == 1 and (marks[0].kind == SIDE or here[0].said.marker not in known.HOLDING):
             sided += here
     found = found or tags
     if not found and len({segment.side for segment in sided}) == len(_names(sided)) == len(sided) > 1:
         found = [(sided, list(_side_relations(sided)), sided)]
     items, relations, segments = max(found, key=lambda each: len(each[0]), default=([], [], []))
-    if any(not _names(each) <= _names(items) for each, *_ in found):
+    longest = _names(items)
+    if any(not _names(each) <= longest for each, *_ in found):
         items, relations, why = [], [], TWO_LISTS
     besides = _besides(tokens, items, segments) if items else ()
     return Listing(
@@ -241,14 +242,10 @@ def _tags(run: Sequence[Segment]) -> list[Segment]:
     return items if is_list and len(set(map(_name, (run[i] for i in things)))) == len(things) > 1 else []
 
 
-def _objection(items: Sequence[Segment], before: Sequence[Segment], words: Sequence[str], begin: int, end: int) -> str:
-    """Why items have no places, although they are listed; "" if they have. `words` are the text's, the sentence's from
-    `begin` to the one before `end`.
-    """
+def _objection(items: Sequence[Segment], before: Sequence[Segment], words: Sequence[str]) -> str:
+    """Why items have no places, although they are listed; "" if they have. `words` are the text's."""
     if len(items) > MOST_THINGS:
         return TOO_MANY
-    if not known.IN_FRAMES.isdisjoint(words[begin:end]):  # "a character sheet of a fox and an owl"
-        return UNCLEAR
     has = known.WEARING | known.HOLDING
     if any(item.noun.is_of and item.others for item in before):  # "a sheet of foxes, owls and women"
         return UNCLEAR

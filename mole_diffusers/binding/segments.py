@@ -90,6 +90,11 @@ class Segment:
         plain = self.noun.name is None and 0 < len(self.noun.words) <= 4 and not self.noun.is_of
         return plain and not (self.is_said or self.noun.is_mixed or self.is_scenery)
 
+    @property
+    def all_styles(self) -> list[Match]:
+        """What names a style, a medium or a setting in it."""
+        return [*self.styles, self.noun.name] if self.noun.name is not None and self.is_scenery else self.styles
+
     def absorb(self, part: Segment) -> None:
         """Make another segment a part of what is said of this one."""
         self.others += [*part.others, *([part.noun.name] if part.noun.name is not None and not part.is_scenery else [])]
