@@ -93,7 +93,7 @@ class Mixture:
         with self.parts.lock.held():
             strengths = self.parts.settings.strengths.now
             if value is not None:
-                self.parts.installation.check_in_use()
+                self.parts.check_can_change()
                 strengths[index] = finite(name, value)  # in this list, so that a block of `strengths` knows it from `choose`
                 self.parts.shared.set(self.parts.settings.strengths, strengths)
             return strengths[index]
@@ -123,7 +123,8 @@ class Mixture:
     def fixed(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
         """Replace every gate by these weights inside the block.
 
-        Experts that are not named get 0. Strengths and `only` have no effect inside the block.
+        Experts that are not named get 0. Strengths, `only` and the binding have no effect inside the block: weights hold on
+        every word and in the whole picture. A region warns of that.
         """
         values = [0.0] * len(self.experts)
         for name, weight in weights.items():
@@ -227,9 +228,9 @@ class Mixture:
     def collapsed(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Iterator[None]:
         """Fold the gates' average weights into the pipeline's own weights: no cost per step, undone bit for bit.
 
-        While the block runs, the pipeline carries nothing of the mixture. Each expert then acts on every word and in the
-        whole picture, or not at all if its words are not in `prompt`; without a prompt, each acts. In half precision, the
-        folded weights are rounded like the pipeline's own.
+        While the block runs, the pipeline carries nothing of the mixture, and its settings cannot be changed. Each expert
+        then acts on every word and in the whole picture, or not at all if its words are not in `prompt`; without a prompt,
+        each acts. In half precision, the folded weights are rounded like the pipeline's own.
 
         Args:
             prompt: what to draw while the gates are averaged over steps, rows and tokens. Gates that depend on nothing
@@ -346,7 +347,7 @@ class Mixture:
         Raises ValueError for an unknown name or region; nothing changes then. So does a mixture that is not attached.
         """
         with self.parts.lock.held():
-            self.parts.installation.check_in_use()
+            self.parts.check_can_change()
             self.parts.shared.set(self.parts.settings.binding, self.parts.masks(binding))
 
     @contextmanager
@@ -373,7 +374,7 @@ class Mixture:
         light. In the steps from `since` to `until`, the denoiser is called for each thing separately, on its part of the
         latents. It reads the prompt without the other things, and runs with the thing's expert and the experts that act
         everywhere, such as a style. The last steps (at least one, unless `until` is 1) draw the whole again. That joins the
-        parts. A prompt that names fewer than two things is drawn as usual.
+        parts. A prompt that names fewer than two things is drawn as usual, with a warning.
 
         A bound mixture draws in tiles by itself if all of this holds:
 
@@ -392,7 +393,7 @@ class Mixture:
         Flux, which calls its transformer for each prompt by itself, there is no silhouette: each ends in the middle.
 
         Inside this block it always draws in tiles, or never with `until=0`. Pictures inside `fixed` and `rows` are not
-        drawn in tiles: weights by hand hold everywhere, and sets of experts belong to several prompts.
+        drawn in tiles, with a warning: weights by hand hold everywhere, and sets of experts belong to several prompts.
 
         Places are those that the mixture is bound to. Things without one share the rest of the picture in the order in
         which they are named, unless words such as "left of" decide.
@@ -448,10 +449,12 @@ class Mixture:
             width: of the picture in pixels. Without a size, tiles are told as if there were room.
             height: of the picture in pixels.
 
-        Raises ValueError if only one of the two is given.
+        Raises ValueError if only one of the two is given, or none that a picture has, and for several prompts.
         """
-        if (width is None) != (height is None):
-            raise ValueError("a picture has a width and a height: give both, or none")
+        if not isinstance(prompt, str):
+            raise ValueError(f"one prompt is explained at a time, given as a text, got {prompt!r}")
+        if (width is None) != (height is None) or not all(side is None or side > 0 for side in (width, height)):
+            raise ValueError("a picture has a width and a height of 1 or more: give both, or none")
         if (bound := self.binding) is None:
             return Explanation.of_unbound(self.experts)
         call = {"prompt": prompt, "width": width, "height": height}

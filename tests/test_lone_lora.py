@@ -116,3 +116,12 @@ def test_a_prompt_that_is_encoded_first_is_drawn_as_in_a_call(name, tmp_path):
         states = pipe.encode_prompt(**texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
         encoded = dict(zip(kinds, states, strict=False))
         torch.testing.assert_close(drawn(pipe, options | encoded, None), wanted, atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_explained_is_refused(pipe, loras):
+    mixture = mole.attach(pipe, {"fox": loras["fox"]})
+    with pytest.raises(ValueError, match="one prompt is explained at a time"):
+        mixture.explain(["fox", "hen"])
+    for size in ((64, None), (0, 64), (64, -1)):
+        with pytest.raises(ValueError, match="a picture has a width and a height of 1 or more"):
+            mixture.explain("fox", *size)

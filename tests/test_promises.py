@@ -7,6 +7,7 @@ import hosts
 import pytest
 import torch
 from hosts import assert_same, snapshot
+from safetensors.torch import load_file, save_file
 from tiers import thorough
 from tiny import tiny_lora, tiny_pipeline
 
@@ -473,3 +474,20 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(pipe, loras, hub):
     api.create_repo.assert_called_once_with("me/gates", private=True, exist_ok=True)
     assert api.upload_folder.call_args.kwargs["commit_message"] == "first"
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "gates.safetensors"]
+
+
+def test_a_region_that_weights_by_hand_overrule_is_said(pipe, loras, draw):
+    mixture = mole.attach(pipe, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": ("fox", "left")})
+    for weights, is_lost in ({"fox": 1.0}, True), ({"hat": 1.0}, False):
+        with mixture.fixed(weights):
+            draw(pipe)
+        assert any("region of 'fox' does not act" in why for why in mixture.binding_warnings) == is_lost
+
+
+def test_a_region_of_a_lora_that_sees_no_picture_is_refused_unless_it_has_words(pipe, loras, tmp_path):
+    layers = {key: value for key, value in load_file(loras["fox"]).items() if key.startswith("text_encoder.")}
+    save_file(layers, tmp_path / "text.safetensors")
+    mixture = mole.attach(pipe, {"text": tmp_path / "text.safetensors"})
+    with pytest.raises(ValueError, match="region of 'text' cannot act: its LoRA has layers of text encoders alone"):
+        mixture.bind({"text": (None, "left")})
+    mixture.bind({"text": ("a fox", "left")})

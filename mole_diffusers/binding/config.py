@@ -10,7 +10,7 @@ from PIL import Image
 
 from mole_diffusers.binding.as_text import MASK, mask_text, read_mask
 from mole_diffusers.binding.finding import Tokens
-from mole_diffusers.binding.regions import AUTO, EVERYWHERE, Region, checked_region
+from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE, Region, checked_region
 from mole_diffusers.binding.sentence import Mention
 from mole_diffusers.binding.vocabulary import is_look
 from mole_diffusers.binding.words import Thing
@@ -77,6 +77,8 @@ def bound(given: Any, name: str, own: Bound) -> Bound:
         return given
     if given == EVERYWHERE:
         return Bound((), EVERYWHERE)
+    if isinstance(given, str) and given in (AUTO, *BOXES):  # else the region would be a word
+        raise ValueError(f"{given!r} is a region: give {name!r} (None, {given!r}), or [{given!r}] if that is its word")
     words: Any = given
     region: Region = AUTO
     if isinstance(given, tuple):

@@ -359,14 +359,14 @@ class Studio:
             schedule = StrengthSchedule(names, tags, unet=denoiser(pipe), steps=steps, locks=locks)
             if mixture is not None:
                 weights = {"base": {}, "alone": {about: 1.0}, "sum": dict.fromkeys(names, 1.0)}
-                if acting is not None:
-                    stack.enter_context(mixture.fixed(dict.fromkeys(acting, 1.0)))
-                elif kind in weights:  # else the gates decide, or there are none
-                    stack.enter_context(mixture.fixed(weights[kind]))
+                by_hand = weights.get(kind) if acting is None else dict.fromkeys(acting, 1.0)
+                if by_hand is not None:  # else the gates decide, or there are none
+                    stack.enter_context(mixture.bound(None))  # they act everywhere, for comparison
+                    stack.enter_context(mixture.fixed(by_hand))
                 stack.enter_context(mixture.parts.planned(schedule))
-                if acting is None and (binding := recipe.binding_of_pass(over=bool(over))) == BOUND:
+                if by_hand is None and (binding := recipe.binding_of_pass(over=bool(over))) == BOUND:
                     stack.enter_context(mixture.tiled(0))
-                elif acting is None and binding != "none":
+                elif by_hand is None and binding != "none":
                     tiles = tiled_prompt(pipe, **recipe.call)
                     if binding == TILES and not tiles:
                         raise ValueError(ONE_PROMPT.format("prompt_2"))

@@ -126,3 +126,10 @@ def test_a_mask_that_is_no_picture_or_too_large_is_refused_by_option(tmp_path):
 def test_what_cannot_be_read_is_refused(bad):
     with pytest.raises(ValueError, match=r"--bind|not a box"):
         parse_binding(bad, "--bind")
+
+
+@pytest.mark.parametrize("region", ["left", "top left", "auto"])
+def test_a_region_in_the_place_of_words_is_refused(region):
+    with pytest.raises(ValueError, match=rf"'{region}' is a region: give 'fox' \(None, '{region}'\), or \['{region}'\]"):
+        bindings({"fox": region}, {"fox": Bound()}, {"fox": Bound()})
+    assert bindings({"fox": [region]}, {"fox": Bound()}, {"fox": Bound()})["fox"].words == (region,)

@@ -19,7 +19,7 @@ from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
-from mole_diffusers.patching.subjects.apart import lost_tiles, things_for_tiles, why_unbound
+from mole_diffusers.patching.subjects.apart import lost_tiles, things_for_tiles, why_one_picture, why_unbound
 from mole_diffusers.patching.subjects.things import PLACE_SOURCES, PictureCall, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles
 
@@ -54,8 +54,9 @@ class OneCall:
         if binding is not None:
             binding.begin()
         if self.given is not None and (tag := _tag_in(self.given)):
-            message = f"{tag} in the prompt is read as words: strengths are given to attach or to the mixture"
-            warnings.warn(message, PictureWarning, stacklevel=2) if binding is None else binding.warn(message)
+            self._warn(f"{tag} in the prompt is read as words: strengths are given to attach or to the mixture")
+        if lost := self._regions_under_weights_by_hand():
+            self._warn(f"the region of {lost[0]!r} does not act: inside `fixed`, weights hold in the whole picture")
         try:
             with shared.changed_while(*changes):
                 self._check_one_graph()
@@ -69,6 +70,17 @@ class OneCall:
                 hears([] if binding is None else binding.layouts)
             if binding is not None:
                 binding.end(warns=is_done and shared.effective.binding is binding)
+
+    def _regions_under_weights_by_hand(self) -> list[str]:
+        """The experts with weights by hand whose region is given, and does nothing."""
+        binding, fixed = self.shared.settings.binding.now, self.shared.settings.fixed.now
+        if binding is None or fixed is None:
+            return []
+        return [n for (n, own), weight in zip(binding.bound.items(), fixed, strict=True) if weight and own.given is not None]
+
+    def _warn(self, message: str) -> None:
+        binding = self.shared.settings.binding.now
+        warnings.warn(message, PictureWarning, stacklevel=2) if binding is None else binding.warn(message)
 
     def _check_one_graph(self) -> None:
         """Raise ValueError for a region, and warn of words, if the denoiser is compiled as one graph, which keeps nothing
@@ -92,18 +104,26 @@ class OneCall:
         masks, tiling = settings.binding.now, settings.tiling.now
         if masks is None and tiling.always and tiling.until:
             masks = masks_of_files()
-        # Weights by hand hold everywhere, and rows of sets belong to other prompts.
-        if self.given is None or masks is None or settings.fixed.now is not None or settings.rows.now is not None:
+        if self.given is None:
+            return nullcontext()
+        if masks is None or settings.fixed.now is not None or settings.rows.now is not None:
+            self._warn_of_one_picture("weights by hand hold everywhere, and sets of experts belong to several prompts")
             return nullcontext()
         acting = {name for name, acts in zip(self.names, settings.acting, strict=True) if acts}
         read, set_places = PictureCall(self.pipe, tiling, self.given, masks.bound, acting), partial(self._set_places, masks)
         if (things := things_for_tiles(read)) is not None:
             return Tiles(read, things, alone=self._alone, set_places=set_places).drawn()
+        self._warn_of_one_picture(why_one_picture(read))
         if why := lost_tiles(read, self._encoded_prompts()):
             masks.warn(why)
         unheard = partial(self._alone, is_heard=False)
         found = (source(read, alone=unheard, set_places=set_places) for source in PLACE_SOURCES)
         return next((placing for placing in found if placing is not None), nullcontext())
+
+    def _warn_of_one_picture(self, why: str) -> None:
+        """For a picture that should be drawn in tiles, and is not."""
+        if self.shared.settings.tiling.now.always and self.shared.settings.tiling.now.until:
+            self._warn(f"this picture is drawn as one, and not in tiles: {why}")
 
     def _encoded_prompts(self) -> list[str]:
         """The texts of the states that the call gives, if their words are known."""

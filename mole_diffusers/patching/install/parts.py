@@ -17,7 +17,14 @@ from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.gating.settings import Change, Settings, StrengthPlan
 from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.gating.token_masks import TokenMasks
-from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, denoiser, hosts, lora_scale, tokenizers_of
+from mole_diffusers.patching.host.denoiser_inputs import (
+    DENOISERS,
+    DenoiserInputs,
+    denoiser,
+    hosts,
+    lora_scale,
+    tokenizers_of,
+)
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.install.installation import Installable, Installation
 from mole_diffusers.patching.install.one_call import OneCall
@@ -139,7 +146,7 @@ class Parts:
             self.index(name)
             finite(name, value)
         with self.lock.held():
-            self.installation.check_in_use()
+            self.check_can_change()
             now = [strengths.get(name, old) for name, old in zip(self.experts, self.settings.strengths.now, strict=True)]
             self.set(now, strengths, plan)
 
@@ -159,10 +166,14 @@ class Parts:
     def with_settings(self, *changes: Change[Any]) -> Iterator[None]:
         """`changed_while`, for a user. Raises ValueError for a mixture that is not attached: it would change nothing."""
         with self.changed_while(*changes):
-            if self.settings.folded.now:
-                raise ValueError("inside `collapsed` the experts are folded into the weights, and cannot be changed")
-            self.installation.check_in_use()
+            self.check_can_change()
             yield
+
+    def check_can_change(self) -> None:
+        """Raise ValueError where a change of a setting would have no effect."""
+        if self.settings.folded.now:
+            raise ValueError("inside `collapsed` the experts are folded into the weights, and cannot be changed")
+        self.installation.check_in_use()
 
     @contextmanager
     def changed_while(self, *changes: Change[Any]) -> Iterator[None]:
@@ -212,6 +223,12 @@ class Parts:
         if given and record.side is None:
             named = " and ".join(map(repr, given))
             raise ValueError(f"a {type(denoiser(self.pipe)).__name__} has no regions, and one was given for {named}")
+        if lost := [
+            name for name in given if not bound[name].words and self.experts[name].layers.keys().isdisjoint(DENOISERS)
+        ]:
+            raise ValueError(
+                f"the region of {lost[0]!r} cannot act: its LoRA has layers of text encoders alone, so give it words, too"
+            )
         return TokenMasks(bound, self.shared.tokens, record.blocks)
 
     def draws_in_tiles(self, call: Mapping[str, Any]) -> bool:

@@ -320,3 +320,17 @@ def test_a_rank_above_the_smaller_side_keeps_all(rows, columns):
     small_down, small_up, _ = functional.low_rank(down, up, 5)
     assert len(small_down) == 3
     torch.testing.assert_close(small_up @ small_down, up @ down, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_folded_refuses_changes_that_would_have_no_effect(pipe, loras):
+    mixture = mole.attach(pipe, loras)
+    with mixture.collapsed():
+        for change in (
+            lambda: mixture.strength("fox", 0.5),
+            lambda: mixture.bind({"fox": "a fox"}),
+            lambda: mixture.bind(None),
+        ):
+            with pytest.raises(ValueError, match="inside `collapsed` the experts are folded"):
+                change()
+        assert mixture.strength("fox") == 1.0
+    mixture.strength("fox", 0.5)

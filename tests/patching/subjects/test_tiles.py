@@ -784,3 +784,22 @@ def test_tiles_of_another_prompt_than_the_calls_are_refused(pipe, experts):
         with pytest.raises(ValueError, match="the tiles' prompt is 'a fox.a hen', and that of the call is 'a hen'"):
             latent(pipe, "a hen")
         assert torch.equal(latent(pipe, "a fox+a hen"), drawn)
+
+
+@pytest.mark.parametrize("prompt", ["fox with hen", "fox", "hen fox"])
+def test_a_picture_that_should_be_in_tiles_and_is_not_says_why(pipe, experts, prompt):
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    with mixture.tiled():
+        latent(pipe, prompt)
+    assert any("drawn as one, and not in tiles: " in why for why in mixture.binding_warnings)
+    latent(pipe, prompt)
+    assert not any("tiles" in why for why in mixture.binding_warnings)
+
+
+@pytest.mark.parametrize("block", ["fixed", "rows"])
+def test_weights_by_hand_say_that_they_are_drawn_as_one_picture(pipe, experts, block):
+    mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
+    weights = {"fox": 1.0, "hat": 1.0}
+    with mixture.fixed(weights) if block == "fixed" else mixture.rows([weights]), mixture.tiled():
+        latent(pipe)
+    assert any("not in tiles: weights by hand" in why for why in mixture.binding_warnings)
