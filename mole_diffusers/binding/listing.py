@@ -76,7 +76,7 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
             elif items:
                 relations = list(dict.fromkeys([*_relations(items), *_side_relations(items)]))
                 (found if is_closed else tags).append((items, relations, segments))
-        here = [s for s in segments if s.is_thing and s.side and not s.is_introduced]
+        here = [s for s in segments if s.side and s.is_thing and not s.is_introduced]
         if len(here) == 1 and (marks[0].kind == SIDE or here[0].said.marker not in known.HOLDING):
             sided += here
     found = found or tags

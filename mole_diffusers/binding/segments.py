@@ -81,7 +81,7 @@ class Segment:
         """Whether it names a thing of an expert."""
         if self.noun.name is None or self.is_said or self.noun.is_mixed or self.is_scenery:
             return False
-        is_adjective = self.noun.end > self.noun.name.end and self.noun.head in known.QUALITIES | known.GARMENTS
+        is_adjective = self.noun.end > self.noun.name.end and self.noun.head in known.ADJECTIVES
         return not is_adjective and not known.QUALITIES.issuperset(self.noun.words)  # "fox red", "cat earrings"
 
     @property

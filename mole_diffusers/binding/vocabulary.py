@@ -152,6 +152,7 @@ QUALITIES = words(  # adjectives that are joined as in "black and white"
     "large little old young tall short cute beautiful happy sad strong warm cold bright soft hard rough clean",
     "simple detailed realistic vintage retro sepia pointy long"
 )  # fmt: skip
+ADJECTIVES = QUALITIES | GARMENTS  # after a name: "fox red", "cat earrings"
 SEVERAL = words("2 3 4 5 6 7 8 9 two three four five six seven several many multiple both some")  # how many
 COUNTED = words(
     "people persons men women girls boys ladies guys kids children friends characters humans males females others",
