@@ -55,7 +55,10 @@ def test_the_citation_is_of_this_version():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (cited["version"], cited["license"]) == (mole.__version__, PROJECT["license"])
     assert cited["repository-code"] == PROJECT["urls"]["Source"]
-    assert [paper["url"] for paper in cited["references"]] == ["https://arxiv.org/abs/2404.13628", "https://arxiv.org/abs/2302.02412"]
+    assert [paper["url"] for paper in cited["references"]] == [
+        "https://arxiv.org/abs/2404.13628",
+        "https://arxiv.org/abs/2302.02412",
+    ]
 
 
 def test_the_changelog_knows_this_version_and_its_date():
