@@ -50,7 +50,7 @@ strengths, no places. By PyTorch's count of multiplications, that takes 0.018, 0
 3, 8 and 16 LoRAs; the goals for 8 and 16 ask for less. With blocks compiled one by one, it takes PRODUCTS times the
 base (the base once more: AGAIN), which leaves nothing of the goal for gates. What `mole` takes beyond is mostly
 outside of the compiled code. Tests count that 20 changes compile nothing again, and that an update of gates reads no value
-from the device with SD 1.5, SDXL and, unless words are bound, Flux.
+from the device beyond the base's, once it has seen each prompt.
 
 Keys and values of the text are kept for the whole picture: 7.7 MB in SD 1.5 and 51.3 MB in SDXL in half precision. The
 peak of memory misses its goal by that, and with SDXL a step is below the base's for it.

@@ -274,10 +274,11 @@ def load_balance(routed: Sequence[Routed], over: Mean = lambda own: own) -> torc
 
 
 def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a CPU tensor to `device` without waiting.
+    """The tensor on `device`; a CPU tensor is copied without waiting.
 
     A plain `.to` to a CUDA device waits for all work in its queue. A copy from pinned memory runs beside that work.
     """
-    if device.type == "mps" or torch.compiler.is_compiling():  # mps may copy late; a graph cannot pin memory
+    # mps may copy late; a graph cannot pin memory
+    if tensor.device.type != "cpu" or device.type == "mps" or torch.compiler.is_compiling():
         return tensor.to(device)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

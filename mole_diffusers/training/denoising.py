@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,34 @@ DROP = 0.1  # share of captions that `denoising_loss` empties
 def predict(pipe: Any, x: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     """The denoiser's prediction for noisy latents x [B, C, H, W] with one prompt each, in its own parametrisation, fp32."""
     model = network(pipe)
-    return _predict(model, x, timesteps, model.embed(prompts))
+    return _predict(model, x, timesteps, _embedded(model, prompts))
 
 
-def _predict(model: Network, x: torch.Tensor, timesteps: torch.Tensor, text: Any) -> torch.Tensor:
-    with undoing() as undo:
+class _Text(NamedTuple):
+    """Prompts, and what the model's `embed` makes of them."""
+
+    prompts: Sequence[str]
+    states: Any
+
+
+def _embedded(model: Network, prompts: Sequence[str]) -> _Text:
+    with _telling(model, prompts):
+        return _Text(prompts, model.embed(prompts))
+
+
+def _telling(model: Network, prompts: Sequence[str]) -> AbstractContextManager[None]:
+    """A block in which a mixture on the model need not look for these prompts in what it reads."""
+    mixture = attached(model.pipe)
+    return nullcontext() if mixture is None else mixture.parts.shared.tokens.told(prompts)
+
+
+def _predict(model: Network, x: torch.Tensor, timesteps: torch.Tensor, text: _Text) -> torch.Tensor:
+    with _telling(model, text.prompts), undoing() as undo:
         if (mixture := attached(model.pipe)) is not None:
             for module in model.model.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     undo.override(module, "_gradient_checkpointing_func", partial(_checkpointed, mixture))
-        return model.call(x, timesteps, text)
+        return model.call(x, timesteps, text.states)
 
 
 def _checkpointed(mixture: Mixture, block: nn.Module, *args: Any) -> Any:
@@ -46,7 +64,7 @@ def _guided(model: Network, prompts: Sequence[str], guidance: float) -> Callable
 
     At guidance 1 there are no rows without a prompt.
     """
-    text = model.embed(prompts if guidance == 1 else [""] * len(prompts) + list(prompts))
+    text = _embedded(model, prompts if guidance == 1 else [""] * len(prompts) + list(prompts))
 
     def guided(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         if guidance == 1:

@@ -135,7 +135,7 @@ class GateTrainer:
         models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
         models += [clip.model] if clip else []
         gates = {id(p) for p in self.context.mixture.parameters()}
-        with undoing() as undo:
+        with undoing() as undo, self.context.mixture.parts.shared.tokens.remembering():
             for p in {p for model in models for p in model.parameters()}:
                 undo.callback(p.requires_grad_, p.requires_grad)
                 p.requires_grad_(id(p) in gates)

@@ -1,5 +1,7 @@
 """Sampling and the diffusion loss against the pipeline's own."""
 
+from itertools import product
+
 import hosts
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tiers import thorough
 from tiny import tiny_lora
 
 import mole_diffusers as mole
+from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.training.data import RandomBatch, Samples
 from mole_diffusers.training.denoising import denoising_loss, predict, sample_latents
 from mole_diffusers.training.latents import decode, default_side, encode_pixels, latent_shape
@@ -103,3 +106,36 @@ def test_the_guided_loss_fits_what_the_pipeline_draws_with(pipe, loras):
         empty, full = (predict(pipe, noisy, timesteps, [text] * 2) for text in ("", "a fox"))
     wanted = (empty + 2.5 * (full - empty) - noise).square().mean()
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("host", "family"), [("flux", "mole"), *thorough(("qwen", "prompt"), ("z_image", "mole"))])
+def test_prompts_that_were_read_before_are_bound_as_if_they_were_read_again(monkeypatch, tmp_path, host, family):
+    pipe = hosts.HOSTS[host]()[0]
+    files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
+    mixture = mole.attach(pipe, files, family)
+    mixture.bind({"fox": ("fox", "left"), "ink": "ink"})
+    x, level = torch.randn(2, 4, 16, 16), torch.tensor([500, 500])
+    pairs = list(product(("", "a fox", "an ink, a fox"), repeat=2))
+
+    def predictions():
+        with torch.no_grad():
+            return torch.stack([predict(pipe, x, level, pair) for pair in pairs])
+
+    read = predictions()
+    with mixture.parts.shared.tokens.remembering():
+        predictions()
+        with monkeypatch.context() as patch:
+            patch.setattr(PromptTokens, "_found", lambda *_: pytest.fail("it was read again"))
+            assert torch.equal(read, predictions())
+    mixture.bind(None)
+    assert not torch.equal(read, predictions())
+
+
+def test_only_so_many_prompts_are_remembered(monkeypatch, pipe, loras):
+    monkeypatch.setattr("mole_diffusers.patching.gating.prompt_tokens.MOST_SEEN", 4)
+    tokens = mole.attach(pipe, {"fox": loras["fox"]}, binding={"fox": "fox"}).parts.shared.tokens
+    with tokens.remembering(), torch.no_grad():
+        for prompt in ("a fox", "a cat", "ink"):
+            predict(pipe, torch.randn(1, 4, 16, 16), torch.tensor([500]), [prompt])
+        assert [prompt for _, prompt in tokens._seen] == ["a cat", "a cat", "ink", "ink"]
+    assert tokens._seen is None

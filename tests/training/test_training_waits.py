@@ -4,6 +4,7 @@ It runs on torch's meta device: tensors there have no values, so whatever reads 
 by a mask, `cpu()`) fails, where it would make the CPU wait for a card. Copies to the device are watched.
 """
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -24,6 +25,7 @@ from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import TERMS, ClipTerm, GateTraining, LoraTraining
 from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
 from mole_diffusers.training.lora_trainer import LoraTrainer
 from mole_diffusers.training.networks import network
@@ -34,7 +36,7 @@ OPTIONS = {
     "single": TEACH,
     "composed": TEACH,
     "base": TEACH,
-    "separate": {"steps": 2},
+    "separate": {"steps": 8},
     "denoise": {},
     "clip": {"lengths": (3, 4)},
     "rollout": {"steps": 2},
@@ -102,6 +104,17 @@ def meta(monkeypatch):
     return pipe, clip, leave
 
 
+@contextmanager
+def words_bound(pipe, mixture, prompts):
+    """A run of training in which words and a place are bound, and each prompt was read once."""
+    mixture.bind({"fox": ("fox", "left"), "ink": "ink"})
+    with mixture.parts.shared.tokens.remembering():
+        with torch.no_grad():
+            for pair in product(prompts, repeat=2):  # of two rows, since padding is as long as the longest
+                predict(pipe, PICTURES.latents, torch.tensor([500, 500]), pair)
+        yield
+
+
 REST = [t for t in OBJECTIVES if t != "denoise"]
 OTHERS = [family for family in LEARNED if family != "mole"]
 CASES = [("denoise", "mole"), *thorough(*((t, "mole") for t in REST), *(("denoise", f) for f in OTHERS))]
@@ -118,12 +131,13 @@ def test_an_update_of_gates_waits_for_nothing(meta, loras, term, family):
     config = GateTraining({term: 1.0, "balance": 0.1}, batch=2, steps=2, drop=0.5, ema=0.9)
     context = TrainingContext(pipe, mixture, data, clip, config)
     terms = {} if term in LIVE else {term: OBJECTIVES[term](context, TERMS[term](**OPTIONS[term]))}
-    leave()
-    terms = terms or {term: OBJECTIVES[term](context, TERMS[term](**OPTIONS[term]))}
-    trainer = GateTrainer(context)
-    trainer.loss_fns = terms
-    with trainer.only_gates_learn():
-        assert waits(lambda i: trainer.update(i)) == []
+    with words_bound(pipe, mixture, ["", "a fox", "an ink", "ink art", "a fox in ink", "a cat"]):
+        leave()
+        terms = terms or {term: OBJECTIVES[term](context, TERMS[term](**OPTIONS[term]))}
+        trainer = GateTrainer(context)
+        trainer.loss_fns = terms
+        with trainer.only_gates_learn():
+            assert waits(lambda i: trainer.update(i)) == []
     assert len(trainer.engine.log.pending) == 2
 
 
@@ -135,13 +149,14 @@ def test_an_update_of_gates_on_sdxl_waits_for_nothing(monkeypatch, tmp_path, opt
     mixture = mole.attach(pipe, files, "mole")
     config = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=2, steps=2, drop=0.5, ema=0.9, **options)
     context = TrainingContext(pipe, mixture, TrainingData(samples=PICTURES), None, config)
-    for model in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
-        model.to("meta")
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # meta has no autocast to ask for
-    trainer = GateTrainer(context)
-    trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, TERMS["denoise"]())}
-    with trainer.only_gates_learn():
-        assert waits(lambda i: trainer.update(i)) == []
+    with words_bound(pipe, mixture, ["", *PICTURES.captions]):
+        for model in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
+            model.to("meta")
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # meta has no autocast to ask for
+        trainer = GateTrainer(context)
+        trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, TERMS["denoise"]())}
+        with trainer.only_gates_learn():
+            assert waits(lambda i: trainer.update(i)) == []
 
 
 @pytest.mark.parametrize("host", ["flux", *thorough("qwen", "z_image")])
@@ -151,23 +166,29 @@ def test_an_update_of_gates_on_a_transformer_waits_for_what_the_transformer_wait
     pipe, bare = HOSTS[host]()[0], HOSTS[host]()[0]
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
     mixture = mole.attach(pipe, files, "mole")
-    mixture.bind({"fox": (None, "left"), "ink": (None, "right")})
-    inputs, sides = mixture.parts.shared.inputs, iter([(8, 8)])  # the side is read once
+    inputs, sides = mixture.parts.shared.inputs, iter([(8, 8)] * 2)  # the side is read once, of each device
     inputs.record = replace(inputs.record, side=lambda *_: next(sides)) if host == "flux" else inputs.record
-    texts = {pair: network(pipe).embed(pair) for pair in product(("", *PICTURES.captions), repeat=2)}
-    on_meta = partial(tree_map_only, torch.Tensor, lambda tensor: tensor.detach().to("meta", non_blocking=True))
-    monkeypatch.setattr(type(network(pipe)), "embed", lambda _, prompts: on_meta(texts[tuple(prompts)]))
-    for model in (pipe.transformer, pipe.text_encoder, getattr(pipe, "text_encoder_2", None), pipe.vae, bare.transformer):
-        if model is not None:
-            model.to("meta")
-    x, level = torch.empty(2, 4, 16, 16, device="meta"), torch.empty(2, device="meta")
-    own = waits(lambda _: network(bare).call(x, level, network(bare).embed(PICTURES.captions)))
-    config = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=2, steps=2, drop=0.5, ema=0.9)
-    context = TrainingContext(pipe, mixture, TrainingData(samples=PICTURES), None, config)
-    trainer = GateTrainer(context)
-    trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, TERMS["denoise"]())}
-    with trainer.only_gates_learn():
-        assert waits(lambda i: trainer.update(i)) == own
+    with words_bound(pipe, mixture, ["", *PICTURES.captions]):
+        texts = {pair: network(pipe).embed(pair) for pair in product(("", *PICTURES.captions), repeat=2)}
+        on_meta = partial(tree_map_only, torch.Tensor, lambda tensor: tensor.detach().to("meta", non_blocking=True))
+        monkeypatch.setattr(type(network(pipe)), "embed", lambda _, prompts: on_meta(texts[tuple(prompts)]))
+        for model in (
+            pipe.transformer,
+            pipe.text_encoder,
+            getattr(pipe, "text_encoder_2", None),
+            pipe.vae,
+            bare.transformer,
+        ):
+            if model is not None:
+                model.to("meta")
+        x, level = torch.empty(2, 4, 16, 16, device="meta"), torch.empty(2, device="meta")
+        own = waits(lambda _: network(bare).call(x, level, network(bare).embed(PICTURES.captions)))
+        config = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=2, steps=2, drop=0.5, ema=0.9)
+        context = TrainingContext(pipe, mixture, TrainingData(samples=PICTURES), None, config)
+        trainer = GateTrainer(context)
+        trainer.loss_fns = {"denoise": OBJECTIVES["denoise"](context, TERMS["denoise"]())}
+        with trainer.only_gates_learn():
+            assert waits(lambda i: trainer.update(i)) == own
 
 
 @pytest.mark.thorough

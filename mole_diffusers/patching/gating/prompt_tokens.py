@@ -10,29 +10,34 @@ pass `prompt_embeds` of an earlier day. So what encoders returned last is kept, 
     `_cut_out`          the values of a part of a run
     `_most_alike`       the same directions, since prompt weighting scales words
 
-The log says on the level "debug" which of them found a text.
+The log says on the level "debug" which of them found a text. Training knows its prompts, tells them (`told`), and has them
+looked for once.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mole_diffusers.functional import onto
 from mole_diffusers.gates.unchanged import LastTensor
 from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.undo import Undo
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LEAST_RUNS, MOST_BYTES = 8, 32 << 20  # keep this many of the encoders' last runs, and more up to this size
+MOST_SEEN = 1 << 14  # remember as many readings of prompts, about 100 MB of them
 ALIKE, LEAD = 0.9, 0.02  # least mean cosine of weighted states with their text, and least lead over the next text
 
 
@@ -65,6 +70,7 @@ class PromptTokens:
     Attributes:
         tokenizers: name of a text encoder -> its tokenizer. If it is None, its words are not known.
         current: [B, T] bool, the words of the text that a text encoder is reading or read last; None before the first.
+        prompts: those that models read now, a row each, if they are `told`.
     """
 
     def __init__(self, tokenizers: Mapping[str, Any]) -> None:
@@ -73,6 +79,27 @@ class PromptTokens:
         self._known: deque[EncoderRun] = deque()
         self._text = LastTensor()
         self._rows: list[TextRow] | None = None  # of this text
+        self.prompts: Sequence[str] = ()
+        self._seen: dict[Hashable, Any] | None = None  # what was read of each told prompt; None outside of `remembering`
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """A block, such as a run of training, in which what was read of the prompts that are `told` is remembered."""
+        before = self._seen
+        self._seen = {} if before is None else before
+        try:
+            yield
+        finally:
+            self._seen = before
+
+    @contextmanager
+    def told(self, prompts: Sequence[str]) -> Iterator[None]:
+        """A block in which every model reads these prompts, a row each, always encoded in the same way."""
+        before, self.prompts = self.prompts, prompts
+        try:
+            yield
+        finally:
+            self.prompts = before
 
     def begin(self, words: torch.Tensor) -> None:
         """A text encoder begins to read a text with these words, [B, T]."""
@@ -101,7 +128,7 @@ class PromptTokens:
         for mask, row in zip(masks, rows, strict=True):
             for part in row:
                 for run, i in part:
-                    words = tokens(run)[i].to(text.device)
+                    words = onto(tokens(run)[i], text.device)
                     mask[: len(words)] |= words
                 mask = mask[part[0][0].ids.shape[1] :]
         return masks
@@ -109,8 +136,29 @@ class PromptTokens:
     def rows(self, text: torch.Tensor) -> list[TextRow] | None:
         """The runs that each row of states [B, T, C] comes from, or None if a row is not known."""
         if not self._text.is_again(text):
-            self._rows = self._found(text)
+            self._rows = self._once(("denoiser", text.shape[1]), len(text), lambda: self._found(text), _kept_row)
         return self._rows
+
+    def ids(self, encoder: str, ids: torch.Tensor) -> list[tuple[int, ...]]:
+        """The token ids [B, T] that a text encoder is about to read, row by row."""
+        return self._once((encoder, ids.shape[1]), len(ids), lambda: list(map(tuple, ids.tolist())), tuple) or []
+
+    def _once(self, what: Hashable, rows: int, read: Callable[[], list[T] | None], kept: Callable[[T], T]) -> list[T] | None:
+        """`read()`, which waits for the device, and returns something for each row of a text.
+
+        For told prompts it is remembered, as `kept` makes it, and not read again.
+        """
+        if self._seen is None or len(self.prompts) != rows:
+            return read()
+        keys = [(what, prompt) for prompt in self.prompts]
+        if any(key not in self._seen for key in keys):
+            if (found := read()) is None:
+                return None
+            self._seen |= zip(keys, map(kept, found), strict=True)
+        seen = [self._seen[key] for key in keys]
+        while len(self._seen) > MOST_SEEN:
+            del self._seen[next(iter(self._seen))]
+        return seen
 
     def texts(self, states: torch.Tensor) -> list[str]:
         """The texts that the rows of states [B, T, C] are of, as far as they are known and of one part."""
@@ -200,6 +248,16 @@ class TextHook(ForwardHook):
         texts = tuple(s.detach() for s in states if s.dim() == 3)
         if self._reading is not None and texts:
             self.tokens.keep(EncoderRun(self.name, *self._reading, texts))
+
+
+def _kept_row(row: TextRow) -> TextRow:
+    """The same without states, and with ids on the CPU."""
+
+    def kept(run: EncoderRun, i: int) -> RowOfRun:
+        ids, words = run.ids[i : i + 1].to("cpu", copy=True), run.words[i : i + 1].clone()
+        return replace(run, ids=ids, words=words, attended=None, states=()), 0
+
+    return [[kept(*each) for each in part] for part in row]
 
 
 def _candidates(known: Sequence[EncoderRun], rest: torch.Tensor) -> list[tuple[EncoderRun, torch.Tensor]]:

@@ -92,7 +92,7 @@ class TextReader:
         """What a text encoder is about to read, ids [B, T], row by row; None if its tokenizer is not known."""
         if self.tokens.tokenizers[encoder] is None:
             return None
-        return self._readings([(((encoder, tuple(row)),),) for row in ids.tolist()], acting)
+        return self._readings([(((encoder, row),),) for row in self.tokens.ids(encoder, ids)], acting)
 
     def denoiser_text(self, text: torch.Tensor, acting: Sequence[bool]) -> list[Reading] | None:
         """The texts of the denoiser's states [B, S, C], row by row; None if their words are not known."""
@@ -341,9 +341,11 @@ class TokenMasks:
         self.binds = self._encoder_text.acting_tokens is not None or (text is not None and text.binds)
 
     def _begin_if_noisier(self, time: torch.Tensor) -> None:
-        """Outside of a call, a rise of the noise level is all that says that another picture begins."""
+        """Outside of a call, a rise of the noise level is all that says that another picture begins; prompts that are told
+        are encoded for each.
+        """
         if self.reader.has_words and not torch.is_grad_enabled():
-            before, self._level = self._level, float(time.max())
+            before, self._level = self._level, 0.0 if self.reader.tokens.prompts else float(time.max())
             if self._level > before:
                 self._texts = []
 
@@ -357,8 +359,9 @@ class TokenMasks:
         """
         groups = None if pipe is None else groups_of(pipe, text, latents)
         readings = self._read(text, acting)
+        groups = groups or _groups(readings, latents, self.reader.tokens.prompts)
         frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
-        picture = PictureLayout(self.bound, readings, groups=groups or _groups(readings, latents), frames=frames, side=side)
+        picture = PictureLayout(self.bound, readings, groups=groups, frames=frames, side=side)
         mentioned = [readings[row].mentioned for row in picture.prompt_of]
         acts = self.reader.acting_tokens(readings, mentioned, acting, text.device) if readings else None
         words = TextInput(text.detach(), version(text), latents.shape, acting), picture, acts
@@ -401,15 +404,17 @@ def _names_an_expert(readings: Sequence[Reading]) -> bool:
     return any(any(reading.mentioned) for reading in readings)
 
 
-def _groups(readings: Sequence[Reading], latents: torch.Tensor) -> Groups:
-    """The groups of a text's rows, of a pipeline that is not known.
+def _groups(readings: Sequence[Reading], latents: torch.Tensor, prompts: Sequence[str]) -> Groups:
+    """The groups of a text's rows, of a pipeline that is not known. `prompts` are those rows if they are told.
 
     Guidance repeats each picture, first without its prompt. In training, where nothing waits for the device, only a batch
-    whose other rows all name an expert counts as guided.
+    whose other rows all name an expert counts as guided, or without gradients one that begins without prompts.
     """
     half = len(readings) // 2
     named = [any(reading.mentioned) for reading in readings]
     if not half or len(readings) != 2 * half or any(named[:half]):
         return (True,)
-    guided = all(named[half:]) if torch.is_grad_enabled() else repeats(latents, 2)
+    if torch.is_grad_enabled():
+        return (False, True) if all(named[half:]) else (True,)
+    guided = not any(prompts[:half]) if prompts else repeats(latents, 2)
     return (False, True) if guided else (True,)
