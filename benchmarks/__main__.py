@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     what = "default: one step; dispatch: one step of a very narrow UNet (use --threads 1 --clock cpu)"
-    what += "; operations: how many it has; scaling: curves of it against LoRAs, ranks and pictures"
+    what += "; operations: how many it has; scaling: curves of it against LoRAs, ranks, pictures and steps"
     what += "; picture: each stage of one; cold: mole draw in a new process"
     command.add_argument("--what", default="step", choices=list(WHAT), help=what)
     command.add_argument("--size", default="tiny", choices=list(SIZES))

@@ -20,6 +20,7 @@ from mole_diffusers.mixture import Mixture, attach
 
 # An arm puts the LoRAs on a pipeline until the stack ends. It returns arguments that replace those of the denoiser's call.
 Arm = Callable[[Any, Files, GateConfig, ExitStack], dict[str, torch.Tensor]]
+TEXT_ENCODERS = {"text_encoder", "text_encoder_2"}
 WORDS = "bcdefghk"  # a one-letter word for each LoRA
 
 
@@ -140,3 +141,12 @@ def own_pipeline(arm: str, pipe: Any) -> Any:
 def entered(stack: ExitStack, arm: str, pipe: Any, files: Files, gates: GateConfig, given: Any) -> Callable[[], object]:
     """A function that runs one step with an arm. The arm stays entered until the stack ends."""
     return partial(pipe.unet, **given | ARMS[arm](pipe, files, gates, stack))
+
+
+def picture(arm: str, pipe: Any, files: Files, gates: GateConfig, call: Mapping[str, Any]) -> Callable[[], object]:
+    """A function that draws a picture's latents with an arm, in a whole call of the pipeline with these arguments."""
+    for name in TEXT_ENCODERS & pipe.components.keys():
+        setattr(pipe, name, copy.deepcopy(getattr(pipe, name)))  # which other arms have hooks on
+    with ExitStack() as stack:  # what holds only for steps outside of calls ends here
+        ARMS[arm](pipe, files, gates, stack)
+    return partial(pipe, " ".join(WORDS), output_type="latent", **call)

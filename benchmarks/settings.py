@@ -41,6 +41,7 @@ class Settings:
         clock: "wall", or "cpu" for the time of this process only, if other work shares its core.
         gates: the gates of the arms that have gates.
         pictures: how many are drawn at once. With guidance, the batch is twice as large.
+        steps: of a whole call of the pipeline; 0 measures a step alone.
     """
 
     size: str = "tiny"
@@ -53,6 +54,7 @@ class Settings:
     clock: str = "wall"
     gates: GateConfig = GateConfig("mole")
     pictures: int = 1
+    steps: int = 0
 
     def __post_init__(self) -> None:
         if min(self.rank, self.repeats, self.pictures) < 1 or self.pixels % 64:

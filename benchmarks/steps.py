@@ -14,7 +14,7 @@ import torch._dynamo
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.arms import entered, own_pipeline, twin
+from benchmarks.arms import entered, own_pipeline, picture, twin
 from benchmarks.clock import interleaved, seconds
 from benchmarks.settings import COMPILED, Cost, Settings
 
@@ -24,7 +24,12 @@ WARMUP = 3  # steps until all is kept that follows from a text alone
 
 @torch.no_grad()
 def step_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) -> list[Cost]:
-    """Measure `arms` (see `arms.ARMS`) side by side, with each number of experts. The base comes first."""
+    """Measure `arms` (see `arms.ARMS`) side by side, with each number of experts. The base comes first.
+
+    With `settings.steps`, a picture in so many is measured instead of a step.
+    """
+    call = {"num_inference_steps": settings.steps, "num_images_per_prompt": settings.pictures}
+    call |= {"width": settings.side, "height": settings.side}
     wanted = [("base", 0), *((arm, n) for n in experts for arm in arms if arm != "base")]
     with settings.host([0, *experts]) as (pipe, given, files), ExitStack() as stack:
         # All arms share the code of the host's blocks. Each may have as many graphs of it as a single host.
@@ -33,7 +38,10 @@ def step_costs(settings: Settings, arms: Sequence[str], experts: Sequence[int]) 
         measures = {}
         for arm, n in wanted:
             other = own_pipeline(arm, pipe)
-            step = entered(stack, arm, other, files[n], settings.gates, given)
+            if settings.steps:
+                step = picture(arm, other, files[n], settings.gates, call)
+            else:
+                step = entered(stack, arm, other, files[n], settings.gates, given)
             COMPILED[settings.compile](other.unet)
             measures[f"{arm} {n}"] = partial(seconds, step, clock=settings.clock)
         times = interleaved(measures, repeats=settings.repeats, warmup=WARMUP)
@@ -45,7 +53,7 @@ class Point(Cost):
     """The time of one arm at one place of a curve.
 
     Attributes:
-        curve: what differs along it: "experts", "rank" or "pictures".
+        curve: what differs along it: "experts", "rank", "pictures" or "steps".
         at: its value here.
     """
 
@@ -53,11 +61,18 @@ class Point(Cost):
     at: int
 
 
-CURVES: Mapping[str, Sequence[int]] = {"experts": (1, 2, 4, 8, 16, 32), "rank": (4, 16, 64, 128), "pictures": (1, 2, 4, 8)}
+CURVES: Mapping[str, Sequence[int]] = {
+    "experts": (1, 2, 4, 8, 16, 32),
+    "rank": (4, 16, 64, 128),
+    "pictures": (1, 2, 4, 8),
+    "steps": (1, 2, 4, 8, 16, 32),
+}
 
 
 def scaling(settings: Settings, arms: Sequence[str], experts: Sequence[int]) -> list[Point]:
-    """Curves of a step against the number of LoRAs, and with the first of `experts` against their rank and the pictures."""
+    """Curves of a step against the number of LoRAs, and with the first of `experts` against their rank and the pictures; and
+    of a whole picture against its steps.
+    """
     points = []
     for curve, places in CURVES.items():
         for at in places:

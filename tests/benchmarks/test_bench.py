@@ -221,14 +221,20 @@ def test_what_is_not_known_is_said(capsys):
 @pytest.mark.thorough
 @pytest.mark.parametrize(("what", "first"), [("scaling", "base"), ("picture", "open, diffusers"), ("cold", "cold, script")])
 def test_curves_and_pictures(what, first, capsys, monkeypatch):
-    monkeypatch.setattr(steps, "CURVES", {"experts": (1, 2), "rank": (4,), "pictures": (2,)})
+    monkeypatch.setattr(steps, "CURVES", {"experts": (1, 2), "rank": (4,), "pictures": (2,), "steps": (3,)})
     small = ["--what", what, "--experts", "2", "--repeats", "1", "--pixels", "64", "--threads", "1", "--json"]
     assert main(small) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert (rows[0]["arm"], rows[0]["ratio"]) == (first, 1)
     assert all(row["ms"] > 0 for row in rows)
     if what == "scaling":
-        assert {(row["curve"], row["at"]) for row in rows} == {("experts", 1), ("experts", 2), ("rank", 4), ("pictures", 2)}
+        assert {(row["curve"], row["at"]) for row in rows} == {
+            ("experts", 1),
+            ("experts", 2),
+            ("rank", 4),
+            ("pictures", 2),
+            ("steps", 3),
+        }
 
 
 def test_every_file_of_the_page_can_be_measured_again():
