@@ -48,9 +48,9 @@ FLOOR = """
 **The floor.** `products` computes W x + B (A x) with the LoRAs' matrices side by side, and nothing else: no gates, no
 strengths, no places. By PyTorch's count of multiplications, that takes 0.018, 0.049 and 0.099 of a step of SD 1.5 with
 3, 8 and 16 LoRAs; the goals for 8 and 16 ask for less. With blocks compiled one by one, it takes PRODUCTS times the
-base (the base once more: AGAIN), which leaves nothing of the goal for gates. What `mole` takes beyond is mostly
-outside of the compiled code. Tests count that 20 changes compile nothing again, and that an update of gates reads no value
-from the device beyond the base's, once it has seen each prompt.
+base (the base once more: AGAIN), which leaves nothing of the goal for gates. What `mole` takes beyond, as `sum`
+does (SUM), is mostly outside of the compiled code. Tests count that 20 changes compile nothing
+again, and that an update of gates reads no value from the device beyond the base's, once it has seen each prompt.
 
 Keys and values of the text are kept for the whole picture: 7.7 MB in SD 1.5 and 51.3 MB in SDXL in half precision. Without
 them the peak of memory would be 1.02; with them a step of SDXL is below the base's.
@@ -239,7 +239,7 @@ def floor() -> str:
     found = costs("compiled")
     floor = FLOOR.replace("PRODUCTS", shown(found["products", 8]))
     moved = shown(costs("moving")["others", 4])
-    return floor.replace("AGAIN", shown(found["again", 8])).replace("MOVED", moved)
+    return floor.replace("AGAIN", shown(found["again", 8])).replace("SUM", shown(found["sum", 8])).replace("MOVED", moved)
 
 
 def names(families: Iterable[str]) -> str:
