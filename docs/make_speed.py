@@ -53,9 +53,9 @@ does (SUM), is mostly outside of the compiled code. Tests count that 20 changes 
 again, and that an update of gates reads no value from the device beyond the base's, once it has seen each prompt.
 
 Keys and values of the text are kept for the whole picture: 7.7 MB in SD 1.5 and 51.3 MB in SDXL in half precision. Without
-them the peak of memory would be 1.02; with them a step of SDXL is below the base's.
+them the peak would be 1.02; with them a step of SDXL is below the base's.
 
-Layers hold the ranks of LoRAs that act. All files, 6.4 MB each, are in the CPU's memory, too, which is not counted. Two
+Layers hold the ranks of LoRAs that act. All files, 6.4 MB each, are in the CPU's memory, too, uncounted. Two
 others than in the picture before take MOVED of a step of SD 1.5 once.
 All ranks are held in a model that was compiled, is offloaded layer by layer or was drawn with by [another
 pipeline](hosts.md), while gates are trained, and for `rank`, `factors` and `retrieval` gates and `mole` gates that read
