@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -23,6 +24,7 @@ from mole_diffusers.studio.prompt_syntax import PAINTED
 
 LAST: dict[str, Any] = {"show_progress_on": [], "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
 EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables redrawn components by default
+HIDDEN = partial(gr.JSON, visible=False)  # held by the browser, so that an event has what its page shows
 SMALL: dict[str, Any] = {"height": 40, "min_width": 40, "scale": 0, "show_label": False, "container": False, "buttons": [],
                          "elem_classes": "thumb"}  # fmt: skip
 BARE: dict[str, Any] = {"container": False, "show_label": False}
@@ -35,20 +37,23 @@ MOST_CHIPS = 8  # trigger words on a card
 
 
 def build(page: Page, side_by_side: SideBySide) -> None:
-    """Lay out the cards. They are redrawn whenever `PromptBox.shown` changes."""
-    prompt, shown = page.prompt.text, page.prompt.shown
-    said = gr.HTML("", elem_id="roles")
+    """Lay out the cards. They are redrawn whenever `PromptBox.shown` changes.
+
+    The parts and events of a card have keys, so that they stay the same ones when it is redrawn: what is clicked on a card
+    before the page shows the new one would else be sent to an event that is gone.
+    """
+    shown, said = page.prompt.shown, gr.HTML("", elem_id="roles")
 
     # The cards as they are by now: one may have been edited since `shown` changed.
-    @gr.render(inputs=[shown, page.prompt.cards, prompt], triggers=[shown.change], **ORDERED)
-    def draw(drawn: dict[str, Any], cards: list[MixerCard], prompt_now: str) -> None:
+    @gr.render(inputs=[shown, *page.prompt.written], triggers=[shown.change], **ORDERED)
+    def draw(drawn: dict[str, Any], text: str, cards: list[MixerCard], rewrites: list[str]) -> None:
         if not cards:
             gr.Markdown(
                 "No LoRA yet. Browse yours, or let the app find those that the prompt asks for.", elem_classes="hint"
             )
             return
         for n, card in enumerate(cards):
-            _card(page, card, n, prompt_now, drawn)
+            _card(page, card, n, newest(text, rewrites), str(drawn["at"]))
 
     def tell(request: gr.Request, visitor: str, drawn: dict[str, Any], *values: Any) -> Values:
         try:
@@ -98,9 +103,9 @@ def stands(region: Any) -> str:
     return " ".join(found) or "in the middle"
 
 
-def _card(page: Page, card: MixerCard, n: int, prompt: str, drawn: dict[str, Any]) -> None:
+def _card(page: Page, card: MixerCard, n: int, prompt: str, at: str) -> None:
     """The card of one LoRA: switch, strength and place; what it does (see `lines`), and below that, folded if unused, the
-    rest of its tag and its file's facts. `drawn` is `PromptBox.shown` as it is drawn."""
+    rest of its tag and its file's facts. `at` says which drawing of the cards it is."""
     name, report = card["name"], page.actions.loras.report(card["name"])
     typed = fields_of(card, page.actions.studio.catalog.loras)
     triggers = report["triggers"][:MOST_CHIPS]
@@ -108,37 +113,43 @@ def _card(page: Page, card: MixerCard, n: int, prompt: str, drawn: dict[str, Any
     own = [key for key in ("word", "lbw", "start", "stop") if typed[key]]
     is_set = own or in_switch(typed["region"]) is None or typed["te"] != typed["unet"] or report["problem"]
 
+    def part(key: str) -> dict[str, Any]:
+        return {"key": (name, key), **EDITABLE}
+
     def field(key: str, **options: Any) -> Any:
-        return CARD[key](value=typed[key], min_width=90, **EDITABLE, **options)
+        return CARD[key](value=typed[key], min_width=90, **part(key), **options)
 
     def trigger_words() -> Any:
         return gr.CheckboxGroup(
-            triggers, value=present, label=f"Trigger words of {name}", elem_classes="chips", **BARE, **EDITABLE
+            triggers, value=present, label=f"Trigger words of {name}", elem_classes="chips", **BARE, **part("chips")
         )
 
     with gr.Column(elem_classes=["card", f"c{card['colour']}", f"n{n}"]):
         with gr.Row(elem_classes="head", equal_height=True):
-            figure(picture_of(page, name), label=f"what {name} looks like", **SMALL)
-            parts: dict[str, Any] = {"on": gr.Checkbox(card["on"], label=name, container=False, min_width=80, **EDITABLE)}
+            figure(picture_of(page, name), label=f"what {name} looks like", key=(name, "picture"), **SMALL)
+            parts: dict[str, Any] = {"on": gr.Checkbox(card["on"], label=name, container=False, min_width=80, **part("on"))}
             options: dict[str, Any] = {
                 "buttons": [],
                 "elem_classes": "slide",
                 "min_width": 70,
+                "key": (name, "slider"),
                 **slider_update(typed["unet"]),
             }
             parts["slider"] = gr.Slider(LOW, HIGH, step=0.05, label=f"Strength of {name}", **BARE, **options)
             parts["unet"] = gr.Textbox(
                 typed["unet"], label=f"Strength of {name}, any number", max_length=500, min_width=48, scale=0,
-                elem_classes="any", **BARE, **EDITABLE,
+                elem_classes="any", **BARE, **part("unet"),
             )  # fmt: skip
-            remove = gr.Button(f"Remove {name}", size="sm", min_width=28, scale=0, elem_classes="remove")
+            remove = gr.Button(
+                f"Remove {name}", size="sm", min_width=28, scale=0, elem_classes="remove", key=(name, "remove")
+            )
         switch = gr.Radio(
             list(SWITCH),
             value=in_switch(typed["region"]),
             label=f"Where {name} acts",
             elem_classes="place",
             **BARE,
-            **EDITABLE,
+            **part("place"),
         )
         chips = trigger_words() if len(present) < len(triggers) else None
         with gr.Accordion("Advanced", open=bool(is_set), elem_classes="rest"):
@@ -152,8 +163,8 @@ def _card(page: Page, card: MixerCard, n: int, prompt: str, drawn: dict[str, Any
                 parts |= {key: field(key) for key in ("te", "lbw", "start", "stop")}
             gr.Markdown(_facts(report, page.actions.studio.misfit(name)), elem_classes="facts")
     parts["place"] = switch
-    _connect_fields(page, card, parts, drawn)
-    _connect_prompt(page, name, remove=remove, chips=chips, ticked=gr.State(present))
+    _connect_fields(page, card, parts, at)
+    _connect_prompt(page, name, remove, chips, HIDDEN({"ticked": present, "at": at}, key=(name, "ticked")))
 
 
 def ticks_change(page: Page, cards: Sequence[MixerCard], before: str, now: str) -> bool:
@@ -193,12 +204,12 @@ def _facts(report: dict[str, Any], misfit: str) -> str:
     )
 
 
-def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any], drawn: dict[str, Any]) -> None:
+def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any], at: str) -> None:
     """Send a change of the switch, the slider or a field to the prompt, the cards and the other fields.
 
     Only changed values are read from the card, since the rest may be older than its tag. And only values that must change
-    are written to it, since the visitor may be typing in the rest. If the cards have been drawn anew since, as `drawn` says,
-    that was without this change: they are drawn once more.
+    are written to it, since the visitor may be typing in the rest. If the cards have been drawn anew since the page showed
+    this one, that was without this change: they are drawn once more.
     """
     known, name = page.actions.studio.catalog.loras, card["name"]
 
@@ -207,7 +218,7 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any], drawn: d
         shown = {"on": card["on"], "slider": slider_update(typed["unet"])["value"], **typed}
         return shown | {"place": in_switch(typed["region"])}
 
-    seen = gr.State(shows(card))  # the values that this card shows
+    seen = HIDDEN({**shows(card), "at": at}, key=(name, "seen"))  # the values that this card shows
 
     @errors_to(page.prompt.problem)
     def write(
@@ -220,8 +231,8 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any], drawn: d
     ) -> Values:
         given = dict(zip(parts, values, strict=True))
         edits = {key: value for key, value in given.items() if (value or None) != (seen_now[key] or None)}
-        at = next((i for i, one in enumerate(cards) if one["name"] == name), None)
-        if at is None or not edits:  # the card was removed meanwhile, or nothing was changed
+        place = next((i for i, one in enumerate(cards) if one["name"] == name), None)
+        if place is None or not edits:  # the card was removed meanwhile, or nothing was changed
             return {}
         if edits.get("place") is not None:
             edits["region"] = edits["place"]
@@ -229,27 +240,27 @@ def _connect_fields(page: Page, card: MixerCard, parts: dict[str, Any], drawn: d
         is_moved = "slider" in edits
         if is_moved:
             edits["te"] = edits["unet"] = str(edits.pop("slider"))
-        rewritten, cards = edit(newest(text, rewrites), cards, name, known, **{"on": cards[at]["on"], **edits})
-        shown = shows(cards[at])
+        rewritten, cards = edit(newest(text, rewrites), cards, name, known, **{"on": cards[place]["on"], **edits})
+        asked = {page.prompt.to_paint: (name, time.monotonic_ns())} if given["place"] == PAINTED != seen_now["place"] else {}
+        values_of_page = page.prompt.rewrite(text, rewritten, rewrites) | asked
+        if seen_now["at"] != str(shown_now["at"]):
+            return values_of_page | page.prompt.redraw(cards)
+        shown = shows(cards[place])
         written = {parts[key]: value for key, value in shown.items() if key != "slider" and value != given[key]}
         if not is_moved and shown["unet"] != seen_now["unet"]:
             written[parts["slider"]] = gr.update(**slider_update(shown["unet"]))
-        asked = {page.prompt.to_paint: (name, time.monotonic_ns())} if given["place"] == PAINTED != seen_now["place"] else {}
-        anew = {} if shown_now == drawn else page.prompt.redraw(cards)
-        return (
-            page.prompt.rewrite(text, rewritten, rewrites) | written | {page.prompt.cards: cards, seen: shown} | asked | anew
-        )
+        return values_of_page | written | {page.prompt.cards: cards, seen: {**shown, "at": seen_now["at"]}}
 
     now = [seen, *page.prompt.written, page.prompt.shown]
     events = [parts["slider"].release, *(parts[key].input for key in ("on", "lbw", "word", "region", "place"))]
     for key in ("unet", "te", "start", "stop"):
         events += [parts[key].submit, parts[key].blur]
     outputs = [*now, *parts.values(), page.prompt.to_paint, page.prompt.problem]
-    gr.on(events, write, [*now, *parts.values()], outputs, **LAST)
+    gr.on(events, write, [*now, *parts.values()], outputs, key=(name, "write"), **LAST)
 
 
-def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: Any) -> None:
-    """Let removing the card and switching trigger words change the prompt."""
+def _connect_prompt(page: Page, name: str, remove: Any, chips: Any, ticked: Any) -> None:
+    """Let removing the card and switching trigger words change the prompt. `ticked` has those that the card shows."""
     prompt, known = page.prompt, page.actions.studio.catalog.loras
 
     @errors_to(prompt.problem)
@@ -258,10 +269,19 @@ def _connect_prompt(page: Page, name: str, *, remove: Any, chips: Any, ticked: A
         return prompt.rewrite(text, with_tag(newest(text, rewrites), name, None, known), rewrites) | prompt.redraw(left)
 
     @errors_to(prompt.problem)
-    def switched(before: list[str], chosen: list[str], text: str, rewrites: list[str]) -> Values:
-        new = with_triggers(newest(text, rewrites), before, chosen, known)
-        return prompt.rewrite(text, new, rewrites) | {ticked: chosen}
+    def switched(
+        before: dict[str, Any],
+        chosen: list[str],
+        text: str,
+        cards: list[MixerCard],
+        rewrites: list[str],
+        shown_now: dict[str, Any],
+    ) -> Values:
+        new = with_triggers(newest(text, rewrites), before["ticked"], chosen, known)
+        is_current = before["at"] == str(shown_now["at"])
+        after = {ticked: {**before, "ticked": chosen}} if is_current else prompt.redraw(cards)
+        return prompt.rewrite(text, new, rewrites) | after
 
-    now = [prompt.text, prompt.rewrites]
-    chips.input(switched, [ticked, chips, *now], [*now, ticked, prompt.problem], **LAST)
-    remove.click(removed, prompt.written, [*prompt.written, prompt.shown, prompt.problem], **LAST)
+    now = [*prompt.written, prompt.shown]
+    chips.input(switched, [ticked, chips, *now], [ticked, *now, prompt.problem], key=(name, "switched"), **LAST)
+    remove.click(removed, prompt.written, [*now, prompt.problem], key=(name, "removed"), **LAST)

@@ -321,6 +321,44 @@ def test_what_is_typed_into_a_card_stays_while_the_cards_are_drawn_anew(tiny, ty
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("clicked", "wanted"),
+    [
+        (".place input[value='everywhere']", "a fox <lora:sks:1.05:region=everywhere>"),
+        (".chips input[name='fur']", "a fox, fur <lora:sks:1.05>"),
+    ],
+)
+def test_what_is_clicked_on_a_card_before_the_page_shows_it_drawn_anew_is_not_lost(
+    loras, tmp_path, monkeypatch, clicked, wanted
+):
+    """The server is done with drawing the cards, and their page has not heard of it yet."""
+    from gradio.renderable import Renderable
+
+    from mole_diffusers.studio.render import Studio
+
+    shutil.copy(loras["fox"], tmp_path / "sks.safetensors")
+    (tmp_path / "sks.json").write_text('{"activation text": "fox, fur"}')
+    studio = Studio(tiny_pipeline(), Catalog({"sks": tmp_path / "sks.safetensors"}, {}), "tiny")
+    apply, drawn, goes_on = Renderable.apply, Event(), Event()
+
+    def slowly(cards, *given):
+        apply(cards, *given)
+        drawn.set()
+        goes_on.wait(WAIT)
+
+    with visiting(studio, replace(RECIPE, prompt="a hat <lora:sks:1>"), tmp_path) as page:
+        cards(page, "sks")
+        monkeypatch.setattr(Renderable, "apply", slowly)
+        page.type("#prompt textarea", "a fox <lora:sks:1.05>")
+        assert drawn.wait(WAIT)
+        page.driver.execute_script("document.querySelector(arguments[0]).click()", f".card {clicked}")
+        goes_on.set()
+        page.until(lambda: (value(page, "#prompt"), value(page, ".c0 .any")) == (wanted, "1.05"), WAIT)
+        page.until(lambda: page.one(f".card {clicked}").is_selected(), WAIT)
+        assert not page.errors()
+
+
+@pytest.mark.thorough
 def test_keys_change_strengths_and_weights(tiny):
     def pressed(key, first, last):
         """The prompt after Ctrl and a key, with these characters selected."""

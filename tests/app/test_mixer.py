@@ -21,7 +21,7 @@ def drawn(loras, tmp_path_factory):
     cards = cards_of(TEXT, [], loras)
     before = set(blocks.fns)
     with blocks:
-        mixer_of(blocks).fn(SHOWN, cards, TEXT)
+        mixer_of(blocks).fn(SHOWN, TEXT, cards, [])
     events = [event for number, event in blocks.fns.items() if number not in before]
     return cards, list(blocks.blocks.values()), events, blocks
 
@@ -170,7 +170,7 @@ def test_a_tick_changes_its_own_word_alone(drawn):
     ticked, chips = switched.inputs[:2]
     orange = TEXT.replace("a fox", "a fox, orange fur")
     assert visit.do(visit.send(switched, shown={chips: ["orange fur"]})) == orange
-    assert visit.values[ticked] == ["orange fur"]
+    assert visit.values[ticked]["ticked"] == ["orange fur"]
     assert visit.do(visit.send(switched, shown={chips: []})) == TEXT
 
 
@@ -181,10 +181,8 @@ def test_changes_that_are_sent_before_the_page_has_shown_the_last_one_add_up(dra
     for answer in [visit.answer(sent) for sent in (strength, stop, tick)]:
         visit._put(answer)
     assert visit.values[visit.prompt] == "a fox, orange fur <lora:fox:0@0,1@0.4:stop=7> <lora:ink:1.5>"
-    back = visit.edit(slider=0.5), visit.edit(slider=1.5)  # the second as if nothing had changed
-    for answer in [visit.answer(sent) for sent in back]:
-        visit._put(answer)
-    assert visit.values[visit.prompt] == "a fox, orange fur <lora:fox:0@0,1@0.4:stop=7> <lora:ink:1.5>"
+    assert visit.do(visit.edit(slider=0.5)).endswith("<lora:ink:0.5>")
+    assert visit.do(visit.edit(slider=1.5)) == "a fox, orange fur <lora:fox:0@0,1@0.4:stop=7> <lora:ink:1.5>"
 
 
 def test_a_card_that_was_drawn_before_the_prompt_was_typed_changes_what_was_changed_in_it(drawn, loras):
@@ -204,6 +202,39 @@ def test_a_card_that_is_edited_while_it_is_drawn_anew_is_drawn_with_the_edit(dra
     text = visit.do(visit.edit(unet="2"))
     assert visit.values[visit.shown]["at"] > 2
     assert visit.values[visit.shown]["cards"] == visit.values[visit.cards] == cards_of(text, drawn[0], loras)
+
+
+def test_a_tick_while_the_cards_are_drawn_anew_is_drawn_too(drawn):
+    visit = Visit(drawn)
+    visit.values |= {visit.shown: {"cards": drawn[0], "at": 2}}
+    switched = visit.event("switched")
+    ticked, chips = switched.inputs[:2]
+    assert visit.do(visit.send(switched, shown={chips: ["orange fur"]})) == TEXT.replace("a fox", "a fox, orange fur")
+    assert visit.values[visit.shown]["at"] > 2
+    assert visit.values[ticked]["ticked"] == []  # as the card that is on its way shows
+
+
+def test_cards_that_are_drawn_anew_keep_their_parts_and_events(loras, tmp_path):
+    """Until the page shows the new ones, it sends what is clicked on the old ones."""
+    from gradio.context import LocalContext
+    from gradio.state_holder import SessionState
+
+    blocks = built(loras, tmp_path)
+    visit, renderable = SessionState(blocks).blocks_config, mixer_of(blocks)
+
+    def events(text):
+        LocalContext.blocks_config.set(visit)
+        renderable.apply(SHOWN, text, cards_of(text, [], loras), [])
+        return {number: event for number, event in visit.fns.items() if event.rendered_in is renderable}
+
+    def parts(event):
+        return event.fn.__name__, event.targets, [[one._id for one in side] for side in (event.inputs, event.outputs)]
+
+    one = events("a fox <lora:fox:1>")
+    two = events("a hat, ink <lora:fox:0.5> <lora:ink:1>")
+    assert len(one) == 3
+    assert len(two) == 6
+    assert {number: parts(event) for number, event in one.items()} == {number: parts(two[number]) for number in one}
 
 
 def test_a_field_that_is_left_as_it_was_and_a_card_that_is_gone_write_nothing(drawn):
