@@ -59,7 +59,7 @@ class QueuePanel:
         if shown is None:
             return -1, values | stage.first()
         values |= {self.status: said(self.page.visits.jobs, shown), self.bar: _bar(shown)}
-        return shown.number, values | stage.shows(shown.event)
+        return shown.number, values | stage.shows(shown.event, shown.is_over)
 
     def connect(self, stage: Stage, starts: Sequence[Any], inputs: Sequence[Any]) -> None:
         """Let events put pictures into the queue, and show on the page how it goes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mole_diffusers.app.style import BUTTONS, Values, figure, status_line
 from mole_diffusers.inspection.layout_figure import overlay
 
 RECENT = 30  # pictures of the strip
+NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a file that the app wrote
 
 
 class Stage:
@@ -48,28 +50,28 @@ class Stage:
         self._seen: tuple[int, Values] = (-1, {})  # when the gallery was changed last, and what the strip shows of it
         self.outputs = [self.picture, self.frame, page.showing, self.strip, self.names]
 
-    def shows(self, progress: Progress | None) -> Values:
-        """What is seen of a job that is on its way or over. The picture of an earlier job stays until it has its own."""
+    def shows(self, progress: Progress | None, is_over: bool) -> Values:
+        """What is seen of a job. Until it has a picture of its own, and if it ends without one, that is `first`."""
         values = self.newest()
-        if progress is None:
-            return values
-        if len(progress.pictures) < progress.count and progress.preview is not None:
+        if progress is not None and not is_over and len(progress.pictures) < progress.count and progress.preview is not None:
             return values | {self.picture: progress.preview, self.frame: framed(progress.size)}
-        done = [picture.path for picture in progress.pictures if picture.path.exists()]
-        return values | (self.put(done[-1], progress.size) if done else {self.frame: framed(progress.size)})
+        done = [picture.path for picture in progress.pictures if picture.path.exists()] if progress is not None else []
+        if done:
+            return values | self.put(done[-1])
+        return self.first() if progress is None or is_over else values | {self.frame: framed(progress.size)}
 
     def first(self) -> Values:
         """What a page shows before the first job: the newest picture of the gallery, if there is one."""
         newest = self.newest()
         path = self.page.actions.gallery.folder / next(iter(newest[self.names]), "")
-        return newest | (self.put(path) if path.is_file() else {})
+        nothing = {self.picture: None, self.frame: framed((1, 1)), self.page.showing: ""}
+        return newest | (self.put(path) if path.is_file() else nothing)
 
-    def put(self, path: Path, size: tuple[int, int] | None = None) -> Values:
+    def put(self, path: Path) -> Values:
         """Show a finished picture."""
-        if size is None:
-            with Image.open(path) as image:
-                size = image.size
-        return {self.picture: str(path), self.frame: framed(size), self.page.showing: path.name}
+        with Image.open(path) as image:
+            size = image.size
+        return {self.picture: str(path), self.frame: framed(size) + marked(path), self.page.showing: path.name}
 
     def newest(self) -> Values:
         """The newest pictures of the gallery, in the strip."""
@@ -132,6 +134,15 @@ def framed(size: tuple[int, int]) -> str:
     """CSS that gives the frame of the large picture a shape."""
     width, height = map(int, size)
     return f"<style>:root {{ --wide: {width}; --high: {height}; }}</style>"
+
+
+def marked(path: Path) -> str:
+    """CSS that marks a picture of the gallery in the strip. Files with unusual names, which no app gave them, have no mark."""
+    if not NAME.fullmatch(path.stem):
+        return ""
+    return (
+        f'<style>#strip .thumbnail-item:has(img[src*="/{path.stem}."]) {{ outline: 3px solid var(--primary-600); }}</style>'
+    )
 
 
 def connect_use(page: Page, chosen: gr.State, use: gr.Button, over: gr.Button, status: gr.Markdown) -> None:

@@ -41,9 +41,10 @@ def test_a_picture_is_drawn_previewed_and_kept_in_one_frame(blocks):
     assert infotext.read(shown["picture"]).steps == 150
     assert Path(shown["picture"]).name == shown[6]  # which is the one that the tools use
     assert [Path(small).stem for small, _ in shown["strip"]] == [Path(shown["picture"]).stem]
-    previews = [frame for kind, frame, _ in seen if kind is Image.Image]
-    assert previews
-    assert {*previews, shown["frame"]} == {shown["frame"]}  # nothing jumps
+    previews = {frame for kind, frame, _ in seen if kind is Image.Image}
+    (shape,) = previews
+    assert shown["frame"].startswith(shape)  # nothing jumps
+    assert f'#strip .thumbnail-item:has(img[src*="/{Path(shown["picture"]).stem}."])' in shown["frame"]  # it is marked
     assert "--wide: 32; --high: 32" in shown["frame"]
     assert [said for *_, said in seen][-1] == "Compose"
     assert "Cancel" in [said for *_, said in seen]
@@ -64,6 +65,25 @@ def test_the_one_button_cancels_the_picture_that_is_drawn_and_the_next_begins(bl
         visit.see(lambda shown, left=left: [row["number"] for row in shown[3]] == left)
     assert label(visit.shown) == "Compose"
     assert visit.press("pressed", "Cancel") == "nothing of yours is running"
+
+
+def test_a_picture_that_is_cancelled_half_drawn_gives_way_to_the_last_finished_one(blocks):
+    def cancelled(visit):
+        visit.press()
+        visit.see(lambda shown: isinstance(shown.get("picture"), Image.Image))
+        assert "#strip" not in visit.shown["frame"]  # no finished one is shown
+        visit.press("pressed", "Cancel")
+        return visit.see(lambda shown: str(shown["compose-status"]).startswith("stopped after 0"))
+
+    empty = cancelled(long(blocks))
+    assert (empty["picture"], empty[6]) == (None, "")
+    visit = QueueVisit(blocks)
+    visit.press()
+    finished = visit.done()["picture"]
+    visit.edits = {"Steps": 150}
+    shown = cancelled(visit)
+    assert (shown["picture"], shown[6]) == (finished, Path(finished).name)
+    assert f"/{Path(finished).stem}." in shown["frame"]
 
 
 def test_a_reloaded_page_and_a_second_one_see_the_same_queue_and_nobody_else_does(blocks):
@@ -108,7 +128,7 @@ def test_a_page_that_is_opened_later_shows_the_newest_picture_of_the_gallery(blo
     later = QueueVisit(blocks, visitor="you")
     assert later.see(lambda shown: True)["picture"] == picture
     Path(picture).unlink()
-    assert "picture" not in QueueVisit(blocks, visitor="they").see(lambda shown: True)
+    assert QueueVisit(blocks, visitor="they").see(lambda shown: True)["picture"] is None
 
 
 def test_wrong_fields_are_said_and_nothing_is_started(blocks):
