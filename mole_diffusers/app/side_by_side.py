@@ -3,12 +3,13 @@ the result, and a click lists them as things: "a fox and an owl"."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import gradio as gr
 
-from mole_diffusers.app.mixer_cards import MixerCard, bare_tags, listed, newest, parse_named, with_triggers
+from mole_diffusers.app.mixer_cards import MixerCard, bare_tags, listed, newest, parse_named, triggers_in, with_triggers
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import markdown
@@ -43,7 +44,7 @@ class SideBySide:
             now = self._with_words(newest(text, rewrites), words)
             if not _are_tags(words, now):
                 return {}
-            found = prompt.replaced(text, listed(now, words), cards, rewrites)
+            found = prompt.replaced(text, self._written(now, words), cards, rewrites)
             return found if prompt.shown in found else found | prompt.redraw(cards)  # with these words ticked
 
         self._button.click(as_things, [self._words, *prompt.written], [prompt.text, *prompt.of_cards], **ORDERED)
@@ -58,7 +59,7 @@ class SideBySide:
         is_there = prompt == recipe.prompt
         why = f"{markdown(typed)} are tags, and may mix." if is_there else "The prompt lacks words of LoRAs."
         said = f"{why} Set a style to “everywhere”; give things their places:"
-        label = f"Write “{listed(typed, words)}”"
+        label = f"Write “{', '.join([listed(typed, words), *self._missing_styles(recipe.prompt)])}”"
         return {self._said: said, self._button: gr.update(visible=True, value=label), self._words: words}
 
     def nothing(self) -> Values:
@@ -68,7 +69,7 @@ class SideBySide:
     def mixed(self, recipe: Recipe, roles: Mapping[str, Role]) -> list[str]:
         """The words that would have places as a list of things, in their order, one of each LoRA; [] if there are fewer than
         two. They are tags of the recipe's prompt; if that has one or none, and no others, it may lack the rest. Those of
-        styles, as far as their names tell, and of LoRAs that were set to act everywhere are none of them."""
+        styles (see `_is_style`), and of LoRAs that were set to act everywhere are none of them."""
         catalog = self.page.actions.studio.catalog
         regions = {tag.name: tag.region for tag in parse_named(recipe.prompt, catalog.loras).tags}
         free = [name for name, role in roles.items() if role.place == EVERY_PLACE and not regions[name]]
@@ -78,17 +79,36 @@ class SideBySide:
         for name in free:
             there = (word for word in own[name] if word.casefold() in tags)
             word = next(there, own[name][0] if lacks and own[name] else "")
-            is_style = "style" in f"{catalog.loras[name].parent.name} {name}".casefold()
-            if word and not (word in words or is_style or is_scenery(word.split()[-1]) or is_look(word.split())):
+            is_medium = any(map(is_scenery, re.split(r"[\W\d_]+", name.casefold())))  # its name says so: watercolor_v2
+            if word and not (word in words or is_medium or self._is_style(name, own[name]) or is_look(word.split())):
                 words.append(word)
         tagged = [word for word in words if word.casefold() in tags]
         words = tagged if len(tagged) > 1 else words
         whole = self._with_words(recipe.prompt, words)
         if len(words) < 2 or not _are_tags(words, whole):
             return []
-        after = self.page.actions.loras.roles(replace(recipe, prompt=listed(whole, words)))
+        after = self.page.actions.loras.roles(replace(recipe, prompt=self._written(whole, words)))
         changed = [after[name].place for name in roles if after[name].place != roles[name].place]
         return words if len(changed) >= len(words) and set(changed) <= {OWN_PLACE, OWN_TILE} else []
+
+    def _written(self, prompt: str, words: Sequence[str]) -> str:
+        """A prompt with these of its tags as a list of things, and with the styles that it lacks."""
+        return self._with_words(listed(prompt, words), self._missing_styles(prompt))
+
+    def _missing_styles(self, prompt: str) -> list[str]:
+        """What names the styles among a prompt's LoRAs of which it has no words: "watercolor", "sks style"."""
+        catalog = self.page.actions.studio.catalog
+        missing = []
+        for name in (tag.name for tag in parse_named(prompt, catalog.loras).tags):
+            words = words_of(catalog.expert(name)).words
+            if words and self._is_style(name, words) and not triggers_in(prompt, words):
+                missing.append(words[0] if is_scenery(words[0].split()[-1].casefold()) else f"{words[0]} style")
+        return missing
+
+    def _is_style(self, name: str, words: Sequence[str]) -> bool:
+        """Whether a LoRA is a style, a medium or a setting, as far as its folder, its name or its words tell."""
+        said = f"{self.page.actions.studio.catalog.loras[name].parent.name} {name}".casefold()
+        return "style" in said or any(is_scenery(word.split()[-1].casefold()) for word in words)
 
     def _with_words(self, prompt: str, words: Sequence[str]) -> str:
         """A prompt, with those of these words that it lacks."""

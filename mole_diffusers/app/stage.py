@@ -137,7 +137,7 @@ def framed(size: tuple[int, int]) -> str:
 
 
 def marked(path: Path) -> str:
-    """CSS that marks a picture of the gallery in the strip. Files with unusual names, which no app gave them, have no mark."""
+    """CSS that marks a picture of the gallery in the strip. Files with names that the app did not give have none."""
     if not NAME.fullmatch(path.stem):
         return ""
     return (

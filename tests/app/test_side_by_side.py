@@ -16,13 +16,15 @@ TAGS = "<lora:fox:1> <lora:hen:1> <lora:owl:1>"
 
 @pytest.fixture(scope="module")
 def page(loras, tmp_path_factory):
-    """A page with animals, one of which is in a folder of styles, and what its events are called."""
+    """A page with animals and styles, of which the folder, the name or a word tells, and what its events are called."""
     folder, files = tmp_path_factory.mktemp("loras"), {}
-    for name, source in zip(("fox", "hen", "owl", "ink"), [*loras.values(), loras["fox"]], strict=True):
+    names = ("fox", "hen", "owl", "ink", "watercolor_v2", "sks")
+    for name, source in zip(names, [*loras.values()] * 2, strict=True):
         files[name] = folder / ("styles" if name == "ink" else "animals") / f"{name}.safetensors"
         files[name].parent.mkdir(exist_ok=True)
         shutil.copy(source, files[name])
-        words = {"owl": "owl, big eyes", "hen": "Hen"}.get(name, name)
+        of_file = {"owl": "owl, big eyes", "hen": "Hen", "watercolor_v2": "wtc", "sks": "hat, watercolor"}
+        words = of_file.get(name, name)
         files[name].with_suffix(".json").write_text(json.dumps({"activation text": words}))
     return {each.fn.__name__: each for each in built(files, tmp_path_factory.mktemp("app")).fns.values() if each.fn}
 
@@ -48,7 +50,11 @@ def seen(page, prompt, **edits):
         ("fox, fox, forest <lora:fox:1>", ""),
         ("hen <lora:fox:1> <lora:hen:1>", "a hen and a fox"),
         ("<lora:fox:1> <lora:hen:1>", "a fox and Hen"),  # as its file writes it
-        ("<lora:hen:1> <lora:ink:1> <lora:fox:1>", "Hen and a fox"),
+        ("<lora:hen:1> <lora:ink:1> <lora:fox:1>", "Hen and a fox, ink style"),
+        ("<lora:hen:1> <lora:watercolor_v2:1> <lora:fox:1>", "Hen and a fox"),
+        ("fox, hen, watercolor <lora:fox:1> <lora:hen:1> <lora:sks:1>", "a fox and a hen"),
+        ("fox <lora:fox:1> <lora:watercolor_v2:1>", ""),
+        ("fox <lora:fox:1> <lora:sks:1>", ""),
         ("<lora:fox:1> <lora:hen:1:region=everywhere>", ""),
         ("<lora:fox:1>", ""),
         ("", ""),
@@ -88,6 +94,8 @@ def test_a_click_writes_the_list_and_then_nothing_more_is_offered(page):
     assert shown["cards"] == cards  # drawn anew, with the words ticked
     assert text == f"masterpiece, a fox and a hen, forest {TAGS}"
     assert seen(page, text) == ("", "", [])
+    painted = f"fox, hen {TAGS} <lora:ink:1>"
+    assert plain(click)(words, painted, [], [])[0] == painted.replace("fox, hen", "a fox and a hen, ink style")
     assert plain(click)(words, TAGS, [], [])[0] == f"a fox and Hen {TAGS}"  # into a prompt without words
     assert plain(click)(words, "a fox and a hen", [], [])[0]["__type__"] == "update"  # the prompt was changed meanwhile
 
