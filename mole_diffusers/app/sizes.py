@@ -15,6 +15,7 @@ from mole_diffusers.studio.recipe import Recipe
 
 FIT = "the model's own"
 SHAPES = {FIT: 0.0, "1:1": 1.0, "3:4": 3 / 4, "4:3": 4 / 3, "9:16": 9 / 16, "16:9": 16 / 9, "2:1": 2.0}
+OTHER = "other"  # a shape that is shown while the picture has none of these
 SCALES = {"1 ×": 1.0, "1.25 ×": 1.25, "1.5 ×": 1.5, "2 ×": 2.0}
 
 
@@ -42,10 +43,11 @@ def build(page: Page) -> None:
         except ValueError:  # said where it was typed
             return {said: "", take: gr.update(visible=False)}
         words = f"{drawn.width} × {drawn.height} pixels"
-        words += ", too few to draw each subject by itself" if better else ""
+        words += "; a larger size may keep the subjects apart: it has room to draw each by itself" if better else ""
         button = gr.update(visible=better is not None, value=f"Take {better[0]} × {better[1]}" if better else "")
-        shown = choices_for(page, recipe, (shape_now, scale_now))
-        return {said: words, take: button, roomy: better or (0, 0)} | dict(zip((shape, scale), shown, strict=True))
+        now, times = choices_for(page, recipe, (shape_now, scale_now))
+        shapes = gr.update(choices=[*SHAPES, *([OTHER] if now == OTHER else [])], value=now)
+        return {said: words, take: button, roomy: better or (0, 0), shape: shapes, scale: times}
 
     def took(size: tuple[int, int]) -> Values:
         return {width: size[0], height: size[1]}
@@ -59,18 +61,23 @@ def build(page: Page) -> None:
     gr.on(asking, told, [*page.form.inputs, shape, scale], outputs, trigger_mode="always_last", show_progress="hidden")
 
 
-def choices_for(page: Page, recipe: Recipe, chosen: tuple[str | None, str | None]) -> tuple[str | None, str | None]:
-    """The shape and the scale that give a recipe's size: those that are chosen, if they do; None for another size.
+def choices_for(page: Page, recipe: Recipe, chosen: tuple[str | None, str | None]) -> tuple[str, str | None]:
+    """The shape and the scale that give a recipe's size: those that are chosen, if they do, else first the shape of exactly
+    this ratio. For another size that shape, or `OTHER`, and no scale.
 
     Of a small base two shapes can have one size: with 64 x 64 pixels both 16:9 and 2:1 are 88 x 48.
     """
     size = recipe.width, recipe.height
-    fits = [
+    fits: list[tuple[str, str | None]] = [
         (shape, scale)
         for (scale, times), (shape, ratio) in product(SCALES.items(), SHAPES.items())
         if size_of(page, recipe.prompt, ratio, times) == size
     ]
-    return chosen if chosen in fits else next(iter(fits), (None, None))
+    found = next((fit for fit in fits if fit == chosen), None)
+    exact = next((shape for shape, ratio in SHAPES.items() if ratio and ratio * size[1] == size[0] > 0), None)
+    if found is None and exact is not None:
+        found = next((fit for fit in fits if fit[0] == exact), (exact, None))
+    return found or next(iter(fits), (OTHER, None))
 
 
 def size_of(page: Page, prompt: str, ratio: float, scale: float) -> tuple[int, int]:

@@ -57,7 +57,7 @@ def test_a_chosen_shape_stays_chosen_if_another_one_has_the_same_size(actions):
         assert sizes.choices_for(page, recipe, (shape, scale)) == (shape, scale)
         found.add(sizes.choices_for(page, recipe, (None, None)))
     assert len(found) < (len(sizes.SHAPES) - 1) * len(sizes.SCALES)  # some have the same size
-    assert sizes.choices_for(page, Recipe("", width=16, height=512), ("1:1", "1 ×")) == (None, None)
+    assert sizes.choices_for(page, Recipe("", width=16, height=512), ("1:1", "1 ×")) == (sizes.OTHER, None)
 
 
 def test_a_size_at_which_each_subject_has_room_is_offered_and_not_taken(actions):
@@ -68,6 +68,10 @@ def test_a_size_at_which_each_subject_has_room_is_offered_and_not_taken(actions)
     small = studio.complete(two)
     assert (small.width, small.height) == (side, side)
     assert studio.size_with_room(small) == (2 * side, side)
+    page = type("Page", (), {"actions": actions})()
+    taken = replace(two, width=2 * side, height=side)
+    assert sizes.choices_for(page, replace(taken, width=4 * side, height=2 * side), (None, None)) == ("2:1", None)
+    assert sizes.choices_for(page, taken, (sizes.FIT, "1 ×"))[0] == "2:1"  # what is marked once it is taken
     assert studio.part_of_step(small, 1) == ""
     drawn = studio.complete(replace(two, width=2 * side, height=side))
     assert studio.draws_in_tiles(drawn)
