@@ -13,13 +13,23 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from mole_diffusers.app.fields import CARD, SWITCH
-from mole_diffusers.app.mixer_cards import MixerCard, edit, fields_of, newest, triggers_in, with_tag, with_triggers
+from mole_diffusers.app.mixer_cards import (
+    MixerCard,
+    edit,
+    fields_of,
+    newest,
+    parse_named,
+    triggers_in,
+    with_tag,
+    with_triggers,
+)
 from mole_diffusers.app.page import Page
 from mole_diffusers.app.prompt_box import ORDERED
 from mole_diffusers.app.sentences import errors_to, markdown
 from mole_diffusers.app.side_by_side import SideBySide
 from mole_diffusers.app.style import Values, figure
-from mole_diffusers.binding.who_acts import OWN_PLACE, OWN_TILE, SILENT, Role
+from mole_diffusers.binding.regions import AUTO, EVERYWHERE
+from mole_diffusers.binding.who_acts import EVERY_PLACE, OWN_PLACE, OWN_TILE, SILENT, Role
 from mole_diffusers.studio.prompt_syntax import PAINTED
 
 LAST: dict[str, Any] = {"show_progress_on": [], "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
@@ -29,7 +39,7 @@ SMALL: dict[str, Any] = {"height": 40, "min_width": 40, "scale": 0, "show_label"
                          "elem_classes": "thumb"}  # fmt: skip
 BARE: dict[str, Any] = {"container": False, "show_label": False}
 # As the page says them.
-PLACES = {OWN_PLACE: "acts in its own place", OWN_TILE: "acts in its own tile", SILENT: "does not act"}
+PLACES = {OWN_PLACE: "acts in its own place", OWN_TILE: "acts in its own tile"}
 SIDE = 96  # pixels of the picture of a LoRA that has none
 LOW, HIGH = -1.0, 2.0  # range of the slider; you can type any number
 SEEN = ("prompt", "binding", "width", "height", "controlnet", "ip_adapter")  # fields that decide what a card says
@@ -64,7 +74,8 @@ def build(page: Page, side_by_side: SideBySide) -> None:
             return {said: lines({}, drawn["cards"])} | side_by_side.nothing()
         last = next(reversed(page.visits.drawn(request, visitor)), None)
         regions = last.layout.regions if last and last.layout else {}
-        words = {name: sentence(role, stands(regions.get(name))) for name, role in roles.items()}
+        tags = {tag.name: tag for tag in parse_named(recipe.prompt, page.actions.studio.catalog.loras).tags}
+        words = {name: sentence(role, stands(regions.get(name)), tags[name].region) for name, role in roles.items()}
         return {said: lines(words, drawn["cards"])} | offered
 
     # Not in `draw`: a page whose cards are just drawn anew could call an event that is gone.
@@ -83,12 +94,26 @@ def lines(said: Mapping[str, str], cards: Sequence[MixerCard]) -> str:
     return f"<style>{' '.join(rules)}</style>"
 
 
-def sentence(role: Role, stood: str = "") -> str:
-    """What one LoRA does, in one line."""
+def sentence(role: Role, stood: str = "", given: str = "") -> str:
+    """What one LoRA does, in one line: where it acts, then what calls it, then why.
+
+    Args:
+        stood: where it was in the last picture.
+        given: the region of its tag, "" for none.
+    """
+    words = f"“{', '.join(role.words)}”" if role.words else ""
+    if role.place == OWN_PLACE and given not in ("", AUTO):
+        where = "where you painted" if given == PAINTED else f"in the place you gave it, {given}"
+        missing = "" if words else "; the prompt has none of its words"
+        return f"Acts {where}{f', on {words}' if words else missing}"
+    if role.place == SILENT:
+        return f"Does not act: {role.why}"
+    if role.place == EVERY_PLACE:
+        unused = "" if given in ("", AUTO, EVERYWHERE) else f"; its place, {given}, is not used"
+        return f"Acts everywhere{f', called by {words}' if words else ''}: {role.why}{unused}"
     place = PLACES.get(role.place, f"acts {role.place}")
-    words = f" on “{', '.join(role.words)}”" if role.words else ""
     where = f", {stood} in the last picture" if stood and role.place == OWN_PLACE else ""
-    return f"{place[:1].upper()}{place[1:]}{words}{where}: {role.why}"
+    return f"{place[:1].upper()}{place[1:]}{f', on {words}' if words else ''}{where}: {role.why}"
 
 
 def stands(region: Any) -> str:

@@ -190,16 +190,16 @@ def test_a_card_says_in_one_line_what_its_lora_does(actions):
     prompt = "a fox and an owl <lora:fox:1:word=fox> <lora:hat:1:word=owl> <lora:ink:1:region=everywhere>"
     roles = actions.loras.roles(Recipe(prompt))
     said = {name: sentence(role) for name, role in roles.items()}
-    assert said["fox"] == "Acts in its own place on “fox”: the prompt lists it beside 'owl'"
-    assert said["ink"].startswith("Acts everywhere")
-    assert sentence(roles["fox"], "left").startswith("Acts in its own place on “fox”, left in the last picture: ")
+    assert said["fox"] == "Acts in its own place, on “fox”: the prompt lists it beside 'owl'"
+    assert said["ink"] == "Acts everywhere: you said so"
+    assert sentence(roles["fox"], "left").startswith("Acts in its own place, on “fox”, left in the last picture: ")
     assert "last picture" not in sentence(roles["ink"], "left")
     unbound = actions.loras.roles(Recipe(prompt, binding="none"))
     assert {sentence(role) for role in unbound.values()} == {"Acts everywhere: nothing is bound"}
     touching = prompt.replace("a fox and an owl", "fox hugging owl")  # the tiny text encoder reads 14 letters
     sizes = {width: sentence(actions.loras.roles(Recipe(touching, width=width, height=32))["fox"]) for width in (32, 64)}
-    assert sizes[32].startswith("Acts everywhere on “fox”: ")
-    assert sizes[64] == "Acts in its own tile on “fox”: it touches 'owl'"
+    assert sizes[32].startswith("Acts everywhere, called by “fox”: ")
+    assert sizes[64] == "Acts in its own tile, on “fox”: it touches 'owl'"
     place = torch.zeros(4, 8)
     assert (stands(None), stands(place)) == ("", "")
     place[:, :4] = 1
@@ -207,6 +207,30 @@ def test_a_card_says_in_one_line_what_its_lora_does(actions):
     place[2:] = 0
     assert stands(place) == "top left"
     assert stands(torch.ones(4, 8)) == "in the middle"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tag", "wanted"),
+    [
+        ("a fox and an owl", "1:word=fox:region=right", "Acts in the place you gave it, right, on “fox”"),
+        ("a fox and an owl", "1:word=fox:region=painted", "Acts where you painted, on “fox”"),
+        ("an owl", "1:word=fox:region=left", "Acts in the place you gave it, left; the prompt has none of its words"),
+        ("an owl", "1:word=fox", "Acts everywhere: the prompt has none of its words: fox"),
+        (
+            "an owl",
+            "1:word=fox:region=everywhere",
+            "Acts everywhere: you said so; the prompt has none of its words: fox",
+        ),
+        ("a fox", "0:word=fox", "Does not act: it is off, or at strength 0"),
+    ],
+)
+def test_a_card_names_one_place(actions, prompt, tag, wanted):
+    """Also after a picture in which its subject stood elsewhere."""
+    from mole_diffusers.app.mixer import sentence
+
+    recipe = Recipe(f"{prompt} <lora:fox:{tag}> <lora:hat:1:word=owl>")
+    given = next((each[len("region=") :] for each in tag.split(":") if each.startswith("region=")), "")
+    assert sentence(actions.loras.roles(recipe)["fox"], "bottom left", given) == wanted
 
 
 def test_one_bad_tag_hides_no_other_card():

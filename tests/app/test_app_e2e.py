@@ -104,7 +104,7 @@ def _picks_from_the_browser(page):
     assert value(page, "#prompt") == "<lora:fox:1> <lora:hen:1> <lora:ink:0.6>"  # the strength it likes
     page.type("#prompt textarea", f"a fox and a hen in ink {value(page, '#prompt')}")
     line = "return getComputedStyle(document.querySelector('.c0 .rest > button'), '::before').content"
-    page.until(lambda: page.driver.execute_script(line).startswith('"Acts in its own place on “fox”'), WAIT)
+    page.until(lambda: page.driver.execute_script(line).startswith('"Acts in its own place, on “fox”'), WAIT)
 
 
 def _previews_in_the_frame_of_the_picture(page, folder):

@@ -339,16 +339,19 @@ def test_what_is_clicked_on_a_card_before_the_page_shows_it_drawn_anew_is_not_lo
     shutil.copy(loras["fox"], tmp_path / "sks.safetensors")
     (tmp_path / "sks.json").write_text('{"activation text": "fox, fur"}')
     studio = Studio(tiny_pipeline(), Catalog({"sks": tmp_path / "sks.safetensors"}, {}), "tiny")
-    apply, drawn, goes_on = Renderable.apply, Event(), Event()
+    apply, slow, drawn, goes_on = Renderable.apply, Event(), Event(), Event()
 
     def slowly(cards, *given):
         apply(cards, *given)
-        drawn.set()
-        goes_on.wait(WAIT)
+        if slow.is_set():
+            drawn.set()
+            goes_on.wait(WAIT)
+
+    monkeypatch.setattr(Renderable, "apply", slowly)
 
     with visiting(studio, replace(RECIPE, prompt="a hat <lora:sks:1>"), tmp_path) as page:
         cards(page, "sks")
-        monkeypatch.setattr(Renderable, "apply", slowly)
+        slow.set()
         page.type("#prompt textarea", "a fox <lora:sks:1.05>")
         assert drawn.wait(WAIT)
         page.driver.execute_script("document.querySelector(arguments[0]).click()", f".card {clicked}")

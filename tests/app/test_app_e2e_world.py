@@ -140,7 +140,7 @@ def test_a_newcomer_ticks_the_words_of_two_characters(tmp_path, width):
         page.click("#compose")
         page.until(lambda: page.text("#compose-status").startswith("done") and kept(tmp_path), WAIT)
         page.until(lambda: not page.all("#browser") and _is_in_view(page, "#picture img"), WAIT)
-        assert page.driver.execute_script(SAID)[0].startswith('"Acts in its own place on “crocodile”')
+        assert page.driver.execute_script(SAID)[0].startswith('"Acts in its own place, on “crocodile”')
         page.one("#found img")
         assert not page.errors()
 
