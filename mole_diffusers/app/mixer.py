@@ -30,7 +30,7 @@ from mole_diffusers.app.side_by_side import SideBySide
 from mole_diffusers.app.style import Values, figure
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.binding.who_acts import EVERY_PLACE, OWN_PLACE, OWN_TILE, SILENT, Role
-from mole_diffusers.studio.prompt_syntax import PAINTED
+from mole_diffusers.studio.prompt_syntax import PAINTED, LoraTag
 
 LAST: dict[str, Any] = {"show_progress_on": [], "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
 EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables redrawn components by default
@@ -75,7 +75,7 @@ def build(page: Page, side_by_side: SideBySide) -> None:
         last = next(reversed(page.visits.drawn(request, visitor)), None)
         regions = last.layout.regions if last and last.layout else {}
         tags = {tag.name: tag for tag in parse_named(recipe.prompt, page.actions.studio.catalog.loras).tags}
-        words = {name: sentence(role, stands(regions.get(name)), tags[name].region) for name, role in roles.items()}
+        words = {name: sentence(role, stands(regions.get(name)), tags[name]) for name, role in roles.items()}
         return {said: lines(words, drawn["cards"])} | offered
 
     # Not in `draw`: a page whose cards are just drawn anew could call an event that is gone.
@@ -94,20 +94,21 @@ def lines(said: Mapping[str, str], cards: Sequence[MixerCard]) -> str:
     return f"<style>{' '.join(rules)}</style>"
 
 
-def sentence(role: Role, stood: str = "", given: str = "") -> str:
+def sentence(role: Role, stood: str = "", tag: LoraTag | None = None) -> str:
     """What one LoRA does, in one line: where it acts, then what calls it, then why.
 
     Args:
         stood: where it was in the last picture.
-        given: the region of its tag, "" for none.
+        tag: its tag, which may give it a place, or strength 0.
     """
+    given = tag.region if tag else ""
+    if role.place == SILENT or (tag and str(tag.te) == str(tag.unet) == "0"):
+        return f"Does not act: {role.why if role.place == SILENT else 'its strength is 0'}"
     words = f"“{', '.join(role.words)}”" if role.words else ""
     if role.place == OWN_PLACE and given not in ("", AUTO):
         where = "where you painted" if given == PAINTED else f"in the place you gave it, {given}"
         missing = "" if words else "; the prompt has none of its words"
         return f"Acts {where}{f', on {words}' if words else missing}"
-    if role.place == SILENT:
-        return f"Does not act: {role.why}"
     if role.place == EVERY_PLACE:
         unused = "" if given in ("", AUTO, EVERYWHERE) else f"; its place, {given}, is not used"
         return f"Acts everywhere{f', called by {words}' if words else ''}: {role.why}{unused}"

@@ -221,7 +221,7 @@ def test_a_card_says_in_one_line_what_its_lora_does(actions):
             "1:word=fox:region=everywhere",
             "Acts everywhere: you said so; the prompt has none of its words: fox",
         ),
-        ("a fox", "0:word=fox", "Does not act: it is off, or at strength 0"),
+        ("a fox", "0:word=fox", "Does not act: its strength is 0"),
     ],
 )
 def test_a_card_names_one_place(actions, prompt, tag, wanted):
@@ -229,7 +229,7 @@ def test_a_card_names_one_place(actions, prompt, tag, wanted):
     from mole_diffusers.app.mixer import sentence
 
     recipe = Recipe(f"{prompt} <lora:fox:{tag}> <lora:hat:1:word=owl>")
-    given = next((each[len("region=") :] for each in tag.split(":") if each.startswith("region=")), "")
+    given = next(each for each in recipe.tags if each.name == "fox")
     assert sentence(actions.loras.roles(recipe)["fox"], "bottom left", given) == wanted
 
 
