@@ -141,7 +141,7 @@ def marked(path: Path) -> str:
     if not NAME.fullmatch(path.stem):
         return ""
     return (
-        f'<style>#strip .thumbnail-item:has(img[src*="/{path.stem}."]) {{ outline: 3px solid var(--primary-600); }}</style>'
+        f'<style>#strip img[src*="/{path.stem}."] {{ outline: 4px solid var(--primary-600); outline-offset: -4px; }}</style>'
     )
 
 

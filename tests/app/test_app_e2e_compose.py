@@ -337,7 +337,7 @@ def test_what_is_clicked_on_a_card_before_the_page_shows_it_drawn_anew_is_not_lo
     from mole_diffusers.studio.render import Studio
 
     shutil.copy(loras["fox"], tmp_path / "sks.safetensors")
-    (tmp_path / "sks.json").write_text('{"activation text": "fox, fur"}')
+    (tmp_path / "sks.json").write_text('{"activation text": "fox, fur, tail"}')
     studio = Studio(tiny_pipeline(), Catalog({"sks": tmp_path / "sks.safetensors"}, {}), "tiny")
     apply, slow, drawn, goes_on = Renderable.apply, Event(), Event(), Event()
 
