@@ -26,7 +26,7 @@ def build(page: Page) -> None:
     stage, queue, side_by_side = Stage(page), QueuePanel(page), SideBySide(page)
     with gr.Column(elem_id="studio"):
         with gr.Column(elem_id="ask"):
-            undo, browser = _ask(page, queue, side_by_side)
+            undo, browser = _ask(page, queue)
         with gr.Column(elem_id="stage"):
             stage.frame.render()
             with gr.Column(elem_id="view"):
@@ -34,6 +34,7 @@ def build(page: Page) -> None:
                 painting = Painting(page, stage)
             painting.build_tools()
             paint = stage.build_tools()
+            side_by_side.build()  # below all else, so that nothing moves when it comes and goes
         with gr.Column(elem_id="side"):
             stage.map.render()
             queue.build_list()
@@ -48,7 +49,7 @@ def build(page: Page) -> None:
     _connect_prompt(page, undo)
 
 
-def _ask(page: Page, queue: QueuePanel, side_by_side: SideBySide) -> tuple[Any, Any]:
+def _ask(page: Page, queue: QueuePanel) -> tuple[Any, Any]:
     """The prompt, the buttons that draw it, and the LoRAs to add. Returns the button that undoes its last change, and the
     browser of LoRAs."""
     page.prompt.text.render()
@@ -60,7 +61,6 @@ def _ask(page: Page, queue: QueuePanel, side_by_side: SideBySide) -> tuple[Any, 
         undo = gr.Button("Undo", scale=1, min_width=70, elem_id="undo")
     queue.bar.render()
     queue.status.render()
-    side_by_side.build()
     return undo, lora_browser.build(page)
 
 

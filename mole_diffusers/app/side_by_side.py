@@ -30,14 +30,15 @@ class SideBySide:
     def __init__(self, page: Page):
         self.page = page
         self._said = status_line(elem_id="mixed", render=False)
-        self._button = gr.Button("", size="sm", visible=False, elem_id="side-by-side", render=False)
+        self._button = gr.Button("", size="sm", visible=False, scale=0, elem_id="side-by-side", render=False)
         self._words = gr.State([])
         self.outputs = [self._said, self._button, self._words]
 
     def build(self) -> None:
         """Lay them out and connect the button."""
-        self._said.render()
-        self._button.render()
+        with gr.Row(elem_id="advice", equal_height=True):
+            self._said.render()
+            self._button.render()
         prompt = self.page.prompt
 
         def as_things(words: list[str], text: str, cards: list[MixerCard], rewrites: list[str]) -> Values:
@@ -57,8 +58,8 @@ class SideBySide:
         tags = bare_tags(prompt := self._with_words(recipe.prompt, words))
         typed = ", ".join(prompt[slice(*place)] for word, place in tags.items() if word in wanted)
         is_there = prompt == recipe.prompt
-        why = f"{markdown(typed)} are tags, and may mix." if is_there else "The prompt lacks words of LoRAs."
-        said = f"{why} Set a style to “everywhere”; give things their places:"
+        why = f"{markdown(typed)} are tags without places" if is_there else "The prompt lacks words of LoRAs"
+        said = f"{why}, so they may mix. As a list, each has its own; for a style, choose “everywhere”."
         label = f"Write “{', '.join([listed(typed, words), *self._missing_styles(recipe.prompt)])}”"
         return {self._said: said, self._button: gr.update(visible=True, value=label), self._words: words}
 

@@ -80,6 +80,13 @@ def test_words_that_cannot_be_a_tag_are_not_offered_and_the_cards_say_what_they_
     assert ("Acts" in lines, said) == (True, "")
 
 
+def test_advice_is_below_the_picture_where_it_moves_nothing(loras, tmp_path):
+    blocks = built(loras, tmp_path).blocks.values()
+    (stage,) = [each for each in blocks if each.elem_id == "stage"]
+    assert stage.children[-1].elem_id == "advice"
+    assert [each.elem_id for each in stage.children[-1].children] == ["mixed", "side-by-side"]
+
+
 def test_nothing_is_offered_without_binding(page):
     assert seen(page, f"fox, hen {TAGS}", binding="none") == ("", "", [])
 
@@ -87,7 +94,7 @@ def test_nothing_is_offered_without_binding(page):
 def test_a_click_writes_the_list_and_then_nothing_more_is_offered(page):
     prompt = f"masterpiece, fox, forest, hen {TAGS}"
     said, _, words = seen(page, prompt)
-    assert said.startswith("fox, hen are tags")
+    assert said.startswith("fox, hen are tags without places, so they may mix.")  # the reason for the advice
     click = page["as_things"]
     cards = cards_of(prompt, [], ["fox", "hen", "owl"])
     text, _, shown, *_ = plain(click)(words, prompt, cards, [])
