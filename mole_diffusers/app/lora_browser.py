@@ -83,7 +83,7 @@ def _panel(page: Page, browse: Any) -> Any:
             columns=6, height="auto", object_fit="cover", buttons=[], interactive=False, allow_preview=False,
             show_label=False, label="LoRAs", elem_id="loras",
         )  # fmt: skip
-        with gr.Row():
+        with gr.Row(elem_id="lora-buttons"):
             more = gr.Button("Show more", size="sm", visible=False, elem_id="lora-more")
             again = gr.Button("Look for new files", size="sm", elem_id="look-for-files")
             done = gr.Button("Done", size="sm", variant="primary", elem_id="lora-done")
