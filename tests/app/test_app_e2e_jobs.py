@@ -153,8 +153,9 @@ def test_another_base_is_chosen_and_the_page_of_another_visitor_says_so(studio, 
 @pytest.mark.thorough
 @pytest.mark.parametrize("width", [1440, 390])
 def test_every_tab_cancels_its_work(studio, tmp_path, width):
-    large = replace(RECIPE, width=128, height=128)  # or a comparison is over before it is cancelled
-    with visiting(studio, large, tmp_path, width=width) as page:
+    wait = lambda *_: time.sleep(0.02)  # noqa: E731
+    studio.base.pipe.unet.register_forward_pre_hook(wait)  # or a comparison is over before it is cancelled
+    with visiting(studio, RECIPE, tmp_path, width=width) as page:
         page.type("#prompt textarea", "a fox in ink <lora:fox:1> <lora:ink:1>")
         long_job(page)
         cancelled(page)
@@ -172,9 +173,8 @@ def test_every_tab_cancels_its_work(studio, tmp_path, width):
         page.click("#grid")
         page.until(lambda: drawn(page, "#grid-status") > 150, WAIT)  # one of its pictures is there
         page.click("#grid-cancel")
-        page.until(
-            lambda: page.text("#grid-status").startswith("stopped after") and page.all("#sheet img"), WAIT
-        )  # with grey
+        page.until(lambda: page.text("#grid-status").startswith("stopped after"), WAIT)
+        page.until(lambda: page.all("#sheet img"), WAIT)  # with grey in place of those that were not drawn
         page.tab("Train")
         page.type("#train-name :is(input, textarea)", "mine")
         page.type("#train-singles textarea", "fox=a fox\nink=ink")
@@ -217,6 +217,25 @@ def test_the_gallery_keeps_finds_and_gives_back(any_width, tmp_path):
     page.tab("Gallery")
     page.type("#find-lora :is(input, textarea)", "ink")
     page.until(lambda: labels() == ["ink · seed 0"], WAIT)
+    assert not page.errors()
+
+
+@pytest.mark.thorough
+def test_a_picture_of_the_gallery_and_the_end_of_the_browser_of_loras_fit_in_the_window(any_width, tmp_path):
+    page, inside = any_width, "const box = document.querySelector(arguments[0]).getBoundingClientRect();"
+    inside += "return box.height > 0 && box.bottom <= innerHeight"
+    page.click("#browse")
+    page.one("#lora-done")
+    page.driver.execute_script("document.querySelector('#loras').style.minHeight = '3000px'")  # as with many LoRAs
+    page.driver.execute_script("document.querySelector('#browser').scrollIntoView()")
+    page.until(lambda: page.driver.execute_script(inside, "#lora-done"), WAIT)
+    page.click("#lora-done")
+    composed(page, tmp_path)
+    page.tab("Gallery")
+    page.click("#gallery .thumbnail-item")
+    page.one("#gallery .preview img")
+    page.driver.execute_script("scrollTo({top: 0, behavior: 'instant'})")
+    page.until(lambda: page.driver.execute_script(inside, "#gallery .preview img"), WAIT)
     assert not page.errors()
 
 
