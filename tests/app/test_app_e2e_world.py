@@ -95,7 +95,8 @@ def test_a_newcomer_composes_two_characters_in_a_style(tmp_path, width):
         click("Compose")
         page.until(lambda: page.text("#compose-status").startswith("done") and kept(tmp_path), WAIT)
         acts = lambda: [line.split()[1:5] for line in page.driver.execute_script(SAID)]  # noqa: E731
-        page.until(lambda: acts() == [["in", "its", "own", "place"]] * 2 + [["everywhere", "on", "“aurora”:", "its"]], WAIT)
+        own, style = ["in", "its", "own", "place,"], ["everywhere,", "called", "by", "“aurora”:"]
+        page.until(lambda: acts() == [own, own, style], WAIT)
         page.until(lambda: kept(tmp_path)[0].name in page.one("#picture img").get_attribute("src"), WAIT)
         page.one("#found img")  # where each acted
         tags = "<lora:koala:1> <lora:octopus:1> <lora:aurora:1>"
