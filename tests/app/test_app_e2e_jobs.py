@@ -154,7 +154,7 @@ def test_another_base_is_chosen_and_the_page_of_another_visitor_says_so(studio, 
 @pytest.mark.parametrize("width", [1440, 390])
 def test_every_tab_cancels_its_work(studio, tmp_path, width):
     wait = lambda *_: time.sleep(0.02)  # noqa: E731
-    studio.base.pipe.unet.register_forward_pre_hook(wait)  # or a comparison is over before it is cancelled
+    waits = studio.base.pipe.unet.register_forward_pre_hook(wait)  # or a comparison is over before it is cancelled
     with visiting(studio, RECIPE, tmp_path, width=width) as page:
         page.type("#prompt textarea", "a fox in ink <lora:fox:1> <lora:ink:1>")
         long_job(page)
@@ -175,6 +175,7 @@ def test_every_tab_cancels_its_work(studio, tmp_path, width):
         page.click("#grid-cancel")
         page.until(lambda: page.text("#grid-status").startswith("stopped after"), WAIT)
         page.until(lambda: page.all("#sheet img"), WAIT)  # with grey in place of those that were not drawn
+        waits.remove()
         page.tab("Train")
         page.type("#train-name :is(input, textarea)", "mine")
         page.type("#train-singles textarea", "fox=a fox\nink=ink")
