@@ -208,7 +208,7 @@ def test_a_lora_that_cannot_be_read_hides_no_other(loras, tmp_path):
     (cards,) = [one for one in blocks.default_config.renderables if one.fn.__name__ == "draw"]
     with blocks:
         made = cards_of(text, [], files)
-        cards.fn({"cards": made}, made, text)
+        cards.fn({"cards": made, "at": 0}, text, made, [])
     facts = [one.value for one in blocks.blocks.values() if getattr(one, "elem_classes", None) == ["facts"]]
     assert facts[0].startswith("for this base, matched **40 of 40** layers, rank 4, hash ")
     assert [fact.startswith("**refused:**") for fact in facts] == [False, True, True]
