@@ -357,16 +357,16 @@ class TokenMasks:
         If it is not known whether it is a prompt, a text without any expert's words counts as the unconditional one of
         guidance that calls the denoiser separately. It then has the experts and places of the last prompt.
         """
-        groups = None if pipe is None else groups_of(pipe, text, latents)
+        known = None if pipe is None else groups_of(pipe, text, latents)
         readings = self._read(text, acting)
-        groups = groups or _groups(readings, latents, self.reader.tokens.prompts)
+        groups = known or _groups(readings, latents, self.reader.tokens.prompts)
         frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
         picture = PictureLayout(self.bound, readings, groups=groups, frames=frames, side=side)
         mentioned = [readings[row].mentioned for row in picture.prompt_of]
         acts = self.reader.acting_tokens(readings, mentioned, acting, text.device) if readings else None
         words = TextInput(text.detach(), version(text), latents.shape, acting), picture, acts
         prompt = next(reversed(self._prompts), None)
-        is_prompt = groups is not None or _names_an_expert(readings)
+        is_prompt = known is not None or _names_an_expert(readings)
         if not is_prompt and prompt is not None and len(prompt.input.text) == len(text):
             return BoundText(self.blocks, *words, prompt.silence, prompt)
         silence = self.reader.silence(mentioned or [(True,) * len(self.bound)], text.device)
