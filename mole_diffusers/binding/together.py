@@ -67,7 +67,7 @@ def _is_unlike_one(first: str, head: str, name: Match | None, phrases: Sequence[
     """
     if name is None and first in known.POSSESSIVES:
         return True
-    is_plural = head.endswith(("s", "men")) and not head.endswith(("ss", "us", "is"))
+    is_plural = head in known.COUNTED or (head.endswith(("s", "men")) and not head.endswith(("ss", "us", "is")))
     stated = () if name is None else (Tokens(phrases[k][i]).words[-1] for k, i in name.of)
     return is_plural and first not in ("a", "an", "one") and head not in stated
 

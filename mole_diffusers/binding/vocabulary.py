@@ -125,8 +125,8 @@ SETTINGS = _plural(
     "alley skyline cityscape backdrop meadow valley cave ruin station shop store library museum palace pool shore",
     "coast horizon distance bokeh blur focus depth quality masterpiece detail colour color palette mood",
     "atmosphere camera lens paper canvas grain vignette haze aura glow enclosure zoo studio tavern rooftop market lawn",
-    "garage farm pond harbor harbour cliff yard backyard prairie savanna airport gym gallery"
-)  # fmt: skip
+    "garage farm pond harbor harbour cliff yard backyard prairie savanna airport gym gallery grass water woodland"
+) | words("woods")  # fmt: skip
 BODY = _plural(
     "hair hairstyle eye head chest neck shoulder back mouth foot feet knee body belly paw beak nose eyes ear tail wing horn",
     "beard mustache moustache face smile skin tattoo makeup lip nail leg arm hand finger wig ponytail braid freckles pose",
