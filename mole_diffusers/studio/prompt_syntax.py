@@ -79,6 +79,11 @@ class LoraTag:
         return self.unet(step, steps) if active else 0.0
 
     @property
+    def is_off(self) -> bool:
+        """Whether the LoRA has strength 0 in every component at every step."""
+        return not any(value for curve in (self.te, self.unet) for _, value in curve.points)
+
+    @property
     def binding(self) -> Any:
         """What `Mixture.bind` takes for this LoRA; None if the tag has neither word nor region."""
         if not self.word and not self.region:

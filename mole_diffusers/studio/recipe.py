@@ -164,6 +164,12 @@ class Recipe:
         return parse(self.prompt, self.experts).tags
 
     @property
+    def acting(self) -> list[str]:
+        """The LoRAs that are not at strength 0 throughout."""
+        off = {tag.name for tag in self.tags if tag.is_off}
+        return [name for name in self.experts if name not in off]
+
+    @property
     def text(self) -> str:
         """The prompt without its tags."""
         return parse(self.prompt, self.experts).text

@@ -364,6 +364,8 @@ class Studio:
                     stack.enter_context(mixture.bound(None))  # they act everywhere, for comparison
                     stack.enter_context(mixture.fixed(by_hand))
                 stack.enter_context(mixture.parts.planned(schedule))
+                if kind != "merge":  # what is off takes no words from the others
+                    stack.enter_context(mixture.strengths({name: 0.0 for name in names if name not in recipe.acting}))
                 if by_hand is None and (binding := recipe.binding_of_pass(over=bool(over))) == BOUND:
                     stack.enter_context(mixture.tiled(0))
                 elif by_hand is None and binding != "none":
@@ -417,7 +419,7 @@ class Studio:
         call = {"prompt": recipe.plain_text, "width": recipe.width, "height": recipe.height}
         call |= {"prompt_2": recipe.prompt_2} if self._reads_second(recipe) else {}
         tiling = Tiling(until=0) if recipe.binding_of_pass() == BOUND else Tiling(always=recipe.binding == TILES)
-        found = PictureCall(self.base.pipe, tiling, call, self._bound(recipe), list(recipe.experts))
+        found = PictureCall(self.base.pipe, tiling, call, self._bound(recipe), recipe.acting)
         return explain(found, texts_read(self.base.pipe, recipe.text, recipe.prompt_2))
 
     def _reads_second(self, recipe: Recipe) -> bool:
@@ -429,7 +431,7 @@ class Studio:
         if recipe.has_pictures or (texts := plain_texts(self.base.pipe, **recipe.call)) is None:
             return None
         call = {**texts, "width": recipe.width, "height": recipe.height}
-        return PictureCall(self.base.pipe, Tiling(always=always), call, self._bound(recipe), list(recipe.experts))
+        return PictureCall(self.base.pipe, Tiling(always=always), call, self._bound(recipe), recipe.acting)
 
     def _bound(self, recipe: Recipe) -> dict[str, Bound]:
         """The words and region of each LoRA of a completed recipe: from its tag, otherwise from its file."""

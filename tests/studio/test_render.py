@@ -12,6 +12,7 @@ from tiers import thorough
 from tiny import tiny_lora, tiny_pipeline
 
 from mole_diffusers import attach, attached, detach
+from mole_diffusers.binding.who_acts import SILENT
 from mole_diffusers.studio.base_models import usual_size
 from mole_diffusers.studio.catalog import Catalog
 from mole_diffusers.studio.detail_pass import enlarged, put_back, subjects
@@ -95,6 +96,16 @@ def test_what_other_programs_do_not_read_as_words_is_said(studio, syntax):
     for given in ({"prompt": f"a fox {syntax} an owl"}, {"negative": f"fog {syntax} rain"}):
         recipe = studio.complete(dataclasses.replace(RECIPE, **given))
         assert studio.notes(recipe, recipe) == [said]
+
+
+def test_a_lora_at_strength_0_takes_no_words_from_another(studio):
+    prompt = "a fox beside an owl <lora:fox:1:word=fox:region=left>"
+    prompts = (prompt, f"{prompt} <lora:ink:0:word=owl>")
+    alone, both = (studio.complete(dataclasses.replace(RECIPE, prompt=each)) for each in prompts)
+    assert far(studio.draw(both), studio.draw(alone)) == 0
+    assert studio.explain(both).experts["ink"].place == SILENT
+    on = studio.complete(dataclasses.replace(RECIPE, prompt=f"{prompt} <lora:ink:0@0,1@1:word=owl>"))
+    assert studio.explain(on).experts["ink"].place != SILENT
 
 
 def test_tiles_that_are_asked_for_and_not_drawn_are_said(studio):
