@@ -72,6 +72,10 @@ class Cropping(ABC):
         """Of what a pipeline's `encode_prompt` returns: a text's states [1, S, C], and the pooled ones [1, P], if any."""
         return made[0], made[2] if len(made) == 4 else None
 
+    def pooled(self, call: Call) -> torch.Tensor | None:
+        """The pooled states of a call's texts, [B, P], if the model reads any."""
+        return call.get("pooled_projections")
+
     def told(
         self, call: Call, pooled: torch.Tensor | None, prompted: torch.Tensor, box: Box, side: GridSize, pixels: int
     ) -> dict[str, Any]:
@@ -108,6 +112,9 @@ class UNetCropping(Cropping):
 
     def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
         return grid.contiguous()
+
+    def pooled(self, call: Call) -> torch.Tensor | None:
+        return (call.get("added_cond_kwargs") or {}).get("text_embeds")
 
     def told(
         self, call: Call, pooled: torch.Tensor | None, prompted: torch.Tensor, box: Box, side: GridSize, pixels: int

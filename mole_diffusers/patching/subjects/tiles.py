@@ -60,19 +60,21 @@ class TileInputs:
 
 @dataclass
 class KeptInputs:
-    """What was made of a text that comes again in the next steps."""
+    """What was made of texts that come again in the next steps."""
 
-    text: LastTensor = field(default_factory=LastTensor)
+    last: Sequence[LastTensor] = field(default_factory=lambda: (LastTensor(), LastTensor()))  # of states and pooled ones
     inputs: dict[bool, TileInputs] = field(default_factory=dict)  # of the tiles, and under True of the layout
-    first: torch.Tensor | None = None  # [S, C], the states of a prompt in the first text
-    is_as_first: bool = True  # whether the last text has the same
+    first: Sequence[torch.Tensor] = ()  # [S, C] and perhaps [P], the states of a prompt in the first texts
+    is_as_first: bool = True  # whether the last texts have the same
 
-    def read(self, text: torch.Tensor, row: int) -> None:
-        """Forget what was made of another text. A prompt is in this row of all."""
-        if not self.text.is_again(text):
+    def read(self, states: Sequence[torch.Tensor], row: int) -> None:
+        """Forget what was made of other texts: [B, S, C] and perhaps [B, P]. A prompt is in this row of all."""
+        are_again = [last.is_again(given) for last, given in zip(self.last, states, strict=False)]  # each remembers its own
+        if not all(are_again):
             self.inputs.clear()
-            self.first = text[row] if self.first is None else self.first
-            self.is_as_first = torch.equal(text[row], self.first)
+            own = [given[row] for given in states]
+            self.first = self.first or own
+            self.is_as_first = all(map(torch.equal, own, self.first))
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ class Tiles:
         times = self.call.pipe.scheduler.timesteps
         step = self._steps.begun(times, self.reader.timestep((), call), lambda: float(self.reader.time((), call)[0]))
         part = part_of_step(step, len(times), self.call.tiling, plan.since)
-        self._kept[is_negative].read(self.reader.text((), call), 0 if self.reader.record.pipelines.prompts_first else -1)
+        text, pooled = self.reader.text((), call), self.call.cropping.pooled(call)
+        states = [text] if pooled is None else [text, pooled]
+        self._kept[is_negative].read(states, 0 if self.reader.record.pipelines.prompts_first else -1)
         is_layout, is_changed = part == "layout", not self._kept[False].is_as_first
         is_whole = part == "whole" or (is_layout and plan.layout is None)
         if is_changed and not is_whole:

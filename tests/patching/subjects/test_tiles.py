@@ -212,6 +212,20 @@ def test_a_callback_that_changes_the_prompt_ends_the_tiles(pipe, experts):
     assert not torch.equal(early, late)
 
 
+def test_a_callback_that_changes_the_pooled_states_ends_the_tiles(tmp_path):
+    pipe = sdxl()
+    pipe.unet.register_to_config(sample_size=8)
+    files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hen"))}
+    mole.attach(pipe, {name: replace(read_expert(file, name), triggers=(name,)) for name, file in files.items()})
+
+    def change(pipe, step, timestep, kwargs):
+        return {"add_text_embeds": kwargs["add_text_embeds"] + 1.0} if step == 5 else {}
+
+    inputs = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["add_text_embeds"]}
+    with pytest.warns(PictureWarning, match="states were changed between two steps"):
+        latent(pipe, steps=10, **inputs)
+
+
 def test_tiles_give_way_to_the_bound_picture(pipe, experts):
     """A layout of the whole may come before them; with no steps in tiles the picture is the bound one, bit for bit."""
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
