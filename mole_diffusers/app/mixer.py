@@ -102,8 +102,8 @@ def sentence(role: Role, stood: str = "", tag: LoraTag | None = None) -> str:
         tag: its tag, which may give it a place, or strength 0.
     """
     given = tag.region if tag else ""
-    if role.place == SILENT or (tag and str(tag.te) == str(tag.unet) == "0"):
-        return f"Does not act: {role.why if role.place == SILENT else 'its strength is 0'}"
+    if role.place == SILENT:
+        return f"Does not act: {'its strength is 0' if tag and tag.is_off else role.why}"
     words = f"“{', '.join(role.words)}”" if role.words else ""
     if role.place == OWN_PLACE and given not in ("", AUTO):
         where = "where you painted" if given == PAINTED else f"in the place you gave it, {given}"
