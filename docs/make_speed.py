@@ -80,11 +80,11 @@ BASE). Times the base, ROUNDS:
 |---|---|---|---|---|
 """
 SCALING = """
-![Cost of such a step with LoRAs, ranks and pictures at once, as a share of the base's](speed.png)
+![Cost of such a step with LoRAs, ranks, pictures at once and steps, as a share of the base's](speed.png)
 
 Curves have eight rounds, with 3 LoRAs where they are not counted.
 """
-WHOLE = "That against steps has whole pictures, from text to latents.\n"
+WHOLE = "The last is of whole pictures.\n"
 PICTURES = """
 ## Time to a picture
 
