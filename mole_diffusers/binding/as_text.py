@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from mole_diffusers.binding.regions import EVERYWHERE, Region, region_picture
+from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE, Region, region_picture
 from mole_diffusers.lora.safe_files import PICTURE_ERRORS, read_picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # file endings of masks
@@ -27,6 +27,8 @@ def parse_binding(text: str, option: str) -> tuple[str, Any]:
     if rest == EVERYWHERE:
         return name, EVERYWHERE
     words, at, region = rest.partition("@")
+    if not at and words in (AUTO, *BOXES):  # else the region would be a word
+        raise ValueError(f"{option} {text!r}: write {name}=@{words} for the region {words}, {name}={words}| for the word")
     if not at:
         return name, parse_phrases(words)
     if region.lower().endswith(PICTURES):

@@ -98,6 +98,7 @@ def test_what_is_no_binding_is_refused_by_name(bad):
         ("fox=a fox", ["a fox"]),
         ("fox=a fox|foxes@left", (["a fox", "foxes"], "left")),
         ("fox=@top right", (None, "top right")),
+        ("fox=left|", ["left"]),
         ("fox=a fox@0,0,0.5,1", (["a fox"], (0.0, 0.0, 0.5, 1.0))),
         ("fox=everywhere", "everywhere"),
     ],
@@ -122,7 +123,7 @@ def test_a_mask_that_is_no_picture_or_too_large_is_refused_by_option(tmp_path):
             parse_binding(f"fox=fox@{tmp_path / name}.png", "--bind")
 
 
-@pytest.mark.parametrize("bad", ["fox", "=fox", "fox=", "fox=fox@0,0,x,1"])
+@pytest.mark.parametrize("bad", ["fox", "=fox", "fox=", "fox=fox@0,0,x,1", "fox=left", "fox=auto"])
 def test_what_cannot_be_read_is_refused(bad):
     with pytest.raises(ValueError, match=r"--bind|not a box"):
         parse_binding(bad, "--bind")
