@@ -274,9 +274,12 @@ def _is_style(first: NounPhrase, others: Sequence[Segment]) -> bool:
 def _share_a_head(noun: NounPhrase, item: Segment) -> bool:
     """Whether both may say what the last word names: "fox and owl characters", "a strawberry and chocolate cake"."""
     last = item.noun
-    if noun.name is None or last.name is None or last.is_determined or item.joint == "beside":
+    if noun.name is None or last.name is None or item.joint == "beside":
         return False
-    is_shared = last.head.endswith("s") or {noun.head, last.head}.isdisjoint(known.PERSONS | known.NOT | known.GROUPS)
+    if last.is_determined:  # "a fox and an owl chess set"
+        is_shared = last.head in known.SHARED
+    else:
+        is_shared = last.head.endswith("s") or {noun.head, last.head}.isdisjoint(known.PERSONS | known.NOT | known.GROUPS)
     return noun.end == noun.name.end and last.end > last.name.end and is_shared
 
 

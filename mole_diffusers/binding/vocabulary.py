@@ -116,6 +116,7 @@ PICTURES = words(  # those of MEDIA that hang on a wall or stand on a page, so t
     "screenshot snapshot selfie mural graffiti mosaic fresco tapestry postcard billboard banner flyer doodle polaroid",
 )
 GATHERINGS = words("group pair couple duo trio team band set pack")
+SHARED = GATHERINGS | words("pattern patterns wallpaper print design motif logo emblem")  # "a fox and an owl chess set"
 INTRODUCING = words("of with featuring showing depicting containing including starring portraying about shows features")
 SETTINGS = _plural(
     "beach forest room city street park garden cafe house home castle mountain hill field sky sea ocean lake",
