@@ -4,8 +4,8 @@ It is never used to train anything else.
 
     python demos/experiments/emoji/train_judge.py [--steps 8000]
 
-It sees true drawings of all subjects and styles of the world, one to four in a picture. They are blurred, noised and
-shifted in colour. A fifth of them goes through the base's autoencoder, since all generated pictures share its softness.
+It sees true drawings of all subjects and styles of the world, one to four in a picture. They are blurred, noised, shifted in
+colour and resized. A fifth of them goes through the base's autoencoder, since all generated pictures share its softness.
 Training is resumable. A run without a checkpoint continues from the judge in `assets/judge`, if there is one. Labels that it
 does not know start from scratch.
 """
@@ -33,7 +33,7 @@ from mole_diffusers.emoji.judge import Judge, Labels
 from mole_diffusers.emoji.scenes import CONTACTS, SIDE, STACKED, Scene, squares
 
 BATCH = {1: 32, 2: 18, 3: 9, 4: 9}  # subjects in the picture -> pictures per update
-TURNS = (1, 2, 2, 2, 3, 2, 2, 4)  # subjects per picture in successive updates
+TURNS = (1, 2, 2, 2, 3, 2, 2, 2, 2, 4)  # subjects per picture in successive updates
 CANVASES = ((96, 64), (64, 96), (96, 96))  # of other shapes: one subject, or two closer together
 PASTED = 0.25  # share of pictures that are put together from two scenes
 
@@ -140,7 +140,7 @@ def scenes_of(count: int, number: int, rng: np.random.Generator) -> list[Scene]:
     shape = CANVASES[rng.integers(len(CANVASES))] if odd and count < 3 else None
     scenes: list[Scene] = []
     while len(scenes) < number:
-        scene = draw_scene(words.SUBJECTS, words.STYLES, rng, count=count, touching=0.6 * (shape is not None))
+        scene = draw_scene(words.SUBJECTS, words.STYLES, rng, count=count, touching=0.8 * (shape is not None))
         if shape is not None:
             scene = replace(scene, canvas=shape)
             if count == 2 and not fits(scene):
@@ -156,6 +156,15 @@ def fits(scene: Scene) -> bool:
     """Whether two subjects in contact have room on the scene's canvas."""
     width, height = scene.size
     return (width == height) or scene.relation is None or (height > width) == (scene.relation in STACKED)
+
+
+def resized(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Half of the time, pictures 0.8 to 1.4 times as large: a subject is the same subject at any size. [B, 3, H, W]."""
+    if rng.random() < 0.5:
+        return x
+    scale = rng.uniform(0.8, 1.4)
+    height, width = (16 * round(side * scale / 16) for side in x.shape[2:])
+    return F.interpolate(x, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def degrade(x: torch.Tensor, rng: np.random.Generator, coding: tuple[Patches, AutoencoderKL] | None) -> torch.Tensor:
@@ -252,7 +261,8 @@ def main() -> None:
     def loss_at(step: int) -> torch.Tensor:
         count = TURNS[step % len(TURNS)]
         batch = labelled(drawings, judge, scenes_of(count, BATCH[count], rng), rng, PASTED)
-        return loss_of(judge, batch, degrade(batch.pictures, rng, coding if rng.random() < 1 / 5 else None))
+        degraded = degrade(batch.pictures, rng, coding if rng.random() < 1 / 5 else None)
+        return loss_of(judge, batch, resized(degraded, rng))
 
     def share(step: int) -> float:
         return cosine(step, steps=steps, warmup=100)
