@@ -58,7 +58,8 @@ RECIPES = {  # ranks and layers are mixed, like in artists' files
     "doughnut": Recipe(rank=4),
     "tiger": Recipe(layers=(*WIDE, "convolution")),
     "koala": Recipe(rank=4),
-    "duotone": Recipe(text_lr=1e-3),
+    "duotone": Recipe(rank=4, layers=(*WIDE, "convolution"), text_lr=1e-3, steps=600),
+    "relief": Recipe(layers=(*WIDE, "convolution"), steps=600),
     "thermal": Recipe(rank=4),
     "blueprint": Recipe(rank=4),
 }
