@@ -83,11 +83,19 @@ def random_picture(drawings: Drawings, scene: Scene, rng: np.random.Generator, f
 
     A light that is left open is day in seven of ten landscapes, sunset or night in the others.
     """
+    scene, boxes, seed = random_layout(drawings, scene, rng, freedom)
+    return drawings.picture(scene, boxes, seed=seed)
+
+
+def random_layout(
+    drawings: Drawings, scene: Scene, rng: np.random.Generator, freedom: float = 1.0
+) -> tuple[Scene, list[Box], int]:
+    """What `random_picture` draws: the scene in its light, a box per subject, and the seed of the landscape."""
     boxes = touching(drawings, scene, rng, freedom) if scene.relation in CONTACTS else scattered(scene, rng, freedom)
     seed = int(rng.integers(2**31))
     if scene.light is None and scene.background not in BACKGROUNDS:
         scene = replace(scene, light=str(rng.choice(list(LIGHTS), p=(0.7, 0.15, 0.15))))
-    return drawings.picture(scene, boxes, seed=seed)
+    return scene, boxes, seed
 
 
 def scattered(scene: Scene, rng: np.random.Generator, freedom: float = 1.0) -> list[Box]:

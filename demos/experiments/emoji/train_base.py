@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 import train_autoencoder
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from encoder import CHANNELS
+from encoder import CHANNELS, PATCH
+from grounding import grounding_loss, watched
 from latents import Pool
 from loop import WORK, averaged, constant_then_decay, device, fit, mixed_precision, small_attention, updates
 from muon import MuonAndAdamW
@@ -33,11 +34,29 @@ from mole_diffusers.emoji.scenes import SIDE
 
 BASE = default_folder() / "base"  # the pipeline that was saved last
 TOKENS, WIDTH = 32, 128
-TURNS = ("wide", "broad", "one", "high", "tall", "broad", "square", "high", "one", "wide", "broad", "large", "high")
-BATCH = {"one": 16, "wide": 8, "tall": 8, "square": 4, "broad": 10, "high": 10, "large": 6}  # pictures per update
+TURNS = (
+    "wide",
+    "square",
+    "broad",
+    "one",
+    "square",
+    "high",
+    "tall",
+    "square",
+    "broad",
+    "high",
+    "square",
+    "one",
+    "wide",
+    "square",
+    "large",
+    "high",
+)
+BATCH = {"one": 16, "wide": 8, "tall": 8, "square": 8, "broad": 10, "high": 10, "large": 6}  # pictures per update
 RATE, EMPTY = 5e-4, 0.1  # peak learning rate; share of empty captions
 NOISY, EXTRA = 600, 0.4  # above this step of 1000, shapes are decided; share of pictures that are noised there in addition
-CHUNKS, GROWN, EVERY = 12, 170, 120  # chunks of the pool at first and in the end; updates per new chunk
+GROUNDED = 0.05  # weight of the loss that makes places look at the words of what stands there
+CHUNKS, GROWN, EVERY = 24, 100, 25  # chunks of the pool at first and in the end; updates per new chunk
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -237,7 +256,7 @@ def updates_before() -> int:
 
 
 def train(steps: int, decay: int) -> None:
-    """Train with the plain v loss, on the canvases in turn."""
+    """Train with the plain v loss and the one of `grounding.py`, on the canvases in turn."""
     updates_before()  # noted before the first checkpoint
     tokenizer, scheduler = load_tokenizer(), build_scheduler()
     pool = Pool(Drawings(default_folder()))
@@ -251,18 +270,21 @@ def train(steps: int, decay: int) -> None:
         shape = TURNS[step % len(TURNS)]
         if step % EVERY == 0 or not pool.latents[shape]:
             pool.grow(min(GROWN, CHUNKS + step // EVERY))
-        x, captions = pool.batch(shape, BATCH[shape], generator)
+        x, captions, placed = pool.batch(shape, BATCH[shape], generator)
         empty = torch.rand(len(captions), generator=generator) < EMPTY
         captions = ["" if e else c for e, c in zip(empty, captions, strict=True)]
+        placed = [[] if e else p for e, p in zip(empty, placed, strict=True)]
         noise = torch.randn(x.shape, generator=generator)
         t = torch.randint(0, 1000, (len(x),), generator=generator)
         noisy = torch.rand(len(x), generator=generator) < EXTRA
         t = torch.where(noisy, torch.randint(NOISY, 1000, (len(x),), generator=generator), t)
         ids = tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
         x, noise, t, ids = x.to(device()), noise.to(device()), t.to(device()), ids.to(device())
-        with mixed_precision():
+        with mixed_precision(), watched(both["unet"]) as looks:
             v = both["unet"](scheduler.add_noise(x, noise, t), t, both["text_encoder"](ids)[0]).sample
-        return F.mse_loss(v.float(), scheduler.get_velocity(x, noise, t))
+        loss = F.mse_loss(v.float(), scheduler.get_velocity(x, noise, t))
+        size = (PATCH * x.shape[2], PATCH * x.shape[3])
+        return loss + GROUNDED * grounding_loss(looks, ids, placed, tokenizer, size)
 
     def share(step: int) -> float:
         return constant_then_decay(step, steps=steps, warmup=200, decay=max(1, decay))
