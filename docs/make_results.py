@@ -62,7 +62,12 @@ TOLD_THE_PROMPT = (
     *("freefuse", "masked blend", "regmean", "ssr", "ties", "np"),
     *("switch", "w-switch, short turns", "w-composite", "composite", "svd", "loratorio, sharp"),
 )
-TOLD_THE_PLACES = ("masked blend, given places", "regional prompts", "isolation until half")
+TOLD_THE_PLACES = (
+    "masked blend, given places",
+    "masked blend, given places, tiles' steps",
+    "regional prompts",
+    "isolation until half",
+)
 OTHERS = (
     *TOLD_THE_PROMPT,
     *("loratorio", "tiles from the first step", "words and given places"),

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -153,6 +154,18 @@ def test_a_masked_blend_is_that_of_the_predictions(pipe, attach):
     upper, right = mask(PARTS["fox"][1]), mask("right")
     torch.testing.assert_close(found, fox * upper + hat * right + rest * (1 - upper - right), atol=1e-5, rtol=0)
     assert min((x - y).abs().max() for x, y in ((fox, hat), (hat, rest), (rest, fox))) > 1e-3
+
+
+def test_a_blend_in_some_steps_is_the_sum_in_the_others(pipe, attach):
+    ways = {"sum": (0.0, 0.0), "blend": (0.0, 1.0), "sum, then blend": (0.5, 1.0), "blend, then sum": (0.0, 0.5)}
+    mixture, found = attach(), {}
+    for name, (since, until) in ways.items():
+        with masked_blend(pipe, mixture, PROMPT, PARTS, since=since, until=until):
+            found[name] = latent(pipe, steps=2)
+    torch.testing.assert_close(found["sum"], latent(pipe, steps=2), atol=1e-5, rtol=0)
+    with masked_blend(pipe, mixture, PROMPT, PARTS):
+        assert torch.equal(found["blend"], latent(pipe, steps=2))
+    assert min((found[x] - found[y]).abs().max() for x, y in combinations(ways, 2)) > 1e-4
 
 
 @pytest.mark.thorough

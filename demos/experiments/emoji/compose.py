@@ -43,6 +43,7 @@ from mole_diffusers.evaluation.strength_search import best_weights, read_weights
 from mole_diffusers.evaluation.tables import as_frame, success_table
 from mole_diffusers.inspection.compare import image_grid, sample
 from mole_diffusers.inspection.layout_figure import overlay
+from mole_diffusers.patching.subjects.things import SINCE, UNTIL
 from mole_diffusers.training.losses import cells
 
 rivals = arms.imported(Path(__file__).parents[1] / "rivals")
@@ -104,6 +105,7 @@ def own_arms() -> list[Arm]:
         rivals.w_switch("w-switch, short turns", period=1, tail=1),
         rivals.patchwise("loratorio, sharp", temperature=0.02),
         rivals.blended("masked blend, given places", parts),
+        rivals.blended("masked blend, given places, tiles' steps", parts, since=SINCE, until=UNTIL),
         *(arms.in_tiles(f"tiles, {family} gates", gates=arms.gates_of(WORK / "gates" / family)) for family in FAMILIES),
         arms.weighted("bound, factors gates", gates=arms.gates_of(WORK / "gates" / "factors"), binding=arms.from_files),
         arms.weighted("MoLE, the paper's form", gates=arms.gates_of(WORK / "paper")),

@@ -146,9 +146,13 @@ def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, RegionalPrompt]:
     return dict.fromkeys(subjects_of(setup, case), (case.prompt, AUTO))
 
 
-def blended(name: str = "masked blend", parts: RegionalPrompts = in_the_whole_prompt) -> Arm:
-    """One prediction for each LoRA, blended by regions. It takes one UNet call per step and subject, plus one."""
-    return in_parts(name, masked_blend, parts, needs=prompts_by_expert, reads_words=True, threshold=THRESHOLD)
+def blended(
+    name: str = "masked blend", parts: RegionalPrompts = in_the_whole_prompt, *, since: float = 0.0, until: float = 1.0
+) -> Arm:
+    """One prediction for each LoRA, blended by regions. A step that is blended takes a UNet call per subject, plus one."""
+    composer = partial(masked_blend, since=since, until=until)
+    how = {"threshold": THRESHOLD, "since": since, "until": until}
+    return in_parts(name, composer, parts, needs=prompts_by_expert, reads_words=True, **how)
 
 
 def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], parts: RegionalPrompts, **options: Any) -> Arm:

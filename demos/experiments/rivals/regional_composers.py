@@ -22,7 +22,7 @@ from mole_diffusers.patching.gating.cross_attention import cross_attentions
 from mole_diffusers.patching.hooks import replaced_forward
 from mole_diffusers.patching.host.denoiser_inputs import prompted_rows
 from mole_diffusers.training.data import token_ids
-from rivals.sampling_composers import read_by, texts_apart
+from rivals.sampling_composers import StepCounter, read_by, sampling_steps, texts_apart
 
 RegionalPrompt = tuple[str, Region]  # a prompt for one concept alone, and where in the picture it is
 
@@ -84,7 +84,13 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
 
 
 def masked_blend(
-    pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[str, RegionalPrompt]
+    pipe: Any,
+    mixture: Mixture,
+    prompt: str,
+    parts: Mapping[str, RegionalPrompt],
+    *,
+    since: float = 0.0,
+    until: float = 1.0,
 ) -> AbstractContextManager[None]:
     """One prediction for each LoRA, blended by regions: e = sum_k M_k e_k + (1 - sum_k M_k) e_0.
 
@@ -101,13 +107,19 @@ def masked_blend(
     Args:
         prompt: what you call the pipeline with. Each LoRA reads any other text, such as the unconditional one, unchanged.
         parts: expert -> (its prompt, its region), in any order. In CLoRA every such prompt is `prompt`.
+        since: share of the steps in 0..1 from which predictions are blended. Before, all LoRAs are summed.
+        until: the share up to which they are, with the sum after it.
 
     Raises ValueError for no part, or an unknown expert.
     """
     models = _names_by_text(mixture, parts)
+    steps = StepCounter(pipe.unet)
     readings = [_reading(mixture, name) if region == AUTO else None for name, (_, region) in parts.items()]
 
     def run(unet: nn.Module, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
+        *texts, of_all = texts
+        if not since <= steps.at(args, kwargs) / sampling_steps(pipe) < until:
+            return unet(*args, **{**kwargs, "encoder_hidden_states": of_all})
         found, maps = [], []
         for names, text, reading in zip(models, texts, [*readings, None], strict=True):
             with mixture.only(*names), mixture.bound(reading), mixture.trace(maps=True) as trace:
@@ -117,7 +129,8 @@ def masked_blend(
         shares = _shares(_masks(parts, maps[:-1], args[0].shape[-2:])).to(scores)[:, :, None]  # [K + 1, B, 1, H, W]
         return ((scores * shares.repeat(1, scores.shape[1] // shares.shape[1], 1, 1, 1)).sum(0),)
 
-    return texts_apart(pipe, _readers(pipe, mixture, prompt, parts), run)
+    whole = partial(read_by, pipe, mixture, list(mixture.experts))
+    return texts_apart(pipe, [*_readers(pipe, mixture, prompt, parts), whole], run)
 
 
 def _reading(mixture: Mixture, name: str) -> dict[str, Any]:
