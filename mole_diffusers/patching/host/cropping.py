@@ -72,9 +72,9 @@ class Cropping(ABC):
         """Of what a pipeline's `encode_prompt` returns: a text's states [1, S, C], and the pooled ones [1, P], if any."""
         return made[0], made[2] if len(made) == 4 else None
 
-    def pooled(self, call: Call) -> torch.Tensor | None:
-        """The pooled states of a call's texts, [B, P], if the model reads any."""
-        return call.get("pooled_projections")
+    def beside_text(self, call: Call) -> Sequence[torch.Tensor]:
+        """What else the model is told in all steps, [B, ...] each: pooled states, and to SDXL sizes."""
+        return [pooled] if (pooled := call.get("pooled_projections")) is not None else []
 
     def told(
         self, call: Call, pooled: torch.Tensor | None, prompted: torch.Tensor, box: Box, side: GridSize, pixels: int
@@ -113,8 +113,9 @@ class UNetCropping(Cropping):
     def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
         return grid.contiguous()
 
-    def pooled(self, call: Call) -> torch.Tensor | None:
-        return (call.get("added_cond_kwargs") or {}).get("text_embeds")
+    def beside_text(self, call: Call) -> Sequence[torch.Tensor]:
+        added = call.get("added_cond_kwargs") or {}
+        return [added[name] for name in ("text_embeds", "time_ids") if name in added]
 
     def told(
         self, call: Call, pooled: torch.Tensor | None, prompted: torch.Tensor, box: Box, side: GridSize, pixels: int

@@ -33,7 +33,7 @@ from mole_diffusers.patching.subjects.sampler_steps import SamplerSteps
 from mole_diffusers.patching.subjects.things import Alone, PictureCall, PromptThings, SetPlaces
 from mole_diffusers.patching.subjects.windows import STEADY, Window, silhouette
 
-CHANGED = "the prompt's states were changed between two steps, and tiles have prompts of their own"
+CHANGED = "the prompt's states, or SDXL's sizes, were changed between two steps, and tiles have prompts of their own"
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class TileInputs:
 class KeptInputs:
     """What was made of texts that come again in the next steps."""
 
-    last: Sequence[LastTensor] = field(default_factory=lambda: (LastTensor(), LastTensor()))  # of states and pooled ones
+    last: Sequence[LastTensor] = field(default_factory=lambda: tuple(LastTensor() for _ in range(3)))
     inputs: dict[bool, TileInputs] = field(default_factory=dict)  # of the tiles, and under True of the layout
-    first: Sequence[torch.Tensor] = ()  # [S, C] and perhaps [P], the states of a prompt in the first texts
+    first: Sequence[torch.Tensor] = ()  # [S, C] and perhaps [P] and sizes, of a prompt in the first texts
     is_as_first: bool = True  # whether the last texts have the same
 
     def read(self, states: Sequence[torch.Tensor], row: int) -> None:
-        """Forget what was made of other texts: [B, S, C] and perhaps [B, P]. A prompt is in this row of all."""
+        """Forget what was made of other texts: [B, S, C], and what comes beside. A prompt is in this row of all."""
         are_again = [last.is_again(given) for last, given in zip(self.last, states, strict=False)]  # each remembers its own
         if not all(are_again):
             self.inputs.clear()
@@ -115,8 +115,7 @@ class Tiles:
         times = self.call.pipe.scheduler.timesteps
         step = self._steps.begun(times, self.reader.timestep((), call), lambda: float(self.reader.time((), call)[0]))
         part = part_of_step(step, len(times), self.call.tiling, plan.since)
-        text, pooled = self.reader.text((), call), self.call.cropping.pooled(call)
-        states = [text] if pooled is None else [text, pooled]
+        states = [self.reader.text((), call), *self.call.cropping.beside_text(call)]
         self._kept[is_negative].read(states, 0 if self.reader.record.pipelines.prompts_first else -1)
         is_layout, is_changed = part == "layout", not self._kept[False].is_as_first
         is_whole = part == "whole" or (is_layout and plan.layout is None)

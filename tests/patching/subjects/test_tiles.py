@@ -201,7 +201,7 @@ def test_a_callback_that_changes_the_prompt_ends_the_tiles(pipe, experts):
     def changed(empty, prompt):
         return torch.cat([empty, other])
 
-    with pytest.warns(PictureWarning, match="states were changed between two steps"):
+    with pytest.warns(PictureWarning, match="were changed between two steps"):
         found = drawn(changed)
     with tiled(pipe, until=0.6, since=0.4):
         assert torch.equal(drawn(changed), found)
@@ -212,17 +212,18 @@ def test_a_callback_that_changes_the_prompt_ends_the_tiles(pipe, experts):
     assert not torch.equal(early, late)
 
 
-def test_a_callback_that_changes_the_pooled_states_ends_the_tiles(tmp_path):
+@pytest.mark.parametrize("name", ["add_text_embeds", "add_time_ids"])
+def test_a_callback_that_changes_what_sdxl_reads_beside_the_text_ends_the_tiles(tmp_path, name):
     pipe = sdxl()
     pipe.unet.register_to_config(sample_size=8)
     files = {name: tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i) for i, name in enumerate(("fox", "hen"))}
     mole.attach(pipe, {name: replace(read_expert(file, name), triggers=(name,)) for name, file in files.items()})
 
     def change(pipe, step, timestep, kwargs):
-        return {"add_text_embeds": kwargs["add_text_embeds"] + 1.0} if step == 5 else {}
+        return {name: kwargs[name] + 1.0} if step == 5 else {}
 
-    inputs = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["add_text_embeds"]}
-    with pytest.warns(PictureWarning, match="states were changed between two steps"):
+    inputs = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": [name]}
+    with pytest.warns(PictureWarning, match="were changed between two steps"):
         latent(pipe, steps=10, **inputs)
 
 
