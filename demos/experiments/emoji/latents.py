@@ -64,16 +64,22 @@ class Pool:
         FOLDER.mkdir(parents=True, exist_ok=True)
         for shape in shapes:
             for k in range(len(self.latents[shape]), chunks):
-                rng = np.random.default_rng([k, list(SHAPES).index(shape)])
-                scenes = [draw_shape(shape, rng) for _ in range(SHAPES[shape])]
-                layouts = [random_layout(self.drawings, scene, rng) for scene in scenes]
-                self.captions[shape].append([random_caption(scene, rng) for scene in scenes])
-                self.placed[shape].append([back_to_front(scene, boxes) for scene, boxes, _ in layouts])
                 path = FOLDER / f"{shape}_{k:03d}.pt"
                 if not path.exists():
-                    pictures = to_tensor([self.drawings.picture(scene, boxes, seed=seed) for scene, boxes, seed in layouts])
-                    save_whole(patches(self.drawings)(pictures).half(), path)
-                self.latents[shape].append(torch.load(path, weights_only=True))
+                    save_whole(self._encoded(shape, k), path)
+                chunk = torch.load(path, weights_only=True)
+                self.latents[shape].append(chunk["latents"])
+                self.captions[shape].append(chunk["captions"])
+                self.placed[shape].append(chunk["placed"])
+
+    def _encoded(self, shape: str, k: int) -> dict:
+        rng = np.random.default_rng([k, list(SHAPES).index(shape)])
+        scenes = [draw_shape(shape, rng) for _ in range(SHAPES[shape])]
+        layouts = [random_layout(self.drawings, s, rng) for s in scenes]
+        captions = [random_caption(s, rng) for s in scenes]
+        placed = [back_to_front(scene, boxes) for scene, boxes, _ in layouts]
+        pictures = to_tensor([self.drawings.picture(scene, boxes, seed=seed) for scene, boxes, seed in layouts])
+        return {"latents": patches(self.drawings)(pictures).half(), "captions": captions, "placed": placed}
 
     def batch(self, shape: str, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str], list[Placed]]:
         """`count` random latents [count, C, H/4, W/4] in float32, with their captions and the boxes of their subjects."""
