@@ -40,7 +40,10 @@ def read_expert(
     path = Path(path)
     if not path.is_file():
         inside = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:5]) if path.is_dir() else ""
-        raise FileNotFoundError(f"no LoRA file at {path}" + (f", a folder; give a file in it: {inside}" if inside else ""))
+        hint = f", a folder; give a file in it: {inside}" if inside else ""
+        if not path.is_dir() and not path.suffix:  # "owner/name"
+            hint = ": give a .safetensors file; one on the Hugging Face hub has to be downloaded first"
+        raise FileNotFoundError(f"no LoRA file at {path}{hint}")
     contents = read_safetensors(path)
     try:
         return _expert(path, name or path.stem, contents, tolerance=tolerance, drop_nonfinite=drop_nonfinite)

@@ -274,3 +274,13 @@ def test_a_small_file_cannot_ask_for_all_memory(tmp_path, monkeypatch):
     save_file(factor, path := tmp_path / "nine.safetensors")
     with pytest.raises(RefusedFileError, match="with the file's other LoHa and LoKr layers it becomes 10485760 numbers"):
         read_expert(path, tolerance=0)
+
+
+def test_what_is_no_file_is_said(tmp_path):
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r", a folder; give a file in it: a\.safetensors$"):
+        read_expert(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no LoRA file at gone\.safetensors$"):
+        read_expert("gone.safetensors")
+    with pytest.raises(FileNotFoundError, match="no LoRA file at owner/name: .* hub has to be downloaded first"):
+        read_expert("owner/name")
