@@ -19,7 +19,8 @@ import pandas as pd
 import torch
 
 import mole_diffusers as mole
-from mole_diffusers import emoji
+import mole_world
+from mole_world import emoji_world
 
 OPTIONS = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "np"}
 EVERY = (2, 3, 5)
@@ -34,7 +35,7 @@ def differences(world: Any, pair: str) -> dict[str, float]:
     names = pair.split("+")
     experts = {name: world.loras[name] for name in names}
     mixture = mole.attach(world.pipe, experts, gates=world.gates[pair])
-    scene = emoji.composition_scene(names)
+    scene = mole_world.composition_scene(names)
     draw = partial(drawn, world.pipe, scene.caption, width=scene.size[0], height=scene.size[1])
     found = {}
     with mixture.tiled(0):  # each tile has a text of its own, so gates are asked in every step
@@ -53,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the means here, too")
     args = parser.parse_args()
-    world = mole.emoji_world()
+    world = emoji_world()
     pairs = list(world.gates)[:3]
     means = pd.DataFrame([differences(world, pair) for pair in pairs]).mean()
     print(means.to_string(float_format="{:.4f}".format))

@@ -6,9 +6,10 @@ python demos/01_compose.py [OUT.png]
 import sys
 
 import mole_diffusers as mole
-from mole_diffusers.inspection.compare import compare, image_grid
+from mole_diffusers.inspection import compare, image_grid
+from mole_world import emoji_world
 
-world = mole.emoji_world()
+world = emoji_world()
 mixture = mole.attach(world.pipe, {name: world.loras[name] for name in ("sunflower", "doughnut")})
 pictures = compare(
     world.pipe,

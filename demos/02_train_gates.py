@@ -7,9 +7,10 @@ import sys
 
 import mole_diffusers as mole
 from mole_diffusers.training import GateTraining, TrainingData, mean_losses, train_gates
+from mole_world import emoji_world
 
 folder, steps = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 60
-world = mole.emoji_world()
+world = emoji_world()
 concepts = {name: world.loras[name] for name in ("octopus", "koala")}
 mixture = mole.attach(world.pipe, concepts, "factors")
 

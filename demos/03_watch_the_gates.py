@@ -6,8 +6,9 @@ python demos/03_watch_the_gates.py
 import torch
 
 import mole_diffusers as mole
+from mole_world import emoji_world
 
-world = mole.emoji_world()
+world = emoji_world()
 concepts = {name: world.loras[name] for name in ("honeybee", "thermal")}
 mixture = mole.attach(world.pipe, concepts, gates=world.gates["honeybee+thermal"])
 with mixture.trace() as trace:

@@ -14,7 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TESTS = HERE.parent / "tests"
+ROOT = HERE.parent
+TESTS = [ROOT / "tests", *sorted(ROOT.glob("demos/*/tests"))]
 PAGES = ("hosts", "files", "errors")
 BY_HEADING = {
     "Pipelines",
@@ -29,12 +30,12 @@ BY_HEADING = {
 def marks() -> dict[str, list[str]]:
     """What is shown -> "file::test" of each test that shows it."""
     found = defaultdict(list)
-    for path in sorted(TESTS.rglob("test_*.py")):
+    for path in sorted(path for folder in TESTS for path in folder.rglob("test_*.py")):
         for node in ast.parse(path.read_text()).body:
             for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.shows":
                     for shown in ast.literal_eval(ast.Tuple(mark.args, ast.Load())):
-                        found[shown].append(f"{path.relative_to(TESTS)}::{node.name}")
+                        found[shown].append(f"{path.relative_to(ROOT)}::{node.name}")
     return dict(found)
 
 

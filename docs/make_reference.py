@@ -15,7 +15,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGES = sorted((HERE / "reference").glob("*.md"))
-ITEM = re.compile(r"^- \[`(mole_diffusers\.[\w.]+)`\]\(.*\n((?:  - .*\n)*)", re.MULTILINE)
+ITEM = re.compile(r"^- \[`(mole_\w+\.[\w.]+)`\]\(.*\n((?:  - .*\n)*)", re.MULTILINE)
 MEMBER = re.compile(r"^  - `(\w+)`", re.MULTILINE)
 
 

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from mole_diffusers.emoji.compositions import LARGER, TEST
-from mole_diffusers.evaluation.statistics import wilson
-from mole_diffusers.evaluation.tables import interval, markdown, success_table
+from mole_world.compositions import LARGER, TEST
+from mole_world.evaluation.statistics import wilson
+from mole_world.evaluation.tables import interval, markdown, success_table
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))

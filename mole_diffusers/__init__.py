@@ -1,10 +1,6 @@
 """Compose several concept LoRAs in one image: learned gates over experts, as a plugin for diffusers."""
 
-from mole_diffusers.lazy import lazy_names
+import lazy_loader
 
 __version__ = "0.1.0"
-__getattr__, __all__ = lazy_names(__name__, __file__)
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

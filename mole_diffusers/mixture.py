@@ -17,7 +17,8 @@ from mole_diffusers.binding.config import Bound, files_bindings
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.binding.who_acts import Explanation, without_words
-from mole_diffusers.gates import FAMILIES, GateConfig, checkpoint
+from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.gates.checkpoint import GATE_WEIGHTS, load_gates, save_gates
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.lora import Expert
@@ -324,7 +325,7 @@ class Mixture:
         """
         with self.parts.lock.held(), loaded(self.parts.pipe):  # between calls, offloaded gates have no values
             self.parts.installation.check_in_use()
-            checkpoint.save(folder, self.parts.banks, self.config, experts=experts or self.experts, dtype=dtype)
+            save_gates(folder, self.parts.banks, self.config, experts=experts or self.experts, dtype=dtype)
 
     # ---- binding
 
@@ -565,14 +566,14 @@ def _prepared(
         known = ", ".join(FAMILIES)
         raise TypeError(f"gates are a family, a GateConfig, a folder or a hub id, got {gates!r}; families: {known}")
     # "sum" is the default, so the current folder must not change what it means.
-    if gates in FAMILIES and gates != "sum" and (Path(str(gates)) / checkpoint.WEIGHTS).is_file():
+    if gates in FAMILIES and gates != "sum" and (Path(str(gates)) / GATE_WEIGHTS).is_file():
         raise ValueError(
             f"{gates!r} is a family of gates, and also a folder with gates here; write './{gates}' for the folder, or "
             f"GateConfig({gates!r}) for the family"
         )
     if isinstance(gates, GateConfig) or gates in FAMILIES:
         return Mixture(pipe, named, gates if isinstance(gates, GateConfig) else GateConfig(family=str(gates)), said)
-    saved = checkpoint.load(gates)
+    saved = load_gates(gates)
     mixture = Mixture(pipe, {name: named[name] for name in saved.order(files)}, saved.config, said)
     saved.fill(mixture.parts.banks)
     return mixture

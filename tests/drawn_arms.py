@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import mole_diffusers as mole
-from mole_diffusers.evaluation.runner import Case, Setup
 from mole_diffusers.inspection.compare import sample
 from mole_diffusers.lora import read_expert
+from mole_world.evaluation.runner import Case, Setup
 
 OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0}
 CASE = Case(("fox", "ink"), "subject x style", "a fox in ink")

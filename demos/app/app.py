@@ -5,6 +5,6 @@ python demos/app/app.py [--base MODEL --loras FOLDER]
 
 import sys
 
-from mole_diffusers.cli.mole import main
+from mole_cli.mole import main
 
 sys.exit(main(["app", *sys.argv[1:]]))

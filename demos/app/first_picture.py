@@ -26,7 +26,7 @@ def run() -> tuple[float, float]:
     with TemporaryDirectory() as folder:
         port = _free_port()
         address = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "mole_diffusers", "app", "--port", str(port), "--keep", folder, "--gallery", folder]
+        command = [sys.executable, "-m", "mole_cli", "app", "--port", str(port), "--keep", folder, "--gallery", folder]
         begun = time.monotonic()
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as app:
             try:

@@ -9,16 +9,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from browser import Browser, browser
 from PIL import Image
 
-from mole_diffusers.app.actions import Actions
-from mole_diffusers.app.build import build, launch
-from mole_diffusers.cli.app import world_thumbnails
-from mole_diffusers.emoji.world import concept_files, emoji_world, gate_folders
-from mole_diffusers.studio.catalog import Catalog
-from mole_diffusers.studio.recipe import Recipe
-from mole_diffusers.studio.render import Studio
+from browser import Browser, browser
+from mole_app.studio.catalog import Catalog
+from mole_app.studio.recipe import Recipe
+from mole_app.studio.render import Studio
+from mole_app.web.actions import Actions
+from mole_app.web.build import build, launch
+from mole_cli.app import world_thumbnails
+from mole_world.world import concept_files, emoji_world, gate_folders
 
 PROMPT = "noto drawing of a sunflower and a doughnut <lora:sunflower:1> <lora:doughnut:1>"
 WAIT = 600  # seconds

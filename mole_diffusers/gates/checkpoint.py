@@ -18,7 +18,7 @@ from mole_diffusers.lora.whole_files import check_no_file, write_text
 from mole_diffusers.lora.writing import save_atomically
 
 VERSION = 1
-WEIGHTS, CONFIG = "gates.safetensors", "config.json"
+GATE_WEIGHTS, GATE_CONFIG = "gates.safetensors", "config.json"
 
 
 class UnfitGatesError(RefusedFileError):
@@ -86,7 +86,7 @@ class Checkpoint:
             own.copy_(tensor)
 
 
-def save(
+def save_gates(
     folder: str | Path,
     banks: Mapping[str, GateBank],
     config: GateConfig,
@@ -94,7 +94,7 @@ def save(
     experts: Mapping[str, Expert],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the folder that `load` reads.
+    """Write the folder that `load_gates` reads.
 
     The weights' file repeats the contents of config.json, so gates and config match even if a write was interrupted.
     """
@@ -103,11 +103,11 @@ def save(
     tensors = {f"{part}.{k}": v.to(dtype).contiguous() for part, bank in banks.items() for k, v in bank.state_dict().items()}
     named = {name: {"sha256": e.sha256, "base": e.base} for name, e in experts.items()}
     about = {"format": "mole_diffusers.gates", "version": VERSION, "gates": config.to_dict(), "experts": named}
-    save_atomically(tensors, folder / WEIGHTS, {CONFIG: json.dumps(about)})
-    write_text(folder / CONFIG, json.dumps(about, indent=1) + "\n")
+    save_atomically(tensors, folder / GATE_WEIGHTS, {GATE_CONFIG: json.dumps(about)})
+    write_text(folder / GATE_CONFIG, json.dumps(about, indent=1) + "\n")
 
 
-def load(source: str | Path) -> Checkpoint:
+def load_gates(source: str | Path) -> Checkpoint:
     """Read a gates folder, or fetch it from the hub if there is no such folder.
 
     Raises:
@@ -115,13 +115,16 @@ def load(source: str | Path) -> Checkpoint:
         RefusedFileError: a file that `safe_files` refuses, values that are not finite, another format, a newer version.
     """
     folder = Path(source) if Path(source).is_dir() else _from_hub(str(source))
-    for name in (CONFIG, WEIGHTS):
+    for name in (GATE_CONFIG, GATE_WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a gates folder: it has no {name}")
-    about, contents = read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
+    about, contents = read_json(folder / GATE_CONFIG), read_safetensors(folder / GATE_WEIGHTS)
     found = _about(folder, about)
-    if CONFIG in contents.metadata and (own := parse_json(contents.metadata[CONFIG], str(folder / WEIGHTS))) != about:
-        warnings.warn(f"{folder}: {CONFIG} is not what {WEIGHTS} was saved with, which counts", stacklevel=2)
+    if (
+        GATE_CONFIG in contents.metadata
+        and (own := parse_json(contents.metadata[GATE_CONFIG], str(folder / GATE_WEIGHTS))) != about
+    ):
+        warnings.warn(f"{folder}: {GATE_CONFIG} is not what {GATE_WEIGHTS} was saved with, which counts", stacklevel=2)
         found = _about(folder, own)
     for name, tensor in contents.tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
@@ -151,6 +154,6 @@ def _from_hub(name: str) -> Path:
     if "/" not in name:
         raise FileNotFoundError(f"{nothing}; families: {', '.join(FAMILIES)}")
     try:
-        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG]))
+        return Path(snapshot_download(name, allow_patterns=[GATE_WEIGHTS, GATE_CONFIG]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"{nothing}; families: {', '.join(FAMILIES)}") from error

@@ -1,6 +1,5 @@
 """LoraRetriever (Zhao et al., 2024) for concept LoRAs: find the LoRAs that a prompt needs, and compose them."""
 
-from typing import Literal
+import lazy_loader
 
-Mode = Literal["selection", "mixture", "sum", "fusion"]  # how the LoRAs of a prompt are composed, see `composing.composed`
-THRESHOLD = 0.8  # in steps of .05, the lowest at which seven of eight base subjects of the emoji world find nothing
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

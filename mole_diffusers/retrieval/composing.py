@@ -15,8 +15,8 @@ from mole_diffusers.merging.factors import Pair, present
 from mole_diffusers.merging.layers import as_expert, layers_of
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
 from mole_diffusers.patching.host.denoiser_inputs import models_of
-from mole_diffusers.retrieval import THRESHOLD, Mode
 from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
+from mole_diffusers.retrieval.modes import THRESHOLD, Mode
 
 
 def retrieve_for(

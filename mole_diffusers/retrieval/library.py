@@ -15,8 +15,9 @@ from mole_diffusers.binding.finding import Match, Phrase, Phrases, Tokens
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.families import fits
 from mole_diffusers.lora.metadata import as_read
-from mole_diffusers.retrieval import THRESHOLD, store
+from mole_diffusers.retrieval import store
 from mole_diffusers.retrieval.encoders import Encoder, phrases
+from mole_diffusers.retrieval.modes import THRESHOLD
 from mole_diffusers.retrieval.store import LibraryEntry, read_entry, stamps
 
 

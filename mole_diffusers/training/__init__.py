@@ -1,5 +1,5 @@
 """Training: gates over finished LoRAs, from prompts or pictures, and concept LoRAs from pictures."""
 
-from mole_diffusers.lazy import lazy_names
+import lazy_loader
 
-__getattr__, __all__ = lazy_names(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,8 +5,8 @@ import pytest
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.sentence import Who, parse
 from mole_diffusers.binding.who_acts import Explanation, read_prompt, roles
-from mole_diffusers.emoji.captions import BETWEEN
-from mole_diffusers.emoji.scenes import CONTACTS
+from mole_world.captions import BETWEEN
+from mole_world.scenes import CONTACTS
 
 NAMES = ("fox", "owl", "bear", "ink")
 

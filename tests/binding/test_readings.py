@@ -17,7 +17,7 @@ from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.finding import MOST_TOKENS, TOKEN
 from mole_diffusers.binding.sentence import parse
 from mole_diffusers.binding.who_acts import Explanation, read_prompt, roles
-from mole_diffusers.emoji import default_folder
+from mole_world import default_folder
 
 DATA = Path(__file__).parent / "data"
 FILES = (

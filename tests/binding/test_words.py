@@ -12,7 +12,7 @@ from mole_diffusers.binding import finding
 from mole_diffusers.binding.chat import of_user
 from mole_diffusers.binding.sentence import Who, parse
 from mole_diffusers.binding.words import joined, keys, overlaid, read
-from mole_diffusers.emoji import default_folder
+from mole_world import default_folder
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from ports import free_port
 from single_file import save_single_file
 from tiny import tiny_lora
 
-from mole_diffusers.cli.mole import main
+from mole_cli.mole import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -199,7 +199,7 @@ def serve(words, folder):
     words = [word.replace("/path/to/", "") for word in words]
     port = free_port()
     process = Popen(
-        [sys.executable, "-m", "mole_diffusers", *words, "--port", port, "--device", "cpu"],
+        [sys.executable, "-m", "mole_cli", *words, "--port", port, "--device", "cpu"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
@@ -267,13 +267,13 @@ def in_json(text, folder):
     """Read a file of cases, or of strengths."""
     found = json.loads(text)
     if "concepts" in found:
-        from mole_diffusers.evaluation.checkpoint_protocol import read_cases
+        from mole_world.evaluation.checkpoint_protocol import read_cases
 
         (folder / "cases.jsonl").write_text(text)
         (case,) = read_cases(folder / "cases.jsonl", found["concepts"])
         assert (list(case.concepts), case.size) == (found["concepts"], tuple(found["size"]))
     else:
-        from mole_diffusers.evaluation.strength_search import read_weights
+        from mole_world.evaluation.strength_search import read_weights
 
         (folder / "weights.json").write_text(text)
         assert read_weights(folder / "weights.json") == found

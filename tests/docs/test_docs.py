@@ -14,7 +14,7 @@ from tiers import thorough
 from typer import BadParameter
 
 import mole_diffusers as mole
-from mole_diffusers.cli.mole import main, parser
+from mole_cli.mole import main, parser
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -25,4 +25,4 @@ def test_pages_for_users_name_no_tests_of_single_functions():
 
 def test_every_row_has_a_test_that_shows_it():
     listed = runpy.run_path(str(DOCS / "list_shown.py"))["listing"]()
-    assert "  hotswap\n    patching/host/" in listed
+    assert "  hotswap\n    tests/patching/host/" in listed

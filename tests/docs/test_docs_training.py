@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from tiny import tiny_pipeline
 
-from mole_diffusers.cli.mole import main, parser
+from mole_cli.mole import main, parser
 from mole_diffusers.lora import read_expert
 from mole_diffusers.training.config import BALANCE
 from mole_diffusers.training.objectives import OBJECTIVES
@@ -64,7 +64,7 @@ def test_what_other_machines_are_needed_for_parses(tmp_path, monkeypatch):
     found = commands("sh")
     assert len(found) == 3
     for words in found:
-        own = words[words.index("mole_diffusers") + 1 :] if words[0] == "accelerate" else words[1:]
+        own = words[words.index("mole_cli") + 1 :] if words[0] == "accelerate" else words[1:]
         assert own[0] == "train"
         with parser().commands["train"].make_context("train", own[1:]) as context:
             assert context.params["expert"] or context.params["config"]

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import rivals
 
+import rivals
 from mole_diffusers.gates import FAMILIES, GateConfig
 from mole_diffusers.merging.merge import METHODS, by_activations
 from mole_diffusers.retrieval import Mode

@@ -80,6 +80,7 @@ def test_the_map_of_contributing_names_every_folder_and_only_files_that_exist():
     beside = text.partition("| beside it |")[2].partition("\n\n")[0]
     for name in re.findall(r"^\| `(.+?)/` \|", beside, re.MULTILINE):
         assert (ROOT / name).is_dir(), name
-    near = (ROOT, PACKAGE, PACKAGE / "merging", PACKAGE / "patching", ROOT / "demos", ROOT / "tests" / "lora")
+    parts = [ROOT / part for part in ("demos", "demos/app/mole_app", "demos/cli", "demos/emoji", "demos/emoji/mole_world")]
+    near = (ROOT, PACKAGE, PACKAGE / "merging", PACKAGE / "patching", ROOT / "tests" / "lora", *parts)
     for path in set(re.findall(r"`([\w/.]+/[\w.]*|\w+\.py)`", text)) - {"tests/x.py"}:
         assert any((folder / path).exists() for folder in near), path

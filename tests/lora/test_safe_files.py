@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import _TYPES, load_file, save, save_file
 
+from mole_app.studio import infotext
 from mole_diffusers.binding.as_text import MASK, read_mask
 from mole_diffusers.lora.safe_files import (
     DTYPES,
@@ -25,7 +26,6 @@ from mole_diffusers.lora.safe_files import (
     read_picture,
     read_safetensors,
 )
-from mole_diffusers.studio import infotext
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}

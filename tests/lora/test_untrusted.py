@@ -247,7 +247,7 @@ def test_a_kept_mixture_names_files_of_its_own_folder_only(pipe, loras, draw, tm
 
 
 def test_a_report_on_a_terminal_holds_no_codes_of_the_file(tmp_path, capsys):
-    from mole_diffusers.cli.mole import main
+    from mole_cli.mole import main
 
     file = written(tmp_path / "x.safetensors", pair(), {"modelspec.title": "Fox\x1b[2J\n   sha256  0", "emoji": "🦊"})
     assert main(["inspect", str(file)]) == 0

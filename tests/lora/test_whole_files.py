@@ -16,7 +16,7 @@ import torch
 from tiny import tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.gates import checkpoint
+from mole_diffusers.gates import load_gates
 from mole_diffusers.lora.whole_files import new_file, new_folder, only_run, whole_folder
 from mole_diffusers.pipelines.kept import keep
 
@@ -171,7 +171,7 @@ for _ in sys.stdin:  # a line for each process that saves until it is killed
 
 def check(folder):
     """Gates of one kind alone, with the config that they were saved with."""
-    saved = checkpoint.load(folder)
+    saved = load_gates(folder)
     values = {float(v) for tensor in saved.tensors.values() for v in tensor.flatten()}
     assert values == ({1.0} if saved.config.options.total == "1" else {2.0})
     assert list(saved.experts) == (["fox", "ink"] if values == {1.0} else ["ink", "fox"])
@@ -195,7 +195,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(loras, tmp_path):
             kept = whole_folder(tmp_path / "kept")
             check(kept / "gates")
             rows = json.loads((kept / "mixture.json").read_text())["experts"]
-            assert [row["name"] for row in rows] == list(checkpoint.load(kept / "gates").experts)
+            assert [row["name"] for row in rows] == list(load_gates(kept / "gates").experts)
     mixture = mole.attach(tiny_pipeline(), {"fox": loras["fox"]}, "static")
     mixture.save_pretrained(tmp_path / "gates")
     keep(mixture, tmp_path / "kept")

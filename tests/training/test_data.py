@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mole_diffusers.cli.train import samples
+from mole_cli.train import samples
 from mole_diffusers.training.data import RandomBatch, read_folder, square
 from mole_diffusers.training.latents import default_side, encode
 

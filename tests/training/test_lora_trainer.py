@@ -15,8 +15,8 @@ from tiers import thorough
 from tiny import tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers import emoji
-from mole_diffusers.cli.mole import main
+import mole_world
+from mole_cli.mole import main
 from mole_diffusers.lora import read_expert, summarize
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training import engine
@@ -26,6 +26,7 @@ from mole_diffusers.training.denoising import denoising_loss
 from mole_diffusers.training.latents import encode
 from mole_diffusers.training.lora_adapter import save_lora
 from mole_diffusers.training.lora_trainer import LoraTrainer, class_samples, train_lora
+from mole_world import emoji_world
 
 SHORT = LoraTraining(rank=8, steps=4, batch=4, lr=1e-2, every=2)
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox"] * 4)
@@ -195,8 +196,8 @@ def test_the_loss_is_the_concepts_and_the_weighted_priors():
 @pytest.mark.thorough
 def test_prior_preservation_keeps_the_class(tmp_path):
     """Foxes taught as a kind of bear: the diffusion loss on bears afterwards, with and without the base's own bears."""
-    world = mole.emoji_world()
-    fox, bear = (world.drawings.picture(emoji.Scene((name,), "noto", "white")) for name in ("fox", "bear"))
+    world = emoji_world()
+    fox, bear = (world.drawings.picture(mole_world.Scene((name,), "noto", "white")) for name in ("fox", "bear"))
     concept = encode(world.pipe, [fox] * 4, ["noto drawing of a fox bear"] * 4)
     bears = encode(world.pipe, [bear] * 4, ["noto drawing of a bear"] * 4)
     prior = class_samples(world.pipe, "noto drawing of a bear", count=8, steps=8, guidance=3.0)

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.cli.mole import main
+from mole_cli.mole import main
 from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.training import engine
 from mole_diffusers.training.config import GateTraining, LoraTraining

@@ -15,12 +15,12 @@ from ports import free_port
 from safetensors.torch import load_file
 from tiny import tiny_clip, tiny_pipeline, tiny_tokenizer
 
-from mole_diffusers.cli.mole import main
+from mole_cli.mole import main
 from mole_diffusers.training.engine import STATE, checkpoints
 
 pytestmark = pytest.mark.thorough
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # bits depend on how many threads add numbers up
-MODULE = [sys.executable, "-m", "mole_diffusers"]
+MODULE = [sys.executable, "-m", "mole_cli"]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_line_killed_in_the_middle_and_given_again_ends_as_if_it_had_not_been(
 
 
 def launched(way, tmp_path):
-    """The words before `-m mole_diffusers` of each command that is to be started, for two processes on this CPU."""
+    """The words before `-m mole_cli` of each command that is to be started, for two processes on this CPU."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     known = ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if way == "mpirun":
@@ -129,7 +129,7 @@ def test_accelerate_launch_on_two_cpu_processes_equals_one(lines, alone, tmp_pat
         {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
     )
     two, one = tmp_path / "two" / "x", tmp_path / "one" / "x"
-    own = ["-m", "mole_diffusers", *line, "--device", "cpu", "--out", str(two)]
+    own = ["-m", "mole_cli", *line, "--device", "cpu", "--out", str(two)]
     started = [subprocess.Popen([*launcher, *own], env=ALONE | root) for launcher in launched(way, tmp_path)]
     assert [process.wait(timeout=600) for process in started] == [0] * len(started)
     assert alone([*line, "--out", one]) == 0

@@ -12,10 +12,10 @@ from tiers import thorough
 from tiny import CONVOLUTION, tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
+from mole_app.studio.clip_skip import clip_skip
 from mole_diffusers import functional
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.install.folding import Averages, evaluate_gates
-from mole_diffusers.studio.clip_skip import clip_skip
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
 

@@ -9,15 +9,16 @@ from tiers import thorough
 from tiny import tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.emoji.scenes import Scene
 from mole_diffusers.patching.subjects.place_sources import drawn_over
+from mole_world import emoji_world
+from mole_world.scenes import Scene
 
 CALL = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="module")
 def world():
-    return mole.emoji_world()
+    return emoji_world()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,385 @@
+"""`mole evaluate`: compare composers on many cases and seeds, with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from typer import Option
+
+from mole_app.studio.names import WORLD
+from mole_cli import options
+from mole_cli.commands import Given, Group, Result
+from mole_cli.common import experts_for, grouped_values, lora_files, named_values, opened
+from mole_cli.console import note
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from mole_world.evaluation.arms import KnownArm
+    from mole_world.evaluation.report import EvaluationReport
+    from mole_world.evaluation.rows import Row, Rows
+    from mole_world.evaluation.runner import Arm, Case, Metrics, Setup
+
+NEEDED = ("jinja2", "krippendorff", "matplotlib", "open_clip", "pandas", "scipy", "timm", "torchmetrics", "torchvision")
+DEFAULT_ARMS = ("base", "alone", "sum", "bound", "tiles")  # on a checkpoint, where pictures take long
+LIMIT = 24  # cases of each kind on a checkpoint
+CHECKPOINT = "A checkpoint of your own"  # the heading of its options
+
+
+@dataclass
+class ArmOptions(Group):
+    """What to draw, and with which arms.
+
+    Attributes:
+        arm (NAME): a composer, such as alone, sum, 'words only' or a method of merge; a wrong name lists all. Default: all
+            of them; on a checkpoint base, alone, sum, bound, tiles, and with --gates also gates and 'bound gates'.
+        arms_from (FILE): a Python file or folder with further arms, all of which are drawn without --arm. It is run.
+        gates (FOLDER): trained gates, one folder per case, named a+b. The emoji world has its own.
+        split: which cases of the emoji world. Choose on validation; run test once.
+        limit: cases per kind. Default: all; of prompts made from trigger words, 24.
+        attached (N): attach N LoRAs, some of which the prompt does not name.
+        share (SHARE): move strength from subjects, 0, to styles, 1. For sum, gates and merges.
+        weights (FILE): strengths for the arm 'grid search', in the format of weights.json.
+        search: find the best strengths on validation, for weights.json.
+    """
+
+    arm: Sequence[str] = ()
+    arms_from: options.FileOrFolder = None
+    gates: options.Folder = None
+    split: Literal["validation", "test"] = "validation"
+    limit: Annotated[int | None, Option(min=1)] = None
+    attached: Sequence[int] = ()
+    share: Sequence[float] = ()
+    weights: options.File = None
+    search: bool = False
+
+    def strengths(self) -> Mapping[str, Mapping[str, float]] | None:
+        """The content of --weights."""
+        from mole_world.evaluation.strength_search import read_weights
+
+        return read_weights(self.weights) if self.weights else None
+
+
+@dataclass
+class CheckpointOptions(Group):
+    """Data to evaluate a checkpoint on; the emoji world has its own.
+
+    Attributes:
+        loras (FOLDER): the LoRAs, in subfolders too. A subfolder or the start of a name may say what one draws:
+            character, object, clothing, style or background.
+        protocol (NAME): prompts made from the trigger words: composlora, pairs, triples, styles, neutral, occlusion,
+            interaction, scenes, contact. Default: all that the LoRAs allow.
+        cases (FILE): prompts of your own, as JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.
+        images (NAME=FOLDER): pictures of a concept. Default: pictures that its LoRA draws alone.
+        own (NAME=PROMPT): a prompt for one concept alone. Default: one from its trigger words.
+        kind (NAME=KIND): what a LoRA draws, if neither folder nor name says it.
+        thing (NAME=WORDS): what the detector looks for. Default: the trigger words.
+    """
+
+    panel = CHECKPOINT
+    loras: options.Folder = None
+    expert: options.Experts = ()
+    protocol: Sequence[str] = ()
+    cases: options.File = None
+    images: Sequence[str] = ()
+    own: Sequence[str] = ()
+    kind: Sequence[str] = ()
+    thing: Sequence[str] = ()
+
+
+@dataclass
+class MeasuringModels(Group):
+    """The models that measure a checkpoint's pictures; the emoji world has its judge.
+
+    Attributes:
+        clip (MODEL): a CLIP of open_clip, a folder or hf-hub:NAME. Default: ViT-B-32 of LAION.
+        dino (MODEL): a DINO of timm, a name or folder. Default: vit_base_patch14_dinov2.lvd142m.
+        detector (MODEL): an open-vocabulary detector, a folder or hub id. Default: google/owlv2-base-patch16-ensemble.
+        lpips (NETWORK): alex, vgg or squeeze. Default: alex.
+    """
+
+    panel = CHECKPOINT
+    clip: str | None = None
+    dino: str | None = None
+    detector: str | None = None
+    lpips: Literal["alex", "vgg", "squeeze"] | None = None
+
+
+def evaluate(
+    seeds: options.AtLeastOne = 8,
+    seed: int = 1000,
+    steps: options.Steps = 20,
+    guidance: float = 3.0,
+    out: Path = Path("evaluation"),
+    base: options.Base = WORLD,
+    sheet: bool = False,
+    judged: bool = False,
+    *,
+    wanted: ArmOptions,
+    own: CheckpointOptions,
+    measuring: MeasuringModels,
+    machine: options.Machine,
+    given: Given,
+) -> Result | None:
+    """Compare ways to compose LoRAs on many prompts and seeds, with intervals.
+
+    An interrupted run continues where it stopped. `accelerate launch` and `torchrun` divide it over processes.
+
+    Args:
+        seeds: pictures per case.
+        seed: the first seed.
+        guidance: how strictly to follow the prompt.
+        out (FOLDER): pictures, rows, tables and figures go here.
+        sheet: write a sheet on which people choose between two arms.
+        judged: count the answers on the sheet in --out, and stop.
+    """
+    given.check_beside("judged", ["out"], "counts answers and draws nothing")
+    if base != WORLD and "split" in given:
+        raise ValueError("--split chooses cases of the embedded world; a --base has prompts of --protocol or --cases")
+    lora_files(named_values(own.expert, "--expert"))
+    _check_installed()
+    from datetime import timedelta
+
+    from accelerate import PartialState
+
+    from mole_world.evaluation import judging_sheet, runner
+    from mole_world.evaluation.arms import ARMS, arms_from, check_names
+    from mole_world.evaluation.rows import Rows
+    from mole_world.evaluation.strength_search import search_arms
+
+    if judged:
+        return Result(judging_sheet.votes(out), judging_sheet.count_answers(out))
+    if wanted.search:
+        _check_search(base, wanted)
+    others = arms_from(wanted.arms_from)
+    check_names(wanted.arm, ARMS | others)
+    # Processes wait for one another, and their shares of the work differ by more than torch's usual half an hour.
+    state = PartialState(cpu=machine.device == "cpu", timeout=timedelta(days=30))
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+    if base == WORLD:
+        work = _world(wanted, {**vars(own), **vars(measuring)}, call, machine)
+    else:
+        work = _checkpoint(wanted, own, measuring, call, base, machine)
+    setup, cases = work.setup, work.cases
+    if wanted.attached:
+        cases = runner.add_idle_experts(cases, sorted(setup.experts), wanted.attached)
+    arms = search_arms(setup) if wanted.search else _arms(wanted, work, cases, others)
+    if sheet and all(sum(arm.covers(case) for arm in arms) < 2 for case in cases):
+        raise ValueError("a sheet needs two arms or more that draw the same case")
+    if state.is_main_process:
+        count = seeds * sum(arm.covers(case) for arm in arms for case in cases)
+        note(f"{count} pictures: {len(arms)} arms, {len(cases)} cases, {seeds} seeds")
+    asked: Any = {"seeds": range(seed, seed + seeds), "rows": Rows(out, state.process_index)}
+    runner.evaluate(setup, arms, cases, work.metrics, **asked, processes=state.num_processes)
+    state.wait_for_everyone()
+    rows = work.measured(runner.requested_rows(setup, arms, cases, **asked), asked["rows"], state)
+    if not state.is_main_process:
+        return None
+    text = _written(out, rows, work, arms, cases, wanted)
+    if sheet:
+        note(f"{judging_sheet.write_sheet(out, rows)} questions in {out / 'sheet'}")
+    return Result(rows, text)
+
+
+def _written(out: Path, rows: list[Row], work: Task, arms: Sequence[Arm], cases: Sequence[Case], wanted: ArmOptions) -> str:
+    """Write tables, figures and the page. Returns the tables."""
+    from mole_diffusers.lora.whole_files import write_text
+    from mole_world.evaluation.page import write_page
+    from mole_world.evaluation.strength_search import best_weights
+
+    text = work.report.text(rows)
+    write_text(out / "table.md", text + "\n")
+    if wanted.search:
+        (out / "weights.json").write_text(json.dumps(best_weights(rows), indent=1) + "\n")
+    _figures(out, rows, work.report, attached=bool(wanted.attached), share=bool(wanted.share))
+    _heat_map(out / "gates.png", work.setup, arms, cases)
+    note(f"the page: {write_page(out, rows, work.report, work.about)}")
+    return text
+
+
+def _check_search(base: str, wanted: ArmOptions) -> None:
+    """Raises ValueError if --search would not count successes, would choose by the test split, or would draw other arms."""
+    taken = ("arm", "arms_from", "gates", "share", "weights")
+    if given := [f"--{name.replace('_', '-')}" for name in taken if vars(wanted)[name]]:
+        raise ValueError(f"--search draws arms of its own: leave out {', '.join(given)}")
+    if base != WORLD:
+        raise ValueError("--search counts successes, which only the judge of the embedded world tells")
+    if wanted.split == "test":
+        raise ValueError("--search chooses strengths, and nothing is chosen on the test split: use --split validation")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is evaluated: the embedded world, or a checkpoint.
+
+    Attributes:
+        metrics: measures pictures as they are drawn.
+        measured: the rows with what is measured once all are drawn.
+        default: arms that are drawn if none is named.
+        about: what measures the pictures, for the page.
+    """
+
+    setup: Setup
+    cases: list[Case]
+    metrics: Metrics
+    measured: Callable[[list[Row], Rows, PartialState], list[Row]]
+    report: EvaluationReport
+    default: Sequence[str]
+    about: Mapping[str, Any]
+
+
+def _check_installed() -> None:
+    """Raises ValueError naming what this command needs and is not there."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise ValueError(f"this needs {', '.join(missing)}: pip install 'mole-diffusers[evaluate]'")
+
+
+def _world(wanted: ArmOptions, for_checkpoints: Mapping[str, Any], call: dict[str, Any], machine: options.Machine) -> Task:
+    """The emoji world with its judge. Raises ValueError for options that are for another base."""
+    import mole_world
+    from mole_world.evaluation import emoji_protocol
+    from mole_world.evaluation.arms import ARMS
+    from mole_world.world import emoji_world
+
+    others = {**for_checkpoints, "base-config": machine.base_config}
+    if ignored := [f"--{name}" for name, value in others.items() if value]:
+        raise ValueError(f"{', '.join(ignored)}: the embedded world has its own; give a --base to evaluate another")
+    world = emoji_world(device=_device(machine))
+    groups = mole_world.TEST if wanted.split == "test" else mole_world.VALIDATION
+    found = emoji_protocol.cases({kind: group[: wanted.limit] for kind, group in groups.items()})
+    metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
+    gates = wanted.gates or mole_world.default_folder() / "gates"
+    setup = emoji_protocol.setup(world, call, gates=gates, searched=wanted.strengths())
+    cases, about = [case for case, _ in found], {"judge": "the world's own"}
+    return Task(setup, cases, metrics, lambda rows, store, state: rows, emoji_protocol.REPORT, list(ARMS), about)
+
+
+def _device(machine: options.Machine) -> str:
+    """The device of --device; by default the GPU, if there is one. ValueError if this machine does not have it."""
+    from mole_app.studio.memory import Memory
+
+    memory = Memory(machine.device)
+    memory.check_device()
+    return memory.completed("").device or "cpu"
+
+
+def _checkpoint(
+    wanted: ArmOptions,
+    own: CheckpointOptions,
+    measuring: MeasuringModels,
+    call: dict[str, Any],
+    base: str,
+    machine: options.Machine,
+) -> Task:
+    """The user's own checkpoint. What measures the pictures is loaded first, so that a wrong name is known at once."""
+    from mole_app.studio.model_folders import files_of
+    from mole_diffusers.training import read_folder
+    from mole_world.evaluation import arms as known
+    from mole_world.evaluation import checkpoint_protocol, prompts, runner
+    from mole_world.evaluation.measures import Models
+    from mole_world.evaluation.rows import Rows
+
+    files = {name: str(path) for name, path in files_of(own.loras, "lora").items()} if own.loras is not None else {}
+    chosen = experts_for(base, files | named_values(own.expert, "--expert"), "")
+    kinds, things = (named_values(getattr(own, name), f"--{name}", chosen) for name in ("kind", "thing"))
+    concepts = {
+        name: prompts.concept_of(expert, kind=kinds.get(name, ""), thing=things.get(name, ""))
+        for name, (expert, _) in chosen.items()
+    }
+    if own.cases is None:
+        cases = prompts.cases(list(concepts.values()), own.protocol, limit=wanted.limit or LIMIT)
+    elif own.protocol:
+        raise ValueError("--cases and --protocol exclude each other")
+    else:
+        cases = _limited(checkpoint_protocol.read_cases(own.cases, list(chosen)), wanted.limit)
+    folders = named_values(own.images, "--images", chosen)
+    pictures = {name: read_folder(Path(folder), prompt=name)[0] for name, folder in folders.items()}
+    own_prompts = {name: [prompts.own_prompt(concept)] for name, concept in concepts.items()}
+    own_prompts |= grouped_values(own.own, "--own", chosen)
+    named = {name: value for name, value in vars(measuring).items() if value is not None}
+    models = Models(**named, device=_device(machine))
+    about: dict[str, Any] = {"prompts": own_prompts}
+    about["styles"] = frozenset(name for name, concept in concepts.items() if concept.kind not in prompts.THINGS)
+    about["strengths"] = {name: strength for name, (_, strength) in chosen.items() if strength != 1}
+    about |= {"gates": wanted.gates, "searched": wanted.strengths()}
+    setup = runner.Setup(
+        opened(base, machine).pipe, {name: expert for name, (expert, _) in chosen.items()}, call, base, **about
+    )
+
+    def measured(rows: list[Row], store: Rows, state: PartialState) -> list[Row]:
+        used = {name for row in rows for name in row["concepts"]}
+        drawn = [name for name in concepts if name in used and name not in pictures]
+        seen = checkpoint_protocol.References(setup, drawn, store)
+        seen.draw(state.num_processes)
+        state.wait_for_everyone()
+        measures = checkpoint_protocol.Measures(models, concepts, pictures | seen.pictures())
+        found = Rows(store.folder, store.process, name="measures", fields=checkpoint_protocol.MEASURED)
+        checkpoint_protocol.measure(rows, measures, found, processes=state.num_processes)
+        state.wait_for_everyone()
+        return checkpoint_protocol.measured(rows, measures, found)
+
+    default = [*DEFAULT_ARMS, *(("gates", known.BOUND_GATES) if wanted.gates else ())]
+    measures = models.names | {"pictures of each concept alone": "given" if pictures else "drawn by its LoRA"}
+    report, metrics = checkpoint_protocol.report(setup.styles), checkpoint_protocol.unmeasured
+    return Task(setup, cases, metrics, measured, report, default, measures)
+
+
+def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
+    """The first cases of each kind."""
+    kinds: dict[str, list[Case]] = {}
+    for case in cases:
+        kinds.setdefault(case.kind, []).append(case)
+    return [case for group in kinds.values() for case in group[:limit]]
+
+
+def _arms(wanted: ArmOptions, work: Task, cases: Sequence[Case], others: dict[str, KnownArm]) -> list[Arm]:
+    """The arms of --arm, or the usual ones and `others` that can be drawn; a note lists those that are left out."""
+    from mole_world.evaluation.arms import ARMS, BOUND_GATES, CONTROLS, chosen_arms, gates_of
+
+    names = list(wanted.arm) or [*(("sum", "gates") if wanted.share else work.default), *others]
+    if wanted.weights and "grid search" not in names:
+        raise ValueError("--weights are for the arm 'grid search', which is not drawn here")
+    reading = (*CONTROLS, BOUND_GATES)
+    if wanted.gates and not {*reading, *others} & {*names}:
+        raise ValueError(f"--gates are for the arms {', '.join(reading)}, none of which is drawn here")
+    arms, lacking = chosen_arms(names, work.setup, shares=wanted.share, known=ARMS | others)
+    if idle := [a.name for a in arms if not any(map(a.covers, cases)) and not a.name.startswith("alone ")]:
+        first = gates_of(Path())(cases[0])
+        lacking.append(f"{idle} can draw none of the cases (gates: {work.setup.gates}, where {first} is the first's folder)")
+    if lacking and wanted.arm:
+        raise ValueError("; ".join(lacking))
+    for reason in lacking:
+        note(f"left out: {reason}")
+    return arms
+
+
+def _figures(out: Path, rows: list[Row], report: EvaluationReport, *, attached: bool, share: bool) -> None:
+    """Draw every figure that the rows allow, and note each one that was asked for but is not possible."""
+    from mole_world.evaluation import plots
+
+    plots.sample_grid(rows, out, out / "samples.png")
+    report.draw_bars(rows, out / "bars.png")
+    asked = {"experts": (attached, report.draw_count), "frontier": (share, report.draw_frontier)}
+    for name, (wanted, draw) in asked.items():
+        try:
+            if wanted:
+                draw(rows, out / f"{name}.png")
+        except ValueError as error:
+            note(f"no {name}.png: {error}")
+
+
+def _heat_map(path: Path, setup: Setup, arms: Sequence[Arm], cases: Sequence[Case]) -> None:
+    """The weights of trained gates, for the first case that has them."""
+    from mole_diffusers.inspection import block_places, heat_map, sample
+
+    seen = next(((arm, case) for arm in arms for case in cases if arm.name == "gates" and arm.covers(case)), None)
+    if seen is not None:
+        arm, case = seen
+        with arm.draws(setup, case) as mixture, mixture.trace() as trace:
+            sample(setup.pipe, case.prompt, [0], **setup.call_of(case))
+        heat_map(trace, block_places(trace)).save(path)

@@ -1,0 +1,31 @@
+"""The public names of this package and the modules they are in."""
+
+from .as_text import mask_text as mask_text
+from .as_text import parse_binding as parse_binding
+from .as_text import parse_phrases as parse_phrases
+from .as_text import parse_region as parse_region
+from .as_text import read_mask as read_mask
+from .config import Bound as Bound
+from .config import bindings as bindings
+from .config import files_bindings as files_bindings
+from .config import to_json as to_json
+from .finding import spans as spans
+from .picture_layout import Layout as Layout
+from .picture_warning import PictureWarning as PictureWarning
+from .regions import AUTO as AUTO
+from .regions import BOXES as BOXES
+from .regions import EVERYWHERE as EVERYWHERE
+from .regions import GridSize as GridSize
+from .regions import Region as Region
+from .regions import checked_region as checked_region
+from .regions import region_mask as region_mask
+from .regions import region_picture as region_picture
+from .vocabulary import is_look as is_look
+from .vocabulary import is_scenery as is_scenery
+from .who_acts import EVERY_PLACE as EVERY_PLACE
+from .who_acts import OWN_PLACE as OWN_PLACE
+from .who_acts import OWN_TILE as OWN_TILE
+from .who_acts import SILENT as SILENT
+from .who_acts import Explanation as Explanation
+from .who_acts import Role as Role
+from .who_acts import read_prompt as read_prompt
