@@ -5,7 +5,6 @@ from .gates import GateConfig as GateConfig
 from .gates.transforms import Strongest as Strongest
 from .lora import Expert as Expert
 from .lora import read_expert as read_expert
-from .lora.safe_files import RefusedFileError as RefusedFileError
 from .lora.writing import save_expert as save_expert
 from .merging.activations import Activations as Activations
 from .merging.merge import merge as merge
@@ -13,7 +12,10 @@ from .mixture import Mixture as Mixture
 from .mixture import attach as attach
 from .mixture import attached as attached
 from .mixture import detach as detach
+from .patching.gating.settings import StrengthPlan as StrengthPlan
 from .patching.gating.trace import Trace as Trace
+from .patching.host.denoiser_inputs import denoiser as denoiser
+from .patching.host.denoiser_inputs import models_of as models_of
 from .patching.install.gate_inputs import MoLEAttnProcessor as MoLEAttnProcessor
 from .pipelines.classes import MoLEChromaPipeline as MoLEChromaPipeline
 from .pipelines.classes import MoLEFlux2KleinPipeline as MoLEFlux2KleinPipeline
@@ -61,5 +63,6 @@ from .pipelines.modular import MoLEStableDiffusion3Blocks as MoLEStableDiffusion
 from .pipelines.modular import MoLEStableDiffusionXLBlocks as MoLEStableDiffusionXLBlocks
 from .pipelines.modular import MoLEWanBlocks as MoLEWanBlocks
 from .pipelines.modular import MoLEZImageBlocks as MoLEZImageBlocks
+from .safe_files import RefusedFileError as RefusedFileError
 
 __version__: str

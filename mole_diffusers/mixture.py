@@ -17,7 +17,7 @@ from mole_diffusers.binding.config import Bound, files_bindings
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.binding.who_acts import Explanation, without_words
-from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.gates import FAMILIES, GateBank, GateConfig
 from mole_diffusers.gates.checkpoint import GATE_WEIGHTS, load_gates, save_gates
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
@@ -28,7 +28,7 @@ from mole_diffusers.lora.own_words import own_words
 from mole_diffusers.lora.stacking import check_share
 from mole_diffusers.lora.strengths import Source, files_of, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
-from mole_diffusers.patching.gating.settings import Change, RowSets
+from mole_diffusers.patching.gating.settings import Change, RowSets, StrengthPlan
 from mole_diffusers.patching.gating.trace import Trace
 from mole_diffusers.patching.host.denoiser_inputs import (
     denoiser,
@@ -42,6 +42,8 @@ from mole_diffusers.patching.install.parts import Parts
 from mole_diffusers.patching.install.peft_injection import also_loaded
 from mole_diffusers.patching.subjects.apart import explain
 from mole_diffusers.patching.subjects.things import UNTIL, Encode, PictureCall, Tiling
+
+__all__ = ["Mixture", "attach", "attached", "detach"]
 
 Gates = str | Path | GateConfig
 FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
@@ -115,6 +117,14 @@ class Mixture:
                     if i not in changed and strength != before[i]:  # set by `strength` inside
                         now[i] = strength
                 self.parts.shared.set(self.parts.settings.strengths, now)
+
+    def planned(self, plan: StrengthPlan) -> AbstractContextManager[None]:
+        """Multiply the strengths by those of a plan inside the block: by component, block and step, or gates by hand."""
+        return self.parts.planned(plan)
+
+    def weighed(self) -> dict[str, tuple[Expert, float]]:
+        """name -> (expert, strength), as `attach` takes them."""
+        return self.parts.weighed()
 
     def only(self, *names: str) -> AbstractContextManager[None]:
         """Mask all other experts and renormalise the gates inside the block (MoLE's second inference mode)."""
@@ -209,6 +219,20 @@ class Mixture:
                 block = self.parts.running(call, pipe) if now is self else now.drawing(call, pipe=pipe)
             with block:
                 yield
+
+    @property
+    def banks(self) -> dict[str, GateBank]:
+        """Model, such as "unet" or "text_encoder" -> its gates. A bank that is added is trained and saved, too."""
+        return self.parts.banks
+
+    @property
+    def gate_names(self) -> list[str]:
+        """The name of each gate, such as "unet.mid_block.attentions.0.transformer_blocks.0"."""
+        return self.parts.sites
+
+    def layers_by_gate(self) -> list[tuple[nn.Module, list[str]]]:
+        """Each gate with the layers that it weighs, such as "unet.down_blocks.0.attentions.0.proj_in"."""
+        return self.parts.layers_by_gate()
 
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters: everything that training changes."""

@@ -1,4 +1,4 @@
-"""Named options: checked against type annotations, and described by docstrings; and text to print."""
+"""Named options: checked against type annotations, and described by docstrings."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+__all__ = ["check_kinds", "check_options"]
+
 ENTRY = re.compile(r"^ {4}([\w, ]+?)(?: \((\S+)\))?: (.+(?:\n {8}.+)*)", re.MULTILINE)  # in a docstring's Args
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
-
-
-def printable(text: str) -> str:
-    """Untrusted text on one line, without terminal control codes."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def described(thing: Any) -> dict[str, tuple[str | None, str]]:

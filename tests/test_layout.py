@@ -9,6 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "mole_diffusers"
 STAGES = (
     "functional",
     "options",
+    "safe_files",
+    "whole_files",
     "lora",
     "gates",
     "binding",

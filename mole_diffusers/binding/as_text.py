@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE, Region, region_picture
-from mole_diffusers.lora.safe_files import PICTURE_ERRORS, read_picture
+from mole_diffusers.safe_files import PICTURE_ERRORS, read_picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # file endings of masks
 MASK, MOST_PIXELS = "png:", 16 << 20

@@ -13,9 +13,9 @@ import torch
 
 from mole_diffusers.gates import FAMILIES, GateBank, GateConfig
 from mole_diffusers.lora import Expert
-from mole_diffusers.lora.safe_files import RefusedFileError, parse_json, read_json, read_safetensors
-from mole_diffusers.lora.whole_files import check_no_file, write_text
 from mole_diffusers.lora.writing import save_atomically
+from mole_diffusers.safe_files import RefusedFileError, parse_json, read_json, read_safetensors
+from mole_diffusers.whole_files import check_no_file, write_text
 
 VERSION = 1
 GATE_WEIGHTS, GATE_CONFIG = "gates.safetensors", "config.json"

@@ -10,7 +10,7 @@ from typing import Any
 from mole_diffusers.gates import GateConfig
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.own_words import own_words
-from mole_diffusers.lora.whole_files import write_text
+from mole_diffusers.whole_files import write_text
 
 CARD = "README.md"
 PIPELINE_USE = """\

@@ -13,7 +13,7 @@ import torch
 
 from mole_diffusers.lora.expert import LoraWeights
 from mole_diffusers.lora.factors import FactorPair, cut, hadamard, kronecker
-from mole_diffusers.lora.safe_files import check_memory
+from mole_diffusers.safe_files import check_memory
 
 Tensors = Mapping[str, torch.Tensor]  # role -> tensor
 Scale = Callable[[int | None], float]  # rank of the file's own factors, None if there are none -> alpha / r

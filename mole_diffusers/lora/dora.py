@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from mole_diffusers.lora.expert import LoraWeights
-from mole_diffusers.lora.safe_files import check_memory
+from mole_diffusers.safe_files import check_memory
 
 # Role of the magnitudes in a file -> their shape, of a matrix and of a convolution. LyCORIS can also train one magnitude for
 # each column, which it writes as PEFT writes those of rows.

@@ -19,8 +19,8 @@ from torch import nn
 from mole_diffusers.lora.expert import Expert, LoraWeights
 from mole_diffusers.lora.families import family_of, fits
 from mole_diffusers.lora.keys import parse_key
-from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.lora.stacking import modules_by_key
+from mole_diffusers.safe_files import RefusedFileError
 
 Convert = Callable[[dict[str, torch.Tensor]], Any]  # a pipeline's `lora_state_dict`
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusers.lora.expert import COMPONENTS
-from mole_diffusers.lora.safe_files import RefusedFileError, parse_json, read_json
+from mole_diffusers.safe_files import RefusedFileError, parse_json, read_json
 
 PEFT_METADATA = "lora_adapter_metadata"  # header key under which diffusers writes the LoraConfig of each component
 MOST_TRIGGERS = 64  # in a trigger phrase, each at most 200 characters: every prompt is searched for all of them

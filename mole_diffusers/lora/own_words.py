@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mole_diffusers.lora.expert import Expert
 from mole_diffusers.lora.metadata import MOST_TRIGGERS, TAG, plain, tag_counts
-from mole_diffusers.lora.safe_files import RefusedFileError, parse_json
+from mole_diffusers.safe_files import RefusedFileError, parse_json
 
 HEADER = (  # keys of a header that state trigger words
     "modelspec.trigger_phrase", "trigger_phrase", "trigger_words", "trigger_word", "trained_words", "trainedWords",

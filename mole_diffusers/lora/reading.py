@@ -16,7 +16,7 @@ from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import EMBEDDED_IN, EMBEDDING, FLUX_BLOCKS, HAVE_ORIGINAL_NAMES, Key, parse_key, split_fused
 from mole_diffusers.lora.metadata import Scaling, read_peft_config, scalings, stated_beside
 from mole_diffusers.lora.own_words import stated_words
-from mole_diffusers.lora.safe_files import RefusedFileError, TensorFile, read_safetensors
+from mole_diffusers.safe_files import RefusedFileError, TensorFile, read_safetensors
 
 TOLERANCE = 0.01
 

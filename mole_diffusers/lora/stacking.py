@@ -14,7 +14,7 @@ from mole_diffusers.lora import Expert, LoraWeights, check_family, layer_key
 from mole_diffusers.lora.algorithms import check_largest
 from mole_diffusers.lora.dora import on_base
 from mole_diffusers.lora.families import MODEL_FAMILIES
-from mole_diffusers.lora.safe_files import RefusedFileError
+from mole_diffusers.safe_files import RefusedFileError
 
 SHARE = 0.9  # of an expert's layers that a pipeline must have
 

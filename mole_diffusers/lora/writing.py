@@ -20,7 +20,7 @@ from mole_diffusers.lora.expert import Embeddings, Expert, LoraWeights
 from mole_diffusers.lora.families import base_of
 from mole_diffusers.lora.keys import KOHYA_PREFIXES, ONETRAINER_PREFIX, layer_key
 from mole_diffusers.lora.metadata import PEFT_METADATA
-from mole_diffusers.lora.whole_files import new_file
+from mole_diffusers.whole_files import new_file
 
 Layers = Mapping[str, Mapping[str, LoraWeights]]  # component -> {module name in the host: weights}
 FORMATS = ("diffusers", "kohya")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mole_diffusers import functional
 from mole_diffusers.lora import Expert
-from mole_diffusers.lora.safe_files import check_memory
 from mole_diffusers.lora.strengths import Source, read_weighed
 from mole_diffusers.merging.factors import Layers, Merged, Pair
 from mole_diffusers.merging.layers import WeightedExperts, as_expert, layers_of, weights_by_key
@@ -20,6 +19,7 @@ from mole_diffusers.merging.linear import mean, null_space, total
 from mole_diffusers.merging.regression import Inputs, iteris, regmean, relative_loss, scalars, ssr
 from mole_diffusers.merging.sparse import dare, knots, ties
 from mole_diffusers.options import check_options
+from mole_diffusers.safe_files import check_memory
 
 if TYPE_CHECKING:  # which imports diffusers: a merge of files alone needs torch only
     from mole_diffusers.merging.activations import Activations

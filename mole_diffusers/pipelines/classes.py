@@ -13,9 +13,9 @@ from diffusers.pipelines.auto_pipeline import (
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
 )
 
-from mole_diffusers.lora.safe_files import pipeline_class
 from mole_diffusers.pipelines.drop_in import DropIn
 from mole_diffusers.pipelines.sources import HUB, saved_pipeline
+from mole_diffusers.safe_files import pipeline_class
 
 
 class MoLEStableDiffusionPipeline(DropIn, diffusers.StableDiffusionPipeline): ...

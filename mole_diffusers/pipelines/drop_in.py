@@ -21,7 +21,6 @@ from diffusers.loaders import FluxLoraLoaderMixin
 
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.lora import Expert
-from mole_diffusers.lora.whole_files import copy_missing, new_folder, whole_folder
 from mole_diffusers.lora.writing import save_expert
 from mole_diffusers.mixture import Gates, Mixture, attach, attached, detach
 from mole_diffusers.patching.gating.gated_experts import ADAPTER
@@ -32,6 +31,7 @@ from mole_diffusers.patching.install.pipeline_calls import share_calls
 from mole_diffusers.pipelines.adapter_weights import weights_by_block
 from mole_diffusers.pipelines.kept import attach_kept, choose, keep
 from mole_diffusers.pipelines.sources import HUB, KEPT, ControlLora, control_lora, kept_folder, read_lora, saved_pipeline
+from mole_diffusers.whole_files import copy_missing, new_folder, whole_folder
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 IGNORED = ("low_cpu_mem_usage", "use_safetensors")  # how diffusers loads; no effect here

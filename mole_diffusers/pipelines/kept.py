@@ -15,14 +15,14 @@ from PIL import Image
 
 from mole_diffusers.binding.config import Bound, from_json, to_json
 from mole_diffusers.lora import Expert, LoraWeights, read_expert
-from mole_diffusers.lora.safe_files import RefusedFileError, read_json
 from mole_diffusers.lora.strengths import finite
-from mole_diffusers.lora.whole_files import new_folder, whole_folder
 from mole_diffusers.lora.writing import save_expert
 from mole_diffusers.merging.layers import weights_by_key
 from mole_diffusers.mixture import Mixture, attach, attached
 from mole_diffusers.patching.install.installation import lock_of_pipeline
 from mole_diffusers.pipelines.adapter_weights import AdapterWeights, weights_by_block
+from mole_diffusers.safe_files import RefusedFileError, read_json
+from mole_diffusers.whole_files import new_folder, whole_folder
 
 VERSION = 1
 MAX_INDEX = 256 << 20  # bytes; it contains mask pictures

@@ -21,9 +21,9 @@ from huggingface_hub.errors import (
 
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.metadata import PEFT_CONFIG, PEFT_FILE
-from mole_diffusers.lora.safe_files import read_header
-from mole_diffusers.lora.whole_files import whole_folder
 from mole_diffusers.lora.writing import save_atomically
+from mole_diffusers.safe_files import read_header
+from mole_diffusers.whole_files import whole_folder
 
 KEPT = "mole"  # folder of a saved pipeline that holds its mixture
 # Parts of the names of norms in Control LoRAs, and the layer that reads the channels

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from mole_diffusers.lora import Expert, read_expert
 from mole_diffusers.lora.metadata import NOTES, summarize, training_tags
-from mole_diffusers.lora.safe_files import RefusedFileError, TensorFile, path_inside, read_json, read_safetensors
-from mole_diffusers.lora.whole_files import new_file
 from mole_diffusers.options import check_kinds
 from mole_diffusers.retrieval.encoders import Encoder
+from mole_diffusers.safe_files import RefusedFileError, TensorFile, path_inside, read_json, read_safetensors
+from mole_diffusers.whole_files import new_file
 
 SAMPLES = 20  # texts per LoRA at most, as in LoraRetriever's code
 CAPTIONS_LIMIT = 1 << 20  # bytes

@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 import torch
 from PIL import Image, ImageOps
 
-from mole_diffusers.lora.safe_files import json_lines, read_picture
 from mole_diffusers.options import check_kinds, check_names
+from mole_diffusers.safe_files import json_lines, read_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -23,10 +23,10 @@ from accelerate.utils import send_to_device
 from torch import nn
 from tqdm import tqdm
 
-from mole_diffusers.lora.whole_files import new_folder, write_text
 from mole_diffusers.patching.install.component import BANK
 from mole_diffusers.patching.undo import Undo
 from mole_diffusers.training.config import Updates
+from mole_diffusers.whole_files import new_folder, write_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of autocast
 READ_EVERY = 10  # updates between reading their numbers, which waits for the device

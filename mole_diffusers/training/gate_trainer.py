@@ -22,7 +22,6 @@ from mole_diffusers import functional
 from mole_diffusers.functional import Routed
 from mole_diffusers.gates import Gate
 from mole_diffusers.inspection.compare import sample
-from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.decision import Decision
 from mole_diffusers.patching.undo import undoing
@@ -44,6 +43,7 @@ from mole_diffusers.training.engine import (
 from mole_diffusers.training.initialization import initialize
 from mole_diffusers.training.networks import network
 from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.whole_files import only_run
 
 Success = Callable[[Sequence[Image.Image], str], float]  # pictures of a prompt -> the share that is right
 TRACKERS: dict[str, dict] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # name -> how it expects pictures

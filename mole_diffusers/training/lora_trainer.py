@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mole_diffusers.lora.safe_files import read_safetensors
-from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.patching.undo import Undo, undoing
+from mole_diffusers.safe_files import read_safetensors
 from mole_diffusers.training.beam import Beams
 from mole_diffusers.training.config import LoraTraining
 from mole_diffusers.training.data import RandomBatch, Samples
@@ -33,6 +32,7 @@ from mole_diffusers.training.engine import (
 from mole_diffusers.training.latents import latent_shape
 from mole_diffusers.training.lora_adapter import add_lora, save_lora
 from mole_diffusers.training.networks import unet_of
+from mole_diffusers.whole_files import only_run
 
 PRIOR_FILE = "prior.safetensors"
 MAY_CHANGE = ("every", "keep", "accumulation", "checkpointing")  # settings that a resumed run may change

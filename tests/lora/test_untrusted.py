@@ -11,13 +11,13 @@ from tiers import thorough
 from tiny import ATTENTION, lora_layers
 
 import mole_diffusers as mole
-from mole_diffusers import read_expert, save_expert
+from mole_diffusers import read_expert, safe_files, save_expert
 from mole_diffusers.functional import low_rank
-from mole_diffusers.lora import factors, safe_files
+from mole_diffusers.lora import factors
 from mole_diffusers.lora.metadata import PEFT_METADATA, scalings
 from mole_diffusers.lora.own_words import words_of
-from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.pipelines.kept import attach_kept, keep
+from mole_diffusers.safe_files import RefusedFileError
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 KEY = "unet.mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -20,9 +20,9 @@ from tiny import tiny_lora
 import mole_diffusers as mole
 from mole_diffusers.binding.config import Bound, to_json
 from mole_diffusers.lora import read_expert
-from mole_diffusers.lora.safe_files import RefusedFileError
 from mole_diffusers.pipelines import drop_in
 from mole_diffusers.pipelines.kept import attach_kept, keep
+from mole_diffusers.safe_files import RefusedFileError
 
 BOTH = ["sd15", *thorough("sdxl")]
 REST = (

@@ -92,7 +92,7 @@ def compose(
     has_tiles = texts is not None and mixture.parts.draws_in_tiles(texts | page.call)
     tiles = tiled_prompt(page.pipe, **page.recipe.call) if has_tiles else None
     hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
-    strengths = {name: strength for name, (_, strength) in mixture.parts.weighed().items()}
+    strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
     ways = columns(mixture, tiles)
     if not alone:
         ways = {label: drawn for label, drawn in ways.items() if label not in ("base", *(f"alone {n}" for n in hashes))}
@@ -117,7 +117,7 @@ def _composers(
     from mole_world.evaluation.arms import ARMS, arms_from, chosen_arms
     from mole_world.evaluation.runner import Case, Setup
 
-    strengths = {name: strength for name, (_, strength) in mixture.parts.weighed().items()}
+    strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
     setup = Setup(page.pipe, mixture.experts, page.call, strengths=strengths)
     case = Case(tuple(strengths), "prompt", page.recipe.plain_text)
     others = arms_from(file)

@@ -22,7 +22,6 @@ from mole_cli.common import (
     target,
 )
 from mole_cli.console import note
-from mole_diffusers.options import printable
 
 if TYPE_CHECKING:
     from mole_app.studio.recipe import Recipe
@@ -101,6 +100,8 @@ def redraw(
     Args:
         picture: a PNG of mole draw, the app or A1111, or a recipe as a .json file.
     """
+    from mole_diffusers.safe_files import printable
+
     check_base(files.base)
     from mole_app.studio import infotext
     from mole_app.studio.model_folders import find_base
@@ -235,7 +236,7 @@ def open_pictures(given: options.Pictures) -> dict[str, Any]:
     Raises ValueError for a file that is not a picture, and for --mask without --image.
     """
     from mole_app.studio.recipe import PICTURES
-    from mole_diffusers.lora.safe_files import read_picture
+    from mole_diffusers.safe_files import read_picture
 
     if given.mask is not None and given.image is None:
         raise ValueError("--mask shows a part of a picture: give --image")

@@ -188,7 +188,7 @@ def evaluate(
 
 def _written(out: Path, rows: list[Row], work: Task, arms: Sequence[Arm], cases: Sequence[Case], wanted: ArmOptions) -> str:
     """Write tables, figures and the page. Returns the tables."""
-    from mole_diffusers.lora.whole_files import write_text
+    from mole_diffusers.whole_files import write_text
     from mole_world.evaluation.page import write_page
     from mole_world.evaluation.strength_search import best_weights
 

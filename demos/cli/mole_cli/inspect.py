@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from mole_cli.commands import Result
 from mole_cli.common import opened
 from mole_cli.options import Machine
-from mole_diffusers.options import printable
 
 if TYPE_CHECKING:
     from mole_diffusers.lora import Expert
@@ -22,6 +21,8 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
         files (FILE): LoRA files.
         base (MODEL): a pipeline to match the layers with.
     """
+    from mole_diffusers.safe_files import printable
+
     if base is None and (machine.device or machine.base_config):
         raise ValueError("--device and --base-config open a base to match the layers with: give --base")
     pipe = opened(base, machine).pipe if base else None

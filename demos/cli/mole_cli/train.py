@@ -162,7 +162,7 @@ def carried_out(run: RunOptions, asked: Mapping[str, Any], fit: Callable[[Path],
     """
     import yaml
 
-    from mole_diffusers.lora.whole_files import only_run, write_text
+    from mole_diffusers.whole_files import only_run, write_text
 
     if run.write_config:
         if others := [f"--{name.replace('_', '-')}" for name in NO_SETTINGS if name in given]:
@@ -320,10 +320,10 @@ def _term(text: str) -> tuple[str, Any]:
 def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: RunOptions, repo: str | None, out: Path) -> Result:
     from mole_app.studio.names import is_hub_id
     from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, hub
-    from mole_diffusers.lora.whole_files import write_text
     from mole_diffusers.mixture import attach
     from mole_diffusers.patching.host.denoiser_inputs import denoiser
     from mole_diffusers.training import mean_losses, read_clip, save_weight_memory, summary, train_gates
+    from mole_diffusers.whole_files import write_text
 
     base = asked["base"]
     terms = asked["training"].get("terms") or dict.fromkeys(_own_terms(data), 1.0)
@@ -352,7 +352,7 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: RunOption
     if is_main_process():
         known = base if is_hub_id(base) else None  # a local folder means nothing to others
         prompt, about = next(iter(data.composed), None), summary(config, log)
-        card = hub.model_card(mixture.parts.weighed(), mixture.config, prompt=prompt, base=known, training=about)
+        card = hub.model_card(mixture.weighed(), mixture.config, prompt=prompt, base=known, training=about)
         write_text(out / hub.CARD, card)
         if repo:
             hub.upload(out, repo, allow_patterns=[GATE_WEIGHTS, GATE_CONFIG, hub.CARD])

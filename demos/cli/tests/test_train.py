@@ -16,12 +16,12 @@ import mole_diffusers as mole
 import mole_world
 from mole_cli.mole import main
 from mole_cli.train import READ_BY, _canvas
-from mole_diffusers.lora.whole_files import only_run
 from mole_diffusers.training.clip import Clip
 from mole_diffusers.training.config import TERMS, GateTraining
 from mole_diffusers.training.context import TrainingContext
 from mole_diffusers.training.data import RandomBatch, Samples, TrainingData
 from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.whole_files import only_run
 
 
 @pytest.fixture(scope="module")

@@ -27,10 +27,9 @@ from sampling import GUIDANCE, STEPS
 from torch import nn
 from train_gates import gates_for, lesson, recipe
 
-from mole_diffusers import attach, detach
+from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, Gate, GateBank, GateConfig, load_gates
 from mole_diffusers.lora import Expert
-from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.training import GateTraining, TrainingData, mean_losses, train_gates
 from mole_world import VALIDATION
@@ -120,7 +119,7 @@ def set_free(pipe: Any, mixture: Mixture, rung: Rung) -> None:
     """Add what a rung frees to the mixture's gates, so that it is trained and saved. `detach` undoes this."""
     if rung.frees is not None:
         freed = {f"{part}.{name}": Freed(rung.frees(layer)) for part, name, layer in layers(pipe)}
-        mixture.parts.banks["layers"] = GateBank(freed)
+        mixture.banks["layers"] = GateBank(freed)
 
 
 # ---- training
@@ -162,7 +161,7 @@ def bound(name: str, updates: int) -> Arm:
         experts = setup.weighted_experts(arms.ones(setup, case))
         with arms.attached_to(setup, experts, gates_for(rung.gates, case.concepts), {}) as mixture, mixture.tiled(0):
             set_free(setup.pipe, mixture, rung)
-            load_gates(folder(case)).fill(mixture.parts.banks)
+            load_gates(folder(case)).fill(mixture.banks)
             yield
 
     def settings(setup: Setup, case: Case) -> dict[str, Any]:

@@ -26,9 +26,8 @@ from packing import pack
 from sampling import GUIDANCE, STEPS
 from torch import nn
 
-from mole_diffusers import attach, detach
+from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.gates import Gate, GateBank
-from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training import GateTraining, TrainingData, cells, train_gates
@@ -112,7 +111,7 @@ def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, *, styles: Col
         for part, name, layer in ladder.layers(pipe)
         if part == "unet"
     }
-    mixture.parts.banks["scores"] = GateBank(gates)
+    mixture.banks["scores"] = GateBank(gates)
 
 
 # ---- training

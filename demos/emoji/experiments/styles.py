@@ -106,7 +106,7 @@ def arm(name: str) -> Arm:
         for part, _, layer in layers(setup.pipe):
             if part == "unet" and way.deviation != 1:
                 scale_deviation(layer.lora_A[ADAPTER], [name in setup.styles for name in mixture.experts], way.deviation)
-        with undoing() as undo, mixture.parts.planned(schedule), mixture.tiled(prompt=case.prompt):
+        with undoing() as undo, mixture.planned(schedule), mixture.tiled(prompt=case.prompt):
             undo.before_forward(setup.pipe.unet, before, with_kwargs=True)
             yield
 

@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+from mole_diffusers import Mixture
 from mole_diffusers.binding import AUTO
 from mole_diffusers.gates import GateConfig
-from mole_diffusers.mixture import Mixture
 from mole_world.evaluation.arms import KnownArm, Weights, a_unet, subjects_of, weighted
 from mole_world.evaluation.runner import Arm, Case, Setup
 from rivals.freefuse import CORE, FIRST_PASS, freefuse

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from mole_diffusers import Mixture
 from mole_diffusers.binding import EVERYWHERE
-from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.cross_attention import map_layers
 from mole_diffusers.patching.hooks import replaced_forward
 from mole_diffusers.patching.host.denoiser_inputs import groups_of

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mole_diffusers import Mixture
 from mole_diffusers.binding import AUTO, Region
 from mole_diffusers.binding.picture_layout import side_of
-from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, prompted_rows
 from mole_diffusers.patching.undo import undoing
 from rivals.regional_composers import RegionalPrompt, place_mask, regional_prompts

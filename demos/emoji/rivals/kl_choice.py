@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from mole_diffusers import Mixture
 from mole_diffusers.functional import as_tokens
-from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.hooks import replaced_forward
 
 
@@ -45,7 +45,7 @@ def kl_choice(pipe: Any, mixture: Mixture) -> Iterator[None]:
         return features[best, torch.arange(len(best), device=best.device)]
 
     with mixture.tiled(0), ExitStack() as undo:
-        for _, layers in mixture.parts.layers_by_gate():
+        for _, layers in mixture.layers_by_gate():
             for name in layers:
                 part, _, module = name.partition(".")
                 if part == "unet":

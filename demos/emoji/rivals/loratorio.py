@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mole_diffusers.mixture import Mixture
+from mole_diffusers import Mixture
 from mole_diffusers.patching.host.denoiser_inputs import prompted_rows
 from rivals.sampling_composers import read_by, texts_apart
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mole_diffusers import Mixture
 from mole_diffusers.binding import spans
 from mole_diffusers.functional import onto
-from mole_diffusers.mixture import Mixture
 from mole_diffusers.training import token_ids
 from rivals.sampling_composers import check_encodes_by_expert, composed_scores, in_turns
 

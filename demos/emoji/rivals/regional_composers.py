@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mole_diffusers import Mixture
 from mole_diffusers.binding import AUTO, EVERYWHERE, Bound, GridSize, Region, region_mask
 from mole_diffusers.binding.picture_layout import side_of
-from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.gating.cross_attention import cross_attentions
 from mole_diffusers.patching.hooks import replaced_forward
 from mole_diffusers.patching.host.denoiser_inputs import prompted_rows

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mole_diffusers import Mixture
 from mole_diffusers.functional import onto
 from mole_diffusers.merging import Layer, layers_of, merge_key
-from mole_diffusers.mixture import Mixture
 from mole_diffusers.patching.hooks import replaced_forward
 from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs
 from mole_diffusers.patching.undo import undoing

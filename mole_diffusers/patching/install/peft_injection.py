@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from mole_diffusers.lora.expert import LoraWeights
 from mole_diffusers.lora.keys import layer_key
-from mole_diffusers.lora.safe_files import check_memory
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.gating.gated_experts import ADAPTER, GatedExperts
 from mole_diffusers.patching.hooks import ForwardHook, ForwardInput
 from mole_diffusers.patching.undo import Undo
+from mole_diffusers.safe_files import check_memory
 
 BY_NAME = ("proj_in", "proj_out")  # layers of AnimateDiff's motion modules that get their input as `input=`
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from mole_app.studio.catalog import UNTRAINED, Catalog, gates_hash
 from mole_app.studio.recipe import Recipe
+from mole_diffusers import Mixture, attach, attached, detach
 from mole_diffusers.gates import UnfitGatesError
 from mole_diffusers.merging import merge
-from mole_diffusers.mixture import Mixture, attach, attached, detach
 
 MERGED = "merged"  # name of a merge on the pipeline
 

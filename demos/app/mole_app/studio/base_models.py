@@ -33,8 +33,8 @@ from mole_app.studio.memory import Memory, place
 from mole_app.studio.model_folders import INDEX, find_base
 from mole_app.studio.names import WORLD
 from mole_app.studio.parts_beside import parts_beside
-from mole_diffusers.lora.safe_files import pipeline_class, read_header
-from mole_diffusers.patching.host.denoiser_inputs import denoiser
+from mole_diffusers import denoiser
+from mole_diffusers.safe_files import pipeline_class, read_header
 
 DENOISER = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")  # how the keys of a denoiser begin
 # What diffusers and transformers raise for a checkpoint that is built in another way.

@@ -16,7 +16,7 @@ from mole_app.studio.model_folders import SAVED
 from mole_app.studio.names import is_text, known_names, matching, matching_lora
 from mole_diffusers.gates import FAMILIES, GATE_CONFIG, GATE_WEIGHTS, load_gates
 from mole_diffusers.lora import Expert, LoraWeights, base_of, parse_key, preferred_weight, read_expert
-from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.safe_files import read_header
 
 UNTRAINED = tuple(name for name, family in FAMILIES.items() if not family.learns)
 OTHERS = {  # kind of file -> what people call one

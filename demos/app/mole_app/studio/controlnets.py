@@ -12,7 +12,7 @@ from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from safetensors.torch import load_file
 
 from mole_app.studio.model_folders import SAVED
-from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.safe_files import read_header
 
 HINT = "controlnet_cond_embedding."  # the layers that read the map
 OF_XL = {"label_emb.0.0.": "add_embedding.linear_1.", "label_emb.0.2.": "add_embedding.linear_2."}  # which diffusers omits

@@ -16,7 +16,7 @@ from mole_app.studio.memory import clear_frames, release
 from mole_app.studio.names import shared_name
 from mole_app.studio.recipe import Recipe
 from mole_app.studio.samplers import samplers_of
-from mole_diffusers.mixture import detach
+from mole_diffusers import detach
 from mole_diffusers.patching.install.pipeline_lock import PipelineLock
 
 CHANGING = "the base model is being changed: wait a little"

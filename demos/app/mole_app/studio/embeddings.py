@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from mole_app.studio.names import known_names, matching
-from mole_diffusers.lora.safe_files import read_safetensors
 from mole_diffusers.patching.install.embeddings import add_words
 from mole_diffusers.patching.undo import undoing
+from mole_diffusers.safe_files import read_safetensors
 
 MOST_VECTORS = 75  # as many as a prompt has tokens
 ENCODERS = ("text_encoder", "text_encoder_2")

@@ -19,7 +19,7 @@ from mole_app.studio import other_tools
 from mole_app.studio.found_recipe import DRAWN_OVER, FoundRecipe, as_whole, found_recipe
 from mole_app.studio.names import model_name
 from mole_app.studio.recipe import Recipe, load
-from mole_diffusers.lora.safe_files import PICTURE_ERRORS, RefusedFileError, parse_json
+from mole_diffusers.safe_files import PICTURE_ERRORS, RefusedFileError, parse_json
 
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
 KNOWN = {OWN, PARAMETERS, "prompt", "workflow", "invokeai_metadata"}  # texts with a recipe, ours and those of other programs

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.safe_files import read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
 CLASS, PATCH = "vision_model.embeddings.class_embedding", "vision_model.embeddings.patch_embedding.weight"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.patching.host.denoiser_inputs import denoiser
+from mole_diffusers import denoiser
 
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOADS = ("none", "model", "sequential")

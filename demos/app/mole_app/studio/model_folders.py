@@ -68,7 +68,7 @@ def _is_of(kind: str, file: Path) -> bool:
     """Whether a file is of a kind, for the kinds that programs keep in one folder. Only its header is read."""
     if kind not in ("controlnet", *KEYS):
         return True
-    from mole_diffusers.lora.safe_files import read_header
+    from mole_diffusers.safe_files import read_header
 
     try:
         keys, _ = read_header(file)
@@ -160,7 +160,7 @@ def loras_beside(bases: Iterable[Path]) -> dict[str, Path]:
 def is_lora(path: Path) -> bool:
     """Whether a file has the keys of a LoRA. Only its header is read."""
     from mole_diffusers.lora import parse_key
-    from mole_diffusers.lora.safe_files import read_header
+    from mole_diffusers.safe_files import read_header
 
     try:
         shapes, _ = read_header(path)

@@ -16,7 +16,7 @@ from mole_app.studio.found_recipe import (
     found_recipe,
     stem,
 )
-from mole_diffusers.lora.safe_files import RefusedFileError, parse_json
+from mole_diffusers.safe_files import RefusedFileError, parse_json
 
 
 def read(texts: Mapping[str, str], where: str) -> FoundRecipe | None:

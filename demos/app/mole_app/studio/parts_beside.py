@@ -19,7 +19,7 @@ from mole_app.studio.checkpoint_config import (
     transformer,
 )
 from mole_app.studio.model_folders import around
-from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.safe_files import read_header
 
 VAE = "first_stage_model."
 SCALED = "scaled_fp8"  # of files whose weights are stored divided by scales, which are not read here

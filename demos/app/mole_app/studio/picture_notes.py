@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mole_app.studio.recipe import Recipe
+from mole_diffusers import Mixture
 from mole_diffusers.binding import OWN_PLACE, OWN_TILE, SILENT, Explanation, Layout, region_mask
-from mole_diffusers.mixture import Mixture
 
 WHERE = {OWN_PLACE: "in a place of its own", OWN_TILE: "in a tile of its own", SILENT: "nowhere"}  # as people read them
 
@@ -27,7 +27,7 @@ class PictureNotes:
 
     def take(self, mixture: Mixture, recipe: Recipe) -> None:
         """Note what the mixture says right after the first pass."""
-        self.sites, self.warnings = mixture.parts.sites, mixture.binding_warnings
+        self.sites, self.warnings = mixture.gate_names, mixture.binding_warnings
         bound = (mixture.binding or {}).items()
         side = recipe.height // 8, recipe.width // 8
         given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}

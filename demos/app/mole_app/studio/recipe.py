@@ -13,9 +13,9 @@ from mole_app.studio.names import matching_lora, shared_name
 from mole_app.studio.prompt_syntax import MAX_PROMPT, PAINTED, LoraTag, constant, parse
 from mole_app.studio.weight_syntax import plain_text
 from mole_diffusers.binding import AUTO, parse_phrases, read_mask
-from mole_diffusers.lora.safe_files import read_json
-from mole_diffusers.lora.whole_files import write_text
 from mole_diffusers.options import check_options
+from mole_diffusers.safe_files import read_json
+from mole_diffusers.whole_files import write_text
 
 FORMAT, VERSION = "mole_diffusers.studio.recipe", 1
 PROMPTS = ("prompt", "negative", "prompt_2", "negative_2")

@@ -38,11 +38,10 @@ from mole_app.studio.samplers import sampler, sampler_name
 from mole_app.studio.strength_schedule import StrengthSchedule
 from mole_app.studio.upscaling import enlarged
 from mole_app.studio.weight_syntax import parse_weights, read_as_words
+from mole_diffusers import Mixture, denoiser, models_of
 from mole_diffusers.binding import AUTO, Bound, Explanation, Layout, bindings, files_bindings, region_picture
 from mole_diffusers.lora import check_family
 from mole_diffusers.merging import METHODS, by_activations
-from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.subjects.apart import ONE_PROMPT, begin_of_tiles, explain, part_of_step, size_for_tiles
 from mole_diffusers.patching.subjects.things import PictureCall, Tiling
 
@@ -360,7 +359,7 @@ class Studio:
                 if by_hand is not None:  # else the gates decide, or there are none
                     stack.enter_context(mixture.bound(None))  # they act everywhere, for comparison
                     stack.enter_context(mixture.fixed(by_hand))
-                stack.enter_context(mixture.parts.planned(schedule))
+                stack.enter_context(mixture.planned(schedule))
                 if kind != "merge":  # what is off takes no words from the others
                     stack.enter_context(mixture.strengths({name: 0.0 for name in names if name not in recipe.acting}))
                 if by_hand is None and (binding := recipe.binding_of_pass(over=bool(over))) == BOUND:

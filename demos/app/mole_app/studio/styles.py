@@ -15,8 +15,8 @@ from typing import Any
 from mole_app.studio.infotext import contents
 from mole_app.studio.names import known_names, matching
 from mole_app.studio.recipe import Recipe
-from mole_diffusers.lora.safe_files import read_json
-from mole_diffusers.lora.whole_files import write_text
+from mole_diffusers.safe_files import read_json
+from mole_diffusers.whole_files import write_text
 
 COLUMNS = ("name", "prompt", "negative_prompt")
 PLACE = "{prompt}"  # where a style puts the prompt; without it the style's words come after the prompt

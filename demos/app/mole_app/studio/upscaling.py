@@ -8,7 +8,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from mole_diffusers.lora.safe_files import read_header
+from mole_diffusers.safe_files import read_header
 
 
 def enlarged(picture: Image.Image, file: Path, device: torch.device) -> Image.Image:

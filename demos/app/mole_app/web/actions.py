@@ -39,11 +39,11 @@ from mole_app.web.loras import THUMBNAIL, Loras
 from mole_app.web.presets import Presets
 from mole_app.web.preview import PreviewDecoder
 from mole_app.web.sentences import way_in_words
+from mole_diffusers import Mixture, denoiser
 from mole_diffusers.binding import Layout
 from mole_diffusers.inspection import contributions, ways
-from mole_diffusers.lora.safe_files import read_picture
-from mole_diffusers.mixture import FOLDED, Mixture
-from mole_diffusers.patching.host.denoiser_inputs import denoiser
+from mole_diffusers.mixture import FOLDED
+from mole_diffusers.safe_files import read_picture
 
 MAX_PICTURES, MAX_FOLDERS = 400, 16  # kept in the app's own folder; the browser has copies
 MAX_COUNT = 16
@@ -373,7 +373,7 @@ class Actions:
                 names = list(mixture.experts)
                 tags = [LoraTag(name) for name in names]
                 by_hand = StrengthSchedule(names, tags, unet=denoiser(self.studio.base.pipe), steps=1, locks=recipe.locks)
-                with mixture.strengths(strengths), mixture.parts.planned(by_hand):
+                with mixture.strengths(strengths), mixture.planned(by_hand):
                     error = mixture.export_lora(path, recipe.plain_text, rank=rank, **call)
                 return Exported(path, error, FOLDED if mixture.parts.is_bound else "")
 

@@ -30,8 +30,8 @@ from mole_app.web.jobs import Work
 from mole_app.web.page import Page
 from mole_app.web.sentences import USER_ERRORS, without_folders
 from mole_app.web.visits import session
-from mole_diffusers.lora.safe_files import read_picture
 from mole_diffusers.options import check_kinds, described
+from mole_diffusers.safe_files import read_picture
 
 WORDS = {  # in the endpoints' docstrings -> what they are replaced by
     "RECIPE": 'an object with the fields of a recipe, for example {"prompt": "a fox <lora:fox:1>", "seed": 3}. The defaults '

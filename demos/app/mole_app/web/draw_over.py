@@ -14,7 +14,7 @@ from mole_app.studio import infotext
 from mole_app.studio.picture_passes import on_white
 from mole_app.web.style import Values, status_line
 from mole_diffusers.binding import read_mask
-from mole_diffusers.lora.safe_files import read_picture
+from mole_diffusers.safe_files import read_picture
 
 COLOUR = "#d55e00"  # of the paint
 LATENT = 8  # pixels per latent

@@ -23,8 +23,8 @@ from mole_app.studio.names import is_text
 from mole_app.studio.prompt_syntax import Parsed, parse
 from mole_app.studio.recipe import Recipe
 from mole_app.web.sentences import way_in_words
-from mole_diffusers.lora.safe_files import RefusedFileError, read_json
-from mole_diffusers.lora.whole_files import write_text
+from mole_diffusers.safe_files import RefusedFileError, read_json
+from mole_diffusers.whole_files import write_text
 
 FAVOURITES = "favourites.json"  # in the folder: a list of file names
 

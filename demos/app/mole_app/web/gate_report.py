@@ -14,9 +14,8 @@ from mole_app.studio.block_weights import block_names
 from mole_app.studio.recipe import Recipe
 from mole_app.studio.render import Studio
 from mole_app.studio.strength_schedule import StrengthSchedule
+from mole_diffusers import Trace, denoiser
 from mole_diffusers.inspection import Contributions, gate_figures
-from mole_diffusers.patching.gating.trace import Trace
-from mole_diffusers.patching.host.denoiser_inputs import denoiser
 
 Shades = Mapping[str, str] | None  # LoRA -> its colour
 

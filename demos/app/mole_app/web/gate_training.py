@@ -22,9 +22,9 @@ from mole_app.web import held_out
 from mole_app.web.files import check_gates_name
 from mole_app.web.jobs import ReportProgress, Work
 from mole_app.web.training_runs import TrainingRun
+from mole_diffusers import attach
 from mole_diffusers.gates import FAMILIES, RECOMMENDED
 from mole_diffusers.inspection import sample
-from mole_diffusers.mixture import attach
 from mole_diffusers.options import check_options
 from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training import GateTraining, TrainingData, train_gates, unet_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.mixture import Mixture
+from mole_diffusers import Mixture
 from mole_diffusers.training import OBJECTIVES, GateTraining, RandomBatch, TrainingContext, TrainingData
 
 COUNT, ROWS = 4, 8  # seeds, and rows that are measured for each

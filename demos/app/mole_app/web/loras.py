@@ -21,11 +21,11 @@ from mole_app.studio.recipe import Recipe
 from mole_app.studio.render import MAX_SIDE, Studio
 from mole_app.web.files import check_room, uploaded
 from mole_app.web.sentences import without_folders
+from mole_diffusers import models_of
 from mole_diffusers.binding import Role, mask_text
 from mole_diffusers.lora import check_family, match, read_expert, with_host_names, words_of
-from mole_diffusers.lora.safe_files import read_picture
-from mole_diffusers.patching.host.denoiser_inputs import models_of
 from mole_diffusers.retrieval import LoraLibrary, PipelineText, RetrievedLora, retrieve_for, text_beside
+from mole_diffusers.safe_files import read_picture
 
 MAX_THUMBNAIL, THUMBNAIL = 4 << 20, 256  # bytes of a LoRA's picture that is read; pixels of the longer side of small copies
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mole_app.studio.catalog import Catalog
+from mole_diffusers import Mixture
 from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, GateConfig, load_gates
-from mole_diffusers.lora.safe_files import RefusedFileError, read_json
-from mole_diffusers.lora.whole_files import new_folder
-from mole_diffusers.mixture import Mixture
+from mole_diffusers.safe_files import RefusedFileError, read_json
 from mole_diffusers.training import checkpoints
+from mole_diffusers.whole_files import new_folder
 
 AGAIN = ("continue", "overwrite")
 RUNS, SETTINGS, GATE_FILES = ".runs", "run.json", (GATE_WEIGHTS, GATE_CONFIG)

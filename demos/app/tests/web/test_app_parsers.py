@@ -15,8 +15,8 @@ from mole_app.web.mixer_cards import cards_of, parse_lock, with_triggers
 from mole_diffusers.binding import words
 from mole_diffusers.lora.metadata import training_tags
 from mole_diffusers.lora.own_words import is_generic, stated_words
-from mole_diffusers.lora.safe_files import parse_json
 from mole_diffusers.retrieval.encoders import phrases
+from mole_diffusers.safe_files import parse_json
 
 PIECES = ("a", " ", "a ", ":", "a:", 'a: "', '"', "\\", '\\"', ",", ", ,", "<", "<a", "<lora:", ">", "[", "\n", "-")
 TAIL = "\nSteps: 1, Seed: 2, Size: 64x64"

@@ -260,7 +260,7 @@ def test_what_was_drawn_over_a_picture_asks_for_it_and_is_code_with_it(actions):
 
 
 def test_photos_are_upright(tmp_path):
-    from mole_diffusers.lora.safe_files import read_picture
+    from mole_diffusers.safe_files import read_picture
 
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side

@@ -18,9 +18,9 @@ from mole_app.web.jobs import StoppedError, ignore
 from mole_app.web.training_runs import GatesExistError
 from mole_diffusers.binding.config import Bound, files_bindings
 from mole_diffusers.gates import load_gates
-from mole_diffusers.lora.safe_files import read_json
 from mole_diffusers.mixture import attach, attached
 from mole_diffusers.patching.subjects.tiles import Tiles
+from mole_diffusers.safe_files import read_json
 from mole_diffusers.training import GateTraining, TrainingData, train_gates
 
 pytest.importorskip("gradio")

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from mole_diffusers import GateConfig, Mixture, attach, detach
 from mole_diffusers.binding import Bound, to_json
 from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, frozen_random, hardened, uniform
 from mole_diffusers.inspection import sample
 from mole_diffusers.merging import METHODS, by_activations, check_fits, merge, resolved
-from mole_diffusers.mixture import Gates, Mixture, attach, detach
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.subjects.things import UNTIL
 from mole_world.evaluation.rows import digest_files, digest_texts
@@ -51,7 +51,7 @@ def by_role(subject: float, style: float) -> Weights:
 
 @contextmanager
 def attached_to(
-    setup: Setup, experts: Mapping[str, Any], gates: Gates, binding: Mapping[str, Any] | None = None
+    setup: Setup, experts: Mapping[str, Any], gates: str | Path | GateConfig, binding: Mapping[str, Any] | None = None
 ) -> Iterator[Mixture]:
     """The mixture, attached inside the context; bound only if `binding` says how."""
     try:
@@ -80,7 +80,7 @@ def weighted(
     weights: Weights = ones,
     /,
     *,
-    gates: Gates | Callable[[Case], Path] = "sum",
+    gates: str | Path | GateConfig | Callable[[Case], Path] = "sum",
     binding: Binding | None = None,
     context: Inside = as_they_are,
     covers: Callable[[Case], bool] = lambda case: True,
@@ -150,7 +150,9 @@ def words_only() -> Arm:
     return bound("words only", lambda setup, case: dict.fromkeys(case.experts, (None, "everywhere")))
 
 
-def in_tiles(name: str = "tiles", since: float | None = None, gates: Gates | Callable[[Case], Path] = "sum") -> Arm:
+def in_tiles(
+    name: str = "tiles", since: float | None = None, gates: str | Path | GateConfig | Callable[[Case], Path] = "sum"
+) -> Arm:
     """Bound, with each subject drawn in its own tile from a share of the steps on; see `Mixture.tiled` and `weighted`."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:

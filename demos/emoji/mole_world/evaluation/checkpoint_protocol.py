@@ -18,8 +18,8 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from mole_diffusers.lora.safe_files import json_lines
 from mole_diffusers.options import check_options
+from mole_diffusers.safe_files import json_lines
 from mole_world.evaluation.arms import alone
 from mole_world.evaluation.measures import Models, seam
 from mole_world.evaluation.prompts import THINGS, Concept

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import jinja2
 import pandas as pd
 
-from mole_diffusers.lora.whole_files import write_text
+from mole_diffusers.whole_files import write_text
 from mole_world.evaluation.report import EvaluationReport
 from mole_world.evaluation.rows import Row, picture_path
 from mole_world.evaluation.statistics import ENOUGH

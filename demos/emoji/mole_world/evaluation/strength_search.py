@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mole_diffusers.lora.safe_files import read_json
+from mole_diffusers.safe_files import read_json
 from mole_world.evaluation.arms import by_role, weighted
 from mole_world.evaluation.rows import Row
 from mole_world.evaluation.runner import Arm, Case, Setup

@@ -14,8 +14,8 @@ from tiers import thorough
 import mole_diffusers as mole
 import mole_world
 import rivals
+from mole_diffusers import safe_files
 from mole_diffusers.inspection.compare import sample
-from mole_diffusers.lora import safe_files
 from mole_diffusers.merging.merge import METHODS
 from mole_world import emoji_world
 from mole_world.evaluation import arms, emoji_protocol

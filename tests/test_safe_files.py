@@ -16,7 +16,7 @@ from safetensors.torch import _TYPES, load_file, save, save_file
 
 from mole_app.studio import infotext
 from mole_diffusers.binding.as_text import MASK, read_mask
-from mole_diffusers.lora.safe_files import (
+from mole_diffusers.safe_files import (
     DTYPES,
     MAX_HEADER,
     MAX_TENSORS,

@@ -17,8 +17,8 @@ from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.gates import load_gates
-from mole_diffusers.lora.whole_files import new_file, new_folder, only_run, whole_folder
 from mole_diffusers.pipelines.kept import keep
+from mole_diffusers.whole_files import new_file, new_folder, only_run, whole_folder
 
 
 def test_after_an_error_a_file_is_as_it_was(tmp_path):

@@ -22,7 +22,18 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from mole_diffusers.options import printable
+__all__ = [
+    "PICTURE_ERRORS",
+    "RefusedFileError",
+    "TensorFile",
+    "json_lines",
+    "parse_json",
+    "printable",
+    "read_header",
+    "read_json",
+    "read_picture",
+    "read_safetensors",
+]
 
 MAX_HEADER = 8 << 20  # bytes; far more than a LoRA's header with all training tags and a thumbnail
 MAX_TENSORS = 20_000
@@ -45,6 +56,11 @@ OTHER_KINDS = {  # how files begin that are no safetensors, in lower case -> wha
     (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"): "a pickle, which can run code; only safetensors are read",
 }
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL")
+
+
+def printable(text: str) -> str:
+    """Untrusted text on one line, without terminal control codes."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 class RefusedFileError(ValueError):

@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+__all__ = ["new_file", "new_folder", "only_run", "write_text"]
+
 LOCK = ".lock"
 WEIGHTS = re.compile(r"(?P<name>.+?)(-\d+-of-\d+)?\.(safetensors|bin)(\.index(?P<variant>\.[^.]+)?\.json)?")
 LONGEST = 200  # characters of a name that others are derived from; file systems allow 255 bytes
