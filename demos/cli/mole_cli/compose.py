@@ -89,8 +89,11 @@ def compose(
     page = PromptSheet(prompt, sheet)
     mixture = attach(page.pipe, experts, gates, binding=binding)
     texts = plain_texts(page.pipe, **page.recipe.call)
-    has_tiles = texts is not None and mixture.parts.draws_in_tiles(texts | page.call)
-    tiles = tiled_prompt(page.pipe, **page.recipe.call) if has_tiles else None
+    tiles = None
+    if texts is not None and "prompt_2" not in texts:  # of which tiles would know nothing
+        size = {"width": page.recipe.width, "height": page.recipe.height}
+        if mixture.explain(texts["prompt"], **size).tiles is not None:
+            tiles = tiled_prompt(page.pipe, **page.recipe.call)
     hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
     strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
     ways = columns(mixture, tiles)
