@@ -14,7 +14,7 @@ from tiers import thorough
 from typer import BadParameter
 
 import mole_diffusers as mole
-from mole_cli.mole import main, parser
+from mole_cli.mole import NAMED, main, parser
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -217,7 +217,7 @@ def test_every_command_of_a_page_is_one_that_mole_takes(page):
         if words and words[0].rpartition("/")[2] == "mole":
             name, *given = words[1:]
             try:
-                parser().commands[name].make_context(name, given)
+                parser(*NAMED).commands[name].make_context(name, given)
             except BadParameter as error:  # the reader's own file or folder
                 if "does not exist" not in str(error):
                     raise

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from tiny import tiny_pipeline
 
-from mole_cli.mole import main, parser
+from mole_cli.mole import NAMED, main, parser
 from mole_diffusers.lora import read_expert
 from mole_diffusers.training.config import BALANCE
 from mole_diffusers.training.objectives import OBJECTIVES
@@ -66,13 +66,13 @@ def test_what_other_machines_are_needed_for_parses(tmp_path, monkeypatch):
     for words in found:
         own = words[words.index("mole_cli") + 1 :] if words[0] == "accelerate" else words[1:]
         assert own[0] == "train"
-        with parser().commands["train"].make_context("train", own[1:]) as context:
+        with parser(*NAMED).commands["train"].make_context("train", own[1:]) as context:
             assert context.params["expert"] or context.params["config"]
 
 
 def test_every_term_and_flag_is_there():
     assert set(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)) == {*OBJECTIVES, BALANCE}
-    flags = {flag for command in parser().commands.values() for option in command.params for flag in option.opts}
+    flags = {flag for command in parser(*NAMED).commands.values() for option in command.params for flag in option.opts}
     flags |= {"--help"}  # of click itself
     launcher = {"--multi_gpu", "--num_processes", "--num_machines"}
     assert set(re.findall(r"--[a-z][a-z_-]+", TEXT)) - launcher - flags == set()

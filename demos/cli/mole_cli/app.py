@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
 
 from mole_app.studio.names import WORLD
 from mole_cli import options
@@ -16,29 +18,45 @@ if TYPE_CHECKING:
 
 
 def app(
-    base: Sequence[str] = (WORLD,),
-    keep: Path = Path("mole_gates"),
-    gallery: Path = Path("mole_pictures"),
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    site: str | None = None,
-    mcp: bool = False,
-    *,
-    files: options.Files,
-    opening: options.Opening,
+    base: Annotated[
+        list[str],
+        Option(
+            metavar="MODEL",
+            help="as in the other commands. The app starts with the first one, and you can switch between all. A models "
+            "folder of A1111, Forge or ComfyUI stands for every model in it. Repeatable.",
+        ),
+    ] = ("emoji",),
+    keep: Annotated[Path, Option(metavar="FOLDER", help="gates that you train in the app are kept here.")] = Path(
+        "mole_gates"
+    ),
+    gallery: Annotated[Path, Option(metavar="FOLDER", help="pictures are kept here, each with its recipe inside.")] = Path(
+        "mole_pictures"
+    ),
+    host: Annotated[str, Option(help="0.0.0.0 shows the app to your network. There is no password.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="the app is at http://HOST:PORT.")] = 7860,
+    site: Annotated[
+        str | None,
+        Option(metavar="NAME", help="the name under which a server in front of the app shows it: studio.example."),
+    ] = None,
+    mcp: Annotated[bool, Option("--mcp", help="also serve the actions as MCP tools, at /gradio_api/mcp/.")] = False,
+    loras: options.Loras = None,
+    embeddings: options.Embeddings = None,
+    upscalers: options.Upscalers = None,
+    controlnets: options.Controlnets = None,
+    ip_adapters: options.IpAdapters = None,
+    image_encoders: options.ImageEncoders = None,
+    trained: options.Trained = None,
+    device: options.Device = None,
+    base_config: options.BaseConfig = None,
+    compiled: options.Compiled = False,
+    dtype: options.Dtype = None,
+    offload: options.Offload = None,
+    slicing: options.Slicing = None,
+    tiling: options.Tiling = None,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Start the app for your browser: compose, see which LoRA acts where, train gates, keep recipes.
-
-    Args:
-        base (MODEL): as in the other commands. The app starts with the first one, and you can switch between all. A
-            models folder of A1111, Forge or ComfyUI stands for every model in it.
-        keep (FOLDER): gates that you train in the app are kept here.
-        gallery (FOLDER): pictures are kept here, each with its recipe inside.
-        host: 0.0.0.0 shows the app to your network. There is no password.
-        port: the app is at http://HOST:PORT.
-        site (NAME): the name under which a server in front of the app shows it: studio.example.
-        mcp: also serve the actions as MCP tools, at /gradio_api/mcp/.
-    """
+    """Start the app for your browser: compose, see which LoRA acts where, train gates, keep recipes."""
+    asked = dict(locals())
     for each in base:
         check_base(each)
     try:
@@ -56,7 +74,7 @@ def app(
     from mole_diffusers.training import unet_of
 
     def open_one(name: str) -> Base:
-        found = opened(name, opening, says=True)
+        found = opened(name, asked, says=True)
         found.pipe.set_progress_bar_config(disable=True)  # the page has its own progress bar
         try:
             unet_of(found.pipe, "training on this page")
@@ -65,9 +83,9 @@ def app(
         return found
 
     bases = bases_of(base)
-    if opening.base_config and len(bases) > 1:
+    if base_config and len(bases) > 1:
         raise ValueError(f"--base-config is the config of one model, and these are {len(bases)}: {', '.join(bases)}")
-    catalog = open_catalog(bases.values(), files)
+    catalog = open_catalog(bases.values(), asked)
     for name, folder in folder_gates(keep).items():
         catalog.add_gates(name, folder)
     first = first_that_opens(list(bases.values()), open_one)

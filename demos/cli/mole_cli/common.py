@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from mole_app.studio.model_folders import find_base
 from mole_app.studio.names import WORLD
 from mole_cli.console import busy, hide_loading_bars, note
-from mole_cli.options import Files, Machine, Output
 from mole_diffusers.binding import spans
 
 if TYPE_CHECKING:
@@ -35,21 +34,20 @@ def check_base(base: str) -> None:
         find_base(base)
 
 
-def opened(base: str, machine: Machine, *, says: bool = False, **memory: Any) -> Base:
+def opened(base: str, asked: Mapping[str, Any], *, says: bool = False) -> Base:
     """Open the pipeline of --base. Its calls show a progress bar if they take two seconds or more.
 
     Args:
+        asked: options by name, of which those of `studio.memory.Memory` and base_config are read.
         says: whether to report on stderr how it was opened.
-        memory: further arguments of `studio.memory.Memory`.
     """
     hide_loading_bars()
     from mole_app.studio.base_models import open_base
     from mole_app.studio.memory import Memory
 
-    asked = vars(machine)
-    memory |= {field.name: asked[field.name] for field in fields(Memory) if asked.get(field.name) is not None}
+    memory = {field.name: asked[field.name] for field in fields(Memory) if asked.get(field.name) is not None}
     with busy(f"loading {base}"):
-        found = open_base(base, config=machine.base_config, memory=Memory(**memory))
+        found = open_base(base, config=asked.get("base_config"), memory=Memory(**memory))
     found.pipe.set_progress_bar_config(delay=2, leave=False)
     if says:
         print(found, file=sys.stderr)
@@ -141,7 +139,7 @@ def experts_for(base: str, files: Mapping[str, str], prompt: str) -> dict[str, t
     return read_experts({name: str(known[name]) for name in sorted(at, key=at.__getitem__)})
 
 
-def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = ()) -> Catalog:
+def open_catalog(bases: Collection[str], asked: Mapping[str, Any], experts: Sequence[str] = ()) -> Catalog:
     """The LoRAs of --loras and --expert and the gates of --trained, plus those of the emoji world if it is a base.
 
     Without --loras, the LoRAs are those in the program, or else in the folder, that a base belongs to.
@@ -151,10 +149,10 @@ def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = 
 
     examples = dict[str, Path]()
     found = [path for base in bases if base != WORLD and isinstance(path := find_base(base), Path)]
-    files = loras_beside(found) if named.loras is None else files_of(named.loras, "lora")
+    files = loras_beside(found) if asked["loras"] is None else files_of(asked["loras"], "lora")
 
-    folders = {"embedding": named.embeddings, "upscaler": named.upscalers, "controlnet": named.controlnets}
-    folders |= {"ip_adapter": named.ip_adapters, "clip_vision": named.image_encoders}
+    folders = {"embedding": asked["embeddings"], "upscaler": asked["upscalers"], "controlnet": asked["controlnets"]}
+    folders |= {"ip_adapter": asked["ip_adapters"], "clip_vision": asked["image_encoders"]}
     others = {
         kind: dict(ChainMap(*(around(base, kind) for base in found))) if folder is None else files_of(folder, kind)
         for kind, folder in folders.items()
@@ -166,29 +164,29 @@ def open_catalog(bases: Collection[str], named: Files, experts: Sequence[str] = 
     catalog = Catalog(files, examples, examples=examples, files=others)
     for name, file in named_values(experts, "--expert").items():
         catalog.add_lora(name, Path(file))
-    if named.trained is not None:
-        if not (trained := folder_gates(named.trained)):
-            raise ValueError(f"--trained {named.trained} has no gates, one folder each, as `mole train` writes them")
+    if asked["trained"] is not None:
+        if not (trained := folder_gates(asked["trained"])):
+            raise ValueError(f"--trained {asked['trained']} has no gates, one folder each, as `mole train` writes them")
         for name, folder in trained.items():
             catalog.add_gates(name, folder)
     return catalog
 
 
-def target(output: Output, default: str) -> Path:
+def target(out: Path | None, default: str, *, overwrite: bool) -> Path:
     """The path of the result: --out, or a free name of the default (grid.png, grid-2.png, ...).
 
     Raises ValueError if --out is a folder, has another type than the default, or exists already and --overwrite is not
     given.
     """
-    if (out := output.out) is None:
+    if out is None:
         path = Path(default)
         names = (path.with_stem(f"{path.stem}-{i}") for i in range(2, 1_000_000))
-        return path if output.overwrite or not path.exists() else next(name for name in names if not name.exists())
+        return path if overwrite or not path.exists() else next(name for name in names if not name.exists())
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; give the name of a file in it")
     if out.suffix.lower() != (kind := Path(default).suffix):
         raise ValueError(f"--out {out} must be the name of a {kind} file, since that is what this writes")
-    if out.exists() and not output.overwrite:
+    if out.exists() and not overwrite:
         raise ValueError(f"{out} is there already; give another --out, or --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
     return out

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from errno import ENOENT
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument
+from typer import Option
 
 from mole_app.studio.names import WORLD
 from mole_cli import options
-from mole_cli.commands import Result
 from mole_cli.common import check_base, completed, experts_for, first_recipe, named_values, once, opened, target
+from mole_cli.console import show
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,62 +22,82 @@ if TYPE_CHECKING:
     from mole_diffusers.mixture import Mixture
 
 
-@dataclass
-class SheetOptions(options.Opening, options.Drawing, options.Output):
-    """How pictures of one prompt are drawn side by side.
-
-    Attributes:
-        seed: seed of the first row, -1 for a random one; each further row adds 1.
-        rows: pictures per column, each with its own seed.
-    """
-
-    base: options.Base = WORLD
-    seed: options.Seed = 0
-    rows: options.AtLeastOne = 4
-
-
 def compose(
-    prompt: Annotated[str, Argument()] = "noto drawing of a sunflower and a doughnut",
+    prompt: options.Prompt = "noto drawing of a sunflower and a doughnut",
     expert: options.Experts = (),
-    gates: str = "sum",
-    bind: Sequence[str] = (),
-    unbound: bool = False,
-    alone: bool = False,
-    arm: Sequence[str] = (),
-    arms_from: options.FileOrFolder = None,
-    *,
-    sheet: SheetOptions,
-) -> Result:
+    gates: Annotated[
+        str, Option(help="one more column: trained gates (a folder or a hub id), or a family such as mean.")
+    ] = "sum",
+    bind: Annotated[
+        list[str],
+        Option(
+            metavar="NAME=WORDS[@REGION]",
+            show_default=False,
+            help="the words of the prompt that a LoRA acts on, and where it acts: fox=a fox@left, fox=@0,0,0.5,1, "
+            "fox=everywhere, fox=fox@mask.png. Default: the file's trigger words, and places found from attention. "
+            "Repeatable.",
+        ),
+    ] = (),
+    unbound: Annotated[bool, Option("--unbound", help="let every LoRA act on every word and in the whole picture.")] = False,
+    alone: Annotated[bool, Option("--alone", help="more columns: the base without LoRAs, and each LoRA alone.")] = False,
+    arm: Annotated[
+        list[str],
+        Option(
+            metavar="NAME",
+            help="one more column, by a composer of mole evaluate, such as mean or np; a wrong name lists all. Repeatable.",
+        ),
+    ] = (),
+    arms_from: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            exists=True,
+            help="a Python file or folder with further composers, all of which are drawn without --arm. It is run.",
+        ),
+    ] = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    negative: options.Negative = None,
+    prompt_2: options.Prompt2 = None,
+    negative_2: options.Negative2 = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    width: options.Width = None,
+    height: options.Height = None,
+    sampler: options.Sampler = None,
+    device: options.Device = None,
+    base_config: options.BaseConfig = None,
+    compiled: options.Compiled = False,
+    dtype: options.Dtype = None,
+    offload: options.Offload = None,
+    slicing: options.Slicing = None,
+    tiling: options.Tiling = None,
+    base: options.Base = "emoji",
+    seed: options.FirstSeed = 0,
+    rows: options.Rows = 4,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+) -> None:
     """Draw a prompt with several LoRAs, next to their plain sum.
 
     Each LoRA acts on its own words of the prompt and in its own place. If every place has room for a picture of the size
     that the model was trained at, each LoRA's subject is also drawn by itself in some steps, in tiles.
 
     Without --expert, mole takes the LoRAs of the emoji world that the prompt names.
-
-    Args:
-        prompt: what to draw.
-        gates: one more column: trained gates (a folder or a hub id), or a family such as mean.
-        bind (NAME=WORDS[@REGION]): the words of the prompt that a LoRA acts on, and where it acts: fox=a fox@left,
-            fox=@0,0,0.5,1, fox=everywhere, fox=fox@mask.png. Default: the file's trigger words, and places found from
-            attention.
-        unbound: let every LoRA act on every word and in the whole picture.
-        alone: more columns: the base without LoRAs, and each LoRA alone.
-        arm (NAME): one more column, by a composer of mole evaluate, such as mean or np; a wrong name lists all.
-        arms_from (FILE): a Python file or folder with further composers, all of which are drawn without --arm. It is run.
     """
+    how = dict(locals())
     from tqdm import tqdm
 
     if "<lora:" in prompt:
         raise ValueError("a prompt with <lora:...> tags is for mole draw; name the files with --expert here")
     if unbound and bind:
         raise ValueError("--bind and --unbound exclude each other")
-    path = target(sheet, "grid.png")
+    path = target(out, "grid.png", overwrite=overwrite)
     for mask in (Path(text.partition("@")[2]) for text in bind):
         if mask.suffix.isascii() and mask.suffix[1:].isalpha() and not mask.exists():  # not a box, nor a name such as "left"
             raise FileNotFoundError(ENOENT, "there is no mask", str(mask))
-    check_base(sheet.base)
-    experts = experts_for(sheet.base, named_values(expert, "--expert"), prompt)
+    check_base(base)
+    experts = experts_for(base, named_values(expert, "--expert"), prompt)
     from mole_app.studio.prompt_weights import plain_texts, tiled_prompt
     from mole_app.studio.weight_syntax import plain_text
     from mole_diffusers.binding import parse_binding
@@ -86,7 +105,7 @@ def compose(
     from mole_diffusers.mixture import attach
 
     binding = None if unbound else once((parse_binding(text, "--bind") for text in bind), "--bind")
-    page = PromptSheet(prompt, sheet)
+    page = PromptSheet(prompt, how)
     mixture = attach(page.pipe, experts, gates, binding=binding)
     texts = plain_texts(page.pipe, **page.recipe.call)
     tiles = None
@@ -103,11 +122,11 @@ def compose(
     for label, context in tqdm(ways.items(), desc="columns", delay=2, leave=False):
         with context():
             page.draw(label)
-    if sheet.base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
-        page.columns["true drawing"] = [drawing] * sheet.rows
-    about = {"gates": mixture.config.to_dict(), "bind": bind, "unbound": unbound, "alone": alone, "arm": arm}
+    if base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
+        page.columns["true drawing"] = [drawing] * rows
+    about = {"gates": mixture.config.to_dict(), "bind": list(bind), "unbound": unbound, "alone": alone, "arm": list(arm)}
     facts = page.save(path, experts=list(hashes), sha256=hashes, strengths=strengths, **about)
-    return Result(facts, f"{prompt}: {path}")
+    show(facts, f"{prompt}: {path}", as_json=as_json)
 
 
 def _composers(
@@ -151,16 +170,16 @@ class PromptSheet:
         columns: label -> pictures, one per seed.
     """
 
-    def __init__(self, prompt: str, how: SheetOptions):
+    def __init__(self, prompt: str, how: Mapping[str, Any]):
         from mole_app.studio.catalog import Catalog
         from mole_app.studio.render import Studio
         from mole_app.studio.samplers import sampler
 
-        base = opened(how.base, how, says=True)
+        base = opened(how["base"], how, says=True)
         studio = Studio(base.pipe, Catalog({}, {}), base.name)
-        drawing = {name: vars(how)[name] for name in options.DRAWING}
-        recipe = completed(studio, first_recipe(studio, prompt=prompt, seed=how.seed, gates="sum", **drawing))
-        self.pipe, self.recipe, self.seeds = base.pipe, recipe, list(range(recipe.seed, recipe.seed + how.rows))
+        drawing = {name: how[name] for name in options.DRAWING}
+        recipe = completed(studio, first_recipe(studio, prompt=prompt, seed=how["seed"], gates="sum", **drawing))
+        self.pipe, self.recipe, self.seeds = base.pipe, recipe, list(range(recipe.seed, recipe.seed + how["rows"]))
         self.pipe.scheduler = sampler(recipe.sampler, self.pipe.scheduler, self.seeds)
         self.call = {"num_inference_steps": recipe.steps, "guidance_scale": recipe.guidance}
         self.call |= {"width": recipe.width, "height": recipe.height}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import warnings
@@ -20,6 +21,11 @@ def busy(what: str) -> AbstractContextManager[Any]:
 def note(text: str) -> None:
     """Tell the user something on stderr."""
     print(f"note: {text}", file=sys.stderr)
+
+
+def show(facts: Any, words: str, *, as_json: bool) -> None:
+    """Print the result of a command: as data for --json, or in words."""
+    print(json.dumps(facts) if as_json else words)
 
 
 _is_quiet = False  # whether `quiet` keeps other libraries off the console
@@ -42,17 +48,25 @@ def hide_loading_bars() -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings and notices of other libraries off the console, and their loading bars, see `hide_loading_bars`.
-    Warnings of mole take one line."""
+    Warnings of mole take one line. `speak` ends it."""
     global _is_quiet
     with warnings.catch_warnings():
+        as_before, disabled = warnings.formatwarning, logging.root.manager.disable
         warnings.filterwarnings("ignore", module=r"(?!mole_)")
-        as_before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
-        disabled = logging.root.manager.disable
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         logging.disable(logging.WARNING)
         _is_quiet = True
         try:
             yield
         finally:
-            _is_quiet = False
-            warnings.formatwarning = as_before
+            _is_quiet, warnings.formatwarning = False, as_before
             logging.disable(disabled)
+
+
+def speak(asked: bool) -> None:
+    """What --verbose does inside `quiet`: other libraries say what they have to say."""
+    global _is_quiet
+    if asked:
+        _is_quiet = False
+        warnings.filters.pop(0)
+        logging.disable(logging.NOTSET)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument
+from typer import Argument, Option
 
 from mole_app.studio.names import WORLD, matching_lora
 from mole_cli import options
-from mole_cli.commands import Given, Result, settings_of
 from mole_cli.common import (
     check_base,
     completed,
@@ -21,127 +20,216 @@ from mole_cli.common import (
     opened,
     target,
 )
-from mole_cli.console import note
+from mole_cli.console import note, show
 
 if TYPE_CHECKING:
     from mole_app.studio.recipe import Recipe
     from mole_app.studio.render import Studio
 
-
-OF_PICTURES = (
+SETTINGS = (  # options that are settings of a recipe
+    *options.DRAWING, "gates", "seed", "binding", "detail", "clip_skip",
     "strength", "hires", "hires_strength", "upscaler",
     "controlnet", "control_strength", "control_end", "ip_adapter", "ip_scale",
 )  # fmt: skip
 
 
-@settings_of(options.RECIPE, only=OF_PICTURES)
-class PictureOptions(options.Pictures):
-    """What is done with the given pictures."""
-
-    panel = "Given pictures"
-
-
-@settings_of(options.RECIPE, only=("gates", "seed", "binding", "detail", "clip_skip"))
-class RecipeOptions(options.Drawing, PictureOptions):
-    """The settings of a recipe, apart from its prompt.
-
-    Attributes:
-        gates: trained gates by name or folder, sum or mean. Default: auto, your own gates for these LoRAs if there are any,
-            else sum.
-        preset (FILE): a recipe, or a picture with one inside, whose size, steps, sampler and the like are used where you
-            give none.
-        style (NAME): words from the file of styles, put around the prompt.
-        styles (FILE): styles.csv of A1111 or Forge, or a .json of Fooocus. Default: styles.csv here.
-    """
-
-    preset: options.File = None
-    style: Sequence[str] = ()
-    styles: options.File = None
-
-
 def draw(
-    prompt: str,
-    *,
-    explain: bool = False,
-    files: options.Studio,
-    settings: RecipeOptions,
-    output: options.Output,
-    given: Given,
-) -> Result:
-    """Draw one picture of a prompt with <lora:...> tags. The PNG holds its recipe, for mole redraw and other tools.
-
-    Args:
-        prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), [fox] and BREAK work as in A1111.
-        explain: draw nothing, and say which LoRA would act on which words, where, and why.
-    """
-    _check_settings(files, settings)
+    prompt: Annotated[
+        str,
+        Argument(
+            help="what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA; (fox:1.3), \\[fox] and BREAK work as "
+            "in A1111."
+        ),
+    ],
+    explain: Annotated[
+        bool, Option("--explain", help="draw nothing, and say which LoRA would act on which words, where, and why.")
+    ] = False,
+    loras: options.Loras = None,
+    embeddings: options.Embeddings = None,
+    upscalers: options.Upscalers = None,
+    controlnets: options.Controlnets = None,
+    ip_adapters: options.IpAdapters = None,
+    image_encoders: options.ImageEncoders = None,
+    trained: options.Trained = None,
+    device: options.Device = None,
+    base_config: options.BaseConfig = None,
+    compiled: options.Compiled = False,
+    dtype: options.Dtype = None,
+    offload: options.Offload = None,
+    slicing: options.Slicing = None,
+    tiling: options.Tiling = None,
+    base: options.Base = "emoji",
+    expert: options.MoreExperts = (),
+    image: options.Image = None,
+    mask: options.Mask = None,
+    control: options.Control = None,
+    reference: options.Reference = None,
+    controlnet: options.Controlnet = None,
+    control_strength: options.ControlStrength = None,
+    control_end: options.ControlEnd = None,
+    ip_adapter: options.IpAdapter = None,
+    ip_scale: options.IpScale = None,
+    strength: options.Strength = None,
+    hires: options.Hires = None,
+    hires_strength: options.HiresStrength = None,
+    upscaler: options.Upscaler = None,
+    negative: options.Negative = None,
+    prompt_2: options.Prompt2 = None,
+    negative_2: options.Negative2 = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    width: options.Width = None,
+    height: options.Height = None,
+    sampler: options.Sampler = None,
+    preset: options.Preset = None,
+    style: options.Style = (),
+    styles: options.Styles = None,
+    seed: options.RecipeSeed = None,
+    gates: options.Gates = None,
+    binding: options.Binding = None,
+    detail: options.Detail = None,
+    clip_skip: options.ClipSkip = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Draw one picture of a prompt with <lora:...> tags. The PNG holds its recipe, for mole redraw and other tools."""
+    given = dict(locals())
+    _check_settings(given)
     if explain:
-        if given & vars(output).keys():
+        if out is not None or overwrite:
             raise ValueError("--explain draws nothing: leave out --out and --overwrite")
-        studio, asked, pictures = open_recipe(prompt, files, settings)
+        studio, asked, pictures = open_recipe(given)
         recipe = completed(studio, asked, pictures.get("image"))
-        return Result({"explanation": (table := str(studio.explain(recipe))), **recipe.to_dict()}, table)
-    path = target(output, "picture.png")
-    return draw_recipe(*open_recipe(prompt, files, settings), path)
+        table = str(studio.explain(recipe))
+        show({"explanation": table, **recipe.to_dict()}, table, as_json=as_json)
+    else:
+        path = target(out, "picture.png", overwrite=overwrite)
+        draw_recipe(*open_recipe(given), path, as_json=as_json)
 
 
 def redraw(
-    picture: Annotated[Path, Argument(exists=True, dir_okay=False)],
-    *,
-    files: options.Studio,
-    over: options.Pictures,
-    output: options.Output,
-) -> Result:
+    picture: Annotated[
+        Path,
+        Argument(exists=True, dir_okay=False, help="a PNG of mole draw, the app or A1111, or a recipe as a .json file."),
+    ],
+    loras: options.Loras = None,
+    embeddings: options.Embeddings = None,
+    upscalers: options.Upscalers = None,
+    controlnets: options.Controlnets = None,
+    ip_adapters: options.IpAdapters = None,
+    image_encoders: options.ImageEncoders = None,
+    trained: options.Trained = None,
+    device: options.Device = None,
+    base_config: options.BaseConfig = None,
+    compiled: options.Compiled = False,
+    dtype: options.Dtype = None,
+    offload: options.Offload = None,
+    slicing: options.Slicing = None,
+    tiling: options.Tiling = None,
+    base: options.Base = "emoji",
+    expert: options.MoreExperts = (),
+    image: options.Image = None,
+    mask: options.Mask = None,
+    control: options.Control = None,
+    reference: options.Reference = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+) -> None:
     """Draw a picture again from its recipe. On the same machine its pixels are the same.
 
     LoRAs are found by their hash, whatever their files are called here. If the picture was drawn over another one, pass
     that as --image. A picture of A1111 does not say which one that was.
-
-    Args:
-        picture: a PNG of mole draw, the app or A1111, or a recipe as a .json file.
     """
+    given = dict(locals())
     from mole_diffusers.safe_files import printable
 
-    check_base(files.base)
+    check_base(base)
     from mole_app.studio import infotext
     from mole_app.studio.model_folders import find_base
     from mole_app.studio.names import model_name
     from mole_app.studio.picture_passes import with_pictures
 
-    path = target(output, "redrawn.png")
-    found, pictures = infotext.contents(picture), open_pictures(over)
+    path = target(out, "redrawn.png", overwrite=overwrite)
+    found, pictures = infotext.contents(picture), open_pictures(given)
     if found.axes:
         x, y = found.axes
         raise ValueError(f"{picture.name} is a grid, not a picture; mole grid PROMPT --x {x!r} --y {y!r} draws one like it")
     recipe = found.recipe if found.recipe.base else with_pictures(found.recipe, **pictures)
-    here = files.base if files.base == WORLD else str(find_base(files.base))
+    here = base if base == WORLD else str(find_base(base))
     for each in found.notes(here):
         note(printable(each))
     if recipe.base and Path(recipe.base).name != Path(here).name:
         raise ValueError(f"{picture.name} was drawn with the base {model_name(recipe.base)!r}; give it as --base")
-    return draw_recipe(open_studio(files), recipe, pictures, path)
+    draw_recipe(open_studio(given), recipe, pictures, path, as_json=as_json)
 
 
 def grid(
-    prompt: str,
-    x: str = "arm=base,sum,gates",
-    y: str = "seed=0,1,2",
-    *,
-    files: options.Studio,
-    settings: RecipeOptions,
-    output: options.Output,
-) -> Result:
+    prompt: Annotated[str, Argument(help="what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA.")],
+    x: Annotated[
+        str, Option(metavar="AXIS", help="what changes from left to right: 'weight fox=0,0.5,1', 'seed=1,2', ...")
+    ] = "arm=base,sum,gates",
+    y: Annotated[str, Option(metavar="AXIS", help="what changes from top to bottom.")] = "seed=0,1,2",
+    loras: options.Loras = None,
+    embeddings: options.Embeddings = None,
+    upscalers: options.Upscalers = None,
+    controlnets: options.Controlnets = None,
+    ip_adapters: options.IpAdapters = None,
+    image_encoders: options.ImageEncoders = None,
+    trained: options.Trained = None,
+    device: options.Device = None,
+    base_config: options.BaseConfig = None,
+    compiled: options.Compiled = False,
+    dtype: options.Dtype = None,
+    offload: options.Offload = None,
+    slicing: options.Slicing = None,
+    tiling: options.Tiling = None,
+    base: options.Base = "emoji",
+    expert: options.MoreExperts = (),
+    image: options.Image = None,
+    mask: options.Mask = None,
+    control: options.Control = None,
+    reference: options.Reference = None,
+    controlnet: options.Controlnet = None,
+    control_strength: options.ControlStrength = None,
+    control_end: options.ControlEnd = None,
+    ip_adapter: options.IpAdapter = None,
+    ip_scale: options.IpScale = None,
+    strength: options.Strength = None,
+    hires: options.Hires = None,
+    hires_strength: options.HiresStrength = None,
+    upscaler: options.Upscaler = None,
+    negative: options.Negative = None,
+    prompt_2: options.Prompt2 = None,
+    negative_2: options.Negative2 = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    width: options.Width = None,
+    height: options.Height = None,
+    sampler: options.Sampler = None,
+    preset: options.Preset = None,
+    style: options.Style = (),
+    styles: options.Styles = None,
+    seed: options.RecipeSeed = None,
+    gates: options.Gates = None,
+    binding: options.Binding = None,
+    detail: options.Detail = None,
+    clip_skip: options.ClipSkip = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+) -> None:
     """Draw a grid of pictures that changes along two axes. If it is interrupted, the cells that are left are grey.
 
     An axis is one of weight NAME, seed, arm, gates, binding, steps, guidance, sampler, clip_skip, hires, hires_strength or
     detail; with --image also strength, with --controlnet control_strength or control_end, with --ip-adapter ip_scale. The
     PNG holds the recipe and both axes.
-
-    Args:
-        prompt: what to draw, with a <lora:NAME:STRENGTH> tag for each LoRA.
-        x (AXIS): what changes from left to right: 'weight fox=0,0.5,1', 'seed=1,2', ...
-        y (AXIS): what changes from top to bottom.
     """
+    given = dict(locals())
     from tqdm import tqdm
 
     from mole_app.studio import infotext
@@ -149,12 +237,12 @@ def grid(
 
     across, down = parse_axis(x), parse_axis(y)
     for axis, text in ((across, x), (down, y)):
-        if vars(settings).get(axis.varies) is not None:
+        if given.get(axis.varies) is not None:
             flag = axis.varies.replace("_", "-")
             raise ValueError(f"the axis {text!r} varies what --{flag} gives: leave it out, or vary something else")
-    _check_settings(files, settings, is_larger="hires" in (across.varies, down.varies))
-    path = target(output, "grid.png")
-    studio, asked, pictures = open_recipe(prompt, files, settings)
+    _check_settings(given, is_larger="hires" in (across.varies, down.varies))
+    path = target(out, "grid.png", overwrite=overwrite)
+    studio, asked, pictures = open_recipe(given)
     first = completed(studio, asked, pictures.get("image"))
     wanted = [studio.complete(cell) for cell in cells(first, across, down)]
     for cell in wanted:
@@ -169,18 +257,17 @@ def grid(
         if len(drawn) < len(wanted):
             note(f"{len(drawn)} of {len(wanted)} pictures were drawn" + (f": {path}" if drawn else ""))
     words = f"{len(down.labels)} x {len(across.labels)} pictures: {path}"
-    return Result({"out": str(path), **axes, **first.to_dict()}, words)
+    show({"out": str(path), **axes, **first.to_dict()}, words, as_json=as_json)
 
 
-def _check_settings(files: options.Studio, settings: RecipeOptions, *, is_larger: bool = False) -> None:
+def _check_settings(asked: Mapping[str, Any], *, is_larger: bool = False) -> None:
     """Raises for a file that is missing, and for settings of what is not asked for; `is_larger`: some pictures are, by an
     axis."""
-    asked = vars(settings)
-    check_base(files.base)
-    lora_files(named_values(files.expert, "--expert"))
+    check_base(asked["base"])
+    lora_files(named_values(asked["expert"], "--expert"))
     if asked["styles"] is not None and not asked["style"]:
         raise ValueError("--styles is the file that styles are read from: give --style NAME")
-    if asked["strength"] is not None and settings.image is None:
+    if asked["strength"] is not None and asked["image"] is None:
         raise ValueError("--strength says how much of a picture is redrawn: give --image")
     if asked["hires_strength"] is not None and asked["hires"] in (None, 1) and not is_larger:
         raise ValueError("--hires-strength says how much of the enlarged picture is redrawn: give --hires")
@@ -191,46 +278,45 @@ def _check_settings(files: options.Studio, settings: RecipeOptions, *, is_larger
             raise ValueError(f"--{name} goes with --{other}: give that as well".replace("_", "-"))
 
 
-def open_recipe(prompt: str, files: options.Studio, settings: RecipeOptions) -> tuple[Studio, Recipe, dict[str, Any]]:
+def open_recipe(given: Mapping[str, Any]) -> tuple[Studio, Recipe, dict[str, Any]]:
     """The studio, the recipe from the options, and the pictures to draw over."""
     from mole_app.studio.picture_passes import with_pictures
     from mole_app.studio.prompt_syntax import parse
-    from mole_app.studio.recipe import PICTURES
     from mole_app.studio.styles import preset, read_styles, styled
     from mole_diffusers.binding import AUTO
     from mole_diffusers.gates import GATE_CONFIG
 
-    pictures = open_pictures(settings)
-    studio = open_studio(files)
-    asked = {**vars(settings), **dict.fromkeys(PICTURES)}
-    file, names, styles = (asked.pop(name) for name in ("preset", "style", "styles"))
+    pictures = open_pictures(given)
+    studio = open_studio(given)
+    asked = {name: given[name] for name in SETTINGS}
+    file, names, styles = given["preset"], given["style"], given["styles"]
     like = {} if file is None else preset(file)
     asked |= {name: value for name, value in like.items() if asked[name] is None}
     folder = Path(gates := asked["gates"] or AUTO)
     if gates not in studio.catalog.gates and (folder / GATE_CONFIG).is_file():  # it has no name yet
         asked["gates"] = folder.resolve().name
         studio.catalog.add_gates(asked["gates"], folder)
-    recipe = first_recipe(studio, prompt=prompt, **asked)
+    recipe = first_recipe(studio, prompt=given["prompt"], **asked)
     recipe = styled(recipe, names, read_styles(styles or "styles.csv")) if names else recipe
-    tags, experts = parse(recipe.prompt, studio.catalog.loras).tags, named_values(files.expert, "--expert")
+    tags, experts = parse(recipe.prompt, studio.catalog.loras).tags, named_values(given["expert"], "--expert")
     if unnamed := sorted(experts.keys() - {matching_lora(tag.name, experts) for tag in tags}):
         raise ValueError(f"no tag of the prompt names {unnamed[0]!r}, which would do nothing: add <lora:{unnamed[0]}:1>")
-    settings_of_loras = [f"--{name}" for name in ("gates", "binding") if vars(settings)[name] is not None]
+    settings_of_loras = [f"--{name}" for name in ("gates", "binding") if given[name] is not None]
     if settings_of_loras and not tags:
         raise ValueError(f"{' and '.join(settings_of_loras)} would do nothing: the prompt has no <lora:NAME:1> tag")
     return studio, with_pictures(recipe, **pictures), pictures
 
 
-def open_studio(files: options.Studio) -> Studio:
+def open_studio(given: Mapping[str, Any]) -> Studio:
     """The pipeline of --base, with the LoRAs of --loras and --expert and the gates of --trained in its catalog."""
     from mole_app.studio.render import Studio
 
-    catalog = open_catalog([files.base], files, files.expert)
-    found = opened(files.base, files, says=True)
+    catalog = open_catalog([given["base"]], given, given["expert"])
+    found = opened(given["base"], given, says=True)
     return Studio(found.pipe, catalog, found.name, found.config)
 
 
-def open_pictures(given: options.Pictures) -> dict[str, Any]:
+def open_pictures(given: Mapping[str, Any]) -> dict[str, Any]:
     """The pictures of --image, --mask, --control and --reference, by these names.
 
     Raises ValueError for a file that is not a picture, and for --mask without --image.
@@ -238,13 +324,13 @@ def open_pictures(given: options.Pictures) -> dict[str, Any]:
     from mole_app.studio.recipe import PICTURES
     from mole_diffusers.safe_files import read_picture
 
-    if given.mask is not None and given.image is None:
+    if given["mask"] is not None and given["image"] is None:
         raise ValueError("--mask shows a part of a picture: give --image")
-    paths = {name: getattr(given, name) for name in PICTURES}
+    paths = {name: given[name] for name in PICTURES}
     return {name: read_picture(path, f"--{name} {path}") for name, path in paths.items() if path is not None}
 
 
-def draw_recipe(studio: Studio, asked: Recipe, pictures: Mapping[str, Any], path: Path) -> Result:
+def draw_recipe(studio: Studio, asked: Recipe, pictures: Mapping[str, Any], path: Path, *, as_json: bool) -> None:
     """Draw a recipe, write a PNG that holds it, and say what was drawn: seed, size, what each LoRA did, and the file."""
     from mole_app.studio import infotext
     from mole_app.studio.picture_notes import PictureNotes
@@ -261,4 +347,4 @@ def draw_recipe(studio: Studio, asked: Recipe, pictures: Mapping[str, Any], path
         *(f"{name} {words}" for name, words in did.items()),
         str(path),
     ]
-    return Result({"out": str(path), "loras": did, **recipe.to_dict()}, "\n".join(said))
+    show({"out": str(path), "loras": did, **recipe.to_dict()}, "\n".join(said), as_json=as_json)

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Option
+from typer import Context, Option
 
 from mole_app.studio.names import WORLD
 from mole_cli import options
-from mole_cli.commands import Given, Group, Result
 from mole_cli.common import experts_for, grouped_values, lora_files, named_values, opened
-from mole_cli.console import note
+from mole_cli.console import note, show
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -28,120 +28,194 @@ if TYPE_CHECKING:
 NEEDED = ("jinja2", "krippendorff", "matplotlib", "open_clip", "pandas", "scipy", "timm", "torchmetrics", "torchvision")
 DEFAULT_ARMS = ("base", "alone", "sum", "bound", "tiles")  # on a checkpoint, where pictures take long
 LIMIT = 24  # cases of each kind on a checkpoint
-CHECKPOINT = "A checkpoint of your own"  # the heading of its options
-
-
-@dataclass
-class ArmOptions(Group):
-    """What to draw, and with which arms.
-
-    Attributes:
-        arm (NAME): a composer, such as alone, sum, 'words only' or a method of merge; a wrong name lists all. Default: all
-            of them; on a checkpoint base, alone, sum, bound, tiles, and with --gates also gates and 'bound gates'.
-        arms_from (FILE): a Python file or folder with further arms, all of which are drawn without --arm. It is run.
-        gates (FOLDER): trained gates, one folder per case, named a+b. The emoji world has its own.
-        split: which cases of the emoji world. Choose on validation; run test once.
-        limit: cases per kind. Default: all; of prompts made from trigger words, 24.
-        attached (N): attach N LoRAs, some of which the prompt does not name.
-        share (SHARE): move strength from subjects, 0, to styles, 1. For sum, gates and merges.
-        weights (FILE): strengths for the arm 'grid search', in the format of weights.json.
-        search: find the best strengths on validation, for weights.json.
-    """
-
-    arm: Sequence[str] = ()
-    arms_from: options.FileOrFolder = None
-    gates: options.Folder = None
-    split: Literal["validation", "test"] = "validation"
-    limit: Annotated[int | None, Option(min=1)] = None
-    attached: Sequence[int] = ()
-    share: Sequence[float] = ()
-    weights: options.File = None
-    search: bool = False
-
-    def strengths(self) -> Mapping[str, Mapping[str, float]] | None:
-        """The content of --weights."""
-        from mole_world.evaluation.strength_search import read_weights
-
-        return read_weights(self.weights) if self.weights else None
-
-
-@dataclass
-class CheckpointOptions(Group):
-    """Data to evaluate a checkpoint on; the emoji world has its own.
-
-    Attributes:
-        loras (FOLDER): the LoRAs, in subfolders too. A subfolder or the start of a name may say what one draws:
-            character, object, clothing, style or background.
-        protocol (NAME): prompts made from the trigger words: composlora, pairs, triples, styles, neutral, occlusion,
-            interaction, scenes, contact. Default: all that the LoRAs allow.
-        cases (FILE): prompts of your own, as JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.
-        images (NAME=FOLDER): pictures of a concept. Default: pictures that its LoRA draws alone.
-        own (NAME=PROMPT): a prompt for one concept alone. Default: one from its trigger words.
-        kind (NAME=KIND): what a LoRA draws, if neither folder nor name says it.
-        thing (NAME=WORDS): what the detector looks for. Default: the trigger words.
-    """
-
-    panel = CHECKPOINT
-    loras: options.Folder = None
-    expert: options.Experts = ()
-    protocol: Sequence[str] = ()
-    cases: options.File = None
-    images: Sequence[str] = ()
-    own: Sequence[str] = ()
-    kind: Sequence[str] = ()
-    thing: Sequence[str] = ()
-
-
-@dataclass
-class MeasuringModels(Group):
-    """The models that measure a checkpoint's pictures; the emoji world has its judge.
-
-    Attributes:
-        clip (MODEL): a CLIP of open_clip, a folder or hf-hub:NAME. Default: ViT-B-32 of LAION.
-        dino (MODEL): a DINO of timm, a name or folder. Default: vit_base_patch14_dinov2.lvd142m.
-        detector (MODEL): an open-vocabulary detector, a folder or hub id. Default: google/owlv2-base-patch16-ensemble.
-        lpips (NETWORK): alex, vgg or squeeze. Default: alex.
-    """
-
-    panel = CHECKPOINT
-    clip: str | None = None
-    dino: str | None = None
-    detector: str | None = None
-    lpips: Literal["alex", "vgg", "squeeze"] | None = None
+MEASURING = ("clip", "dino", "detector", "lpips")  # options that are models
+FOR_CHECKPOINTS = ("loras", "expert", "protocol", "cases", "images", "own", "kind", "thing", *MEASURING, "base_config")
 
 
 def evaluate(
-    seeds: options.AtLeastOne = 8,
-    seed: int = 1000,
-    steps: options.Steps = 20,
-    guidance: float = 3.0,
-    out: Path = Path("evaluation"),
-    base: options.Base = WORLD,
-    sheet: bool = False,
-    judged: bool = False,
-    *,
-    wanted: ArmOptions,
-    own: CheckpointOptions,
-    measuring: MeasuringModels,
-    machine: options.Machine,
-    given: Given,
-) -> Result | None:
+    ctx: Context,
+    seeds: Annotated[int, Option(min=1, help="pictures per case.")] = 8,
+    seed: Annotated[int, Option(help="the first seed.")] = 1000,
+    steps: Annotated[int, Option(min=1, help="steps of the sampler: more take longer.")] = 20,
+    guidance: Annotated[float, Option(help="how strictly to follow the prompt.")] = 3.0,
+    out: Annotated[Path, Option(metavar="FOLDER", help="pictures, rows, tables and figures go here.")] = Path("evaluation"),
+    base: options.Base = "emoji",
+    sheet: Annotated[bool, Option("--sheet", help="write a sheet on which people choose between two arms.")] = False,
+    judged: Annotated[bool, Option("--judged", help="count the answers on the sheet in --out, and stop.")] = False,
+    arm: Annotated[
+        list[str],
+        Option(
+            metavar="NAME",
+            show_default=False,
+            help="a composer, such as alone, sum, 'words only' or a method of merge; a wrong name lists all. Default: "
+            "all of "
+            "them; on a checkpoint base, alone, sum, bound, tiles, and with --gates also gates and 'bound gates'. "
+            "Repeatable.",
+        ),
+    ] = (),
+    arms_from: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            exists=True,
+            help="a Python file or folder with further arms, all of which are drawn without --arm. It is run.",
+        ),
+    ] = None,
+    gates: Annotated[
+        Path | None,
+        Option(
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+            help="trained gates, one folder per case, named a+b. The emoji world has its own.",
+        ),
+    ] = None,
+    split: Annotated[
+        Literal["validation", "test"], Option(help="which cases of the emoji world. Choose on validation; run test once.")
+    ] = "validation",
+    limit: Annotated[
+        int | None,
+        Option(min=1, show_default=False, help="cases per kind. Default: all; of prompts made from trigger words, 24."),
+    ] = None,
+    attached: Annotated[
+        list[int], Option(metavar="N", help="attach N LoRAs, some of which the prompt does not name. Repeatable.")
+    ] = (),
+    share: Annotated[
+        list[float],
+        Option(metavar="SHARE", help="move strength from subjects, 0, to styles, 1. For sum, gates and merges. Repeatable."),
+    ] = (),
+    weights: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="strengths for the arm 'grid search', in the format of weights.json.",
+        ),
+    ] = None,
+    search: Annotated[bool, Option("--search", help="find the best strengths on validation, for weights.json.")] = False,
+    loras: Annotated[
+        Path | None,
+        Option(
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+            rich_help_panel="A checkpoint of your own",
+            help="the LoRAs, in subfolders too. A subfolder or the start of a name may say what one draws: character, "
+            "object, clothing, style or background.",
+        ),
+    ] = None,
+    expert: Annotated[
+        list[str],
+        Option(
+            metavar="NAME=FILE[:STRENGTH]",
+            rich_help_panel="A checkpoint of your own",
+            help="a LoRA file and the name you give it. Repeatable.",
+        ),
+    ] = (),
+    protocol: Annotated[
+        list[str],
+        Option(
+            metavar="NAME",
+            show_default=False,
+            rich_help_panel="A checkpoint of your own",
+            help="prompts made from the trigger words: composlora, pairs, triples, styles, neutral, occlusion, interaction, "
+            "scenes, contact. Default: all that the LoRAs allow. Repeatable.",
+        ),
+    ] = (),
+    cases: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel="A checkpoint of your own",
+            help='prompts of your own, as JSON lines: {"concepts": ["a", "b"], "prompt": ".."}.',
+        ),
+    ] = None,
+    images: Annotated[
+        list[str],
+        Option(
+            metavar="NAME=FOLDER",
+            show_default=False,
+            rich_help_panel="A checkpoint of your own",
+            help="pictures of a concept. Default: pictures that its LoRA draws alone. Repeatable.",
+        ),
+    ] = (),
+    own: Annotated[
+        list[str],
+        Option(
+            metavar="NAME=PROMPT",
+            show_default=False,
+            rich_help_panel="A checkpoint of your own",
+            help="a prompt for one concept alone. Default: one from its trigger words. Repeatable.",
+        ),
+    ] = (),
+    kind: Annotated[
+        list[str],
+        Option(
+            metavar="NAME=KIND",
+            rich_help_panel="A checkpoint of your own",
+            help="what a LoRA draws, if neither folder nor name says it. Repeatable.",
+        ),
+    ] = (),
+    thing: Annotated[
+        list[str],
+        Option(
+            metavar="NAME=WORDS",
+            show_default=False,
+            rich_help_panel="A checkpoint of your own",
+            help="what the detector looks for. Default: the trigger words. Repeatable.",
+        ),
+    ] = (),
+    clip: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL",
+            show_default=False,
+            rich_help_panel="A checkpoint of your own",
+            help="a CLIP of open_clip, a folder or hf-hub:NAME. Default: ViT-B-32 of LAION.",
+        ),
+    ] = None,
+    dino: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL",
+            show_default=False,
+            rich_help_panel="A checkpoint of your own",
+            help="a DINO of timm, a name or folder. Default: vit_base_patch14_dinov2.lvd142m.",
+        ),
+    ] = None,
+    detector: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL",
+            show_default=False,
+            rich_help_panel="A checkpoint of your own",
+            help="an open-vocabulary detector, a folder or hub id. Default: google/owlv2-base-patch16-ensemble.",
+        ),
+    ] = None,
+    lpips: Annotated[
+        Literal["alex", "vgg", "squeeze"] | None,
+        Option(
+            metavar="NETWORK",
+            show_default=False,
+            rich_help_panel="A checkpoint of your own",
+            help="alex, vgg or squeeze. Default: alex.",
+        ),
+    ] = None,
+    device: options.Device = None,
+    base_config: options.BaseConfig = None,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+) -> None:
     """Compare ways to compose LoRAs on many prompts and seeds, with intervals.
 
     An interrupted run continues where it stopped. `accelerate launch` and `torchrun` divide it over processes.
-
-    Args:
-        seeds: pictures per case.
-        seed: the first seed.
-        guidance: how strictly to follow the prompt.
-        out (FOLDER): pictures, rows, tables and figures go here.
-        sheet: write a sheet on which people choose between two arms.
-        judged: count the answers on the sheet in --out, and stop.
     """
-    given.check_beside("judged", ["out"], "counts answers and draws nothing")
-    if base != WORLD and "split" in given:
-        raise ValueError("--split chooses cases of the embedded world; a --base has prompts of --protocol or --cases")
-    lora_files(named_values(own.expert, "--expert"))
+    wanted = SimpleNamespace(**ctx.params)
+    _check_read(ctx, wanted)
+    lora_files(named_values(expert, "--expert"))
     _check_installed()
     from datetime import timedelta
 
@@ -153,18 +227,16 @@ def evaluate(
     from mole_world.evaluation.strength_search import search_arms
 
     if judged:
-        return Result(judging_sheet.votes(out), judging_sheet.count_answers(out))
+        show(judging_sheet.votes(out), judging_sheet.count_answers(out), as_json=as_json)
+        return
     if wanted.search:
         _check_search(base, wanted)
     others = arms_from(wanted.arms_from)
     check_names(wanted.arm, ARMS | others)
     # Processes wait for one another, and their shares of the work differ by more than torch's usual half an hour.
-    state = PartialState(cpu=machine.device == "cpu", timeout=timedelta(days=30))
+    state = PartialState(cpu=wanted.device == "cpu", timeout=timedelta(days=30))
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
-    if base == WORLD:
-        work = _world(wanted, {**vars(own), **vars(measuring)}, call, machine)
-    else:
-        work = _checkpoint(wanted, own, measuring, call, base, machine)
+    work = _world(wanted, call) if base == WORLD else _checkpoint(wanted, call, base)
     setup, cases = work.setup, work.cases
     if wanted.attached:
         cases = runner.add_idle_experts(cases, sorted(setup.experts), wanted.attached)
@@ -179,14 +251,16 @@ def evaluate(
     state.wait_for_everyone()
     rows = work.measured(runner.requested_rows(setup, arms, cases, **asked), asked["rows"], state)
     if not state.is_main_process:
-        return None
+        return
     text = _written(out, rows, work, arms, cases, wanted)
     if sheet:
         note(f"{judging_sheet.write_sheet(out, rows)} questions in {out / 'sheet'}")
-    return Result(rows, text)
+    show(rows, text, as_json=as_json)
 
 
-def _written(out: Path, rows: list[Row], work: Task, arms: Sequence[Arm], cases: Sequence[Case], wanted: ArmOptions) -> str:
+def _written(
+    out: Path, rows: list[Row], work: Task, arms: Sequence[Arm], cases: Sequence[Case], wanted: SimpleNamespace
+) -> str:
     """Write tables, figures and the page. Returns the tables."""
     from mole_diffusers.whole_files import write_text
     from mole_world.evaluation.page import write_page
@@ -202,7 +276,24 @@ def _written(out: Path, rows: list[Row], work: Task, arms: Sequence[Arm], cases:
     return text
 
 
-def _check_search(base: str, wanted: ArmOptions) -> None:
+def _check_read(ctx: Context, wanted: SimpleNamespace) -> None:
+    """Raises ValueError for options on the command line that would be ignored."""
+    given = [name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if wanted.judged and (unread := sorted({*given} - {"judged", "out", "as_json", "verbose"})):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+        raise ValueError(f"--judged counts answers and draws nothing: leave out {flags}")
+    if wanted.base != WORLD and "split" in given:
+        raise ValueError("--split chooses cases of the embedded world; a --base has prompts of --protocol or --cases")
+
+
+def _strengths(wanted: SimpleNamespace) -> Mapping[str, Mapping[str, float]] | None:
+    """The content of --weights."""
+    from mole_world.evaluation.strength_search import read_weights
+
+    return read_weights(wanted.weights) if wanted.weights else None
+
+
+def _check_search(base: str, wanted: SimpleNamespace) -> None:
     """Raises ValueError if --search would not count successes, would choose by the test split, or would draw other arms."""
     taken = ("arm", "arms_from", "gates", "share", "weights")
     if given := [f"--{name.replace('_', '-')}" for name in taken if vars(wanted)[name]]:
@@ -239,42 +330,38 @@ def _check_installed() -> None:
         raise ValueError(f"this needs {', '.join(missing)}: pip install 'mole-diffusers[evaluate]'")
 
 
-def _world(wanted: ArmOptions, for_checkpoints: Mapping[str, Any], call: dict[str, Any], machine: options.Machine) -> Task:
+def _world(wanted: SimpleNamespace, call: dict[str, Any]) -> Task:
     """The emoji world with its judge. Raises ValueError for options that are for another base."""
     import mole_world
     from mole_world.evaluation import emoji_protocol
     from mole_world.evaluation.arms import ARMS
     from mole_world.world import emoji_world
 
-    others = {**for_checkpoints, "base-config": machine.base_config}
-    if ignored := [f"--{name}" for name, value in others.items() if value]:
+    if ignored := [f"--{name.replace('_', '-')}" for name in FOR_CHECKPOINTS if vars(wanted)[name]]:
         raise ValueError(f"{', '.join(ignored)}: the embedded world has its own; give a --base to evaluate another")
-    world = emoji_world(device=_device(machine))
+    world = emoji_world(device=_device(wanted))
     groups = mole_world.TEST if wanted.split == "test" else mole_world.VALIDATION
     found = emoji_protocol.cases({kind: group[: wanted.limit] for kind, group in groups.items()})
     metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
     gates = wanted.gates or mole_world.default_folder() / "gates"
-    setup = emoji_protocol.setup(world, call, gates=gates, searched=wanted.strengths())
+    setup = emoji_protocol.setup(world, call, gates=gates, searched=_strengths(wanted))
     cases, about = [case for case, _ in found], {"judge": "the world's own"}
     return Task(setup, cases, metrics, lambda rows, store, state: rows, emoji_protocol.REPORT, list(ARMS), about)
 
 
-def _device(machine: options.Machine) -> str:
+def _device(wanted: SimpleNamespace) -> str:
     """The device of --device; by default the GPU, if there is one. ValueError if this machine does not have it."""
     from mole_app.studio.memory import Memory
 
-    memory = Memory(machine.device)
+    memory = Memory(wanted.device)
     memory.check_device()
     return memory.completed("").device or "cpu"
 
 
 def _checkpoint(
-    wanted: ArmOptions,
-    own: CheckpointOptions,
-    measuring: MeasuringModels,
+    wanted: SimpleNamespace,
     call: dict[str, Any],
     base: str,
-    machine: options.Machine,
 ) -> Task:
     """The user's own checkpoint. What measures the pictures is loaded first, so that a wrong name is known at once."""
     from mole_app.studio.model_folders import files_of
@@ -284,31 +371,31 @@ def _checkpoint(
     from mole_world.evaluation.measures import Models
     from mole_world.evaluation.rows import Rows
 
-    files = {name: str(path) for name, path in files_of(own.loras, "lora").items()} if own.loras is not None else {}
-    chosen = experts_for(base, files | named_values(own.expert, "--expert"), "")
-    kinds, things = (named_values(getattr(own, name), f"--{name}", chosen) for name in ("kind", "thing"))
+    files = {name: str(path) for name, path in files_of(wanted.loras, "lora").items()} if wanted.loras is not None else {}
+    chosen = experts_for(base, files | named_values(wanted.expert, "--expert"), "")
+    kinds, things = (named_values(vars(wanted)[name], f"--{name}", chosen) for name in ("kind", "thing"))
     concepts = {
         name: prompts.concept_of(expert, kind=kinds.get(name, ""), thing=things.get(name, ""))
         for name, (expert, _) in chosen.items()
     }
-    if own.cases is None:
-        cases = prompts.cases(list(concepts.values()), own.protocol, limit=wanted.limit or LIMIT)
-    elif own.protocol:
+    if wanted.cases is None:
+        cases = prompts.cases(list(concepts.values()), wanted.protocol, limit=wanted.limit or LIMIT)
+    elif wanted.protocol:
         raise ValueError("--cases and --protocol exclude each other")
     else:
-        cases = _limited(checkpoint_protocol.read_cases(own.cases, list(chosen)), wanted.limit)
-    folders = named_values(own.images, "--images", chosen)
+        cases = _limited(checkpoint_protocol.read_cases(wanted.cases, list(chosen)), wanted.limit)
+    folders = named_values(wanted.images, "--images", chosen)
     pictures = {name: read_folder(Path(folder), prompt=name)[0] for name, folder in folders.items()}
     own_prompts = {name: [prompts.own_prompt(concept)] for name, concept in concepts.items()}
-    own_prompts |= grouped_values(own.own, "--own", chosen)
-    named = {name: value for name, value in vars(measuring).items() if value is not None}
-    models = Models(**named, device=_device(machine))
+    own_prompts |= grouped_values(wanted.own, "--own", chosen)
+    named = {name: value for name, value in vars(wanted).items() if name in MEASURING and value is not None}
+    models = Models(**named, device=_device(wanted))
     about: dict[str, Any] = {"prompts": own_prompts}
     about["styles"] = frozenset(name for name, concept in concepts.items() if concept.kind not in prompts.THINGS)
     about["strengths"] = {name: strength for name, (_, strength) in chosen.items() if strength != 1}
-    about |= {"gates": wanted.gates, "searched": wanted.strengths()}
+    about |= {"gates": wanted.gates, "searched": _strengths(wanted)}
     setup = runner.Setup(
-        opened(base, machine).pipe, {name: expert for name, (expert, _) in chosen.items()}, call, base, **about
+        opened(base, vars(wanted)).pipe, {name: expert for name, (expert, _) in chosen.items()}, call, base, **about
     )
 
     def measured(rows: list[Row], store: Rows, state: PartialState) -> list[Row]:
@@ -337,7 +424,7 @@ def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
     return [case for group in kinds.values() for case in group[:limit]]
 
 
-def _arms(wanted: ArmOptions, work: Task, cases: Sequence[Case], others: dict[str, KnownArm]) -> list[Arm]:
+def _arms(wanted: SimpleNamespace, work: Task, cases: Sequence[Case], others: dict[str, KnownArm]) -> list[Arm]:
     """The arms of --arm, or the usual ones and `others` that can be drawn; a note lists those that are left out."""
     from mole_world.evaluation.arms import ARMS, BOUND_GATES, CONTROLS, chosen_arms, gates_of
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mole_cli.commands import Result
+from typer import Argument, Exit, Option
+
+from mole_cli import options
 from mole_cli.common import opened
-from mole_cli.options import Machine
+from mole_cli.console import show
 
 if TYPE_CHECKING:
     from mole_diffusers.lora import Expert
 
 
-def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine) -> Result:
-    """Show what is in LoRA files: format, base model, trigger words, and what cannot be used.
-
-    Args:
-        files (FILE): LoRA files.
-        base (MODEL): a pipeline to match the layers with.
-    """
+def inspect(
+    files: Annotated[list[Path], Argument(metavar="FILE", help="LoRA files.")],
+    base: Annotated[str | None, Option(metavar="MODEL", help="a pipeline to match the layers with.")] = None,
+    device: options.Device = None,
+    base_config: options.BaseConfig = None,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Show what is in LoRA files: format, base model, trigger words, and what cannot be used."""
     from mole_diffusers.safe_files import printable
 
-    if base is None and (machine.device or machine.base_config):
+    if base is None and (device or base_config):
         raise ValueError("--device and --base-config open a base to match the layers with: give --base")
-    pipe = opened(base, machine).pipe if base else None
+    pipe = opened(base, {"device": device, "base_config": base_config}).pipe if base else None
     reports, failed = list[dict[str, Any]](), False
     for path in files:
         try:
@@ -38,7 +42,9 @@ def inspect(files: Sequence[Path], base: str | None = None, *, machine: Machine)
             failed = True
             reports.append({"file": str(path), "error": str(error)})
     words = ["\n".join(f"{key:>9}  {printable(str(value))}" for key, value in report.items()) for report in reports]
-    return Result(reports, "\n\n".join(words), status=int(failed))
+    show(reports, "\n\n".join(words), as_json=as_json)
+    if failed:
+        raise Exit(1)
 
 
 def describe(expert: Expert, path: Path, pipe: Any) -> dict[str, Any]:

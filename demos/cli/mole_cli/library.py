@@ -4,118 +4,134 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
 from mole_app.studio.names import WORLD
 from mole_cli import options
-from mole_cli.commands import Given, Group, Result
 from mole_cli.common import opened, target
-from mole_cli.compose import PromptSheet, SheetOptions
-from mole_diffusers.retrieval import THRESHOLD, Mode
+from mole_cli.compose import PromptSheet
+from mole_cli.console import show
 
 if TYPE_CHECKING:
     from mole_diffusers.retrieval import LoraLibrary, RetrievedLora
 
-Encoder = Annotated[
-    str | None,
-    Option(metavar="MODEL", help="a sentence-transformers model that reads texts. Default: the text encoder of --base."),
-]
-
-
-@dataclass
-class Search(Group):
-    """How LoRAs are found.
-
-    Attributes:
-        library (FOLDER): a folder that `mole index` has indexed.
-        k: find at most this many LoRAs. LoRAs whose trigger words are in the prompt always count.
-        threshold: similarity that a LoRA needs if its trigger words are not in the prompt.
-    """
-
-    library: Annotated[Path, Option(exists=True, file_okay=False)]
-    k: options.AtLeastOne = 3
-    threshold: float = THRESHOLD
-    encoder: Encoder = None
-
 
 def index(
-    library: Annotated[Path, Argument(exists=True, file_okay=False)],
-    encoder: Encoder = None,
-    base: options.Base = WORLD,
-    *,
-    machine: options.Machine,
-    given: Given,
-) -> Result:
-    """Index a folder of LoRAs as a library, so that prompts can find the LoRAs they need.
-
-    Args:
-        library (FOLDER): LoRA files, in subfolders too.
-    """
-    given.check_beside("encoder", ["library"], "reads the texts, and no base is opened")
+    library: Annotated[
+        Path, Argument(metavar="FOLDER", exists=True, file_okay=False, help="LoRA files, in subfolders too.")
+    ],
+    encoder: options.Encoder = None,
+    base: options.IndexBase = None,
+    device: options.Device = None,
+    base_config: options.BaseConfig = None,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Index a folder of LoRAs as a library, so that prompts can find the LoRAs they need."""
+    opening = {"base": base, "device": device, "base-config": base_config}
+    if encoder and (unread := [f"--{name}" for name, value in opening.items() if value is not None]):
+        raise ValueError(f"--encoder reads the texts, and no base is opened: leave out {', '.join(unread)}")
     from mole_diffusers.retrieval import LoraLibrary, PipelineText, SentenceText
 
-    made = LoraLibrary.index(library, SentenceText(encoder) if encoder else PipelineText(opened(base, machine).pipe))
+    asked = {"device": device, "base_config": base_config}
+    made = LoraLibrary.index(library, SentenceText(encoder) if encoder else PipelineText(opened(base or WORLD, asked).pipe))
     words = [f"{library}: {len(made.entries)} LoRAs", *(f"left out {file}: {why}" for file, why in made.skipped.items())]
-    return Result({"loras": [entry.name for entry in made.entries], "skipped": made.skipped}, "\n".join(words))
+    facts = {"loras": [entry.name for entry in made.entries], "skipped": made.skipped}
+    show(facts, "\n".join(words), as_json=as_json)
 
 
-def retrieve(prompt: str, base: options.Base = WORLD, *, search: Search, machine: options.Machine) -> Result:
-    """Show which LoRAs of a library fit a prompt, and why.
-
-    Args:
-        prompt: what you want to draw.
-    """
+def retrieve(
+    prompt: Annotated[str, Argument(help="what you want to draw.")],
+    library: options.Library,
+    base: options.Base = "emoji",
+    k: options.K = 3,
+    threshold: options.Threshold = 0.8,
+    encoder: options.Encoder = None,
+    device: options.Device = None,
+    base_config: options.BaseConfig = None,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Show which LoRAs of a library fit a prompt, and why."""
     from mole_app.studio.weight_syntax import plain_text
     from mole_diffusers.retrieval import report, retrieve_for
 
-    pipe = opened(base, machine).pipe
-    library = open_library(search, pipe)
-    found = retrieve_for(library, pipe, plain_text(prompt), k=search.k, threshold=search.threshold)
-    return Result(report(library, found), in_words(found, library))
+    pipe = opened(base, {"device": device, "base_config": base_config}).pipe
+    indexed = open_library(library, encoder, pipe)
+    found = retrieve_for(indexed, pipe, plain_text(prompt), k=k, threshold=threshold)
+    show(report(indexed, found), in_words(found, indexed), as_json=as_json)
 
 
-def compose_library(prompt: str, mode: Mode = "sum", gates: str = "sum", *, search: Search, sheet: SheetOptions) -> Result:
+def compose_library(
+    prompt: options.Prompt,
+    library: options.Library,
+    mode: Annotated[
+        Literal["selection", "mixture", "sum", "fusion"],
+        Option(help="sum: each LoRA at its full strength. mixture: each at 1/N. selection: the best one. fusion: merged."),
+    ] = "sum",
+    gates: Annotated[str, Option(help="trained gates (a folder or a hub id), or a family.")] = "sum",
+    k: options.K = 3,
+    threshold: options.Threshold = 0.8,
+    encoder: options.Encoder = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    negative: options.Negative = None,
+    prompt_2: options.Prompt2 = None,
+    negative_2: options.Negative2 = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    width: options.Width = None,
+    height: options.Height = None,
+    sampler: options.Sampler = None,
+    device: options.Device = None,
+    base_config: options.BaseConfig = None,
+    compiled: options.Compiled = False,
+    dtype: options.Dtype = None,
+    offload: options.Offload = None,
+    slicing: options.Slicing = None,
+    tiling: options.Tiling = None,
+    base: options.Base = "emoji",
+    seed: options.FirstSeed = 0,
+    rows: options.Rows = 4,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+) -> None:
     """Find the LoRAs for a prompt in a library, and draw it without and with them.
 
     The LoRAs are bound, and drawn in tiles if there is room, as in mole draw.
-
-    Args:
-        prompt: what to draw.
-        mode: sum: each LoRA at its full strength. mixture: each at 1/N. selection: the best one. fusion: merged.
-        gates: trained gates (a folder or a hub id), or a family.
     """
     from mole_app.studio.prompt_weights import tiled_prompt
     from mole_app.studio.weight_syntax import plain_text
     from mole_diffusers.retrieval import composed, report
 
+    how = dict(locals())
     if "<lora:" in prompt:
         raise ValueError("the library chooses the LoRAs; leave <lora:...> tags out of the prompt")
-    path = target(sheet, "grid.png")
-    page = PromptSheet(prompt, sheet)
-    library = open_library(search, page.pipe)
+    path = target(out, "grid.png", overwrite=overwrite)
+    page = PromptSheet(prompt, how)
+    indexed = open_library(library, encoder, page.pipe)
     page.columns["base"] = ()  # the first column, drawn last: LoRAs that do not go together are said before
-    asked: dict[str, Any] = {"mode": mode, "k": search.k, "threshold": search.threshold, "gates": gates}
-    with composed(library, page.pipe, plain_text(prompt), **asked) as composition:
+    asked: dict[str, Any] = {"mode": mode, "k": k, "threshold": threshold, "gates": gates}
+    with composed(indexed, page.pipe, plain_text(prompt), **asked) as composition:
         mixture = composition.mixture
         tiles = tiled_prompt(page.pipe, **page.recipe.call)
         with nullcontext() if mixture is None else mixture.tiled(always=False, **tiles):
             page.draw(f"found ({mode})")
     page.draw("base")
     found, weights = composition.found[0], composition.sets[0]
-    facts = page.save(path, found=report(library, found), weights=weights, mode=mode, gates=gates)
+    facts = page.save(path, found=report(indexed, found), weights=weights, mode=mode, gates=gates)
     shares = ", ".join(f"{name} x {weight:.3g}" for name, weight in weights.items()) or "the base alone"
-    return Result(facts, f"{in_words(found, library)}\ndrawn with {shares}, {mode}: {path}")
+    show(facts, f"{in_words(found, indexed)}\ndrawn with {shares}, {mode}: {path}", as_json=as_json)
 
 
-def open_library(search: Search, pipe: Any) -> LoraLibrary:
+def open_library(folder: Path, encoder: str | None, pipe: Any) -> LoraLibrary:
     """The library of --library, with the encoder of --encoder."""
     from mole_diffusers.retrieval import LoraLibrary, PipelineText, SentenceText
 
-    return LoraLibrary.open(search.library, SentenceText(search.encoder) if search.encoder else PipelineText(pipe))
+    return LoraLibrary.open(folder, SentenceText(encoder) if encoder else PipelineText(pipe))
 
 
 def in_words(found: Sequence[RetrievedLora], library: LoraLibrary) -> str:

@@ -5,7 +5,6 @@ import re
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ from tiny import tiny_pipeline
 
 from mole_app.studio import infotext
 from mole_cli.common import parse_file
-from mole_cli.merge import Method, by_name
-from mole_cli.mole import main, parser
+from mole_cli.merge import by_name
+from mole_cli.mole import NAMED, main, parser
 from mole_diffusers import merge, read_expert
 from mole_world.world import concept_files
 
@@ -202,13 +201,16 @@ def test_what_is_spelled_out_for_the_help_is_what_the_package_has():
     from mole_diffusers.training.config import TERMS
 
     assert get_args(Method) == tuple(METHODS)
-    said = {name: " ".join(option.help or "" for option in parser().commands[name].params) for name in parser().commands}
+    said = {
+        name: " ".join(option.help or "" for option in parser(*NAMED).commands[name].params)
+        for name in parser(*NAMED).commands
+    }
     assert [name for name in TERMS if f" {name}" not in said["train"]] == []
     assert [name for name, family in FAMILIES.items() if family.learns and name not in said["train"]] == []
 
 
 def test_brackets_of_the_help_are_no_markup(capsys):
-    whole = parser()
+    whole = parser(*NAMED)
     for name, command in whole.commands.items():
         whole.main([name, "--help"], standalone_mode=False)
         shown = capsys.readouterr().out
@@ -217,7 +219,7 @@ def test_brackets_of_the_help_are_no_markup(capsys):
 
 
 def test_help_names_options_that_the_command_has_and_no_code():
-    for name, command in parser().commands.items():
+    for name, command in parser(*NAMED).commands.items():
         flags = {flag for option in command.params for flag in option.opts}
         for option in command.params:
             named = set(re.findall(r"(?<!mole )--[a-z][a-z0-9-]*", option.help or ""))
@@ -234,7 +236,7 @@ def test_a_flag_for_every_setting_of_a_training_run():
         ("train", (*FAMILIES.values(), GateTraining), {"terms": "term", "validation": "validate"}),
         ("train-lora", (LoraTraining,), {"prior": "prior_weight"}),
     ):
-        flags = {option.name for option in parser().commands[command].params}
+        flags = {option.name for option in parser(*NAMED).commands[command].params}
         wanted = {elsewhere.get(field.name, field.name) for config in configs for field in fields(config)}
         assert wanted <= flags, command
 

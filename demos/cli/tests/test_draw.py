@@ -15,7 +15,7 @@ from mole_app.studio import infotext
 from mole_app.studio.model_folders import find_base
 from mole_app.studio.names import shared_name
 from mole_app.studio.xy_grid import sheet
-from mole_cli.mole import main, parser
+from mole_cli.mole import NAMED, main, parser
 from mole_cli.options import Opening
 
 DRAW = ["draw", "a fox <lora:fox:1>", "--steps", "1"]
@@ -66,10 +66,10 @@ def test_a_checkpoint_file_in_a_models_folder_by_name(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, found in parser().commands.items() if "base" in {p.name for p in found.params}]
+    "name", [name for name, found in parser(*NAMED).commands.items() if "base" in {p.name for p in found.params}]
 )
 def test_every_command_with_a_base_takes_a_config_for_it(name):
-    flags = [flag for option in parser().commands[name].params for flag in option.opts]
+    flags = [flag for option in parser(*NAMED).commands[name].params for flag in option.opts]
     assert flags.count("--base-config") == 1
 
 
@@ -109,11 +109,11 @@ def test_the_config_reaches_the_commands_that_do_not_draw(asked, base, loras, tm
 
 def test_every_command_that_draws_opens_the_base_as_asked():
     for name in ("draw", "redraw", "grid", "compose", "compose-library", "app"):
-        assert vars(Opening()).keys() <= {option.name for option in parser().commands[name].params}, name
+        assert vars(Opening()).keys() <= {option.name for option in parser(*NAMED).commands[name].params}, name
 
 
 def test_every_command_that_reports_something_does_so_as_json():
-    commands = parser().commands
+    commands = parser(*NAMED).commands
     assert [name for name in commands if "as_json" not in {option.name for option in commands[name].params}] == ["app"]
 
 
