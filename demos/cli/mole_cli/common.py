@@ -149,10 +149,14 @@ def open_catalog(bases: Collection[str], asked: Mapping[str, Any], experts: Sequ
 
     examples = dict[str, Path]()
     found = [path for base in bases if base != WORLD and isinstance(path := find_base(base), Path)]
-    files = loras_beside(found) if asked["loras"] is None else files_of(asked["loras"], "lora")
+    files = loras_beside(found) if asked.get("loras") is None else files_of(asked.get("loras"), "lora")
 
-    folders = {"embedding": asked["embeddings"], "upscaler": asked["upscalers"], "controlnet": asked["controlnets"]}
-    folders |= {"ip_adapter": asked["ip_adapters"], "clip_vision": asked["image_encoders"]}
+    folders = {
+        "embedding": asked.get("embeddings"),
+        "upscaler": asked.get("upscalers"),
+        "controlnet": asked.get("controlnets"),
+    }
+    folders |= {"ip_adapter": asked.get("ip_adapters"), "clip_vision": asked.get("image_encoders")}
     others = {
         kind: dict(ChainMap(*(around(base, kind) for base in found))) if folder is None else files_of(folder, kind)
         for kind, folder in folders.items()
@@ -164,9 +168,9 @@ def open_catalog(bases: Collection[str], asked: Mapping[str, Any], experts: Sequ
     catalog = Catalog(files, examples, examples=examples, files=others)
     for name, file in named_values(experts, "--expert").items():
         catalog.add_lora(name, Path(file))
-    if asked["trained"] is not None:
-        if not (trained := folder_gates(asked["trained"])):
-            raise ValueError(f"--trained {asked['trained']} has no gates, one folder each, as `mole train` writes them")
+    if (folder := asked.get("trained")) is not None:
+        if not (trained := folder_gates(folder)):
+            raise ValueError(f"--trained {folder} has no gates, one folder each, as `mole train` writes them")
         for name, folder in trained.items():
             catalog.add_gates(name, folder)
     return catalog

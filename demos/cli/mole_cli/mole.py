@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -87,7 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"mole {words[0]}" if not words[0].startswith("-") else "mole"
     try:
         with quiet():
-            return parser(words[0]).main(words, prog_name="mole", standalone_mode=False) or 0
+            return (
+                parser(words[0], *os.environ.get("COMP_WORDS", "").split()).main(
+                    words, prog_name="mole", standalone_mode=False
+                )
+                or 0
+            )
     except (typer.TyperException, ValueError, OSError) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         if isinstance(error, OSError) and error.filename is not None:

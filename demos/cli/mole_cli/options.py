@@ -168,7 +168,8 @@ Embeddings = Annotated[
         exists=True,
         file_okay=False,
         show_default=False,
-        help="textual inversions, which a prompt names as embedding:NAME. Default: those of the program that the base is in.",
+        help="textual inversions, which a prompt names as embedding:NAME. Default: those of the program that "
+        "the base is in.",
     ),
 ]
 Upscalers = Annotated[

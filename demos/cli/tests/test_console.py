@@ -29,6 +29,22 @@ def test_help_loads_no_model_library(argv):
     assert len(out.splitlines()) > 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "hidden", "install"),
+    [
+        (["app"], "gradio", "mole-diffusers[app]"),
+        (["draw", "--help"], "mole_app", "mole-diffusers"),
+        (["evaluate", "--limit", "1"], "mole_world", "mole-diffusers[evaluate]"),
+    ],
+)
+def test_a_command_whose_part_is_absent_says_what_to_install(argv, hidden, install):
+    hide = f"import sys; sys.modules[{hidden!r}] = None; from mole_cli.mole import main; "
+    out, err = shell(f"{hide}assert main(['--help']) == 0; print(main({argv}))")
+    assert out.splitlines()[-1] == "1"
+    assert f"pip install '{install}'" in err
+    assert err.count("\n") == 1
+
+
 def test_what_works_on_files_loads_no_model_library(loras, tmp_path):
     fox, ink = str(loras["fox"]), str(loras["ink"])
     asked = "from mole_cli.mole import main; import sys; "

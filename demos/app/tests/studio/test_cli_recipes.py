@@ -55,14 +55,13 @@ def test_a_recipe_without_a_size_follows_its_prompt_everywhere(tmp_path):
     from mole_app.web.build import build
     from mole_cli.common import first_recipe
     from mole_cli.draw import open_studio
-    from mole_cli.options import Studio
 
     prompt = "noto drawing of a sunflower and a (doughnut:1.1) <lora:sunflower:1>"
     about = {"format": FORMAT, "version": VERSION, "prompt": prompt, "steps": 1}
     (tmp_path / "r.json").write_text(json.dumps(about))
     assert main(["redraw", str(tmp_path / "r.json"), "--out", str(tmp_path / "a.png")]) == 0
     assert pixels(tmp_path / "a.png").shape == (64, 128, 3)
-    studio = open_studio(Studio())
+    studio = open_studio({"base": "emoji", "expert": ()})
     blocks = build(Actions(studio, home=tmp_path / "gates"), first_recipe(studio))
     functions = {event.fn.__name__: event for event in blocks.fns.values() if event.fn}
     shown = plain(functions["load"])(str(tmp_path / "r.json"))

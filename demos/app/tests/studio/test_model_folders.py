@@ -7,7 +7,6 @@ import pytest
 from mole_app.studio.model_folders import around, bases_in, files_of, find_base, loras_beside, places
 from mole_cli.app import first_that_opens
 from mole_cli.common import open_catalog
-from mole_cli.options import Files
 
 LAYOUTS = {  # program -> folders of its checkpoints, LoRAs and embeddings
     "ComfyUI": ("models/checkpoints/sd15", "models/loras/people", "models/embeddings"),
@@ -38,7 +37,7 @@ def test_what_a_program_has_is_found_from_its_folder_its_models_or_a_checkpoint(
         assert list(bases_in(folder)) == ["Dream"]
         assert find_base(str(folder)) == find_base(str(folder / "dream")) == bases_in(folder)["Dream"]
         assert list(files_of(folder, "lora")) == ["fox"]
-        assert list(open_catalog([str(folder)], Files()).loras) == ["fox"]
+        assert list(open_catalog([str(folder)], {}).loras) == ["fox"]
     checkpoint = find_base(str(models / "dream"))
     assert list(loras_beside([checkpoint])) == list(around(checkpoint, "lora")) == ["fox"]
     assert list(around(checkpoint, "embedding")) == ["easy"]
@@ -49,7 +48,7 @@ def test_a_folder_of_ones_own_may_have_all_in_one_place(loras, tmp_path):
     (tmp_path / "Dream.safetensors").write_text("not read yet")
     shutil.copy(loras["fox"], tmp_path / "fox.safetensors")
     assert list(bases_in(tmp_path)) == ["Dream"]
-    assert list(open_catalog([str(tmp_path / "dream")], Files()).loras) == ["fox"]
+    assert list(open_catalog([str(tmp_path / "dream")], {}).loras) == ["fox"]
     assert places(tmp_path / "nowhere", "base") == []
 
 

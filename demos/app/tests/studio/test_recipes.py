@@ -16,7 +16,6 @@ from mole_app.studio.recipe import FORMAT, VERSION, Recipe, with_strength
 from mole_app.studio.render import Studio
 from mole_app.web.mixer_cards import cards_of
 from mole_cli.common import open_catalog
-from mole_cli.options import Files
 from mole_diffusers import attach, attached
 from mole_diffusers.binding.config import Bound
 
@@ -106,7 +105,7 @@ def test_examples_are_taken_by_name_alone_until_ones_own_have_that_name(loras, a
 
 
 def test_the_worlds_gates_are_examples():
-    catalog = open_catalog(["emoji"], Files())
+    catalog = open_catalog(["emoji"], {})
     assert "sunflower+doughnut" in catalog.gates
     assert catalog.gates_for(["sunflower", "doughnut"]) == "sum"
 
