@@ -26,14 +26,14 @@ from rivals.regional_composers import THRESHOLD, RegionalPrompt, masked_blend, r
 from rivals.sampling_composers import (
     ALPHA,
     BETA,
-    StepCounter,
     check_encodes_by_expert,
     composed_scores,
     k_lora,
     switched,
 )
+from rivals.unet_calls import StepCounter, before_forward
 
-__all__ = ["ARMS", "RegionalPrompt", "StepCounter", "isolated"]
+__all__ = ["ARMS", "RegionalPrompt", "StepCounter", "before_forward", "isolated"]
 RegionalPrompts = Callable[[Setup, Case], Mapping[str, RegionalPrompt]]  # each subject's own prompt and region
 Order = Callable[[Setup, Case], Sequence[str]]  # a case's experts, in the order that a composer uses
 MATRIX = GateConfig("static", granularity="matrix")  # so that LoRAs can change within a block
