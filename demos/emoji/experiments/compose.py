@@ -33,7 +33,6 @@ from sampling import GUIDANCE, STEPS
 from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.binding import Bound
 from mole_diffusers.inspection import image_grid, overlay, sample
-from mole_diffusers.patching.subjects.things import SINCE, UNTIL
 from mole_diffusers.training import cells
 from mole_world import TEST, VALIDATION, Scene, scene_in, words
 from mole_world.compositions import LARGER, compositions
@@ -104,7 +103,7 @@ def own_arms() -> list[Arm]:
         rivals.w_switch("w-switch, short turns", period=1, tail=1),
         rivals.patchwise("loratorio, sharp", temperature=0.02),
         rivals.blended("masked blend, given places", parts),
-        rivals.blended("masked blend, given places, tiles' steps", parts, since=SINCE, until=UNTIL),
+        rivals.blended("masked blend, given places, tiles' steps", parts, since=0.4, until=arms.UNTIL),
         *(arms.in_tiles(f"tiles, {family} gates", gates=arms.gates_of(WORK / "gates" / family)) for family in FAMILIES),
         arms.weighted("bound, factors gates", gates=arms.gates_of(WORK / "gates" / "factors"), binding=arms.from_files),
         arms.weighted("MoLE, the paper's form", gates=arms.gates_of(WORK / "paper")),

@@ -30,7 +30,6 @@ from train_gates import gates_for, lesson, recipe
 from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, Gate, GateBank, GateConfig, load_gates
 from mole_diffusers.lora import Expert
-from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.training import GateTraining, TrainingData, mean_losses, train_gates
 from mole_world import VALIDATION
 from mole_world.evaluation import arms, emoji_protocol
@@ -61,16 +60,16 @@ class Mixer(nn.Module):
         return low + F.linear(low.movedim(axis, -1), self.change).movedim(-1, axis)
 
 
-def mixer(layer: Any) -> nn.Module:
-    return Mixer(layer.lora_A[ADAPTER])
+def mixer(down: nn.Module, up: nn.Module) -> nn.Module:
+    return Mixer(down)
 
 
-def free_a(layer: Any) -> nn.Module:
-    return layer.lora_A[ADAPTER]
+def free_a(down: nn.Module, up: nn.Module) -> nn.Module:
+    return down
 
 
-def free_both(layer: Any) -> nn.Module:
-    return nn.ModuleList([layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]])
+def free_both(down: nn.Module, up: nn.Module) -> nn.Module:
+    return nn.ModuleList([down, up])
 
 
 class Freed(Gate):
@@ -83,14 +82,14 @@ class Freed(Gate):
 
 @dataclass(frozen=True)
 class Rung:
-    """What learns: gates of a family, or what `frees` returns for each layer with LoRAs.
+    """What learns: gates of a family, or what `frees` returns for A and B of each layer with LoRAs.
 
     Attributes:
         lr: the learning rate; None takes the one that suits each gate.
     """
 
     gates: str | GateConfig = "sum"
-    frees: Callable[[Any], nn.Module] | None = None
+    frees: Callable[[nn.Module, nn.Module], nn.Module] | None = None
     lr: float | None = None
 
 
@@ -107,18 +106,19 @@ RUNGS = {
 }
 
 
-def layers(pipe: Any) -> Iterator[tuple[str, str, Any]]:
-    """(part, name in it, peft's layer) of each layer that attached LoRAs change. A and B in it are those of all LoRAs."""
+def layers(pipe: Any) -> Iterator[tuple[str, str, Any, Any]]:
+    """(part, name in it, A, B) of each layer that attached LoRAs change. A and B are those of all LoRAs."""
     for part in ("unet", "text_encoder"):
         for name, module in getattr(pipe, part).named_modules():
-            if ADAPTER in getattr(module, "lora_A", {}):
-                yield part, name, module
+            if getattr(module, "lora_A", None):
+                (down,), (up,) = module.lora_A.values(), module.lora_B.values()
+                yield part, name, down, up
 
 
 def set_free(pipe: Any, mixture: Mixture, rung: Rung) -> None:
     """Add what a rung frees to the mixture's gates, so that it is trained and saved. `detach` undoes this."""
     if rung.frees is not None:
-        freed = {f"{part}.{name}": Freed(rung.frees(layer)) for part, name, layer in layers(pipe)}
+        freed = {f"{part}.{name}": Freed(rung.frees(*halves)) for part, name, *halves in layers(pipe)}
         mixture.banks["layers"] = GateBank(freed)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import ladder
 import torch
-from compose import SEEDS, SPLITS, measured
+from compose import SEEDS, SPLITS, measured, rivals
 from loop import WORK, device, multiplies_bf16, note, small_attention
 from packing import pack
 from sampling import GUIDANCE, STEPS
@@ -28,8 +28,6 @@ from torch import nn
 
 from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.gates import Gate, GateBank
-from mole_diffusers.patching.gating.gated_experts import ADAPTER
-from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training import GateTraining, TrainingData, cells, train_gates
 from mole_world.evaluation import arms, emoji_protocol
 from mole_world.evaluation.rows import Rows, digest_files
@@ -63,20 +61,18 @@ class Clock:
             time = args[1] if len(args) > 1 else kwargs["timestep"]
             self.time = torch.as_tensor(time).float().reshape(-1) / steps  # [B] or [1]
 
-        with undoing() as undo:
-            undo.before_forward(pipe.unet, before, with_kwargs=True)
+        with rivals.before_forward(pipe.unet, before):
             yield
 
 
 class ScoreGate(Gate):
     """Weights exp(scores . numbers) of the experts at one layer, on top of the sum. All layers share the numbers."""
 
-    def __init__(self, numbers: nn.Parameter, layer: Any, *, name: str, is_style: torch.Tensor, clock: Clock):
+    def __init__(self, numbers: nn.Parameter, down: Any, up: Any, *, name: str, is_style: torch.Tensor, clock: Clock):
         super().__init__()
         self.numbers, self.clock = numbers, clock
-        down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].weight.detach()
-        self.segment = down._buffers["segment"]  # [R]
-        self.lengths = up.flatten(1).norm(dim=0)  # [R], of the columns of B
+        self.segment = down.segment  # [R]
+        self.lengths = up.weight.detach().flatten(1).norm(dim=0)  # [R], of the columns of B
         here = torch.tensor([1.0, 0.0, "attn2" in name, name.startswith("up_blocks")])
         self.kinds = torch.stack([~is_style, is_style], -1).float()[..., None] * here  # [N, 2, 4]
         down.register_forward_hook(lambda _, __, low: self(low))
@@ -107,8 +103,8 @@ def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, *, styles: Col
     """Put score gates at every layer of the denoiser that has experts. `detach` removes them."""
     is_style = torch.tensor([name in styles for name in mixture.experts])
     gates = {
-        name: ScoreGate(numbers, layer, name=name, is_style=is_style, clock=clock)
-        for part, name, layer in ladder.layers(pipe)
+        name: ScoreGate(numbers, down, up, name=name, is_style=is_style, clock=clock)
+        for part, name, down, up in ladder.layers(pipe)
         if part == "unet"
     }
     mixture.banks["scores"] = GateBank(gates)

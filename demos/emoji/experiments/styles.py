@@ -28,8 +28,6 @@ from sampling import GUIDANCE, STEPS
 from mole_app.studio.prompt_syntax import parse
 from mole_app.studio.strength_schedule import StrengthSchedule
 from mole_diffusers import GateConfig, Mixture
-from mole_diffusers.patching.gating.gated_experts import ADAPTER
-from mole_diffusers.patching.undo import undoing
 from mole_world.evaluation import arms, emoji_protocol
 from mole_world.evaluation.rows import Row, Rows
 from mole_world.evaluation.runner import Arm, Case, Setup
@@ -98,16 +96,16 @@ def arm(name: str) -> Arm:
     def context(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
         tags = [f"<lora:{name}:{way.style if name in setup.styles else way.subjects}>" for name in mixture.experts]
         schedule = StrengthSchedule(list(mixture.experts), parse("".join(tags)).tags, unet=setup.pipe.unet, steps=STEPS)
-        steps = rivals.StepCounter(setup.pipe.unet)
+        steps = rivals.StepCounter()
 
         def before(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
             schedule.step = steps.at(args, kwargs)
 
-        for part, _, layer in layers(setup.pipe):
+        for part, _, down, _ in layers(setup.pipe):
             if part == "unet" and way.deviation != 1:
-                scale_deviation(layer.lora_A[ADAPTER], [name in setup.styles for name in mixture.experts], way.deviation)
-        with undoing() as undo, mixture.planned(schedule), mixture.tiled(prompt=case.prompt):
-            undo.before_forward(setup.pipe.unet, before, with_kwargs=True)
+                scale_deviation(down, [name in setup.styles for name in mixture.experts], way.deviation)
+        watched = rivals.before_forward(setup.pipe.unet, before)
+        with watched, mixture.planned(schedule), mixture.tiled(prompt=case.prompt):
             yield
 
     strengths = {"subjects": way.subjects, "style": way.style, "deviation": way.deviation}

@@ -22,11 +22,10 @@ from mole_diffusers.binding import Bound, to_json
 from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, frozen_random, hardened, uniform
 from mole_diffusers.inspection import sample
 from mole_diffusers.merging import METHODS, by_activations, check_fits, merge, resolved
-from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
-from mole_diffusers.patching.subjects.things import UNTIL
 from mole_world.evaluation.rows import digest_files, digest_texts
 from mole_world.evaluation.runner import Arm, ByKind, Case, Setup
 
+UNTIL = 0.8  # the share of the steps after which tiles are drawn as one picture
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Inside = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
 Binding = Callable[[Setup, Case], Mapping[str, Any]]  # words and regions, as `Mixture.bind` takes them
@@ -156,7 +155,7 @@ def in_tiles(
     """Bound, with each subject drawn in its own tile from a share of the steps on; see `Mixture.tiled` and `weighted`."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        return mixture.tiled(since=since, prompt=case.prompt)
+        return mixture.tiled(UNTIL, since=since, prompt=case.prompt)
 
     return weighted(name, gates=gates, binding=from_files, context=context, needs=a_unet, since=since, until=UNTIL)
 
@@ -243,7 +242,7 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
         return gates
 
     def replay(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if gates.dim() < 2 or place.partition(".")[0] not in DENOISERS:
+        if gates.dim() < 2 or place.startswith("text_encoder"):
             return gates  # these gates do not depend on the row, or on the step
         total, steps = seen[f"{place} {mask.tolist()}"]
         return (total / steps).repeat_interleave(len(gates) // len(total), 0)
