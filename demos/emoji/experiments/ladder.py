@@ -32,10 +32,10 @@ from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, Gate, GateBank, Gate
 from mole_diffusers.lora import Expert
 from mole_diffusers.training import GateTraining, TrainingData, mean_losses, train_gates
 from mole_world import VALIDATION
-from mole_world.evaluation import arms, emoji_protocol
+from mole_world.evaluation import emoji_protocol, methods
 from mole_world.evaluation.plots import curves
 from mole_world.evaluation.rows import Row, Rows, digest_files
-from mole_world.evaluation.runner import Arm, Case, Setup, requested_rows
+from mole_world.evaluation.runner import Case, Method, Setup, requested_rows
 from mole_world.evaluation.tables import as_frame, success_table
 from mole_world.world import emoji_world
 
@@ -149,30 +149,30 @@ def reached(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def kept(name: str, updates: int) -> Callable[[Case], Path]:
     """The folder of a trained rung, for a case."""
-    return arms.gates_of(WORK / "ladder" / name / str(updates))
+    return methods.gates_of(WORK / "ladder" / name / str(updates))
 
 
-def bound(name: str, updates: int) -> Arm:
+def bound(name: str, updates: int) -> Method:
     """A trained rung with every LoRA on its own words and in its own place."""
     rung, folder = RUNGS[name], kept(name, updates)
 
     @contextmanager
     def draws(setup: Setup, case: Case) -> Iterator[None]:
-        experts = setup.weighted_experts(arms.ones(setup, case))
-        with arms.attached_to(setup, experts, gates_for(rung.gates, case.concepts), {}) as mixture, mixture.tiled(0):
+        experts = setup.weighted_experts(methods.ones(setup, case))
+        with methods.attached_to(setup, experts, gates_for(rung.gates, case.concepts), {}) as mixture, mixture.tiled(0):
             set_free(setup.pipe, mixture, rung)
             load_gates(folder(case)).fill(mixture.banks)
             yield
 
     def settings(setup: Setup, case: Case) -> dict[str, Any]:
-        return setup.expert_settings(arms.ones(setup, case)) | {"trained": digest_files(folder(case) / GATE_WEIGHTS)}
+        return setup.expert_settings(methods.ones(setup, case)) | {"trained": digest_files(folder(case) / GATE_WEIGHTS)}
 
-    return Arm(f"{name} @ {updates}", draws, settings, covers=lambda case: (folder(case) / GATE_CONFIG).exists())
+    return Method(f"{name} @ {updates}", draws, settings, covers=lambda case: (folder(case) / GATE_CONFIG).exists())
 
 
 def placed(rows: Sequence[Row]) -> Iterator[Row]:
-    """Rows for the figure: by rung, with a line per number of updates. Untrained arms are at every rung."""
-    parted = [(row, *row["arm"].partition(" @ ")[::2]) for row in rows]
+    """Rows for the figure: by rung, with a line per number of updates. Untrained methods are at every rung."""
+    parted = [(row, *row["method"].partition(" @ ")[::2]) for row in rows]
     trained = {rung for _, rung, updates in parted if updates}
     for row, rung, updates in sorted(parted, key=lambda found: int(found[2] or 0)):
         line = f"{updates} updates" if updates else rung
@@ -202,7 +202,7 @@ def main() -> None:
             log = train(world.pipe, experts, RUNGS[name], lesson(case.concepts), folder, config=config)
         note(f"ladder {name} {updates} {case.name}", **reached(log), seconds=round(time.time() - start))
     trained = [bound(name, n) for n in args.updates for name in args.rungs]
-    drawn = [arms.summed(), arms.bound(), arms.in_tiles(), *trained]
+    drawn = [methods.summed(), methods.bound(), methods.in_tiles(), *trained]
     seeds = range(SEEDS["validation"], SEEDS["validation"] + args.seeds)
     metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
     rows = Rows(WORK / "ladder" / "rows")
@@ -210,7 +210,7 @@ def main() -> None:
     print(success_table(table))
     print(success_table(table, against="bound"))
     if args.pack:
-        pack("ladder", table, ["kind", "concepts", "arm", "seed"])
+        pack("ladder", table, ["kind", "concepts", "method", "seed"])
     if args.figure:
         every = [*drawn, *(bound(name, n) for n in UPDATES for name in RUNGS)]
         shown = requested_rows(setup, every, [case for case, _ in found], seeds=seeds, rows=rows)

@@ -29,9 +29,9 @@ from torch import nn
 from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.gates import Gate, GateBank
 from mole_diffusers.training import GateTraining, TrainingData, cells, train_gates
-from mole_world.evaluation import arms, emoji_protocol
+from mole_world.evaluation import emoji_protocol, methods
 from mole_world.evaluation.rows import Rows, digest_files
-from mole_world.evaluation.runner import Arm, Case, Setup
+from mole_world.evaluation.runner import Case, Method, Setup
 from mole_world.evaluation.tables import as_frame, success_table
 from mole_world.scenes import Scene
 from mole_world.world import emoji_world
@@ -118,7 +118,7 @@ def taught(setup: Setup, case: Case, scene: Scene, gates: Any) -> Iterator[tuple
     """Attach the LoRAs of a composition, each in its place. Gives the mixture, and a function that trains its gates with
     the given settings."""
     experts = {name: setup.experts[name] for name in case.concepts}
-    subjects = arms.subjects_of(setup, case)
+    subjects = methods.subjects_of(setup, case)
     boxes = dict(zip(subjects, cells(len(subjects), *scene.size), strict=True))
     data = TrainingData(
         composed=[case.prompt],
@@ -167,27 +167,27 @@ def train_retrieval(setup: Setup, lessons: Lessons) -> None:
 # ---- drawing
 
 
-def by_scores() -> Arm:
+def by_scores() -> Method:
     """Every LoRA on its own words and in its own place, weighted by the shared numbers."""
     clock = Clock()
 
     @contextmanager
     def draws(setup: Setup, case: Case) -> Iterator[None]:
-        experts = setup.weighted_experts(arms.ones(setup, case))
-        with arms.attached_to(setup, experts, "sum", {}) as mixture, mixture.tiled(0), clock.of(setup.pipe):
+        experts = setup.weighted_experts(methods.ones(setup, case))
+        with methods.attached_to(setup, experts, "sum", {}) as mixture, mixture.tiled(0), clock.of(setup.pipe):
             numbers = nn.Parameter(torch.load(NUMBERS, weights_only=True))
             put_gates(setup.pipe, mixture, numbers, styles=setup.styles, clock=clock)
             yield
 
     def settings(setup: Setup, case: Case) -> dict[str, Any]:
-        return setup.expert_settings(arms.ones(setup, case)) | {"trained": digest_files(NUMBERS)}
+        return setup.expert_settings(methods.ones(setup, case)) | {"trained": digest_files(NUMBERS)}
 
-    return Arm("shared scores", draws, settings)
+    return Method("shared scores", draws, settings)
 
 
-def by_retrieval(folder: Path) -> Arm:
+def by_retrieval(folder: Path) -> Method:
     """The same, weighted by the retrieval gates."""
-    return arms.weighted("shared retrieval", gates=lambda case: folder, binding=arms.from_files)
+    return methods.weighted("shared retrieval", gates=lambda case: folder, binding=methods.from_files)
 
 
 TRAIN = {"scores": train_scores, "retrieval": train_retrieval}
@@ -212,13 +212,13 @@ def main() -> None:
             with small_attention():
                 TRAIN[name](setup, cases["validation"] * args.rounds)
     for split, found in cases.items():
-        drawn = [arms.bound(), *(DRAWN[name]() for name in args.gates)]
+        drawn = [methods.bound(), *(DRAWN[name]() for name in args.gates)]
         seeds, rows = range(SEEDS[split], SEEDS[split] + args.seeds), Rows(FOLDER / "rows" / split)
         metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
         table = as_frame(measured(setup, drawn, found, metrics, seeds=seeds, rows=rows))
         print(split, success_table(table), success_table(table, against="bound"), sep="\n", flush=True)
         if args.pack:
-            pack("shared", table.assign(split=split), ["split", "kind", "concepts", "arm", "seed"])
+            pack("shared", table.assign(split=split), ["split", "kind", "concepts", "method", "seed"])
 
 
 if __name__ == "__main__":

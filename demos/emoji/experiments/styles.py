@@ -28,9 +28,9 @@ from sampling import GUIDANCE, STEPS
 from mole_app.studio.prompt_syntax import parse
 from mole_app.studio.strength_schedule import StrengthSchedule
 from mole_diffusers import GateConfig, Mixture
-from mole_world.evaluation import arms, emoji_protocol
+from mole_world.evaluation import emoji_protocol, methods
 from mole_world.evaluation.rows import Row, Rows
-from mole_world.evaluation.runner import Arm, Case, Setup
+from mole_world.evaluation.runner import Case, Method, Setup
 from mole_world.evaluation.tables import as_frame, by_kind
 from mole_world.world import emoji_world
 
@@ -88,7 +88,7 @@ def kept(case: Case) -> Path:
     return WORK / "styles" / case.name
 
 
-def arm(name: str) -> Arm:
+def method(name: str) -> Method:
     """One of `WAYS`. Subjects are drawn in tiles if they have room."""
     way = WAYS[name]
 
@@ -109,7 +109,9 @@ def arm(name: str) -> Arm:
             yield
 
     strengths = {"subjects": way.subjects, "style": way.style, "deviation": way.deviation}
-    return arms.weighted(name, gates=kept if way.gates else "sum", binding=arms.from_files, context=context, **strengths)
+    return methods.weighted(
+        name, gates=kept if way.gates else "sum", binding=methods.from_files, context=context, **strengths
+    )
 
 
 def scale_deviation(down: torch.nn.Module, is_style: Sequence[bool], factor: float) -> None:
@@ -169,12 +171,12 @@ def main() -> None:
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "styles" / "rows" / args.split)
     metrics = Margins(world.judge(), world.drawings, found)
-    table = as_frame(measured(setup, [arm(name) for name in ways], found, metrics, seeds=seeds, rows=rows))
+    table = as_frame(measured(setup, [method(name) for name in ways], found, metrics, seeds=seeds, rows=rows))
     columns = ("success", *MARGINS)
     print(by_kind(table, columns, head="way", digits=2))
     print(by_kind(table, columns, head="way", against="bound"))
     if args.pack:
-        request = ["split", "kind", "concepts", "arm", "seed"]
+        request = ["split", "kind", "concepts", "method", "seed"]
         pack("styles", table.assign(split=args.split).round(dict.fromkeys(MARGINS, 2)), request, measured=columns)
 
 

@@ -16,7 +16,7 @@ from scipy import stats
 Estimate = tuple[float, float, float]  # a mean and both ends of its 95 % interval
 Kind = Literal["share", "change", "measure"]  # of yes and no; difference of two such values; any other number
 EQUAL = 1e-9  # measures that differ by less are equal, up to rounding
-ENOUGH = 20  # cases; with fewer, no arm is called better than another
+ENOUGH = 20  # cases; with fewer, no method is called better than another
 
 
 def estimate(table: torch.Tensor, units: Sequence[Sequence[str]], kind: Kind) -> Estimate:
