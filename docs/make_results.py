@@ -4,11 +4,12 @@ of the world `--pack`.
     python docs/make_results.py
 
 A table follows a line that says what is in it:
-`<!-- success: SPLIT; METHOD / METHOD / ...; N seeds -->`, with "others" for all of `OTHERS`. It may go on with `; less METHOD`:
-less what that method has on the same compositions and seeds, or `; shared`: of the compositions alone that all of these have.
+`<!-- success: SPLIT; METHOD / METHOD / ...; N seeds -->`, with "others" for all of `OTHERS`. It may go on with
+`; less METHOD`: less what that method has on the same compositions and seeds, or `; shared`: of the compositions alone that
+all of these have.
 `<!-- counts: SPLIT; METHOD / METHOD / ...; N seeds -->`: the same in numbers of pictures, a row per kind.
-`<!-- kinds: SPLIT; METHOD / METHOD / ...; N seeds -->`: the shares, a row per kind, and how many successes of the last method
-also show a subject that nobody asked for.
+`<!-- kinds: SPLIT; METHOD / METHOD / ...; N seeds -->`: the shares, a row per kind, and how many successes of the
+last method also show a subject that nobody asked for.
 `<!-- ladder: N, N, ... updates -->`
 `<!-- wordings: METHOD / METHOD / ... -->`: by how the prompt says it.
 `<!-- joint: METHOD / METHOD -->`: one LoRA for all subjects, by composition, rank and updates.

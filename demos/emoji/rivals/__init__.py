@@ -3,7 +3,7 @@
     mole evaluate --methods-from demos/emoji/rivals --method sum --method tiles --method freefuse
     mole compose "a fox and a hat" --methods-from demos/emoji/rivals --method switch
 
-Each file has one kind of composer, as a context on an attached mixture; here they are methods. Regional prompts and
+Each file has one kind of composer, as a context on an attached mixture; here they have names. Regional prompts and
 isolation are told where each subject is, so they have no name in `METHODS`: see `emoji/compose.py`.
 """
 
