@@ -50,11 +50,11 @@ class Point:
     found: Sequence[tuple[Case, Scene]]
 
     def worded(self, prompt: Callable[[Scene], str]) -> "Point":
-        """The same compositions with another wording."""
+        """This setting with its compositions in another wording."""
         return replace(self, found=[(replace(case, prompt=prompt(scene)), scene) for case, scene in self.found])
 
     def scaled(self, factor: float) -> "Point":
-        """The same compositions on canvases whose sides are `factor` times as long."""
+        """This setting with its compositions on canvases whose sides are `factor` times as long."""
         sizes = [(round(factor * scene.size[0]), round(factor * scene.size[1])) for _, scene in self.found]
         return replace(self, found=[(replace(c, size=size), s) for (c, s), size in zip(self.found, sizes, strict=True)])
 

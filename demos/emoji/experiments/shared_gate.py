@@ -186,7 +186,7 @@ def by_scores() -> Method:
 
 
 def by_retrieval(folder: Path) -> Method:
-    """The same, weighted by the retrieval gates."""
+    """Every LoRA on its own words and in its own place, weighted by the retrieval gates."""
     return methods.weighted("shared retrieval", gates=lambda case: folder, binding=methods.from_files)
 
 

@@ -90,9 +90,3 @@ def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean over cases that have a value: [draws, G] twice -> [draws], NaN if none has weight."""
     weights = weights * ~values.isnan()
     return (values.nan_to_num() * weights).sum(1) / weights.sum(1)
-
-
-def as_table(groups: Sequence[Sequence[float]]) -> torch.Tensor:
-    """Values by case, of different lengths, as a table [G, S] padded with NaN."""
-    width = max(map(len, groups))
-    return torch.tensor([[*group, *[float("nan")] * (width - len(group))] for group in groups], dtype=torch.float64)

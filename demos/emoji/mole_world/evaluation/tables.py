@@ -7,6 +7,8 @@ from math import nan
 from typing import Any, Literal
 
 import pandas as pd
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mole_world.evaluation import statistics
 from mole_world.evaluation.rows import SAME_NOISE, Row
@@ -53,8 +55,9 @@ def estimate(rows: pd.DataFrame, value: str, *, resample: Resample = "cases") ->
     """The mean of a column over cases and seeds, with its 95 % interval; also of a column from `differences`."""
     cases = dict(iter(rows.groupby("case", sort=False)))
     units = [[name] if resample == "cases" else case["concepts"].iloc[0] for name, case in cases.items()]
-    values = statistics.as_table([case[value].astype(float).tolist() for case in cases.values()])
-    return statistics.estimate(values, units, _kind(rows, value))
+    values = [torch.tensor(case[value].astype(float).to_numpy()) for case in cases.values()]
+    table = pad_sequence(values, batch_first=True, padding_value=nan)  # [G, S]
+    return statistics.estimate(table, units, _kind(rows, value))
 
 
 def _kind(rows: pd.DataFrame, value: str) -> statistics.Kind:

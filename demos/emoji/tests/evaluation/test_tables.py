@@ -94,3 +94,10 @@ def test_scores_are_compared_on_the_same_noise():
         "| gates | 0.000 [-0.561, 0.561] | -0.015 (n = 3) | 0.012 (n = 3) | - | - | 0.250 [-0.247, 0.747] |"
     ]
     assert "| sum | 0.250 [" in tables.score_table(frame, ["CLIP-T"])
+
+
+def test_each_case_counts_once_however_many_seeds_it_has():
+    rows = rows_of(("sum", "a", {"a": True}), *(("sum", "b", {"b": seen}) for seen in (False, False, True)))
+    mean, low, high = tables.estimate(tables.as_frame(rows), "success")
+    assert mean == pytest.approx((1 + 1 / 3) / 2)
+    assert 0 <= low < mean < high <= 1
