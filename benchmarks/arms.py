@@ -25,7 +25,7 @@ WORDS = "bcdefghk"  # a one-letter word for each LoRA
 
 
 def twin(pipe: Any, *, own: bool = False) -> Any:
-    """The same pipeline with another UNet that shares all weights; with `own`, all except those of the attention layers."""
+    """A copy of a pipeline whose UNet shares all weights with it; with `own`, all except those of the attention layers."""
     named = pipe.unet.named_parameters()
     shared = {id(p): p for name, p in named if not (own and name.removesuffix(".weight").endswith(ATTENTION))}
     other = copy.copy(pipe)

@@ -4,14 +4,15 @@ of the world `--pack`.
     python docs/make_results.py
 
 A table follows a line that says what is in it:
-`<!-- success: SPLIT; ARM / ARM / ...; N seeds -->`, with "others" for all of `OTHERS`. It may go on with `; less ARM`: less
-what that arm has on the same compositions and seeds, or `; shared`: of the compositions alone that all of these arms have.
-`<!-- counts: SPLIT; ARM / ARM / ...; N seeds -->`: the same in numbers of pictures, a row per kind.
-`<!-- kinds: SPLIT; ARM / ARM / ...; N seeds -->`: the shares, a row per kind, and how many successes of the last arm also
-show a subject that nobody asked for.
+`<!-- success: SPLIT; METHOD / METHOD / ...; N seeds -->`, with "others" for all of `OTHERS`. It may go on with
+`; less METHOD`: less what that method has on the same compositions and seeds, or `; shared`: of the compositions alone that
+all of these have.
+`<!-- counts: SPLIT; METHOD / METHOD / ...; N seeds -->`: the same in numbers of pictures, a row per kind.
+`<!-- kinds: SPLIT; METHOD / METHOD / ...; N seeds -->`: the shares, a row per kind, and how many successes of the
+last method also show a subject that nobody asked for.
 `<!-- ladder: N, N, ... updates -->`
-`<!-- wordings: ARM / ARM / ... -->`: by how the prompt says it.
-`<!-- joint: ARM / ARM -->`: one LoRA for all subjects, by composition, rank and updates.
+`<!-- wordings: METHOD / METHOD / ... -->`: by how the prompt says it.
+`<!-- joint: METHOD / METHOD -->`: one LoRA for all subjects, by composition, rank and updates.
 
 `SENTENCES` are those whose numbers are counted.
 """
@@ -31,7 +32,7 @@ from mole_world.evaluation.tables import interval, markdown, success_table
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
 TABLE = re.compile(r"<!-- (success|counts|kinds|ladder|wordings|joint): (.+?) -->\n\n((?:\|.*\n)*)")
-RUNGS = {  # arm of the ladder -> what is free to learn
+RUNGS = {  # method of the ladder -> what is free to learn
     "sum": "",
     "bound": "",
     "mole": "gates: a weight per LoRA and block",
@@ -94,132 +95,132 @@ def verdicts(name: str) -> pd.DataFrame:
     rows["success"] = rows["success"].astype(bool)
     case, kind = rows["concepts"], rows["kind"]
     prompt = kind + ": " + case  # the same two may be a case of several kinds
-    return rows.assign(case=case, prompt=prompt, concepts=case.str.split("+"), composer=rows["arm"], group=kind)
+    return rows.assign(case=case, prompt=prompt, concepts=case.str.split("+"), composer=rows["method"], group=kind)
 
 
-def in_order(rows: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
-    """Rows by kind, by arm in the given order, by composition and by seed."""
-    kinds, arms = [*TEST, *LARGER], list(arms)
+def in_order(rows: pd.DataFrame, methods: Iterable[str]) -> pd.DataFrame:
+    """Rows by kind, by method in the given order, by composition and by seed."""
+    kinds, methods = [*TEST, *LARGER], list(methods)
     rows = rows.sort_values(["case", "seed"])
-    return rows.sort_values(["kind", "arm"], key=lambda column: column.map([*kinds, *arms].index), kind="stable")
+    return rows.sort_values(["kind", "method"], key=lambda column: column.map([*kinds, *methods].index), kind="stable")
 
 
 def success(asked: str) -> str:
-    """Of arms on the compositions of a split."""
+    """Of methods on the compositions of a split."""
     split, names, count, *more = asked.split("; ")
-    rows, arms = verdicts(split), [*OTHERS] if names == "others" else names.split(" / ")
+    rows, methods = verdicts(split), [*OTHERS] if names == "others" else names.split(" / ")
     against = next((option.removeprefix("less ") for option in more if option != "shared"), None)
     if against:
-        arms.insert(0, against)
-    if unknown := set(arms) - set(rows["arm"]):
-        raise ValueError(f"{split}.csv.gz has no arm {sorted(unknown)}, but {sorted(set(rows['arm']))}")
+        methods.insert(0, against)
+    if unknown := set(methods) - set(rows["method"]):
+        raise ValueError(f"{split}.csv.gz has no method {sorted(unknown)}, but {sorted(set(rows['method']))}")
     first = sorted(rows["seed"].unique())[: int(count.removesuffix(" seeds"))]
-    rows = rows[rows["arm"].isin(arms) & rows["seed"].isin(first)]
+    rows = rows[rows["method"].isin(methods) & rows["seed"].isin(first)]
     if "shared" in more:
-        rows = shared(rows, arms)
-    return success_table(in_order(rows, arms), against=against, resample="concepts")
+        rows = shared(rows, methods)
+    return success_table(in_order(rows, methods), against=against, resample="concepts")
 
 
-def shared(rows: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
-    """Rows of these arms, of the compositions and seeds that all of them have."""
-    rows = rows[rows["arm"].isin(arms := set(arms))]
-    return rows[rows.groupby(["prompt", "seed"])["arm"].transform("nunique") == len(arms)]
+def shared(rows: pd.DataFrame, methods: Iterable[str]) -> pd.DataFrame:
+    """Rows of these methods, of the compositions and seeds that all of them have."""
+    rows = rows[rows["method"].isin(methods := set(methods))]
+    return rows[rows.groupby(["prompt", "seed"])["method"].transform("nunique") == len(methods)]
 
 
 def counts(asked: str) -> str:
-    """Of arms on the compositions of a split: pictures with success, of how many, a row per kind."""
+    """Of methods on the compositions of a split: pictures with success, of how many, a row per kind."""
     split, names, count = asked.split("; ")
-    rows, arms = verdicts(split), names.split(" / ")
+    rows, methods = verdicts(split), names.split(" / ")
     first = sorted(rows["seed"].unique())[: int(count.removesuffix(" seeds"))]
-    rows = in_order(rows[rows["arm"].isin(arms) & rows["seed"].isin(first)], arms)
+    rows = in_order(rows[rows["method"].isin(methods) & rows["seed"].isin(first)], methods)
     body = []
     for kind, own in rows.groupby("kind", sort=False):
-        right = [own.loc[own["arm"] == arm, "success"] for arm in arms]
+        right = [own.loc[own["method"] == method, "success"] for method in methods]
         cells = [f"{each.sum()} of {len(each)}" if len(each) else "not drawn" for each in right]
         body.append([IN_WORDS.get(str(kind), str(kind)), str(own["case"].nunique()), *cells])
-    return markdown(["the prompt asks for", "prompts", *arms], body)
+    return markdown(["the prompt asks for", "prompts", *methods], body)
 
 
 def kinds(asked: str) -> str:
-    """Of arms on the compositions of a split, a row per kind: shares of success, and of the last arm's successes those that
-    also show a subject that nobody asked for."""
+    """Of methods on the compositions of a split, a row per kind: shares of success, and of the last method's successes those
+    that also show a subject that nobody asked for."""
     split, names, count = asked.split("; ")
-    rows, arms = verdicts(split), names.split(" / ")
+    rows, methods = verdicts(split), names.split(" / ")
     first = sorted(rows["seed"].unique())[: int(count.removesuffix(" seeds"))]
-    right = rows[(rows["arm"] == arms[-1]) & rows["seed"].isin(first) & rows["success"]]
+    right = rows[(rows["method"] == methods[-1]) & rows["seed"].isin(first) & rows["success"]]
     head, _, *lines = [line.strip("| ").split(" | ") for line in success(asked).splitlines()]
     body = []
     for kind, *shares in zip(head[1:], *(line[1:] for line in lines), strict=True):
         more = right.loc[right["kind"] == kind, "another"]
         body.append([IN_WORDS.get(kind, kind), *shares, f"{more.sum()} of {len(more)}"])
-    return markdown(["the prompt asks for", *arms, f"{arms[-1]}, right but with one more"], body)
+    return markdown(["the prompt asks for", *methods, f"{methods[-1]}, right but with one more"], body)
 
 
 def ladder(asked: str) -> str:
     """By what is free to learn, a column per number of updates."""
     rows, columns = verdicts("ladder"), ["0", *asked.removesuffix(" updates").split(", ")]
-    name = rows["arm"].str.partition(" @ ")
-    rows = in_order(rows.assign(arm=name[0], updates=name[2].replace("", "0")), RUNGS)
+    name = rows["method"].str.partition(" @ ")
+    rows = in_order(rows.assign(method=name[0], updates=name[2].replace("", "0")), RUNGS)
     body = [
-        [arm, RUNGS[arm], *(interval(own[own["updates"] == count], "success") for count in columns)]
-        for arm, own in rows.groupby("arm", sort=False)
+        [method, RUNGS[method], *(interval(own[own["updates"] == count], "success") for count in columns)]
+        for method, own in rows.groupby("method", sort=False)
     ]
-    return markdown(["arm", "free to learn", "untrained", *(f"{count} updates" for count in columns[1:])], body)
+    return markdown(["method", "free to learn", "untrained", *(f"{count} updates" for count in columns[1:])], body)
 
 
 def wordings(asked: str) -> str:
     """By how the prompt says it: the forms of the base's captions together, then others."""
-    arms = asked.split(" / ")
+    methods = asked.split(" / ")
     rows = verdicts("robustness").query("axis == 'wording'")
     told = rows["setting"].map(WORDINGS)
     forms = rows.loc[told.isna(), "setting"].nunique()
     rows = rows.assign(said=told.fillna(f"the {forms} forms of the base's captions"))
     body = [
-        [said, *(interval(own[own["arm"] == arm], "success", resample="concepts") for arm in arms)]
+        [said, *(interval(own[own["method"] == method], "success", resample="concepts") for method in methods)]
         for said, own in rows.groupby("said", sort=False)
     ]
-    return markdown(["the prompt", *arms], body)
+    return markdown(["the prompt", *methods], body)
 
 
 def joint(asked: str) -> str:
     """By composition, rank and updates: right pictures, of how many, and Wilson's interval over pictures."""
-    arms, body = asked.split(" / "), []
+    methods, body = asked.split(" / "), []
     for (case, rank, updates), own in verdicts("joint").groupby(["case", "rank", "updates"]):
-        right = [own.loc[own["arm"] == arm, "success"] for arm in arms]
+        right = [own.loc[own["method"] == method, "success"] for method in methods]
         ends = [wilson(each.mean(), len(each)) for each in right]
         cells = [f"{each.sum()} of {len(each)} [{a:.2f}, {b:.2f}]" for each, (a, b) in zip(right, ends, strict=True)]
         body.append([case.replace("+", ", "), str(rank), str(updates), *cells])
-    return markdown(["taught on", "rank", "updates for each", *arms], body)
+    return markdown(["taught on", "rank", "updates for each", *methods], body)
 
 
 def numbers() -> dict[str, str]:
     """What `SENTENCES` count. Raises ValueError if FreeFuse is not the best of the others."""
     rows = verdicts("test")
-    shown = rows[rows["arm"] == "tiles"]
+    shown = rows[rows["method"] == "tiles"]
     hard = shown[shown["kind"].isin(["contact", "two subjects, close"])]
     three = shown[shown["kind"].str.startswith("three")]
     right = pd.concat([hard, three]).query("success")
-    two = rows[rows["kind"] == "two subjects"].pivot(index=["seed", "case"], columns="arm", values="success")
+    two = rows[rows["kind"] == "two subjects"].pivot(index=["seed", "case"], columns="method", values="success")
     first = two.loc[two.index.levels[0].min()]
     best = first[[*TOLD_THE_PROMPT]].sum()
     if best["freefuse"] < best.max():
         raise ValueError(f"the best of the others is {best.idxmax()}")
-    reworded = verdicts("robustness").query("setting == 'other words'").groupby("arm")["success"].agg(["sum", "size"])
+    reworded = verdicts("robustness").query("setting == 'other words'").groupby("method")["success"].agg(["sum", "size"])
     gated = {"none": "tiles", **TRAINED}
     of_gates = shared(rows, gated.values())
     counted = {
         **{"hard": hard["success"].sum(), "of_hard": len(hard), "three": three["success"].sum(), "of_three": len(three)},
         **{"all_hard": len(right), "with_more": right["another"].sum(), "others": len(TOLD_THE_PROMPT)},
-        **{"pictures": len(two), **{arm: two[arm].sum() for arm in ("tiles", "freefuse")}},
+        **{"pictures": len(two), **{method: two[method].sum() for method in ("tiles", "freefuse")}},
         **{"won": (two["tiles"] > two["freefuse"]).sum(), "lost": (two["freefuse"] > two["tiles"]).sum()},
         **{"cases": len(first), "told": first[[*TOLD_THE_PLACES]].sum().max()},
         "told_ours": first["words and given places"].sum(),
-        **{name: of_gates.loc[of_gates["arm"] == arm, "success"].sum() for name, arm in gated.items()},
+        **{name: of_gates.loc[of_gates["method"] == method, "success"].sum() for name, method in gated.items()},
         "two_more": shown.query("kind == 'two subjects' and success")["another"].sum(),
         **{"reworded": reworded["sum"]["tiles"], "of_reworded": reworded["size"]["tiles"]},
         "known": reworded["sum"]["base, own words"],
-        "of_gates": (of_gates["arm"] == "tiles").sum(),
-        **{f"{arm}_1": first[arm].sum() for arm in ("sum", "bound", "freefuse", "tiles")},
+        "of_gates": (of_gates["method"] == "tiles").sum(),
+        **{f"{method}_1": first[method].sum() for method in ("sum", "bound", "freefuse", "tiles")},
     }
     return {name: str(count) for name, count in counted.items()}
 

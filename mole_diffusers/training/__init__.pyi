@@ -23,8 +23,8 @@ from .gate_trainer import train_gates as train_gates
 from .latents import default_side as default_side
 from .latents import encode as encode
 from .latents import precise as precise
-from .lora_adapter import add_lora as add_lora
 from .lora_adapter import header as header
+from .lora_adapter import new_lora as new_lora
 from .lora_adapter import save_lora as save_lora
 from .lora_trainer import class_samples as class_samples
 from .lora_trainer import train_lora as train_lora

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch import nn
 from mole_diffusers.lora import LoraWeights, family_of
 from mole_diffusers.lora.writing import TRIGGERS, write_lora
 from mole_diffusers.patching.install import peft_injection
-from mole_diffusers.patching.undo import Undo
+from mole_diffusers.patching.undo import Undo, undoing
 from mole_diffusers.training.beam import Ranks, importance
 from mole_diffusers.training.config import LORA_LAYERS, LoraTraining
 
@@ -74,6 +75,13 @@ class LoraLayers:
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return self.halves | {f"{name}.g": logits for name, logits in self.logits.items()}
+
+
+@contextmanager
+def new_lora(pipe: Any, config: LoraTraining) -> Iterator[LoraLayers]:
+    """A new LoRA on a pipeline while the block runs, to train it in a loop of your own. Then the models are as they were."""
+    with undoing() as undo:
+        yield add_lora(pipe, config, undo)
 
 
 def add_lora(pipe: Any, config: LoraTraining, undo: Undo) -> LoraLayers:

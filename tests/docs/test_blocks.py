@@ -33,7 +33,7 @@ ELSEWHERE = {  # page, language of its blocks -> who runs them
     ("README.md", "bash"): "CI; test_project::test_ci_runs_the_two_commands_of_the_readme",
     ("bind.md", "python"): "test_docs::test_the_page_of_binding_runs",
     ("evaluation.md", "bash"): "test_docs::test_the_evaluation_runs",
-    ("methods.md", "python"): "test_docs::test_an_arm_of_the_readers_own_is_one",
+    ("methods.md", "python"): "test_docs::test_an_method_of_the_readers_own_is_one",
     ("tiles.md", "python"): "test_docs::test_a_picture_is_drawn_in_tiles_as_shown",
     ("training.md", "bash"): "test_docs_training::test_every_command_runs",
     ("tutorial.md", "python"): "test_docs::test_the_tutorial_runs",
@@ -145,7 +145,7 @@ def tiny(words, judges=()):
     words = [word for word in words if word != "..."]
     if words[:1] == ["evaluate"] and "--split" not in words:
         own = ["--base", "MODEL", "--loras", "FOLDER", "--device", "cpu"]
-        words = [*words, *own, "--protocol", "pairs", "--arm", "base", "--arm", "sum", *judges]
+        words = [*words, *own, "--protocol", "pairs", "--method", "base", "--method", "sum", *judges]
     if "MODEL" not in words and "--base" in words and words[words.index("--base") + 1].endswith(".safetensors"):
         words = [*words, "--base-config", "config"]
     return [*words, *TINY[words[0]].split()]

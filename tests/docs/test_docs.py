@@ -44,13 +44,13 @@ def test_a_success_is_the_share_of_pictures_that_were_judged_right():
     rows = [row for row in packed("test") if row["kind"] == "two subjects"]
     first = sorted({row["seed"] for row in rows})[0]
     right = {
-        arm: {row["concepts"]: int(row["success"]) for row in rows if (row["arm"], row["seed"]) == (arm, first)}
-        for arm in ("sum", "bound")
+        method: {row["concepts"]: int(row["success"]) for row in rows if (row["method"], row["seed"]) == (method, first)}
+        for method in ("sum", "bound")
     }
-    shares = {arm: sum(found.values()) / len(found) for arm, found in right.items()}
+    shares = {method: sum(found.values()) / len(found) for method, found in right.items()}
     assert right["sum"].keys() == right["bound"].keys()
     assert cell(RESULTS["success"]("test; sum / bound; 1 seeds"), "bound", "two subjects") == f"{shares['bound']:.2f}"
-    with_more = [row["another"] == "True" for row in rows if row["arm"] == "tiles" and row["success"] == "1"]
+    with_more = [row["another"] == "True" for row in rows if row["method"] == "tiles" and row["success"] == "1"]
     table = RESULTS["kinds"]("test; bound / tiles; 8 seeds")
     assert cell(table, "two subjects", "tiles, right but with one more") == str(sum(with_more))
     assert cell(table, "two subjects", "bound") == cell(RESULTS["success"]("test; bound; 8 seeds"), "bound", "two subjects")
@@ -65,9 +65,9 @@ def test_sentences_say_what_was_judged():
     for sentence in RESULTS["SENTENCES"]:
         assert RESULTS["said"](sentence, counted, text) == text
         assert RESULTS["said"](sentence, dict.fromkeys(counted, "7777"), text) != text, sentence
-    rows = [row for row in packed("test") if row["arm"] in ("tiles", "freefuse")]
-    right = {(row["kind"], row["concepts"], row["seed"], row["arm"]): row["success"] == "1" for row in rows}
-    pairs = [(right[(*of, "tiles")], right[(*of, arm)]) for *of, arm in right if arm == "freefuse"]
+    rows = [row for row in packed("test") if row["method"] in ("tiles", "freefuse")]
+    right = {(row["kind"], row["concepts"], row["seed"], row["method"]): row["success"] == "1" for row in rows}
+    pairs = [(right[(*of, "tiles")], right[(*of, method)]) for *of, method in right if method == "freefuse"]
     alone = [sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)]
     assert [counted[name] for name in ("pictures", "freefuse", "won", "lost")] == [
         str(number) for number in (len(pairs), sum(b for _, b in pairs), *alone)
@@ -84,38 +84,41 @@ def packed(name):
         return list(csv.DictReader(file))
 
 
-def test_a_table_of_trained_gates_has_what_all_of_its_arms_have():
+def test_a_table_of_trained_gates_has_what_all_of_its_methods_have():
     """The sum was drawn of more compositions than gates were trained for."""
-    arms, kind = ("sum", "tiles, mole gates"), "three subjects"
-    rows = [row for row in packed("test") if row["kind"] == kind and row["arm"] in arms]
-    asked = {arm: {(row["concepts"], row["seed"]): int(row["success"]) for row in rows if row["arm"] == arm} for arm in arms}
+    methods, kind = ("sum", "tiles, mole gates"), "three subjects"
+    rows = [row for row in packed("test") if row["kind"] == kind and row["method"] in methods]
+    asked = {
+        method: {(row["concepts"], row["seed"]): int(row["success"]) for row in rows if row["method"] == method}
+        for method in methods
+    }
     table = RESULTS["success"]("test; sum / tiles, mole gates; 8 seeds; shared")
-    both = asked[arms[0]].keys() & asked[arms[1]].keys()
-    assert len(both) == len(asked[arms[1]]) < len(asked[arms[0]])
-    for arm in arms:
-        assert cell(table, arm, kind) == f"{sum(asked[arm][each] for each in both) / len(both):.2f}"
+    both = asked[methods[0]].keys() & asked[methods[1]].keys()
+    assert len(both) == len(asked[methods[1]]) < len(asked[methods[0]])
+    for method in methods:
+        assert cell(table, method, kind) == f"{sum(asked[method][each] for each in both) / len(both):.2f}"
 
 
 def test_a_table_of_wordings_joins_the_forms_of_captions_alone():
-    arm = "bound"
-    rows = [row for row in packed("robustness") if row["axis"] == "wording" and row["arm"] == arm]
+    method = "bound"
+    rows = [row for row in packed("robustness") if row["axis"] == "wording" and row["method"] == method]
     forms = [int(row["success"]) for row in rows if "{style}" in row["setting"]]
     other = [int(row["success"]) for row in rows if row["setting"] == "other words"]
     table = RESULTS["wordings"]("sum / bound")
-    assert cell(table, "the 8 forms of the base's captions", arm) == f"{sum(forms) / len(forms):.2f}"
-    assert cell(table, "words that no caption has", arm) == f"{sum(other) / len(other):.2f}"
+    assert cell(table, "the 8 forms of the base's captions", method) == f"{sum(forms) / len(forms):.2f}"
+    assert cell(table, "words that no caption has", method) == f"{sum(other) / len(other):.2f}"
     assert len(rows) == len(forms) + 3 * len(other)
 
 
 def test_a_table_of_joint_loras_counts_the_pictures_of_each():
     lines = RESULTS["joint"]("everywhere / in tiles").splitlines()[2:]
-    for pair, rank, updates, *arms in (line.strip("| ").split(" | ") for line in lines):
-        for arm, shown in zip(("everywhere", "in tiles"), arms, strict=True):
-            of = (pair.replace(", ", "+"), rank, updates, arm)
+    for pair, rank, updates, *methods in (line.strip("| ").split(" | ") for line in lines):
+        for method, shown in zip(("everywhere", "in tiles"), methods, strict=True):
+            of = (pair.replace(", ", "+"), rank, updates, method)
             right = [
                 int(row["success"])
                 for row in packed("joint")
-                if (row["concepts"], row["rank"], row["updates"], row["arm"]) == of
+                if (row["concepts"], row["rank"], row["updates"], row["method"]) == of
             ]
             assert shown.startswith(f"{sum(right)} of {len(right)} [")
 
@@ -182,11 +185,11 @@ PAGES = [*sorted(DOCS.rglob("*.md")), *(DOCS.parent / name for name in ("README.
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def test_an_arm_of_the_readers_own_is_one():
+def test_an_method_of_the_readers_own_is_one():
     (block,) = blocks("methods.md", "python")
     names: dict = {}
     exec(compile(block, "methods.md", "exec"), names)
-    assert [arm.name for arm in names["ARMS"].values()] == ["weak styles"]
+    assert [method.name for method in names["METHODS"].values()] == ["weak styles"]
 
 
 @pages

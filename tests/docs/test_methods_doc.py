@@ -27,7 +27,7 @@ def test_every_family_and_every_merge_has_its_row():
     assert rows("Merges")[-4:] == [method for method in METHODS if by_activations(method)]
 
 
-@pytest.mark.parametrize("name", sorted(rivals.ARMS))
+@pytest.mark.parametrize("name", sorted(rivals.METHODS))
 def test_every_rival_while_sampling_is_there(name):
     assert f"**{name}**" in SECTIONS["While sampling"].lower()
 

@@ -40,19 +40,19 @@ def compose(
     ] = (),
     unbound: Annotated[bool, Option("--unbound", help="let every LoRA act on every word and in the whole picture.")] = False,
     alone: Annotated[bool, Option("--alone", help="more columns: the base without LoRAs, and each LoRA alone.")] = False,
-    arm: Annotated[
+    method: Annotated[
         list[str],
         Option(
             metavar="NAME",
             help="one more column, by a composer of mole evaluate, such as mean or np; a wrong name lists all. Repeatable.",
         ),
     ] = (),
-    arms_from: Annotated[
+    methods_from: Annotated[
         Path | None,
         Option(
             metavar="FILE",
             exists=True,
-            help="a Python file or folder with further composers, all of which are drawn without --arm. It is run.",
+            help="a Python file or folder with further composers, all of which are drawn without --method. It is run.",
         ),
     ] = None,
     out: options.Out = None,
@@ -118,13 +118,13 @@ def compose(
     ways = columns(mixture, tiles)
     if not alone:
         ways = {label: drawn for label, drawn in ways.items() if label not in ("base", *(f"alone {n}" for n in hashes))}
-    ways |= {name: context for name, context in _composers(page, mixture, arm, arms_from).items() if name not in ways}
+    ways |= {name: context for name, context in _composers(page, mixture, method, methods_from).items() if name not in ways}
     for label, context in tqdm(ways.items(), desc="columns", delay=2, leave=False):
         with context():
             page.draw(label)
     if base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
         page.columns["true drawing"] = [drawing] * rows
-    about = {"gates": mixture.config.to_dict(), "bind": list(bind), "unbound": unbound, "alone": alone, "arm": list(arm)}
+    about = {"gates": mixture.config.to_dict(), "bind": list(bind), "unbound": unbound, "alone": alone, "method": list(method)}
     facts = page.save(path, experts=list(hashes), sha256=hashes, strengths=strengths, **about)
     show(facts, f"{prompt}: {path}", as_json=as_json)
 
@@ -136,19 +136,19 @@ def _composers(
 
     Raises ValueError for an unknown one, and for one that cannot draw this prompt.
     """
-    from mole_world.evaluation.arms import ARMS, arms_from, chosen_arms
+    from mole_world.evaluation.methods import METHODS, methods_from, chosen_arms
     from mole_world.evaluation.runner import Case, Setup
 
     strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
     setup = Setup(page.pipe, mixture.experts, page.call, strengths=strengths)
     case = Case(tuple(strengths), "prompt", page.recipe.plain_text)
-    others = arms_from(file)
-    arms, lacking = chosen_arms(names or list(others), setup, known=ARMS | others)
+    others = methods_from(file)
+    methods, lacking = chosen_arms(names or list(others), setup, known=METHODS | others)
     if lacking:
         raise ValueError("; ".join(lacking))
-    if unfit := [arm.name for arm in arms if not arm.covers(case)]:
+    if unfit := [method.name for method in methods if not method.covers(case)]:
         raise ValueError(f"the composer {unfit[0]!r} does not draw {len(strengths)} LoRAs")
-    return {arm.name: partial(arm.draws, setup, case) for arm in arms}
+    return {method.name: partial(method.draws, setup, case) for method in methods}
 
 
 def _true_drawing(prompt: str) -> Any:

@@ -20,10 +20,10 @@ from mole_cli.console import note, show
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from mole_world.evaluation.arms import KnownArm
+    from mole_world.evaluation.methods import KnownArm
     from mole_world.evaluation.report import EvaluationReport
     from mole_world.evaluation.rows import Row, Rows
-    from mole_world.evaluation.runner import Arm, Case, Metrics, Setup
+    from mole_world.evaluation.runner import Method, Case, Metrics, Setup
 
 NEEDED = ("jinja2", "krippendorff", "matplotlib", "open_clip", "pandas", "scipy", "timm", "torchmetrics", "torchvision")
 DEFAULT_ARMS = ("base", "alone", "sum", "bound", "tiles")  # on a checkpoint, where pictures take long
@@ -40,9 +40,9 @@ def evaluate(
     guidance: Annotated[float, Option(help="how strictly to follow the prompt.")] = 3.0,
     out: Annotated[Path, Option(metavar="FOLDER", help="pictures, rows, tables and figures go here.")] = Path("evaluation"),
     base: options.Base = "emoji",
-    sheet: Annotated[bool, Option("--sheet", help="write a sheet on which people choose between two arms.")] = False,
+    sheet: Annotated[bool, Option("--sheet", help="write a sheet on which people choose between two methods.")] = False,
     judged: Annotated[bool, Option("--judged", help="count the answers on the sheet in --out, and stop.")] = False,
-    arm: Annotated[
+    method: Annotated[
         list[str],
         Option(
             metavar="NAME",
@@ -53,12 +53,12 @@ def evaluate(
             "Repeatable.",
         ),
     ] = (),
-    arms_from: Annotated[
+    methods_from: Annotated[
         Path | None,
         Option(
             metavar="FILE",
             exists=True,
-            help="a Python file or folder with further arms, all of which are drawn without --arm. It is run.",
+            help="a Python file or folder with further methods, all of which are drawn without --method. It is run.",
         ),
     ] = None,
     gates: Annotated[
@@ -90,7 +90,7 @@ def evaluate(
             metavar="FILE",
             exists=True,
             dir_okay=False,
-            help="strengths for the arm 'grid search', in the format of weights.json.",
+            help="strengths for the method 'grid search', in the format of weights.json.",
         ),
     ] = None,
     search: Annotated[bool, Option("--search", help="find the best strengths on validation, for weights.json.")] = False,
@@ -222,7 +222,7 @@ def evaluate(
     from accelerate import PartialState
 
     from mole_world.evaluation import judging_sheet, runner
-    from mole_world.evaluation.arms import ARMS, arms_from, check_names
+    from mole_world.evaluation.methods import METHODS, methods_from, check_names
     from mole_world.evaluation.rows import Rows
     from mole_world.evaluation.strength_search import search_arms
 
@@ -231,8 +231,8 @@ def evaluate(
         return
     if wanted.search:
         _check_search(base, wanted)
-    others = arms_from(wanted.arms_from)
-    check_names(wanted.arm, ARMS | others)
+    others = methods_from(wanted.methods_from)
+    check_names(wanted.method, METHODS | others)
     # Processes wait for one another, and their shares of the work differ by more than torch's usual half an hour.
     state = PartialState(cpu=wanted.device == "cpu", timeout=timedelta(days=30))
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
@@ -240,26 +240,26 @@ def evaluate(
     setup, cases = work.setup, work.cases
     if wanted.attached:
         cases = runner.add_idle_experts(cases, sorted(setup.experts), wanted.attached)
-    arms = search_arms(setup) if wanted.search else _arms(wanted, work, cases, others)
-    if sheet and all(sum(arm.covers(case) for arm in arms) < 2 for case in cases):
-        raise ValueError("a sheet needs two arms or more that draw the same case")
+    methods = search_arms(setup) if wanted.search else _arms(wanted, work, cases, others)
+    if sheet and all(sum(method.covers(case) for method in methods) < 2 for case in cases):
+        raise ValueError("a sheet needs two methods or more that draw the same case")
     if state.is_main_process:
-        count = seeds * sum(arm.covers(case) for arm in arms for case in cases)
-        note(f"{count} pictures: {len(arms)} arms, {len(cases)} cases, {seeds} seeds")
+        count = seeds * sum(method.covers(case) for method in methods for case in cases)
+        note(f"{count} pictures: {len(methods)} methods, {len(cases)} cases, {seeds} seeds")
     asked: Any = {"seeds": range(seed, seed + seeds), "rows": Rows(out, state.process_index)}
-    runner.evaluate(setup, arms, cases, work.metrics, **asked, processes=state.num_processes)
+    runner.evaluate(setup, methods, cases, work.metrics, **asked, processes=state.num_processes)
     state.wait_for_everyone()
-    rows = work.measured(runner.requested_rows(setup, arms, cases, **asked), asked["rows"], state)
+    rows = work.measured(runner.requested_rows(setup, methods, cases, **asked), asked["rows"], state)
     if not state.is_main_process:
         return
-    text = _written(out, rows, work, arms, cases, wanted)
+    text = _written(out, rows, work, methods, cases, wanted)
     if sheet:
         note(f"{judging_sheet.write_sheet(out, rows)} questions in {out / 'sheet'}")
     show(rows, text, as_json=as_json)
 
 
 def _written(
-    out: Path, rows: list[Row], work: Task, arms: Sequence[Arm], cases: Sequence[Case], wanted: SimpleNamespace
+    out: Path, rows: list[Row], work: Task, methods: Sequence[Method], cases: Sequence[Case], wanted: SimpleNamespace
 ) -> str:
     """Write tables, figures and the page. Returns the tables."""
     from mole_diffusers.whole_files import write_text
@@ -271,7 +271,7 @@ def _written(
     if wanted.search:
         (out / "weights.json").write_text(json.dumps(best_weights(rows), indent=1) + "\n")
     _figures(out, rows, work.report, attached=bool(wanted.attached), share=bool(wanted.share))
-    _heat_map(out / "gates.png", work.setup, arms, cases)
+    _heat_map(out / "gates.png", work.setup, methods, cases)
     note(f"the page: {write_page(out, rows, work.report, work.about)}")
     return text
 
@@ -294,10 +294,10 @@ def _strengths(wanted: SimpleNamespace) -> Mapping[str, Mapping[str, float]] | N
 
 
 def _check_search(base: str, wanted: SimpleNamespace) -> None:
-    """Raises ValueError if --search would not count successes, would choose by the test split, or would draw other arms."""
-    taken = ("arm", "arms_from", "gates", "share", "weights")
+    """Raises ValueError if --search would not count successes, would choose by the test split, or would draw other methods."""
+    taken = ("method", "methods_from", "gates", "share", "weights")
     if given := [f"--{name.replace('_', '-')}" for name in taken if vars(wanted)[name]]:
-        raise ValueError(f"--search draws arms of its own: leave out {', '.join(given)}")
+        raise ValueError(f"--search draws methods of its own: leave out {', '.join(given)}")
     if base != WORLD:
         raise ValueError("--search counts successes, which only the judge of the embedded world tells")
     if wanted.split == "test":
@@ -311,7 +311,7 @@ class Task:
     Attributes:
         metrics: measures pictures as they are drawn.
         measured: the rows with what is measured once all are drawn.
-        default: arms that are drawn if none is named.
+        default: methods that are drawn if none is named.
         about: what measures the pictures, for the page.
     """
 
@@ -334,7 +334,7 @@ def _world(wanted: SimpleNamespace, call: dict[str, Any]) -> Task:
     """The emoji world with its judge. Raises ValueError for options that are for another base."""
     import mole_world
     from mole_world.evaluation import emoji_protocol
-    from mole_world.evaluation.arms import ARMS
+    from mole_world.evaluation.methods import METHODS
     from mole_world.world import emoji_world
 
     if ignored := [f"--{name.replace('_', '-')}" for name in FOR_CHECKPOINTS if vars(wanted)[name]]:
@@ -346,7 +346,7 @@ def _world(wanted: SimpleNamespace, call: dict[str, Any]) -> Task:
     gates = wanted.gates or mole_world.default_folder() / "gates"
     setup = emoji_protocol.setup(world, call, gates=gates, searched=_strengths(wanted))
     cases, about = [case for case, _ in found], {"judge": "the world's own"}
-    return Task(setup, cases, metrics, lambda rows, store, state: rows, emoji_protocol.REPORT, list(ARMS), about)
+    return Task(setup, cases, metrics, lambda rows, store, state: rows, emoji_protocol.REPORT, list(METHODS), about)
 
 
 def _device(wanted: SimpleNamespace) -> str:
@@ -366,7 +366,7 @@ def _checkpoint(
     """The user's own checkpoint. What measures the pictures is loaded first, so that a wrong name is known at once."""
     from mole_app.studio.model_folders import files_of
     from mole_diffusers.training import read_folder
-    from mole_world.evaluation import arms as known
+    from mole_world.evaluation import methods as known
     from mole_world.evaluation import checkpoint_protocol, prompts, runner
     from mole_world.evaluation.measures import Models
     from mole_world.evaluation.rows import Rows
@@ -424,25 +424,25 @@ def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
     return [case for group in kinds.values() for case in group[:limit]]
 
 
-def _arms(wanted: SimpleNamespace, work: Task, cases: Sequence[Case], others: dict[str, KnownArm]) -> list[Arm]:
-    """The arms of --arm, or the usual ones and `others` that can be drawn; a note lists those that are left out."""
-    from mole_world.evaluation.arms import ARMS, BOUND_GATES, CONTROLS, chosen_arms, gates_of
+def _arms(wanted: SimpleNamespace, work: Task, cases: Sequence[Case], others: dict[str, KnownArm]) -> list[Method]:
+    """The methods of --method, or the usual ones and `others` that can be drawn; a note lists those that are left out."""
+    from mole_world.evaluation.methods import METHODS, BOUND_GATES, CONTROLS, chosen_arms, gates_of
 
-    names = list(wanted.arm) or [*(("sum", "gates") if wanted.share else work.default), *others]
+    names = list(wanted.method) or [*(("sum", "gates") if wanted.share else work.default), *others]
     if wanted.weights and "grid search" not in names:
-        raise ValueError("--weights are for the arm 'grid search', which is not drawn here")
+        raise ValueError("--weights are for the method 'grid search', which is not drawn here")
     reading = (*CONTROLS, BOUND_GATES)
     if wanted.gates and not {*reading, *others} & {*names}:
-        raise ValueError(f"--gates are for the arms {', '.join(reading)}, none of which is drawn here")
-    arms, lacking = chosen_arms(names, work.setup, shares=wanted.share, known=ARMS | others)
-    if idle := [a.name for a in arms if not any(map(a.covers, cases)) and not a.name.startswith("alone ")]:
+        raise ValueError(f"--gates are for the methods {', '.join(reading)}, none of which is drawn here")
+    methods, lacking = chosen_arms(names, work.setup, shares=wanted.share, known=METHODS | others)
+    if idle := [a.name for a in methods if not any(map(a.covers, cases)) and not a.name.startswith("alone ")]:
         first = gates_of(Path())(cases[0])
         lacking.append(f"{idle} can draw none of the cases (gates: {work.setup.gates}, where {first} is the first's folder)")
-    if lacking and wanted.arm:
+    if lacking and wanted.method:
         raise ValueError("; ".join(lacking))
     for reason in lacking:
         note(f"left out: {reason}")
-    return arms
+    return methods
 
 
 def _figures(out: Path, rows: list[Row], report: EvaluationReport, *, attached: bool, share: bool) -> None:
@@ -460,13 +460,13 @@ def _figures(out: Path, rows: list[Row], report: EvaluationReport, *, attached: 
             note(f"no {name}.png: {error}")
 
 
-def _heat_map(path: Path, setup: Setup, arms: Sequence[Arm], cases: Sequence[Case]) -> None:
+def _heat_map(path: Path, setup: Setup, methods: Sequence[Method], cases: Sequence[Case]) -> None:
     """The weights of trained gates, for the first case that has them."""
     from mole_diffusers.inspection import block_places, heat_map, sample
 
-    seen = next(((arm, case) for arm in arms for case in cases if arm.name == "gates" and arm.covers(case)), None)
+    seen = next(((method, case) for method in methods for case in cases if method.name == "gates" and method.covers(case)), None)
     if seen is not None:
-        arm, case = seen
-        with arm.draws(setup, case) as mixture, mixture.trace() as trace:
+        method, case = seen
+        with method.draws(setup, case) as mixture, mixture.trace() as trace:
             sample(setup.pipe, case.prompt, [0], **setup.call_of(case))
         heat_map(trace, block_places(trace)).save(path)

@@ -269,28 +269,28 @@ def test_compose_draws_composers_of_the_evaluation(loras, base, tmp_path, capsys
     drawn = ["--base", str(base), "--steps", "2", "--rows", "1", "--expert", f"fox={loras['fox']}"]
     compose = ["compose", "a fox in ink", *drawn, "--expert", f"ink={loras['ink']}:0.5"]
     assert main([*compose, "--out", str(tmp_path / "plain.png")]) == 0
-    more = [word for name in ("mean", "np", "sum") for word in ("--arm", name)]
+    more = [word for name in ("mean", "np", "sum") for word in ("--method", name)]
     assert main([*compose, *more, "--out", str(tmp_path / "more.png")]) == 0
     plain, found = sheets
     assert list(found) == [*plain, "mean", "np"] == ["sum", "bound", "mean", "np"]
     assert found["sum"] == plain["sum"]
-    assert main([*compose, "--alone", "--arm", "base", "--out", str(tmp_path / "alone.png")]) == 0
+    assert main([*compose, "--alone", "--method", "base", "--out", str(tmp_path / "alone.png")]) == 0
     alone = sheets.pop()
     assert list(alone) == ["base", "alone fox", "alone ink", *plain]
     assert alone["sum"] == plain["sum"]
-    assert main([*compose, "--arm", "base", "--out", str(tmp_path / "base.png")]) == 0
+    assert main([*compose, "--method", "base", "--out", str(tmp_path / "base.png")]) == 0
     assert sheets.pop()["base"] == alone["base"]
     assert len({image.tobytes() for (image,) in map((found | alone).get, ("sum", "mean", "np", "base"))}) == 4
     halved = [*compose[:-1], f"ink={loras['ink']}:0.25"]
-    assert main([*halved, "--arm", "mean", "--out", str(tmp_path / "less.png")]) == 0
+    assert main([*halved, "--method", "mean", "--out", str(tmp_path / "less.png")]) == 0
     assert sheets[-1]["mean"] != found["mean"]
     capsys.readouterr()
     for options, why in (
-        (["best"], "unknown arms ['best']; known: ['base',"),
-        (["k-lora", "--arms-from", str(RIVALS)], "'k-lora' does not draw 3 LoRAs"),
+        (["best"], "unknown methods ['best']; known: ['base',"),
+        (["k-lora", "--methods-from", str(RIVALS)], "'k-lora' does not draw 3 LoRAs"),
         (["gates"], "'gates' needs a folder of trained gates"),
     ):
-        asked = [*compose, "--expert", f"hat={loras['hat']}", "--arm", *options]
+        asked = [*compose, "--expert", f"hat={loras['hat']}", "--method", *options]
         assert main(asked) == 1
         assert why in capsys.readouterr().err
 

@@ -18,10 +18,10 @@ CANVASES = ((64, 64), (128, 64), (64, 128), (128, 128), (96, 64), (64, 96))
 
 def test_evaluate_on_the_embedded_world(tmp_path, capsys):
     args = ["evaluate", "--limit", "1", "--seeds", "1", "--steps", "1", "--out", str(tmp_path), "--device", "cpu", "--json"]
-    assert main([*args, "--arm", "base", "--arm", "sum"]) == 0
+    assert main([*args, "--method", "base", "--method", "sum"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {(r["arm"], r["kind"]) for r in rows} == {(a, k) for a in ("base", "sum") for k in mole_world.VALIDATION}
-    assert (tmp_path / "table.md").read_text().startswith("| arm | one subject | subject x style |")
+    assert {(r["method"], r["kind"]) for r in rows} == {(a, k) for a in ("base", "sum") for k in mole_world.VALIDATION}
+    assert (tmp_path / "table.md").read_text().startswith("| method | one subject | subject x style |")
     assert all(Image.open(picture_path(tmp_path, row)).size in CANVASES for row in rows)
 
 
@@ -38,18 +38,18 @@ def test_bad_settings_are_known_before_the_embedded_world_is_opened(tmp_path, ca
     assert message in capsys.readouterr().err
 
 
-SEARCH_ARMS = strength_search.search_arms
+SEARCH_METHODS = strength_search.search_methods
 WORLD = ["evaluate", "--limit", "1", "--seeds", "1", "--steps", "1", "--device", "cpu"]
 
 
 @pytest.mark.thorough
 def test_a_search_writes_weights_that_the_next_run_uses(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(strength_search, "search_arms", lambda setup: SEARCH_ARMS(setup, (1.0, 1.3)))
+    monkeypatch.setattr(strength_search, "search_methods", lambda setup: SEARCH_METHODS(setup, (1.0, 1.3)))
     assert main([*WORLD, "--search", "--out", str(tmp_path / "search")]) == 0
     weights = json.loads((tmp_path / "search" / "weights.json").read_text())
     assert set(weights) == set(mole_world.VALIDATION)
     assert all(set(found) == {"subject", "style"} for found in weights.values())
-    chosen = ["--weights", str(tmp_path / "search" / "weights.json"), "--arm", "grid search"]
+    chosen = ["--weights", str(tmp_path / "search" / "weights.json"), "--method", "grid search"]
     assert main([*WORLD, *chosen, "--out", str(tmp_path / "used")]) == 0
     rows = Rows(tmp_path / "used").read()
     assert [r["settings"]["weights"] for r in rows] == [weights] * len(mole_world.VALIDATION)
@@ -62,7 +62,7 @@ def test_a_search_writes_weights_that_the_next_run_uses(tmp_path, capsys, monkey
 @pytest.mark.thorough
 def test_a_table_is_of_its_own_run_alone(tmp_path, capsys):
     """The same folder with more steps: what was drawn before is neither in the table nor in the figures' rows."""
-    args = ["evaluate", "--limit", "1", "--seeds", "1", "--device", "cpu", "--arm", "base", "--out"]
+    args = ["evaluate", "--limit", "1", "--seeds", "1", "--device", "cpu", "--method", "base", "--out"]
     assert main([*args, str(tmp_path / "one"), "--steps", "1"]) == 0
     capsys.readouterr()
     tables = []
@@ -76,10 +76,23 @@ def test_a_table_is_of_its_own_run_alone(tmp_path, capsys):
 
 @pytest.mark.thorough
 def test_strengths_that_move_and_experts_that_only_stand_by(tmp_path, capsys):
-    run = ["--arm", "sum", "--share", "0.3", "--share", "0.7", "--attached", "2", "--attached", "4", "--out", str(tmp_path)]
+    run = [
+        "--method",
+        "sum",
+        "--share",
+        "0.3",
+        "--share",
+        "0.7",
+        "--attached",
+        "2",
+        "--attached",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*WORLD, *run]) == 0
     rows = Rows(tmp_path).read()
-    assert {(r["arm"], len(r["seen"]) + len(r["idle"])) for r in rows} == {
+    assert {(r["method"], len(r["seen"]) + len(r["idle"])) for r in rows} == {
         (f"sum @ {share}", count) for share in (0.3, 0.7) for count in (2, 4)
     }
     assert {p.name for p in tmp_path.glob("*.png")} == {"samples.png", "bars.png", "experts.png", "frontier.png"}
@@ -90,7 +103,7 @@ def test_strengths_that_move_and_experts_that_only_stand_by(tmp_path, capsys):
 def test_a_launcher_divides_a_run(tmp_path):
     """torchrun sets what `accelerate launch` sets on GPUs, and on CPUs with `--multi_gpu`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mole_cli"]
-    command = [*launch, *WORLD, "--arm", "base", "--arm", "sum", "--arm", "mean", "--out", str(tmp_path)]
+    command = [*launch, *WORLD, "--method", "base", "--method", "sum", "--method", "mean", "--out", str(tmp_path)]
     subprocess.run(command, check=True, cwd=Path(mole_world.__file__).parent.parent)
     made = [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("rows-*.jsonl"))]
     assert len(made) == 2

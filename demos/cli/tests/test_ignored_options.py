@@ -22,10 +22,10 @@ CASES = [
     (["grid", "a fox", "--x", "hires_strength=0,1", "--hires-strength", "0.3"], "varies what --hires-strength gives"),
     (["inspect", "a.safetensors", "--device", "cpu"], "open a base to match the layers with: give --base"),
     (["index", ".", "--encoder", "mini", "--base", "emoji"], "--encoder reads the texts, and no base is opened"),
-    (["evaluate", "--judged", "--arm", "sum", "--seeds", "8"], "draws nothing: leave out --arm, --seeds"),
+    (["evaluate", "--judged", "--method", "sum", "--seeds", "8"], "draws nothing: leave out --method, --seeds"),
     (["evaluate", "--base", "mine", "--split", "validation"], "--split chooses cases of the embedded world"),
-    (["evaluate", "--search", "--gates", "."], "--search draws arms of its own: leave out --gates"),
-    (["evaluate", "--limit", "1", "--arm", "sum", "--gates", "."], "--gates are for the arms gates, gates uniform,"),
+    (["evaluate", "--search", "--gates", "."], "--search draws methods of its own: leave out --gates"),
+    (["evaluate", "--limit", "1", "--method", "sum", "--gates", "."], "--gates are for the methods gates, gates uniform,"),
     (["train", "--schedule", "constant", "--warmup", "9", "--write-config", "x"], "'constant' has no warmup"),
     (["train-lora", "--prior-data", "dogs", "--prior-steps", "9"], "none are drawn: leave out --prior-steps"),
 ]  # fmt: skip
@@ -44,11 +44,11 @@ def test_a_lora_file_that_a_tag_names_in_another_spelling_is_used(tmp_path, caps
     assert list(json.loads(capsys.readouterr().out)["experts"]) == ["My fox"]
 
 
-def test_gates_of_the_world_are_a_default_that_no_arm_has_to_read(tmp_path, capsys):
+def test_gates_of_the_world_are_a_default_that_no_method_has_to_read(tmp_path, capsys):
     small = ["--limit", "1", "--seeds", "1", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]
-    assert main(["evaluate", "--arm", "base", *small]) == 0
+    assert main(["evaluate", "--method", "base", *small]) == 0
     capsys.readouterr()
-    assert main(["evaluate", "--arm", "base", *small, "--gates", str(default_folder() / "gates")]) == 1
+    assert main(["evaluate", "--method", "base", *small, "--gates", str(default_folder() / "gates")]) == 1
     assert "none of which is drawn here" in capsys.readouterr().err
 
 

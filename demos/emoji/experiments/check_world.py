@@ -175,7 +175,7 @@ def base_rows(world: World, pictures: int) -> None:
 
 
 def wording_rows(world: World, pictures: int) -> None:
-    """The same scenes of two subjects, with the same noise, in each form of captions."""
+    """Scenes of two subjects in each form of captions, with the noise that they have in the others."""
     rng = np.random.default_rng(8)
     scenes = [base_scene(2, rng) for _ in range(pictures)]
     shares = []

@@ -1,6 +1,6 @@
 """Measure how well LoRAs compose without training: the sum, parts of binding, other methods, and one LoRA trained on all.
 
-    python demos/emoji/experiments/compose.py [--split validation] [--per-kind 6] [--seeds 8] [--kinds ...] [--arms ...]
+    python demos/emoji/experiments/compose.py [--split validation] [--per-kind 6] [--seeds 8] [--kinds ...] [--methods ...]
     python demos/emoji/experiments/compose.py --split larger --per-kind 8
     python demos/emoji/experiments/compose.py --concepts dragon violin bus rose aurora
     python demos/emoji/experiments/compose.py --figure tiles
@@ -11,7 +11,7 @@ and four test subjects. `--concepts` composes subjects and styles that are in no
 `make_loras.py`. Trained gates are included if `train_gates.py --family FAMILY --to work/gates/FAMILY` has made them, MoLE in
 the form of its paper if `train_gates.py --family outputs --unbound --to work/paper` has, and the joint LoRA if
 `joint_lora.py` has.
-`--search` finds the strengths of the arm "grid search" on validation compositions. `--pack` also writes the verdicts to
+`--search` finds the strengths of the method "grid search" on validation compositions. `--pack` also writes the verdicts to
 docs/results/, from which docs/make_results.py makes the tables in the documents.
 """
 
@@ -33,19 +33,18 @@ from sampling import GUIDANCE, STEPS
 from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.binding import Bound
 from mole_diffusers.inspection import image_grid, overlay, sample
-from mole_diffusers.patching.subjects.things import SINCE, UNTIL
 from mole_diffusers.training import cells
 from mole_world import TEST, VALIDATION, Scene, scene_in, words
 from mole_world.compositions import LARGER, compositions
-from mole_world.evaluation import arms, emoji_protocol
+from mole_world.evaluation import emoji_protocol, methods
 from mole_world.evaluation.plots import bars
 from mole_world.evaluation.rows import Row, Rows, digest_files, picture_path
-from mole_world.evaluation.runner import Arm, Case, Metrics, Setup, evaluate
-from mole_world.evaluation.strength_search import best_weights, read_weights, search_arms
+from mole_world.evaluation.runner import Case, Method, Metrics, Setup, evaluate
+from mole_world.evaluation.strength_search import best_weights, read_weights, search_methods
 from mole_world.evaluation.tables import as_frame, success_table
 from mole_world.world import EmojiWorld, emoji_world
 
-rivals = arms.imported(Path(__file__).parents[1] / "rivals")
+rivals = methods.imported(Path(__file__).parents[1] / "rivals")
 DOCS = Path(__file__).parents[3] / "docs"
 STRENGTHS = DOCS / "results" / "strengths.json"  # from a grid search: the best on validation, by kind
 GRID = (0.6, 0.8, 1.0, 1.2)
@@ -57,7 +56,7 @@ SEEDS = {"test": 1000, "validation": 3000, "larger": 1000, "other": 5000}
 
 def given(setup: Setup, case: Case, words: bool) -> dict[str, object]:
     """A place for each subject as a user would give it, with its own words or (`words`) with every word."""
-    subjects = arms.subjects_of(setup, case)
+    subjects = methods.subjects_of(setup, case)
     boxes = dict(zip(subjects, cells(len(subjects), *case.size), strict=True)) if len(subjects) > 1 else {}
     if words:
         return {name: (None, box) for name, box in boxes.items()}
@@ -71,14 +70,14 @@ def parts(setup: Setup, case: Case) -> dict[str, Any]:
     return {name: (replace(scene, subjects=(name,)).caption, box) for name, box in boxes}
 
 
-def in_file(name: str, file: Callable[[Case], Path], *, by_words: bool = False) -> Arm:
+def in_file(name: str, file: Callable[[Case], Path], *, by_words: bool = False) -> Method:
     """One ordinary LoRA for all concepts of a case, if its file exists. `by_words` binds it to each, to draw in tiles."""
 
     def draws(setup: Setup, case: Case) -> AbstractContextManager[Mixture]:
         binding = {name: list(case.concepts)} if by_words else None
-        return arms.attached_to(setup, {name: file(case)}, "sum", binding)
+        return methods.attached_to(setup, {name: file(case)}, "sum", binding)
 
-    return Arm(
+    return Method(
         name,
         draws,
         lambda setup, case: {"file": digest_files(file(case))},
@@ -86,15 +85,15 @@ def in_file(name: str, file: Callable[[Case], Path], *, by_words: bool = False) 
     )
 
 
-def own_arms() -> list[Arm]:
-    """Arms that are told more than a prompt, are trained elsewhere, or have another setting."""
+def own_methods() -> list[Method]:
+    """Methods that are told more than a prompt, are trained elsewhere, or have another setting."""
     return [
-        arms.in_tiles("tiles from the first step", since=0),
-        arms.bound("places only", lambda setup, case: given(setup, case, words=False)),
-        arms.bound("words and given places", lambda setup, case: given(setup, case, words=True)),
+        methods.in_tiles("tiles from the first step", since=0),
+        methods.bound("places only", lambda setup, case: given(setup, case, words=False)),
+        methods.bound("words and given places", lambda setup, case: given(setup, case, words=True)),
         rivals.regional(parts),
         rivals.isolated_regional(parts),
-        arms.weighted(
+        methods.weighted(
             "bound, isolation until half",
             binding=lambda setup, case: given(setup, case, words=True),
             context=lambda setup, case, _: rivals.isolated(setup.pipe, [box for _, box in parts(setup, case).values()]),
@@ -104,16 +103,21 @@ def own_arms() -> list[Arm]:
         rivals.w_switch("w-switch, short turns", period=1, tail=1),
         rivals.patchwise("loratorio, sharp", temperature=0.02),
         rivals.blended("masked blend, given places", parts),
-        rivals.blended("masked blend, given places, tiles' steps", parts, since=SINCE, until=UNTIL),
-        *(arms.in_tiles(f"tiles, {family} gates", gates=arms.gates_of(WORK / "gates" / family)) for family in FAMILIES),
-        arms.weighted("bound, factors gates", gates=arms.gates_of(WORK / "gates" / "factors"), binding=arms.from_files),
-        arms.weighted("MoLE, the paper's form", gates=arms.gates_of(WORK / "paper")),
+        rivals.blended("masked blend, given places, tiles' steps", parts, since=0.4, until=methods.UNTIL),
+        *(
+            methods.in_tiles(f"tiles, {family} gates", gates=methods.gates_of(WORK / "gates" / family))
+            for family in FAMILIES
+        ),
+        methods.weighted(
+            "bound, factors gates", gates=methods.gates_of(WORK / "gates" / "factors"), binding=methods.from_files
+        ),
+        methods.weighted("MoLE, the paper's form", gates=methods.gates_of(WORK / "paper")),
         in_file("joint LoRA", lambda case: joint_file(case.concepts)),  # trained on all of them
         in_file("joint LoRA, tiles", lambda case: joint_file(case.concepts), by_words=True),
     ]
 
 
-ARMS = arms.ARMS | rivals.ARMS | {arm.name: arm for arm in own_arms()}
+METHODS = methods.METHODS | rivals.METHODS | {method.name: method for method in own_methods()}
 OF_BINDING = (
     "sum",
     "words only",
@@ -127,9 +131,9 @@ OF_BINDING = (
 
 
 def measured(
-    setup: Setup, drawn: Sequence[Arm], found: Sequence[tuple[Case, Scene]], metrics: Metrics, *, seeds: range, rows: Rows
+    setup: Setup, drawn: Sequence[Method], found: Sequence[tuple[Case, Scene]], metrics: Metrics, *, seeds: range, rows: Rows
 ) -> list[Row]:
-    """A row per picture of these compositions by these arms. Missing pictures are drawn."""
+    """A row per picture of these compositions by these methods. Missing pictures are drawn."""
     with small_attention(), mixed_precision():
         return evaluate(setup, drawn, [case for case, _ in found], metrics, seeds=seeds, rows=rows)
 
@@ -166,16 +170,16 @@ def side_by_side(world: EmojiWorld, kind: str, index: int, *, joint: bool) -> tu
 
 
 def sheet_of(verdicts: Sequence[Row], rows: Rows, path: Path) -> None:
-    """The pictures of the first seed: a row per composition, a column per arm."""
-    arms_drawn = list(dict.fromkeys(row["arm"] for row in verdicts))
+    """The pictures of the first seed: a row per composition, a column per method."""
+    methods_drawn = list(dict.fromkeys(row["method"] for row in verdicts))
     found = {
-        (row["kind"], row["case"], row["arm"]): Image.open(picture_path(rows.folder, row))
+        (row["kind"], row["case"], row["method"]): Image.open(picture_path(rows.folder, row))
         for row in verdicts
         if row["seed"] == min(each["seed"] for each in verdicts)
     }
     drawn = list(dict.fromkeys((kind, case) for kind, case, _ in found))
-    cells = [[found[kind, case, arm] for arm in arms_drawn] for kind, case in drawn]
-    page = image_grid(cells, arms_drawn, [case.rpartition(" ")[0].replace("+", " +\n") for _, case in drawn], cell=144)
+    cells = [[found[kind, case, method] for method in methods_drawn] for kind, case in drawn]
+    page = image_grid(cells, methods_drawn, [case.rpartition(" ")[0].replace("+", " +\n") for _, case in drawn], cell=144)
     page.quantize(256).save(path, optimize=True)
 
 
@@ -217,7 +221,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SEEDS, default="validation")
     parser.add_argument("--concepts", nargs="+", metavar="NAME", help='compose these instead, as split "other"')
     parser.add_argument("--kinds", nargs="*", choices=TEST | LARGER, help="default: all in the split")
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=OF_BINDING)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=OF_BINDING)
     parser.add_argument("--per-kind", type=int, default=6, help="compositions of each kind")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--figure", choices=FIGURES, help="draw that picture of docs/ instead")
@@ -246,7 +250,9 @@ def main() -> None:
     told = {"gates": WORK / "gates", "searched": read_weights(STRENGTHS)}
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}, **told)
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "compose" / args.split)
-    drawn, lacking = (search_arms(setup, GRID), []) if args.search else arms.chosen_arms(args.arms, setup, known=ARMS)
+    drawn, lacking = (
+        (search_methods(setup, GRID), []) if args.search else methods.chosen_methods(args.methods, setup, known=METHODS)
+    )
     if lacking:
         parser.error("; ".join(lacking))
     metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
@@ -257,9 +263,9 @@ def main() -> None:
         STRENGTHS.write_text(json.dumps(best_weights(verdicts), indent=1) + "\n")
         return
     if args.pack:
-        pack(args.split, table, ["kind", "concepts", "arm", "seed"], measured=("success", "another"))
+        pack(args.split, table, ["kind", "concepts", "method", "seed"], measured=("success", "another"))
     draw_asked(args, table, verdicts, rows)
-    if "sum" in args.arms and len(args.arms) > 1:
+    if "sum" in args.methods and len(args.methods) > 1:
         print(success_table(table, against="sum"))
 
 

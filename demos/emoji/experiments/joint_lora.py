@@ -44,16 +44,16 @@ def teach(world: World, concepts: tuple[str, ...], recipe: make_loras.Recipe) ->
 def verdicts(world: World, concepts: tuple[str, ...], recipe: make_loras.Recipe, pictures: int) -> pd.DataFrame:
     """A row per picture. Tiles, which are drawn one by one, have half as many."""
     path, rows, kind = teach(world, concepts, recipe), [], "two subjects"
-    for arm, binding, count in (
+    for method, binding, count in (
         ("everywhere", None, pictures),
         ("in tiles", {"joint": list(concepts)}, pictures // 2),
     ):
         scenes = [scene_of(kind, concepts, i) for i in range(count)]
         attach(world.pipe, {"joint": path}, binding=binding)
-        drawn = world.drawn(f"joint {arm} {path.stem}", scenes, batched=binding is None)
+        drawn = world.drawn(f"joint {method} {path.stem}", scenes, batched=binding is None)
         detach(world.pipe)
         rows += [
-            {"seed": seed, "arm": arm, "success": not world.misses(scene, picture, concepts)}
+            {"seed": seed, "method": method, "success": not world.misses(scene, picture, concepts)}
             for seed, (scene, picture) in enumerate(zip(scenes, drawn, strict=True))
         ]
     found = pd.DataFrame(rows).assign(kind=kind, rank=recipe.rank, updates=recipe.steps)
@@ -72,10 +72,10 @@ def main() -> None:
     world, recipe = latest(), replace(JOINT, rank=args.rank, steps=args.updates)
     for name in args.names:
         found = verdicts(world, tuple(name.split("+")), recipe, args.pictures)
-        for arm, own in found.groupby("arm", sort=False):
-            print(name, arm, Share(int(own["success"].sum()), len(own)), flush=True)
+        for method, own in found.groupby("method", sort=False):
+            print(name, method, Share(int(own["success"].sum()), len(own)), flush=True)
         if args.pack:
-            pack("joint", found, ["kind", "concepts", "rank", "updates", "arm", "seed"])
+            pack("joint", found, ["kind", "concepts", "rank", "updates", "method", "seed"])
 
 
 if __name__ == "__main__":

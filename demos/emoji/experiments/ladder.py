@@ -30,13 +30,12 @@ from train_gates import gates_for, lesson, recipe
 from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, Gate, GateBank, GateConfig, load_gates
 from mole_diffusers.lora import Expert
-from mole_diffusers.patching.gating.gated_experts import ADAPTER
 from mole_diffusers.training import GateTraining, TrainingData, mean_losses, train_gates
 from mole_world import VALIDATION
-from mole_world.evaluation import arms, emoji_protocol
+from mole_world.evaluation import emoji_protocol, methods
 from mole_world.evaluation.plots import curves
 from mole_world.evaluation.rows import Row, Rows, digest_files
-from mole_world.evaluation.runner import Arm, Case, Setup, requested_rows
+from mole_world.evaluation.runner import Case, Method, Setup, requested_rows
 from mole_world.evaluation.tables import as_frame, success_table
 from mole_world.world import emoji_world
 
@@ -61,16 +60,16 @@ class Mixer(nn.Module):
         return low + F.linear(low.movedim(axis, -1), self.change).movedim(-1, axis)
 
 
-def mixer(layer: Any) -> nn.Module:
-    return Mixer(layer.lora_A[ADAPTER])
+def mixer(down: nn.Module, up: nn.Module) -> nn.Module:
+    return Mixer(down)
 
 
-def free_a(layer: Any) -> nn.Module:
-    return layer.lora_A[ADAPTER]
+def free_a(down: nn.Module, up: nn.Module) -> nn.Module:
+    return down
 
 
-def free_both(layer: Any) -> nn.Module:
-    return nn.ModuleList([layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]])
+def free_both(down: nn.Module, up: nn.Module) -> nn.Module:
+    return nn.ModuleList([down, up])
 
 
 class Freed(Gate):
@@ -83,14 +82,14 @@ class Freed(Gate):
 
 @dataclass(frozen=True)
 class Rung:
-    """What learns: gates of a family, or what `frees` returns for each layer with LoRAs.
+    """What learns: gates of a family, or what `frees` returns for A and B of each layer with LoRAs.
 
     Attributes:
         lr: the learning rate; None takes the one that suits each gate.
     """
 
     gates: str | GateConfig = "sum"
-    frees: Callable[[Any], nn.Module] | None = None
+    frees: Callable[[nn.Module, nn.Module], nn.Module] | None = None
     lr: float | None = None
 
 
@@ -107,18 +106,19 @@ RUNGS = {
 }
 
 
-def layers(pipe: Any) -> Iterator[tuple[str, str, Any]]:
-    """(part, name in it, peft's layer) of each layer that attached LoRAs change. A and B in it are those of all LoRAs."""
+def layers(pipe: Any) -> Iterator[tuple[str, str, Any, Any]]:
+    """(part, name in it, A, B) of each layer that attached LoRAs change. A and B are those of all LoRAs."""
     for part in ("unet", "text_encoder"):
         for name, module in getattr(pipe, part).named_modules():
-            if ADAPTER in getattr(module, "lora_A", {}):
-                yield part, name, module
+            if getattr(module, "lora_A", None):
+                (down,), (up,) = module.lora_A.values(), module.lora_B.values()
+                yield part, name, down, up
 
 
 def set_free(pipe: Any, mixture: Mixture, rung: Rung) -> None:
     """Add what a rung frees to the mixture's gates, so that it is trained and saved. `detach` undoes this."""
     if rung.frees is not None:
-        freed = {f"{part}.{name}": Freed(rung.frees(layer)) for part, name, layer in layers(pipe)}
+        freed = {f"{part}.{name}": Freed(rung.frees(*halves)) for part, name, *halves in layers(pipe)}
         mixture.banks["layers"] = GateBank(freed)
 
 
@@ -149,30 +149,30 @@ def reached(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def kept(name: str, updates: int) -> Callable[[Case], Path]:
     """The folder of a trained rung, for a case."""
-    return arms.gates_of(WORK / "ladder" / name / str(updates))
+    return methods.gates_of(WORK / "ladder" / name / str(updates))
 
 
-def bound(name: str, updates: int) -> Arm:
+def bound(name: str, updates: int) -> Method:
     """A trained rung with every LoRA on its own words and in its own place."""
     rung, folder = RUNGS[name], kept(name, updates)
 
     @contextmanager
     def draws(setup: Setup, case: Case) -> Iterator[None]:
-        experts = setup.weighted_experts(arms.ones(setup, case))
-        with arms.attached_to(setup, experts, gates_for(rung.gates, case.concepts), {}) as mixture, mixture.tiled(0):
+        experts = setup.weighted_experts(methods.ones(setup, case))
+        with methods.attached_to(setup, experts, gates_for(rung.gates, case.concepts), {}) as mixture, mixture.tiled(0):
             set_free(setup.pipe, mixture, rung)
             load_gates(folder(case)).fill(mixture.banks)
             yield
 
     def settings(setup: Setup, case: Case) -> dict[str, Any]:
-        return setup.expert_settings(arms.ones(setup, case)) | {"trained": digest_files(folder(case) / GATE_WEIGHTS)}
+        return setup.expert_settings(methods.ones(setup, case)) | {"trained": digest_files(folder(case) / GATE_WEIGHTS)}
 
-    return Arm(f"{name} @ {updates}", draws, settings, covers=lambda case: (folder(case) / GATE_CONFIG).exists())
+    return Method(f"{name} @ {updates}", draws, settings, covers=lambda case: (folder(case) / GATE_CONFIG).exists())
 
 
 def placed(rows: Sequence[Row]) -> Iterator[Row]:
-    """Rows for the figure: by rung, with a line per number of updates. Untrained arms are at every rung."""
-    parted = [(row, *row["arm"].partition(" @ ")[::2]) for row in rows]
+    """Rows for the figure: by rung, with a line per number of updates. Untrained methods are at every rung."""
+    parted = [(row, *row["method"].partition(" @ ")[::2]) for row in rows]
     trained = {rung for _, rung, updates in parted if updates}
     for row, rung, updates in sorted(parted, key=lambda found: int(found[2] or 0)):
         line = f"{updates} updates" if updates else rung
@@ -202,7 +202,7 @@ def main() -> None:
             log = train(world.pipe, experts, RUNGS[name], lesson(case.concepts), folder, config=config)
         note(f"ladder {name} {updates} {case.name}", **reached(log), seconds=round(time.time() - start))
     trained = [bound(name, n) for n in args.updates for name in args.rungs]
-    drawn = [arms.summed(), arms.bound(), arms.in_tiles(), *trained]
+    drawn = [methods.summed(), methods.bound(), methods.in_tiles(), *trained]
     seeds = range(SEEDS["validation"], SEEDS["validation"] + args.seeds)
     metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
     rows = Rows(WORK / "ladder" / "rows")
@@ -210,7 +210,7 @@ def main() -> None:
     print(success_table(table))
     print(success_table(table, against="bound"))
     if args.pack:
-        pack("ladder", table, ["kind", "concepts", "arm", "seed"])
+        pack("ladder", table, ["kind", "concepts", "method", "seed"])
     if args.figure:
         every = [*drawn, *(bound(name, n) for n in UPDATES for name in RUNGS)]
         shown = requested_rows(setup, every, [case for case, _ in found], seeds=seeds, rows=rows)

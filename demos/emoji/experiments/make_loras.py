@@ -24,8 +24,7 @@ from loop import mixed_precision, note, small_attention
 from random_scenes import draw_scene, random_caption, random_picture
 from torch import nn
 
-from mole_diffusers.patching.undo import undoing
-from mole_diffusers.training import LoraTraining, RandomBatch, Samples, add_lora, denoising_loss, encode, save_lora
+from mole_diffusers.training import LoraTraining, RandomBatch, Samples, denoising_loss, encode, new_lora, save_lora
 from mole_world import words
 from mole_world.drawings import Drawings, default_folder
 from mole_world.scenes import Scene
@@ -106,27 +105,27 @@ def train(
     config = LoraTraining(
         rank=chosen.rank, alpha=alpha, layers=chosen.layers, steps=chosen.steps, lr=chosen.lr, text_lr=chosen.text_lr
     )
-    with undoing() as undo, torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        lora = add_lora(pipe, config, undo)
-        slower = (chosen.rank / alpha) ** 0.5
-        groups = lora.groups({part: lr * slower for part, lr in config.rates.items()})
-        optimizer = torch.optim.AdamW(groups)
-        fall = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: min(1, (i + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * i / chosen.steps))
-        )
-        generator = torch.Generator().manual_seed(0)
-        for step in range(chosen.steps):
-            shape = shapes[step % len(shapes)]
-            with small_attention(), mixed_precision():
-                loss = denoising_loss(pipe, samples[shape], RandomBatch(generator, BATCH[shape]))
-            loss.backward()
-            for group in groups:
-                nn.utils.clip_grad_norm_(group["params"], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            fall.step()
-        return lora.tensors()
+        with new_lora(pipe, config) as lora:
+            slower = (chosen.rank / alpha) ** 0.5
+            groups = lora.groups({part: lr * slower for part, lr in config.rates.items()})
+            optimizer = torch.optim.AdamW(groups)
+            fall = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda i: min(1, (i + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * i / chosen.steps))
+            )
+            generator = torch.Generator().manual_seed(0)
+            for step in range(chosen.steps):
+                shape = shapes[step % len(shapes)]
+                with small_attention(), mixed_precision():
+                    loss = denoising_loss(pipe, samples[shape], RandomBatch(generator, BATCH[shape]))
+                loss.backward()
+                for group in groups:
+                    nn.utils.clip_grad_norm_(group["params"], 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                fall.step()
+            return lora.tensors()
 
 
 def main() -> None:

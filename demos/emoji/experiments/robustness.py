@@ -25,10 +25,10 @@ from mole_app.studio.samplers import sampler
 from mole_world import TEST, Scene, words
 from mole_world.captions import FORMS, article
 from mole_world.compositions import Concepts, compositions
-from mole_world.evaluation import arms, emoji_protocol
+from mole_world.evaluation import emoji_protocol, methods
 from mole_world.evaluation.plots import curves
 from mole_world.evaluation.rows import Row, Rows
-from mole_world.evaluation.runner import Arm, Case, Setup, add_idle_experts
+from mole_world.evaluation.runner import Case, Method, Setup, add_idle_experts
 from mole_world.evaluation.tables import as_frame, grid_table
 from mole_world.world import EmojiWorld, emoji_world
 
@@ -43,25 +43,25 @@ KNOWN = words.BASE_SUBJECTS[::16], words.BASE_STYLES[2::3]  # words that the bas
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: these arms draw these compositions."""
+    """One setting: these methods draw these compositions."""
 
     setup: Setup
-    arms: Sequence[Arm]
+    methods: Sequence[Method]
     found: Sequence[tuple[Case, Scene]]
 
     def worded(self, prompt: Callable[[Scene], str]) -> "Point":
-        """The same compositions with another wording."""
+        """This setting with its compositions in another wording."""
         return replace(self, found=[(replace(case, prompt=prompt(scene)), scene) for case, scene in self.found])
 
     def scaled(self, factor: float) -> "Point":
-        """The same compositions on canvases whose sides are `factor` times as long."""
+        """This setting with its compositions on canvases whose sides are `factor` times as long."""
         sizes = [(round(factor * scene.size[0]), round(factor * scene.size[1])) for _, scene in self.found]
         return replace(self, found=[(replace(c, size=size), s) for (c, s), size in zip(self.found, sizes, strict=True)])
 
     def rows(self, world: EmojiWorld, seeds: range, rows: Rows) -> list[Row]:
         """A row per picture. Missing pictures are drawn."""
         metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, self.found)
-        return measured(self.setup, self.arms, self.found, metrics, seeds=seeds, rows=rows)
+        return measured(self.setup, self.methods, self.found, metrics, seeds=seeds, rows=rows)
 
 
 Axis = Callable[[Point], Mapping[float | str, Point]]  # the default setting -> the settings along an axis
@@ -88,20 +88,20 @@ def base_words(point: Point) -> dict[int, Point]:
         found = [changed(i, count, *each) for i, each in enumerate(point.found)]
         found = [(c, s) for c, s in found if len(s.subjects) >= count and set(c.concepts) & set(point.setup.experts)]
         if found:
-            points[count] = replace(point, arms=[with_its_loras(arm) for arm in point.arms], found=found)
+            points[count] = replace(point, methods=[with_its_loras(method) for method in point.methods], found=found)
     return points
 
 
-def with_its_loras(arm: Arm) -> Arm:
-    """An arm that attaches the LoRAs of the concepts that have one."""
+def with_its_loras(method: Method) -> Method:
+    """A method that attaches the LoRAs of the concepts that have one."""
 
     def own(setup: Setup, case: Case) -> Case:
         return replace(case, concepts=tuple(name for name in case.concepts if name in setup.experts))
 
     return replace(
-        arm,
-        draws=lambda setup, case: arm.draws(setup, own(setup, case)),
-        settings=lambda setup, case: arm.settings(setup, own(setup, case)),
+        method,
+        draws=lambda setup, case: method.draws(setup, own(setup, case)),
+        settings=lambda setup, case: method.settings(setup, own(setup, case)),
     )
 
 
@@ -117,24 +117,24 @@ def guidance(point: Point) -> dict[float, Point]:
 
 
 def samplers(point: Point) -> dict[str, Point]:
-    others = {name: [drawn_by(name, arm) for arm in point.arms] for name in SAMPLERS}
-    return {"DDIM": point} | {name: replace(point, arms=found) for name, found in others.items()}
+    others = {name: [drawn_by(name, method) for method in point.methods] for name in SAMPLERS}
+    return {"DDIM": point} | {name: replace(point, methods=found) for name, found in others.items()}
 
 
-def drawn_by(name: str, arm: Arm) -> Arm:
-    """An arm with another sampler."""
+def drawn_by(name: str, method: Method) -> Method:
+    """A method with another sampler."""
 
     @contextmanager
     def draws(setup: Setup, case: Case) -> Iterator[None]:
         before = setup.pipe.scheduler
         setup.pipe.scheduler = sampler(name, before)
         try:
-            with arm.draws(setup, case):
+            with method.draws(setup, case):
                 yield
         finally:
             setup.pipe.scheduler = before
 
-    return replace(arm, draws=draws, settings=lambda setup, case: {**arm.settings(setup, case), "sampler": name})
+    return replace(method, draws=draws, settings=lambda setup, case: {**method.settings(setup, case), "sampler": name})
 
 
 def wording(point: Point) -> dict[str, Point]:
@@ -178,8 +178,8 @@ def starts(setup: Setup, split: Mapping[str, Sequence[Concepts]]) -> list[Point]
     """Compositions of a split by the sum, bound and in tiles; and as many of words that the base knows, without LoRAs."""
     known = compositions(*KNOWN, {kind: len(group) for kind, group in split.items()})
     return [
-        Point(setup, [arms.summed(), arms.bound(), arms.in_tiles()], emoji_protocol.cases(split)),
-        Point(replace(setup, experts={}), [replace(arms.base(), name="base, own words")], emoji_protocol.cases(known)),
+        Point(setup, [methods.summed(), methods.bound(), methods.in_tiles()], emoji_protocol.cases(split)),
+        Point(replace(setup, experts={}), [replace(methods.base(), name="base, own words")], emoji_protocol.cases(known)),
     ]
 
 
@@ -206,7 +206,7 @@ def main() -> None:
     named = frame.assign(setting=frame["setting"].astype(str).str.removesuffix(".0"))
     print(grid_table(named, ["axis", "setting"], "line"))
     if args.pack:
-        pack("robustness", named, ["axis", "setting", "kind", "concepts", "arm", "seed"])
+        pack("robustness", named, ["axis", "setting", "kind", "concepts", "method", "seed"])
     if args.figure:
         curves(frame, args.figure, at="setting", line="line", panel="axis")
 

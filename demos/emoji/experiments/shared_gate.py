@@ -20,7 +20,7 @@ from typing import Any
 
 import ladder
 import torch
-from compose import SEEDS, SPLITS, measured
+from compose import SEEDS, SPLITS, measured, rivals
 from loop import WORK, device, multiplies_bf16, note, small_attention
 from packing import pack
 from sampling import GUIDANCE, STEPS
@@ -28,12 +28,10 @@ from torch import nn
 
 from mole_diffusers import Mixture, attach, detach
 from mole_diffusers.gates import Gate, GateBank
-from mole_diffusers.patching.gating.gated_experts import ADAPTER
-from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training import GateTraining, TrainingData, cells, train_gates
-from mole_world.evaluation import arms, emoji_protocol
+from mole_world.evaluation import emoji_protocol, methods
 from mole_world.evaluation.rows import Rows, digest_files
-from mole_world.evaluation.runner import Arm, Case, Setup
+from mole_world.evaluation.runner import Case, Method, Setup
 from mole_world.evaluation.tables import as_frame, success_table
 from mole_world.scenes import Scene
 from mole_world.world import emoji_world
@@ -63,20 +61,18 @@ class Clock:
             time = args[1] if len(args) > 1 else kwargs["timestep"]
             self.time = torch.as_tensor(time).float().reshape(-1) / steps  # [B] or [1]
 
-        with undoing() as undo:
-            undo.before_forward(pipe.unet, before, with_kwargs=True)
+        with rivals.before_forward(pipe.unet, before):
             yield
 
 
 class ScoreGate(Gate):
     """Weights exp(scores . numbers) of the experts at one layer, on top of the sum. All layers share the numbers."""
 
-    def __init__(self, numbers: nn.Parameter, layer: Any, *, name: str, is_style: torch.Tensor, clock: Clock):
+    def __init__(self, numbers: nn.Parameter, down: Any, up: Any, *, name: str, is_style: torch.Tensor, clock: Clock):
         super().__init__()
         self.numbers, self.clock = numbers, clock
-        down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].weight.detach()
-        self.segment = down._buffers["segment"]  # [R]
-        self.lengths = up.flatten(1).norm(dim=0)  # [R], of the columns of B
+        self.segment = down.segment  # [R]
+        self.lengths = up.weight.detach().flatten(1).norm(dim=0)  # [R], of the columns of B
         here = torch.tensor([1.0, 0.0, "attn2" in name, name.startswith("up_blocks")])
         self.kinds = torch.stack([~is_style, is_style], -1).float()[..., None] * here  # [N, 2, 4]
         down.register_forward_hook(lambda _, __, low: self(low))
@@ -107,8 +103,8 @@ def put_gates(pipe: Any, mixture: Mixture, numbers: nn.Parameter, *, styles: Col
     """Put score gates at every layer of the denoiser that has experts. `detach` removes them."""
     is_style = torch.tensor([name in styles for name in mixture.experts])
     gates = {
-        name: ScoreGate(numbers, layer, name=name, is_style=is_style, clock=clock)
-        for part, name, layer in ladder.layers(pipe)
+        name: ScoreGate(numbers, down, up, name=name, is_style=is_style, clock=clock)
+        for part, name, down, up in ladder.layers(pipe)
         if part == "unet"
     }
     mixture.banks["scores"] = GateBank(gates)
@@ -122,7 +118,7 @@ def taught(setup: Setup, case: Case, scene: Scene, gates: Any) -> Iterator[tuple
     """Attach the LoRAs of a composition, each in its place. Gives the mixture, and a function that trains its gates with
     the given settings."""
     experts = {name: setup.experts[name] for name in case.concepts}
-    subjects = arms.subjects_of(setup, case)
+    subjects = methods.subjects_of(setup, case)
     boxes = dict(zip(subjects, cells(len(subjects), *scene.size), strict=True))
     data = TrainingData(
         composed=[case.prompt],
@@ -171,27 +167,27 @@ def train_retrieval(setup: Setup, lessons: Lessons) -> None:
 # ---- drawing
 
 
-def by_scores() -> Arm:
+def by_scores() -> Method:
     """Every LoRA on its own words and in its own place, weighted by the shared numbers."""
     clock = Clock()
 
     @contextmanager
     def draws(setup: Setup, case: Case) -> Iterator[None]:
-        experts = setup.weighted_experts(arms.ones(setup, case))
-        with arms.attached_to(setup, experts, "sum", {}) as mixture, mixture.tiled(0), clock.of(setup.pipe):
+        experts = setup.weighted_experts(methods.ones(setup, case))
+        with methods.attached_to(setup, experts, "sum", {}) as mixture, mixture.tiled(0), clock.of(setup.pipe):
             numbers = nn.Parameter(torch.load(NUMBERS, weights_only=True))
             put_gates(setup.pipe, mixture, numbers, styles=setup.styles, clock=clock)
             yield
 
     def settings(setup: Setup, case: Case) -> dict[str, Any]:
-        return setup.expert_settings(arms.ones(setup, case)) | {"trained": digest_files(NUMBERS)}
+        return setup.expert_settings(methods.ones(setup, case)) | {"trained": digest_files(NUMBERS)}
 
-    return Arm("shared scores", draws, settings)
+    return Method("shared scores", draws, settings)
 
 
-def by_retrieval(folder: Path) -> Arm:
-    """The same, weighted by the retrieval gates."""
-    return arms.weighted("shared retrieval", gates=lambda case: folder, binding=arms.from_files)
+def by_retrieval(folder: Path) -> Method:
+    """Every LoRA on its own words and in its own place, weighted by the retrieval gates."""
+    return methods.weighted("shared retrieval", gates=lambda case: folder, binding=methods.from_files)
 
 
 TRAIN = {"scores": train_scores, "retrieval": train_retrieval}
@@ -216,13 +212,13 @@ def main() -> None:
             with small_attention():
                 TRAIN[name](setup, cases["validation"] * args.rounds)
     for split, found in cases.items():
-        drawn = [arms.bound(), *(DRAWN[name]() for name in args.gates)]
+        drawn = [methods.bound(), *(DRAWN[name]() for name in args.gates)]
         seeds, rows = range(SEEDS[split], SEEDS[split] + args.seeds), Rows(FOLDER / "rows" / split)
         metrics = emoji_protocol.JudgeMetrics(world.judge(), world.drawings, found)
         table = as_frame(measured(setup, drawn, found, metrics, seeds=seeds, rows=rows))
         print(split, success_table(table), success_table(table, against="bound"), sep="\n", flush=True)
         if args.pack:
-            pack("shared", table.assign(split=split), ["split", "kind", "concepts", "arm", "seed"])
+            pack("shared", table.assign(split=split), ["split", "kind", "concepts", "method", "seed"])
 
 
 if __name__ == "__main__":

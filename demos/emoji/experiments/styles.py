@@ -28,11 +28,9 @@ from sampling import GUIDANCE, STEPS
 from mole_app.studio.prompt_syntax import parse
 from mole_app.studio.strength_schedule import StrengthSchedule
 from mole_diffusers import GateConfig, Mixture
-from mole_diffusers.patching.gating.gated_experts import ADAPTER
-from mole_diffusers.patching.undo import undoing
-from mole_world.evaluation import arms, emoji_protocol
+from mole_world.evaluation import emoji_protocol, methods
 from mole_world.evaluation.rows import Row, Rows
-from mole_world.evaluation.runner import Arm, Case, Setup
+from mole_world.evaluation.runner import Case, Method, Setup
 from mole_world.evaluation.tables import as_frame, by_kind
 from mole_world.world import emoji_world
 
@@ -90,7 +88,7 @@ def kept(case: Case) -> Path:
     return WORK / "styles" / case.name
 
 
-def arm(name: str) -> Arm:
+def method(name: str) -> Method:
     """One of `WAYS`. Subjects are drawn in tiles if they have room."""
     way = WAYS[name]
 
@@ -98,20 +96,22 @@ def arm(name: str) -> Arm:
     def context(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
         tags = [f"<lora:{name}:{way.style if name in setup.styles else way.subjects}>" for name in mixture.experts]
         schedule = StrengthSchedule(list(mixture.experts), parse("".join(tags)).tags, unet=setup.pipe.unet, steps=STEPS)
-        steps = rivals.StepCounter(setup.pipe.unet)
+        steps = rivals.StepCounter()
 
         def before(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
             schedule.step = steps.at(args, kwargs)
 
-        for part, _, layer in layers(setup.pipe):
+        for part, _, down, _ in layers(setup.pipe):
             if part == "unet" and way.deviation != 1:
-                scale_deviation(layer.lora_A[ADAPTER], [name in setup.styles for name in mixture.experts], way.deviation)
-        with undoing() as undo, mixture.planned(schedule), mixture.tiled(prompt=case.prompt):
-            undo.before_forward(setup.pipe.unet, before, with_kwargs=True)
+                scale_deviation(down, [name in setup.styles for name in mixture.experts], way.deviation)
+        watched = rivals.before_forward(setup.pipe.unet, before)
+        with watched, mixture.planned(schedule), mixture.tiled(prompt=case.prompt):
             yield
 
     strengths = {"subjects": way.subjects, "style": way.style, "deviation": way.deviation}
-    return arms.weighted(name, gates=kept if way.gates else "sum", binding=arms.from_files, context=context, **strengths)
+    return methods.weighted(
+        name, gates=kept if way.gates else "sum", binding=methods.from_files, context=context, **strengths
+    )
 
 
 def scale_deviation(down: torch.nn.Module, is_style: Sequence[bool], factor: float) -> None:
@@ -171,12 +171,12 @@ def main() -> None:
     setup = emoji_protocol.setup(world, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE})
     seeds, rows = range(SEEDS[args.split], SEEDS[args.split] + args.seeds), Rows(WORK / "styles" / "rows" / args.split)
     metrics = Margins(world.judge(), world.drawings, found)
-    table = as_frame(measured(setup, [arm(name) for name in ways], found, metrics, seeds=seeds, rows=rows))
+    table = as_frame(measured(setup, [method(name) for name in ways], found, metrics, seeds=seeds, rows=rows))
     columns = ("success", *MARGINS)
     print(by_kind(table, columns, head="way", digits=2))
     print(by_kind(table, columns, head="way", against="bound"))
     if args.pack:
-        request = ["split", "kind", "concepts", "arm", "seed"]
+        request = ["split", "kind", "concepts", "method", "seed"]
         pack("styles", table.assign(split=args.split).round(dict.fromkeys(MARGINS, 2)), request, measured=columns)
 
 

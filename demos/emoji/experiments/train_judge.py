@@ -93,7 +93,7 @@ def with_light(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def other_place(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same subjects before another background or, for a quarter of landscapes, before the same one in another light."""
+    """A scene before another background or, for a quarter of landscapes, before the one it has in another light."""
     if scene.background not in words.BACKGROUNDS and rng.random() < 0.25:
         return replace(scene, light=str(rng.choice([light for light in words.LIGHTS if light != scene.light])))
     others = [b for b in (words.OPEN, *words.PLACES, *words.BACKGROUNDS) if b != scene.background]

@@ -1,10 +1,10 @@
 """Composers that are here to be compared with. They act while sampling and need no training.
 
-    mole evaluate --arms-from demos/emoji/rivals --arm sum --arm tiles --arm freefuse
-    mole compose "a fox and a hat" --arms-from demos/emoji/rivals --arm switch
+    mole evaluate --methods-from demos/emoji/rivals --method sum --method tiles --method freefuse
+    mole compose "a fox and a hat" --methods-from demos/emoji/rivals --method switch
 
-Each file has one kind of composer, as a context on an attached mixture; here they are arms. Regional prompts and isolation
-are told where each subject is, so they have no name in `ARMS`: see `emoji/compose.py`.
+Each file has one kind of composer, as a context on an attached mixture; here they have names. Regional prompts and
+isolation are told where each subject is, so they have no name in `METHODS`: see `emoji/compose.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ from typing import Any
 from mole_diffusers import Mixture
 from mole_diffusers.binding import AUTO
 from mole_diffusers.gates import GateConfig
-from mole_world.evaluation.arms import KnownArm, Weights, a_unet, subjects_of, weighted
-from mole_world.evaluation.runner import Arm, Case, Setup
+from mole_world.evaluation.methods import KnownMethod, Weights, a_unet, subjects_of, weighted
+from mole_world.evaluation.runner import Case, Method, Setup
 from rivals.freefuse import CORE, FIRST_PASS, freefuse
 from rivals.isolation import UNTIL, isolated, isolated_prompts
 from rivals.kl_choice import kl_choice
@@ -26,14 +26,14 @@ from rivals.regional_composers import THRESHOLD, RegionalPrompt, masked_blend, r
 from rivals.sampling_composers import (
     ALPHA,
     BETA,
-    StepCounter,
     check_encodes_by_expert,
     composed_scores,
     k_lora,
     switched,
 )
+from rivals.unet_calls import StepCounter, before_forward
 
-__all__ = ["ARMS", "RegionalPrompt", "StepCounter", "isolated"]
+__all__ = ["METHODS", "RegionalPrompt", "StepCounter", "before_forward", "isolated"]
 RegionalPrompts = Callable[[Setup, Case], Mapping[str, RegionalPrompt]]  # each subject's own prompt and region
 Order = Callable[[Setup, Case], Sequence[str]]  # a case's experts, in the order that a composer uses
 MATRIX = GateConfig("static", granularity="matrix")  # so that LoRAs can change within a block
@@ -62,7 +62,7 @@ def prompts_by_expert(setup: Setup) -> None:
     check_encodes_by_expert(setup.pipe)
 
 
-def switch(period: int = 5) -> Arm:
+def switch(period: int = 5) -> Method:
     """LoRA Switch: subjects, then styles, then idle experts take turns."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
@@ -71,7 +71,7 @@ def switch(period: int = 5) -> Arm:
     return weighted("switch", IN_TURN, context=context, needs=prompts_by_expert, period=period)
 
 
-def composite() -> Arm:
+def composite() -> Method:
     """LoRA Composite. It takes one UNet call per step and expert."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
@@ -80,7 +80,7 @@ def composite() -> Arm:
     return weighted("composite", context=context, needs=prompts_by_expert)
 
 
-def w_switch(name: str = "w-switch", *, period: int = PERIOD, tail: int = TAIL) -> Arm:
+def w_switch(name: str = "w-switch", *, period: int = PERIOD, tail: int = TAIL) -> Method:
     """W-Switch: as LoRA Switch, with longer turns for LoRAs whose words matter more; the first has the last steps."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
@@ -90,7 +90,7 @@ def w_switch(name: str = "w-switch", *, period: int = PERIOD, tail: int = TAIL) 
     return weighted(name, IN_TURN, context=context, period=period, tail=tail, **how)
 
 
-def w_composite() -> Arm:
+def w_composite() -> Method:
     """W-Composite. It takes one UNet call per step and expert."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
@@ -99,7 +99,7 @@ def w_composite() -> Arm:
     return weighted("w-composite", context=context, needs=prompts_by_expert, reads_words=True)
 
 
-def patchwise(name: str = "loratorio", *, patch: int = PATCH, temperature: float = TEMPERATURE) -> Arm:
+def patchwise(name: str = "loratorio", *, patch: int = PATCH, temperature: float = TEMPERATURE) -> Method:
     """LoRAtorio. It takes one UNet call per step and expert, plus one."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
@@ -109,7 +109,7 @@ def patchwise(name: str = "loratorio", *, patch: int = PATCH, temperature: float
     return weighted(name, context=context, needs=prompts_by_expert, **how)
 
 
-def klora() -> Arm:
+def klora() -> Method:
     """K-LoRA, for cases of two experts. The style LoRA is the one that is a style, or the second if both or neither are."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
@@ -121,7 +121,7 @@ def klora() -> Arm:
     return weighted("k-lora", order, context=context, alpha=lambda setup, case: ALPHA, beta=BETA, **how)
 
 
-def kl_chosen() -> Arm:
+def kl_chosen() -> Method:
     """The choice by KL divergence, for cases of two experts: in the paper a subject and a style."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
@@ -130,12 +130,12 @@ def kl_chosen() -> Arm:
     return weighted("kl choice", gates=MATRIX, context=context, covers=of_two, needs=a_unet)
 
 
-def regional(parts: RegionalPrompts) -> Arm:
+def regional(parts: RegionalPrompts) -> Method:
     """Regional prompts: a prompt and a LoRA for each region. `parts` gives the regions."""
     return in_parts("regional prompts", regional_prompts, parts, gates=MATRIX)
 
 
-def isolated_regional(parts: RegionalPrompts, until: float = UNTIL) -> Arm:
+def isolated_regional(parts: RegionalPrompts, until: float = UNTIL) -> Method:
     """Regional prompts whose subjects do not see one another in self-attention up to this share of the steps."""
     composer = partial(isolated_prompts, until=until)
     return in_parts("isolation until half", composer, parts, gates=MATRIX, until=until)
@@ -148,14 +148,16 @@ def in_the_whole_prompt(setup: Setup, case: Case) -> dict[str, RegionalPrompt]:
 
 def blended(
     name: str = "masked blend", parts: RegionalPrompts = in_the_whole_prompt, *, since: float = 0.0, until: float = 1.0
-) -> Arm:
+) -> Method:
     """One prediction for each LoRA, blended by regions. A step that is blended takes a UNet call per subject, plus one."""
     composer = partial(masked_blend, since=since, until=until)
     how = {"threshold": THRESHOLD, "since": since, "until": until}
     return in_parts(name, composer, parts, needs=prompts_by_expert, reads_words=True, **how)
 
 
-def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], parts: RegionalPrompts, **options: Any) -> Arm:
+def in_parts(
+    name: str, composer: Callable[..., AbstractContextManager[Any]], parts: RegionalPrompts, **options: Any
+) -> Method:
     """A composer by parts of the picture, which rows state. A case with only styles has no parts, and gets the sum."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
@@ -165,7 +167,7 @@ def in_parts(name: str, composer: Callable[..., AbstractContextManager[Any]], pa
     return weighted(name, context=context, parts=parts, **options)
 
 
-def freefused() -> Arm:
+def freefused() -> Method:
     """FreeFuse. A third of the steps run twice."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
@@ -175,7 +177,7 @@ def freefused() -> Arm:
     return weighted("freefuse", context=context, needs=prompts_by_expert, reads_words=True, **how)
 
 
-ARMS: dict[str, KnownArm] = {
+METHODS: dict[str, KnownMethod] = {
     "switch": switch(),
     "composite": composite(),
     "k-lora": klora(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -15,11 +15,8 @@ from torch import nn
 
 from mole_diffusers import Mixture
 from mole_diffusers.binding import EVERYWHERE
-from mole_diffusers.patching.gating.cross_attention import map_layers
-from mole_diffusers.patching.hooks import replaced_forward
-from mole_diffusers.patching.host.denoiser_inputs import groups_of
-from mole_diffusers.patching.undo import undoing
-from rivals.sampling_composers import StepCounter, check_encodes_by_expert
+from rivals.sampling_composers import check_encodes_by_expert
+from rivals.unet_calls import StepCounter, replaced_forward
 
 FIRST_PASS = 1 / 3  # share of the steps before regions are found
 CORE = 0.1  # share of the tokens in a subject's core
@@ -54,7 +51,7 @@ def freefuse(pipe: Any, mixture: Mixture, subjects: Sequence[str]) -> Iterator[N
     Raises ValueError for a pipeline with several text encoders or without a UNet.
     """
     check_encodes_by_expert(pipe)
-    words, steps = dict.fromkeys(mixture.experts, (None, EVERYWHERE)), StepCounter(pipe.unet)
+    words, steps = dict.fromkeys(mixture.experts, (None, EVERYWHERE)), StepCounter()
     bindings: list[dict[str, Any]] = []  # of each picture
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -78,7 +75,7 @@ def _first_pass(
 ) -> list[dict[str, Image.Image]]:
     """The regions of each picture, found in the first steps without experts, from the latents that the UNet gets."""
     scheduler, (noisy, time, *rest) = deepcopy(pipe.scheduler), args
-    groups = len(groups_of(pipe, kwargs["encoder_hidden_states"], noisy) or (True,))
+    groups = 2 if pipe.do_classifier_free_guidance else 1
     latents = (noisy / scheduler.scale_model_input(torch.ones_like(noisy), time)).chunk(groups)[0]
     with mixture.only(), mixture.trace(maps=True) as trace, _self_attention(pipe.unet) as features:
         for time in scheduler.timesteps[: max(1, round(FIRST_PASS * len(scheduler.timesteps)))]:
@@ -96,16 +93,16 @@ def _first_pass(
 
 @contextmanager
 def _self_attention(unet: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """The last outputs of self-attention in the blocks where maps are read: block -> [B, T, C]."""
+    """The last outputs of every self-attention, by its name: [B, T, C]."""
     found: dict[str, torch.Tensor] = {}
 
-    def keep(block: str, _: nn.Module, __: tuple, out: torch.Tensor) -> None:
-        found[block] = out
+    def keep(name: str, _: nn.Module, __: tuple, out: torch.Tensor) -> None:
+        found[name] = out
 
-    with undoing() as undo:
-        for name in map_layers(unet):
-            block = name.removesuffix(".attn2")
-            undo.after_forward(unet.get_submodule(f"{block}.attn1"), partial(keep, block))
+    with ExitStack() as undo:
+        for name, module in unet.named_modules():
+            if name.endswith("attn1"):
+                undo.callback(module.register_forward_hook(partial(keep, name)).remove)
         yield found
 
 
@@ -114,14 +111,14 @@ def regions(maps: Mapping[str, torch.Tensor], features: Sequence[torch.Tensor]) 
 
     Args:
         maps: the attention to each subject's words, [h, w], all in the same unit.
-        features: of the same tokens in each block, [T, C].
+        features: of each block, [T, C]. Those of the maps' size count.
     """
     side = next(iter(maps.values())).shape
     attended = torch.stack([map_.flatten() for map_ in maps.values()])  # [N, T]
     contrast = (len(maps) + 1) * attended - attended.sum(0)
     core = contrast.topk(max(1, int(CORE * contrast.shape[1]))).indices  # [N, k]
     likeness = torch.zeros_like(attended)
-    for z in features:
+    for z in (each for each in features if len(each) == attended.shape[1]):
         z = F.normalize(z.float().cpu(), dim=-1)
         likeness += (z[core].mean(1)[:, None] * z).sum(-1)  # not a matrix product, which autocast would round
     low, high = likeness.amin(1, keepdim=True), likeness.amax(1, keepdim=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +12,8 @@ from torch import nn
 
 from mole_diffusers import Mixture
 from mole_diffusers.binding import AUTO, Region
-from mole_diffusers.binding.picture_layout import side_of
-from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, prompted_rows
-from mole_diffusers.patching.undo import undoing
 from rivals.regional_composers import RegionalPrompt, place_mask, regional_prompts
-from rivals.sampling_composers import StepCounter, sampling_steps
+from rivals.unet_calls import StepCounter, before_forward, grid_of, prompted_rows, sampling_steps
 
 UNTIL = 0.5  # of the steps; Krea2-Regional and the trials that led here: 0.4 to 0.6
 
@@ -51,32 +48,28 @@ def isolated(pipe: Any, regions: Sequence[Region], *, until: float = UNTIL) -> I
         raise ValueError(f"the share of steps in which regions are isolated is in 0..1, got {until}")
     if AUTO in regions:
         raise ValueError(f"isolation needs given regions, got {list(regions)}")
-    inputs, counter = DenoiserInputs(pipe.unet), StepCounter(pipe.unet)
-    closed = False
-    latents, rows = torch.empty(0, 0), torch.empty(0)  # of the UNet's call, and which of its rows have the prompt
+    counter, closed, latents = StepCounter(), False, torch.empty(0, 0)
 
     def begin(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal closed, latents, rows
+        nonlocal closed, latents
         closed = counter.at(args, kwargs) < until * sampling_steps(pipe) and len(regions) > 1
-        latents = inputs.latents(args, kwargs)
-        rows = prompted_rows(pipe, inputs.text(args, kwargs), latents)
+        latents = args[0] if args else kwargs["sample"]
 
     def close(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        hidden, (height, width) = args[0], latents.shape[-2:]  # [B, T, C]
-        side = side_of(hidden.shape[1], (height, width))
-        if not closed or side is None:
+        if not closed:
             return None
-        masks = torch.stack([place_mask(region, (height, width)) for region in regions])
-        there = F.adaptive_avg_pool2d(masks[None], side)[0].flatten(1) > 0.5  # [K, T]
+        hidden, rows = args[0], prompted_rows(pipe, latents)  # [B, T, C], [B]
+        masks = torch.stack([place_mask(region, latents.shape[-2:]) for region in regions])
+        there = F.adaptive_avg_pool2d(masks[None], grid_of(hidden.shape[1], latents))[0].flatten(1) > 0.5  # [K, T]
         allowed = attends(there).to(rows.device) | ~rows[:, None, None]  # [B, T, T]
         bias = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~allowed, -torch.inf)
         return args, {**kwargs, "attention_mask": bias}
 
-    with undoing() as undo:
-        undo.before_forward(pipe.unet, begin, with_kwargs=True)
+    with ExitStack() as undo:
+        undo.enter_context(before_forward(pipe.unet, begin))
         for name, module in pipe.unet.named_modules():
             if name.endswith("attn1"):
-                undo.before_forward(module, close, with_kwargs=True)
+                undo.enter_context(before_forward(module, close))
         yield
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from mole_diffusers import Mixture
-from mole_diffusers.functional import as_tokens
-from mole_diffusers.patching.hooks import replaced_forward
+from rivals.unet_calls import replaced_forward
 
 
 @contextmanager
@@ -61,6 +60,12 @@ def divergences(base: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         base: [B, C], [B, T, C] or [B, C, H, W].
         features: [N, ...].
     """
+
+    def as_tokens(x: torch.Tensor) -> torch.Tensor:
+        """[B, C], [B, T, C] or [B, C, H, W] -> [B, T, C]."""
+        rows = x.movedim(1, -1) if x.dim() == 4 else x
+        return rows.reshape(len(x), -1, rows.shape[-1])
+
     log_p = torch.log_softmax(as_tokens(base).float(), -1)  # [B, T, C]
     log_q = torch.log_softmax(torch.stack([as_tokens(each) for each in features]).float(), -1)  # [N, B, T, C]
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1)

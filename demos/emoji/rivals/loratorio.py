@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from mole_diffusers import Mixture
-from mole_diffusers.patching.host.denoiser_inputs import prompted_rows
 from rivals.sampling_composers import read_by, texts_apart
+from rivals.unet_calls import prompted_rows
 
 PATCH = 4  # latent pixels on each side of a patch
 TEMPERATURE = 1.0  # of the softmin
@@ -44,7 +44,7 @@ def loratorio(pipe: Any, mixture: Mixture, *, patch: int = PATCH, temperature: f
             with mixture.only(*names):
                 found.append(unet(*args, **{**kwargs, "encoder_hidden_states": text, "return_dict": False})[0])
         base, experts = found[0], torch.stack(found[1:])  # [B, C, H, W], [N, B, C, H, W]
-        prompted = prompted_rows(pipe, texts[0], args[0])  # [B]
+        prompted = prompted_rows(pipe, args[0])  # [B]
         weights = patch_weights(base[prompted], experts[:, prompted], patch, temperature)  # [N, pictures, 1, H, W]
         mixed = (weights.repeat(1, len(base) // weights.shape[1], 1, 1, 1) * experts).sum(0)
         return (torch.where(prompted[:, None, None, None], mixed, CENTRE * base + (1 - CENTRE) * mixed),)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from mole_diffusers import Mixture
 from mole_diffusers.binding import spans
-from mole_diffusers.functional import onto
 from mole_diffusers.training import token_ids
 from rivals.sampling_composers import check_encodes_by_expert, composed_scores, in_turns
 
@@ -90,7 +89,7 @@ def without_words(prompt: str, words: Sequence[str]) -> str:
 @torch.no_grad()
 def _likeness(pipe: Any, mixture: Mixture, prompt: str, texts: Sequence[str]) -> list[float]:
     """The cosine of each text with the prompt: of the mean of all token states, padding included, without experts."""
-    ids = onto(token_ids(pipe.tokenizer, [prompt, *texts]), pipe.text_encoder.device)
+    ids = token_ids(pipe.tokenizer, [prompt, *texts]).to(pipe.text_encoder.device)
     with mixture.only():
         means = pipe.text_encoder(ids).last_hidden_state.double().mean(1)  # [1 + N, C]
     return F.cosine_similarity(means[:1], means[1:], -1).tolist()

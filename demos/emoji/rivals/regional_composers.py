@@ -16,12 +16,9 @@ from torch import nn
 
 from mole_diffusers import Mixture
 from mole_diffusers.binding import AUTO, EVERYWHERE, Bound, GridSize, Region, region_mask
-from mole_diffusers.binding.picture_layout import side_of
-from mole_diffusers.patching.gating.cross_attention import cross_attentions
-from mole_diffusers.patching.hooks import replaced_forward
-from mole_diffusers.patching.host.denoiser_inputs import prompted_rows
 from mole_diffusers.training import token_ids
-from rivals.sampling_composers import StepCounter, read_by, sampling_steps, texts_apart
+from rivals.sampling_composers import read_by, texts_apart
+from rivals.unet_calls import StepCounter, grid_of, prompted_rows, replaced_forward, sampling_steps
 
 RegionalPrompt = tuple[str, Region]  # a prompt for one concept alone, and where in the picture it is
 
@@ -57,7 +54,7 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
 
     def run(unet: nn.Module, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
         shares = _shares(torch.stack([place_mask(region, args[0].shape[-2:]) for region in regions])).to(args[0])
-        now.update(texts=texts, shares=shares, prompted=prompted_rows(pipe, texts[-1], args[0])[:, None, None])
+        now.update(texts=texts, shares=shares, prompted=prompted_rows(pipe, args[0])[:, None, None])
         return unet(*args, **{**kwargs, "encoder_hidden_states": texts[-1]})
 
     def attend(module: nn.Module, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -69,7 +66,7 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
             with mixture.only(*names):
                 return module(hidden, **{**kwargs, "encoder_hidden_states": text})
 
-        side = side_of(hidden.shape[1], now["shares"].shape[-2:])
+        side = grid_of(hidden.shape[1], now["shares"])
         shares = F.adaptive_avg_pool2d(now["shares"], side).flatten(1)[:, None, :, None].to(hidden.dtype)  # [K + 1, 1, T, 1]
         found = torch.stack([read(*each) for each in zip(names, now["texts"], strict=True)])
         return torch.where(now["prompted"], (shares * found).sum(0), read((), now["texts"][-1]))
@@ -77,8 +74,9 @@ def regional_prompts(pipe: Any, mixture: Mixture, prompt: str, parts: Mapping[st
     with ExitStack() as undo:
         undo.enter_context(mixture.bound(whole))
         undo.enter_context(texts_apart(pipe, _readers(pipe, mixture, prompt, parts, unprompted=()), run))
-        for module in cross_attentions(pipe.unet).values():
-            undo.enter_context(replaced_forward(module, partial(attend, module)))
+        for name, module in pipe.unet.named_modules():
+            if name.endswith("attn2"):
+                undo.enter_context(replaced_forward(module, partial(attend, module)))
         yield
 
 
@@ -112,7 +110,7 @@ def masked_blend(
     Raises ValueError for no part, or an unknown expert.
     """
     models = _names_by_text(mixture, parts)
-    steps = StepCounter(pipe.unet)
+    steps = StepCounter()
     readings = [_reading(mixture, name) if region == AUTO else None for name, (_, region) in parts.items()]
 
     def run(unet: nn.Module, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:

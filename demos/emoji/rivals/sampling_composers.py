@@ -11,11 +11,8 @@ import torch
 from torch import nn
 
 from mole_diffusers import Mixture
-from mole_diffusers.functional import onto
 from mole_diffusers.merging import Layer, layers_of, merge_key
-from mole_diffusers.patching.hooks import replaced_forward
-from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs
-from mole_diffusers.patching.undo import undoing
+from rivals.unet_calls import StepCounter, before_forward, replaced_forward, sampling_steps
 
 Forward = Callable[
     [Any, Sequence[torch.Tensor], tuple, dict], Any
@@ -35,7 +32,7 @@ def switched(pipe: Any, mixture: Mixture, *, period: int = 5) -> AbstractContext
 
 def in_turns(pipe: Any, mixture: Mixture, turn: Callable[[int, int], int]) -> AbstractContextManager[None]:
     """One expert at a time with its own text: that of index `turn(step, steps)` in a step (from 0) of so many."""
-    names, counter = list(mixture.experts), StepCounter(pipe.unet)
+    names, counter = list(mixture.experts), StepCounter()
 
     def run(unet: Any, texts: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> Any:
         index = turn(counter.at(args, kwargs), sampling_steps(pipe))
@@ -61,29 +58,10 @@ def composed_scores(pipe: Any, mixture: Mixture, weights: Sequence[float] | None
         scores = torch.stack(found)  # [N, B, C, H, W]
         if weights is None:
             return (scores.mean(0),)
-        shares = onto(torch.tensor(weights), scores.device).to(scores.dtype).reshape(-1, 1, 1, 1, 1)
+        shares = torch.tensor(weights).to(scores).reshape(-1, 1, 1, 1, 1)
         return ((shares * scores).sum(0) / shares.sum(),)
 
     return _encoded_by_expert(pipe, mixture, run)
-
-
-def sampling_steps(pipe: Any) -> int:
-    """The number of steps of the picture that is drawn. (Some samplers call the model several times at a timestep.)"""
-    return len(set(pipe.scheduler.timesteps.tolist()))
-
-
-class StepCounter:
-    """Counts sampling steps by their timesteps. A step noisier than the last one starts a new picture."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        self.step, self.last, self.reader = 0, float("-inf"), DenoiserInputs(denoiser)
-
-    def at(self, args: tuple, kwargs: dict) -> int:
-        """The step, from 0, of a denoiser call."""
-        now = float(self.reader.time(args, kwargs)[0])
-        self.step = 0 if now > self.last else self.step + (now < self.last)
-        self.last = now
-        return self.step
 
 
 def check_encodes_by_expert(pipe: Any) -> None:
@@ -159,7 +137,7 @@ def k_lora(pipe: Any, mixture: Mixture, *, content: str, style: str) -> Iterator
 
     Raises ValueError for other experts, or gates that are not one per matrix.
     """
-    names, steps = list(mixture.experts), StepCounter(pipe.unet)
+    names, steps = list(mixture.experts), StepCounter()
     if sorted(names) != sorted((content, style)) or (config := mixture.config.to_dict()).get("granularity") != "matrix":
         raise ValueError(f"K-LoRA takes two experts and a gate per matrix (granularity), got {names} and {config}")
     pair = {name: (mixture.experts[name], mixture.strength(name)) for name in (content, style)}
@@ -177,6 +155,5 @@ def k_lora(pipe: Any, mixture: Mixture, *, content: str, style: str) -> Iterator
         name = content if share <= until[key] else style
         return gates.new_tensor([float(each == name) for each in names])
 
-    with undoing() as undo, mixture.adjusted(chosen):
-        undo.before_forward(pipe.unet, count, with_kwargs=True)
+    with before_forward(pipe.unet, count), mixture.adjusted(chosen):
         yield

@@ -1,1 +1,1 @@
-"""Compare composers: arms x cases x seeds -> rows -> tables and figures, with intervals."""
+"""Compare composers: methods x cases x seeds -> rows -> tables and figures, with intervals."""

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from mole_diffusers.options import check_options
 from mole_diffusers.safe_files import json_lines
-from mole_world.evaluation.arms import alone
 from mole_world.evaluation.measures import Models, seam
+from mole_world.evaluation.methods import alone
 from mole_world.evaluation.prompts import THINGS, Concept
 from mole_world.evaluation.report import EvaluationReport
 from mole_world.evaluation.rows import SAME_NOISE, Row, Rows, digest, digest_texts, key, picture_of
@@ -154,7 +154,7 @@ class Measures:
 def measure(rows: Sequence[Row], measures: Measures, store: Rows, *, processes: int = 1) -> None:
     """Measure this process's share of the pictures of `rows`, as far as `store` does not have them."""
     done = {key(row, MEASURED) for row in store.read()}
-    bases = {_noise(row): row for row in rows if row["arm"] == "base"}
+    bases = {_noise(row): row for row in rows if row["method"] == "base"}
     for row in tqdm(rows, desc="measure", mininterval=5):
         about = _about(row, measures, bases)
         if zlib.crc32(about["picture"].encode()) % processes == store.process and key(about, MEASURED) not in done:
@@ -165,7 +165,7 @@ def measure(rows: Sequence[Row], measures: Measures, store: Rows, *, processes: 
 def measured(rows: Sequence[Row], measures: Measures, store: Rows) -> list[Row]:
     """The rows with their measures, without those that are not measured."""
     found = {key(row, MEASURED): row for row in store.read()}
-    bases = {_noise(row): row for row in rows if row["arm"] == "base"}
+    bases = {_noise(row): row for row in rows if row["method"] == "base"}
     keys = [key(_about(row, measures, bases), MEASURED) for row in rows]
     return [row | found[name] for row, name in zip(rows, keys, strict=True) if name in found]
 
@@ -176,7 +176,7 @@ def _noise(row: Row) -> tuple[Any, ...]:
 
 def _about(row: Row, measures: Measures, bases: Mapping[tuple[Any, ...], Row]) -> Row:
     """What the measures of a picture depend on, besides the picture: the models, and the base's picture if it is another."""
-    base = None if row["arm"] == "base" else bases.get(_noise(row))
+    base = None if row["method"] == "base" else bases.get(_noise(row))
     by = measures.settings | {"base": digest_texts(key(base)) if base else None}
     return {"picture": digest_texts(key(row)), "by": by}
 

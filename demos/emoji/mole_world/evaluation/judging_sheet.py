@@ -1,4 +1,4 @@
-"""A sheet on which people, or a model that sees, choose blindly between pictures of two arms, in both orders."""
+"""A sheet on which people, or a model that sees, choose blindly between pictures of two methods, in both orders."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from mole_world.evaluation.rows import SAME_NOISE, Row, picture_of, save_picture
 from mole_world.evaluation.tables import interval, markdown
 
 ANSWERS = ("left", "right", "same")
-COLUMNS = ("first arm", "second arm", "first better", "second better", "same", "share of the first", "orders agree")
+COLUMNS = ("first method", "second method", "first better", "second better", "same", "share of the first", "orders agree")
 
 
 def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
-    """Write pairs of arms on the same prompt and noise, each in both orders: sheet/NNNN.png, answers.csv to fill in,
+    """Write pairs of methods on the same prompt and noise, each in both orders: sheet/NNNN.png, answers.csv to fill in,
     key.json.
 
-    Returns the number of questions. Only key.json names the arms, so you can give away the rest. Each judge fills in a copy,
-    answers-NAME.csv, beside or instead of answers.csv.
+    Returns the number of questions. Only key.json names the methods, so you can give away the rest. Each judge fills in a
+    copy, answers-NAME.csv, beside or instead of answers.csv.
 
-    Raises ValueError for rows of only one arm, or if there already is a sheet with answers.
+    Raises ValueError for rows of only one method, or if there already is a sheet with answers.
     """
     if any(answer for path in (folder / "sheet").glob("answers*.csv") for _, answer in _answers(path)):
         raise ValueError(f"{folder / 'sheet'} holds answers: count them with --judged, or move it before a new one is made")
@@ -37,13 +37,13 @@ def write_sheet(folder: Path, rows: Sequence[Row]) -> int:
         groups.setdefault(tuple(row[name] for name in SAME_NOISE), []).append(row)
     pairs = [pair for group in groups.values() for pair in permutations(group, 2)]
     if not pairs:
-        raise ValueError("a sheet needs two arms or more")
+        raise ValueError("a sheet needs two methods or more")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     questions: list[dict[str, Any]] = []
     for number, (left, right) in enumerate(pairs[i] for i in order):
         pictures = [picture_of(folder, row) for row in (left, right)]
         save_picture(image_grid([pictures], ["left", "right"], [""], cell=256), folder / "sheet" / f"{number:04}.png")
-        questions.append({name: left[name] for name in SAME_NOISE} | {"left": left["arm"], "right": right["arm"]})
+        questions.append({name: left[name] for name in SAME_NOISE} | {"left": left["method"], "right": right["method"]})
     with (folder / "sheet" / "answers.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["question", "prompt", "better: left, right or same"])
@@ -64,26 +64,26 @@ def count_answers(folder: Path) -> str:
 
 
 def votes(folder: Path) -> list[dict[str, Any]]:
-    """The answers of all judges on a sheet: `COLUMNS` for each pair of arms.
+    """The answers of all judges on a sheet: `COLUMNS` for each pair of methods.
 
-    These say how often each arm was better, the share of the first among these with its interval over cases, and how often
-    both orders of the same two pictures got the same answer of a judge; None if there are no such answers.
+    These say how often each method was better, the share of the first among these with its interval over cases, and how
+    often both orders of the same two pictures got the same answer of a judge; None if there are no such answers.
 
     Raises ValueError for an answer that is not in `ANSWERS`, and for a table that is not the sheet's.
     """
     counted = []
-    for arms, own in _asked(folder).dropna(subset=["better"]).groupby("arms", sort=False):
+    for methods, own in _asked(folder).dropna(subset=["better"]).groupby("methods", sort=False):
         twice = [pair for _, pair in own.groupby(["judge", *SAME_NOISE])["better"] if len(pair) == 2]
         agree = sum(pair.nunique() == 1 for pair in twice) / len(twice) if twice else None
-        counts = [int((own["better"] == better).sum()) for better in (*arms, "same")]
+        counts = [int((own["better"] == better).sum()) for better in (*methods, "same")]
         decided = own[own["better"] != "same"]
-        share = interval(decided.assign(first=decided["better"] == arms[0]), "first") if len(decided) else None
-        counted.append(dict(zip(COLUMNS, [*arms, *counts, share, agree], strict=True)))
+        share = interval(decided.assign(first=decided["better"] == methods[0]), "first") if len(decided) else None
+        counted.append(dict(zip(COLUMNS, [*methods, *counts, share, agree], strict=True)))
     return counted
 
 
 def agreement(folder: Path) -> float | None:
-    """Krippendorff's alpha (2011) of the judges' choices between arms; None for one judge, or if all answers are the same.
+    """Krippendorff's alpha (2011) of the judges' choices between methods; None for one judge, or if all answers are equal.
 
     A question is a unit. Judges may leave out questions.
     """
@@ -96,7 +96,7 @@ def agreement(folder: Path) -> float | None:
 
 
 def _asked(folder: Path) -> pd.DataFrame:
-    """Every question for every judge, with its two arms and the better of them, "same", or None if unanswered."""
+    """Every question for every judge, with its two methods and the better of them, "same", or None if unanswered."""
     questions = json.loads((folder / "sheet" / "key.json").read_text())
     found = []
     for path in sorted((folder / "sheet").glob("answers*.csv")):
@@ -108,9 +108,9 @@ def _asked(folder: Path) -> pd.DataFrame:
         for (number, answer), question in zip(answers, questions, strict=True):
             if answer not in (*ANSWERS, ""):
                 raise ValueError(f"{path.name}, question {number:04}: {answer!r} is none of {list(ANSWERS)}")
-            arms = tuple(sorted((question["left"], question["right"])))
+            methods = tuple(sorted((question["left"], question["right"])))
             better = question.get(answer, "same") if answer else None
-            found.append(question | {"judge": path.stem, "question": number, "arms": arms, "better": better})
+            found.append(question | {"judge": path.stem, "question": number, "methods": methods, "better": better})
     return pd.DataFrame(found)
 
 

@@ -33,7 +33,7 @@ def write_page(folder: Path, rows: Sequence[Row], report: EvaluationReport, abou
     kinds = [_kind(folder, own, values, judged) for _, own in frame.groupby("group", sort=False)]
     templates = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     template = templates.from_string(Path(__file__).with_suffix(".html").read_text("utf-8"))
-    base, counts = rows[0]["settings"]["base"], f"{_counts(frame)} and {frame['arm'].nunique()} arms"
+    base, counts = rows[0]["settings"]["base"], f"{_counts(frame)} and {frame['method'].nunique()} methods"
     text = template.render(base=base, counts=counts, about=about, enough=ENOUGH, kinds=kinds, values=values, judged=judged)
     write_text(folder / NAME, text)
     return folder / NAME
@@ -45,26 +45,27 @@ def _counts(frame: pd.DataFrame) -> str:
 
 
 def _kind(folder: Path, rows: pd.DataFrame, values: Sequence[str], judged: Mapping[str, Any]) -> dict[str, Any]:
-    """One kind of case: tables by arm, and the pictures of its first prompts."""
-    less = differences(rows, "sum", list(judged)) if (rows["arm"] == "sum").any() else rows[:0]
+    """One kind of case: tables by method, and the pictures of its first prompts."""
+    less = differences(rows, "sum", list(judged)) if (rows["method"] == "sum").any() else rows[:0]
     return {
         "name": rows["group"].iloc[0],
         "counts": _counts(rows),
         "means": [
-            (arm, [interval(own, value, digits=3) for value in values]) for arm, own in rows.groupby("composer", sort=False)
+            (method, [interval(own, value, digits=3) for value in values])
+            for method, own in rows.groupby("composer", sort=False)
         ],
         "less": [
-            (arm, [(interval(own, value, digits=3), verdict(own, value, better)) for value, better in judged.items()])
-            for arm, own in less.groupby("composer", sort=False)
+            (method, [(interval(own, value, digits=3), verdict(own, value, better)) for value, better in judged.items()])
+            for method, own in less.groupby("composer", sort=False)
         ],
         "pictures": [_pictures(folder, own) for _, own in list(rows.groupby("prompt", sort=False))[:SHOWN]],
     }
 
 
 def _pictures(folder: Path, rows: pd.DataFrame) -> dict[str, Any]:
-    """The pictures of one prompt, by arm."""
-    arms = []
-    for arm, own in rows.groupby("arm", sort=False):
+    """The pictures of one prompt, by method."""
+    methods = []
+    for method, own in rows.groupby("method", sort=False):
         paths = [picture_path(folder, row).relative_to(folder) for row in own.to_dict("records")[:SEEDS]]
-        arms.append((arm, [quote(path.as_posix()) for path in paths]))
-    return {"prompt": rows["prompt"].iloc[0], "arms": arms}
+        methods.append((method, [quote(path.as_posix()) for path in paths]))
+    return {"prompt": rows["prompt"].iloc[0], "methods": methods}

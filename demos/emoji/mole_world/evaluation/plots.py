@@ -29,31 +29,34 @@ def save_figure(figure: Any, path: Path) -> Any:
 
 
 def bars(rows: pd.DataFrame, path: Path, values: Sequence[str] = ("success",), *, limits: Limits = (0, 1)) -> Any:
-    """Means of every arm by kind with 95 % intervals, one panel per value."""
+    """Means of every method by kind with 95 % intervals, one panel per value."""
     from matplotlib.figure import Figure
 
-    arms, kinds = list(rows["composer"].unique()), list(rows["group"].unique())
-    figure = Figure((2 + 0.55 * len(arms), 1 + 3 * len(values)), layout="constrained")
+    methods, kinds = list(rows["composer"].unique()), list(rows["group"].unique())
+    figure = Figure((2 + 0.55 * len(methods), 1 + 3 * len(values)), layout="constrained")
     panels = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
     width = 0.8 / len(kinds)
     for axes, value in zip(panels, values, strict=True):
         for k, (kind, own) in enumerate(rows.groupby("group", sort=False)):
             beside = (k - (len(kinds) - 1) / 2) * width
-            found = [(arms.index(arm) + beside, *estimate(cell, value)) for arm, cell in own.groupby("composer", sort=False)]
+            found = [
+                (methods.index(method) + beside, *estimate(cell, value))
+                for method, cell in own.groupby("composer", sort=False)
+            ]
             at, means, lows, highs = zip(*found, strict=True)
             axes.bar(at, means, width, color=COLOURS[k % len(COLOURS)], label=kind)
             axes.vlines(at, lows, highs, color="#444444", linewidth=1)
         axes.set_ylim(*limits)
         axes.set_ylabel(value)
-    panels[-1].set_xticks(range(len(arms)), arms, **TURNED)
+    panels[-1].set_xticks(range(len(methods)), methods, **TURNED)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     return save_figure(figure, path)
 
 
 def frontier(rows: pd.DataFrame, path: Path, values: tuple[str, str], *, limits: Limits = (0, 1)) -> Any:
-    """The styles' value against the subjects', one line per arm as its strength moves, one panel per kind.
+    """The styles' value against the subjects', one line per method as its strength moves, one panel per kind.
 
-    Arms named "NAME @ SHARE" are points of one line. Other arms are single points.
+    Methods named "NAME @ SHARE" are points of one line. Other methods are single points.
 
     Args:
         values: that of subjects, then that of styles.
@@ -132,14 +135,14 @@ def _colours(names: Iterable[str]) -> dict[str, Any]:
 
 
 def sample_grid(rows: Sequence[Row], folder: Path, path: Path) -> Image.Image:
-    """The pictures in `folder` of the first case and prompt: a row for each arm that has every seed, a column per seed."""
+    """The pictures in `folder` of the first case and prompt: a row per method that has every seed, a column per seed."""
     shown = [row for row in rows if (row["case"], row["prompt"]) == (rows[0]["case"], rows[0]["prompt"])]
     seeds = sorted({row["seed"] for row in shown})
-    arms: dict[str, dict[int, Row]] = {}
+    methods: dict[str, dict[int, Row]] = {}
     for row in shown:
-        arms.setdefault(row["arm"], {})[row["seed"]] = row
-    arms = {arm: found for arm, found in arms.items() if set(found) == set(seeds)}
-    pictures = [[picture_of(folder, found[seed]) for seed in seeds] for found in arms.values()]
-    sheet = image_grid(pictures, [f"seed {seed}" for seed in seeds], list(arms))
+        methods.setdefault(row["method"], {})[row["seed"]] = row
+    methods = {method: found for method, found in methods.items() if set(found) == set(seeds)}
+    pictures = [[picture_of(folder, found[seed]) for seed in seeds] for found in methods.values()]
+    sheet = image_grid(pictures, [f"seed {seed}" for seed in seeds], list(methods))
     save_picture(sheet, path)
     return sheet

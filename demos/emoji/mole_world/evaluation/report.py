@@ -21,7 +21,7 @@ class EvaluationReport:
 
     Attributes:
         frame: rows as a table with the protocol's values.
-        tables: of all arms. The first one also takes `against`, an arm to subtract, and `resample`.
+        tables: of all methods. The first one also takes `against`, a method to subtract, and `resample`.
         values: shown as bars and on the page.
         judged: value -> "higher" or "lower", whichever is better.
         counted: the value that is drawn against the number of experts.
@@ -40,16 +40,16 @@ class EvaluationReport:
     styles: Collection[str]
 
     def text(self, rows: Sequence[Row]) -> str:
-        """The tables. If there is a plain sum, also every other arm minus it, resampling cases and resampling concepts."""
+        """The tables. If there is a plain sum, also every other method less it, resampling cases and resampling concepts."""
         frame = self.frame(rows)
         parts = [table(frame) for table in self.tables]
-        if (frame["arm"] == "sum").any():
+        if (frame["method"] == "sum").any():
             by_concepts = "With concepts drawn in the place of the cases that share them, which errs on the wide side:"
             less = partial(self.tables[0], frame, against="sum")
             parts += [less(), by_concepts, less(resample="concepts")]
             counts = frame.groupby("group", sort=False)["case"].nunique()
             if few := [f"{kind} ({count})" for kind, count in counts.items() if count < ENOUGH]:
-                parts.append(f"Too few cases to call any arm better, which takes {ENOUGH}: {', '.join(few)}.")
+                parts.append(f"Too few cases to call any method better, which takes {ENOUGH}: {', '.join(few)}.")
         return "\n\n".join(parts)
 
     def draw_bars(self, rows: Sequence[Row], path: Path) -> Any:

@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image
 
 Row = dict[str, Any]
-KEY = ("case", "kind", "arm", "prompt", "seed", "settings")  # the fields that make a row unique: the whole request
-SAME_NOISE = ("case", "prompt", "seed")  # the fields that rows share when arms are compared on one prompt and one noise
+KEY = ("case", "kind", "method", "prompt", "seed", "settings")  # the fields that make a row unique: the whole request
+SAME_NOISE = ("case", "prompt", "seed")  # the fields that rows share when methods are compared on one prompt and one noise
 DIGITS = 12
 
 
@@ -83,12 +83,12 @@ class Rows:
 
 
 def picture_path(folder: Path, row: Row) -> Path:
-    """The path of a row's picture: pictures/ARM/CASE/SEED-DIGEST.png, with characters that paths cannot contain replaced.
+    """The path of a row's picture: pictures/METHOD/CASE/SEED-DIGEST.png, with characters that paths cannot contain replaced.
 
     The digest is that of `key`, so other settings or prompts have other files.
     """
-    arm, case = (re.sub(r"[^\w+@.-]+", "_", row[name]) for name in ("arm", "case"))
-    return folder / "pictures" / arm / case / f"{row['seed']}-{digest_texts(key(row))}.png"
+    method, case = (re.sub(r"[^\w+@.-]+", "_", row[name]) for name in ("method", "case"))
+    return folder / "pictures" / method / case / f"{row['seed']}-{digest_texts(key(row))}.png"
 
 
 def picture_of(folder: Path, row: Row) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The runner: draws every arm on every case, resumably, and divides the work among processes."""
+"""The runner: draws every method on every case, resumably, and divides the work among processes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def add_idle_experts(cases: Sequence[Case], pool: Sequence[str], counts: Sequenc
 
 @dataclass
 class Setup:
-    """What arms work with, and how every picture is drawn.
+    """What methods work with, and how every picture is drawn.
 
     Attributes:
         experts: concept -> its LoRA.
@@ -77,9 +77,9 @@ class Setup:
         base: name of the base model, for the rows.
         prompts: concept -> prompts for it alone.
         styles: the concepts that are styles.
-        strengths: the user's own, by concept, 1 by default; multiplied with the arm's weights.
-        gates: a folder with one folder of trained gates per case, see `arms.gates_of`.
-        searched: the result of a search, see `arms.searched`.
+        strengths: the user's own, by concept, 1 by default; multiplied with the method's weights.
+        gates: a folder with one folder of trained gates per case, see `methods.gates_of`.
+        searched: the result of a search, see `methods.searched`.
     """
 
     pipe: Any
@@ -106,7 +106,7 @@ class Setup:
         return {name: (self.experts[name], weight * self.strengths.get(name, 1.0)) for name, weight in weights.items()}
 
     def expert_settings(self, weights: Mapping[str, float], *, words: bool = False) -> dict[str, Any]:
-        """A row's description of the experts behind its picture, with strengths and an arm's weights if one is not 1.
+        """A row's description of the experts behind its picture, with strengths and a method's weights if one is not 1.
 
         Args:
             words: also describe the words that the experts' files give, if one has others than its own name. Unlike
@@ -122,14 +122,14 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Method:
     """A composer under test: inside `draws(setup, case)` the pipeline draws the case with it.
 
     Attributes:
         settings: everything that its pictures of a case depend on, except the seed, the base and the options; ready for
             JSON.
         covers: whether it can draw a case. For example, it cannot without trained gates for that case.
-        needs: raises ValueError for a setup that lacks something; the message goes on after the arm's name.
+        needs: raises ValueError for a setup that lacks something; the message goes on after the method's name.
     """
 
     name: str
@@ -144,7 +144,7 @@ Metrics = Callable[[Case, Sequence[Image.Image]], list[Row]]  # the measured fie
 
 def evaluate(
     setup: Setup,
-    arms: Sequence[Arm],
+    methods: Sequence[Method],
     cases: Sequence[Case],
     metrics: Metrics,
     *,
@@ -158,45 +158,50 @@ def evaluate(
         processes: how many processes share the work; `rows` knows which one this is.
     """
     done = {key(row) for row in rows.read()}
-    work = [(arm, case) for case in cases for arm in arms if arm.covers(case)]
-    own = [  # divided by a hash of the names, which stays the same when arms are added
-        (arm, case) for arm, case in work if zlib.crc32(f"{arm.name}/{case.name}".encode()) % processes == rows.process
+    work = [(method, case) for case in cases for method in methods if method.covers(case)]
+    own = [  # divided by a hash of the names, which stays the same when methods are added
+        (method, case)
+        for method, case in work
+        if zlib.crc32(f"{method.name}/{case.name}".encode()) % processes == rows.process
     ]
-    for arm, case in tqdm(own, desc="evaluate", mininterval=5):
-        missing = [row for row in _unmeasured(setup, arm, case, seeds=seeds) if key(row) not in done]
+    for method, case in tqdm(own, desc="evaluate", mininterval=5):
+        missing = [row for row in _unmeasured(setup, method, case, seeds=seeds) if key(row) not in done]
         done |= set(map(key, missing))
         if missing:
-            with arm.draws(setup, case):
+            with method.draws(setup, case):
                 images = sample(setup.pipe, case.prompt, [row["seed"] for row in missing], **setup.call_of(case))
             measured = metrics(case, images)
             for row, image in zip(missing, images, strict=True):
                 save_picture(image, picture_path(rows.folder, row))
             rows.append([row | values for row, values in zip(missing, measured, strict=True)])
-    return requested_rows(setup, arms, cases, seeds=seeds, rows=rows)
+    return requested_rows(setup, methods, cases, seeds=seeds, rows=rows)
 
 
 def requested_rows(
-    setup: Setup, arms: Sequence[Arm], cases: Sequence[Case], *, seeds: Sequence[int], rows: Rows
+    setup: Setup, methods: Sequence[Method], cases: Sequence[Case], *, seeds: Sequence[int], rows: Rows
 ) -> list[Row]:
-    """The existing rows of these arms, cases, seeds and settings, from all processes.
+    """The existing rows of these methods, cases, seeds and settings, from all processes.
 
-    They are in the order of the arms, each once, without anything else in the folder. Fields that an older row lacks are
+    They are in the order of the methods, each once, without anything else in the folder. Fields that an older row lacks are
     filled in.
     """
-    there, work = {key(row): row for row in rows.read()}, [(arm, case) for arm in arms for case in cases if arm.covers(case)]
-    asked = {key(row): row for arm, case in work for row in _unmeasured(setup, arm, case, seeds=seeds)}
+    there, work = (
+        {key(row): row for row in rows.read()},
+        [(method, case) for method in methods for case in cases if method.covers(case)],
+    )
+    asked = {key(row): row for method, case in work for row in _unmeasured(setup, method, case, seeds=seeds)}
     return [row | there[name] for name, row in asked.items() if name in there]
 
 
-def _unmeasured(setup: Setup, arm: Arm, case: Case, *, seeds: Sequence[int]) -> list[Row]:
+def _unmeasured(setup: Setup, method: Method, case: Case, *, seeds: Sequence[int]) -> list[Row]:
     """A row per seed, without measurements."""
     facts = {
         "case": case.name,
         "concepts": list(case.concepts),
         "kind": case.kind,
-        "arm": arm.name,
+        "method": method.name,
         "prompt": case.prompt,
         "idle": list(case.idle),
-        "settings": {"base": setup.base, **setup.call_of(case), **arm.settings(setup, case)},
+        "settings": {"base": setup.base, **setup.call_of(case), **method.settings(setup, case)},
     }
     return [{**facts, "seed": seed} for seed in dict.fromkeys(seeds)]

@@ -16,7 +16,7 @@ from scipy import stats
 Estimate = tuple[float, float, float]  # a mean and both ends of its 95 % interval
 Kind = Literal["share", "change", "measure"]  # of yes and no; difference of two such values; any other number
 EQUAL = 1e-9  # measures that differ by less are equal, up to rounding
-ENOUGH = 20  # cases; with fewer, no arm is called better than another
+ENOUGH = 20  # cases; with fewer, no method is called better than another
 
 
 def estimate(table: torch.Tensor, units: Sequence[Sequence[str]], kind: Kind) -> Estimate:
@@ -90,9 +90,3 @@ def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean over cases that have a value: [draws, G] twice -> [draws], NaN if none has weight."""
     weights = weights * ~values.isnan()
     return (values.nan_to_num() * weights).sum(1) / weights.sum(1)
-
-
-def as_table(groups: Sequence[Sequence[float]]) -> torch.Tensor:
-    """Values by case, of different lengths, as a table [G, S] padded with NaN."""
-    width = max(map(len, groups))
-    return torch.tensor([[*group, *[float("nan")] * (width - len(group))] for group in groups], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Grid search of strengths on a validation split: the arms to draw, and the best of them for each kind of case."""
+"""Grid search of strengths on a validation split: the methods to draw, and the best of them for each kind of case."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 import pandas as pd
 
 from mole_diffusers.safe_files import read_json
-from mole_world.evaluation.arms import by_role, weighted
+from mole_world.evaluation.methods import by_role, weighted
 from mole_world.evaluation.rows import Row
-from mole_world.evaluation.runner import Arm, Case, Setup
+from mole_world.evaluation.runner import Case, Method, Setup
 
 ROLES = ("subject", "style")
 VALUES = (0.5, 0.7, 0.9, 1.1, 1.3)
 
 
-def search_arms(setup: Setup, values: Sequence[float] = VALUES) -> list[Arm]:
+def search_methods(setup: Setup, values: Sequence[float] = VALUES) -> list[Method]:
     """A weighted sum for every pair of strengths, one for subjects and one for styles.
 
     Cases without a style are drawn once per subject strength.
@@ -28,11 +28,11 @@ def search_arms(setup: Setup, values: Sequence[float] = VALUES) -> list[Arm]:
     def has_style(case: Case) -> bool:
         return bool(setup.styles & set(case.experts))
 
-    arms = []
+    methods = []
     for subject, style in product(values, values):
-        arm = weighted(f"sum ({subject:g}, {style:g})", by_role(subject, style), subject=subject, style=style)
-        arms.append(arm if style == values[0] else replace(arm, covers=has_style))
-    return arms
+        method = weighted(f"sum ({subject:g}, {style:g})", by_role(subject, style), subject=subject, style=style)
+        methods.append(method if style == values[0] else replace(method, covers=has_style))
+    return methods
 
 
 def best_weights(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -43,7 +43,7 @@ def best_weights(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """
     tried = [row for row in rows if set(ROLES) <= set(row["settings"])]
     if not tried:
-        raise ValueError("no rows of a grid search; draw the arms of `search_arms` on a validation split first")
+        raise ValueError("no rows of a grid search; draw the methods of `search_methods` on a validation split first")
     scores = pd.DataFrame(
         {role: float(row["settings"][role]) for role in ROLES}
         | {"kind": row["kind"], "success": row["success"], "seen": sum(row["seen"].values()) / len(row["seen"])}

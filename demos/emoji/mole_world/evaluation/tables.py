@@ -1,4 +1,4 @@
-"""Tables of an evaluation: means with 95 % intervals by arm, as markdown. Rows are a pandas table, one picture each."""
+"""Tables of an evaluation: means with 95 % intervals by method, as markdown. Rows are a pandas table, one picture each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from math import nan
 from typing import Any, Literal
 
 import pandas as pd
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mole_world.evaluation import statistics
 from mole_world.evaluation.rows import SAME_NOISE, Row
@@ -18,11 +20,11 @@ Resample = Literal["cases", "concepts"]  # the units that `statistics.bootstrap`
 def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows as a table, in their order, with three more columns.
 
-    `composer` is the arm, with "alone fox", "alone ink", .. joined as "alone". `attached` is the number of attached
+    `composer` is the method, with "alone fox", "alone ink", .. joined as "alone". `attached` is the number of attached
     experts. `group` is the kind of case, with that number if some were idle: "pair, 4 LoRAs".
     """
     frame = pd.DataFrame(list(rows))
-    frame["composer"] = frame["arm"].mask(frame["arm"].str.startswith("alone "), "alone")
+    frame["composer"] = frame["method"].mask(frame["method"].str.startswith("alone "), "alone")
     idle = frame["idle"].str.len()
     frame["attached"] = frame["concepts"].str.len() + idle
     frame["group"] = frame["kind"].mask(idle > 0, frame["kind"] + ", " + frame["attached"].astype(str) + " LoRAs")
@@ -40,8 +42,8 @@ def concept_mean(values: pd.Series, concepts: Callable[[str], bool] = lambda _: 
 
 
 def differences(rows: pd.DataFrame, against: str, values: Sequence[str]) -> pd.DataFrame:
-    """The rows of other arms whose prompt and noise `against` has, too, with their values minus those of `against`."""
-    is_reference = rows["arm"] == against
+    """The rows of other methods whose prompt and noise `against` has, too, with their values minus those of `against`."""
+    is_reference = rows["method"] == against
     reference = rows.loc[is_reference, [*SAME_NOISE, *values]]
     pairs = rows[~is_reference].merge(reference, on=list(SAME_NOISE), suffixes=("", REFERENCE))
     for value in values:
@@ -53,8 +55,9 @@ def estimate(rows: pd.DataFrame, value: str, *, resample: Resample = "cases") ->
     """The mean of a column over cases and seeds, with its 95 % interval; also of a column from `differences`."""
     cases = dict(iter(rows.groupby("case", sort=False)))
     units = [[name] if resample == "cases" else case["concepts"].iloc[0] for name, case in cases.items()]
-    values = statistics.as_table([case[value].astype(float).tolist() for case in cases.values()])
-    return statistics.estimate(values, units, _kind(rows, value))
+    values = [torch.tensor(case[value].astype(float).to_numpy()) for case in cases.values()]
+    table = pad_sequence(values, batch_first=True, padding_value=nan)  # [G, S]
+    return statistics.estimate(table, units, _kind(rows, value))
 
 
 def _kind(rows: pd.DataFrame, value: str) -> statistics.Kind:
@@ -94,8 +97,8 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def success_table(rows: pd.DataFrame, *, against: str | None = None, resample: Resample = "cases") -> str:
-    """Success of every arm, a column per kind of case; with `against`, `differences` from that arm."""
-    rows, head = (differences(rows, against, ["success"]), f"arm, less {against}") if against else (rows, "arm")
+    """Success of every method, a column per kind of case; with `against`, `differences` from that method."""
+    rows, head = (differences(rows, against, ["success"]), f"method, less {against}") if against else (rows, "method")
     return grid_table(rows.assign(**{head: rows["composer"]}), [head], "group", resample=resample)
 
 
@@ -114,15 +117,15 @@ def score_table(
     scores: Sequence[str],
     *,
     against: str | None = None,
-    head: str = "arm",
+    head: str = "method",
     digits: int = 3,
     resample: Resample = "cases",
 ) -> str:
-    """Every arm, a column per score; with `against`, `differences` from that arm."""
+    """Every method, a column per score; with `against`, `differences` from that method."""
     rows, head = (differences(rows, against, scores), f"{head}, less {against}") if against else (rows, head)
     body = [
-        [arm, *(interval(own, score, digits=digits, resample=resample) for score in scores)]
-        for arm, own in rows.groupby("composer", sort=False)
+        [method, *(interval(own, score, digits=digits, resample=resample) for score in scores)]
+        for method, own in rows.groupby("composer", sort=False)
     ]
     return markdown([head, *scores], body)
 

@@ -130,26 +130,26 @@ def checkpoint(models, own, loras, tmp_path):
     return [*args, "--expert", f"ink={loras['ink']}", "--kind", "ink=style", "--out", str(tmp_path / "out")]
 
 
-def test_bad_cases_and_arms_are_refused_before_models_are_asked_for(loras, tmp_path, capsys):
+def test_bad_cases_and_methods_are_refused_before_models_are_asked_for(loras, tmp_path, capsys):
     (tmp_path / "cases.jsonl").write_text('{"concepts": ["cat"], "prompt": "a cat"}\n')
     command = ["evaluate", "--base", "nowhere", "--expert", f"fox={loras['fox']}", "--device", "cpu"]
     assert main([*command, "--cases", str(tmp_path / "cases.jsonl")]) == 1
     assert "line 1: no expert for ['cat']; known: ['fox']" in capsys.readouterr().err
-    assert main([*command, "--arm", "best"]) == 1
-    assert "unknown arms ['best']; known: ['base'," in capsys.readouterr().err
+    assert main([*command, "--method", "best"]) == 1
+    assert "unknown methods ['best']; known: ['base'," in capsys.readouterr().err
 
 
 @pytest.mark.thorough
 def test_evaluate_on_any_checkpoint(checkpoint, loras, tmp_path, capsys):
     args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--own", "fox=a fox", "--own", "ink=a ink", "--sheet"]
-    args += [word for arm in ("base", "np", "ssr", "mean", "sum") for word in ("--arm", arm)]
+    args += [word for method in ("base", "np", "ssr", "mean", "sum") for word in ("--method", method)]
     assert main(args) == 0
     text, said = capsys.readouterr()
-    assert text.startswith("| arm | collapse | DINO | CLIP-T | LPIPS | SSIM | seam |")
+    assert text.startswith("| method | collapse | DINO | CLIP-T | LPIPS | SSIM | seam |")
     names = ["| base", "| np", "| ssr", "| mean"]
     assert [line.split(" | ")[0] for line in text.splitlines()[2:7]] == [*names, "| sum"]
     paired = text.splitlines()[8:]
-    assert [line.split(" | ")[0] for line in paired[:6]] == ["| arm, less sum", "| ---", *names]
+    assert [line.split(" | ")[0] for line in paired[:6]] == ["| method, less sum", "| ---", *names]
     assert "note: 40 questions in" in said
     assert main([*args, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 10
@@ -171,7 +171,7 @@ def test_a_checkpoint_has_every_figure(checkpoint, loras, awake, tmp_path, capsy
     awake(attach(tiny_pipeline(), experts, "mole"), size=0.5).save_pretrained(tmp_path / "gates" / "fox+ink")
     args = [*checkpoint, *(word for name in ("fox", "hat") for word in ("--expert", f"{name}={loras[name]}"))]
     args += ["--gates", str(tmp_path / "gates"), "--seeds", "1"]
-    assert main([*args, "--arm", "sum", "--arm", "gates", "--attached", "2", "--attached", "3"]) == 0
+    assert main([*args, "--method", "sum", "--method", "gates", "--attached", "2", "--attached", "3"]) == 0
     heads = [line for line in capsys.readouterr().out.splitlines() if line.endswith("concepts:") or line.endswith("LoRAs:")]
     assert (
         heads == ["2 concepts:", "2 concepts, 3 LoRAs:"] * 3
@@ -189,7 +189,7 @@ def test_a_checkpoint_has_every_figure(checkpoint, loras, awake, tmp_path, capsy
 def test_a_frontier_is_drawn_where_subjects_and_styles_are_asked_for(checkpoint, loras, tmp_path, capsys):
     args = [*checkpoint, *(word for name in ("fox", "hat") for word in ("--expert", f"{name}={loras[name]}"))]
     args += ["--seeds", "1"]
-    moved = ["--arm", "sum", "--share", "0.3", "--share", "0.7"]
+    moved = ["--method", "sum", "--share", "0.3", "--share", "0.7"]
     assert main([*args, *moved]) == 0
     assert (tmp_path / "out" / "frontier.png").exists()
     at = args.index("--kind")
@@ -203,7 +203,7 @@ def test_weights_can_be_written_by_hand(checkpoint, loras, tmp_path, capsys):
     """For a case's own kind; on any checkpoint they draw what the same strengths of the experts draw."""
     path = tmp_path / "weights.json"
     args = [*checkpoint, "--seeds", "1", "--json"]
-    chosen = [*args, "--expert", f"fox={loras['fox']}", "--arm", "grid search", "--weights", str(path)]
+    chosen = [*args, "--expert", f"fox={loras['fox']}", "--method", "grid search", "--weights", str(path)]
     path.write_text('{"2 concepts": {"subject": 0.4, "style": 1.3}}')
     assert main(chosen) == 0
     (row,) = json.loads(capsys.readouterr().out)
@@ -225,14 +225,14 @@ def test_weights_can_be_written_by_hand(checkpoint, loras, tmp_path, capsys):
 
 @pytest.mark.thorough
 def test_strengths_reach_the_pictures_and_the_rows(checkpoint, loras, tmp_path, capsys):
-    assert main([*checkpoint, "--expert", f"fox={loras['fox']}:0.4", "--arm", "sum", "--arm", "mean", "--json"]) == 0
+    assert main([*checkpoint, "--expert", f"fox={loras['fox']}:0.4", "--method", "sum", "--method", "mean", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {json.dumps(row["settings"]["strengths"]) for row in rows} == {'{"fox": 0.4, "ink": 1.0}'}
     pipe = tiny_pipeline()
-    for arm, fox, ink in (("sum", 0.4, 1.0), ("mean", 0.2, 0.5)):
+    for method, fox, ink in (("sum", 0.4, 1.0), ("mean", 0.2, 0.5)):
         attach(pipe, {"fox": (loras["fox"], fox), "ink": (loras["ink"], ink)}, "sum")
         (image,) = sample(pipe, "a fox in ink", [1000], num_inference_steps=1, guidance_scale=3.0)
-        row = next(row for row in rows if row["arm"] == arm and row["seed"] == 1000)
+        row = next(row for row in rows if row["method"] == method and row["seed"] == 1000)
         assert Image.open(picture_path(tmp_path / "out", row)).tobytes() == image.tobytes()
 
 
@@ -241,21 +241,21 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
     (tmp_path / "none").mkdir()
     several = ["'grid search' needs the weights of a search", "'gates' needs a folder of trained gates"]
     for asked, message in (
-        (["--arm", "grid search", "--arm", "gates"], "; ".join(several)),
+        (["--method", "grid search", "--method", "gates"], "; ".join(several)),
         (["--images", f"typo={tmp_path}"], "--images 'typo': no such LoRA; known: ['fox', 'ink']"),
         (["--own", "typo=a fox"], "--own 'typo': no such LoRA; known: ['fox', 'ink']"),
-        (["--arm", "gates", "--gates", str(tmp_path / "none")], "['gates'] can draw none of the cases"),
+        (["--method", "gates", "--gates", str(tmp_path / "none")], "['gates'] can draw none of the cases"),
     ):
-        assert main([*checkpoint, *fox, "--arm", "sum", *asked]) == 1
+        assert main([*checkpoint, *fox, "--method", "sum", *asked]) == 1
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("rows*"))
-    monkeypatch.setattr(evaluating, "DEFAULT_ARMS", ("base", "grid search"))
-    lines = ["from mole_world.evaluation.arms import mean", 'ARMS = {"half": mean()}']
-    (tmp_path / "arms_of_halves.py").write_text("\n".join(lines))
-    others = ["--arms-from", str(tmp_path / "arms_of_halves.py")]
+    monkeypatch.setattr(evaluating, "DEFAULT_METHODS", ("base", "grid search"))
+    lines = ["from mole_world.evaluation.methods import mean", 'METHODS = {"half": mean()}']
+    (tmp_path / "methods_of_halves.py").write_text("\n".join(lines))
+    others = ["--methods-from", str(tmp_path / "methods_of_halves.py")]
     assert main([*checkpoint, *fox, *others, "--gates", str(tmp_path / "none"), "--seeds", "1", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert {row["arm"] for row in json.loads(out)} == {"base", "mean"}
+    assert {row["method"] for row in json.loads(out)} == {"base", "mean"}
     assert "left out: 'grid search' needs the weights of a search" in err
     assert "left out: ['gates', 'bound gates'] can draw none of the cases" in err
 
@@ -263,7 +263,7 @@ def test_what_a_checkpoint_lacks_is_said_before_anything_is_drawn(checkpoint, lo
 @pytest.mark.thorough
 def test_other_models_and_references_measure_anew_what_is_drawn_once(checkpoint, models, loras, tmp_path, capsys):
     """A second detector, or another picture of a concept, does not answer with the first one's scores."""
-    args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--arm", "base", "--seeds", "1", "--json"]
+    args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--method", "base", "--seeds", "1", "--json"]
     shutil.copytree(models["detector"], tmp_path / "detector")
     (tmp_path / "fox").mkdir()
     noise(7).save(tmp_path / "fox" / "0.png")
@@ -285,15 +285,15 @@ def test_a_limit_is_of_each_kind(checkpoint, loras, tmp_path, capsys):
         for concepts, prompt in ((["fox"], "a fox"), (["fox"], "fox"), (["fox", "ink"], "a fox in ink"), (["ink"], "ink"))
     ]
     (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--seeds", "1", "--arm", "base", "--limit", "1", "--json"]
+    args = [*checkpoint, "--expert", f"fox={loras['fox']}", "--seeds", "1", "--method", "base", "--limit", "1", "--json"]
     assert main(args) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["kind"], row["prompt"]) for row in rows] == [("1 concepts", "a fox"), ("2 concepts", "a fox in ink")]
 
 
-def test_a_sheet_needs_two_arms_before_anything_is_drawn(checkpoint, loras, tmp_path, capsys):
-    assert main([*checkpoint, "--expert", f"fox={loras['fox']}", "--arm", "base", "--sheet"]) == 1
-    assert "a sheet needs two arms or more" in capsys.readouterr().err
+def test_a_sheet_needs_two_methods_before_anything_is_drawn(checkpoint, loras, tmp_path, capsys):
+    assert main([*checkpoint, "--expert", f"fox={loras['fox']}", "--method", "base", "--sheet"]) == 1
+    assert "a sheet needs two methods or more" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
@@ -321,8 +321,8 @@ def test_the_embedded_world_takes_no_parts_of_another(loras, capsys, monkeypatch
     assert "--expert, --clip: the embedded world has its own" in capsys.readouterr().err
     assert main(["evaluate", "--base-config", "sd15"]) == 1
     assert "--base-config: the embedded world has its own" in capsys.readouterr().err
-    assert main(["evaluate", "--search", "--arm", "sum", "--share", "0.5"]) == 1
-    assert "--search draws arms of its own: leave out --arm, --share" in capsys.readouterr().err
+    assert main(["evaluate", "--search", "--method", "sum", "--share", "0.5"]) == 1
+    assert "--search draws methods of its own: leave out --method, --share" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -351,17 +351,17 @@ def command(folders, models):
     return [*command, "--seeds", "2", "--steps", "1", "--protocol", "pairs", "--protocol", "styles"]
 
 
-ARMS = ["--arm", "base", "--arm", "alone", "--arm", "sum", "--arm", "bound"]
+METHODS = ["--method", "base", "--method", "alone", "--method", "sum", "--method", "bound"]
 
 
 def test_a_base_and_a_folder_of_loras_are_enough_and_a_killed_run_goes_on(command, tmp_path, monkeypatch, capsys):
     """Killed while pictures are drawn, and while they are measured: the page is byte for byte that of one run."""
-    assert main([*command, *ARMS, "--out", str(tmp_path / "whole")]) == 0
+    assert main([*command, *METHODS, "--out", str(tmp_path / "whole")]) == 0
     text, said = capsys.readouterr()
-    assert "note: 30 pictures: 6 arms, 3 cases, 2 seeds" in said
+    assert "note: 30 pictures: 6 methods, 3 cases, 2 seeds" in said
     assert [line for line in text.splitlines() if line in ("pairs:", "styles:")] == ["pairs:", "styles:"] * 3
     assert text.splitlines()[4].startswith("| base | ")
-    assert text.rstrip().endswith("Too few cases to call any arm better, which takes 20: pairs (1), styles (2).")
+    assert text.rstrip().endswith("Too few cases to call any method better, which takes 20: pairs (1), styles (2).")
     page = (tmp_path / "whole" / "index.html").read_text()
     assert page.count("<img") == len(set((tmp_path / "whole" / "pictures").rglob("*.png"))) - 12  # four references of each
 
@@ -379,7 +379,7 @@ def test_a_base_and_a_folder_of_loras_are_enough_and_a_killed_run_goes_on(comman
 
         return run
 
-    again = [*command, *ARMS, "--out", str(tmp_path / "again")]
+    again = [*command, *METHODS, "--out", str(tmp_path / "again")]
     for name, count, what in (
         ("mole_world.evaluation.runner.save_picture", 9, save_picture),
         ("mole_world.evaluation.checkpoint_protocol.seam", 5, seam),
@@ -413,8 +413,8 @@ def launchers(way):
 @pytest.mark.parametrize("way", ["processes", "machines"])
 def test_two_processes_make_the_page_of_one(command, tmp_path, capsys, way):
     """Without a GPU, what accelerate calls several GPUs are processes on the CPU."""
-    assert main([*command, *ARMS, "--out", str(tmp_path / "one")]) == 0
-    root, own = str(Path(mole_diffusers.__file__).parent.parent), ["-m", "mole_cli", *command, *ARMS]
+    assert main([*command, *METHODS, "--out", str(tmp_path / "one")]) == 0
+    root, own = str(Path(mole_diffusers.__file__).parent.parent), ["-m", "mole_cli", *command, *METHODS]
     started = [subprocess.Popen([*launcher, *own, "--out", str(tmp_path / "two")], cwd=root) for launcher in launchers(way)]
     assert [process.wait(timeout=900) for process in started] == [0] * len(started)
     for name in ("rows", "measures"):

@@ -1,4 +1,4 @@
-"""The sheet on which people compare arms, and what is counted of their answers."""
+"""The sheet on which people compare methods, and what is counted of their answers."""
 
 import csv
 import json
@@ -14,11 +14,11 @@ from mole_world.evaluation.rows import picture_path, save_picture
 
 @pytest.fixture
 def sheet(tmp_path):
-    """A sheet over three arms and two prompts of the same concepts; each arm has a colour."""
+    """A sheet over three methods and two prompts of the same concepts; each method has a colour."""
     rows = []
-    for arm, colour in (("sum", "red"), ("mean", "green"), ("gates", "blue")):
+    for method, colour in (("sum", "red"), ("mean", "green"), ("gates", "blue")):
         for prompt in ("a fox in ink", "ink: a fox"):
-            rows.append({"arm": arm, "case": "fox+ink", "kind": "pair", "seed": 1, "prompt": prompt, "settings": {}})
+            rows.append({"method": method, "case": "fox+ink", "kind": "pair", "seed": 1, "prompt": prompt, "settings": {}})
             save_picture(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, rows[-1]))
     assert write_sheet(tmp_path, rows) == 12
     return tmp_path
@@ -35,12 +35,12 @@ def test_the_sheet_asks_each_pair_in_both_orders_and_blind(sheet):
         left, right = (image.getpixel((image.width * x // 4, image.height // 2)) for x in (1, 3))
         assert (left, right) == (colours[question["left"]], colours[question["right"]])
     text = (sheet / "sheet" / "answers.csv").read_text()
-    assert not any(arm in text for arm in colours)
+    assert not any(method in text for method in colours)
 
 
 def test_a_sheet_is_in_utf_8_whatever_the_locale(tmp_path, ascii_locale):
     row = {"case": "fox", "kind": "one", "seed": 1, "prompt": "füchse", "settings": {}}
-    rows = [{"arm": arm, **row} for arm in ("sum", "mean")]
+    rows = [{"method": method, **row} for method in ("sum", "mean")]
     for each in rows:
         save_picture(Image.new("RGB", (8, 8)), picture_path(tmp_path, each))
     write_sheet(tmp_path, rows)
@@ -59,7 +59,7 @@ def answer(sheet, choose, judge=""):
         csv.writer(file).writerows(lines)
 
 
-def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
+def test_answers_are_counted_for_methods_and_not_for_sides(sheet, capsys):
     def choose(q):
         if "gates" in (q["left"], q["right"]):
             return "left" if q["left"] == "gates" else "Right "
@@ -73,7 +73,7 @@ def test_answers_are_counted_for_arms_and_not_for_sides(sheet, capsys):
     assert main(["evaluate", "--judged", "--out", str(sheet)]) == 0
     assert capsys.readouterr().out.splitlines() == lines
     assert main(["evaluate", "--judged", "--json", "--out", str(sheet)]) == 0
-    pair = {"first arm": "gates", "second arm": "sum", "first better": 4, "second better": 0, "same": 0}
+    pair = {"first method": "gates", "second method": "sum", "first better": 4, "second better": 0, "same": 0}
     pair |= {"share of the first": "1.00 [0.21, 1.00]", "orders agree": 1.0}
     assert pair in json.loads(capsys.readouterr().out)
     with pytest.raises(ValueError, match="holds answers: count them with --judged"):

@@ -12,10 +12,10 @@ from mole_world.evaluation.tables import as_frame, estimate
 pytest.importorskip("matplotlib")
 
 
-def row(arm, case, seed, **values):
+def row(method, case, seed, **values):
     seen = dict.fromkeys(case.split(" ")[0].split("+"), True) | values.pop("seen", {})
     return {
-        "arm": arm, "case": case, "kind": "pair", "seed": seed, "seen": seen, "success": all(seen.values()),
+        "method": method, "case": case, "kind": "pair", "seed": seed, "seen": seen, "success": all(seen.values()),
         "concepts": list(seen), "subjects": 1.0, "style": True, "apart": None, "idle": [], "prompt": "p", "settings": {},
     } | values  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_bars_have_a_panel_per_value_and_a_colour_per_kind_and_crowd(tmp_path):
     assert twice.get_ylim()[1] > 14
 
 
-def test_the_frontier_is_a_line_per_arm_in_the_order_of_its_shares(tmp_path):
+def test_the_frontier_is_a_line_per_method_in_the_order_of_its_shares(tmp_path):
     rows = [
         row("sum @ 0.7", "a+b", 0, subjects=0.0), row("sum @ 0.7", "a+b", 1, subjects=0.5),
         row("sum @ 0.3", "a+b", 0, style=False), row("mean", "a+b", 0, subjects=0.5, style=False),
@@ -87,8 +87,8 @@ def test_success_against_experts_attached_is_that_of_each_kind(tmp_path):
 def test_curves_stand_at_numbers_or_at_names_in_their_order_with_their_intervals(tmp_path):
     settings = [("size", 1.5), ("size", 1.0), ("words", "own"), ("words", "other"), ("more", 1.0), ("last", 1.0)]
     rows = [
-        row(arm, "a+b", seed, seen={"a": seed < 3}, axis=axis, setting=setting)
-        for axis, setting in settings for arm in ("sum", "bound") for seed in range(4 if arm == "sum" else 2)
+        row(method, "a+b", seed, seen={"a": seed < 3}, axis=axis, setting=setting)
+        for axis, setting in settings for method in ("sum", "bound") for seed in range(4 if method == "sum" else 2)
     ]  # fmt: skip
     figure = plots.curves(as_frame(rows), tmp_path / "curves.png", at="setting", panel="axis")
     size, words, more, last = figure.axes
@@ -100,31 +100,31 @@ def test_curves_stand_at_numbers_or_at_names_in_their_order_with_their_intervals
         [[-0.05, 0.75], [0.95, 0.75]],
         [[0.05, 1.0], [1.05, 1.0]],
     ]
-    own = as_frame(rows).query("axis == 'size' and setting == 1.0 and arm == 'sum'")
+    own = as_frame(rows).query("axis == 'size' and setting == 1.0 and method == 'sum'")
     _, low, high = estimate(own, "success")
     assert size.collections[0].get_segments()[0].tolist() == [[1.0, low], [1.0, high]]
     assert last.get_position().y0 < size.get_position().y0  # the fourth panel begins another row
     assert [axes.get_title() for axes in (size, more)] == ["size", "more"]
 
 
-def test_the_sample_grid_has_a_row_per_arm_that_has_every_seed(tmp_path):
-    rows = [row(arm, "a+b", seed) for arm in ("sum", "mean") for seed in (1, 2)] + [row("half", "a+b", 1)]
+def test_the_sample_grid_has_a_row_per_method_that_has_every_seed(tmp_path):
+    rows = [row(method, "a+b", seed) for method in ("sum", "mean") for seed in (1, 2)] + [row("half", "a+b", 1)]
     other = [row("sum", "a+b", 1, prompt="q"), row("sum", "a+b", 1, settings={"num_inference_steps": 3})]
     for r in rows + other:
-        colour = (40 * r["seed"], 0, 200 if r["arm"] == "sum" else 0) if r not in other else (0, 255, 0)
+        colour = (40 * r["seed"], 0, 200 if r["method"] == "sum" else 0) if r not in other else (0, 255, 0)
         save_picture(Image.new("RGB", (8, 8), colour), picture_path(tmp_path, r))
     sheet = plots.sample_grid([*rows, other[0]], tmp_path, tmp_path / "samples.png")
     colours = {
         colour for _, colour in sheet.getcolors(1 << 16) if colour[2] == 200 or (colour[0] in (40, 80) and not colour[1])
     }
     assert {(40, 0, 200), (80, 0, 200), (40, 0, 0), (80, 0, 0)} <= colours
-    assert sheet.height < 3 * 128  # two rows of arms, not three
+    assert sheet.height < 3 * 128  # two rows of methods, not three
     assert (0, 255, 0) not in {colour for _, colour in sheet.getcolors(1 << 16)}  # neither prompt nor settings mix
 
 
-def test_an_arm_has_one_colour_in_all_panels(tmp_path):
-    rows = [row(arm, "a+b", 0) for arm in ("sum", "gates", "mean @ 0.3", "mean @ 0.7", *"bcdefghijk")]
-    rows += [row(arm, "a+c", 0, kind="other") for arm in ("gates", "mean @ 0.3", "mean @ 0.7")]
+def test_an_method_has_one_colour_in_all_panels(tmp_path):
+    rows = [row(method, "a+b", 0) for method in ("sum", "gates", "mean @ 0.3", "mean @ 0.7", *"bcdefghijk")]
+    rows += [row(method, "a+c", 0, kind="other") for method in ("gates", "mean @ 0.3", "mean @ 0.7")]
     frame = emoji_protocol.frame(rows)
     for draw in (partial(plots.frontier, values=emoji_protocol.REPORT.roles), partial(plots.curves, at="attached")):
         one, other = draw(frame, tmp_path / "x.png").axes

@@ -11,12 +11,12 @@ from mole_world.evaluation import checkpoint_protocol, emoji_protocol
 EMOJI = emoji_protocol.REPORT
 
 
-def row(arm, case, kind="pair", *, idle=(), seed=0, **values):
+def row(method, case, kind="pair", *, idle=(), seed=0, **values):
     """A row of both protocols; scores as given, by concept."""
     concepts = case.split("+")
     name = case + "".join(f" ({other})" for other in idle)
     return {
-        "arm": arm, "case": name, "concepts": concepts, "idle": list(idle), "kind": kind, "prompt": "p", "seed": seed,
+        "method": method, "case": name, "concepts": concepts, "idle": list(idle), "kind": kind, "prompt": "p", "seed": seed,
         "success": True, "seen": dict.fromkeys(concepts, True), "subjects": 1.0, "style": True, "background": True,
         "apart": None, "all seen": True, "one scene": True, "in order": None, "another": False,
         "clip_t": 0.25, "dino": {}, "collapse": None, "lpips": None, "ssim": None, "seam": None,
@@ -39,10 +39,10 @@ def test_success_is_told_by_kind_and_by_how_many_are_attached():
     frame = EMOJI.frame(CROWD)
     success, concepts = (body(table(frame)) for table in EMOJI.tables)
     kinds = ["pair", "pair, 4 LoRAs", "three"]
-    assert success[0] == ["arm", *kinds]
+    assert success[0] == ["method", *kinds]
     assert success[2:] == [["sum", "1.00", "0.00", "0.00"], ["mean", "1.00", "1.00", "1.00"]]
     paired = body(EMOJI.tables[0](frame, against="sum"))
-    assert paired[0] == ["arm, less sum", *kinds]
+    assert paired[0] == ["method, less sum", *kinds]
     assert paired[2:] == [["mean", "0.00", "1.00", "1.00"]]
     assert [line[0] for line in concepts if len(line) == 1 and line[0]] == [f"{kind}:" for kind in kinds]
     assert "idle" in CROWD[1]
@@ -54,14 +54,14 @@ def test_scores_are_told_by_kind_and_by_how_many_are_attached():
     frame = report.frame(CROWD)
     (table,), none = report.tables, ["-"] * 3
     less = body(table(frame, against="sum"))
-    lines = [line for line in body(table(frame)) if line[0] not in ("", "arm", "---")]
+    lines = [line for line in body(table(frame)) if line[0] not in ("", "method", "---")]
     assert lines == [
         ["pair:"], ["sum", *none[:2], "0.250", *none], ["mean", *none[:2], "0.500", *none],
         ["pair, 4 LoRAs:"], ["sum", *none[:2], "0.750", *none], ["mean", *none[:2], "0.500", *none],
         ["three:"], ["sum", *none[:2], "0.500", *none], ["mean", *none[:2], "0.750", *none],
     ]  # fmt: skip
     assert [line[3] for line in less if line[0] == "mean"] == ["0.250", "-0.250", "0.250"]
-    assert table(report.frame(CROWD[2:3])).startswith("| arm | collapse | DINO | CLIP-T |")  # one kind needs no name
+    assert table(report.frame(CROWD[2:3])).startswith("| method | collapse | DINO | CLIP-T |")  # one kind needs no name
 
 
 @pytest.mark.parametrize("report", [EMOJI, checkpoint_protocol.report(["ink"])])
@@ -72,7 +72,7 @@ def test_differences_are_told_with_cases_and_with_concepts_drawn(report):
     rows = [row("sum", case, **worse) for case in cases]
     rows += [row("mean", case, **(better if case.startswith("fox") else worse)) for case in cases]
     text, less = report.text(rows), partial(report.tables[0], report.frame(rows), against="sum")
-    few = "\n\nToo few cases to call any arm better, which takes 20: pair (6)."
+    few = "\n\nToo few cases to call any method better, which takes 20: pair (6)."
     assert text.endswith(less(resample="concepts") + few)
     by_cases, by_concepts = text.split("With concepts drawn in the place of the cases that share them")
     assert less() in by_cases

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mole_world.evaluation.statistics import as_table, bootstrap, estimate
+from mole_world.evaluation.statistics import bootstrap, estimate
 
 
 def apart(count):
@@ -77,7 +77,3 @@ def test_an_interval_holds_that_of_the_bootstrap():
     """Cases that share a concept say less than their number."""
     values, units = torch.tensor([[1.0]] * 20 + [[0.0]] * 20), [[side, str(i)] for side in "ab" for i in range(20)]
     assert estimate(values, units, "share") == bootstrap(values, units) == (0.5, 0.0, 1.0)
-
-
-def test_cases_of_fewer_seeds_are_padded():
-    assert torch.isnan(as_table([[1.0], [1.0, 2.0]])).tolist() == [[False, True], [False, False]]

@@ -84,7 +84,7 @@ def test_strengths_change_while_a_picture_is_drawn_as_if_they_were_set_after_tha
 
     pictures = {}
     for name in ("bound", "late"):
-        with styles.arm(name).draws(setup, case):
+        with styles.method(name).draws(setup, case):
             pictures[name] = draw()
     mixture = mole.attach(setup.pipe, {name: setup.experts[name] for name in case.concepts})
     mixture.strength("relief", 0.5)
@@ -111,7 +111,7 @@ def test_ways_for_styles_are_drawn_and_packed(script, tmp_path, monkeypatch, cap
     monkeypatch.setattr("sys.argv", ["styles.py", *options])
     styles.main()
     packed = pd.read_csv(tmp_path / "styles.csv.gz")
-    assert packed["arm"].tolist() == ["bound", "style at 1.2", "the style's deviation at 1.3"]
+    assert packed["method"].tolist() == ["bound", "style at 1.2", "the style's deviation at 1.3"]
     assert packed["style margin"].nunique() == 3
     assert capsys.readouterr().out.count("| style at 1.2 |") == 2  # as it is, and less bound
 
@@ -129,16 +129,16 @@ def test_packed_rows_replace_those_of_the_same_request_and_keep_the_others(scrip
 
     packing = script("packing")
     monkeypatch.setattr(packing, "FOLDER", tmp_path)
-    row = {"setting": "1", "concepts": ["fox", "koala"], "arm": "sum", "prompt": "a fox and a koala"}
+    row = {"setting": "1", "concepts": ["fox", "koala"], "method": "sum", "prompt": "a fox and a koala"}
 
     def pack(*found):
         rows = pd.DataFrame([row | {"setting": setting, "success": success} for setting, success in found])
-        packing.pack("size", rows, ["setting", "concepts", "arm"])
+        packing.pack("size", rows, ["setting", "concepts", "method"])
 
     pack(("1", True), ("1.5", True))
     pack(("1", False), ("2", True))
     packed = pd.read_csv(tmp_path / "size.csv.gz", dtype={"setting": str})
-    assert list(packed.columns) == ["setting", "concepts", "arm", "success"]
+    assert list(packed.columns) == ["setting", "concepts", "method", "success"]
     assert packed[["setting", "concepts", "success"]].values.tolist() == [
         ["1.5", "fox+koala", 1], ["1", "fox+koala", 0], ["2", "fox+koala", 1],
     ]  # fmt: skip
@@ -168,7 +168,7 @@ def test_a_joint_lora_is_taught_once_and_its_pictures_are_judged_and_packed(scri
     joint.main()
     assert file.stat().st_mtime_ns == made
     rows = pd.read_csv(tmp_path / "joint.csv.gz")
-    assert rows[["arm", "seed", "success"]].values.tolist() == [
+    assert rows[["method", "seed", "success"]].values.tolist() == [
         *(["everywhere", i, 1] for i in range(4)), *(["in tiles", i, 1] for i in range(2)),
     ]  # fmt: skip
 

@@ -27,9 +27,9 @@ def start(robustness):
 def asked(point):
     """All that the pictures of a point depend on."""
     return [
-        (case, point.setup.call_of(case), arm.name, dict(arm.settings(point.setup, case)))
+        (case, point.setup.call_of(case), method.name, dict(method.settings(point.setup, case)))
         for case, _ in point.found
-        for arm in point.arms
+        for method in point.methods
     ]
 
 
@@ -50,8 +50,8 @@ def test_the_settings_reach_what_is_drawn(robustness, start):
     ((case, scene),) = points["base_words"][1].found
     assert case.concepts == scene.subjects
     assert (case.concepts[0] in mole_world.words.BASE_SUBJECTS, case.concepts[1]) == (True, composed.found[0][0].concepts[1])
-    for arm in points["base_words"][1].arms:
-        with arm.draws(composed.setup, case):
+    for method in points["base_words"][1].methods:
+        with method.draws(composed.setup, case):
             assert list(attached(composed.setup.pipe).experts) == [case.concepts[1]]
     assert set(points["strength"][0.4].setup.weighted_experts({"fox": 1.0})["fox"][1:]) == {0.4}
     assert points["guidance"][7.0].setup.options["guidance_scale"] == 7.0
@@ -72,8 +72,8 @@ def test_the_settings_reach_what_is_drawn(robustness, start):
 
 def test_another_sampler_draws_and_the_pipelines_own_comes_back(robustness, start):
     pipe, (composed, _) = start[0].setup.pipe, start
-    own, arm = pipe.scheduler, robustness.samplers(composed)["Euler a"].arms[0]
-    with arm.draws(composed.setup, composed.found[0][0]):
+    own, method = pipe.scheduler, robustness.samplers(composed)["Euler a"].methods[0]
+    with method.draws(composed.setup, composed.found[0][0]):
         assert type(pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
         assert pipe.scheduler.config.prediction_type == own.config.prediction_type
     assert pipe.scheduler is own
@@ -95,7 +95,7 @@ def test_a_run_prints_a_table_and_draws_curves_and_a_second_one_draws_nothing_an
     table = capsys.readouterr().out
     (rows,) = (tmp_path / "robustness" / "validation").glob("*.jsonl")
     drawn = rows.read_text()
-    assert len(drawn.splitlines()) == 2 * 4  # two samplers by four arms; strength 1 is the first of them again
+    assert len(drawn.splitlines()) == 2 * 4  # two samplers by four methods; strength 1 is the first of them again
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [
         ["| samplers", "DDIM"], ["| samplers", "Euler a"], ["| strength", "1"],
     ]  # fmt: skip

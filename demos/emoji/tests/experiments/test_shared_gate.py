@@ -67,7 +67,7 @@ def test_by_noise_each_row_has_its_own_strength(shared, pipe, mixture):
 
 def test_the_larger_of_two_outputs_is_weighed_by_its_size(shared, pipe, mixture):
     put(shared, pipe, mixture, [0, 0, 0, 0, 0, 0, 0, 0, 0.5, 1.0])
-    queries = next(name for _, name, _ in shared.ladder.layers(pipe) if name.endswith("attn1.to_q"))
+    queries = next(name for _, name, *_ in shared.ladder.layers(pipe) if name.endswith("attn1.to_q"))
     gate = mixture.parts.banks["scores"][queries]
     rows = torch.randn(1, 3, len(gate.segment))
     sizes = [((rows * gate.lengths)[..., gate.segment == k] ** 2).sum(-1).sqrt() for k in (0, 1)]

@@ -1,7 +1,7 @@
-"""Arms: every composer under test in one form, and the arms by name.
+"""Methods: every composer under test in one form, and the methods by name.
 
 They are single LoRAs, weighted sums, merges, binding, trained gates and their controls. A file of your own can add others,
-see `arms_from`.
+see `methods_from`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mole_diffusers import GateConfig, Mixture, attach, detach
 from mole_diffusers.binding import Bound, to_json
 from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, frozen_random, hardened, uniform
 from mole_diffusers.inspection import sample
-from mole_diffusers.merging import METHODS, by_activations, check_fits, merge, resolved
-from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
-from mole_diffusers.patching.subjects.things import UNTIL
+from mole_diffusers.merging import METHODS as MERGE_METHODS
+from mole_diffusers.merging import by_activations, check_fits, merge, resolved
 from mole_world.evaluation.rows import digest_files, digest_texts
-from mole_world.evaluation.runner import Arm, ByKind, Case, Setup
+from mole_world.evaluation.runner import ByKind, Case, Method, Setup
 
+UNTIL = 0.8  # the share of the steps after which tiles are drawn as one picture
 Weights = Callable[[Setup, Case], Mapping[str, float]]  # a weight per concept, multiplied with the user's own strength
 Inside = Callable[[Setup, Case, Mixture], AbstractContextManager[Any]]  # the context in which an attached mixture draws
 Binding = Callable[[Setup, Case], Mapping[str, Any]]  # words and regions, as `Mixture.bind` takes them
-# An arm, or for what depends on the setup a function that makes them and raises ValueError like `Arm.needs`.
-KnownArm = Arm | Callable[[Setup], Sequence[Arm]]
+# A method, or for what depends on the setup a function that makes them and raises ValueError like `Method.needs`.
+KnownMethod = Method | Callable[[Setup], Sequence[Method]]
 
 
 def ones(setup: Setup, case: Case) -> dict[str, float]:
@@ -60,14 +60,14 @@ def attached_to(
         detach(setup.pipe)
 
 
-def base() -> Arm:
+def base() -> Method:
     """No LoRA at all."""
 
     def draws(setup: Setup, case: Case) -> AbstractContextManager[None]:
         detach(setup.pipe)
         return nullcontext()
 
-    return Arm("base", draws, lambda setup, case: {})
+    return Method("base", draws, lambda setup, case: {})
 
 
 def as_they_are(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
@@ -87,7 +87,7 @@ def weighted(
     needs: Callable[[Setup], None] = lambda setup: None,
     reads_words: bool = False,
     **settings: Any,
-) -> Arm:
+) -> Method:
     """The LoRAs of a case attached with these weights: by default a weighted sum, like `set_adapters` with these strengths.
 
     Args:
@@ -97,7 +97,7 @@ def weighted(
         binding: words and regions beyond the trigger words of the files; None binds nothing.
         context: the context in which the case is drawn.
         covers: which cases it can draw.
-        needs: what it needs of a setup, as `Arm` has it.
+        needs: what it needs of a setup, as `Method` has it.
         reads_words: whether its context reads the trigger words of the files, as every binding does.
         settings: what rows state besides experts, binding and trained gates. If it depends on the case, give functions.
     """
@@ -122,41 +122,41 @@ def weighted(
     def can_draw(case: Case) -> bool:
         return covers(case) and (not callable(gates) or (gates(case) / GATE_CONFIG).exists())
 
-    return Arm(name, draws, described, can_draw, needs)
+    return Method(name, draws, described, can_draw, needs)
 
 
-def alone(concept: str) -> Arm:
+def alone(concept: str) -> Method:
     """Only one concept's LoRA, on the whole prompt: the upper bound for that concept."""
     return weighted(f"alone {concept}", lambda setup, case: {concept: 1.0}, covers=lambda case: concept in case.concepts)
 
 
-def summed() -> Arm:
+def summed() -> Method:
     """Every LoRA at the user's own strength."""
     return weighted("sum")
 
 
-def mean() -> Arm:
+def mean() -> Method:
     """Every LoRA at 1 / N: normalised linear arithmetic, the baseline of MoLE."""
     return weighted("mean", lambda setup, case: dict.fromkeys(case.experts, 1 / len(case.experts)))
 
 
-def bound(name: str = "bound", binding: Binding = from_files) -> Arm:
+def bound(name: str = "bound", binding: Binding = from_files) -> Method:
     """Every LoRA at the user's own strength, on its own words and in its own place; see `Mixture.bind`."""
     return weighted(name, binding=binding)
 
 
-def words_only() -> Arm:
+def words_only() -> Method:
     """Every LoRA on its own words, and in the whole picture."""
     return bound("words only", lambda setup, case: dict.fromkeys(case.experts, (None, "everywhere")))
 
 
 def in_tiles(
     name: str = "tiles", since: float | None = None, gates: str | Path | GateConfig | Callable[[Case], Path] = "sum"
-) -> Arm:
+) -> Method:
     """Bound, with each subject drawn in its own tile from a share of the steps on; see `Mixture.tiled` and `weighted`."""
 
     def context(setup: Setup, case: Case, mixture: Mixture) -> AbstractContextManager[Any]:
-        return mixture.tiled(since=since, prompt=case.prompt)
+        return mixture.tiled(UNTIL, since=since, prompt=case.prompt)
 
     return weighted(name, gates=gates, binding=from_files, context=context, needs=a_unet, since=since, until=UNTIL)
 
@@ -167,7 +167,7 @@ def a_unet(setup: Setup) -> None:
         raise ValueError(f"needs a unet, unlike {type(setup.pipe).__name__}")
 
 
-def searched(weights: ByKind | None) -> Arm:
+def searched(weights: ByKind | None) -> Method:
     """The best strengths that a search found for this kind of case, see `strength_search.best_weights`."""
     if weights is None:
         raise ValueError("needs the weights of a search")
@@ -179,7 +179,7 @@ def searched(weights: ByKind | None) -> Arm:
     )
 
 
-def merged(method: str, name: str = "", weights: Weights = ones) -> Arm:
+def merged(method: str, name: str = "", weights: Weights = ones) -> Method:
     """A training-free merge; NP-LoRA protects the case's styles, or its last concept if there is no style."""
 
     def styles(setup: Setup, case: Case) -> list[str]:
@@ -208,7 +208,7 @@ def merged(method: str, name: str = "", weights: Weights = ones) -> Arm:
         except ValueError as error:
             raise ValueError(f"cannot be drawn: {error}") from error
 
-    return Arm(name or method, draws, settings, needs=needs)
+    return Method(name or method, draws, settings, needs=needs)
 
 
 def subjects_of(setup: Setup, case: Case) -> list[str]:
@@ -221,10 +221,10 @@ def gates_of(folder: Path) -> Callable[[Case], Path]:
     return lambda case: folder / "+".join(case.experts).replace(" ", "_")
 
 
-def trained(name: str, weights: Weights = ones, /, **how: Any) -> KnownArm:
+def trained(name: str, weights: Weights = ones, /, **how: Any) -> KnownMethod:
     """The trained gates of a setup; `how` as in `weighted`."""
 
-    def made(setup: Setup) -> list[Arm]:
+    def made(setup: Setup) -> list[Method]:
         if setup.gates is None:
             raise ValueError("needs a folder of trained gates")
         return [weighted(name, weights, gates=gates_of(setup.gates), **how)]
@@ -243,7 +243,7 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
         return gates
 
     def replay(place: str, gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if gates.dim() < 2 or place.partition(".")[0] not in DENOISERS:
+        if gates.dim() < 2 or place.startswith("text_encoder"):
             return gates  # these gates do not depend on the row, or on the step
         total, steps = seen[f"{place} {mask.tolist()}"]
         return (total / steps).repeat_interleave(len(gates) // len(total), 0)
@@ -254,10 +254,10 @@ def averaged(setup: Setup, case: Case, mixture: Mixture) -> Iterator[None]:
         yield
 
 
-# ---- arms by name
+# ---- methods by name
 
 
-MERGES = tuple(method for method in METHODS if method not in ("sum", "mean"))
+MERGES = tuple(method for method in MERGE_METHODS if method not in ("sum", "mean"))
 CONTROLS: dict[str, Inside] = {
     "gates": as_they_are,
     "gates uniform": lambda setup, case, mixture: mixture.adjusted(uniform),
@@ -266,12 +266,12 @@ CONTROLS: dict[str, Inside] = {
     "gates averaged": averaged,
 }
 BOUND_GATES = "bound gates"
-MOVABLE: dict[str, Callable[[str, Weights], KnownArm]] = {  # those whose strengths can be moved from subjects to styles
+MOVABLE: dict[str, Callable[[str, Weights], KnownMethod]] = {  # those whose strengths can be moved from subjects to styles
     "sum": weighted,
     **{method: partial(merged, method) for method in MERGES},
     "gates": trained,
 }
-ARMS: dict[str, KnownArm] = {
+METHODS: dict[str, KnownMethod] = {
     "base": base(),
     "alone": lambda setup: [alone(concept) for concept in setup.experts],
     "sum": summed(),
@@ -300,30 +300,30 @@ def imported(path: Path) -> ModuleType:
         sys.path.pop(0)
 
 
-def arms_from(path: Path | None) -> dict[str, KnownArm]:
-    """The dict ARMS like that of this file, of a Python file or package, see `imported`; nothing without a path.
+def methods_from(path: Path | None) -> dict[str, KnownMethod]:
+    """The dict METHODS like that of this file, of a Python file or package, see `imported`; nothing without a path.
 
     Raises ValueError if it has none.
     """
-    found = {} if path is None else getattr(imported(path), "ARMS", None)
+    found = {} if path is None else getattr(imported(path), "METHODS", None)
     if not isinstance(found, dict):
-        raise ValueError(f"{path} has no ARMS, a dict from names to arms")
+        raise ValueError(f"{path} has no METHODS, a dict from names to methods")
     return found
 
 
-def check_names(names: Sequence[str], known: Mapping[str, KnownArm] = ARMS) -> None:
+def check_names(names: Sequence[str], known: Mapping[str, KnownMethod] = METHODS) -> None:
     """Raises ValueError for names that are not known."""
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown arms {unknown}; known: {list(known)}")
+        raise ValueError(f"unknown methods {unknown}; known: {list(known)}")
 
 
-def chosen_arms(
-    names: Sequence[str], setup: Setup, *, shares: Sequence[float] = (), known: Mapping[str, KnownArm] = ARMS
-) -> tuple[list[Arm], list[str]]:
-    """The arms of these names that can be drawn, and a sentence for each name that cannot. "alone" is one arm per expert.
+def chosen_methods(
+    names: Sequence[str], setup: Setup, *, shares: Sequence[float] = (), known: Mapping[str, KnownMethod] = METHODS
+) -> tuple[list[Method], list[str]]:
+    """The methods of these names that can be drawn, and a sentence for each that cannot. "alone" is one method per expert.
 
     Args:
-        shares: draw each arm once per share s, with strength moved from subjects, at 2 - 2s, to styles, at 2s. Their
+        shares: draw each method once per share s, with strength moved from subjects, at 2 - 2s, to styles, at 2s. Their
             names are like "sum @ 0.3", which `plots.frontier` reads.
 
     Raises ValueError for an unknown name, one whose strengths cannot be moved, or a share outside 0..1.
@@ -333,14 +333,14 @@ def chosen_arms(
         raise ValueError(f"the strengths of {fixed} cannot be moved; those of {list(MOVABLE)} can")
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ValueError(f"a share must be from 0 to 1, got {wrong[0]}")
-    found: list[Arm] = []
+    found: list[Method] = []
     lacking: list[str] = []
     for name in names:
         try:
             entries = [MOVABLE[name](f"{name} @ {s:g}", by_role(2 - 2 * s, 2 * s)) for s in shares] or [known[name]]
-            made = [arm for entry in entries for arm in ([entry] if isinstance(entry, Arm) else entry(setup))]
-            for arm in made:
-                arm.needs(setup)
+            made = [method for entry in entries for method in ([entry] if isinstance(entry, Method) else entry(setup))]
+            for method in made:
+                method.needs(setup)
         except ValueError as error:
             lacking.append(f"{name!r} {error}")
         else:

@@ -1,4 +1,4 @@
-"""A case of two tiny LoRAs, and what arms draw of it."""
+"""A case of two tiny LoRAs, and what methods draw of it."""
 
 from dataclasses import replace
 
@@ -17,8 +17,8 @@ def setup_of(pipe, loras):
     return Setup(pipe, experts, OPTIONS, prompts=prompts, styles=frozenset({"ink"}))
 
 
-def drawn(setup, arm, case=CASE, seeds=(3,)):
-    with arm.draws(setup, case):
+def drawn(setup, method, case=CASE, seeds=(3,)):
+    with method.draws(setup, case):
         return [image.tobytes() for image in sample(setup.pipe, case.prompt, seeds, **OPTIONS)]
 
 
@@ -31,5 +31,5 @@ def by_hand(setup, experts, inside=None, gates="sum"):
         mole.detach(setup.pipe)
 
 
-def settings_of(setup, arm):
-    return dict(arm.settings(setup, CASE))
+def settings_of(setup, method):
+    return dict(method.settings(setup, CASE))
