@@ -89,7 +89,9 @@ def compose(
     page = PromptSheet(prompt, sheet)
     mixture = attach(page.pipe, experts, gates, binding=binding)
     texts = plain_texts(page.pipe, **page.recipe.call)
-    has_tiles = texts is not None and mixture.parts.draws_in_tiles(texts | page.call)
+    has_tiles = (
+        texts is not None and mixture.explain(plain_text(prompt), page.call["width"], page.call["height"]).tiles is not None
+    )
     tiles = tiled_prompt(page.pipe, **page.recipe.call) if has_tiles else None
     hashes = {name: expert.sha256 for name, expert in mixture.experts.items()}
     strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}

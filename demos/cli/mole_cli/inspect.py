@@ -66,8 +66,8 @@ def describe(expert: Expert, path: Path, pipe: Any) -> dict[str, Any]:
     if expert.notes.left_out:
         report["left out"] = _reasons(expert.notes.left_out)
     if pipe is not None:
+        from mole_diffusers import models_of
         from mole_diffusers.lora import match, with_host_names
-        from mole_diffusers.patching.host.denoiser_inputs import models_of
 
         models = models_of(pipe)
         missing = match(with_host_names(expert, pipe, models), models).unmatched

@@ -319,9 +319,8 @@ def _term(text: str) -> tuple[str, Any]:
 
 def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: RunOptions, repo: str | None, out: Path) -> Result:
     from mole_app.studio.names import is_hub_id
-    from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, hub
-    from mole_diffusers.mixture import attach
-    from mole_diffusers.patching.host.denoiser_inputs import denoiser
+    from mole_diffusers import attach, denoiser
+    from mole_diffusers.gates import CARD, GATE_CONFIG, GATE_WEIGHTS, model_card, upload
     from mole_diffusers.training import mean_losses, read_clip, save_weight_memory, summary, train_gates
     from mole_diffusers.whole_files import write_text
 
@@ -352,10 +351,10 @@ def _train_gates(asked: Mapping[str, Any], data: Any, gates: Any, run: RunOption
     if is_main_process():
         known = base if is_hub_id(base) else None  # a local folder means nothing to others
         prompt, about = next(iter(data.composed), None), summary(config, log)
-        card = hub.model_card(mixture.weighed(), mixture.config, prompt=prompt, base=known, training=about)
-        write_text(out / hub.CARD, card)
+        card = model_card(mixture.weighed(), mixture.config, prompt=prompt, base=known, training=about)
+        write_text(out / CARD, card)
         if repo:
-            hub.upload(out, repo, allow_patterns=[GATE_WEIGHTS, GATE_CONFIG, hub.CARD])
+            upload(out, repo, allow_patterns=[GATE_WEIGHTS, GATE_CONFIG, CARD])
     first, last = mean_losses(log)
     words = f"{out}: loss {first['loss']:.3f} -> {last['loss']:.3f}, means over a tenth of the updates"
     words += f"; success in validation {last['success']:.2f}" if "success" in last else ""
