@@ -160,7 +160,7 @@ def explain(
     prompt_2: str | None = None,
     acting: Collection[str] | None = None,
     texts: Sequence[str] | None = None,
-    tiling: Tiling = Tiling(),
+    tiling: Tiling | None = None,
 ) -> Explanation:
     """Who acts on a prompt, where and why, and the prompts of its tiles, before anything is attached or drawn. Print it.
 
@@ -185,7 +185,7 @@ def explain(
         raise ValueError("a picture has a width and a height of 1 or more: give both, or none")
     acting = list(binding) if acting is None else acting
     given = {"prompt": prompt, "prompt_2": prompt_2 or None, "width": width, "height": height}
-    call, things = PictureCall(pipe, tiling, given, binding, acting), PromptThings(prompt, binding, acting)
+    call, things = PictureCall(pipe, tiling or Tiling(), given, binding, acting), PromptThings(prompt, binding, acting)
     encoded = [text_read(pipe, prompt)] if texts is None else list(dict.fromkeys(texts))
     on = [name in acting for name in binding]
     read = together([read_prompt(text, things.bound, on) for text in encoded])
@@ -204,7 +204,7 @@ def explain(
     for thing, other in () if tiles is None or things.contact is None else permutations(things.contact.things):
         for name in (things.names[k] for k in thing.experts):
             found[name] = replace(found[name], place=OWN_TILE, why=f"it touches {other.name!r}")
-    tiled = None if how is None else (how.since, tiling.until)
+    tiled = None if how is None else (how.since, call.tiling.until)
     unread = prompt[len(encoded[0]) :] if texts is None else ""
     return Explanation(found, tiles, why, read.contacts, unread, tiled, room)
 
