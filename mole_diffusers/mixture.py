@@ -30,18 +30,14 @@ from mole_diffusers.lora.strengths import Source, files_of, finite, read_weighed
 from mole_diffusers.lora.writing import trigger_phrase, write_lora
 from mole_diffusers.patching.gating.settings import Change, RowSets, StrengthPlan
 from mole_diffusers.patching.gating.trace import Trace
-from mole_diffusers.patching.host.denoiser_inputs import (
-    denoiser,
-    models_of,
-    text_read,
-)
+from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 from mole_diffusers.patching.host.offloading import loaded
 from mole_diffusers.patching.install import folding
 from mole_diffusers.patching.install.installation import Installation, held, installed, remove
 from mole_diffusers.patching.install.parts import Parts
 from mole_diffusers.patching.install.peft_injection import also_loaded
 from mole_diffusers.patching.subjects.apart import explain
-from mole_diffusers.patching.subjects.things import UNTIL, Encode, PictureCall, Tiling
+from mole_diffusers.patching.subjects.things import UNTIL, Encode, Tiling
 
 __all__ = ["Mixture", "attach", "attached", "detach"]
 
@@ -320,7 +316,7 @@ class Mixture:
         self, prompt: str | Sequence[str] | None, call: dict[str, Any], *, stacklevel: int
     ) -> tuple[folding.Folded, set[int]]:
         averages = folding.Averages()
-        if self.parts.is_bound:
+        if self.is_bound:
             warnings.warn(FOLDED, stacklevel=stacklevel)
         heard = self.parts.shared.listeners.decisions
         changes: list[Change[Any]] = [self.parts.settings.tiling.to(Tiling(0)), heard.to((*heard.now, averages))]
@@ -357,6 +353,12 @@ class Mixture:
     def binding(self) -> dict[str, Bound] | None:
         """Each expert's words and region; None if nothing is bound."""
         return self.parts.binding
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether binding keeps any expert off the words of others, or in a place."""
+        bounds = list((self.binding or {}).values())
+        return any(b.given is not None or (b.words and len(bounds) > 1) for b in bounds)
 
     def bind(self, binding: Mapping[str, Any] | None) -> None:
         """Set each expert's words and its place in the picture. Experts that are not named keep theirs.
@@ -430,7 +432,7 @@ class Mixture:
             always: draw in tiles whatever the size and the prompt. False: only if the mixture would do so by itself.
             prompt: the text of the pictures, if the call gives text states instead of it. A call with another prompt raises
                 ValueError.
-            encode: function from a part of that prompt (`binding.sentence.Part`) to its text states [1, S, C], and to the
+            encode: function from a part of that prompt (`binding.Part`) to its text states [1, S, C], and to the
                 pooled states that SDXL, SD 3 and Flux read, [1, P], None for other models. By default the pipeline encodes
                 the part. `studio.prompt_weights.tiled_prompt` makes `prompt` and `encode` for a prompt with weights.
 
@@ -476,16 +478,10 @@ class Mixture:
 
         Raises ValueError if only one of the two is given, or none that a picture has, and for several prompts.
         """
-        if not isinstance(prompt, str):
-            raise ValueError(f"one prompt is explained at a time, given as a text, got {prompt!r}")
-        if (width is None) != (height is None) or not all(side is None or side > 0 for side in (width, height)):
-            raise ValueError("a picture has a width and a height of 1 or more: give both, or none")
         if (bound := self.binding) is None:
             return Explanation.of_unbound(self.experts)
-        call = {"prompt": prompt, "width": width, "height": height}
-        read, tiling = text_read(self.parts.pipe, prompt), self.parts.settings.tiling.now
-        found = explain(PictureCall(self.parts.pipe, tiling, call, bound, self.parts.acting), [read])
-        return dataclasses.replace(found, unread=prompt[len(read) :])
+        tiling = self.parts.settings.tiling.now
+        return explain(self.parts.pipe, prompt, bound, width=width, height=height, acting=self.parts.acting, tiling=tiling)
 
     # ---- begin and copy
 

@@ -28,6 +28,7 @@ __all__ = [
     "TensorFile",
     "json_lines",
     "parse_json",
+    "pipeline_class",
     "printable",
     "read_header",
     "read_json",

@@ -20,6 +20,7 @@ from .regions import Region as Region
 from .regions import checked_region as checked_region
 from .regions import region_mask as region_mask
 from .regions import region_picture as region_picture
+from .sentence import Part as Part
 from .vocabulary import is_look as is_look
 from .vocabulary import is_scenery as is_scenery
 from .who_acts import EVERY_PLACE as EVERY_PLACE

@@ -93,6 +93,9 @@ class Explanation:
             drawn as one. `why_no_tiles` says why.
         contacts: the things that touch.
         unread: the end of the prompt, if it is longer than what any text encoder reads.
+        tiled: the shares of the steps between which tiles are drawn, such as (0.4, 0.8); None without tiles or a size.
+        room: the smallest width and height in pixels at which tiles are drawn, if a picture of the given size is too small
+            for them, and if there is such a size.
     """
 
     experts: Mapping[str, Role]
@@ -100,6 +103,8 @@ class Explanation:
     why_no_tiles: str = ""
     contacts: tuple[Contact, ...] = ()
     unread: str = ""
+    tiled: tuple[float, float] | None = None
+    room: tuple[int, int] | None = None
 
     @classmethod
     def of_unbound(cls, names: Iterable[str]) -> Explanation:

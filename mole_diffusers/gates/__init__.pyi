@@ -15,7 +15,9 @@ from .contract import Family as Family
 from .contract import Gate as Gate
 from .contract import GatePlace as GatePlace
 from .contract import Layer as Layer
+from .hub import CARD as CARD
 from .hub import model_card as model_card
+from .hub import upload as upload
 from .transforms import Strongest as Strongest
 from .transforms import frozen_random as frozen_random
 from .transforms import hardened as hardened

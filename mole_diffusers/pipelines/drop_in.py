@@ -204,7 +204,7 @@ class DropIn:
         if mixture is None:
             super().fuse_lora(*args, **kwargs)
             return
-        if mixture.parameters() or mixture.config.family != "sum" or mixture.parts.is_bound:
+        if mixture.parameters() or mixture.config.family != "sum" or mixture.is_bound:
             raise ValueError(
                 "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
                 "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"

@@ -124,7 +124,13 @@ def compose(
             page.draw(label)
     if base == WORLD and (drawing := _true_drawing(plain_text(prompt))):
         page.columns["true drawing"] = [drawing] * rows
-    about = {"gates": mixture.config.to_dict(), "bind": list(bind), "unbound": unbound, "alone": alone, "method": list(method)}
+    about = {
+        "gates": mixture.config.to_dict(),
+        "bind": list(bind),
+        "unbound": unbound,
+        "alone": alone,
+        "method": list(method),
+    }
     facts = page.save(path, experts=list(hashes), sha256=hashes, strengths=strengths, **about)
     show(facts, f"{prompt}: {path}", as_json=as_json)
 
@@ -136,14 +142,14 @@ def _composers(
 
     Raises ValueError for an unknown one, and for one that cannot draw this prompt.
     """
-    from mole_world.evaluation.methods import METHODS, methods_from, chosen_arms
+    from mole_world.evaluation.methods import METHODS, chosen_methods, methods_from
     from mole_world.evaluation.runner import Case, Setup
 
     strengths = {name: strength for name, (_, strength) in mixture.weighed().items()}
     setup = Setup(page.pipe, mixture.experts, page.call, strengths=strengths)
     case = Case(tuple(strengths), "prompt", page.recipe.plain_text)
     others = methods_from(file)
-    methods, lacking = chosen_arms(names or list(others), setup, known=METHODS | others)
+    methods, lacking = chosen_methods(names or list(others), setup, known=METHODS | others)
     if lacking:
         raise ValueError("; ".join(lacking))
     if unfit := [method.name for method in methods if not method.covers(case)]:

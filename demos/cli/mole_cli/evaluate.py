@@ -20,10 +20,10 @@ from mole_cli.console import note, show
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from mole_world.evaluation.methods import KnownArm
+    from mole_world.evaluation.methods import KnownMethod
     from mole_world.evaluation.report import EvaluationReport
     from mole_world.evaluation.rows import Row, Rows
-    from mole_world.evaluation.runner import Method, Case, Metrics, Setup
+    from mole_world.evaluation.runner import Case, Method, Metrics, Setup
 
 NEEDED = ("jinja2", "krippendorff", "matplotlib", "open_clip", "pandas", "scipy", "timm", "torchmetrics", "torchvision")
 DEFAULT_ARMS = ("base", "alone", "sum", "bound", "tiles")  # on a checkpoint, where pictures take long
@@ -222,9 +222,9 @@ def evaluate(
     from accelerate import PartialState
 
     from mole_world.evaluation import judging_sheet, runner
-    from mole_world.evaluation.methods import METHODS, methods_from, check_names
+    from mole_world.evaluation.methods import METHODS, check_names, methods_from
     from mole_world.evaluation.rows import Rows
-    from mole_world.evaluation.strength_search import search_arms
+    from mole_world.evaluation.strength_search import search_methods
 
     if judged:
         show(judging_sheet.votes(out), judging_sheet.count_answers(out), as_json=as_json)
@@ -240,7 +240,7 @@ def evaluate(
     setup, cases = work.setup, work.cases
     if wanted.attached:
         cases = runner.add_idle_experts(cases, sorted(setup.experts), wanted.attached)
-    methods = search_arms(setup) if wanted.search else _arms(wanted, work, cases, others)
+    methods = search_methods(setup) if wanted.search else _methods(wanted, work, cases, others)
     if sheet and all(sum(method.covers(case) for method in methods) < 2 for case in cases):
         raise ValueError("a sheet needs two methods or more that draw the same case")
     if state.is_main_process:
@@ -366,8 +366,8 @@ def _checkpoint(
     """The user's own checkpoint. What measures the pictures is loaded first, so that a wrong name is known at once."""
     from mole_app.studio.model_folders import files_of
     from mole_diffusers.training import read_folder
-    from mole_world.evaluation import methods as known
     from mole_world.evaluation import checkpoint_protocol, prompts, runner
+    from mole_world.evaluation import methods as known
     from mole_world.evaluation.measures import Models
     from mole_world.evaluation.rows import Rows
 
@@ -424,9 +424,9 @@ def _limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
     return [case for group in kinds.values() for case in group[:limit]]
 
 
-def _arms(wanted: SimpleNamespace, work: Task, cases: Sequence[Case], others: dict[str, KnownArm]) -> list[Method]:
+def _methods(wanted: SimpleNamespace, work: Task, cases: Sequence[Case], others: dict[str, KnownMethod]) -> list[Method]:
     """The methods of --method, or the usual ones and `others` that can be drawn; a note lists those that are left out."""
-    from mole_world.evaluation.methods import METHODS, BOUND_GATES, CONTROLS, chosen_arms, gates_of
+    from mole_world.evaluation.methods import BOUND_GATES, CONTROLS, METHODS, chosen_methods, gates_of
 
     names = list(wanted.method) or [*(("sum", "gates") if wanted.share else work.default), *others]
     if wanted.weights and "grid search" not in names:
@@ -434,7 +434,7 @@ def _arms(wanted: SimpleNamespace, work: Task, cases: Sequence[Case], others: di
     reading = (*CONTROLS, BOUND_GATES)
     if wanted.gates and not {*reading, *others} & {*names}:
         raise ValueError(f"--gates are for the methods {', '.join(reading)}, none of which is drawn here")
-    methods, lacking = chosen_arms(names, work.setup, shares=wanted.share, known=METHODS | others)
+    methods, lacking = chosen_methods(names, work.setup, shares=wanted.share, known=METHODS | others)
     if idle := [a.name for a in methods if not any(map(a.covers, cases)) and not a.name.startswith("alone ")]:
         first = gates_of(Path())(cases[0])
         lacking.append(f"{idle} can draw none of the cases (gates: {work.setup.gates}, where {first} is the first's folder)")
@@ -464,7 +464,9 @@ def _heat_map(path: Path, setup: Setup, methods: Sequence[Method], cases: Sequen
     """The weights of trained gates, for the first case that has them."""
     from mole_diffusers.inspection import block_places, heat_map, sample
 
-    seen = next(((method, case) for method in methods for case in cases if method.name == "gates" and method.covers(case)), None)
+    seen = next(
+        ((method, case) for method in methods for case in cases if method.name == "gates" and method.covers(case)), None
+    )
     if seen is not None:
         method, case = seen
         with method.draws(setup, case) as mixture, mixture.trace() as trace:

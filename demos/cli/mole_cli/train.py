@@ -567,9 +567,8 @@ def _train_gates(
     asked: Mapping[str, Any], data: Any, gates: Any, run: SimpleNamespace, repo: str | None, out: Path
 ) -> tuple[Any, str]:
     from mole_app.studio.names import is_hub_id
-    from mole_diffusers import denoiser
-    from mole_diffusers.gates import GATE_CONFIG, GATE_WEIGHTS, model_card
-    from mole_diffusers.mixture import attach
+    from mole_diffusers import attach, denoiser
+    from mole_diffusers.gates import CARD, GATE_CONFIG, GATE_WEIGHTS, model_card, upload
     from mole_diffusers.training import mean_losses, read_clip, save_weight_memory, summary, train_gates
     from mole_diffusers.whole_files import write_text
 
@@ -604,12 +603,9 @@ def _train_gates(
         known = base if is_hub_id(base) else None  # a local folder means nothing to others
         prompt, about = next(iter(data.composed), None), summary(config, log)
         card = model_card(mixture.weighed(), mixture.config, prompt=prompt, base=known, training=about)
-        write_text(out / "README.md", card)
+        write_text(out / CARD, card)
         if repo:
-            from huggingface_hub import HfApi
-
-            HfApi().create_repo(repo, exist_ok=True)
-            HfApi().upload_folder(repo_id=repo, folder_path=out, allow_patterns=[GATE_WEIGHTS, GATE_CONFIG, "README.md"])
+            upload(out, repo, allow_patterns=[GATE_WEIGHTS, GATE_CONFIG, CARD])
     first, last = mean_losses(log)
     words = f"{out}: loss {first['loss']:.3f} -> {last['loss']:.3f}, means over a tenth of the updates"
     words += f"; success in validation {last['success']:.2f}" if "success" in last else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.keys import EMBEDDING
 from mole_diffusers.patching.undo import Undo
+
+__all__ = ["add_words"]
 
 Words = dict[str, torch.Tensor]  # a word that was trained -> its vectors [n, C]
 
@@ -36,7 +39,7 @@ def embedded(experts: Mapping[str, Expert]) -> dict[str, dict[str, Words]]:
     return found
 
 
-def add_words(pipe: Any, part: str, words: Mapping[str, Words], undo: Undo) -> Iterator[str]:
+def add_words(pipe: Any, part: str, words: Mapping[str, Words], undo: Undo | ExitStack) -> Iterator[str]:
     """Give one text encoder the words of experts, until `undo` closes. Yields a sentence for each that it cannot take."""
     encoder: Any = getattr(pipe, part, None)
     tokenizer: Any = getattr(pipe, part.replace("text_encoder", "tokenizer"), None)
@@ -70,7 +73,7 @@ def _obstacle(pipe: Any, encoder: Any, tokenizer: Any, word: str, vectors: torch
     return ""
 
 
-def _put(table: nn.Embedding, tokenizer: Any, taken: Words, undo: Undo) -> None:
+def _put(table: nn.Embedding, tokenizer: Any, taken: Words, undo: Undo | ExitStack) -> None:
     plain, rows, trains = tokenizer._tokenizer, len(table.weight), table.weight.requires_grad
 
     def take_out() -> None:  # it may run twice

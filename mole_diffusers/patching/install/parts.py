@@ -208,12 +208,6 @@ class Parts:
         masks = self.settings.binding.now
         return None if masks is None else dict(masks.bound)
 
-    @property
-    def is_bound(self) -> bool:
-        """Whether binding keeps any expert off the words of others, or in a place."""
-        bounds = list((self.binding or {}).values())
-        return any(b.given is not None or (b.words and len(bounds) > 1) for b in bounds)
-
     def masks(self, binding: Mapping[str, Any] | str | None) -> TokenMasks | None:
         """The masks of a binding, as `Mixture.bind` takes it."""
         if binding is None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from typing import Any, Literal
 
 import torch
 
+from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.binding.sentence import together
 from mole_diffusers.binding.who_acts import EVERY_PLACE, OWN_TILE, SILENT, Explanation, read_prompt, roles
 from mole_diffusers.binding.words import keys
-from mole_diffusers.patching.host.denoiser_inputs import is_one_graph
+from mole_diffusers.patching.host.denoiser_inputs import is_one_graph, text_read
 from mole_diffusers.patching.subjects.things import SINCE, PictureCall, PromptThings, Tiling
 from mole_diffusers.patching.subjects.windows import Window, border_of, window_around, windows_of_two_that_touch
 
@@ -29,6 +30,7 @@ OF_STATES = {"prompt_embeds", "pooled_prompt_embeds"}  # the same for a call wit
 OF_WHOLE_PICTURE = {"prompt_2", "prompt_3"} | {
     f"{of}{name}" for of in ("", "negative_") for name in ("original_size", "crops_coords_top_left", "target_size")
 }
+MOST_SIDE = 2048  # pixels of a size that is proposed
 SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, so they agree on a scene earlier
 ONE_PROMPT = "each tile has a prompt and a size of its own: draw without {}"
 OTHER_THINGS = "the text encoder reads other things in this prompt than {}: shorten or reword it"
@@ -148,31 +150,63 @@ def lost_tiles(call: PictureCall, encoded: Sequence[str]) -> str:
     return ""
 
 
-def explain(call: PictureCall, texts: Sequence[str]) -> Explanation:
-    """Who acts on the prompt of a call, where and why, and the prompts of its tiles. See `Mixture.explain`.
+def explain(
+    pipe: Any,
+    prompt: str,
+    binding: Mapping[str, Bound],
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    prompt_2: str | None = None,
+    acting: Collection[str] | None = None,
+    texts: Sequence[str] | None = None,
+    tiling: Tiling | None = None,
+) -> Explanation:
+    """Who acts on a prompt, where and why, and the prompts of its tiles, before anything is attached or drawn. Print it.
 
     Args:
-        texts: what the denoiser's text is made of: the prompt, or what is read of it, its chunks, a second prompt.
+        pipe: the pipeline.
+        prompt: as the pipeline gets it, the only one of the call. Several prompts in one call, and states of a prompt,
+            are not drawn in tiles.
+        binding: each LoRA's words and region, as `Mixture.binding` has them and `binding.bindings` makes them.
+        width: of the picture in pixels. Without a size, tiles are told as if there were room.
+        height: of the picture in pixels.
+        prompt_2: what a second text encoder reads, if that is another prompt.
+        acting: the LoRAs that are on, by default all.
+        texts: what the denoiser's text is made of, such as the chunks of a long prompt; by default as much of the prompt as
+            a text encoder reads.
+        tiling: whether tiles are drawn, and in which steps; by default where there is room for them.
+
+    Raises ValueError if only one side is given, or one that no picture has, and for several prompts.
     """
-    things, on = PromptThings(call.given["prompt"], call.bound, call.acting), [name in call.acting for name in call.bound]
-    read = together([read_prompt(text, things.bound, on) for text in dict.fromkeys(texts)])
-    found = roles(list(call.bound), things.bound, on, read)
-    if is_one_graph(call.pipe):
+    if not isinstance(prompt, str):
+        raise ValueError(f"one prompt is explained at a time, given as a text, got {prompt!r}")
+    if (width is None) != (height is None) or not all(side is None or side > 0 for side in (width, height)):
+        raise ValueError("a picture has a width and a height of 1 or more: give both, or none")
+    acting = list(binding) if acting is None else acting
+    given = {"prompt": prompt, "prompt_2": prompt_2 or None, "width": width, "height": height}
+    call, things = PictureCall(pipe, tiling or Tiling(), given, binding, acting), PromptThings(prompt, binding, acting)
+    encoded = [text_read(pipe, prompt)] if texts is None else list(dict.fromkeys(texts))
+    on = [name in acting for name in binding]
+    read = together([read_prompt(text, things.bound, on) for text in encoded])
+    found = roles(list(binding), things.bound, on, read)
+    if is_one_graph(pipe):
         own = {name: role for name, role in found.items() if role.place not in (EVERY_PLACE, SILENT)}
         found |= {name: replace(role, place=EVERY_PLACE, why=why_unbound(call.denoiser)) for name, role in own.items()}
-    why = why_one_picture(call)
-    has_size = call.given.get("width") is not None and not call.tiling.always
-    if not why and has_size and cut(call, things, *_tokens(call)) is None:
-        why = _no_room(call, things)
-    if not why and len(texts) > 1:
-        why = f"tiles read a prompt of one part, and this one is read in {len(texts)}: shorten it"
+    why, how, room = why_one_picture(call), None, None
+    if not why and len(encoded) > 1:
+        why = f"tiles read a prompt of one part, and this one is read in {len(encoded)}: shorten it"
     elif not why and {*keys(read.things)} != {*things.keys}:
         why = OTHER_THINGS.format(" and ".join(repr(thing.name) for thing, _ in things.apart))
+    elif not why and width is not None and (how := cut(call, things, *_tokens(call))) is None:
+        why, room = _no_room(call, things), _size_for_tiles(call, things)
     tiles = None if why else [part.text for _, part in things.apart]
     for thing, other in () if tiles is None or things.contact is None else permutations(things.contact.things):
         for name in (things.names[k] for k in thing.experts):
             found[name] = replace(found[name], place=OWN_TILE, why=f"it touches {other.name!r}")
-    return Explanation(found, tiles, why, read.contacts)
+    tiled = None if how is None else (how.since, call.tiling.until)
+    unread = prompt[len(encoded[0]) :] if texts is None else ""
+    return Explanation(found, tiles, why, read.contacts, unread, tiled, room)
 
 
 def _no_room(call: PictureCall, things: PromptThings) -> str:
@@ -182,14 +216,13 @@ def _no_room(call: PictureCall, things: PromptThings) -> str:
     return f"{size} have no room for one thing {'above' if things.contact.is_stacked else 'beside'} the other"
 
 
-def size_for_tiles(call: PictureCall, most: int) -> tuple[int, int] | None:
-    """The smallest width and height in pixels at which a call is drawn in tiles, in whole pictures of the size that the
-    denoiser was trained at; None if there is none with sides of at most `most` pixels."""
-    things = things_for_tiles(call)
-    if things is None or call.for_processors or not (side := call.cropping.trained):
+def _size_for_tiles(call: PictureCall, things: PromptThings) -> tuple[int, int] | None:
+    """The smallest width and height in pixels at which things are drawn in tiles, in whole pictures of the size that the
+    denoiser was trained at; None if there is none with sides of at most `MOST_SIDE`."""
+    if not (side := call.cropping.trained):
         return None
     pixels = side * _token(call)
-    times = range(1, min(len(things.apart), most // pixels) + 1)
+    times = range(1, min(len(things.apart), MOST_SIDE // pixels) + 1)
     for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
         if cut(call, things, height * side, width * side) is not None:
             return width * pixels, height * pixels

@@ -21,8 +21,7 @@ from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.inspection.contributions import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.gating.gate_site import GateSite
-from mole_diffusers.patching.subjects.apart import size_for_tiles
-from mole_diffusers.patching.subjects.things import PictureCall, PromptThings, Tiling
+from mole_diffusers.patching.subjects.things import PromptThings
 from mole_diffusers.patching.subjects.windows import silhouette
 
 PROMPT = "a fox+a hen"  # a token per letter
@@ -153,7 +152,7 @@ def test_while_a_tile_is_drawn_the_mixture_says_what_the_user_set(pipe, experts)
     mixture, seen = mole.attach(pipe, experts), []
     before = mixture.parts.active, mixture.binding
     hook = pipe.unet.conv_in.register_forward_hook(
-        lambda *_: seen.append((mixture.parts.active, mixture.binding, mixture.parts.is_bound, len(mixture.layouts)))
+        lambda *_: seen.append((mixture.parts.active, mixture.binding, mixture.is_bound, len(mixture.layouts)))
     )
     with tiled(pipe, PROMPT, 1.0):
         latent(pipe)
@@ -672,7 +671,6 @@ def test_what_a_call_gives_attention_is_honoured_or_said(pipe, experts):
             assert torch.equal(latent(pipe, cross_attention_kwargs={"mine": 1}), whole)
     call = {"prompt": PROMPT, "width": 32, "height": 32, "cross_attention_kwargs": {"mine": 1}}
     assert not mixture.parts.draws_in_tiles(call)
-    assert size_for_tiles(PictureCall(pipe, Tiling(), call, mixture.binding, list(experts)), 64) is None
     with mixture.tiled(), pytest.raises(ValueError, match="not 'mine': draw without it"):
         latent(pipe, cross_attention_kwargs={"mine": 1})
 

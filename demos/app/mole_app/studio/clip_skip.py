@@ -6,13 +6,12 @@ The argument `clip_skip` of diffusers counts one less, and does not change the n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from transformers import CLIPTextModel
 
-from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, models_of
-from mole_diffusers.patching.undo import undoing
+from mole_diffusers import denoiser, models_of
 
 
 def most_clip_skip(pipe: Any) -> int:
@@ -20,7 +19,7 @@ def most_clip_skip(pipe: Any) -> int:
 
     It is 1, so there is none, but for Stable Diffusion 1.x and 2.x: models with several text encoders read fixed layers.
     """
-    kinds = [type(model) for part, model in models_of(pipe).items() if part not in DENOISERS]
+    kinds = [type(model) for model in models_of(pipe).values() if model is not denoiser(pipe)]
     return len(_stack(pipe).layers) if kinds == [CLIPTextModel] else 1
 
 
@@ -36,9 +35,11 @@ def clip_skip(pipe: Any, count: int) -> Iterator[None]:
     if count == 1:
         yield
         return
-    with undoing() as undo:
+    with ExitStack() as undo:
         for layer in _stack(pipe).layers[1 - count :]:
-            undo.override(layer, "forward", lambda hidden, *_, **__: hidden)
+            own = vars(layer).get("forward")  # of offloading, for one
+            undo.callback(vars(layer).pop, "forward") if own is None else undo.callback(setattr, layer, "forward", own)
+            layer.forward = lambda hidden, *_, **__: hidden
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from mole_app.studio import picture_passes
@@ -17,7 +18,6 @@ from mole_app.studio.names import shared_name
 from mole_app.studio.recipe import Recipe
 from mole_app.studio.samplers import samplers_of
 from mole_diffusers import detach
-from mole_diffusers.patching.install.pipeline_lock import PipelineLock
 
 CHANGING = "the base model is being changed: wait a little"
 NONE_OPEN = "no base model is open, since the last change failed: choose one"
@@ -37,7 +37,7 @@ class CurrentBase:
     """
 
     def __init__(self, pipe: Any, catalog: Catalog, name: str, config: str | None = None):
-        self.catalog, self.lock, self._why_none = catalog, PipelineLock(), NONE_OPEN
+        self.catalog, self.lock, self._why_none = catalog, RLock(), NONE_OPEN
         self._use(pipe, name, config)
 
     def _use(self, pipe: Any, name: str, config: str | None) -> None:
@@ -61,7 +61,7 @@ class CurrentBase:
         Raises what `opening` raises, after opening the old base again. If that fails, too, it raises ValueError, and no base
         is open until you choose one.
         """
-        with self.lock.held():
+        with self.lock:
             before, self._why_none = self.name, CHANGING
             if (failed := self._put(name, opening)) is None:
                 return

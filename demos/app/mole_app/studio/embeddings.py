@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 
 from mole_app.studio.names import known_names, matching
 from mole_diffusers.patching.install.embeddings import add_words
-from mole_diffusers.patching.undo import undoing
 from mole_diffusers.safe_files import read_safetensors
 
 MOST_VECTORS = 75  # as many as a prompt has tokens
@@ -67,7 +66,7 @@ def taught(pipe: Any, files: Mapping[str, Path]) -> Iterator[dict[str, str]]:
         words[name] = " ".join(tokens)
         for part, width in widths.items():
             parts.setdefault(part, {})[name] = dict(zip(tokens, vectors[width].split(1), strict=True))
-    with undoing() as undo:
+    with ExitStack() as undo:
         for part, taken in parts.items():
             for problem in add_words(pipe, part, taken, undo):
                 raise ValueError(problem)

@@ -21,7 +21,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from mole_app.studio.weight_syntax import NOTHING, Chunk, parse_weights
-from mole_diffusers.binding.sentence import Part
+from mole_diffusers.binding import Part
 
 BACK = 20  # most tokens that move to the next chunk, to cut after a comma or between words
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")

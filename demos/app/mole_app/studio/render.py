@@ -27,7 +27,6 @@ from mole_app.studio.prompt_syntax import LoraTag, parse
 from mole_app.studio.prompt_weights import (
     call_arguments,
     cut_off,
-    plain_texts,
     prompts_read,
     texts_read,
     tiled_prompt,
@@ -38,18 +37,17 @@ from mole_app.studio.samplers import sampler, sampler_name
 from mole_app.studio.strength_schedule import StrengthSchedule
 from mole_app.studio.upscaling import enlarged
 from mole_app.studio.weight_syntax import parse_weights, read_as_words
-from mole_diffusers import Mixture, denoiser, models_of
-from mole_diffusers.binding import AUTO, Bound, Explanation, Layout, bindings, files_bindings, region_picture
+from mole_diffusers import Mixture, Tiling, denoiser, explain, models_of
+from mole_diffusers.binding import AUTO, Explanation, Layout, bindings, files_bindings, region_picture
 from mole_diffusers.lora import check_family
 from mole_diffusers.merging import METHODS, by_activations
-from mole_diffusers.patching.subjects.apart import ONE_PROMPT, begin_of_tiles, explain, part_of_step, size_for_tiles
-from mole_diffusers.patching.subjects.things import PictureCall, Tiling
 
 MERGES = [method for method in METHODS if method != "sum" and not by_activations(method)]
 MAX_SIDE = 2048  # pixels of a picture in the app, and of one that a note suggests
 OnStep = Callable[[int, torch.Tensor], None]  # (steps done, the clean latents that are predicted [1, C, h, w])
 MixtureContext = Callable[[Mixture], AbstractContextManager]
 SDXL_FOR_TWO = {(2048, 1024): "1344 x 768", (1024, 2048): "768 x 1344"}  # sizes for tiles -> that SDXL was trained at
+NO_SECOND = "each tile has a prompt of its own: draw without prompt_2"
 DETAILS = "the details of each subject"  # what the last pass draws
 
 
@@ -150,8 +148,7 @@ class Studio:
         they are already, or if that cannot be."""
         if recipe.binding_of_pass() != AUTO:
             return None
-        call = self._bound_call(recipe)
-        return None if call is None or begin_of_tiles(call) is not None else size_for_tiles(call, MAX_SIDE)
+        return self.explain(recipe).room
 
     def notes(self, asked: Recipe, recipe: Recipe, image: Image.Image | None = None) -> list[str]:
         """What a user should know about a completed recipe: what may be wrong with it, what was changed, and what is cut.
@@ -198,8 +195,6 @@ class Studio:
         notes = []
         if recipe.binding == TILES and recipe.has_pictures:
             notes.append("tiles are drawn from noise alone: with a given picture LoRAs are bound, and draw it as one")
-        elif recipe.binding == TILES and self._reads_second(recipe):
-            notes.append(ONE_PROMPT.format("prompt_2"))
         elif recipe.binding_of_pass() == TILES and (why := self.explain(recipe).why_no_tiles):
             notes.append(f"no tiles are drawn: {why}")
         try:
@@ -247,7 +242,7 @@ class Studio:
         seen = {n: picture_passes.on_white(each) for n in ("control", "reference") if (each := pictures[n]) is not None}
         self.total_steps(recipe)
         size = recipe.width, recipe.height
-        with self.base.lock.held():
+        with self.base.lock:
             self.base.check_for(recipe)
             over: dict[str, Any] = {}
             if image is not None:
@@ -306,13 +301,10 @@ class Studio:
         first, larger, _ = self._steps_of_passes(recipe)
         if step > first:
             return "the larger picture" if step <= first + larger else DETAILS
-        if recipe.binding_of_pass() not in (AUTO, TILES):
+        if (tiled := self.explain(recipe).tiled) is None:
             return ""
-        call = self._bound_call(recipe, always=recipe.binding == TILES)
-        since = None if call is None else begin_of_tiles(call)
-        if call is None or since is None or part_of_step(step, recipe.steps, call.tiling, since) != "tiles":
-            return ""
-        return "each subject by itself"
+        begin, end = (share * recipe.steps for share in tiled)
+        return "each subject by itself" if max(1, begin) + 1e-5 < step <= end + 1e-5 else ""
 
     def _pass(
         self,
@@ -367,7 +359,7 @@ class Studio:
                 elif by_hand is None and binding != "none":
                     tiles = tiled_prompt(pipe, **recipe.call)
                     if binding == TILES and not tiles:
-                        raise ValueError(ONE_PROMPT.format("prompt_2"))
+                        raise ValueError(NO_SECOND)
                     stack.enter_context(mixture.tiled(always=binding == TILES, **tiles))
                 stack.enter_context(inside(mixture))
             drawn = pipe(
@@ -403,8 +395,8 @@ class Studio:
 
     def draws_in_tiles(self, recipe: Recipe) -> bool:
         """Whether a completed recipe would be drawn in tiles with binding "auto"."""
-        call = self._bound_call(recipe)
-        return call is not None and begin_of_tiles(call) is not None
+        automatic = dataclasses.replace(recipe, arm="gates", binding=AUTO)
+        return not recipe.has_pictures and self.explain(automatic).tiles is not None
 
     def explain(self, recipe: Recipe) -> Explanation:
         """Who acts on the prompt of a completed recipe, where and why; see `Mixture.explain`."""
@@ -412,27 +404,18 @@ class Studio:
             return Explanation({}, None, "the prompt has no LoRA")
         if recipe.binding_of_pass() == "none":
             return Explanation.of_unbound(recipe.experts)
-        call = {"prompt": recipe.plain_text, "width": recipe.width, "height": recipe.height}
-        call |= {"prompt_2": recipe.prompt_2} if self._reads_second(recipe) else {}
-        tiling = Tiling(until=0) if recipe.binding_of_pass() == BOUND else Tiling(always=recipe.binding == TILES)
-        found = PictureCall(self.base.pipe, tiling, call, self._bound(recipe), recipe.acting)
-        return explain(found, texts_read(self.base.pipe, recipe.text, recipe.prompt_2))
-
-    def _reads_second(self, recipe: Recipe) -> bool:
-        """Whether a recipe has a second prompt and the pipeline reads it."""
-        return bool(recipe.prompt_2) and "prompt_2" in prompts_read(self.base.pipe)
-
-    def _bound_call(self, recipe: Recipe, *, always: bool = False) -> PictureCall | None:
-        """The call that draws a recipe; None if a prompt is too long, or with a given picture."""
-        if recipe.has_pictures or (texts := plain_texts(self.base.pipe, **recipe.call)) is None:
-            return None
-        call = {**texts, "width": recipe.width, "height": recipe.height}
-        return PictureCall(self.base.pipe, Tiling(always=always), call, self._bound(recipe), recipe.acting)
-
-    def _bound(self, recipe: Recipe) -> dict[str, Bound]:
-        """The words and region of each LoRA of a completed recipe: from its tag, otherwise from its file."""
         own = files_bindings({name: self.catalog.expert(name) for name in recipe.experts})
-        return bindings(recipe.tag_bindings(), own, own)
+        return explain(
+            self.base.pipe,
+            recipe.plain_text,
+            bindings(recipe.tag_bindings(), own, own),  # from its tag, otherwise from its file
+            width=recipe.width,
+            height=recipe.height,
+            prompt_2=recipe.prompt_2 if "prompt_2" in prompts_read(self.base.pipe) else None,
+            acting=recipe.acting,
+            texts=texts_read(self.base.pipe, recipe.text, recipe.prompt_2),
+            tiling=Tiling(until=0) if recipe.binding_of_pass() == BOUND else Tiling(always=recipe.binding == TILES),
+        )
 
 
 def _callback(

@@ -42,7 +42,6 @@ from mole_app.web.sentences import way_in_words
 from mole_diffusers import Mixture, denoiser
 from mole_diffusers.binding import Layout
 from mole_diffusers.inspection import contributions, ways
-from mole_diffusers.mixture import FOLDED
 from mole_diffusers.safe_files import read_picture
 
 MAX_PICTURES, MAX_FOLDERS = 400, 16  # kept in the app's own folder; the browser has copies
@@ -51,6 +50,7 @@ MAX_WORK = 2000 << 20  # pixels x steps of one job: 100 pictures of 1024 x 1024 
 
 SourcePictures = Mapping[str, Image.Image]  # that a picture is made with, see `Actions.compose`
 NOTHING: SourcePictures = {}
+FOLDED = "folded experts act on every word and in the whole picture: weights cannot hold words or places"
 
 
 @dataclass(frozen=True)
@@ -362,7 +362,7 @@ class Actions:
         def work(report: ReportProgress) -> Exported:
             report("writing")
             path = self.new_folder() / f"{name}.safetensors"  # others may export the same LoRAs with other weights
-            with self.studio.base.lock.held():
+            with self.studio.base.lock:
                 self.studio.base.check_for(recipe)
                 if recipe.prompt_2 and "prompt_2" in prompts_read(self.studio.base.pipe):
                     call["prompt_2"] = plain_text(recipe.prompt_2)
@@ -375,7 +375,7 @@ class Actions:
                 by_hand = StrengthSchedule(names, tags, unet=denoiser(self.studio.base.pipe), steps=1, locks=recipe.locks)
                 with mixture.strengths(strengths), mixture.planned(by_hand):
                     error = mixture.export_lora(path, recipe.plain_text, rank=rank, **call)
-                return Exported(path, error, FOLDED if mixture.parts.is_bound else "")
+                return Exported(path, error, FOLDED if mixture.is_bound else "")
 
         return work
 

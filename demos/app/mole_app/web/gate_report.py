@@ -15,7 +15,7 @@ from mole_app.studio.recipe import Recipe
 from mole_app.studio.render import Studio
 from mole_app.studio.strength_schedule import StrengthSchedule
 from mole_diffusers import Trace, denoiser
-from mole_diffusers.inspection import Contributions, gate_figures
+from mole_diffusers.inspection import Contributions, block_places, heat_map, places, shares
 
 Shades = Mapping[str, str] | None  # LoRA -> its colour
 
@@ -27,7 +27,7 @@ class GateReport:
     Attributes:
         picture: the picture's file.
         experts: the LoRAs, in the same order as all weights.
-        heat, shares, places: figures, see `gate_figures`.
+        heat, shares, places: figures, see the functions of these names in `inspection`.
         labels: short name of a block (in a transformer, its module's name) -> gate site.
         weights: short name of a block -> mean weight of each expert, as applied.
         gates: the same before the tags' strengths, block weights and steps are applied. These values can be set by hand.
@@ -60,17 +60,17 @@ def gate_report(
     Raises ValueError if no LoRA acted on the picture.
     """
     with Image.open(picture) as image:
-        places = gate_figures.places(image, acted, shades=shades)  # raises ValueError if no LoRA acted on the denoiser
+        by_place = places(image, acted, shades=shades)  # raises ValueError if no LoRA acted on the denoiser
     network: Any = denoiser(studio.base.pipe)
-    labels = gate_figures.block_places(trace, block_names(network) if hasattr(network, "down_blocks") else None)
+    labels = block_places(trace, block_names(network) if hasattr(network, "down_blocks") else None)
     table = trace.all_weights()
     schedule = StrengthSchedule(trace.experts, recipe.tags, unet=network, steps=recipe.steps)
     return GateReport(
         picture=picture,
         experts=list(trace.experts),
-        heat=gate_figures.heat_map(trace, labels, locked=recipe.locks, shades=shades),
-        shares=gate_figures.shares(trace, labels, shades=shades),
-        places=places,
+        heat=heat_map(trace, labels, locked=recipe.locks, shades=shades),
+        shares=shares(trace, labels, shades=shades),
+        places=by_place,
         labels={label: place for place, label in labels.items()},
         weights={label: table[place].mean(0).tolist() for place, label in labels.items()},
         gates={label: before_tags(table[place], schedule, place).tolist() for place, label in labels.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -26,7 +26,6 @@ from mole_diffusers import attach
 from mole_diffusers.gates import FAMILIES, RECOMMENDED
 from mole_diffusers.inspection import sample
 from mole_diffusers.options import check_options
-from mole_diffusers.patching.undo import undoing
 from mole_diffusers.training import GateTraining, TrainingData, train_gates, unet_of
 
 MAX_UPDATES, MAX_PROMPTS, VALIDATION_PICTURES = 2000, 64, 4  # per run
@@ -166,7 +165,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
         progress = TrainingProgress(request)
         report(progress)
         run.prepare(again)
-        with studio.base.lock.held():
+        with studio.base.lock:
             try:
                 _train(studio, recipe, config, run, progress, report)
             except ValueError as error:  # hide the folder from visitors
@@ -222,8 +221,8 @@ def _train(
     binding = None if recipe.binding == "none" else recipe.tag_bindings()
     mixture = attach(pipe, dict(sorted(experts.items())), run.first_gates, binding=binding)
     tiled: dict[str, Any] = {BOUND: partial(mixture.tiled, 0), TILES: mixture.tiled}
-    with undoing() as undo, clip_skip(pipe, recipe.clip_skip):
-        undo.before_forward(pipe.unet, on_call)
+    with ExitStack() as stack, clip_skip(pipe, recipe.clip_skip):
+        stack.callback(pipe.unet.register_forward_pre_hook(on_call).remove)
         progress.doing = "drawing on seeds that the training will not see, before it"
         show("before, seed {}", *seeds, recipe.seed)  # the last begins the series of the updates
         losses = held_out.losses(pipe, mixture, request.data(), config)

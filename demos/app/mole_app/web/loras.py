@@ -99,7 +99,7 @@ class Loras:
             return []
         with self._finding, ExitStack() as stack:
             if (reader := self._reader) is None:
-                stack.enter_context(self.studio.base.lock.held())
+                stack.enter_context(self.studio.base.lock)
             self.studio.base.check_open()
             wanted = (self.studio.base.name, reader, loras)
             if self._library is None or self._library_of != wanted:

@@ -21,7 +21,7 @@ from mole_app.web.sentences import errors_to, markdown
 from mole_app.web.style import Values, figure, gallery, row, status_line
 from mole_app.web.training_runs import AGAIN, GatesExistError
 from mole_diffusers.binding import AUTO, EVERYWHERE, Bound, bindings, files_bindings, parse_phrases, read_prompt
-from mole_diffusers.inspection import gate_figures
+from mole_diffusers.inspection import losses
 
 
 def build(page: Page) -> None:
@@ -50,7 +50,7 @@ def build(page: Page) -> None:
 
     def show(job: Job) -> Values:
         progress: TrainingProgress = job.event
-        curve = gate_figures.losses(progress.rows) if progress.rows else None
+        curve = losses(progress.rows) if progress.rows else None
         shown: Values = {asked: hidden, again: "", loss: gr.update(value=curve, visible=curve is not None)}
         shown[pictures] = gr.update(value=progress.pictures, visible=bool(progress.pictures))
         is_new = job.state == "done" and not job.is_shown  # after a reload, keep what was chosen since then

@@ -271,9 +271,9 @@ def test_tiles_that_are_asked_for_are_explained_without_room(studio):
 
 def test_no_size_is_said_that_the_app_does_not_draw(studio, monkeypatch):
     recipe = studio.complete(Recipe(THREE, width=32, height=32))
-    monkeypatch.setattr("mole_app.studio.render.MAX_SIDE", 95)
+    monkeypatch.setattr("mole_diffusers.patching.subjects.apart.MOST_SIDE", 95)
     assert studio.notes(recipe, recipe) == [of_room(64, 64)]
-    monkeypatch.setattr("mole_app.studio.render.MAX_SIDE", 63)
+    monkeypatch.setattr("mole_diffusers.patching.subjects.apart.MOST_SIDE", 63)
     assert studio.notes(recipe, recipe) == []
 
 

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
 from mole_app.studio import infotext
-from mole_diffusers.mixture import FOLDED
+from mole_app.web.actions import FOLDED
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
