@@ -7,9 +7,8 @@ import torch
 from PIL import Image
 
 from mole_app.studio.weight_syntax import plain_text
-from mole_diffusers.binding.as_text import parse_binding
-from mole_diffusers.binding.config import Bound, bindings, bound, files_bindings, from_json, to_json
-from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.binding import Bound, bindings, files_bindings, parse_binding, region_mask, to_json
+from mole_diffusers.binding.config import bound, from_json
 from mole_diffusers.lora import Expert
 
 

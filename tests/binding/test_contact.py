@@ -2,9 +2,9 @@
 
 import pytest
 
-from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding import Bound, Explanation, read_prompt
 from mole_diffusers.binding.sentence import Who, parse
-from mole_diffusers.binding.who_acts import Explanation, read_prompt, roles
+from mole_diffusers.binding.who_acts import roles
 from mole_world.captions import BETWEEN
 from mole_world.scenes import CONTACTS
 

@@ -13,10 +13,10 @@ import hosts
 import pytest
 from transformers import CLIPTokenizer
 
-from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding import Bound, Explanation, read_prompt
 from mole_diffusers.binding.finding import MOST_TOKENS, TOKEN
 from mole_diffusers.binding.sentence import parse
-from mole_diffusers.binding.who_acts import Explanation, read_prompt, roles
+from mole_diffusers.binding.who_acts import roles
 from mole_world import default_folder
 
 DATA = Path(__file__).parent / "data"

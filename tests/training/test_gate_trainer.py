@@ -17,13 +17,20 @@ from tiny import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 import mole_diffusers as mole
 from mole_diffusers.lora import strengths
 from mole_diffusers.patching.gating.cross_attention import cross_attentions
-from mole_diffusers.training import engine
-from mole_diffusers.training.clip import Clip
-from mole_diffusers.training.config import GateTraining, Validation
-from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import Samples, TrainingData
-from mole_diffusers.training.gate_trainer import GateTrainer, mean_losses, parameter_groups, summary, train_gates
-from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.training import (
+    OBJECTIVES,
+    Clip,
+    GateTraining,
+    Samples,
+    TrainingContext,
+    TrainingData,
+    Validation,
+    engine,
+    mean_losses,
+    summary,
+    train_gates,
+)
+from mole_diffusers.training.gate_trainer import GateTrainer, parameter_groups
 
 TEACH = {"seeds": 2, "steps": 2}
 BOTH = {"single": TEACH, "composed": TEACH}

@@ -11,15 +11,9 @@ from mole_diffusers.gates import Context, GateConfig
 from mole_diffusers.gates.families.flow import FlowGate
 from mole_diffusers.gates.families.mole import MoLEGate
 from mole_diffusers.gates.families.static import StaticGate
-from mole_diffusers.merging.activations import Activations
-from mole_diffusers.merging.layers import layers_of, merge_key
-from mole_diffusers.merging.merge import merge
-from mole_diffusers.training import initialization
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.merging import Activations, layers_of, merge, merge_key
+from mole_diffusers.training import GateTraining, Samples, TrainingContext, TrainingData, initialization, train_gates
 from mole_diffusers.training.denoising import predict
-from mole_diffusers.training.gate_trainer import train_gates
 from mole_diffusers.training.initialization import initialize
 
 SINGLES = {"fox": ["a fox", "fox"], "ink": ["ink art", "ink"], "hat": ["a hat"]}

@@ -18,12 +18,17 @@ from tiny import tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
-from mole_diffusers.training.config import GateTraining, Term
-from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import Samples, TrainingData
-from mole_diffusers.training.engine import save_weight_memory
-from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
-from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.training import (
+    OBJECTIVES,
+    GateTraining,
+    Samples,
+    TrainingContext,
+    TrainingData,
+    save_weight_memory,
+    train_gates,
+)
+from mole_diffusers.training.config import Term
+from mole_diffusers.training.gate_trainer import GateTrainer
 
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox in ink"] * 4)
 SHORT = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=4, steps=3, every=3)

@@ -14,11 +14,7 @@ from tiny import tiny_pipeline
 import mole_diffusers as mole
 from mole_cli.mole import main
 from mole_diffusers.lora.writing import save_atomically
-from mole_diffusers.training import engine
-from mole_diffusers.training.config import GateTraining, LoraTraining
-from mole_diffusers.training.data import Samples, TrainingData
-from mole_diffusers.training.gate_trainer import train_gates
-from mole_diffusers.training.lora_trainer import train_lora
+from mole_diffusers.training import GateTraining, LoraTraining, Samples, TrainingData, engine, train_gates, train_lora
 
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox"] * 4)
 CONCEPT = LoraTraining(rank=4, steps=4, batch=2, lr=1e-2, every=2)

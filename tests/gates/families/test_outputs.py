@@ -14,8 +14,7 @@ import mole_diffusers as mole
 from mole_diffusers.gates import Context, GateConfig
 from mole_diffusers.gates.families.outputs import LENGTH, OutputGate
 from mole_diffusers.lora import read_expert
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.context import TrainingContext
+from mole_diffusers.training import GateTraining, TrainingContext
 from mole_diffusers.training.gate_trainer import GateTrainer
 
 NAMES = ("fox", "ink")  # their layers are all in blocks; ink has feed-forward layers, too
@@ -167,7 +166,7 @@ def test_gates_are_saved_and_get_gradients_and_are_balanced_as_in_the_paper(pipe
 
 
 def _pictures():
-    from mole_diffusers.training.data import Samples, TrainingData
+    from mole_diffusers.training import Samples, TrainingData
 
     return TrainingData(samples=Samples(torch.randn(2, 4, 16, 16), ["a fox", "ink"]))
 

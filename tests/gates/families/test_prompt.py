@@ -244,9 +244,7 @@ def test_modules_as_experts(pipe, loras, draw, awake, tmp_path, axis):
 @pytest.mark.parametrize("top", [0, *thorough(1)])
 def test_training_evens_out_what_all_terms_route(pipe, loras, axis, top):
     """LoRAs of different layers, and two terms: beside the balance, nothing pulls at the gates."""
-    from mole_diffusers.training.config import GateTraining
-    from mole_diffusers.training.data import TrainingData
-    from mole_diffusers.training.gate_trainer import train_gates
+    from mole_diffusers.training import GateTraining, TrainingData, train_gates
 
     mixture = mole.attach(pipe, loras, mole.GateConfig("prompt", axis=axis, top=top))
     with torch.no_grad():

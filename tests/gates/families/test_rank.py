@@ -197,9 +197,7 @@ def test_gates_that_stand_still_fold_rank_by_rank(pipe, loras, draw, refactor):
 
 
 def test_training_moves_router_and_bias(pipe, loras):
-    from mole_diffusers.training.config import GateTraining
-    from mole_diffusers.training.data import TrainingData
-    from mole_diffusers.training.gate_trainer import train_gates
+    from mole_diffusers.training import GateTraining, TrainingData, train_gates
 
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("rank", top=2, rate=0.01))
     config = GateTraining({"base": {"weight": 1.0, "seeds": 1, "steps": 1}}, steps=2, batch=2)

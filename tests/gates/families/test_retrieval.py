@@ -7,9 +7,8 @@ from tiny import tiny_pipeline
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, Layer, transforms
 from mole_diffusers.gates.families.retrieval import RetrievalGate, answers
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.data import TrainingData
-from mole_diffusers.training.gate_trainer import drop_experts, train_gates
+from mole_diffusers.training import GateTraining, TrainingData, train_gates
+from mole_diffusers.training.gate_trainer import drop_experts
 
 RANKS, CIN, COUT, ROUTER = (2, 3, 1), 6, 5, 4
 MASK, NOW = torch.tensor([True, True, True]), torch.zeros(1)

@@ -13,7 +13,7 @@ from tiers import thorough
 from tiny import tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding import Bound
 from mole_diffusers.patching.gating.settings import PlainSum
 from mole_diffusers.patching.install.folding import Averages, evaluate_gates
 

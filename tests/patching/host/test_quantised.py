@@ -11,8 +11,8 @@ from tiny import tiny_lora, tiny_pipeline
 from torch import nn
 
 import mole_diffusers as mole
+from mole_diffusers import denoiser, models_of
 from mole_diffusers.lora import layer_key
-from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -14,11 +14,9 @@ from tiny import tiny_lora, tiny_pipeline
 from waits import waits_of_a_step
 
 import mole_diffusers as mole
-from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding import AUTO, Bound, PictureWarning
 from mole_diffusers.binding.layout import partition
-from mole_diffusers.binding.picture_warning import PictureWarning
-from mole_diffusers.binding.regions import AUTO
-from mole_diffusers.inspection.contributions import contributions
+from mole_diffusers.inspection import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.subjects.apart import size_for_tiles

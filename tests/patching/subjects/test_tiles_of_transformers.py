@@ -11,8 +11,8 @@ from tiers import thorough
 from tiny import tiny_lora
 
 import mole_diffusers as mole
+from mole_diffusers import denoiser
 from mole_diffusers.lora import read_expert
-from mole_diffusers.patching.host.denoiser_inputs import denoiser
 from mole_diffusers.patching.host.denoisers import record
 from mole_diffusers.patching.subjects.apart import begin_of_tiles
 from mole_diffusers.patching.subjects.things import PictureCall, Tiling
