@@ -42,7 +42,7 @@ DENOISE = GateTraining({"denoise": 1.0}, **SHORT)  # the cheapest term
 
 
 def gates_of(mixture):
-    return {f"{p}.{k}": v.clone() for p, bank in mixture.parts.banks.items() for k, v in bank.state_dict().items()}
+    return {f"{p}.{k}": v.clone() for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
 
 
 def same(one, other):
@@ -173,7 +173,7 @@ def test_rank_gates_even_out_their_load_once_per_update(loras):
         config = GateTraining({"denoise": 1.0}, batch=4, steps=2, accumulation=accumulation)
         train_gates(pipe, mixture, DRAWN, config=config)
         ends.append({name: value for name, value in gates_of(mixture).items() if name.endswith("balance")})
-        assert all(gate.load is None for bank in mixture.parts.banks.values() for gate in bank.gates.values())
+        assert all(gate.load is None for bank in mixture.banks.values() for gate in bank.gates.values())
     assert any(c.abs().max() > 0 for c in ends[0].values())
     for name, c in ends[0].items():
         torch.testing.assert_close(ends[1][name], c)
@@ -223,7 +223,7 @@ def test_rates_move_every_gates_logits_alike(pipe, loras):
         "retrieval": mole.GateConfig("retrieval"),
     }.items():
         mixture = mole.attach(pipe, {"fox": loras["fox"]}, gates)
-        gates = [gate for bank in mixture.parts.banks.values() for gate in bank]
+        gates = [gate for bank in mixture.banks.values() for gate in bank]
         groups = parameter_groups(gates, None)
         assert sum(len(g["params"]) for g in groups) == len(mixture.parameters())
         found[name] = min(g["lr"] for g in groups)

@@ -64,7 +64,7 @@ def mixed(pipe, folder, **options):
 
 
 def gates_of(mixture):
-    return {f"{p}.{k}": v.clone() for p, bank in mixture.parts.banks.items() for k, v in bank.state_dict().items()}
+    return {f"{p}.{k}": v.clone() for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def train(files, device, config=SHORT, *, folder=None, compile=None, resume=None
     if compile is not None:
         pipe.unet.compile(backend=compile)
     log = train_gates(pipe, mixture, TrainingData(samples=PICTURES), config=config, folder=folder, resume_from=resume)
-    return {f"{p}.{k}": v.cpu() for p, bank in mixture.parts.banks.items() for k, v in bank.state_dict().items()}, log
+    return {f"{p}.{k}": v.cpu() for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}, log
 
 
 def close(one, other, *, atol):
@@ -176,7 +176,7 @@ def test_two_processes_on_one_device_equal_one(loras, tmp_path, device):
     assert [process.wait(timeout=600) for process in both] == [0, 0]
     wanted, log = train(files, device, folder=tmp_path / "one")
     mixture = mole.attach(tiny_pipeline(), files, gates=tmp_path / "two")
-    found = {f"{p}.{k}": v for p, bank in mixture.parts.banks.items() for k, v in bank.state_dict().items()}
+    found = {f"{p}.{k}": v for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
     close(found, wanted, atol=1e-5)
     rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     for two, one in zip(rows, log, strict=True):

@@ -36,7 +36,7 @@ def gates(loras, folder, **options):
     config = GateTraining({"denoise": 1.0}, batch=2, steps=4, every=2)
     pipe = mixture.parts.pipe
     train_gates(pipe, mixture, TrainingData(samples=PICTURES), config=config, folder=folder, **options)
-    return {f"{part}.{k}": v.clone() for part, bank in mixture.parts.banks.items() for k, v in bank.state_dict().items()}
+    return {f"{part}.{k}": v.clone() for part, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
 
 
 def concept(loras, folder, **options):

@@ -74,14 +74,14 @@ def test_it_is_the_paper_written_out(pipe, loras, awake):
     host, strengths = copy.deepcopy(pipe), {"fox": 0.8, "ink": -1.3}
     mixture = awake(mole.attach(pipe, {n: (loras[n], s) for n, s in strengths.items()}, FLAT, binding=None), size=0.7)
     with torch.no_grad():
-        for gates in mixture.parts.banks.values():
+        for gates in mixture.banks.values():
             for i, gate in enumerate(gates):
                 gate.log_tau.fill_(0.1 * i - 0.3)
     heard = []
     with mixture.parts.listen(heard.append):
         found = states(pipe)
     experts = [(read_expert(loras[name], name), strength) for name, strength in strengths.items()]
-    written = [Written(getattr(host, part), part, experts, bank) for part, bank in mixture.parts.banks.items()]
+    written = [Written(getattr(host, part), part, experts, bank) for part, bank in mixture.banks.items()]
     for ours, theirs in zip(found, states(host), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
     gates = torch.cat([decision.gates for decision in heard])

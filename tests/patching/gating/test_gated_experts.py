@@ -69,7 +69,7 @@ def whole_layers(monkeypatch):
 def asked(mixture):
     """A list that grows by what a gate of a mixture reads, whenever one is asked."""
     read = []
-    for gate in (gate for bank in mixture.parts.banks.values() for gate in bank):
+    for gate in (gate for bank in mixture.banks.values() for gate in bank):
         gate.register_forward_pre_hook(lambda _, given: read.append(given[0]))
     return read
 
@@ -215,8 +215,8 @@ def test_texts_gates_strengths_and_weights_count_whenever_they_change(pipe, lora
         with torch.no_grad():
             other.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.copy_(layer.weight)
         twin = mole.attach(other, {n: (p, mixture.strength(n)) for n, p in loras.items()}, "mole")
-        for part, bank in mixture.parts.banks.items():
-            twin.parts.banks[part].load_state_dict(bank.state_dict())
+        for part, bank in mixture.banks.items():
+            twin.banks[part].load_state_dict(bank.state_dict())
         with torch.no_grad():
             return other.unet(step.sample, torch.tensor(500), step.text)[0]
 
@@ -276,7 +276,7 @@ class Schedule:
 def test_under_a_schedule_gates_are_asked_when_its_strengths_change(pipe, loras, step, family):
     mixture, schedule = mole.attach(pipe, loras, family), Schedule()
     decided = asked(mixture)
-    with mixture.parts.planned(schedule):
+    with mixture.planned(schedule):
         first = step()
         once = len(decided)
         torch.testing.assert_close(step(), first, **CLOSE)
@@ -284,7 +284,7 @@ def test_under_a_schedule_gates_are_asked_when_its_strengths_change(pipe, loras,
         schedule.now = 0.25
         second = step()
         assert len(decided) == 2 * once
-    with mixture.strengths({"ink": 0.25}), mixture.parts.planned(Schedule()):
+    with mixture.strengths({"ink": 0.25}), mixture.planned(Schedule()):
         torch.testing.assert_close(step(), second, **CLOSE)
     assert (second - first).abs().max() > 1e-4
 

@@ -369,9 +369,9 @@ def test_words_of_a_second_prompt_are_found_in_its_own_text(name, tmp_path):
         warnings.simplefilter("ignore")
         alone = hosts.draw(pipe, options, "a hen")
     mixture.bind(None)
-    with mixture.parts.planned(OneEncoder({("text_encoder", 0)}, 2)):
+    with mixture.planned(OneEncoder({("text_encoder", 0)}, 2)):
         torch.testing.assert_close(bound, hosts.draw(pipe, options, "a hen"), atol=1e-5, rtol=0)
-    with mixture.parts.planned(OneEncoder({("text_encoder", 0)}, 2)), mixture.strengths({"ink": 0}):
+    with mixture.planned(OneEncoder({("text_encoder", 0)}, 2)), mixture.strengths({"ink": 0}):
         torch.testing.assert_close(alone, hosts.draw(pipe, options, "a hen"), atol=1e-5, rtol=0)
     assert not torch.allclose(bound, hosts.draw(pipe, options, "a hen"), atol=1e-4)
 
@@ -382,7 +382,7 @@ def test_weights_by_hand_know_which_texts_of_a_batch_have_whose_words(attach, pi
 
     def encoded(*texts):
         ids = pipe.tokenizer(list(texts), padding="max_length", max_length=16, return_tensors="pt").input_ids
-        with torch.no_grad(), mixture.parts.planned(PlainSum(2)):
+        with torch.no_grad(), mixture.planned(PlainSum(2)):
             return pipe.text_encoder(ids)[0]
 
     both = encoded("a fox", "an owl")

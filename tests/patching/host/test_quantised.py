@@ -241,7 +241,7 @@ def test_gates_learn_on_a_quantised_host(packed, files):
     states = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
     sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     packed.unet(sample, 500, states).sample.square().mean().backward()
-    bank = mixture.parts.banks["unet"]
+    bank = mixture.banks["unet"]
     assert all(p.grad.abs().sum() > 0 for n, p in bank.named_parameters() if "blocks" in n and n.endswith("matrix"))
 
 

@@ -680,7 +680,7 @@ def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_pa
     pipe = sdxl() if family == "sdxl" else pipe
     files = {name: tiny_lora(pipe, tmp_path / name, seed=seed) for seed, name in enumerate(("fox", "hat"))}
     mixture = mole.attach(pipe, {name: replace(read_expert(path), triggers=(WORDS[name],)) for name, path in files.items()})
-    assert "text_encoder" in mixture.parts.banks
+    assert "text_encoder" in mixture.banks
     with mixture.tiled(1.0, since=0):
         scaled = latent(pipe, cross_attention_kwargs={"scale": 0.5})
         with mixture.strengths({"fox": 0.5, "hat": 0.5}):
