@@ -46,8 +46,6 @@ def test_a_prompt_is_read_as_people_read_it(explained, case):
     assert found.tiles == case.get("apart", case["tiles"])  # `apart`: each of two that touch
     apart = [name for name, role in found.experts.items() if role.place == "own tile"]
     assert bool(apart) == ("apart" in case)
-        list(case["loras"]) if "apart" in case else []
-    )
     assert as_one.tiles is None
     if "contacts" in case:
         assert list(map(str, found.contacts)) == case["contacts"]
