@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import mole_diffusers as mole
-from mole_diffusers.inspection.compare import sample
+from mole_diffusers.inspection import sample
 from mole_diffusers.lora import read_expert
 from mole_world.evaluation.runner import Case, Setup
 

@@ -53,8 +53,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mole_diffusers import models_of
 from mole_diffusers.binding.vocabulary import DETERMINERS
-from mole_diffusers.patching.host.denoiser_inputs import models_of
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 PHOTO = VaeImageProcessor.numpy_to_pil(PICTURE.permute(0, 2, 3, 1).numpy())[0]

@@ -5,9 +5,8 @@ import zlib
 import torch
 import torch.nn.functional as F
 
-from mole_diffusers.retrieval import store
-from mole_diffusers.retrieval.library import LoraLibrary, embedding
-from mole_diffusers.retrieval.store import LibraryEntry
+from mole_diffusers.retrieval import LibraryEntry, LoraLibrary, store
+from mole_diffusers.retrieval.library import embedding
 
 SAMPLES = {
     "fox": ["a red fox in snow", "fox on grass", "a fox"],

@@ -8,7 +8,7 @@ from tiers import thorough
 from tiny import tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding import Bound
 
 PARTI = hosts.real_prompts()
 SOME = PARTI[:: len(PARTI) // 20]

@@ -185,7 +185,7 @@ def test_only_gates_get_gradients(pipe, loras):
     pipe.enable_lora()  # peft turns gradients of active adapters on
     predict(pipe, torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), ["a fox", ""]).square().mean().backward()
     gates = {id(p) for p in mixture.parameters()}
-    named = {n: p for bank in mixture.parts.banks.values() for n, p in bank.named_parameters()}
+    named = {n: p for bank in mixture.banks.values() for n, p in bank.named_parameters()}
     shared = {n: p for n, p in named.items() if "layers" in n or "transformer_blocks" in n}  # elsewhere is one expert
     assert all(p.grad.abs().sum() > 0 for n, p in shared.items() if n.endswith("matrix"))
     others = [p for model in (pipe.unet, pipe.text_encoder) for p in model.parameters() if id(p) not in gates]

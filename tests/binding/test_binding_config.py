@@ -7,9 +7,8 @@ import torch
 from PIL import Image
 
 from mole_app.studio.weight_syntax import plain_text
-from mole_diffusers.binding.as_text import parse_binding
-from mole_diffusers.binding.config import Bound, bindings, bound, files_bindings, from_json, to_json
-from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.binding import Bound, bindings, files_bindings, parse_binding, region_mask, to_json
+from mole_diffusers.binding.config import from_json
 from mole_diffusers.lora import Expert
 
 
@@ -23,11 +22,13 @@ def test_words_are_those_of_the_file_unless_others_are_given():
         "fox": Bound(("sks fox",)), "ink": Bound(())
     }  # fmt: skip
     own = Bound(("sks fox",))
-    assert bound("a fox", "fox", own) == Bound(("fox",))
-    assert bound(["a fox", "foxes"], "fox", own) == Bound(("fox", "foxes"))
-    assert bound((None, "left"), "fox", own) == Bound(("sks fox",), "left")
-    assert bound(("the fox", (0, 0, 0.5, 1)), "fox", own) == Bound(("fox",), (0.0, 0.0, 0.5, 1.0))
-    assert bound("everywhere", "fox", own) == Bound((), "everywhere")
+    assert bindings({"fox": "a fox"}, {"fox": own}, {"fox": own})["fox"] == Bound(("fox",))
+    assert bindings({"fox": ["a fox", "foxes"]}, {"fox": own}, {"fox": own})["fox"] == Bound(("fox", "foxes"))
+    assert bindings({"fox": (None, "left")}, {"fox": own}, {"fox": own})["fox"] == Bound(("sks fox",), "left")
+    assert bindings({"fox": ("the fox", (0, 0, 0.5, 1))}, {"fox": own}, {"fox": own})["fox"] == Bound(
+        ("fox",), (0.0, 0.0, 0.5, 1.0)
+    )
+    assert bindings({"fox": "everywhere"}, {"fox": own}, {"fox": own})["fox"] == Bound((), "everywhere")
 
 
 @pytest.mark.parametrize("phrase", [r"miku \(vocaloid\)", "(miku:1.2)", "( a (red : .5) fox:+1. )", r"\\o/"])
@@ -89,7 +90,7 @@ BAD = [3, [], ["", "fox"], ("fox", "left", 1), [3], ("fox", "nowhere"), Bound(("
 @pytest.mark.parametrize("bad", BAD)
 def test_what_is_no_binding_is_refused_by_name(bad):
     with pytest.raises(ValueError, match="'fox'"):
-        bound(bad, "fox", Bound())
+        bindings({"fox": bad}, {"fox": Bound()}, {"fox": Bound()})["fox"]
 
 
 @pytest.mark.parametrize(

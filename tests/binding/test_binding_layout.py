@@ -5,8 +5,8 @@ from itertools import permutations
 import pytest
 import torch
 
+from mole_diffusers.binding import region_mask
 from mole_diffusers.binding.layout import assign, assigned_regions, partition
-from mole_diffusers.binding.regions import region_mask
 
 
 def bump(height, width, y, x):

@@ -1,10 +1,8 @@
 """Which things touch in a prompt, and who is in front."""
 
 import pytest
+from reading import Reader, sentence_of
 
-from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.sentence import Who, parse
-from mole_diffusers.binding.who_acts import Explanation, read_prompt, roles
 from mole_world.captions import BETWEEN
 from mole_world.scenes import CONTACTS
 
@@ -15,14 +13,14 @@ def contacts(prompt, names=NAMES):
     """(first, relation, second) of each pair."""
     return [
         (contact.things[0].name, contact.relation, contact.things[1].name)
-        for contact in parse(prompt, [[name] for name in names]).contacts
+        for contact in sentence_of(prompt, *names).contacts
     ]
 
 
 @pytest.mark.parametrize("relation", CONTACTS)
 def test_the_worlds_captions_say_their_relation_and_who_is_in_front(relation):
     for between in BETWEEN[relation]:
-        sentence = parse(f"ink drawing of a fox {between} an owl on a beach", [[name] for name in NAMES])
+        sentence = sentence_of(f"ink drawing of a fox {between} an owl on a beach", *NAMES)
         (contact,) = sentence.contacts
         assert ([thing.experts for thing in contact.things], contact.relation) == ([(0,), (1,)], relation)
         assert contact.front == CONTACTS[relation]
@@ -73,15 +71,15 @@ def test_each_pair_of_a_chain_touches():
 
 
 def test_only_those_who_act_touch_and_never_one_lora_with_itself():
-    text, words = "a fox riding an owl", [["fox"], ["owl"]]
-    assert not parse(text, words, Who(acting=[0])).contacts
-    assert not parse(text, words, Who(everywhere=[1])).contacts
-    assert not parse(text, [["fox", "owl"]]).contacts
+    text = "a fox riding an owl"
+    assert not sentence_of(text, "fox", "owl", acting={0}).contacts
+    assert not sentence_of(text, "fox", "owl", regions={1: "everywhere"}).contacts
+    assert not sentence_of(text, ["fox", "owl"]).contacts
 
 
 def test_the_prompt_of_each_alone_is_without_what_they_do():
     def apart(prompt):
-        (contact,) = parse(prompt, [[name] for name in NAMES]).contacts
+        (contact,) = sentence_of(prompt, *NAMES).contacts
         return [part.text for part in contact.parts]
 
     assert apart("a photo of a fox in a hat hugging an (owl:1.2), night") == [
@@ -92,13 +90,11 @@ def test_the_prompt_of_each_alone_is_without_what_they_do():
 
 
 def test_an_explanation_names_the_contact():
-    names, bound = NAMES[:2], [Bound((name,)) for name in NAMES[:2]]
-    sentence = read_prompt("a fox holding an owl", bound, [True, True])
-    found = Explanation(roles(names, bound, [True, True], sentence), None, sentence.why_no_tiles, sentence.contacts)
+    found = Reader().explained("a fox holding an owl", {"fox": "fox", "owl": "owl"}, tiled=False)
     assert [role.place for role in found.experts.values()] == ["everywhere", "everywhere"]
     said = "'fox' holding 'owl', with 'owl' in front"
     assert {role.why for role in found.experts.values()} == {f"the prompt has {said}"}
-    assert str(found).splitlines()[-2:] == [f"no tiles: the prompt has {said}", f"contact: {said}"]
+    assert str(found).splitlines()[-1] == f"contact: {said}"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +115,7 @@ def test_an_explanation_names_the_contact():
     ],
 )
 def test_two_that_touch_are_one_picture_if_the_prompt_says_more_of_both(prompt):
-    (contact,) = parse(prompt, [[name] for name in NAMES]).contacts
+    (contact,) = sentence_of(prompt, *NAMES).contacts
     assert contact.why_not_apart
 
 
@@ -129,7 +125,7 @@ def test_two_that_touch_may_be_drawn_apart_whatever_is_said_of_one():
         "a giant fox riding an owl",
         "a photo of a married fox hugging an owl",
     ):
-        (contact,) = parse(prompt, [[name] for name in NAMES]).contacts
+        (contact,) = sentence_of(prompt, *NAMES).contacts
         assert not contact.why_not_apart
 
 

@@ -11,12 +11,9 @@ from pathlib import Path
 
 import hosts
 import pytest
+from reading import Reader, sentence_of
 from transformers import CLIPTokenizer
 
-from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.finding import MOST_TOKENS, TOKEN
-from mole_diffusers.binding.sentence import parse
-from mole_diffusers.binding.who_acts import Explanation, read_prompt, roles
 from mole_world import default_folder
 
 DATA = Path(__file__).parent / "data"
@@ -32,27 +29,24 @@ READINGS = [json.loads(line) for name in FILES for line in (DATA / f"{name}.json
 PAIRS = [json.loads(line) for line in (DATA / "pairs.jsonl").read_text().splitlines()]
 
 
-def explained(prompt, loras, *, acting=None, required=False, regions=()):
-    """The roles and the tiles of a prompt, for LoRAs with these words."""
-    names = list(loras)
-    bound = [
-        Bound(tuple([words] if isinstance(words, str) else words), dict(regions).get(name, "auto"), required)
-        for name, words in loras.items()
-    ]
-    on = [acting is None or name in acting for name in names]
-    sentence = read_prompt(prompt, bound, on)
-    tiles = None if sentence.why_no_tiles else [part.text for part in sentence.parts]
-    return Explanation(roles(names, bound, on, sentence), tiles, sentence.why_no_tiles, sentence.contacts)
+@pytest.fixture(scope="module")
+def explained():
+    return Reader().explained
 
 
 @pytest.mark.parametrize("case", READINGS, ids=[case["prompt"][:60] for case in READINGS])
-def test_a_prompt_is_read_as_people_read_it(case):
-    found = explained(case["prompt"], case["loras"], required=case.get("required", False))
-    places = {name: role.place for name, role in found.experts.items()}
+def test_a_prompt_is_read_as_people_read_it(explained, case):
+    """In a picture with room for tiles, and for places in one without."""
+    given = {"prompt": case["prompt"], "loras": case["loras"], "required": case.get("required", False)}
+    found, as_one = explained(**given), explained(**given, tiled=False)
+    places = {name: role.place for name, role in as_one.experts.items()}
     assert {name for name, place in places.items() if place == "own"} == set(case["places"])
     assert {n: p.removeprefix("with ") for n, p in places.items() if p.startswith("with ")} == case.get("with", {})
     assert [name for name, place in places.items() if place == "silent"] == case.get("silent", [])
-    assert found.tiles == case["tiles"]
+    assert found.tiles == case.get("apart", case["tiles"])  # `apart`: each of two that touch
+    apart = [name for name, role in found.experts.items() if role.place == "own tile"]
+    assert bool(apart) == ("apart" in case)
+    assert as_one.tiles is None
     if "contacts" in case:
         assert list(map(str, found.contacts)) == case["contacts"]
     assert all(role.why for role in found.experts.values())
@@ -60,20 +54,20 @@ def test_a_prompt_is_read_as_people_read_it(case):
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=[f"{' and '.join(case['words'])} in {case['prompt'][:40]}" for case in PAIRS])
-def test_two_words_of_a_real_prompt_have_places_only_if_it_lists_them(case):
+def test_two_words_of_a_real_prompt_have_places_only_if_it_lists_them(explained, case):
     """Checked by hand."""
     for words in (case["words"], case["words"][::-1]):
-        found = explained(case["prompt"], {word: word for word in words})
+        found = explained(case["prompt"], {word: word for word in words}, tiled=False)
         assert [role.place for role in found.experts.values()] == ["own" if case["listed"] else "everywhere"] * 2
 
 
-def test_a_lora_alone_acts_everywhere_in_every_real_prompt():
+def test_a_lora_alone_acts_everywhere_in_every_real_prompt(explained):
     for prompt in hosts.real_prompts():
         found = explained(prompt, {"it": hosts.first_noun(prompt)})
         assert (found.experts["it"].place, found.tiles) == ("everywhere", None), prompt
 
 
-def test_a_folder_is_silent_but_for_what_the_prompt_names():
+def test_a_folder_is_silent_but_for_what_the_prompt_names(explained):
     loras = {"fox": "fox", "owl": "owl", "ink": "ink", "none": ()}
     found = explained("a fox in a forest", loras, required=True)
     assert {name: role.place for name, role in found.experts.items()} == {
@@ -85,7 +79,7 @@ def test_a_folder_is_silent_but_for_what_the_prompt_names():
     assert chosen.experts["fox"].words == ("fox",)
 
 
-def test_who_is_off_is_nobody():
+def test_who_is_off_is_nobody(explained):
     loras = {"fox": "fox", "owl": "owl", "bear": "bear"}
     found = explained("a fox, an owl and a bear", loras, acting={"fox", "bear"})
     assert [role.place for role in found.experts.values()] == ["own", "silent", "own"]
@@ -95,7 +89,7 @@ def test_who_is_off_is_nobody():
     assert found.tiles is None
 
 
-def test_a_region_counts_wherever_words_stand():
+def test_a_region_counts_wherever_words_stand(explained):
     found = explained(
         "a fox riding an owl", {"fox": "fox", "owl": "owl", "ink": "ink"}, regions={"fox": "left", "ink": "top"}
     )
@@ -108,7 +102,7 @@ def test_a_region_counts_wherever_words_stand():
     ]
 
 
-def test_a_tag_of_other_tools_says_nothing():
+def test_a_tag_of_other_tools_says_nothing(explained):
     """It may begin a prompt, name the same LoRA again, and stand anywhere; no thing is drawn with it."""
     loras = {"fox": "fox", "owl": "owl"}
     said = explained("a fox and an owl, night", loras)
@@ -122,7 +116,7 @@ def test_a_tag_of_other_tools_says_nothing():
     assert explained("a house < lora : fox : 0 . 8 >", loras).experts["fox"].words == ()  # as a tokenizer splits it
 
 
-def test_an_explanation_is_a_table():
+def test_an_explanation_is_a_table(explained):
     table = str(explained("ink drawing of a fox and an owl", {"fox": "fox", "owl": "owl", "ink": "ink"}))
     assert [line.split("  ")[0].strip() for line in table.splitlines()] == [
         "LoRA", "fox", "owl", "ink", "tile 1: ink drawing of a fox", "tile 2: ink drawing of an owl"
@@ -130,7 +124,7 @@ def test_an_explanation_is_a_table():
     assert str(explained("a fox", {"fox": "fox"})).endswith("no tiles: the prompt lists it beside no other LoRA's thing")
 
 
-WORDS = [["fox"], ["owl"], ["a"]]
+WORDS = ["fox", "owl", "a"]
 LONG = {
     "a word": lambda n: "fox " * (n // 4),
     "two words": lambda n: "fox and owl and " * (n // 16),
@@ -173,25 +167,20 @@ def least_seconds(acts, is_enough):
     return least
 
 
-def characters_that_are_read(text):
-    """How long this kind of text is where its tokens are as many as are read; nothing grows beyond."""
-    return min(100_000, int(2000 * MOST_TOKENS / len(TOKEN.findall(text(2000)))))
-
-
 @pytest.mark.parametrize("name", LONG)
 def test_reading_takes_time_in_proportion_to_the_prompt(name):
     def is_in_proportion(quarter, whole):  # twice the text takes 2.2 times as long at most; with the square, 4 times
         return whole < max(2.2**2 * quarter, 0.005)
 
-    size = characters_that_are_read(LONG[name])
-    acts = [partial(parse, LONG[name](n), WORDS) for n in (size // 4, size)]
+    size = 4000  # characters: all of a text of this length is read
+    acts = [partial(sentence_of, LONG[name](n), *WORDS) for n in (size // 4, size)]
     assert is_in_proportion(*least_seconds(acts, is_in_proportion))
 
 
 @pytest.mark.parametrize("name", LONG)
 def test_reading_takes_less_time_than_the_tokenizer(clip, name):
     text = LONG[name](100_000)
-    reading, tokenizing = least_seconds([partial(parse, text, WORDS), partial(clip, text)], operator.lt)
+    reading, tokenizing = least_seconds([partial(sentence_of, text, *WORDS), partial(clip, text)], operator.lt)
     assert reading < tokenizing
 
 
@@ -206,7 +195,7 @@ def test_any_text_can_be_read():
     listed = 0
     for _ in range(4000):
         text = " ".join(rng.choices(pieces, k=rng.randrange(3, 9)))
-        sentence = parse(text, [["fox"], ["owl", "hat"], ["in front"], ["狐"]])
+        sentence = sentence_of(text, "fox", ["owl", "hat"], "in front", "狐")
         for part in sentence.parts:
             assert part.text == "".join(text[i] for i in part.source)
             assert part.source == sorted(set(part.source))

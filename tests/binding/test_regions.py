@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mole_diffusers.binding.regions import BOXES, checked_region, region_mask
+from mole_diffusers.binding import BOXES, checked_region, region_mask
 
 
 def test_halves_and_boxes_cover_their_places():

@@ -12,10 +12,10 @@ from tiers import thorough
 from tiny import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
+from mole_diffusers import MoLEAttnProcessor
 from mole_diffusers.gates import Context, GateConfig
 from mole_diffusers.gates.families.mole import MoLEGate
 from mole_diffusers.gates.families.static import StaticGate
-from mole_diffusers.patching.install.gate_inputs import MoLEAttnProcessor
 
 ALL = Context(torch.tensor([True, True]), torch.zeros(1))
 

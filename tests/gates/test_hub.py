@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import mole_diffusers as mole
-from mole_diffusers.gates.hub import model_card
+from mole_diffusers.gates import model_card
 from mole_diffusers.lora import read_expert
 
 

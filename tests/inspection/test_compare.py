@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import mole_diffusers as mole
-from mole_diffusers.inspection.compare import compare, image_grid, sample
+from mole_diffusers.inspection import compare, image_grid, sample
 from mole_diffusers.lora import read_expert
 
 

@@ -6,7 +6,7 @@ import torch
 from tiny import tiny_lora
 
 from mole_diffusers import attach
-from mole_diffusers.inspection.contributions import contributions
+from mole_diffusers.inspection import contributions
 
 ACTING = {  # host -> layers that have a token per place, and the shape of these for 32 x 48 pixels
     "sd15": (("mid_block.attentions.0.transformer_blocks.0.attn1.to_q",), (8, 12)),

@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mole_diffusers.inspection import gate_figures
-from mole_diffusers.inspection.contributions import Contributions
-from mole_diffusers.patching.gating.trace import Trace
+from mole_diffusers import Trace
+from mole_diffusers.inspection import Contributions, gate_figures
 
 pytest.importorskip("matplotlib")
 

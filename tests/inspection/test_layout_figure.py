@@ -4,10 +4,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor
 
-from mole_diffusers.binding.picture_layout import Layout
-from mole_diffusers.binding.regions import region_mask
-from mole_diffusers.inspection.gate_figures import COLOURS
-from mole_diffusers.inspection.layout_figure import EDGE, TINT, overlay
+from mole_diffusers.binding import Layout, region_mask
+from mole_diffusers.inspection import COLOURS, overlay
+from mole_diffusers.inspection.layout_figure import EDGE, TINT
 
 
 def test_a_region_is_tinted_and_outlined_where_it_is_and_nowhere_else():

@@ -12,8 +12,7 @@ from diffusers.loaders.lora_conversion_utils import (
 )
 from safetensors.torch import save_file
 
-from mole_diffusers.lora import read_expert, stated_base, summarize
-from mole_diffusers.lora.stacking import match
+from mole_diffusers.lora import match, read_expert, stated_base, summarize
 
 BLOCK = "down_blocks_0_attentions_0_transformer_blocks_0"
 

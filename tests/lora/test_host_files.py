@@ -13,13 +13,9 @@ from torch import nn
 
 import mole_diffusers as mole
 from mole_app.studio.catalog import family_of_file
-from mole_diffusers.lora import layer_key, read_expert
-from mole_diffusers.lora.host_names import with_host_names
-from mole_diffusers.lora.stacking import match
-from mole_diffusers.lora.writing import save_expert
-from mole_diffusers.patching.host.denoiser_inputs import models_of
+from mole_diffusers import RefusedFileError, models_of
+from mole_diffusers.lora import layer_key, match, read_expert, save_expert, with_host_names
 from mole_diffusers.pipelines.kept import attach_kept, keep
-from mole_diffusers.safe_files import RefusedFileError
 from tests import hosts
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mole_diffusers import RefusedFileError
 from mole_diffusers.lora import read_expert
 from mole_diffusers.lora.metadata import PEFT_CONFIG, PEFT_FILE, PEFT_METADATA
-from mole_diffusers.safe_files import RefusedFileError
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 ENCODER = "encoder.layers.0.self_attn"

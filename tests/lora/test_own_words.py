@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 import mole_diffusers as mole
-from mole_diffusers.lora import read_expert
-from mole_diffusers.lora.metadata import preferred_weight
-from mole_diffusers.lora.own_words import is_generic, own_words, words_of
+from mole_diffusers.lora import own_words, preferred_weight, read_expert, words_of
+from mole_diffusers.lora.own_words import is_generic
 
 CASES = json.loads(Path(__file__).with_name("own_words.json").read_text())  # as trainers and tools write them; read by hand
 

@@ -8,9 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import ATTENTION, CONVOLUTION, lora_layers, tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.lora import algorithms, read_expert
-from mole_diffusers.lora.own_words import words_of
-from mole_diffusers.safe_files import RefusedFileError
+from mole_diffusers import RefusedFileError
+from mole_diffusers.lora import algorithms, read_expert, words_of
 
 
 def kohya(pipe, path, alphas, *, rank=4, seed=0, ends=ATTENTION + CONVOLUTION, metadata=None):

@@ -11,13 +11,11 @@ from tiers import thorough
 from tiny import ATTENTION, lora_layers
 
 import mole_diffusers as mole
-from mole_diffusers import read_expert, safe_files, save_expert
+from mole_diffusers import RefusedFileError, read_expert, safe_files, save_expert
 from mole_diffusers.functional import low_rank
-from mole_diffusers.lora import factors
+from mole_diffusers.lora import factors, words_of
 from mole_diffusers.lora.metadata import PEFT_METADATA, scalings
-from mole_diffusers.lora.own_words import words_of
 from mole_diffusers.pipelines.kept import attach_kept, keep
-from mole_diffusers.safe_files import RefusedFileError
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 KEY = "unet.mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -271,7 +269,7 @@ def test_what_a_file_says_of_itself_breaks_no_line(pipe, loras, tmp_path):
 
 def test_every_layer_of_every_part_is_matched_or_has_a_reason(pipe, tmp_path, monkeypatch):
     """The report of what a file's layers met. The model is not searched once more for each that it lacks."""
-    from mole_diffusers.lora.stacking import match
+    from mole_diffusers.lora import match
 
     tensors = {}
     other = ("lora_unet_down_blocks_7_resnets_0_conv1", "lora_unet_mid_block_resnets_0_norm1")

@@ -2,7 +2,7 @@
 
 import torch
 
-from mole_diffusers.merging.factors import Pair
+from mole_diffusers.merging import Pair
 
 CIN, COUT, RANK, N = 40, 30, 4, 3
 

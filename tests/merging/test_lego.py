@@ -6,7 +6,7 @@ import pytest
 import torch
 from pairs import N, deltas, layer, one, pair, random, same
 
-from mole_diffusers.merging.factors import Pair
+from mole_diffusers.merging import Pair
 from mole_diffusers.merging.lego import assembled, kmeans, lego
 
 close = pytest.approx

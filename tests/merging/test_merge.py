@@ -14,8 +14,8 @@ from tiny import tiny_lora, tiny_pipeline
 import mole_diffusers as mole
 from mole_diffusers import safe_files
 from mole_diffusers.lora import layer_key, read_expert
+from mole_diffusers.merging import METHODS
 from mole_diffusers.merging.activations import as_rows
-from mole_diffusers.merging.merge import METHODS
 from mole_diffusers.patching.host.denoisers import record
 
 PROMPTS = {"fox": ["a fox", "the fox"], "ink": ["in ink"], "hat": ["a hat"]}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from pairs import CIN, RANK, N, deltas, gauge, inputs, layer, one, pair, random, same
 
-from mole_diffusers.merging.factors import Pair, concatenated
+from mole_diffusers.merging import Pair
+from mole_diffusers.merging.factors import concatenated
 from mole_diffusers.merging.lego import lego
 from mole_diffusers.merging.linear import directions, mean, total
 from mole_diffusers.merging.regression import best_scalars, iteris, least_squares, regmean, relative_loss, scalars, ssr

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pairs import CIN, COUT, deltas, gauge, layer, one, pair, random, same
 
-from mole_diffusers.merging.factors import Pair
+from mole_diffusers.merging import Pair
 from mole_diffusers.merging.sparse import dare, knots, ties
 
 close = pytest.approx

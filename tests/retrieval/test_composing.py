@@ -8,10 +8,9 @@ from tiers import thorough
 from tiny import tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.retrieval import composing
-from mole_diffusers.retrieval.composing import composed, fused
-from mole_diffusers.retrieval.library import LoraLibrary, RetrievedLora
-from mole_diffusers.training.lora_adapter import save_lora
+from mole_diffusers.retrieval import LoraLibrary, RetrievedLora, composed, composing
+from mole_diffusers.retrieval.composing import fused
+from mole_diffusers.training import save_lora
 
 PROMPTS = ["a fox", "a hat in ink", "a teapot"]
 

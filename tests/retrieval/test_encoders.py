@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 
-from mole_diffusers.mixture import attach
-from mole_diffusers.retrieval.encoders import PipelineText, SentenceText, phrases
+from mole_diffusers import attach
+from mole_diffusers.retrieval import PipelineText, SentenceText
+from mole_diffusers.retrieval.encoders import phrases
 
 
 def test_phrases_are_what_stands_between_small_words_and_punctuation():

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from libraries import SAMPLES, WordEncoder, library, names
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
-from mole_diffusers.retrieval.encoders import PipelineText
-from mole_diffusers.retrieval.library import THRESHOLD, LoraLibrary, embedding, similarity, top
+from mole_diffusers.retrieval import LoraLibrary, PipelineText
+from mole_diffusers.retrieval.library import THRESHOLD, embedding, similarity, top
 from mole_world import default_folder
 from mole_world.words import BASE_SUBJECTS
 from mole_world.world import concept_files

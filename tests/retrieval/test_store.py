@@ -10,8 +10,7 @@ import torch
 from libraries import SAMPLES, WordEncoder, names
 from tiny import tiny_lora, tiny_pipeline
 
-from mole_diffusers.retrieval import store
-from mole_diffusers.retrieval.library import LoraLibrary
+from mole_diffusers.retrieval import LoraLibrary, store
 from mole_diffusers.retrieval.store import read_entry
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from mole_diffusers.training import LoraTraining
 from mole_diffusers.training.beam import MOMENTS, Beams, Ranks, importance, kept_share, period, pruned, ranked
-from mole_diffusers.training.config import LoraTraining
 
 
 def test_equal_logits_are_plain_lora():

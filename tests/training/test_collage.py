@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import mole_diffusers as mole
+from mole_diffusers.training import RandomBatch, Samples, TrainingContext, TrainingData, denoising_loss
 from mole_diffusers.training.config import CollageTerm
-from mole_diffusers.training.context import TrainingContext, experts_in
-from mole_diffusers.training.data import RandomBatch, Samples, TrainingData
-from mole_diffusers.training.denoising import denoising_loss, sample_latents
+from mole_diffusers.training.context import experts_in
+from mole_diffusers.training.denoising import sample_latents
 from mole_diffusers.training.latents import decode, encode_pixels
 from mole_diffusers.training.losses import side_by_side
 from mole_diffusers.training.objectives import collage, draw_part

@@ -8,16 +8,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from mole_diffusers import training
-from mole_diffusers.training.config import (
-    BALANCE,
-    TERMS,
-    CollageTerm,
-    DistillationTerm,
-    GateTraining,
-    Term,
-    Validation,
-)
-from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.training import OBJECTIVES, GateTraining, Validation
+from mole_diffusers.training.config import BALANCE, TERMS, CollageTerm, DistillationTerm, Term
 
 
 def test_settings_are_checked_and_survive_json():

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 import mole_diffusers as mole
-from mole_diffusers.training.context import TrainingContext, experts_in, negatives, replace_word, warn_of_missing_triggers
-from mole_diffusers.training.data import TrainingData
+from mole_diffusers.training import TrainingContext, TrainingData
+from mole_diffusers.training.context import experts_in, negatives, replace_word, warn_of_missing_triggers
 
 
 def test_words_are_swapped_with_their_article():

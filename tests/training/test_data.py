@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from mole_cli.train import samples
-from mole_diffusers.training.data import RandomBatch, read_folder, square
-from mole_diffusers.training.latents import default_side, encode
+from mole_diffusers.training import RandomBatch, default_side, encode, read_folder
+from mole_diffusers.training.data import square
 
 
 def pictures(folder, count=3):

@@ -11,9 +11,9 @@ from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
-from mole_diffusers.training.data import RandomBatch, Samples
-from mole_diffusers.training.denoising import denoising_loss, predict, sample_latents
-from mole_diffusers.training.latents import decode, default_side, encode_pixels, latent_shape
+from mole_diffusers.training import RandomBatch, Samples, default_side, denoising_loss
+from mole_diffusers.training.denoising import predict, sample_latents
+from mole_diffusers.training.latents import decode, encode_pixels, latent_shape
 from mole_diffusers.training.networks import training_scheduler
 
 

@@ -5,10 +5,9 @@ import torch
 from tiers import thorough
 
 import mole_diffusers as mole
-from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding import Bound
+from mole_diffusers.training import RandomBatch, TrainingContext, TrainingData
 from mole_diffusers.training.config import DistillationTerm
-from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import RandomBatch, TrainingData
 from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.distillation import (
     alone,

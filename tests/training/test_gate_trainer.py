@@ -17,13 +17,20 @@ from tiny import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
 import mole_diffusers as mole
 from mole_diffusers.lora import strengths
 from mole_diffusers.patching.gating.cross_attention import cross_attentions
-from mole_diffusers.training import engine
-from mole_diffusers.training.clip import Clip
-from mole_diffusers.training.config import GateTraining, Validation
-from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import Samples, TrainingData
-from mole_diffusers.training.gate_trainer import GateTrainer, mean_losses, parameter_groups, summary, train_gates
-from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.training import (
+    OBJECTIVES,
+    Clip,
+    GateTraining,
+    Samples,
+    TrainingContext,
+    TrainingData,
+    Validation,
+    engine,
+    mean_losses,
+    summary,
+    train_gates,
+)
+from mole_diffusers.training.gate_trainer import GateTrainer, parameter_groups
 
 TEACH = {"seeds": 2, "steps": 2}
 BOTH = {"single": TEACH, "composed": TEACH}
@@ -35,7 +42,7 @@ DENOISE = GateTraining({"denoise": 1.0}, **SHORT)  # the cheapest term
 
 
 def gates_of(mixture):
-    return {f"{p}.{k}": v.clone() for p, bank in mixture.parts.banks.items() for k, v in bank.state_dict().items()}
+    return {f"{p}.{k}": v.clone() for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
 
 
 def same(one, other):
@@ -166,7 +173,7 @@ def test_rank_gates_even_out_their_load_once_per_update(loras):
         config = GateTraining({"denoise": 1.0}, batch=4, steps=2, accumulation=accumulation)
         train_gates(pipe, mixture, DRAWN, config=config)
         ends.append({name: value for name, value in gates_of(mixture).items() if name.endswith("balance")})
-        assert all(gate.load is None for bank in mixture.parts.banks.values() for gate in bank.gates.values())
+        assert all(gate.load is None for bank in mixture.banks.values() for gate in bank.gates.values())
     assert any(c.abs().max() > 0 for c in ends[0].values())
     for name, c in ends[0].items():
         torch.testing.assert_close(ends[1][name], c)
@@ -216,7 +223,7 @@ def test_rates_move_every_gates_logits_alike(pipe, loras):
         "retrieval": mole.GateConfig("retrieval"),
     }.items():
         mixture = mole.attach(pipe, {"fox": loras["fox"]}, gates)
-        gates = [gate for bank in mixture.parts.banks.values() for gate in bank]
+        gates = [gate for bank in mixture.banks.values() for gate in bank]
         groups = parameter_groups(gates, None)
         assert sum(len(g["params"]) for g in groups) == len(mixture.parameters())
         found[name] = min(g["lr"] for g in groups)
@@ -451,7 +458,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_expert(pipe, loras, 
 
 def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(loras, tmp_path, monkeypatch):
     """Its loss is a number, and the checkpoint after it would have been the last good one."""
-    mixture = mole.attach(tiny_pipeline(), {n: loras[n] for n in ("fox", "ink")}, "static")
+    pipe = tiny_pipeline()
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, "static")
     updates = []
 
     def rooted(draw):
@@ -461,7 +469,7 @@ def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(loras, tmp_path, mon
 
     monkeypatch.setitem(OBJECTIVES, "denoise", lambda context, term: rooted)
     with pytest.raises(ValueError, match=r"the gradient is not finite at step 1: .*; every expert alone is finite"):
-        train_gates(mixture.parts.pipe, mixture, DRAWN, config=DENOISE, folder=tmp_path)
+        train_gates(pipe, mixture, DRAWN, config=DENOISE, folder=tmp_path)
     assert not engine.checkpoints(tmp_path)
     assert all(torch.isfinite(v).all() for v in gates_of(mixture).values())
 

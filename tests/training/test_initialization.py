@@ -11,15 +11,9 @@ from mole_diffusers.gates import Context, GateConfig
 from mole_diffusers.gates.families.flow import FlowGate
 from mole_diffusers.gates.families.mole import MoLEGate
 from mole_diffusers.gates.families.static import StaticGate
-from mole_diffusers.merging.activations import Activations
-from mole_diffusers.merging.layers import layers_of, merge_key
-from mole_diffusers.merging.merge import merge
-from mole_diffusers.training import initialization
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.merging import Activations, layers_of, merge, merge_key
+from mole_diffusers.training import GateTraining, Samples, TrainingContext, TrainingData, initialization, train_gates
 from mole_diffusers.training.denoising import predict
-from mole_diffusers.training.gate_trainer import train_gates
 from mole_diffusers.training.initialization import initialize
 
 SINGLES = {"fox": ["a fox", "fox"], "ink": ["ink art", "ink"], "hat": ["a hat"]}
@@ -59,10 +53,10 @@ def test_every_family_that_can_begins_where_told(start):
 def test_scalars_of_a_gate_equal_brute_force_over_its_layers(pipe, loras):
     context = context_of(pipe, loras, GateConfig("static", granularity="layer", total="linear"))
     initialize(context, "scalars")
-    weighed = context.mixture.parts.weighed()
+    weighed = context.mixture.weighed()
     activations, layers = Activations(pipe, context.data.singles), layers_of(weighed)
     own = [activations.own(n, e, s) for n, (e, s) in weighed.items()]
-    gates = [(g, names) for g, names in context.mixture.parts.layers_by_gate() if len(names) > 1]
+    gates = [(g, names) for g, names in context.mixture.layers_by_gate() if len(names) > 1]
     assert len(gates) > 8
     for gate, names in gates[::5]:
         rows, wanted = [], []
@@ -82,7 +76,7 @@ def test_scalars_of_a_gate_equal_brute_force_over_its_layers(pipe, loras):
 def test_one_gate_per_matrix_from_scalars_draws_as_that_merge(pipe, loras):
     """Two routes to one picture: the started mixture, and the training-free merge of the same experts."""
     context = context_of(pipe, loras, GateConfig("mole", granularity="matrix", total="linear", bias=True))
-    weighed, x, t = context.mixture.parts.weighed(), torch.randn(2, 4, 16, 16), torch.tensor([5, 800])
+    weighed, x, t = context.mixture.weighed(), torch.randn(2, 4, 16, 16), torch.tensor([5, 800])
     initialize(context, "scalars")
     with torch.no_grad():
         found = predict(pipe, x, t, ["a fox", "ink"])
@@ -95,11 +89,11 @@ def test_one_gate_per_matrix_from_scalars_draws_as_that_merge(pipe, loras):
 def test_ssr_is_the_weights_nearest_to_that_merge(pipe, loras, monkeypatch):
     context = context_of(pipe, loras, GateConfig("static", granularity="matrix", total="linear"))
     initialize(context, "ssr")
-    weighed = context.mixture.parts.weighed()
+    weighed = context.mixture.weighed()
     activations, layers = Activations(pipe, context.data.singles), layers_of(weighed)
     merged = layers_of({"m": (merge(weighed, "ssr", activations=activations), 1.0)})
     own = [activations.own(n, e, s) for n, (e, s) in weighed.items()]
-    shared = [(g, merge_key(n[0])) for g, n in context.mixture.parts.layers_by_gate() if None not in layers[merge_key(n[0])]]
+    shared = [(g, merge_key(n[0])) for g, n in context.mixture.layers_by_gate() if None not in layers[merge_key(n[0])]]
     for gate, key in shared[::7]:
         x = torch.cat([activation[key] for activation in own]).double()
         each = torch.stack([(x @ pair.delta().T).flatten() for pair in layers[key]], 1)

@@ -19,13 +19,18 @@ import mole_world
 from mole_cli.mole import main
 from mole_diffusers.lora import read_expert, summarize
 from mole_diffusers.patching.undo import undoing
-from mole_diffusers.training import engine
-from mole_diffusers.training.config import LoraTraining
-from mole_diffusers.training.data import RandomBatch, Samples
-from mole_diffusers.training.denoising import denoising_loss
-from mole_diffusers.training.latents import encode
-from mole_diffusers.training.lora_adapter import save_lora
-from mole_diffusers.training.lora_trainer import LoraTrainer, class_samples, train_lora
+from mole_diffusers.training import (
+    LoraTraining,
+    RandomBatch,
+    Samples,
+    class_samples,
+    denoising_loss,
+    encode,
+    engine,
+    save_lora,
+    train_lora,
+)
+from mole_diffusers.training.lora_trainer import LoraTrainer
 from mole_world import emoji_world
 
 SHORT = LoraTraining(rank=8, steps=4, batch=4, lr=1e-2, every=2)

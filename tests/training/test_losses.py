@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from mole_diffusers.binding import region_mask
 from mole_diffusers.binding.layout import partition
-from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.training import cells
 from mole_diffusers.training.losses import (
     caption_loss,
-    cells,
     composed_target,
     mole_clip_loss,
     recovery_error,

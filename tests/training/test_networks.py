@@ -10,15 +10,21 @@ from tiny import ATTENTION, tiny_clip, tiny_lora, tiny_tokenizer
 from torch.nn.functional import pixel_unshuffle
 
 import mole_diffusers as mole
-from mole_diffusers.training.clip import Clip
-from mole_diffusers.training.config import GateTraining, Validation
-from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import RandomBatch, Samples, TrainingData
+from mole_diffusers.training import (
+    OBJECTIVES,
+    Clip,
+    GateTraining,
+    RandomBatch,
+    Samples,
+    TrainingContext,
+    TrainingData,
+    Validation,
+    default_side,
+    network,
+    train_gates,
+)
 from mole_diffusers.training.denoising import sample_latents
-from mole_diffusers.training.gate_trainer import train_gates
-from mole_diffusers.training.latents import decode, default_side, encode_pixels, latent_shape
-from mole_diffusers.training.networks import network
-from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.training.latents import decode, encode_pixels, latent_shape
 
 LAYERS = (*ATTENTION, "w1", "w2", "w3", "proj_mlp", "img_mlp.net.2", "txt_mlp.net.2")
 TEACH = {"seeds": 1, "steps": 2}
@@ -58,7 +64,7 @@ def mixed(pipe, folder, **options):
 
 
 def gates_of(mixture):
-    return {f"{p}.{k}": v.clone() for p, bank in mixture.parts.banks.items() for k, v in bank.state_dict().items()}
+    return {f"{p}.{k}": v.clone() for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
 
 
 @torch.no_grad()

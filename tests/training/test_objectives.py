@@ -11,13 +11,20 @@ from tiny import tiny_clip, tiny_tokenizer
 from transformers import CLIPImageProcessor
 
 import mole_diffusers as mole
-from mole_diffusers.training.clip import Clip, read_clip
-from mole_diffusers.training.config import TERMS, ClipTerm, DistillationTerm, GateTraining, Term
-from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import RandomBatch, Samples, TrainingData
+from mole_diffusers.training import (
+    OBJECTIVES,
+    Clip,
+    GateTraining,
+    RandomBatch,
+    Samples,
+    TrainingContext,
+    TrainingData,
+    read_clip,
+)
+from mole_diffusers.training.config import TERMS, ClipTerm, DistillationTerm, Term
 from mole_diffusers.training.denoising import predict
 from mole_diffusers.training.gate_trainer import GateTrainer
-from mole_diffusers.training.objectives import OBJECTIVES, _advance, _start
+from mole_diffusers.training.objectives import _advance, _start
 
 TEACH = {"seeds": 2, "steps": 2}
 OPTIONS = {

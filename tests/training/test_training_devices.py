@@ -18,12 +18,17 @@ from tiny import tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mole_diffusers as mole
-from mole_diffusers.training.config import GateTraining, Term
-from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import Samples, TrainingData
-from mole_diffusers.training.engine import save_weight_memory
-from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
-from mole_diffusers.training.objectives import OBJECTIVES
+from mole_diffusers.training import (
+    OBJECTIVES,
+    GateTraining,
+    Samples,
+    TrainingContext,
+    TrainingData,
+    save_weight_memory,
+    train_gates,
+)
+from mole_diffusers.training.config import Term
+from mole_diffusers.training.gate_trainer import GateTrainer
 
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox in ink"] * 4)
 SHORT = GateTraining({"denoise": 1.0, "balance": 0.1}, batch=4, steps=3, every=3)
@@ -36,7 +41,7 @@ def train(files, device, config=SHORT, *, folder=None, compile=None, resume=None
     if compile is not None:
         pipe.unet.compile(backend=compile)
     log = train_gates(pipe, mixture, TrainingData(samples=PICTURES), config=config, folder=folder, resume_from=resume)
-    return {f"{p}.{k}": v.cpu() for p, bank in mixture.parts.banks.items() for k, v in bank.state_dict().items()}, log
+    return {f"{p}.{k}": v.cpu() for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}, log
 
 
 def close(one, other, *, atol):
@@ -171,7 +176,7 @@ def test_two_processes_on_one_device_equal_one(loras, tmp_path, device):
     assert [process.wait(timeout=600) for process in both] == [0, 0]
     wanted, log = train(files, device, folder=tmp_path / "one")
     mixture = mole.attach(tiny_pipeline(), files, gates=tmp_path / "two")
-    found = {f"{p}.{k}": v for p, bank in mixture.parts.banks.items() for k, v in bank.state_dict().items()}
+    found = {f"{p}.{k}": v for p, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
     close(found, wanted, atol=1e-5)
     rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     for two, one in zip(rows, log, strict=True):

@@ -14,11 +14,7 @@ from tiny import tiny_pipeline
 import mole_diffusers as mole
 from mole_cli.mole import main
 from mole_diffusers.lora.writing import save_atomically
-from mole_diffusers.training import engine
-from mole_diffusers.training.config import GateTraining, LoraTraining
-from mole_diffusers.training.data import Samples, TrainingData
-from mole_diffusers.training.gate_trainer import train_gates
-from mole_diffusers.training.lora_trainer import train_lora
+from mole_diffusers.training import GateTraining, LoraTraining, Samples, TrainingData, engine, train_gates, train_lora
 
 PICTURES = Samples(torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox"] * 4)
 CONCEPT = LoraTraining(rank=4, steps=4, batch=2, lr=1e-2, every=2)
@@ -40,7 +36,7 @@ def gates(loras, folder, **options):
     config = GateTraining({"denoise": 1.0}, batch=2, steps=4, every=2)
     pipe = mixture.parts.pipe
     train_gates(pipe, mixture, TrainingData(samples=PICTURES), config=config, folder=folder, **options)
-    return {f"{part}.{k}": v.clone() for part, bank in mixture.parts.banks.items() for k, v in bank.state_dict().items()}
+    return {f"{part}.{k}": v.clone() for part, bank in mixture.banks.items() for k, v in bank.state_dict().items()}
 
 
 def concept(loras, folder, **options):

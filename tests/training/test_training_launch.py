@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tiny import tiny_clip, tiny_pipeline, tiny_tokenizer
 
 from mole_cli.mole import main
-from mole_diffusers.training.engine import STATE, checkpoints
+from mole_diffusers.training import checkpoints
+from mole_diffusers.training.engine import STATE
 
 pytestmark = pytest.mark.thorough
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # bits depend on how many threads add numbers up

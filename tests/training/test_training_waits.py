@@ -21,15 +21,21 @@ from torch.utils._pytree import tree_map_only
 
 import mole_diffusers as mole
 from mole_diffusers.patching.undo import undoing
-from mole_diffusers.training.clip import Clip
-from mole_diffusers.training.config import TERMS, ClipTerm, GateTraining, LoraTraining
-from mole_diffusers.training.context import TrainingContext
-from mole_diffusers.training.data import Samples, TrainingData
+from mole_diffusers.training import (
+    OBJECTIVES,
+    Clip,
+    GateTraining,
+    LoraTraining,
+    Samples,
+    TrainingContext,
+    TrainingData,
+    network,
+    train_gates,
+)
+from mole_diffusers.training.config import TERMS, ClipTerm
 from mole_diffusers.training.denoising import predict
-from mole_diffusers.training.gate_trainer import GateTrainer, train_gates
+from mole_diffusers.training.gate_trainer import GateTrainer
 from mole_diffusers.training.lora_trainer import LoraTrainer
-from mole_diffusers.training.networks import network
-from mole_diffusers.training.objectives import OBJECTIVES
 
 TEACH = {"seeds": 2, "steps": 2}
 OPTIONS = {

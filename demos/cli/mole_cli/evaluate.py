@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mole_world.evaluation.runner import Case, Method, Metrics, Setup
 
 NEEDED = ("jinja2", "krippendorff", "matplotlib", "open_clip", "pandas", "scipy", "timm", "torchmetrics", "torchvision")
-DEFAULT_ARMS = ("base", "alone", "sum", "bound", "tiles")  # on a checkpoint, where pictures take long
+DEFAULT_METHODS = ("base", "alone", "sum", "bound", "tiles")  # on a checkpoint, where pictures take long
 LIMIT = 24  # cases of each kind on a checkpoint
 MEASURING = ("clip", "dino", "detector", "lpips")  # options that are models
 FOR_CHECKPOINTS = ("loras", "expert", "protocol", "cases", "images", "own", "kind", "thing", *MEASURING, "base_config")
@@ -410,7 +410,7 @@ def _checkpoint(
         state.wait_for_everyone()
         return checkpoint_protocol.measured(rows, measures, found)
 
-    default = [*DEFAULT_ARMS, *(("gates", known.BOUND_GATES) if wanted.gates else ())]
+    default = [*DEFAULT_METHODS, *(("gates", known.BOUND_GATES) if wanted.gates else ())]
     measures = models.names | {"pictures of each concept alone": "given" if pictures else "drawn by its LoRA"}
     report, metrics = checkpoint_protocol.report(setup.styles), checkpoint_protocol.unmeasured
     return Task(setup, cases, metrics, measured, report, default, measures)

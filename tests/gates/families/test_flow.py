@@ -129,10 +129,10 @@ def test_layers_of_a_block_share_one_tensor_and_text_has_its_own(pipe, loras, dr
 
 def test_permuting_experts_with_their_rows_leaves_the_image(pipe, loras, draw, awake):
     mixture = awake(mole.attach(pipe, loras, "flow"))
-    kept = {part: {k: v.clone() for k, v in bank.state_dict().items()} for part, bank in mixture.parts.banks.items()}
+    kept = {part: {k: v.clone() for k, v in bank.state_dict().items()} for part, bank in mixture.banks.items()}
     image = draw(pipe)
     turned = mole.attach(pipe, dict(reversed(loras.items())), "flow")
-    for part, bank in turned.parts.banks.items():
+    for part, bank in turned.banks.items():
         bank.load_state_dict({k: v.flip(0) for k, v in kept[part].items()})
     torch.testing.assert_close(draw(pipe), image, atol=1e-5, rtol=0)
 

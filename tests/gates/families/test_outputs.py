@@ -14,8 +14,7 @@ import mole_diffusers as mole
 from mole_diffusers.gates import Context, GateConfig
 from mole_diffusers.gates.families.outputs import LENGTH, OutputGate
 from mole_diffusers.lora import read_expert
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.context import TrainingContext
+from mole_diffusers.training import GateTraining, TrainingContext
 from mole_diffusers.training.gate_trainer import GateTrainer
 
 NAMES = ("fox", "ink")  # their layers are all in blocks; ink has feed-forward layers, too
@@ -75,14 +74,14 @@ def test_it_is_the_paper_written_out(pipe, loras, awake):
     host, strengths = copy.deepcopy(pipe), {"fox": 0.8, "ink": -1.3}
     mixture = awake(mole.attach(pipe, {n: (loras[n], s) for n, s in strengths.items()}, FLAT, binding=None), size=0.7)
     with torch.no_grad():
-        for gates in mixture.parts.banks.values():
+        for gates in mixture.banks.values():
             for i, gate in enumerate(gates):
                 gate.log_tau.fill_(0.1 * i - 0.3)
     heard = []
     with mixture.parts.listen(heard.append):
         found = states(pipe)
     experts = [(read_expert(loras[name], name), strength) for name, strength in strengths.items()]
-    written = [Written(getattr(host, part), part, experts, bank) for part, bank in mixture.parts.banks.items()]
+    written = [Written(getattr(host, part), part, experts, bank) for part, bank in mixture.banks.items()]
     for ours, theirs in zip(found, states(host), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
     gates = torch.cat([decision.gates for decision in heard])
@@ -167,7 +166,7 @@ def test_gates_are_saved_and_get_gradients_and_are_balanced_as_in_the_paper(pipe
 
 
 def _pictures():
-    from mole_diffusers.training.data import Samples, TrainingData
+    from mole_diffusers.training import Samples, TrainingData
 
     return TrainingData(samples=Samples(torch.randn(2, 4, 16, 16), ["a fox", "ink"]))
 

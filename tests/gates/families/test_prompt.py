@@ -127,7 +127,7 @@ def test_words_are_what_comes_before_the_padding():
 def texts_read(mixture):
     """A list that grows by (gate, what it reads, which tokens count) whenever a gate of a mixture is asked."""
     seen = []
-    for gate in (gate for bank in mixture.parts.banks.values() for gate in bank):
+    for gate in (gate for bank in mixture.banks.values() for gate in bank):
         gate.register_forward_pre_hook(lambda gate, given: seen.append((gate, given[0], given[1].tokens)))
     return seen
 
@@ -170,9 +170,9 @@ def test_routers_speak_once_per_prompt(pipe, loras, awake, monkeypatch, steps):
 
     monkeypatch.setattr(PromptGate, "route", count)
     pipe("a fox", num_inference_steps=steps, output_type="latent")
-    unet = list(mixture.parts.banks["unet"].gates.values())
+    unet = list(mixture.banks["unet"].gates.values())
     assert [calls.count(gate) for gate in unet] == [1] * len(unet)
-    of_text = mixture.parts.banks["text_encoder"].gates  # which read prompt and negative prompt
+    of_text = mixture.banks["text_encoder"].gates  # which read prompt and negative prompt
     assert len(calls) == len(unet) + 2 * len(of_text)
 
 
@@ -244,17 +244,15 @@ def test_modules_as_experts(pipe, loras, draw, awake, tmp_path, axis):
 @pytest.mark.parametrize("top", [0, *thorough(1)])
 def test_training_evens_out_what_all_terms_route(pipe, loras, axis, top):
     """LoRAs of different layers, and two terms: beside the balance, nothing pulls at the gates."""
-    from mole_diffusers.training.config import GateTraining
-    from mole_diffusers.training.data import TrainingData
-    from mole_diffusers.training.gate_trainer import train_gates
+    from mole_diffusers.training import GateTraining, TrainingData, train_gates
 
     mixture = mole.attach(pipe, loras, mole.GateConfig("prompt", axis=axis, top=top))
     with torch.no_grad():
-        for bank in mixture.parts.banks.values():
+        for bank in mixture.banks.values():
             for gate in bank.gates.values():
                 gate.weight[0] += 0.5
     nothing = {"weight": 1e-9, "seeds": 1, "steps": 1}
     config = GateTraining({"single": nothing, "base": nothing, "balance": 1.0}, steps=4, batch=2)
     log = train_gates(pipe, mixture, TrainingData({"fox": ["a fox"]}, plain=["c d e"]), config=config)
     assert log[0]["balance"] > log[-1]["balance"] >= 1 - 1e-5
-    assert all(gate._routed is None for bank in mixture.parts.banks.values() for gate in bank.gates.values())
+    assert all(gate._routed is None for bank in mixture.banks.values() for gate in bank.gates.values())

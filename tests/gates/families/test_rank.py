@@ -185,7 +185,7 @@ def test_one_of_two_identical_experts_at_half_strength_each(pipe, loras, draw):
 def test_gates_that_stand_still_fold_rank_by_rank(pipe, loras, draw, refactor):
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, mole.GateConfig("rank", top=5, refactor=refactor))
     generator = torch.Generator().manual_seed(0)
-    for bank in mixture.parts.banks.values():
+    for bank in mixture.banks.values():
         for router in bank.gates.values():
             router.balance.copy_(torch.rand(router.balance.shape, generator=generator))
     live = draw(pipe)
@@ -197,14 +197,12 @@ def test_gates_that_stand_still_fold_rank_by_rank(pipe, loras, draw, refactor):
 
 
 def test_training_moves_router_and_bias(pipe, loras):
-    from mole_diffusers.training.config import GateTraining
-    from mole_diffusers.training.data import TrainingData
-    from mole_diffusers.training.gate_trainer import train_gates
+    from mole_diffusers.training import GateTraining, TrainingData, train_gates
 
     mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, mole.GateConfig("rank", top=2, rate=0.01))
     config = GateTraining({"base": {"weight": 1.0, "seeds": 1, "steps": 1}}, steps=2, batch=2)
     train_gates(pipe, mixture, TrainingData(plain=["a b"]), config=config)
-    router = mixture.parts.banks["unet"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
+    router = mixture.banks["unet"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
     assert router.weight.detach().any()
     assert router.balance.abs().max().item() == pytest.approx(0.02, abs=0.011)
 

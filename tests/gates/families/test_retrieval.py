@@ -7,9 +7,8 @@ from tiny import tiny_pipeline
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, Layer, transforms
 from mole_diffusers.gates.families.retrieval import RetrievalGate, answers
-from mole_diffusers.training.config import GateTraining
-from mole_diffusers.training.data import TrainingData
-from mole_diffusers.training.gate_trainer import drop_experts, train_gates
+from mole_diffusers.training import GateTraining, TrainingData, train_gates
+from mole_diffusers.training.gate_trainer import drop_experts
 
 RANKS, CIN, COUT, ROUTER = (2, 3, 1), 6, 5, 4
 MASK, NOW = torch.tensor([True, True, True]), torch.zeros(1)
@@ -69,18 +68,18 @@ def test_unlearned_it_is_uniform_and_its_random_control_is_not():
 def test_gates_serve_experts_they_never_saw(pipe, loras, draw, awake, tmp_path):
     mixture = awake(mole.attach(pipe, loras, mole.GateConfig("retrieval", rank=2)), size=0.3)
     mixture.save_pretrained(tmp_path)
-    keys = list(mixture.parts.banks["unet"].state_dict())
+    keys = list(mixture.banks["unet"].state_dict())
     renamed = {name.upper(): path for name, path in reversed(loras.items())}
     image, again = draw(pipe), mole.attach(pipe, renamed, tmp_path)
     assert list(again.experts) == list(renamed)
-    assert list(again.parts.banks["unet"].state_dict()) == keys
+    assert list(again.banks["unet"].state_dict()) == keys
     torch.testing.assert_close(draw(pipe), image, atol=1e-5, rtol=0)  # permuting experts does not change the picture
     fewer = mole.attach(pipe, {"a": loras["fox"], "b": loras["fox"]}, tmp_path)  # layers of ink and hat alone are left out
-    assert 0 < len(fewer.parts.banks["unet"].state_dict()) < len(keys)
+    assert 0 < len(fewer.banks["unet"].state_dict()) < len(keys)
     fewer.save_pretrained(tmp_path / "fewer")
     with pytest.warns(UserWarning, match="lack 'text_encoder.gates.*fc1.* weigh alike there"):
-        more = mole.attach(tiny_pipeline(), loras, tmp_path / "fewer").parts.banks["unet"].state_dict()
-    trained = fewer.parts.banks["unet"].state_dict()
+        more = mole.attach(tiny_pipeline(), loras, tmp_path / "fewer").banks["unet"].state_dict()
+    trained = fewer.banks["unet"].state_dict()
     assert all(torch.equal(more[key], trained[key]) for key in trained)
     assert all(more[key].count_nonzero() == 0 for key in set(more) - set(trained) if key.endswith(".up"))
 

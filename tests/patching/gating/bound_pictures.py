@@ -6,7 +6,7 @@ import hosts
 import torch
 
 import mole_diffusers as mole
-from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding import Bound
 
 PROMPT = "a fox+an owl"  # the tiny tokenizer has a token per letter; "fox" is tokens 2..4, "owl" 8..10
 FOX, OWL = range(2, 5), range(8, 11)

@@ -10,7 +10,7 @@ from tiers import thorough
 from tiny import tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding import Bound
 
 pytestmark = pytest.mark.usefixtures("decided")
 

@@ -11,7 +11,7 @@ from tiers import thorough
 from torch import nn
 
 import mole_diffusers as mole
-from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.binding import region_mask
 from mole_diffusers.patching.gating import bound_text
 
 pytestmark = pytest.mark.usefixtures("decided")

@@ -12,7 +12,7 @@ from tiers import thorough
 from tiny import tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.binding.picture_warning import PictureWarning
+from mole_diffusers.binding import PictureWarning
 from mole_diffusers.patching.gating import bound_text
 
 pytestmark = pytest.mark.usefixtures("decided")

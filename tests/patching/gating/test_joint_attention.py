@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import mole_diffusers as mole
-from mole_diffusers.binding.regions import region_mask
+from mole_diffusers.binding import region_mask
 from mole_diffusers.patching.gating import bound_text, joint_attention
 
 pytestmark = pytest.mark.usefixtures("decided")

@@ -257,7 +257,7 @@ def test_a_model_in_the_place_of_one_with_experts_is_said_and_attached_anew(pipe
 
 def test_a_unet_alone_that_is_replaced_is_said(pipe, tmp_path, draw):
     mixture = mole.attach(pipe, {"fox": tiny_lora(pipe, tmp_path / "fox.safetensors", ends=("attn2.to_k",))})
-    assert list(mixture.parts.banks) == ["unet"]
+    assert list(mixture.banks) == ["unet"]
     pipe.unet = tiny_pipeline(seed=1).unet
     with pytest.raises(ValueError, match="the pipeline's unet was replaced"):
         draw(pipe)

@@ -9,7 +9,8 @@ from tiers import thorough
 from tiny import ATTENTION, CONVOLUTION, FEED_FORWARD, tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, models_of
+from mole_diffusers import models_of
+from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs
 
 EVERY = (*ATTENTION, *FEED_FORWARD, *CONVOLUTION, "proj_mlp", "to_add_out", "SelfAttention.q", "linear_1", "norm.linear")
 EVERY += ("w1", "w2", "w3", "cap_embedder.1", "2-1.linear", "x_embedder.2-1")  # of Z-Image

@@ -11,8 +11,8 @@ from tiny import tiny_lora, tiny_pipeline
 from torch import nn
 
 import mole_diffusers as mole
+from mole_diffusers import denoiser, models_of
 from mole_diffusers.lora import layer_key
-from mole_diffusers.patching.host.denoiser_inputs import denoiser, models_of
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -241,7 +241,7 @@ def test_gates_learn_on_a_quantised_host(packed, files):
     states = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
     sample = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     packed.unet(sample, 500, states).sample.square().mean().backward()
-    bank = mixture.parts.banks["unet"]
+    bank = mixture.banks["unet"]
     assert all(p.grad.abs().sum() > 0 for n, p in bank.named_parameters() if "blocks" in n and n.endswith("matrix"))
 
 

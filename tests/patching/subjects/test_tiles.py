@@ -14,13 +14,9 @@ from tiny import tiny_lora, tiny_pipeline
 from waits import waits_of_a_step
 
 import mole_diffusers as mole
-from mole_diffusers.binding.config import Bound
-from mole_diffusers.binding.layout import partition
-from mole_diffusers.binding.picture_warning import PictureWarning
-from mole_diffusers.binding.regions import AUTO
-from mole_diffusers.inspection.contributions import contributions
+from mole_diffusers.binding import AUTO, Bound, PictureWarning
+from mole_diffusers.inspection import contributions
 from mole_diffusers.lora import read_expert
-from mole_diffusers.patching.gating.gate_site import GateSite
 from mole_diffusers.patching.subjects.things import PromptThings
 from mole_diffusers.patching.subjects.windows import silhouette
 
@@ -36,6 +32,14 @@ def experts(loras):
 
 def tiled(pipe, prompt=None, until=0.8, since=0.0):
     return mole.attached(pipe).tiled(until, since=since, prompt=prompt)
+
+
+def asked_gates(mixture):
+    """A list that grows by a gate of the UNet whenever it is asked."""
+    asked = []
+    for gate in mixture.banks["unet"]:
+        gate.register_forward_pre_hook(lambda gate, _: asked.append(gate))
+    return asked
 
 
 def noise(height=16, width=16):
@@ -150,22 +154,20 @@ def test_a_trace_counts_a_step_once_however_many_tiles_it_has(pipe, experts):
 
 def test_while_a_tile_is_drawn_the_mixture_says_what_the_user_set(pipe, experts):
     mixture, seen = mole.attach(pipe, experts), []
-    before = mixture.parts.active, mixture.binding
-    hook = pipe.unet.conv_in.register_forward_hook(
-        lambda *_: seen.append((mixture.parts.active, mixture.binding, mixture.is_bound, len(mixture.layouts)))
-    )
+    before = mixture.binding
+    hook = pipe.unet.conv_in.register_forward_hook(lambda *_: seen.append((mixture.binding, len(mixture.layouts))))
     with tiled(pipe, PROMPT, 1.0):
         latent(pipe)
     hook.remove()
     assert len(seen) == 4
-    assert all(each == (*before, True, 1) for each in seen)
+    assert all(each == (before, 1) for each in seen)
 
 
 @pytest.mark.parametrize("family", ["sum", *thorough("factors")])
-def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, monkeypatch, family):
+def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, family):
     """And again if a strength changes between two steps."""
-    mixture, asked, decide = mole.attach(pipe, experts, family), [], GateSite._decide
-    monkeypatch.setattr(GateSite, "_decide", lambda site, *a: asked.append(site.name) or decide(site, *a))
+    mixture = mole.attach(pipe, experts, family)
+    asked = asked_gates(mixture)
     strong = {"fox": 3.0, "hat": 0.5}
 
     def change(pipe, step, timestep, kwargs):
@@ -175,11 +177,11 @@ def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, mon
 
     with tiled(pipe, PROMPT, 1.0):
         latent(pipe, steps=6)
-        count = Counter(name for name in asked if name.startswith("unet."))
-        assert set(count.values()) == {2}  # the fox's tile and the hat's
+        once = Counter(asked)
+        assert once
         asked.clear()
         changed = latent(pipe, steps=6, callback_on_step_end=change)
-        assert set(Counter(name for name in asked if name.startswith("unet.")).values()) == {4}
+        assert Counter(asked) == {gate: 2 * times for gate, times in once.items()}
     x = latent(pipe, steps=6)  # with the strengths that were set
     assert (changed - x).abs().max() > 1e-3
 
@@ -303,13 +305,12 @@ def test_where_experts_act_is_measured_when_the_picture_is_drawn_as_one(pipe, ex
 
 
 def test_the_pipeline_is_given_back(pipe, experts):
-    mixture = mole.attach(pipe, experts)
+    mole.attach(pipe, experts)
     before = latent(pipe)
     with pytest.raises(RuntimeError, match="stop"), tiled(pipe, PROMPT):
         raise RuntimeError("stop")
     assert "forward" not in vars(pipe.unet)
     assert torch.equal(latent(pipe), before)
-    assert mixture.parts.active == set(experts)
 
 
 def test_a_call_says_what_takes_its_prompt_the_tiles(pipe, experts):
@@ -352,8 +353,7 @@ def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, expe
     with mixture.tiled(0):
         bound = latent(pipe)
     assert not torch.equal(bound, wanted)
-    call = {"prompt": PROMPT, "width": 32, "height": 32}
-    assert mixture.parts.draws_in_tiles(call)
+    assert mixture.explain(PROMPT, 32, 32).tiles == ["a fox", "a hen"]
     for narrower in (
         {"prompt": "a fox eats a hen"},
         {"prompt": "an ox and a cow"},  # which are nobody's
@@ -365,22 +365,19 @@ def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, expe
         with mixture.tiled(0):
             alone = latent(pipe, **narrower)
         assert torch.equal(latent(pipe, **narrower), alone), narrower
-        if "x" in narrower and len(narrower) == 1:
-            narrower = {"width": 16, "height": 16}
-        assert not mixture.parts.draws_in_tiles(call | narrower)
+        if isinstance(prompt := narrower.get("prompt", PROMPT), str):
+            assert mixture.explain(prompt, *((16, 16) if "x" in narrower else (32, 32))).tiles is None
     for other in ("fox and hen", "a fox, a hen", "a fox,a hen&an ox"):  # the ox is nobody's, and has a tile too
         with mixture.tiled():
             wanted = latent(pipe, other)
         assert torch.equal(latent(pipe, other), wanted), other
-        assert mixture.parts.draws_in_tiles(call | {"prompt": other})
+        assert mixture.explain(other, 32, 32).tiles
     with mixture.only("fox"):
         one = latent(pipe)
     with mixture.only("fox"), mixture.tiled(0):
         assert torch.equal(latent(pipe), one)
-    for more in ({"timesteps": [500, 1]}, {"prompt_2": "a fox"}, {"original_size": (64, 64)}):
-        assert not mixture.parts.draws_in_tiles(call | more)
     mixture.bind({"fox": (None, (0.0, 0.0, 0.3, 0.3))})
-    assert not mixture.parts.draws_in_tiles(call)
+    assert mixture.explain(PROMPT, 32, 32).tiles is None
     mixture.bind(None)
     plain = latent(pipe)
     with mixture.tiled(0):
@@ -669,8 +666,6 @@ def test_what_a_call_gives_attention_is_honoured_or_said(pipe, experts):
     for _ in range(2):  # it is said of each picture
         with pytest.warns(UserWarning, match="only know the scale of LoRAs, not 'mine', so this is drawn as one picture"):
             assert torch.equal(latent(pipe, cross_attention_kwargs={"mine": 1}), whole)
-    call = {"prompt": PROMPT, "width": 32, "height": 32, "cross_attention_kwargs": {"mine": 1}}
-    assert not mixture.parts.draws_in_tiles(call)
     with mixture.tiled(), pytest.raises(ValueError, match="not 'mine': draw without it"):
         latent(pipe, cross_attention_kwargs={"mine": 1})
 
@@ -680,7 +675,7 @@ def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_pa
     pipe = sdxl() if family == "sdxl" else pipe
     files = {name: tiny_lora(pipe, tmp_path / name, seed=seed) for seed, name in enumerate(("fox", "hat"))}
     mixture = mole.attach(pipe, {name: replace(read_expert(path), triggers=(WORDS[name],)) for name, path in files.items()})
-    assert "text_encoder" in mixture.parts.banks
+    assert "text_encoder" in mixture.banks
     with mixture.tiled(1.0, since=0):
         scaled = latent(pipe, cross_attention_kwargs={"scale": 0.5})
         with mixture.strengths({"fox": 0.5, "hat": 0.5}):
@@ -715,11 +710,13 @@ def test_where_there_is_no_room_a_step_is_one_call(pipe, experts):
     """What is recorded by steps is as without tiles, and gates are evaluated as often."""
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")}, "mole")
 
+    asked = asked_gates(mixture)
+
     def told(tiling):
-        decisions = []
-        with tiling, mixture.trace(maps=True) as trace, mixture.every(2), mixture.parts.listen(decisions.append):
+        asked.clear()
+        with tiling, mixture.trace(maps=True) as trace, mixture.every(2):
             latent(pipe, steps=4)
-        return [*trace.maps], len(decisions)
+        return [*trace.maps], len(asked)
 
     by_itself = told(nullcontext())
     assert by_itself == told(mixture.tiled(0))
@@ -759,8 +756,11 @@ def test_nouns_keep_the_places_of_their_tiles(pipe, experts):
     for prompt in ("a fox,a b&a hen", "a fox+a t-x+a hen"):
         with mixture.tiled():
             latent(pipe, prompt, noise(16, 48), steps=2)
-        (regions,) = mixture.parts.settings.binding.now._texts[-1].picture._decided.values()
-        assert torch.equal(regions, partition(3, 16, 48))
+        (layout,) = mixture.layouts
+        for name, columns in (("fox", slice(0, 16)), ("hat", slice(32, 48))):
+            wanted = torch.zeros(16, 48)
+            wanted[:, columns] = 1
+            assert torch.equal(layout.regions[name], wanted), (prompt, name)
         assert not mixture.binding_warnings
 
 
