@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,7 @@ def app(
             help="as in the other commands. The app starts with the first one, and you can switch between all. A models "
             "folder of A1111, Forge or ComfyUI stands for every model in it. Repeatable.",
         ),
-    ] = ("emoji",),
+    ] = ["emoji"],
     keep: Annotated[Path, Option(metavar="FOLDER", help="gates that you train in the app are kept here.")] = Path(
         "mole_gates"
     ),
@@ -59,18 +60,13 @@ def app(
     asked = dict(locals())
     for each in base:
         check_base(each)
-    try:
-        from mole_app.web.build import build, launch
-
-        if mcp:
-            import mcp as _  # noqa: F401
-    except ImportError as error:
-        extra = "mcp" if error.name == "mcp" else "app"
-        raise ValueError(f"this needs {error.name}: pip install 'mole-diffusers[{extra}]'") from error
+    if mcp and find_spec("mcp") is None:
+        raise ValueError("this needs mcp: pip install 'mole-diffusers[mcp]'")
     from mole_app.studio.catalog import folder_gates
     from mole_app.studio.model_folders import bases_of
     from mole_app.studio.render import Studio
     from mole_app.web.actions import Actions
+    from mole_app.web.build import build, launch
     from mole_diffusers.training import unet_of
 
     def open_one(name: str) -> Base:

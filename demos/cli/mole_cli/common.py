@@ -149,7 +149,7 @@ def open_catalog(bases: Collection[str], asked: Mapping[str, Any], experts: Sequ
 
     examples = dict[str, Path]()
     found = [path for base in bases if base != WORLD and isinstance(path := find_base(base), Path)]
-    files = loras_beside(found) if asked.get("loras") is None else files_of(asked.get("loras"), "lora")
+    files = loras_beside(found) if asked.get("loras") is None else files_of(asked["loras"], "lora")
 
     folders = {
         "embedding": asked.get("embeddings"),

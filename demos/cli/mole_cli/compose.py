@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def compose(
     prompt: options.Prompt = "noto drawing of a sunflower and a doughnut",
-    expert: options.Experts = (),
+    expert: options.Experts = [],
     gates: Annotated[
         str, Option(help="one more column: trained gates (a folder or a hub id), or a family such as mean.")
     ] = "sum",
@@ -37,7 +37,7 @@ def compose(
             "fox=everywhere, fox=fox@mask.png. Default: the file's trigger words, and places found from attention. "
             "Repeatable.",
         ),
-    ] = (),
+    ] = [],
     unbound: Annotated[bool, Option("--unbound", help="let every LoRA act on every word and in the whole picture.")] = False,
     alone: Annotated[bool, Option("--alone", help="more columns: the base without LoRAs, and each LoRA alone.")] = False,
     method: Annotated[
@@ -46,7 +46,7 @@ def compose(
             metavar="NAME",
             help="one more column, by a composer of mole evaluate, such as mean or np; a wrong name lists all. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     methods_from: Annotated[
         Path | None,
         Option(

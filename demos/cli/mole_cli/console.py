@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 
 
@@ -48,7 +49,7 @@ def hide_loading_bars() -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings and notices of other libraries off the console, and their loading bars, see `hide_loading_bars`.
-    Warnings of mole take one line. `speak` ends it."""
+    Warnings of mole take one line."""
     global _is_quiet
     with warnings.catch_warnings():
         as_before, disabled = warnings.formatwarning, logging.root.manager.disable
@@ -63,10 +64,7 @@ def quiet() -> Iterator[None]:
             logging.disable(disabled)
 
 
-def speak(asked: bool) -> None:
-    """What --verbose does inside `quiet`: other libraries say what they have to say."""
-    global _is_quiet
-    if asked:
-        _is_quiet = False
-        warnings.filters.pop(0)
-        logging.disable(logging.NOTSET)
+def quiet_unless(context: typer.Context, verbose: bool) -> None:
+    """What the option --verbose does: without it, the command runs inside `quiet`."""
+    if not verbose:
+        context.with_resource(quiet())

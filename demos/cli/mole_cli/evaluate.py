@@ -52,7 +52,7 @@ def evaluate(
             "them; on a checkpoint base, alone, sum, bound, tiles, and with --gates also gates and 'bound gates'. "
             "Repeatable.",
         ),
-    ] = (),
+    ] = [],
     methods_from: Annotated[
         Path | None,
         Option(
@@ -79,11 +79,11 @@ def evaluate(
     ] = None,
     attached: Annotated[
         list[int], Option(metavar="N", help="attach N LoRAs, some of which the prompt does not name. Repeatable.")
-    ] = (),
+    ] = [],
     share: Annotated[
         list[float],
         Option(metavar="SHARE", help="move strength from subjects, 0, to styles, 1. For sum, gates and merges. Repeatable."),
-    ] = (),
+    ] = [],
     weights: Annotated[
         Path | None,
         Option(
@@ -112,7 +112,7 @@ def evaluate(
             rich_help_panel="A checkpoint of your own",
             help="a LoRA file and the name you give it. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     protocol: Annotated[
         list[str],
         Option(
@@ -122,7 +122,7 @@ def evaluate(
             help="prompts made from the trigger words: composlora, pairs, triples, styles, neutral, occlusion, interaction, "
             "scenes, contact. Default: all that the LoRAs allow. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     cases: Annotated[
         Path | None,
         Option(
@@ -141,7 +141,7 @@ def evaluate(
             rich_help_panel="A checkpoint of your own",
             help="pictures of a concept. Default: pictures that its LoRA draws alone. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     own: Annotated[
         list[str],
         Option(
@@ -150,7 +150,7 @@ def evaluate(
             rich_help_panel="A checkpoint of your own",
             help="a prompt for one concept alone. Default: one from its trigger words. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     kind: Annotated[
         list[str],
         Option(
@@ -158,7 +158,7 @@ def evaluate(
             rich_help_panel="A checkpoint of your own",
             help="what a LoRA draws, if neither folder nor name says it. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     thing: Annotated[
         list[str],
         Option(
@@ -167,7 +167,7 @@ def evaluate(
             rich_help_panel="A checkpoint of your own",
             help="what the detector looks for. Default: the trigger words. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     clip: Annotated[
         str | None,
         Option(
@@ -222,37 +222,38 @@ def evaluate(
     from accelerate import PartialState
 
     from mole_world.evaluation import judging_sheet, runner
-    from mole_world.evaluation.methods import METHODS, check_names, methods_from
+    from mole_world.evaluation.methods import METHODS, check_names
+    from mole_world.evaluation.methods import methods_from as read_methods
     from mole_world.evaluation.rows import Rows
     from mole_world.evaluation.strength_search import search_methods
 
     if judged:
         show(judging_sheet.votes(out), judging_sheet.count_answers(out), as_json=as_json)
         return
-    if wanted.search:
+    if search:
         _check_search(base, wanted)
-    others = methods_from(wanted.methods_from)
-    check_names(wanted.method, METHODS | others)
+    others = read_methods(methods_from)
+    check_names(method, METHODS | others)
     # Processes wait for one another, and their shares of the work differ by more than torch's usual half an hour.
-    state = PartialState(cpu=wanted.device == "cpu", timeout=timedelta(days=30))
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
     work = _world(wanted, call) if base == WORLD else _checkpoint(wanted, call, base)
-    setup, cases = work.setup, work.cases
-    if wanted.attached:
-        cases = runner.add_idle_experts(cases, sorted(setup.experts), wanted.attached)
-    methods = search_methods(setup) if wanted.search else _methods(wanted, work, cases, others)
-    if sheet and all(sum(method.covers(case) for method in methods) < 2 for case in cases):
+    setup, examples = work.setup, work.cases
+    if attached:
+        examples = runner.add_idle_experts(examples, sorted(setup.experts), attached)
+    methods = search_methods(setup) if search else _methods(wanted, work, examples, others)
+    if sheet and all(sum(method.covers(case) for method in methods) < 2 for case in examples):
         raise ValueError("a sheet needs two methods or more that draw the same case")
     if state.is_main_process:
-        count = seeds * sum(method.covers(case) for method in methods for case in cases)
-        note(f"{count} pictures: {len(methods)} methods, {len(cases)} cases, {seeds} seeds")
+        count = seeds * sum(method.covers(case) for method in methods for case in examples)
+        note(f"{count} pictures: {len(methods)} methods, {len(examples)} cases, {seeds} seeds")
     asked: Any = {"seeds": range(seed, seed + seeds), "rows": Rows(out, state.process_index)}
-    runner.evaluate(setup, methods, cases, work.metrics, **asked, processes=state.num_processes)
+    runner.evaluate(setup, methods, examples, work.metrics, **asked, processes=state.num_processes)
     state.wait_for_everyone()
-    rows = work.measured(runner.requested_rows(setup, methods, cases, **asked), asked["rows"], state)
+    rows = work.measured(runner.requested_rows(setup, methods, examples, **asked), asked["rows"], state)
     if not state.is_main_process:
         return
-    text = _written(out, rows, work, methods, cases, wanted)
+    text = _written(out, rows, work, methods, examples, wanted)
     if sheet:
         note(f"{judging_sheet.write_sheet(out, rows)} questions in {out / 'sheet'}")
     show(rows, text, as_json=as_json)
@@ -294,7 +295,9 @@ def _strengths(wanted: SimpleNamespace) -> Mapping[str, Mapping[str, float]] | N
 
 
 def _check_search(base: str, wanted: SimpleNamespace) -> None:
-    """Raises ValueError if --search would not count successes, would choose by the test split, or would draw other methods."""
+    """Raises ValueError if --search would not count successes, would choose by the test split, or draw other
+    methods.
+    """
     taken = ("method", "methods_from", "gates", "share", "weights")
     if given := [f"--{name.replace('_', '-')}" for name in taken if vars(wanted)[name]]:
         raise ValueError(f"--search draws methods of its own: leave out {', '.join(given)}")

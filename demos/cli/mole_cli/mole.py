@@ -12,10 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from mole_cli.console import quiet
 from mole_diffusers import __version__
-
-PIP = "pip install 'mole-diffusers{}'"
 
 
 class Command(NamedTuple):
@@ -87,13 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     name = f"mole {words[0]}" if not words[0].startswith("-") else "mole"
     try:
-        with quiet():
-            return (
-                parser(words[0], *os.environ.get("COMP_WORDS", "").split()).main(
-                    words, prog_name="mole", standalone_mode=False
-                )
-                or 0
-            )
+        commands = parser(words[0], *os.environ.get("COMP_WORDS", "").split())  # these words are completed by a shell
+        return commands.main(words, prog_name="mole", standalone_mode=False) or 0
     except (typer.TyperException, ValueError, OSError) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         if isinstance(error, OSError) and error.filename is not None:
@@ -101,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = f"there is no file {error.filename}" if there_is_none else f"{error.filename}: {error.strerror}"
     except ModuleNotFoundError as error:
         extra = NAMED[words[0]].extra if words[0] in NAMED else ""
-        installs = PIP.format(f"[{extra}]" if extra else "")
-        text = f'needs {error.name}, which is not there: it is among what "{installs}" installs'
+        package = f"mole-diffusers[{extra}]" if extra else "mole-diffusers"
+        text = f"this needs {error.name}: pip install '{package}'"
     print(f"{name}: {text}", file=sys.stderr)
     return 1

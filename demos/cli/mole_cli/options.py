@@ -7,14 +7,15 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from mole_cli.console import speak
+from mole_cli.console import quiet_unless
 
 Prompt = Annotated[str, Argument(help="what to draw.")]
 Experts = Annotated[
     list[str], Option(metavar="NAME=FILE[:STRENGTH]", help="a LoRA file and the name you give it. Repeatable.")
 ]
 Verbose = Annotated[
-    bool, Option("--verbose", "-v", callback=speak, help="show warnings, notices and loading bars of other libraries.")
+    bool,
+    Option("--verbose", "-v", callback=quiet_unless, help="show warnings, notices and loading bars of other libraries."),
 ]
 AsJson = Annotated[bool, Option("--json", help="print the result as JSON.")]
 Out = Annotated[

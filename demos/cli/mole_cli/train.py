@@ -196,7 +196,7 @@ def carried_out(run: SimpleNamespace, asked: Mapping[str, Any], fit: Callable[[P
 
 
 def train(
-    expert: options.Experts = (),
+    expert: options.Experts = [],
     push_to_hub: Annotated[str | None, Option(metavar="REPO", help="upload the gates, with a model card.")] = None,
     device: options.Device = None,
     base_config: options.BaseConfig = None,
@@ -207,7 +207,7 @@ def train(
     resume: options.Resume = None,
     prompt: Annotated[
         list[str], Option(rich_help_panel="What to learn from", help="a prompt that names all LoRAs. Repeatable.")
-    ] = (),
+    ] = [],
     part: Annotated[
         list[str],
         Option(
@@ -215,7 +215,7 @@ def train(
             rich_help_panel="What to learn from",
             help="one subject of the --prompt, from left to right. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     single: Annotated[
         list[str],
         Option(
@@ -223,7 +223,7 @@ def train(
             rich_help_panel="What to learn from",
             help="a prompt that names one LoRA alone. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     style: Annotated[
         list[str],
         Option(
@@ -231,11 +231,11 @@ def train(
             rich_help_panel="What to learn from",
             help="a LoRA that is a style: it acts on the whole picture. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     plain: Annotated[
         list[str],
         Option(metavar="PROMPT", rich_help_panel="What to learn from", help="a prompt that names no LoRA. Repeatable."),
-    ] = (),
+    ] = [],
     other: Annotated[
         list[str],
         Option(
@@ -243,10 +243,10 @@ def train(
             rich_help_panel="What to learn from",
             help="a word that may replace this LoRA's trigger. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     data: Annotated[
         list[str], Option(metavar="FOLDER", rich_help_panel="What to learn from", help="pictures with captions. Repeatable.")
-    ] = (),
+    ] = [],
     clip: Annotated[
         str | None,
         Option(metavar="MODEL", rich_help_panel="What to learn from", help="a CLIP of transformers, a folder or a hub id."),
@@ -260,7 +260,7 @@ def train(
             help="a goal: collage, single, composed, base, separate, denoise, clip, rollout, balance. Default: collage if "
             "you give --part, else the goals that your prompts allow. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     validate: Annotated[
         int | None, Option(metavar="N", rich_help_panel="How to train", help="draw the prompts every N updates.")
     ] = None,
@@ -640,7 +640,7 @@ def _judge(prompts: Sequence[str]) -> Callable[[Any, str], float]:
 
 
 def train_lora(
-    data: Annotated[list[str], Option(metavar="FOLDER", help="pictures, with or without captions. Repeatable.")] = (),
+    data: Annotated[list[str], Option(metavar="FOLDER", help="pictures, with or without captions. Repeatable.")] = [],
     prior_weight: Annotated[
         float | None, Option(metavar="WEIGHT", show_default=False, help="how much pictures of the class count. Default: 1.")
     ] = None,
@@ -690,7 +690,7 @@ def train_lora(
             rich_help_panel=PRESERVING,
             help="your own pictures of the class, instead of drawn ones. Repeatable.",
         ),
-    ] = (),
+    ] = [],
     prior_count: Annotated[
         int | None,
         Option(metavar="N", show_default=False, rich_help_panel=PRESERVING, help="pictures to draw. Default: 64."),
@@ -739,7 +739,7 @@ def train_lora(
         ),
     ] = None,
     layers: Annotated[
-        list[str],
+        list[str] | None,
         Option(
             show_default="attention",
             rich_help_panel="How to train",
@@ -788,8 +788,8 @@ def train_lora(
     folders = [*asked["data"], *asked["prior"].get("data", [])]
     if not run.write_config and (gone := [folder for folder in folders if not Path(folder).is_dir()]):
         raise ValueError(f"there is no folder {gone[0]} with pictures")
-    config = LoraTraining.from_dict(asked["training"])
-    carried_out(run, asked, partial(_train_lora, asked, config, run))
+    how = LoraTraining.from_dict(asked["training"])
+    carried_out(run, asked, partial(_train_lora, asked, how, run))
 
 
 def _train_lora(asked: Mapping[str, Any], config: LoraTraining, run: SimpleNamespace, out: Path) -> tuple[Any, str]:
