@@ -205,7 +205,7 @@ def test_loras_of_the_embedded_world_are_found_in_every_prompt(tmp_path, monkeyp
         found.append(list(experts))
         raise ValueError("far enough")
 
-    monkeypatch.setattr("mole_diffusers.mixture.attach", attach)
+    monkeypatch.setattr("mole_diffusers.attach", attach)
     monkeypatch.setattr(import_module("mole_cli.train"), "trained_pipeline", lambda *_: tiny_pipeline())
     for words in (
         ["--prompt", "a picture", "--part", "a fox", "--part", "a tiger"],
