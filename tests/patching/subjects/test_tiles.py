@@ -14,7 +14,7 @@ from tiny import tiny_lora, tiny_pipeline
 from waits import waits_of_a_step
 
 import mole_diffusers as mole
-from mole_diffusers.binding import AUTO, Bound, PictureWarning
+from mole_diffusers.binding import AUTO, SILENT, Bound, PictureWarning
 from mole_diffusers.inspection import contributions
 from mole_diffusers.lora import read_expert
 from mole_diffusers.patching.subjects.things import PromptThings
@@ -339,6 +339,26 @@ def test_a_call_says_what_takes_its_prompt_the_tiles(pipe, experts):
     with mixture.tiled(prompt=PROMPT, always=False):
         found = latent(pipe, **states)
     assert torch.equal(found, latent(pipe))
+
+
+def test_a_prompt_is_explained_before_anything_is_attached(pipe, experts):
+    pipe.unet.register_to_config(sample_size=8)
+    mixture, size = mole.attach(pipe, experts), {"width": 32, "height": 16}
+    bound, wanted = mixture.binding, mixture.explain(PROMPT, **size)
+    mole.detach(pipe)
+    assert mole.explain(pipe, PROMPT, bound, **size) == wanted
+    assert wanted.tiles is not None
+    assert wanted.tiled == (0.4, 0.8)
+    assert wanted.room is None
+    small = mole.explain(pipe, PROMPT, bound, width=16, height=16)
+    assert (small.tiles, small.tiled, small.room) == (None, None, (32, 16))
+    always = mole.explain(pipe, PROMPT, bound, width=16, height=16, tiling=mole.Tiling(always=True))
+    assert always.tiles == wanted.tiles
+    assert always.room is None
+    assert mole.explain(pipe, PROMPT, bound, **size, prompt_2="a fox").tiles is None
+    assert mole.explain(pipe, PROMPT, bound, **size, texts=[PROMPT, "a hat"]).tiles is None
+    off = mole.explain(pipe, PROMPT, bound, **size, acting=[])
+    assert {role.place for role in off.experts.values()} == {SILENT}
 
 
 def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, experts):
