@@ -1,33 +1,81 @@
 """Recipes in PNG files, in two forms: A1111's `parameters` text, which other tools read, and our own complete JSON.
 
-Texts of other programs than A1111 and Forge are read by `other_tools`.
+Pictures of A1111 and Forge are read too, with what their text has and a recipe lacks. That text is not trusted.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mole_app.studio import other_tools
-from mole_app.studio.found_recipe import DRAWN_OVER, FoundRecipe, as_whole, found_recipe
-from mole_app.studio.names import model_name
-from mole_app.studio.recipe import Recipe, load
+from mole_app.studio.names import matching, model_name
+from mole_app.studio.recipe import FIELD_TYPES, Recipe, load
+from mole_app.studio.samplers import SAMPLERS
+from mole_app.studio.weight_syntax import balanced
+from mole_diffusers.binding import AUTO
 from mole_diffusers.safe_files import PICTURE_ERRORS, RefusedFileError, parse_json
 
 PARAMETERS, OWN, SHEET = "parameters", "mole_diffusers", "mole_diffusers_grid"  # names of the PNG's text chunks
-KNOWN = {OWN, PARAMETERS, "prompt", "workflow", "invokeai_metadata"}  # texts with a recipe, ours and those of other programs
 OURS = "mole_diffusers"  # the "Version" in our text of A1111's form
 NEGATIVE = "Negative prompt:"
 PAIR = re.compile(r'([^:,]*)(?:: ?("(?:\\.|[^\\"])*"|[^,]*))?')  # KEY: VALUE, where only a value in quotes has commas
 SETTING = re.compile(r"[A-Za-z][\w ()/+-]{0,40}")  # a setting's name; rejects what commas inside values leave over
+# Settings that a recipe needs nothing of.
+QUIET = (
+    "Hires resize",
+    "Model hash",
+    "VAE hash",
+    "RNG",
+    "Version",
+    "Civitai resources",
+    "Civitai metadata",
+)
+AUTOMATIC = dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a"), "Karras")  # sampler -> its "Automatic" in A1111
+AUTOMATIC |= {"DPM++ 2M SDE": "Exponential"}
+OWN_SCHEDULES = ("", "normal", "simple", "uniform")  # which mean the sampler's own here
 MAX_BYTES, MAX_PIXELS, MAX_TEXT = 64 << 20, 64 << 20, 1 << 20  # of a file, picture, text
+
+
+@dataclass(frozen=True)
+class FoundRecipe:
+    """What a picture or a recipe file contains.
+
+    Attributes:
+        left_out: one sentence about the settings in another program's text that the recipe lacks; "" if there are none.
+        model: the name of the checkpoint in that text; "" if there is none. Our own recipes have their `base`.
+        sheet: the argument `sheet` of `infotext.save`; {} if the file is not a sheet of pictures.
+        is_theirs: whether another program wrote it. These add LoRAs everywhere, and so does the recipe.
+    """
+
+    recipe: Recipe
+    left_out: str = ""
+    model: str = ""
+    sheet: Mapping[str, Any] = field(default_factory=dict)
+    is_theirs: bool = False
+
+    @property
+    def axes(self) -> list[str]:
+        """The axes of a grid, across and down; [] if this is not a grid."""
+        x, y = self.sheet.get("x"), self.sheet.get("y")
+        return [x, y] if isinstance(x, str) and isinstance(y, str) else []
+
+    def notes(self, base: str) -> list[str]:
+        """What a user should know who draws this with a base model: another checkpoint, and what is left out."""
+        here = model_name(base)
+        is_other = self.model and self.model.casefold() != here.casefold()
+        other = f"it was drawn with the model {self.model[:80]!r}, and here is {here!r}" if is_other else ""
+        is_summed = self.is_theirs and "<lora:" in self.recipe.prompt
+        summed = "its LoRAs act everywhere, as in the program that drew it" if is_summed else ""
+        return [note for note in (other, summed, self.left_out) if note]
 
 
 def parameters(recipe: Recipe) -> str:
@@ -72,27 +120,72 @@ def read_parameters(text: str, where: str = "the text") -> FoundRecipe:
     found = _settings(last)
     if len(found) < 3 or not {"Steps", "Seed"} <= set(found):
         raise ValueError(f"{where} has no generation settings: its last line is not 'Steps: .., Sampler: .., Seed: ..'")
+    is_theirs = found.get("Version") != OURS
     at = next((i for i, line in enumerate(lines) if line.strip().startswith(NEGATIVE)), len(lines))
-    prompt, (width, _, height) = "\n".join(lines[:at]), found.pop("Size", "0x0").partition("x")
-    found.setdefault("CFG scale", "7")
-    strength, resized = found.pop("Denoising strength", ""), _times_larger(found.get("Hires resize", ""), (width, height))
-    hires, lacking = found.setdefault("Hires upscale", resized), list[str]()
-    if strength and not hires:
-        lacking.append(DRAWN_OVER)
-    if words := [name for name, _ in _hashes(found.pop("TI hashes", ""))]:
-        lacking.append(f"the embeddings {', '.join(words)} (write embedding:NAME for those that you have)")
-    if re.search(r"\bAND\b", prompt):
-        lacking.append("AND between prompts (a word here)")
-    experts, is_theirs = dict(_hashes(found.pop("Lora hashes", ""))), found.get("Version") != OURS
-    said = {
-        **{key: value for key, value in found.items() if SETTING.fullmatch(key)},
-        "prompt": re.sub(r"<lora:([^:<>]+)>", r"<lora:\1:1>", prompt),  # without a strength, A1111 takes no other than 1
-        "negative": "\n".join(lines[at:]).strip().removeprefix(NEGATIVE),
+    prompt = re.sub(r"<lora:([^:<>]+)>", r"<lora:\1:1>", "\n".join(lines[:at]))  # A1111 takes 1 if there is no strength
+    negative = "\n".join(lines[at:]).strip().removeprefix(NEGATIVE)
+    width, _, height = found.pop("Size", "").partition("x")
+    hires = found.pop("Hires upscale", "") or _times_larger(found.get("Hires resize", ""), (width, height))
+    strength, guidance = found.pop("Denoising strength", ""), found.pop("CFG scale", "7")
+    given = {
+        "seed": found.pop("Seed"),
+        "steps": found.pop("Steps"),
+        "guidance": found.pop("Distilled CFG Scale", "") or guidance,
         "width": width,
         "height": height,
+        "hires": hires,
         "hires_strength" if hires else "strength": strength,
+        "clip_skip": found.pop("Clip skip", ""),
     }
-    return found_recipe(where, said, (), lacking, is_theirs=is_theirs, experts=experts)
+    numbers = {name: _number(value, whole=FIELD_TYPES[name] is int) for name, value in given.items() if value}
+    sampler, lost = _sampler(found.pop("Sampler", ""), found.pop("Schedule type", ""))
+    lost += [f"{name} {given[name][:40]}" for name, number in numbers.items() if number is None]
+    if strength and not hires:
+        lost.append("the picture that it was drawn over")
+    if words := [name for name, _ in _hashes(found.pop("TI hashes", ""))]:
+        lost.append(f"the embeddings {', '.join(words)} (write embedding:NAME for those that you have)")
+    if re.search(r"\bAND\b", prompt):
+        lost.append("AND between prompts (a word here)")
+    model, experts = found.pop("Model", ""), dict(_hashes(found.pop("Lora hashes", "")))
+    rest = [key for key, value in found.items() if SETTING.fullmatch(key) and key not in QUIET and value not in ("", "None")]
+    lost += [f"{key} {found[key][:40]}" for key in rest[:20]]
+    own: dict[str, Any] = {name: number for name, number in numbers.items() if number is not None}
+    try:
+        recipe = Recipe(
+            balanced(prompt.strip()),
+            balanced(negative.strip()),
+            binding="none" if is_theirs else AUTO,
+            sampler=sampler,
+            experts=experts,
+            **own,
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    left_out = f"not carried over from the picture's text: {', '.join(lost)}" if lost else ""
+    return FoundRecipe(recipe, left_out, re.split(r"[\\/]", model)[-1].removesuffix(".safetensors"), is_theirs=is_theirs)
+
+
+def _sampler(name: str, schedule: str) -> tuple[str, list[str]]:
+    """Our sampler for A1111's sampler and schedule, and what of them is lost."""
+    if name.casefold() in ("", "default"):
+        return "", []
+    wanted = AUTOMATIC.get(name, "") if schedule == "Automatic" else schedule
+    found = next(filter(None, (matching(each.strip(), SAMPLERS) for each in (f"{name} {wanted}", name))), "")
+    if not found:
+        return "", [f"sampler {name} {schedule}".strip()]
+    is_same = wanted.casefold() in OWN_SCHEDULES or found.casefold().endswith(wanted.casefold())
+    return found, [] if is_same else [f"schedule {wanted}"]
+
+
+def _number(text: str, *, whole: bool) -> float | None:
+    """The number in a text; None if there is none. Whole ones have any size, such as a seed, which a float would round."""
+    if whole and re.fullmatch(r"\d{1,20}", text):
+        return int(text)
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return None if not math.isfinite(number) else int(number) if whole else number
 
 
 def _hashes(text: str) -> list[tuple[str, str]]:
@@ -103,7 +196,8 @@ def _hashes(text: str) -> list[tuple[str, str]]:
 
 def _times_larger(resized: str, own: tuple[str, str]) -> str:
     """The factor to a target size, "1024x0", in which one side may be open; "" if there is none."""
-    sides = zip(map(as_whole, resized.split("x")), map(as_whole, own), strict=False)
+    sizes = zip(resized.split("x"), own, strict=False)
+    sides = [(_number(larger, whole=True), _number(side, whole=True)) for larger, side in sizes]
     return next((f"{larger / side:.6g}" for larger, side in sides if larger and side), "")
 
 
@@ -139,7 +233,7 @@ def read(path: str | Path) -> Recipe:
 
 
 def contents(path: str | Path) -> FoundRecipe:
-    """What a PNG contains: our own recipe if there is one, else that of another program. A file named *.json is a recipe.
+    """What a PNG contains: our own recipe if there is one, else that of A1111 or Forge. A file named *.json is a recipe.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -156,10 +250,8 @@ def contents(path: str | Path) -> FoundRecipe:
     if OWN in texts:
         recipe = Recipe.from_dict(parse_json(texts[OWN], path.name), path.name)
         return FoundRecipe(recipe, sheet=_sheet(texts.get(SHEET, "{}"), path.name))
-    if (theirs := other_tools.read(texts, path.name)) is not None:
-        return theirs
     if PARAMETERS not in texts:
-        raise ValueError(f"{path.name} has no recipe: no text of mole, A1111, Forge, ComfyUI, SwarmUI, Fooocus or InvokeAI")
+        raise ValueError(f"{path.name} has no recipe: no text of mole, A1111 or Forge")
     return read_parameters(texts[PARAMETERS], path.name)
 
 
@@ -179,7 +271,7 @@ def _texts(path: Path) -> dict[str, str]:
             if image.width * image.height > MAX_PIXELS or getattr(image, "is_animated", False):
                 raise Image.DecompressionBombError
             before = {name: text for name, text in image.info.items() if isinstance(text, str)}
-            return before if KNOWN & before.keys() else dict(image.text)
+            return before if {OWN, PARAMETERS} & before.keys() else dict(image.text)
     except Image.DecompressionBombError:
         raise ValueError(f"{path.name} is an animation or has more than {MAX_PIXELS >> 20} million pixels") from None
     except PICTURE_ERRORS as error:

@@ -20,7 +20,7 @@ from PIL import Image
 from mole_app.studio import infotext, xy_grid
 from mole_app.studio.base_models import Base, open_base
 from mole_app.studio.catalog import UNTRAINED
-from mole_app.studio.found_recipe import FoundRecipe
+from mole_app.studio.infotext import FoundRecipe
 from mole_app.studio.picture_notes import PictureNotes
 from mole_app.studio.picture_passes import check_pictures, with_pictures
 from mole_app.studio.prompt_syntax import LoraTag

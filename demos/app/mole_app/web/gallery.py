@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from mole_app.studio import infotext
-from mole_app.studio.found_recipe import FoundRecipe
+from mole_app.studio.infotext import FoundRecipe
 from mole_app.studio.names import is_text
 from mole_app.studio.prompt_syntax import Parsed, parse
 from mole_app.studio.recipe import Recipe

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_app.studio.found_recipe import FoundRecipe
+from mole_app.studio.infotext import FoundRecipe
 from mole_app.studio.recipe import Recipe
 from mole_app.web.actions import Actions
 from mole_app.web.draw_over import OverPanel

@@ -103,9 +103,9 @@ def test_bad_pictures_are_refused_with_one_sentence(tmp_path, recipe):
     for path, message in [
         (tmp_path / "text.png", "text.png is not a PNG that can be read"),
         (tmp_path / "a.jpg", "a.jpg is not a PNG"),
-        (png("none.png"), "none.png has no recipe: no text of mole, A1111, Forge, ComfyUI"),
-        (png("comfy.png", workflow="{}"), "comfy.png has a ComfyUI workflow without a sampler"),
-        (png("api.png", prompt="{}"), "api.png has a ComfyUI workflow without a sampler"),
+        (png("none.png"), "none.png has no recipe: no text of mole, A1111 or Forge"),
+        (png("comfy.png", prompt="{}", workflow="{}"), "comfy.png has no recipe: no text of mole, A1111 or Forge"),
+        (png("swarm.png", parameters='{"sui_image_params": {}}'), "swarm.png has no generation settings"),
         (png("broken.png", mole_diffusers="{"), "broken.png is not JSON"),
         (png("other.png", mole_diffusers=json.dumps({"format": "x"})), "other.png is not a mole_diffusers.studio.recipe"),
         (png("words.png", parameters="a fox"), "words.png has no generation settings"),
