@@ -49,7 +49,8 @@ class Mixture:
     """Experts and gates attached to a pipeline; created by `attach`.
 
     Several threads may share a mixture. Calls of the pipeline, `with` blocks of the mixture and changes of settings wait
-    for one another, so one thread's masks and strengths never reach another thread's picture.
+    for one another, so one thread's masks and strengths never reach another thread's picture. A block ends on the thread
+    that began it, and must wait neither for another thread that draws with the mixture nor for a task of asyncio.
 
     A second pipeline over the same models does not wait, and it neither draws in tiles nor finds places in a given
     picture. Call it inside a `with` block of the mixture, or attach to it; otherwise the models hold the ranks of all
@@ -89,7 +90,7 @@ class Mixture:
         Inside a `strengths` block that names the expert, the value holds until the block ends.
         """
         index = self.parts.index(name)
-        with self.parts.lock.held():
+        with self.parts.lock:
             strengths = self.parts.settings.strengths.now
             if value is not None:
                 self.parts.check_can_change()
@@ -101,7 +102,7 @@ class Mixture:
     def strengths(self, values: Mapping[str, float]) -> Iterator[None]:
         """Use these strengths inside the block. Experts that are not named keep theirs, and what `strength` gives them."""
         changed = {self.parts.index(name): finite(name, value) for name, value in values.items()}
-        with self.parts.lock.held():
+        with self.parts.lock:
             before = list(self.parts.settings.strengths.now)
             inside = [changed.get(i, s) for i, s in enumerate(before)]
             try:
@@ -186,7 +187,7 @@ class Mixture:
                 place: for each thing, picture and step 1 KB in Stable Diffusion 1.5 at 512 pixels, 16 KB in Flux at
                 1024.
         """
-        with self.parts.lock.held():
+        with self.parts.lock:
             step, listeners = self.parts.shared.step, self.parts.shared.listeners
             trace = Trace(list(self.experts), step, step.number + 1)
             changes: list[Change[Any]] = [listeners.layouts.to((*listeners.layouts.now, trace.record_layouts))]
@@ -207,7 +208,7 @@ class Mixture:
             pipe: the pipeline that is called, over the same models; by default the one that the mixture is attached to.
         """
         pipe = self.parts.pipe if pipe is None else pipe
-        with self.parts.lock.held(draws=True):
+        with self.parts.lock:
             self.parts.installation.refuse_replaced(pipe)
             now = attached(self.parts.pipe)
             block: AbstractContextManager[None] = nullcontext()  # it was taken off while this call waited
@@ -264,7 +265,7 @@ class Mixture:
             ValueError: gates that depend on the picture, without a prompt; a quantised or offloaded host; a mixture that is
                 folded already, or not attached any more.
         """
-        with self.parts.lock.held():
+        with self.parts.lock:
             if self.parts.settings.folded.now:
                 raise ValueError("this mixture is already folded into the pipeline's weights, by an outer `collapsed` block")
             if self.parts.installation.embeddings:
@@ -322,7 +323,7 @@ class Mixture:
         changes: list[Change[Any]] = [self.parts.settings.tiling.to(Tiling(0)), heard.to((*heard.now, averages))]
         if prompt is None:
             changes.append(self.parts.settings.binding.to(None))
-        with self.parts.lock.held(), self.parts.changed_while(*changes):
+        with self.parts.lock, self.parts.changed_while(*changes):
             if prompt is not None and not folding.reads_nothing(self.parts.components):
                 self.parts.installation.check_on()
             folding.evaluate_gates(self.parts.pipe, self.parts.components, prompt, **call)
@@ -343,7 +344,7 @@ class Mixture:
 
         `experts` are the files that the gates will be loaded with, by default those of the mixture.
         """
-        with self.parts.lock.held(), loaded(self.parts.pipe):  # between calls, offloaded gates have no values
+        with self.parts.lock, loaded(self.parts.pipe):  # between calls, offloaded gates have no values
             self.parts.installation.check_in_use()
             save_gates(folder, self.parts.banks, self.config, experts=experts or self.experts, dtype=dtype)
 
@@ -373,7 +374,7 @@ class Mixture:
 
         Raises ValueError for an unknown name or region; nothing changes then. So does a mixture that is not attached.
         """
-        with self.parts.lock.held():
+        with self.parts.lock:
             self.parts.check_can_change()
             self.parts.shared.set(self.parts.settings.binding, self.parts.masks(binding))
 
@@ -381,7 +382,7 @@ class Mixture:
     def bound(self, binding: Mapping[str, Any] | None) -> Iterator[None]:
         """`bind` while the block runs."""
         with (
-            self.parts.lock.held(),
+            self.parts.lock,
             self.parts.with_settings(self.parts.settings.binding.to(self.parts.masks(binding))),
         ):
             yield

@@ -4,7 +4,7 @@ host/ knows what differs between models, gating/ acts while sampling, install/ p
 subjects/ draws the things of a prompt apart. One step of a bound picture, in the order of the call:
 
     install/pipeline_calls.py     `pipe(prompt)` gets here first: its class has become a subclass, whose calls run inside of
-    mixture.Mixture.drawing       a lock of the denoiser (install/pipeline_lock.py): other threads wait
+    mixture.Mixture.drawing       a lock of the denoiser (`lock_of`, install/installation.py): other threads wait
     install/one_call.py           `OneCall.running`: what begins and ends with the call; is it drawn in tiles?
     gating/token_masks.py         `on_text`: a text encoder reads the prompt; which expert acts on which token, who is silent
     gating/shared_state.py        `StepHook`: the denoiser is called; noise level and text are noted, then

@@ -47,7 +47,7 @@ def _one_at_a_time(call: Call) -> Call:
 
     @functools.wraps(call)
     def held(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with lock_of_pipeline(self).held():
+        with lock_of_pipeline(self):
             return call(self, *args, **kwargs)
 
     return held  # type: ignore[return-value]
@@ -90,7 +90,7 @@ class DropIn:
             self._load_control(control, adapter_name, hotswap)
             return
         expert = read_lora(source, adapter_name, **where)
-        with lock_of_pipeline(self).held():
+        with lock_of_pipeline(self):
             experts, ordinary, name = self._experts(), self._ordinary(), self._named(adapter_name)
             if name in ordinary or (name in experts) != hotswap:
                 what = "is not loaded, so it cannot be swapped" if hotswap else "is in use"

@@ -94,7 +94,7 @@ def attach_kept(pipe: Any, folder: str | Path) -> Mixture:
     """
     folder = whole_folder(Path(folder))
     kept = _kept_experts(folder, getattr(pipe, "unet", None))
-    with lock_of_pipeline(pipe).held():  # so that nothing is drawn with experts that are off
+    with lock_of_pipeline(pipe):  # so that nothing is drawn with experts that are off
         # What was kept had been attached, so missing layers were asked for.
         gates, binding = folder / GATES_FOLDER, kept.binding or None
         mixture = attach(pipe, kept.experts, gates, binding=binding, allow_missing_layers=True)

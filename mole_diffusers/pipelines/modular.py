@@ -32,7 +32,7 @@ class ComposingBlocks:
     def __call__(self, pipeline: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         """Attach the LoRAs that the call names, and run diffusers' blocks with them."""
         experts, gates, binding = (state.get(name) for name in ("experts", "gates", "binding"))
-        with lock_of_pipeline(pipeline).held():
+        with lock_of_pipeline(pipeline):
             if experts:
                 attach(pipeline, experts, gates, binding=binding)
             elif experts is not None:

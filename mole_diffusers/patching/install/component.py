@@ -5,6 +5,7 @@ The LoRAs themselves are put on by peft, see peft_injection.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,6 @@ from mole_diffusers.patching.host.placement import (
 from mole_diffusers.patching.install import peft_injection
 from mole_diffusers.patching.install.gate_inputs import AroundBlock, GateInput, ModelInput, MoLEAttnProcessor, OutputMixing
 from mole_diffusers.patching.install.held_ranks import HeldRanks
-from mole_diffusers.patching.install.pipeline_lock import PipelineLock
 from mole_diffusers.patching.undo import Undo
 
 BANK = "mole_gates"  # submodule of a model with its gates, so that they move and offload with it
@@ -59,7 +59,14 @@ class Component:
     """
 
     def __init__(
-        self, name: str, model: Any, stacks: Mapping[str, Stack], *, family: Family, shared: SharedState, lock: PipelineLock
+        self,
+        name: str,
+        model: Any,
+        stacks: Mapping[str, Stack],
+        *,
+        family: Family,
+        shared: SharedState,
+        lock: threading.RLock,
     ):
         self.name, self.model, self.family, self.shared = name, model, family, shared
         if family.mixes_outputs and self._is_joint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,6 @@ from mole_diffusers.patching.hooks import ForwardHook
 from mole_diffusers.patching.host.denoiser_inputs import is_compiled_module
 from mole_diffusers.patching.host.offloading import moves_parts
 from mole_diffusers.patching.install import peft_injection
-from mole_diffusers.patching.install.pipeline_lock import PipelineLock
 
 OFFLOADED = (
     "the layers of this offloaded {kind} lack LoRAs that act now; call the pipeline, or the model inside `with "
@@ -46,7 +46,7 @@ class HeldRanks(ForwardHook):
         model: Any,
         stacks: Mapping[str, Stack],
         shared: SharedState,
-        lock: PipelineLock,
+        lock: threading.RLock,
         *,
         denoises: bool,
         whole: bool,
@@ -85,8 +85,9 @@ class HeldRanks(ForwardHook):
             return
         if self.shared.step.is_off if self._denoises else self.is_off:
             return
-        if not (self._always_whole or self.lock.is_mine or moves_parts(self.model)):
-            with self.lock.held():
+        is_mine = self.lock._is_owned()  # type: ignore[attr-defined]  # threading.Condition asks it, too
+        if not (self._always_whole or is_mine or moves_parts(self.model)):
+            with self.lock:
                 self._always_whole, self._begins = True, False
                 self.hold_all()
         needed, may_drop = self.shared.effective.needed, self._begins and self.shared.step.alone.now is None

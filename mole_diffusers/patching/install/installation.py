@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -31,10 +32,10 @@ from mole_diffusers.patching.install.embeddings import Words, add_words, embedde
 from mole_diffusers.patching.install.host_calls import guard
 from mole_diffusers.patching.install.peft_injection import off_after, refuse_switched_off, switch, switched_off, switches
 from mole_diffusers.patching.install.pipeline_calls import calls_are_locked, lock_calls, unlock_calls
-from mole_diffusers.patching.install.pipeline_lock import PipelineLock, lock_of
 from mole_diffusers.patching.undo import Undo, undoing
 
 HANDLE = "_mole_installation"  # attribute of each changed model that holds the installation on it
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()  # denoiser -> its lock
 _lifted: WeakKeyDictionary[Any, Installation] = WeakKeyDictionary()  # denoiser -> what `lifted` took off it
 
 
@@ -130,7 +131,7 @@ class Installation:
 
         Raises ValueError if `before` is switched off.
         """
-        with self.lock.held():
+        with self.lock:
             for component in () if before is None else before.components:
                 refuse_switched_off(component.model)
             try:
@@ -169,7 +170,7 @@ class Installation:
     @contextmanager
     def encoding(self) -> Iterator[None]:
         """The block that the pipeline's `encode_prompt` runs in: its texts are not read amid those of another thread."""
-        with self.lock.held(), self.shared.encoding():
+        with self.lock, self.shared.encoding():
             yield
 
     def _install(self) -> None:
@@ -223,7 +224,7 @@ class Installation:
     def lifted(self) -> Iterator[None]:
         """Take it off while the block runs, see `Mixture.lifted`."""
         models = [component.model for component in self.components]
-        with self.lock.held():
+        with self.lock:
             if self.is_lifted:
                 yield
                 return
@@ -310,11 +311,16 @@ def remove(pipe: Any) -> None:
 @contextmanager
 def held(pipe: Any) -> Iterator[Installation | None]:
     """What is on a pipeline, while all other threads wait. What replaces it takes over its lock."""
-    with lock_of_pipeline(pipe).held():
+    with lock_of_pipeline(pipe):
         yield installed(pipe)
 
 
-def lock_of_pipeline(pipe: Any) -> PipelineLock:
+def lock_of_pipeline(pipe: Any) -> threading.RLock:
     """The lock of a pipeline's denoiser, or of what its text encoders still hold."""
     found = installed(pipe)
     return lock_of(denoiser(pipe)) if found is None else found.lock
+
+
+def lock_of(denoiser: Any) -> threading.RLock:
+    """The lock of a denoiser, always the same one."""
+    return _locks.setdefault(denoiser, threading.RLock())

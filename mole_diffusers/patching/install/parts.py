@@ -26,9 +26,8 @@ from mole_diffusers.patching.host.denoiser_inputs import (
     tokenizers_of,
 )
 from mole_diffusers.patching.install.component import Component
-from mole_diffusers.patching.install.installation import Installable, Installation
+from mole_diffusers.patching.install.installation import Installable, Installation, lock_of
 from mole_diffusers.patching.install.one_call import OneCall
-from mole_diffusers.patching.install.pipeline_lock import lock_of
 from mole_diffusers.patching.subjects.apart import begin_of_tiles
 from mole_diffusers.patching.subjects.things import PictureCall, Tiling
 
@@ -102,7 +101,7 @@ class Parts:
     def listen(self, listener: Callable[[Decision], None]) -> Iterator[None]:
         """Call `listener(decision)` with each gate's live weights, whenever it computes them."""
         heard = self.shared.listeners.decisions
-        with self.lock.held(), self.with_settings(heard.to((*heard.now, listener))):
+        with self.lock, self.with_settings(heard.to((*heard.now, listener))):
             yield
 
     def restore_point(self) -> AbstractContextManager[None]:
@@ -145,7 +144,7 @@ class Parts:
         for name, value in strengths.items():
             self.index(name)
             finite(name, value)
-        with self.lock.held():
+        with self.lock:
             self.check_can_change()
             now = [strengths.get(name, old) for name, old in zip(self.experts, self.settings.strengths.now, strict=True)]
             self.set(now, strengths, plan)
@@ -178,12 +177,12 @@ class Parts:
     @contextmanager
     def changed_while(self, *changes: Change[Any]) -> Iterator[None]:
         """Keep other threads out and change settings while the block runs."""
-        with self.lock.held(), self.shared.changed_while(*changes):
+        with self.lock, self.shared.changed_while(*changes):
             yield
 
     def weighed(self) -> dict[str, tuple[Expert, float]]:
         """name -> (expert, strength), as `attach` takes them."""
-        with self.lock.held():
+        with self.lock:
             return self._with_strengths(self.settings.strengths.now)
 
     def _with_strengths(self, strengths: list[float]) -> dict[str, tuple[Expert, float]]:
@@ -191,7 +190,7 @@ class Parts:
 
     def persistent_settings(self) -> PersistentSettings:
         """The settings outside of all `with` blocks, those of other threads included: what is copied and saved."""
-        with self.lock.held():
+        with self.lock:
             settings, binding = self.settings, self.settings.binding.outside
             return PersistentSettings(
                 self._with_strengths(settings.strengths.outside),
