@@ -7,9 +7,9 @@ from .checkpoint import Checkpoint as Checkpoint
 from .checkpoint import UnfitGatesError as UnfitGatesError
 from .checkpoint import load_gates as load_gates
 from .checkpoint import save_gates as save_gates
+from .config import FAMILIES as FAMILIES
 from .config import RECOMMENDED as RECOMMENDED
 from .config import GateConfig as GateConfig
-from .contract import FAMILIES as FAMILIES
 from .contract import Context as Context
 from .contract import Family as Family
 from .contract import Gate as Gate
