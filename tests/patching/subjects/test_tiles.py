@@ -178,7 +178,7 @@ def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, fam
     with tiled(pipe, PROMPT, 1.0):
         latent(pipe, steps=6)
         once = Counter(asked)
-        assert once
+        assert set(once.values()) in ({2}, {2, 4})  # once for each tile, and for each set of LoRAs that its layers have
         asked.clear()
         changed = latent(pipe, steps=6, callback_on_step_end=change)
         assert Counter(asked) == {gate: 2 * times for gate, times in once.items()}
