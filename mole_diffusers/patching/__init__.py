@@ -26,7 +26,7 @@ Beside it:
     gating/settings.py            what the user set; `Setting.now` is the value that holds, in or outside of a `with` block
     install/held_ranks.py         which experts' matrices the layers hold: of those that act; the others wait outside
     gating/prompt_tokens.py       which tokens the states that the denoiser reads were made of
-    gating/joint_attention.py     the same where a model attends to text and picture together (SD 3, Flux)
+    gating/joint_attention.py     lowers attention where a model attends to text and picture together
     gating/kept_text.py           what layers make of a text that comes again in the next step
     subjects/things.py            what a prompt names; `PictureCall.obstacle`: why its pipeline can draw no tiles
     subjects/apart.py             which things of a prompt are drawn in tiles, and why not

@@ -1,4 +1,4 @@
-"""Hooks on attention that reads text and picture together (SD 3, Flux): they read maps, and close words.
+"""Hooks on attention that reads text and picture together: they read maps, and close words.
 
 They act where the model calls PyTorch's attention, so that its norms and rotary embeddings apply.
 """
