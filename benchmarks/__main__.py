@@ -19,7 +19,7 @@ from benchmarks.once import attaching, collapsing, moving, once_costs, updating
 from benchmarks.picture import cold_costs, picture_costs
 from benchmarks.settings import COMPILED, DTYPES, Settings
 from benchmarks.steps import memory_costs, operation_counts, scaling, step_costs
-from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.gates import GATE_TYPES, GateConfig
 
 COUNTED = ("sum", "mole", "flow", "factors", "bound sum", "bound mole")
 SCALED = ("base", "again", "set_adapters", "sum", "mole")
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--rank", type=int, default=16)
     command.add_argument("--pictures", type=int, default=1, help="how many are drawn at once")
     command.add_argument("--repeats", type=int, default=6, help="rounds; everything runs once in each")
-    command.add_argument("--gates", default="mole", choices=FAMILIES)
+    command.add_argument("--gates", default="mole", choices=GATE_TYPES)
     compiled = "compile the whole UNet, the same with CUDA graphs, or its repeated blocks"
     command.add_argument("--compile", default="no", choices=list(COMPILED), help=compiled)
     command.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: only the time of this process")

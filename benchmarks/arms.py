@@ -105,9 +105,9 @@ def collapsed(pipe: Any, files: Files, gates: GateConfig, stack: ExitStack) -> d
     return {}
 
 
-def of_family(arm: Arm, family: str) -> Arm:
-    """The arm with gates of one family, whatever the settings say."""
-    return lambda pipe, files, gates, stack: arm(pipe, files, GateConfig(family), stack)
+def of_gate_type(arm: Arm, gate_type: str) -> Arm:
+    """The arm with gates of one type, whatever the settings say."""
+    return lambda pipe, files, gates, stack: arm(pipe, files, GateConfig(gate_type), stack)
 
 
 def awake(pipe: Any, files: Files, gates: GateConfig) -> Mixture:
@@ -125,8 +125,8 @@ ARMS: Mapping[str, Arm] = {
     "again": base,  # the base once more, to show how much of a ratio is noise
     "set_adapters": set_adapters,
     "products": products,
-    **{family: of_family(gated, family) for family in ("sum", "mole", "flow", "factors")},
-    **{f"bound {family}": of_family(bound, family) for family in ("sum", "mole")},
+    **{gate_type: of_gate_type(gated, gate_type) for gate_type in ("sum", "mole", "flow", "factors")},
+    **{f"bound {gate_type}": of_gate_type(bound, gate_type) for gate_type in ("sum", "mole")},
     "gated": gated,
     "two named": two_named,
     "collapsed": collapsed,

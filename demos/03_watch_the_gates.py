@@ -20,6 +20,6 @@ with mixture.trace() as trace:
     )
 
 print(f"{'place':70}", *(f"{name:>14}" for name in trace.experts), " first step -> last")
-for place in trace.sites:
+for place in trace.locations:
     weights = trace.weights(place)
     print(f"{place:70}", *(f"{a:6.2f} ->{b:5.2f}" for a, b in zip(weights[0].tolist(), weights[-1].tolist(), strict=True)))

@@ -84,7 +84,7 @@ SENTENCES = (
     "FreeFuse, is right in {freefuse} of {pictures} pictures of two subjects, tiles in {tiles}",
     "the best is right in {told} of {cases}, our binding in {told_ours}",
     "right in {freefuse} of {pictures}, tiles in {tiles}. Tiles alone are right in {won} pictures, FreeFuse alone in {lost}",
-    "right in {mole} of {of_gates} pictures, tiles alone in {none}, two other families in {factors} and {flow}.",
+    "right in {mole} of {of_gates} pictures, tiles alone in {none}, two other gate types in {factors} and {flow}.",
     "the sum is right in {sum_1} of {cases}, bound in {bound_1}, FreeFuse in {freefuse_1} and tiles in {tiles_1}",
 )
 

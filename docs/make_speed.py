@@ -34,7 +34,7 @@ round; the page shows medians with quartiles. UNets have random weights, a batch
 attention layers, of rank 16 unless a section says otherwise. They ran on one CPU thread, by the process's own time
 (`python docs/make_speed.py --measure`); another core did other work during steps of SD 1.5 and compiled ones.
 
-`set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are families of gates; `bound`
+`set_adapters` is diffusers' own stack of the LoRAs. `sum`, `mole`, `flow` and `factors` are gate types; `bound`
 gives each LoRA a word and a part of the picture. `collapsed` has the gates' average folded into the weights. `again` is
 the base once more: the noise.
 """
@@ -243,7 +243,7 @@ def floor() -> str:
 
 
 def names(families: Iterable[str]) -> str:
-    """Names of families of gates, in a row of the table."""
+    """Names of gate types, in a row of the table."""
     return ", ".join(f"`{name}`" for name in families)
 
 

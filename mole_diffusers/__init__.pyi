@@ -17,8 +17,8 @@ from .patching.gating.trace import Trace as Trace
 from .patching.host.denoiser_inputs import denoiser as denoiser
 from .patching.host.denoiser_inputs import models_of as models_of
 from .patching.install.gate_inputs import MoLEAttnProcessor as MoLEAttnProcessor
-from .patching.subjects.apart import explain as explain
-from .patching.subjects.things import Tiling as Tiling
+from .patching.subjects.per_subject import explain as explain
+from .patching.subjects.prompt_subjects import Tiling as Tiling
 from .pipelines.classes import MoLEChromaPipeline as MoLEChromaPipeline
 from .pipelines.classes import MoLEFlux2KleinPipeline as MoLEFlux2KleinPipeline
 from .pipelines.classes import MoLEFlux2Pipeline as MoLEFlux2Pipeline

@@ -106,14 +106,15 @@ def expert_outputs(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ranks:
     return torch.cat([F.linear(h, u) for h, u in zip(hidden, up.split(list(ranks), 1), strict=True)], -1)
 
 
-def over_ranks(weights: torch.Tensor, segment: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+def over_ranks(weights: torch.Tensor, expert_index: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """Expert weights [N], [B, N] or [B, T, N] -> a factor that multiplies `like`.
 
     Args:
-        segment: [R], the expert of each rank; None if the weights are already per rank.
+        expert_index: [R], the expert of each rank; None if the weights are already per rank.
         like: [B, R], [B, T, R] or [B, R, H, W], whose tokens are the H x W places, row by row.
     """
-    factor = (weights if segment is None else weights.index_select(-1, segment)).to(like.dtype)  # [R], [B, R] or [B, T, R]
+    # [R], [B, R] or [B, T, R]
+    factor = (weights if expert_index is None else weights.index_select(-1, expert_index)).to(like.dtype)
     if factor.dim() == 3:
         if like.dim() == 4:
             return factor.transpose(1, 2).reshape(*factor.shape[::2], *like.shape[2:])  # [B, R, H, W]
@@ -123,13 +124,13 @@ def over_ranks(weights: torch.Tensor, segment: torch.Tensor | None, like: torch.
     return factor[:, None] if factor.dim() == 2 and like.dim() == 3 else factor
 
 
-def over_rows(weights: torch.Tensor, segment: torch.Tensor | None, low: torch.Tensor, batch: int) -> torch.Tensor:
+def over_rows(weights: torch.Tensor, expert_index: torch.Tensor | None, low: torch.Tensor, batch: int) -> torch.Tensor:
     """The same for the rows `low` [B T, R] of a batch of B, in as few operations as there are. Returns [R] or [B T, R]."""
     tokens = len(low) // batch
     if weights.dim() == 2:
         rows, weights = _sample_of_row(batch, tokens, low.device), weights.to(low.dtype)
-        return weights[rows[:, 0]] if segment is None else weights[rows, segment]
-    factor = (weights if segment is None else weights.index_select(-1, segment)).to(low.dtype)  # [R] or [B, T, R]
+        return weights[rows[:, 0]] if expert_index is None else weights[rows, expert_index]
+    factor = (weights if expert_index is None else weights.index_select(-1, expert_index)).to(low.dtype)  # [R] or [B, T, R]
     if factor.dim() == 1:
         return factor
     return (factor if factor.shape[1] == tokens else factor.expand(-1, tokens, -1)).flatten(0, 1)
@@ -142,12 +143,13 @@ def _sample_of_row(batch: int, tokens: int, device: torch.device) -> torch.Tenso
         return torch.arange(batch, device=device).repeat_interleave(tokens)[:, None]
 
 
-def by_expert(values: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:
-    """Mean over each expert's ranks: [..., R] -> [..., N], 0 for an expert without ranks. `segment` [R] as in
+def by_expert(values: torch.Tensor, expert_index: torch.Tensor, experts: int) -> torch.Tensor:
+    """Mean over each expert's ranks: [..., R] -> [..., N], 0 for an expert without ranks. `expert_index` [R] as in
     `over_ranks`.
     """
-    sums = values.new_zeros(*values.shape[:-1], experts).index_add(-1, segment, values)
-    counts = segment.new_zeros(experts).index_add(0, segment, torch.ones_like(segment))  # bincount would wait for the device
+    sums = values.new_zeros(*values.shape[:-1], experts).index_add(-1, expert_index, values)
+    # bincount would wait for the device
+    counts = expert_index.new_zeros(experts).index_add(0, expert_index, torch.ones_like(expert_index))
     return sums / counts.clamp_min(1)
 
 

@@ -17,7 +17,7 @@ from mole_diffusers.binding.config import Bound, files_bindings
 from mole_diffusers.binding.picture_layout import Layout
 from mole_diffusers.binding.regions import AUTO
 from mole_diffusers.binding.who_acts import Explanation, without_words
-from mole_diffusers.gates import FAMILIES, GateBank, GateConfig
+from mole_diffusers.gates import GATE_TYPES, GateBank, GateConfig
 from mole_diffusers.gates.checkpoint import GATE_WEIGHTS, load_gates, save_gates
 from mole_diffusers.gates.hub import model_card, push
 from mole_diffusers.gates.transforms import Control
@@ -36,8 +36,8 @@ from mole_diffusers.patching.install import folding
 from mole_diffusers.patching.install.installation import Installation, held, installed, remove
 from mole_diffusers.patching.install.parts import Parts
 from mole_diffusers.patching.install.peft_injection import also_loaded
-from mole_diffusers.patching.subjects.apart import explain
-from mole_diffusers.patching.subjects.things import UNTIL, Encode, Tiling
+from mole_diffusers.patching.subjects.per_subject import explain
+from mole_diffusers.patching.subjects.prompt_subjects import UNTIL, Encode, Tiling
 
 __all__ = ["Mixture", "attach", "attached", "detach"]
 
@@ -54,7 +54,7 @@ class Mixture:
 
     A second pipeline over the same models does not wait, and it neither draws in tiles nor finds places in a given
     picture. Call it inside a `with` block of the mixture, or attach to it; otherwise the models hold the ranks of all
-    experts from then on, also of silent ones. A pipeline that a drop-in's `from_pipe` made needs neither.
+    experts from then on, also of inactive ones. A pipeline that a drop-in's `from_pipe` made needs neither.
 
     Attributes:
         config: the gates' configuration.
@@ -80,7 +80,7 @@ class Mixture:
         experts = ", ".join(f"{name} {strength:g}{'' if is_on else ' (off)'}" for name, strength, is_on in strengths)
         on, bound = self.parts.installation, "not bound" if self.binding is None else "bound"
         where = "on" if on.is_on else "lifted off" if on.is_lifted else "not attached any more to"
-        return f"<Mixture of {experts}; gates {self.config.family!r}, {bound}; {where} {type(self.parts.pipe).__name__}>"
+        return f"<Mixture of {experts}; gates {self.config.gate_type!r}, {bound}; {where} {type(self.parts.pipe).__name__}>"
 
     # ---- for users
 
@@ -161,7 +161,7 @@ class Mixture:
         return self.parts.with_settings(self.parts.settings.rows.to(RowSets(table, images)))
 
     def adjusted(self, control: Control) -> AbstractContextManager[None]:
-        """Transform the gates inside the block, before strengths apply: `control(site, gates, mask) -> gates`.
+        """Transform the gates inside the block, before strengths apply: `control(location, gates, mask) -> gates`.
 
         See `gates.transforms`.
         """
@@ -179,12 +179,12 @@ class Mixture:
 
     @contextmanager
     def trace(self, *, maps: bool = False) -> Iterator[Trace]:
-        """Record every gate's weights while the block runs: by site, step, batch row and expert.
+        """Record every gate's weights while the block runs: by gate location, step, batch row and expert.
 
         Args:
-            maps: also record where the model attends to the words of each bound thing, at every step instead of the
+            maps: also record where the model attends to the words of each bound subject, at every step instead of the
                 first alone. This computes the attention of the layers that are read once more, and takes 4 bytes per
-                place: for each thing, picture and step 1 KB in Stable Diffusion 1.5 at 512 pixels, 16 KB in Flux at
+                place: for each subject, picture and step 1 KB in Stable Diffusion 1.5 at 512 pixels, 16 KB in Flux at
                 1024.
         """
         with self.parts.lock:
@@ -225,7 +225,7 @@ class Mixture:
     @property
     def gate_names(self) -> list[str]:
         """The name of each gate, such as "unet.mid_block.attentions.0.transformer_blocks.0"."""
-        return self.parts.sites
+        return self.parts.locations
 
     def layers_by_gate(self) -> list[tuple[nn.Module, list[str]]]:
         """Each gate with the layers that it weighs, such as "unet.down_blocks.0.attentions.0.proj_in"."""
@@ -396,39 +396,39 @@ class Mixture:
         prompt: str | None = None,
         encode: Encode | None = None,
     ) -> AbstractContextManager[None]:
-        """Draw some steps in tiles: there, each thing that the prompt names is a picture of its own, in its own place.
+        """Draw some steps in tiles: there, each subject that the prompt names is a picture of its own, in its own place.
 
-        The first steps draw the picture as a whole, bound to the places of its things. They decide on one horizon and one
-        light. In the steps from `since` to `until`, the denoiser is called for each thing separately, on its part of the
-        latents. It reads the prompt without the other things, and runs with the thing's expert and the experts that act
+        The first steps draw the picture as a whole, bound to the places of its subjects. They decide on one horizon and one
+        light. In the steps from `since` to `until`, the denoiser is called for each subject separately, on its part of the
+        latents. It reads the prompt without the other subjects, and runs with the subject's expert and the experts that act
         everywhere, such as a style. The last steps (at least one, unless `until` is 1) draw the whole again. That joins the
-        parts. A prompt that names fewer than two things is drawn as usual, with a warning.
+        parts. A prompt that names fewer than two subjects is drawn as usual, with a warning.
 
         A bound mixture draws in tiles by itself if all of this holds:
 
         - The denoiser is a UNet. SD 3 and Flux draw in tiles only inside this block: what it gains there was not measured.
         - The call only asks for pictures of one prompt, given as a text, without img2img, inpainting or ControlNet. Several
           prompts, and states (`prompt_embeds`) of a known one, are drawn as one picture each, with a warning.
-        - The prompt lists things ("a fox and an owl"), at least one with an expert that is on. A thing without an expert
-          counts only in a list such as "a fox, a lemon and an owl". Or it says that the things of two experts touch
+        - The prompt lists subjects ("a fox and an owl"), at least one with an expert that is on. A subject without an expert
+          counts only in a list such as "a fox, a lemon and an owl". Or it says that the subjects of two experts touch
           ("a fox riding an owl", "a fox in front of an owl"), and names no other expert but styles.
-        - A window of the size that the UNet was trained at has room around each thing, and three quarters of it are the
-          thing's place: two things need 768 x 512 pixels in Stable Diffusion 1.5.
+        - A window of the size that the UNet was trained at has room around each subject, and three quarters of it are the
+          subject's place: two subjects need 768 x 512 pixels in Stable Diffusion 1.5.
 
-        Where the windows of two things overlap, tiles begin earlier, and the silhouette of the one in front decides where
-        they meet: the first thing or, if they touch, the one that the prompt says. Two that touch are laid out without
+        Where the windows of two subjects overlap, tiles begin earlier, and the silhouette of the one in front decides where
+        they meet: the first subject or, if they touch, the one that the prompt says. Two that touch are laid out without
         their LoRAs: the base knows better how one rides the other, and does not keep them apart. Without guidance, and on
         Flux, which calls its transformer for each prompt by itself, there is no silhouette: each ends in the middle.
 
         Inside this block it always draws in tiles, or never with `until=0`. Pictures inside `fixed` and `rows` are not
         drawn in tiles, with a warning: weights by hand hold everywhere, and sets of experts belong to several prompts.
 
-        Places are those that the mixture is bound to. Things without one share the rest of the picture in the order in
+        Places are those that the mixture is bound to. Subjects without one share the rest of the picture in the order in
         which they are named, unless words such as "left of" decide.
 
         Args:
             until: share of the steps in 0..1, from pure noise, after which the picture is drawn as one; 0 for no tiles.
-            since: share of the steps, less than `until`, that are drawn as one before the tiles. With 0, each thing has a
+            since: share of the steps, less than `until`, that are drawn as one before the tiles. With 0, each subject has a
                 scene of its own. By default 0.4, or 0.2 where windows overlap, and at most half of `until`.
             always: draw in tiles whatever the size and the prompt. False: only if the mixture would do so by itself.
             prompt: the text of the pictures, if the call gives text states instead of it. A call with another prompt raises
@@ -439,9 +439,9 @@ class Mixture:
 
         Raises ValueError for shares that are not 0 <= since < until <= 1, and for `encode` without `prompt`. A picture that
         must be drawn in tiles also raises it for other transformers, for anything but one prompt, for more than eight
-        things, for a video, a ControlNet, a prompt of several chunks, or a region of an expert that is not a thing. So do
-        regions that leave a thing no place, SDXL's refiner, `prompt_2`, sizes such as `original_size`, pictures given to
-        Flux Kontext, a denoiser's cache, and a callback that changes the states of the prompt.
+        subjects, for a video, a ControlNet, a prompt of several chunks, or a region of an expert that is not a subject. So
+        do regions that leave a subject no place, SDXL's refiner, `prompt_2`, sizes such as `original_size`, pictures given
+        to Flux Kontext, a denoiser's cache, and a callback that changes the states of the prompt.
         """
         are_numbers = all(isinstance(share, int | float) for share in (until, since or 0))
         if not are_numbers or (until != 0 and not 0 <= (since or 0) < until <= 1):
@@ -474,7 +474,7 @@ class Mixture:
         Args:
             prompt: as the pipeline gets it, the only one of the call. Several prompts in one call, and states of a prompt,
                 are not drawn in tiles.
-            width: of the picture in pixels. Without a size, tiles are told as if there were room.
+            width: of the picture in pixels. Without a size, tiles are explained as if there were room.
             height: of the picture in pixels.
 
         Raises ValueError if only one of the two is given, or none that a picture has, and for several prompts.
@@ -513,12 +513,13 @@ def attach(
     Args:
         pipe: a pipeline whose `unet` or `transformer` is of a class in `patching.host.denoisers.RECORDS`.
         experts: name -> file, or (file, strength). Strength is your own factor: any sign and size, 1 by default, 0 means
-            absent. Or a folder: all LoRA files in it, each silent unless the prompt has its words. Until then it only takes
+            absent. Or a folder: all LoRA files in it, each inactive unless the prompt has its words. Until then it only
+                takes
             memory of the CPU.
-        gates: a family (one of `gates.FAMILIES`), a GateConfig, a folder that `save_pretrained` wrote (a Path, or
-            "./flow" if it has a family's name), or a hub id.
+        gates: a gate type (one of `gates.GATE_TYPES`), a GateConfig, a folder that `save_pretrained` wrote (a Path, or
+            "./flow" if it has a gate type's name), or a hub id.
         binding: each expert's words and place, as `Mixture.bind` takes them. "auto" takes the trigger words from the
-            files, and finds places for the things that a prompt lists. None binds nothing, so that `gates="sum"` is the
+            files, and finds places for the subjects that a prompt lists. None binds nothing, so that `gates="sum"` is the
             plain sum.
         allow_missing_layers: also attach LoRAs of which the pipeline lacks more than a tenth of the layers, for example on
             a pruned model.
@@ -527,7 +528,7 @@ def attach(
         The mixture: the handle for strengths, masks, traces, training and saving.
 
     Raises:
-        ValueError, FileNotFoundError: a bad file, layer, family or gate folder, or LoRAs that `disable_lora` has switched
+        ValueError, FileNotFoundError: a bad file, layer, gate type or gate folder, or LoRAs that `disable_lora` has switched
             off, the mixture's or others; the pipeline stays as it was.
     """
     denoiser(pipe)  # so that nothing else is taken for a pipeline
@@ -540,8 +541,8 @@ def attach(
         mixture.parts.installation.replace(before)
     for why in _notices(mixture):
         warnings.warn(why, stacklevel=2)
-    if isinstance(gates, str) and gates in FAMILIES and FAMILIES[gates].learns:
-        before_training = FAMILIES[gates].untrained
+    if isinstance(gates, str) and gates in GATE_TYPES and GATE_TYPES[gates].learns:
+        before_training = GATE_TYPES[gates].untrained
         warnings.warn(
             f"{gates!r} gates weigh as {before_training} until they are trained or loaded from a folder", stacklevel=2
         )
@@ -584,16 +585,16 @@ def _prepared(
         own = files_bindings(files)
         said = {name: dataclasses.replace(each, required=True) for name, each in own.items()} | dict(said)
     if not isinstance(gates, str | Path | GateConfig):
-        known = ", ".join(FAMILIES)
-        raise TypeError(f"gates are a family, a GateConfig, a folder or a hub id, got {gates!r}; families: {known}")
+        known = ", ".join(GATE_TYPES)
+        raise TypeError(f"gates are a gate type, a GateConfig, a folder or a hub id, got {gates!r}; gate types: {known}")
     # "sum" is the default, so the current folder must not change what it means.
-    if gates in FAMILIES and gates != "sum" and (Path(str(gates)) / GATE_WEIGHTS).is_file():
+    if gates in GATE_TYPES and gates != "sum" and (Path(str(gates)) / GATE_WEIGHTS).is_file():
         raise ValueError(
-            f"{gates!r} is a family of gates, and also a folder with gates here; write './{gates}' for the folder, or "
-            f"GateConfig({gates!r}) for the family"
+            f"{gates!r} is a gate type, and also a folder with gates here; write './{gates}' for the folder, or "
+            f"GateConfig({gates!r}) for the gate type"
         )
-    if isinstance(gates, GateConfig) or gates in FAMILIES:
-        return Mixture(pipe, named, gates if isinstance(gates, GateConfig) else GateConfig(family=str(gates)), said)
+    if isinstance(gates, GateConfig) or gates in GATE_TYPES:
+        return Mixture(pipe, named, gates if isinstance(gates, GateConfig) else GateConfig(gate_type=str(gates)), said)
     saved = load_gates(gates)
     mixture = Mixture(pipe, {name: named[name] for name in saved.order(files)}, saved.config, said)
     saved.fill(mixture.parts.banks)

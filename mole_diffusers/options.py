@@ -16,9 +16,9 @@ ENTRY = re.compile(r"^ {4}([\w, ]+?)(?: \((\S+)\))?: (.+(?:\n {8}.+)*)", re.MULT
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
 
 
-def described(thing: Any) -> dict[str, tuple[str | None, str]]:
+def described(subject: Any) -> dict[str, tuple[str | None, str]]:
     """Name -> (metavar, help) from the Args or Attributes of a docstring; those of a class's bases are its own, too."""
-    docs = [each.__doc__ for each in reversed(thing.__mro__[:-1])] if isinstance(thing, type) else [thing.__doc__]
+    docs = [each.__doc__ for each in reversed(subject.__mro__[:-1])] if isinstance(subject, type) else [subject.__doc__]
     entries = [entry for doc in docs for entry in ENTRY.findall(inspect.cleandoc(doc or ""))]
     return {n: (metavar or None, " ".join(text.split())) for names, metavar, text in entries for n in names.split(", ")}
 

@@ -80,7 +80,7 @@ def make_models(folder):
 def main():
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("folder", type=Path)
-    asked.add_argument("families", nargs="+")
+    asked.add_argument("gate_types", nargs="+")
     asked.add_argument("--stock", action="store_true")
     given, rest = asked.parse_known_args()
     files = [given.folder.resolve() / "lora" / f"test_lora_layers_{family}.py" for family in given.families]

@@ -48,29 +48,29 @@ def test_expert_outputs_are_each_expert_alone():
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 5, 4), (2, 4, 3, 2)])
 def test_rank_factors_gate_each_experts_ranks(shape):
-    segment, weights = torch.tensor([0, 1, 1, 1]), torch.tensor([[2.0, 3.0], [5.0, 7.0]])
-    rows = by_row(functional.over_ranks(weights, segment, torch.ones(shape)), shape)
+    expert_index, weights = torch.tensor([0, 1, 1, 1]), torch.tensor([[2.0, 3.0], [5.0, 7.0]])
+    rows = by_row(functional.over_ranks(weights, expert_index, torch.ones(shape)), shape)
     assert rows[0, 0].tolist() == [2, 3, 3, 3]
     assert rows[1, -1].tolist() == [5, 7, 7, 7]
-    same = by_row(functional.over_ranks(weights[0], segment, torch.ones(shape)), shape)
+    same = by_row(functional.over_ranks(weights[0], expert_index, torch.ones(shape)), shape)
     assert torch.equal(same[1], same[0])
-    assert torch.equal(by_row(functional.over_ranks(weights[:, segment], None, torch.ones(shape)), shape), rows)
+    assert torch.equal(by_row(functional.over_ranks(weights[:, expert_index], None, torch.ones(shape)), shape), rows)
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 6, 4), (2, 4, 3, 2)])
 def test_every_token_has_its_own_factor(shape):
-    segment, tokens = torch.tensor([0, 1, 1, 1]), 1 if len(shape) == 2 else 6
+    expert_index, tokens = torch.tensor([0, 1, 1, 1]), 1 if len(shape) == 2 else 6
     weights = torch.arange(2.0 * tokens * 2).reshape(2, tokens, 2)
-    rows = by_row(functional.over_ranks(weights, segment, torch.ones(shape)), shape)
-    assert torch.equal(rows, weights[..., segment])
-    assert torch.equal(by_row(functional.over_ranks(weights[..., segment], None, torch.ones(shape)), shape), rows)
+    rows = by_row(functional.over_ranks(weights, expert_index, torch.ones(shape)), shape)
+    assert torch.equal(rows, weights[..., expert_index])
+    assert torch.equal(by_row(functional.over_ranks(weights[..., expert_index], None, torch.ones(shape)), shape), rows)
 
 
 @pytest.mark.parametrize("shape", [(2,), (3, 2), (3, 1, 2), (3, 5, 2)])
 def test_factors_of_rows_are_those_of_their_tokens(shape):
     torch.manual_seed(0)
-    segment, weights, low = torch.tensor([0, 1, 1, 1]), torch.randn(shape), torch.randn(15, 4)
-    for given, of in ((weights, segment), (weights[..., segment], None)):
+    expert_index, weights, low = torch.tensor([0, 1, 1, 1]), torch.randn(shape), torch.randn(15, 4)
+    for given, of in ((weights, expert_index), (weights[..., expert_index], None)):
         tokens = functional.over_ranks(given, of, low.view(3, 5, 4)).expand(3, 5, 4)
         assert torch.equal(functional.over_rows(given, of, low, 3).expand(15, 4), tokens.reshape(15, 4))
 
@@ -82,8 +82,8 @@ def by_row(factor, shape):
 
 
 def test_ranks_are_averaged_by_expert():
-    values, segment = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([0, 2, 2])
-    assert functional.by_expert(values, segment, 4).tolist() == [[1, 0, 4, 0]]
+    values, expert_index = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([0, 2, 2])
+    assert functional.by_expert(values, expert_index, 4).tolist() == [[1, 0, 4, 0]]
 
 
 def test_entropy_and_balance_by_hand():

@@ -54,7 +54,7 @@ def test_one_of_several_that_acts_alone_is_the_plain_lora(tmp_path):
         torch.testing.assert_close(drawn(pipe, options, prompt), wanted, atol=1e-5, rtol=0)
     with mixture.strengths({"owl": 0, "hen": 0}):
         torch.testing.assert_close(drawn(pipe, options, prompt), wanted, atol=1e-5, rtol=0)
-        assert mixture.explain(prompt).experts["owl"].place == "silent"
+        assert mixture.explain(prompt).experts["owl"].place == "inactive"
     assert (drawn(pipe, options, prompt) - wanted).abs().max() > 1e-3
     mixture.bind({"fox": ("fox", "left"), "owl": "owl"})
     with mixture.only("fox"):  # with a region it is kept there
@@ -71,7 +71,7 @@ def test_two_loras_without_places_are_closed_on_each_others_words_and_nowhere_el
             drawn(pipe, options, prompt)
         text = mixture.parts.settings.binding.now.text
         assert text.acting_tokens is not None
-        assert text.place_masks is None
+        assert text.region_masks is None
         assert not text.biases
         assert not mixture.layouts[0].regions
         assert trace.maps or name != "sd15"
@@ -89,10 +89,10 @@ def test_of_a_folder_only_those_act_that_the_prompt_names(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder with LoRA files"):
         mole.attach(pipe, tmp_path / "none")
     mixture = mole.attach(pipe, tmp_path)
-    with pytest.warns(UserWarning, match="expert 'elk' is silent"):
+    with pytest.warns(UserWarning, match="expert 'elk' is inactive"):
         found = drawn(pipe, options, "fox and owl")
     places = {name: role.place for name, role in mixture.explain("fox on owl").experts.items()}
-    assert places == {"fox": "own tile", "owl": "own tile", "hen": "silent", "elk": "silent"}
+    assert places == {"fox": "own tile", "owl": "own tile", "hen": "inactive", "elk": "inactive"}
     two = {name: tmp_path / f"{name}.safetensors" for name in ("fox", "owl")}
     mixture = mole.attach(pipe, two, binding={name: Bound((name,), required=True) for name in two})
     torch.testing.assert_close(drawn(pipe, options, "fox and owl"), found, atol=1e-5, rtol=0)

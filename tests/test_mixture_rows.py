@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from gate_families import size
+from gate_types import size
 from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers import functional
-from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.gates import GATE_TYPES, GateConfig
 
 PROMPTS = ["a fox", "ink", "a hat in ink"]
 SETS = [{"fox": 1.0}, {"ink": -0.7, "fox": 0.5}, {"hat": 1.3, "ink": 0.4, "fox": 0.2}]
 VARIANTS = [
-    *map(GateConfig, FAMILIES),
+    *map(GateConfig, GATE_TYPES),
     GateConfig("static", total="sigmoid", bins=2),
     GateConfig("mole", total="1"),
     GateConfig("mole", granularity="model"),
@@ -33,14 +33,14 @@ def pictures(pipe, prompts, seeds, **options):
     ("config", "guidance"),
     [
         *thorough((GateConfig("mole"), 1.0)),
-        *((c, 5.0) for c in VARIANTS if c.family == "flow"),
-        *thorough(*((c, 5.0) for c in VARIANTS if c.family != "flow")),
+        *((c, 5.0) for c in VARIANTS if c.gate_type == "flow"),
+        *thorough(*((c, 5.0) for c in VARIANTS if c.gate_type != "flow")),
     ],
 )
 def test_rows_see_only_their_experts(pipe, loras, awake, config, guidance):
     pipe.to(dtype=torch.float64)  # where the best ranks do not change places by rounding
     mixture = mole.attach(pipe, {n: (f, 0.9) for n, f in loras.items()}, config)
-    awake(mixture, size=size(config.family))
+    awake(mixture, size=size(config.gate_type))
     with mixture.rows(SETS):
         together = pictures(pipe, PROMPTS, [1, 2, 3], guidance_scale=guidance)
     for i, chosen in enumerate(SETS):

@@ -14,11 +14,11 @@ from tiny import tiny_lora, tiny_pipeline
 import mole_diffusers as mole
 
 
-@pytest.mark.parametrize("family", ["sum", "mole"])
-def test_detach_gives_the_original_back_bit_for_bit(pipe, loras, draw, family):
+@pytest.mark.parametrize("gate_type", ["sum", "mole"])
+def test_detach_gives_the_original_back_bit_for_bit(pipe, loras, draw, gate_type):
     base, before = draw(pipe), snapshot(pipe)
     processors = dict(pipe.unet.attn_processors)
-    mole.attach(pipe, loras, family)
+    mole.attach(pipe, loras, gate_type)
     assert not torch.allclose(draw(pipe), base, atol=1e-2)
     mole.detach(pipe)
     assert_same(before, snapshot(pipe))
@@ -68,7 +68,7 @@ def test_a_failed_attach_leaves_what_was_attached(pipe, loras, draw, tmp_path):
             mole.attach(pipe, {"fox": given})
     with pytest.raises(FileNotFoundError, match="no LoRA file"):
         mole.attach(pipe, {"gone": tmp_path / "gone.safetensors"})
-    with pytest.raises(FileNotFoundError, match="no gate family"):
+    with pytest.raises(FileNotFoundError, match="no gate type"):
         mole.attach(pipe, loras, tmp_path / "no-gates")
     assert torch.equal(draw(pipe), attached)
 
@@ -220,7 +220,7 @@ def test_guidance_rows_have_their_own_gates(pipe, loras, draw, awake):
     mixture = awake(mole.attach(pipe, loras, "mole"))
     with mixture.trace() as trace:
         draw(pipe)
-    place = next(p for p in trace.sites if p.startswith("unet.mid"))
+    place = next(p for p in trace.locations if p.startswith("unet.mid"))
     first = next(w for name, _, w in trace.records if name == place)
     assert first.shape == (2, 3)
     assert not torch.allclose(first[0], first[1], atol=1e-4)
@@ -439,8 +439,8 @@ def test_a_mixture_that_was_taken_off_says_so(pipe, loras, draw, tmp_path):
         (lambda pipe, files: mole.attach(pipe.unet, files), "a unet or a transformer, and UNet2DConditionModel has neither"),
         (lambda pipe, files: mole.detach("me/fox"), "on a loaded pipeline"),
         (lambda pipe, files: mole.detach(None), "NoneType has neither"),
-        (lambda pipe, files: mole.attach(pipe, files, gates="mol"), "'mol' is no gate family.*families: sum, mean.*mole"),
-        (lambda pipe, files: mole.attach(pipe, files, gates=3), "gates are a family.*got 3; families: sum"),
+        (lambda pipe, files: mole.attach(pipe, files, gates="mol"), "'mol' is no gate type.*gate types: sum, mean.*mole"),
+        (lambda pipe, files: mole.attach(pipe, files, gates=3), "gates are a gate type.*got 3; gate types: sum"),
         (
             lambda pipe, files: mole.attach(pipe, files, binding="fox"),
             'as {"fox": "a fox"}, or is None, got .fox.; only attach',

@@ -24,9 +24,9 @@ from .sentence import Part as Part
 from .vocabulary import is_look as is_look
 from .vocabulary import is_scenery as is_scenery
 from .who_acts import EVERY_PLACE as EVERY_PLACE
+from .who_acts import INACTIVE as INACTIVE
 from .who_acts import OWN_PLACE as OWN_PLACE
 from .who_acts import OWN_TILE as OWN_TILE
-from .who_acts import SILENT as SILENT
 from .who_acts import Explanation as Explanation
 from .who_acts import Role as Role
 from .who_acts import read_prompt as read_prompt

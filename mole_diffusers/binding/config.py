@@ -13,7 +13,7 @@ from mole_diffusers.binding.finding import Tokens
 from mole_diffusers.binding.regions import AUTO, BOXES, EVERYWHERE, Region, checked_region
 from mole_diffusers.binding.sentence import Mention
 from mole_diffusers.binding.vocabulary import is_look
-from mole_diffusers.binding.words import Thing
+from mole_diffusers.binding.words import Subject
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.metadata import as_read, plain
 from mole_diffusers.lora.own_words import own_words
@@ -25,9 +25,9 @@ class Bound:
 
     Attributes:
         words: the phrases that belong to it. Without any, it acts on every word that belongs to no other expert.
-        region: where it acts. "auto" is a place of its own if the prompt lists its thing beside others, otherwise the
+        region: where it acts. "auto" is a place of its own if the prompt lists its subject beside others, otherwise the
             whole picture. "everywhere" is the whole picture, and without words also every word, including those of others.
-        required: whether it is silent if the text has none of its words, as one of a whole folder is. One that a user
+        required: whether it is inactive if the text has none of its words, as one of a whole folder is. One that a user
             chose acts everywhere then.
     """
 
@@ -42,13 +42,13 @@ class Bound:
 
     @property
     def needs_words(self) -> bool:
-        """Whether it is silent if a text has none of its words."""
+        """Whether it is inactive if a text has none of its words."""
         return self.required and bool(self.words)
 
 
-def given_region(thing: Thing | Mention, bound: Sequence[Bound]) -> Region | None:
-    """The region that the user gave for a thing, through one of its experts; None if there is none."""
-    return next((given for k in thing.experts if (given := bound[k].given) is not None), None)
+def given_region(subject: Subject | Mention, bound: Sequence[Bound]) -> Region | None:
+    """The region that the user gave for a subject, through one of its experts; None if there is none."""
+    return next((given for k in subject.experts if (given := bound[k].given) is not None), None)
 
 
 def files_bindings(experts: Mapping[str, Expert]) -> dict[str, Bound]:

@@ -1,4 +1,4 @@
-"""Which two things touch, and how: "a koala riding a tiger", "an owl held by a bear", "a fox and an owl hugging".
+"""Which two subjects touch, and how: "a koala riding a tiger", "an owl held by a bear", "a fox and an owl hugging".
 
 In a picture they overlap, so neither has a part of it to itself, and one is in front of the other.
 """
@@ -23,7 +23,7 @@ HANDS = "(?:holding|holds|hold|shaking) hands|hand in hand|arm in arm|cheek to c
 MUTUAL, CARRYING, TOUCHING = map(known.one_of, (known.MUTUAL, known.CARRYING, known.TOUCHING - known.CARRYING))
 SEATS = known.words("back shoulder shoulders head lap")
 LEANING = "against|lean(?:s|ing) (?:on|upon)"
-SAID = [  # what stands between two things, their relation, and whether the second is the one that does it
+SAID = [  # what stands between two subjects, their relation, and whether the second is the one that does it
     (re.compile(rf"(?:^| )((?:(?:{POSED}) )*(?:{said}))$"), relation, is_passive)
     for said, relation, is_passive in (
         (r"(?:rid(?:es|ing)|straddl(?:es|ing)|mounted|astride)(?: (?:on|upon|atop|on top of))?", "riding", False),
@@ -43,7 +43,7 @@ ASIDE = known.POSTURES | known.WEARING | known.RELATIVES | {"in", "with", "while
 
 
 class Touch(NamedTuple):
-    """Two things that touch."""
+    """Two subjects that touch."""
 
     matches: tuple[Match, Match]  # what names the first and the second
     phrases: tuple[Span, Span]  # the tokens (begin, end) that are said of each of them

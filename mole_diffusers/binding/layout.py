@@ -1,7 +1,7 @@
-"""A layout from attention: the part of the picture that each thing gets, decided once and kept from then on.
+"""A layout from attention: the part of the picture that each subject gets, decided once and kept from then on.
 
-Here are cells of the picture and who gets which. Tiles take theirs from the same cells (`PromptThings.masks`); whether there
-are tiles is decided in patching/subjects.
+Here are cells of the picture and who gets which. Tiles take theirs from the same cells (`PromptSubjects.masks`); whether
+there are tiles is decided in patching/subjects.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from itertools import permutations
 import torch
 import torch.nn.functional as F
 
-MOST_THINGS = 8  # at most; all orders of the things are tried
+MOST_SUBJECTS = 8  # at most; all orders of the subjects are tried
 VIOLATED = 10.0  # the cost of contradicting the prompt's place words; scores are at most 1
 
 
 def grid(count: int, height: int, width: int) -> tuple[int, int]:
-    """How many cells `count` things have down and across: a row along the longer side, side by side in a square; three or
+    """How many cells `count` subjects have down and across: a row along the longer side, side by side in a square; three or
     four have quarters if the shape is about a square.
     """
     if count in (3, 4) and max(height, width) < 1.5 * min(height, width):
@@ -32,7 +32,7 @@ def strips(count: int, length: int) -> torch.Tensor:
 
 
 def partition(count: int, height: int, width: int, axes: Sequence[str] = ()) -> torch.Tensor:
-    """Cells [C, height, width] in 0..1 for `count` things, C >= count, row by row.
+    """Cells [C, height, width] in 0..1 for `count` subjects, C >= count, row by row.
 
     Args:
         axes: "x" or "y" for each relation from the prompt's place words; cells lie in a row along the first one. Without
@@ -45,15 +45,15 @@ def partition(count: int, height: int, width: int, axes: Sequence[str] = ()) -> 
 def assign(
     maps: torch.Tensor, cells: torch.Tensor, relations: Sequence[tuple[int, int, str]] = ()
 ) -> tuple[list[int], float]:
-    """Assign a cell to each thing, so that as much of its words' attention as possible lies in that cell.
+    """Assign a cell to each subject, so that as much of its words' attention as possible lies in that cell.
 
     Args:
-        maps: [K, H, W], attention of each thing's words.
+        maps: [K, H, W], attention of each subject's words.
         cells: [C, H, W] with C >= K.
         relations: (first, second, axis): the first has the smaller coordinate. This counts more than any map.
 
     Returns:
-        The cell of each thing, and the margin: how much worse the next assignment is, as a mean share of a map.
+        The cell of each subject, and the margin: how much worse the next assignment is, as a mean share of a map.
     """
     share = maps / maps.sum((1, 2), keepdim=True).clamp_min(1e-12)
     score = torch.einsum("khw,chw->kc", share, cells)  # [K, C]
@@ -80,12 +80,12 @@ def assigned_regions(
     *,
     taken: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, float]:
-    """The region of each thing, from what its words attend to.
+    """The region of each subject, from what its words attend to.
 
     Args:
         maps: [K, h, w].
         relations: see `assign`.
-        taken: masks [height, width] in 0..1 of the places of others, which these things do not get.
+        taken: masks [height, width] in 0..1 of the places of others, which these subjects do not get.
 
     Returns:
         The regions [K, height, width], and how certain they are: the share of attention by which the next assignment is

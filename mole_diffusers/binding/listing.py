@@ -1,6 +1,6 @@
-"""The things that a prompt lists side by side: "a fox and an owl", "a fox, a lemon and an owl", "a fox next to an owl".
+"""The subjects that a prompt lists side by side: "a fox and an owl", "a fox, a lemon and an owl", "a fox next to an owl".
 
-Neighbouring segments of a sentence make a list if each clearly names a thing. What is unclear makes none.
+Neighbouring segments of a sentence make a list if each clearly names a subject. What is unclear makes none.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, Literal
 from mole_diffusers.binding import vocabulary as known
 from mole_diffusers.binding.contact import Touch, touching
 from mole_diffusers.binding.finding import Match, Span, Tokens
-from mole_diffusers.binding.layout import MOST_THINGS
+from mole_diffusers.binding.layout import MOST_SUBJECTS
 from mole_diffusers.binding.marking import MARKER, SIDE, kind, marked, quoted, sentences
 from mole_diffusers.binding.segments import NounPhrase, Segment, segments_of
 
 CLOSING = ("and", ", and", "beside")  # joints of which a list has one
-NOTHING_LISTED = "the prompt lists it beside no other LoRA's thing"
+NOSUBJECT_LISTED = "the prompt lists it beside no other LoRA's subject"
 UNCLEAR = "the prompt does not say clearly who stands beside whom"
-TOO_MANY = "the prompt lists more things than can have places"
+TOO_MANY = "the prompt lists more subjects than can have places"
 TWO_LISTS = "the prompt has several lists"
 FRAMED = re.compile(  # "Four panels. A fox and an owl"
     rf"(?<!\S)(?:{known.one_of(known.FRAMES)}|(?:seamless|repeating) patterns?|before and after"
@@ -42,15 +42,16 @@ class Listing:
     relations: tuple[tuple[int, int, str], ...] = ()  # (first item, second, axis): the first has the smaller coordinate
     sides: tuple[Span, ...] = ()  # words for a side of the picture, such as "on the left"
     styles: tuple[Match, ...] = ()  # those that name a style, a medium or a setting
-    touches: tuple[Touch, ...] = ()  # the things that touch
-    besides: tuple[Span, ...] = ()  # the tokens (begin, end) of single things in its sentence that may be none of its items
+    touches: tuple[Touch, ...] = ()  # the subjects that touch
+    # the tokens (begin, end) of single subjects in its sentence that may be none of its items
+    besides: tuple[Span, ...] = ()
     why: str = ""  # why there is no list
 
 
 def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int] = ()) -> Listing:
-    """The list of a text's things. Experts in `placeless` act in the whole picture, so their words name no thing."""
+    """The list of a text's subjects. Experts in `placeless` act in the whole picture, so their words name no subject."""
     is_framed = FRAMED.search(" ".join(tokens.words)) is not None
-    sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), NOTHING_LISTED
+    sides, styles, touches, why = list[Span](), list[Match](), list[Touch](), NOSUBJECT_LISTED
     found, tags = list[Found](), list[Found]()
     sided = list[Segment]()  # "On the left, a fox. An owl is on the right." has two
     quotes = dict(quoted(tokens.words))
@@ -68,7 +69,7 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
             why = UNCLEAR
             continue
         touches += touching(tokens, marks)
-        for run in _runs(segments) if sum(s.is_thing for s in segments) > 1 else ():
+        for run in _runs(segments) if sum(s.is_subject for s in segments) > 1 else ():
             is_closed = any(item.joint in CLOSING for item in run[1:])
             items = _kept(run) if is_closed else _tags(run)
             if items and (objection := _objection(items, run[: run.index(items[0])], tokens.words)):
@@ -76,7 +77,7 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
             elif items:
                 relations = list(dict.fromkeys([*_relations(items), *_side_relations(items)]))
                 (found if is_closed else tags).append((items, relations, segments))
-        here = [s for s in segments if s.side and s.is_thing and not s.is_introduced]
+        here = [s for s in segments if s.side and s.is_subject and not s.is_introduced]
         if len(here) == 1 and (marks[0].kind == SIDE or here[0].said.marker not in known.HOLDING):
             sided += here
     found = found or tags
@@ -93,11 +94,11 @@ def listing(tokens: Tokens, matches: Sequence[Match], placeless: Collection[int]
 
 
 def _besides(tokens: Tokens, items: Sequence[Segment], segments: Sequence[Segment]) -> list[Span]:
-    """What names one more thing in the sentence of a list, alone or in what is said of all items: "a fox and an owl with a
+    """What names one more subject in the sentence of a list, alone or in what is said of all items: "a fox and an owl with a
     bear", but not "in a dress"; and anything with a side of the picture: "and on the right a lamp".
     """
     found = [
-        s.noun.name for s in segments if s.noun.name is not None and s.is_thing and (s.noun.is_determined or s.is_person)
+        s.noun.name for s in segments if s.noun.name is not None and s.is_subject and (s.noun.is_determined or s.is_person)
     ]
     if items[-1].said.marker != "made":  # "of clay"
         found += [m for m in items[-1].others if not tokens.words[m.end - 1].endswith("s")]
@@ -152,7 +153,7 @@ def _verdict(last: Segment, segment: Segment, is_closed: bool, after_comma: bool
         return "end" if joint == "," and is_closed else "part"
     if joint == ",":
         return "begin" if is_closed else "item"
-    if joint == ", and" and is_closed and not segment.is_thing:
+    if joint == ", and" and is_closed and not segment.is_subject:
         return "begin"
     verdict: Verdict = "item"
     if joint == ", and" and last.said.is_clause and not after_comma:
@@ -166,10 +167,10 @@ def _after_and(item: Segment, new: Segment) -> Verdict:
     """What "and" adds after what is said of an item: another item, a part of what is said, or something unclear."""
     marker, have_article = item.said.marker, item.noun.is_determined or new.noun.is_determined
     is_clause = marker in known.CLAUSES - known.RELATIVES or (item.noun.is_of and not marker)
-    takes_things = marker in known.TWO_PARTY | known.HOLDING or marker not in known.HAVING  # besides clothes and settings
+    takes_subjects = marker in known.TWO_PARTY | known.HOLDING or marker not in known.HAVING  # besides clothes and settings
     new_has_predicate = kind(new.said.marker) == MARKER and new.said.marker not in NEAR
     rows: Rows = (
-        ("part", not item.is_thing),  # "a lemon in a hat and a fox and an owl"
+        ("part", not item.is_subject),  # "a lemon in a hat and a fox and an owl"
         ("part", new.noun.name is None or new.is_scenery),  # "a fox with a cup and a spoon and an owl"
         ("part", new.is_clothing or new.noun.is_mixed),  # "a fox with a cup and an owl hat"
         ("item", is_clause and new.is_person),  # "a fox where dogs bark and a woman"
@@ -180,11 +181,11 @@ def _after_and(item: Segment, new: Segment) -> Verdict:
         ("item", new.is_person and marker not in known.TWO_PARTY),  # "a fox with a cup and a woman"
         ("item", new.said.marker == marker and not item.others),  # "a fox on a rug and an owl on a chair"
         # "a fox with a cup and an owl with a hat"
-        ("item", new_has_predicate and not (takes_things and item.others)),
-        ("unclear", takes_things and (item.others or marker in known.TWO_PARTY | NEAR)),  # "a fox near a tree and an owl"
+        ("item", new_has_predicate and not (takes_subjects and item.others)),
+        ("unclear", takes_subjects and (item.others or marker in known.TWO_PARTY | NEAR)),  # "a fox near a tree and an owl"
         ("unclear", item.others and not have_article and (item.is_person or item.said.object not in known.GARMENTS)),
         ("item", marker not in known.WEARING and item.said.object in known.GARMENTS),  # "a fox in a hat and an owl"
-        ("item", marker not in known.WEARING and not takes_things),  # "a fox in a garden and an owl"
+        ("item", marker not in known.WEARING and not takes_subjects),  # "a fox in a garden and an owl"
         ("item", item.said.object_is_determined and not have_article),  # "fox with a cup and owl"
         ("unclear", True),  # "a fox with a cup and an owl"
     )
@@ -195,11 +196,11 @@ def _after_beside(item: Segment, new: Segment) -> Verdict:
     """The same for words such as "next to"."""
     is_vertical = new.relation is not None and new.relation[0] == "y"
     rows: Rows = (
-        ("part", not item.is_thing),  # "a lemon in a hat next to a fox and an owl"
+        ("part", not item.is_subject),  # "a lemon in a hat next to a fox and an owl"
         # "a fox waving next to an owl"
         ("unclear", item.said.marker not in known.HAVING and (item.others or item.said.marker in known.TWO_PARTY)),
         ("unclear", is_vertical and item.said.has_object),  # "a fox holding a cup above an owl"
-        ("item", new.is_thing or new.is_noun),  # "a fox sitting next to an owl"
+        ("item", new.is_subject or new.is_noun),  # "a fox sitting next to an owl"
         ("part", True),  # "a fox sitting next to a beach and an owl"
     )
     return _first(rows)
@@ -210,17 +211,17 @@ def _first(rows: Rows) -> Verdict:
 
 
 def _kept(run: Sequence[Segment]) -> list[Segment]:
-    """The items of a run that are listed: those before its last "and" that name things; none if fewer than two do."""
+    """The items of a run that are listed: those before its last "and" that name subjects; none if fewer than two do."""
     items = list(run)
-    if len(things := [item for item in items if item.is_thing]) < 2:
+    if len(subjects := [item for item in items if item.is_subject]) < 2:
         return []
     while items and items[-1].joint == ",":
         items.pop()
-    while items and not (items[-1].is_thing or _is_member(items[-1], things, is_last=True)):
+    while items and not (items[-1].is_subject or _is_member(items[-1], subjects, is_last=True)):
         items.pop()
     kept: list[Segment] = []
     for item in reversed(items):
-        if not (item.is_thing or _is_member(item, things, is_last=not kept)):
+        if not (item.is_subject or _is_member(item, subjects, is_last=not kept)):
             break
         kept.insert(0, item)
     while len(kept) > 2 and kept[1].joint == "," and not (kept[0].noun.is_determined or kept[0].is_person):
@@ -231,20 +232,20 @@ def _kept(run: Sequence[Segment]) -> list[Segment]:
     once: dict[Any, Segment] = {}
     for item in kept:
         once.setdefault(_name(item), item)
-    return list(once.values()) if is_closed and sum(item.is_thing for item in once.values()) > 1 else []
+    return list(once.values()) if is_closed and sum(item.is_subject for item in once.values()) > 1 else []
 
 
 def _tags(run: Sequence[Segment]) -> list[Segment]:
     """The items of a run without an "and": "a fox, an owl, night" has two. Each is a whole tag, with an article."""
-    things = [i for i, item in enumerate(run) if item.is_thing and item.noun.is_bare]
-    items = list(run[things[0] : things[-1] + 1]) if things else []
-    is_list = all(item.noun.is_bare and not item.is_clothing and (item.is_thing or item.is_noun) for item in items)
-    return items if is_list and len(set(map(_name, (run[i] for i in things)))) == len(things) > 1 else []
+    subjects = [i for i, item in enumerate(run) if item.is_subject and item.noun.is_bare]
+    items = list(run[subjects[0] : subjects[-1] + 1]) if subjects else []
+    is_list = all(item.noun.is_bare and not item.is_clothing and (item.is_subject or item.is_noun) for item in items)
+    return items if is_list and len(set(map(_name, (run[i] for i in subjects)))) == len(subjects) > 1 else []
 
 
 def _objection(items: Sequence[Segment], before: Sequence[Segment], words: Sequence[str]) -> str:
     """Why items have no places, although they are listed; "" if they have. `words` are the text's."""
-    if len(items) > MOST_THINGS:
+    if len(items) > MOST_SUBJECTS:
         return TOO_MANY
     has = known.WEARING | known.HOLDING
     if any(item.noun.is_of and item.others for item in before):  # "a sheet of foxes, owls and women"
@@ -256,10 +257,11 @@ def _objection(items: Sequence[Segment], before: Sequence[Segment], words: Seque
     if not items[0].is_person and any(item.said.marker in has for item in before):  # "wearing goggles, a shirt and a jacket"
         return UNCLEAR
     bare = {item.noun.head for item in items if not item.noun.is_determined}
-    clothes = [item.is_clothing or (item.noun.head in bare & known.HELD_THINGS) for item in items]
+    clothes = [item.is_clothing or (item.noun.head in bare & known.HELD_SUBJECTS) for item in items]
     if any(clothes) and not all(clothes):  # "sks knight, sword and shield"
         return UNCLEAR
-    if bare & known.BODY or (bare & known.GARMENTS and any(item.is_thing for item in before)):  # "sks woman, jeans and top"
+    # "sks woman, jeans and top"
+    if bare & known.BODY or (bare & known.GARMENTS and any(item.is_subject for item in before)):
         return UNCLEAR
     is_unclear = _is_style(items[0].noun, items[1:]) or _share_a_head(items[-2].noun, items[-1])
     return UNCLEAR if is_unclear else ""
@@ -283,8 +285,8 @@ def _share_a_head(noun: NounPhrase, item: Segment) -> bool:
     return noun.end == noun.name.end and last.end > last.name.end and is_shared
 
 
-def _is_member(item: Segment, things: Sequence[Segment], *, is_last: bool) -> bool:
-    """Whether a noun of nobody counts in a list of things.
+def _is_member(item: Segment, subjects: Sequence[Segment], *, is_last: bool) -> bool:
+    """Whether a noun of nobody counts in a list of subjects.
 
     As the last one it needs an article. Before others it has one if they have, and a list does not begin with it otherwise.
     """
@@ -295,8 +297,8 @@ def _is_member(item: Segment, things: Sequence[Segment], *, is_last: bool) -> bo
     if item.said.marker:
         return False
     if item.noun.is_determined:
-        return any(thing.noun.is_determined for thing in things)
-    return item.joint == "," and len(item.noun.words) < 3 and not things[0].noun.begin > item.noun.begin
+        return any(subject.noun.is_determined for subject in subjects)
+    return item.joint == "," and len(item.noun.words) < 3 and not subjects[0].noun.begin > item.noun.begin
 
 
 def _relations(items: Sequence[Segment]) -> Iterator[tuple[int, int, str]]:
@@ -307,7 +309,7 @@ def _relations(items: Sequence[Segment]) -> Iterator[tuple[int, int, str]]:
 
 
 def _side_relations(items: Sequence[Segment]) -> Iterator[tuple[int, int, str]]:
-    """A thing on the left is left of things on the right and of things without a side."""
+    """A subject on the left is left of subjects on the right and of subjects without a side."""
     for i, item in enumerate(items):
         for j, other in enumerate(items):
             if i != j and item.side is not None:

@@ -1,4 +1,6 @@
-"""The words of a sentence, marked by what they do in a list: names, articles, "and", what begins what is said of a thing."""
+"""The words of a sentence, marked by what they do in a list: names, articles, "and", what begins what is said of a
+subject.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,7 @@ def _mark(words: Sequence[str], i: int, end: int, names: Mapping[int, Match]) ->
     """What stands at one place."""
     word = words[i]
     if (match := names.get(i)) is not None:
-        of = words[match.end : match.end + 2]  # what follows: a "fox shaped" or "fox-like" thing is no fox
+        of = words[match.end : match.end + 2]  # what follows: a "fox shaped" or "fox-like" subject is no fox
         is_like = of[:1] == ["-"] and (of[-1] == "like" or of[-1].endswith("ed")) or known.LIKE.intersection(of[:1])
         if is_like or _is_written(words, i):
             return Mark(WORD, word, i, match.end)

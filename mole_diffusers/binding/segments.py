@@ -27,11 +27,11 @@ JOINTS = {COMMA: ",", AND: "and", OR: "or", BESIDE: "beside"}
 
 @dataclass(slots=True)
 class NounPhrase:
-    """The words that name a thing."""
+    """The words that name a subject."""
 
     begin: int = -1  # among the text's tokens; -1 before its first word
     end: int = -1
-    name: Match | None = None  # what names the thing; None if no expert's words do
+    name: Match | None = None  # what names the subject; None if no expert's words do
     words: list[str] = field(default_factory=list)  # without articles
     is_determined: bool = False  # by an article or the like
     is_mixed: bool = False  # of several experts' words, or with a "no"
@@ -46,7 +46,7 @@ class NounPhrase:
 
 @dataclass(slots=True)
 class Predicate:
-    """What is said of a thing."""
+    """What is said of a subject."""
 
     marker: str = ""  # the verb or preposition that it begins with; "" if nothing is said
     has_object: bool = False  # "holding a cup", not "smiling"
@@ -77,8 +77,8 @@ class Segment:
         return known.is_scenery(self.noun.head) or self.said.is_behind
 
     @property
-    def is_thing(self) -> bool:
-        """Whether it names a thing of an expert."""
+    def is_subject(self) -> bool:
+        """Whether it names a subject of an expert."""
         if self.noun.name is None or self.is_said or self.noun.is_mixed or self.is_scenery:
             return False
         is_adjective = self.noun.end > self.noun.name.end and self.noun.head in known.ADJECTIVES
@@ -86,7 +86,7 @@ class Segment:
 
     @property
     def is_noun(self) -> bool:
-        """Whether it names a thing of nobody: "a lemon"."""
+        """Whether it names a subject of nobody: "a lemon"."""
         plain = self.noun.name is None and 0 < len(self.noun.words) <= 4 and not self.noun.is_of
         return plain and not (self.is_said or self.noun.is_mixed or self.is_scenery)
 
@@ -178,7 +178,7 @@ def _add_to_noun_phrase(now: Segment, mark: Mark, before: Mark | None) -> None:
     if mark.kind == DETERMINER:
         now.noun.is_determined = True
     elif mark.kind == POSSESSIVE:
-        if now.noun.name is not None:  # "sks man's dog" is no thing of the expert
+        if now.noun.name is not None:  # "sks man's dog" is no subject of the expert
             now.others.append(now.noun.name)
             now.noun.name, now.noun.is_determined = None, True
     else:
@@ -197,14 +197,18 @@ def _ends_noun_phrase(now: Segment, marks: Sequence[Mark], n: int) -> bool:
 
 
 def _is_plural_verb(now: Segment, marks: Sequence[Mark], n: int) -> bool:
-    """Whether a word says what all things of a list do: "a fox and an owl play chess", but not "fox and owl show poster"."""
+    """Whether a word says what all subjects of a list do: "a fox and an owl play chess", but not "fox and owl show
+    poster".
+    """
     if now.joint != "and" or marks[n].kind != WORD or marks[n - 1].kind != NAME or f"{marks[n].word}s" not in known.VERBS:
         return False
     return now.noun.is_determined or now.is_person or n + 1 == len(marks) or marks[n + 1].kind not in (WORD, NAME)
 
 
 def _is_participle(now: Segment, marks: Sequence[Mark], n: int) -> bool:
-    """Whether a word after the name of a thing says what is done to it: "an owl painted on a wall", but not "owl-headed"."""
+    """Whether a word after the name of a subject says what is done to it: "an owl painted on a wall", but not
+    "owl-headed".
+    """
     if marks[n].kind != WORD or now.noun.name is None or not known.is_participle(marks[n].word):
         return False
     return n + 1 == len(marks) or marks[n + 1].kind not in (WORD, NAME, POSSESSIVE)
@@ -222,7 +226,7 @@ def _is_adjective(now: Segment, marks: Sequence[Mark], n: int) -> bool:
 
 
 def _end_noun_phrase(now: Segment, mark: Mark) -> None:
-    """A verb or a preposition ends the noun phrase, unless it only introduces the thing: "a photo of"."""
+    """A verb or a preposition ends the noun phrase, unless it only introduces the subject: "a photo of"."""
     is_introduction = now.noun.head in known.MEDIA | known.GATHERINGS or not now.noun.words
     is_introduction = is_introduction or (mark.word in ("depicting", "portraying") and now.noun.name is None)
     if (

@@ -1,4 +1,4 @@
-"""What a prompt says: where experts' words are in it, which things it lists, and the prompt of each thing alone."""
+"""What a prompt says: where experts' words are in it, which subjects it lists, and the prompt of each subject alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mole_diffusers.binding.finding import Match, Phrases, Span, Tokens, by_expe
 from mole_diffusers.binding.listing import Listing, listing
 from mole_diffusers.binding.marking import DETERMINER, WORD, kind
 from mole_diffusers.binding.segments import Segment
-from mole_diffusers.binding.together import why_not_apart, why_together
+from mole_diffusers.binding.together import why_not_per_subject, why_together
 
 OPENING, CLOSING = "([{", ")]}"
 WEIGHT = re.compile(r"\s*:\s*[\d.]+\s*")
@@ -27,13 +27,13 @@ BETWEEN_SIDES = re.compile(r"\s*[,:]?")
 
 @dataclass(frozen=True)
 class Mention:
-    """A thing that has a place of its own, or that touches another."""
+    """A subject that has a place of its own, or that touches another."""
 
     name: str  # its words in the text
     spans: tuple[Span, ...]  # where its words are, and those of what it wears or holds
     experts: tuple[int, ...] = ()  # whose words name it; none for a noun of nobody
     phrases: tuple[int, ...] = ()  # the indices of these words among the phrases of the first expert
-    worn: tuple[int, ...] = ()  # the experts whose words say what it wears or holds
+    attribute_adapters: tuple[int, ...] = ()  # the experts whose words say what it wears or holds
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Contact:
-    """Two things that touch."""
+    """Two subjects that touch."""
 
-    things: tuple[Mention, Mention]
+    subjects: tuple[Mention, Mention]
     relation: str  # what the first does, a key of `contact.FRONT`, whatever words the prompt has for it
     parts: tuple[Part, Part]  # the prompt of each alone, without what the two do
-    why_not_apart: str = ""  # "" if they may be drawn apart
+    why_not_per_subject: str = ""  # "" if they may be drawn apart
 
     @property
     def front(self) -> int:
@@ -73,7 +73,7 @@ class Contact:
         return self.relation in STACKED
 
     def __str__(self) -> str:
-        first, second = (repr(thing.name) for thing in self.things)
+        first, second = (repr(subject.name) for subject in self.subjects)
         return f"{first} {self.relation} {second}, with {(first, second)[self.front]} in front"
 
 
@@ -83,11 +83,11 @@ class Sentence:
 
     text: str
     words: tuple[Mapping[Span, int], ...]  # [N], where each expert's words are, and the index of that phrase
-    things: tuple[Mention, ...] = ()  # those listed side by side, as they are named, and those with a region from the user
-    relations: tuple[tuple[int, int, str], ...] = ()  # (first thing, second, "x" or "y"): the first has the smaller
-    parts: tuple[Part, ...] = ()  # the prompt of each listed thing alone
+    subjects: tuple[Mention, ...] = ()  # those listed side by side, as they are named, and those with a region from the user
+    relations: tuple[tuple[int, int, str], ...] = ()  # (first subject, second, "x" or "y"): the first has the smaller
+    parts: tuple[Part, ...] = ()  # the prompt of each listed subject alone
     contacts: tuple[Contact, ...] = ()
-    why_no_places: str = ""  # "" if things have places
+    why_no_places: str = ""  # "" if subjects have places
     why_no_tiles: str = ""  # "" if they may be drawn apart
     styles: frozenset[int] = frozenset()  # experts whose words name a style, a medium or a setting wherever they stand
 
@@ -123,29 +123,29 @@ def parse(text: str, phrases: Sequence[Sequence[str]], who: Who = ALL) -> Senten
     ]
     listed = listing(tokens, acted, everywhere)
     own = _own_phrases(tokens, listed.items)
-    things = _things(tokens, listed.items, own, words)
+    subjects = _subjects(tokens, listed.items, own, words)
     own = [_with_brackets(text, *span) for span in own]
     hidden = [*tags, *(_with_comma(text, *span) for span in listed.sides)]
     parts = tuple(_part(text, own[0][0], span, own[-1][1], hidden) for span in own)
-    contacts = (*_touching(tokens, listed, phrases, words, tags), *_of_both(tokens, listed, phrases, things, own, hidden))
+    contacts = (*_touching(tokens, listed, phrases, words, tags), *_of_both(tokens, listed, phrases, subjects, own, hidden))
     why = f"the prompt has {contacts[0]}" if contacts and not listed.items else listed.why
-    placed = {k for thing in things for k in thing.experts}
+    placed = {k for subject in subjects for k in subject.experts}
     for k in given:
         if k in acting and words[k] and k not in placed:
             spans = tuple(words[k])
-            things.append(Mention(text[slice(*spans[0])].lower(), spans, (k,), (0,)))
+            subjects.append(Mention(text[slice(*spans[0])].lower(), spans, (k,), (0,)))
     styled = set(listed.styles)
     return Sentence(
         text,
         words,
-        tuple(things),
+        tuple(subjects),
         listed.relations,
         parts,
         contacts,
-        why_no_places="" if things else why,
+        why_no_places="" if subjects else why,
         why_no_tiles=why
         or why_together(tokens, listed, own, phrases)
-        or why_unparted(parts, things, [words[k] for k in acting]),
+        or why_unparted(parts, subjects, [words[k] for k in acting]),
         styles=frozenset(k for k in acting if words[k] and all(m in styled for m in acted if any(k == j for j, _ in m.of))),
     )
 
@@ -158,23 +158,23 @@ def together(sentences: Sequence[Sentence]) -> Sentence:
         return sentences[0]
     starts = [0, *accumulate(len(each.text) + 1 for each in sentences)]
 
-    def moved(thing: Mention, by: int) -> Mention:
-        return replace(thing, spans=tuple((a + by, b + by) for a, b in thing.spans))
+    def moved(subject: Mention, by: int) -> Mention:
+        return replace(subject, spans=tuple((a + by, b + by) for a, b in subject.spans))
 
     words: list[dict[Span, int]] = [{} for _ in sentences[0].words]
     for sentence, start in zip(sentences, starts, strict=False):
         for own, found in zip(words, sentence.words, strict=True):
             own |= {(a + start, b + start): phrase for (a, b), phrase in found.items()}
-    at = max(range(len(sentences)), key=lambda i: len(sentences[i].things))
-    longest, experts = sentences[at], {thing.experts for thing in sentences[at].things}
-    differ = any(t.experts not in experts for each in sentences for t in each.things if t.experts)
+    at = max(range(len(sentences)), key=lambda i: len(sentences[i].subjects))
+    longest, experts = sentences[at], {subject.experts for subject in sentences[at].subjects}
+    differ = any(t.experts not in experts for each in sentences for t in each.subjects if t.experts)
     silent = [each.why_no_places for each in sentences if each.why_no_places]
     return Sentence(
         "\n".join(each.text for each in sentences),
         tuple(words),
-        () if differ else tuple(moved(thing, starts[at]) for thing in longest.things),
+        () if differ else tuple(moved(subject, starts[at]) for subject in longest.subjects),
         contacts=tuple(dict.fromkeys(contact for each in sentences for contact in each.contacts)),
-        why_no_places="the texts that are read list different things" if differ else "" if experts else silent[0],
+        why_no_places="the texts that are read list different subjects" if differ else "" if experts else silent[0],
         why_no_tiles="several texts are read",
         styles=frozenset(
             k for k in range(len(words)) if words[k] and all(k in each.styles or not each.words[k] for each in sentences)
@@ -195,35 +195,35 @@ def _own_phrases(tokens: Tokens, items: Sequence[Segment]) -> list[Span]:
     return [tokens.span(i.noun.begin, i.stop if keeps or i is not items[-1] else i.noun.end) for i in items]
 
 
-def _things(
+def _subjects(
     tokens: Tokens, items: Sequence[Segment], own: Sequence[Span], words: Sequence[Mapping[Span, int]]
 ) -> list[Mention]:
-    """The things that are listed, with all words of their experts, and with the experts of what they wear."""
+    """The subjects that are listed, with all words of their experts, and with the experts of what they wear."""
     named = [_named(tokens, item.noun.name) if item.noun.name else _noun(tokens, item) for item in items]
-    owners = [k for thing in named for k in thing.experts]
+    owners = [k for subject in named for k in subject.experts]
     found = []
-    for thing, item, (begin, end) in zip(named, items, own, strict=True):
-        worn = [
+    for subject, item, (begin, end) in zip(named, items, own, strict=True):
+        attribute_adapters = [
             k
             for k in dict.fromkeys(k for match in item.others for k in match.experts)
             if k not in owners and words[k] and all(begin <= a and b <= end for a, b in words[k])
         ]
-        spans = dict.fromkeys(thing.spans)
-        for k in (*thing.experts, *worn):
-            spans |= dict.fromkeys(s for s, p in words[k].items() if owners.count(k) < 2 or p in thing.phrases)
-        found.append(replace(thing, spans=tuple(sorted(spans)), worn=tuple(worn)))
+        spans = dict.fromkeys(subject.spans)
+        for k in (*subject.experts, *attribute_adapters):
+            spans |= dict.fromkeys(s for s, p in words[k].items() if owners.count(k) < 2 or p in subject.phrases)
+        found.append(replace(subject, spans=tuple(sorted(spans)), attribute_adapters=tuple(attribute_adapters)))
     return found
 
 
 def _named(tokens: Tokens, match: Match) -> Mention:
-    """The thing that an expert's words name."""
+    """The subject that an expert's words name."""
     span, first = tokens.span(match.begin, match.end), match.of[0][0]
     phrases = tuple(i for k, i in match.of if k == first)
     return Mention(tokens.text[slice(*span)].lower(), (span,), match.experts, phrases)
 
 
 def _noun(tokens: Tokens, item: Segment) -> Mention:
-    """A thing of nobody, without its articles."""
+    """A subject of nobody, without its articles."""
     begin, end = item.noun.begin, item.noun.end
     span = tokens.span(next(i for i in range(begin, end) if tokens.words[i] not in known.DETERMINERS), end)
     return Mention(tokens.text[slice(*span)].lower(), (span,))
@@ -242,25 +242,25 @@ def _touching(
     """The pairs with words between them that say so."""
     for touch in listed.touches:
         named = (_named(tokens, match) for match in touch.matches)
-        things = [replace(thing, spans=tuple(sorted(s for k in thing.experts for s in words[k]))) for thing in named]
+        subjects = [replace(subject, spans=tuple(sorted(s for k in subject.experts for s in words[k]))) for subject in named]
         own = [_with_brackets(tokens.text, *tokens.span(*phrase)) for phrase in touch.phrases]
         begin, end = min(own)[0], max(own)[1]
         first, second = (_part(tokens.text, begin, span, end, hidden) for span in own)
         nouns = [(begin, match) for (begin, _), match in zip(touch.phrases, touch.matches, strict=True)]
-        why = why_not_apart(tokens, [(begin, end)], nouns, phrases)
-        yield Contact((things[0], things[1]), touch.relation, (first, second), why)
+        why = why_not_per_subject(tokens, [(begin, end)], nouns, phrases)
+        yield Contact((subjects[0], subjects[1]), touch.relation, (first, second), why)
 
 
 def _of_both(
     tokens: Tokens,
     listed: Listing,
     phrases: Sequence[Sequence[str]],
-    things: Sequence[Mention],
+    subjects: Sequence[Mention],
     own: Sequence[Span],
     hidden: Sequence[Span],
 ) -> Iterator[Contact]:
     """A list of two of whom it is said together: "a fox and an owl hugging"."""
-    if len(things) != 2 or not all(thing.experts for thing in things):
+    if len(subjects) != 2 or not all(subject.experts for subject in subjects):
         return
     begin = listed.items[-1].noun.end
     if (said := OF_BOTH.search(" ".join(tokens.words[begin:]))) is None:
@@ -272,11 +272,11 @@ def _of_both(
     without = [*hidden, _with_comma(tokens.text, *tokens.span(begin, end))]
     first, second = (_part(tokens.text, own[0][0], span, own[1][1], without) for span in own)
     nouns = [(item.noun.begin, item.noun.name) for item in listed.items if item.noun.name is not None]
-    why = why_not_apart(tokens, [*own, without[-1]], nouns, phrases)
-    yield Contact((things[0], things[1]), "hugging", (first, second), why)
+    why = why_not_per_subject(tokens, [*own, without[-1]], nouns, phrases)
+    yield Contact((subjects[0], subjects[1]), "hugging", (first, second), why)
 
 
-# ---- prompts of single things
+# ---- prompts of single subjects
 
 
 def _part(text: str, start: int, span: Span, rest: int, hidden: Sequence[Span]) -> Part:
@@ -324,13 +324,13 @@ def _with_comma(text: str, begin: int, end: int) -> Span:
     return start, end
 
 
-def why_unparted(parts: Sequence[Part], things: Sequence[Mention], words: Sequence[Mapping[Span, int]]) -> str:
-    """Words of a thing, or "she", must stand in no other thing's prompt, and every expert's words in some prompt."""
-    for part, thing in zip(parts, things, strict=False):
-        if any(other.has(begin) for begin, _ in thing.spans for other in parts if other is not part):
-            return f"the prompt speaks of {thing.name!r} again outside of the list"
+def why_unparted(parts: Sequence[Part], subjects: Sequence[Mention], words: Sequence[Mapping[Span, int]]) -> str:
+    """Words of a subject, or "she", must stand in no other thing's prompt, and every expert's words in some prompt."""
+    for part, subject in zip(parts, subjects, strict=False):
+        if any(other.has(begin) for begin, _ in subject.spans for other in parts if other is not part):
+            return f"the prompt speaks of {subject.name!r} again outside of the list"
     if any(not any(part.has(begin) for part in parts) for each in words for begin, _ in each):
-        return "words of a LoRA stand between the things that are listed"
+        return "words of a LoRA stand between the subjects that are listed"
     said = Counter(word for part in parts for word in set(Tokens(part.text).words) & known.ONE)
     if repeated := [word for word, times in said.items() if times > 1]:
         return f"the prompt says {repeated[0]!r} of one of them"

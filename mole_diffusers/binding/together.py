@@ -1,4 +1,4 @@
-"""Why things that a prompt lists are not drawn apart: what it says of several of them, or what is there once for all."""
+"""Why subjects that a prompt lists are not drawn apart: what it says of several of them, or what is there once for all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMPARED = "the prompt says which of them is larger"
 
 
 def why_together(tokens: Tokens, listed: Listing, own: Sequence[Span], phrases: Sequence[Sequence[str]]) -> str:
-    """Why the things of a list belong in one picture; "" if they may be drawn apart.
+    """Why the subjects of a list belong in one picture; "" if they may be drawn apart.
 
     Args:
         own: where each item stands in the text, with what is said of it alone.
@@ -47,18 +47,18 @@ def _reasons_in(tokens: Tokens, listed: Listing, phrases: Sequence[Sequence[str]
     if items[0].joint in ("and", "or"):  # "strong and brave sks man and xyz woman"
         yield "it is not clear where the list begins"
     if any(is_stop(tokens.words, i) for i in range(items[0].stop, items[-1].noun.begin)):
-        yield "the things stand in several sentences"
+        yield "the subjects stand in several sentences"
     if items[-1].said.is_aside and any(item.said.is_aside for item in items[:-1]):
         yield "it is not clear of whom it says what follows the list"  # "a fox, sitting, and an owl, flying"
     for item in items:
         if _is_unlike_one(tokens.words[item.noun.begin], item.noun.head, item.noun.name, phrases):
-            yield f"{tokens.text[slice(*tokens.span(item.noun.begin, item.noun.end))]!r} is no single thing by itself"
+            yield f"{tokens.text[slice(*tokens.span(item.noun.begin, item.noun.end))]!r} is no single subject by itself"
     if _is_compared(word for item in items for word in item.noun.words):
         yield COMPARED
 
 
 def _is_unlike_one(first: str, head: str, name: Match | None, phrases: Sequence[Sequence[str]]) -> bool:
-    """Whether a noun phrase is said of several, "two cats", or of nobody's thing that belongs to another: "its mother".
+    """Whether a noun phrase is said of several, "two cats", or of nobody's subject that belongs to another: "its mother".
 
     Args:
         first: its first word.
@@ -89,20 +89,20 @@ def _reasons_around(tokens: Tokens, listed: Listing, own: Sequence[Span]) -> Ite
     yield from _counts(tokens, own, [item.noun.head for item in listed.items])
 
 
-def why_not_apart(
-    tokens: Tokens, own: Sequence[Span], things: Sequence[tuple[int, Match]], phrases: Sequence[Sequence[str]]
+def why_not_per_subject(
+    tokens: Tokens, own: Sequence[Span], subjects: Sequence[tuple[int, Match]], phrases: Sequence[Sequence[str]]
 ) -> str:
     """Why two that touch are not drawn apart; "" if they may be.
 
     Args:
         own: where each of the two stands in the text, and what they do.
-        things: for both, the token that its noun phrase begins with, and its name.
+        subjects: for both, the token that its noun phrase begins with, and its name.
         phrases: [N], each expert's words.
     """
-    heads = [tokens.words[name.end - 1] for _, name in things]
-    if any(_is_unlike_one(tokens.words[i], head, name, phrases) for (i, name), head in zip(things, heads, strict=True)):
+    heads = [tokens.words[name.end - 1] for _, name in subjects]
+    if any(_is_unlike_one(tokens.words[i], head, name, phrases) for (i, name), head in zip(subjects, heads, strict=True)):
         return "it speaks of several of one kind"
-    if _is_compared(word for i, name in things for word in tokens.words[i : name.begin]):
+    if _is_compared(word for i, name in subjects for word in tokens.words[i : name.begin]):
         return COMPARED
     said = (_said_of_several(pattern, tokens, own) for pattern in (TOGETHER, SHARED))
     return next(chain(*said, _counts(tokens, own, heads), _objects(tokens, own)), "")

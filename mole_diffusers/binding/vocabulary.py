@@ -1,4 +1,4 @@
-"""The English that binding knows: the few words that decide where a list of things begins and ends.
+"""The English that binding knows: the few words that decide where a list of subjects begins and ends.
 
 Everything else counts as a noun or an adjective. Words are in lower case; nouns are also known in the plural.
 """
@@ -29,7 +29,7 @@ def is_look(words: Sequence[str]) -> bool:
 
 
 def is_participle(word: str) -> bool:
-    """Whether it says what was done to a thing, or what it does: "painted", "high-fiving"."""
+    """Whether it says what was done to a subject, or what it does: "painted", "high-fiving"."""
     if word.endswith("ed"):
         return len(word) > 4 and word not in NO_PARTICIPLES
     return word in IRREGULAR or ("-" in word and word.endswith("ing"))
@@ -71,14 +71,14 @@ HAVING = words("in with without wearing wears holding holds carrying carries hav
 WEARING = words("wearing wears dressed clad sporting")
 HOLDING = words(
     "with holding holds carrying carries has have having had"
-)  # what can be done with a thing as well as with clothes
+)  # what can be done with a subject as well as with clothes
 IS = words("is are was were be being stands stand sits sit")
 POSTURES = IS | _verbs("stand sit walk pose lie wait rest smile laugh") | words("lying seated located placed parked")
 # What two do with one another. Then each alone would be another picture. "Hugging" is also said of two that are listed.
 MUTUAL = _verbs("hug kiss embrace cuddle snuggle spoon") | words("embraced hugged")
 CARRYING = _verbs("hold carry lift cradle")
 TOUCHING = MUTUAL | CARRYING | _verbs("ride straddle touch grab clasp pet lick bite feed")
-OF_ONE = words("holds holding carries carrying cradles cradling straddles straddling shares sharing")  # also of a thing
+OF_ONE = words("holds holding carries carrying cradles cradling straddles straddling shares sharing")  # also of a subject
 CONTACT = (
     TOUCHING
     | _verbs("chase push pull catch share shake race dance wrestle fight tango waltz")
@@ -95,7 +95,7 @@ VERBS = TWO_PARTY | POSTURES | words("made") | _verbs(
     "step hit chat share pour ring say build sell buy serve"
 ) - words("drawing painting playing like likes looks painter")  # fmt: skip
 NO_VERBS = _plural(  # these end like verbs, and are nouns
-    "ring king wing string thing building painting drawing evening morning spring sibling ceiling wedding",
+    "ring king wing string subject building painting drawing evening morning spring sibling ceiling wedding",
     "clothing pudding earring dumpling duckling viking sting being lightning sling swing bling lettering",
     "rendering etching engraving icing living"
 ) | words("during something nothing anything everything darling charming amazing stunning interesting beijing")  # fmt: skip
@@ -172,7 +172,7 @@ JOINT = _verbs(  # what several do, are to one another, or have once
 )  # fmt: skip
 COMPARED = words("bigger smaller larger taller shorter older younger")
 LARGE, SMALL = words("giant gigantic huge enormous colossal towering massive"), words("tiny miniature mini small little")
-HELD_THINGS = words("sword shield staff wand bow spear axe dagger gun rifle bag handbag umbrella lantern torch")
+HELD_SUBJECTS = words("sword shield staff wand bow spear axe dagger gun rifle bag handbag umbrella lantern torch")
 ONE_OBJECT = words(  # what two share, or that shows both: then there is one of it
     "bench couch sofa bed table bathtub hammock boat car umbrella blanket cake statue sculpture shirt latte"
 )

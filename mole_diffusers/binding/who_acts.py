@@ -11,7 +11,7 @@ from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.binding.sentence import Contact, Sentence, Who, parse
 
-EVERY_PLACE, OWN_PLACE, OWN_TILE, SILENT = "everywhere", "own", "own tile", "silent"
+EVERY_PLACE, OWN_PLACE, OWN_TILE, INACTIVE = "everywhere", "own", "own tile", "inactive"
 UNBOUND = "nothing is bound"
 MOST_NAMED = 5  # LoRAs in a sentence
 
@@ -43,7 +43,7 @@ def notices(
     for name, own, on, acts, said in zip(names, bound, acting, there, mentioned, strict=True):
         words = ", ".join(own.words)
         if on and not acts:
-            yield f"expert {name!r} is silent: the prompt has none of its words, {words}"
+            yield f"expert {name!r} is inactive: the prompt has none of its words, {words}"
         elif on and own.words and not said:
             where = "everywhere" if own.given is None else "in its region"
             yield f"expert {name!r} acts {where}: the prompt has none of its words, {words}"
@@ -72,8 +72,8 @@ class Role:
     """What one expert does in a picture.
 
     Attributes:
-        place: "everywhere", "own" for a place of its own, "own tile" for a thing that touches another and is drawn by itself
-            in some steps, "with NAME" for the place of another expert's thing, or "silent".
+        place: "everywhere", "own" for a place of its own, "own tile" for a subject that touches another and is drawn by
+            itself in some steps, "with NAME" for the place of another expert's subject, or "inactive".
         words: its words in the prompt, as they stand there.
         why: the reason for the place.
     """
@@ -89,9 +89,9 @@ class Explanation:
 
     Attributes:
         experts: name -> its role.
-        tiles: the prompts of the things that are first drawn apart, from left to right as named; None if the picture is
+        tiles: the prompts of the subjects that are first drawn apart, from left to right as named; None if the picture is
             drawn as one. `why_no_tiles` says why.
-        contacts: the things that touch.
+        contacts: the subjects that touch.
         unread: the end of the prompt, if it is longer than what any text encoder reads.
         tiled: the shares of the steps between which tiles are drawn, such as (0.4, 0.8); None without tiles or a size.
         room: the smallest width and height in pixels at which tiles are drawn, if a picture of the given size is too small
@@ -139,10 +139,10 @@ def roles(names: Sequence[str], bound: Sequence[Bound], acting: Sequence[bool], 
 def _set(own: Bound, is_on: bool, is_there: bool, words: Sequence[str]) -> tuple[str, str] | None:
     """Place and reason if the user has set them, or if none of the expert's words is there."""
     if not is_on:
-        return SILENT, "it is off, or at strength 0"
+        return INACTIVE, "it is off, or at strength 0"
     missing = f"the prompt has none of its words: {', '.join(own.words)}" if own.words and not words else ""
     if not is_there:
-        return SILENT, missing
+        return INACTIVE, missing
     if own.region == AUTO:
         return (EVERY_PLACE, missing) if missing else None
     place, why = EVERY_PLACE, "you said so"
@@ -153,14 +153,14 @@ def _set(own: Bound, is_on: bool, is_there: bool, words: Sequence[str]) -> tuple
 
 
 def _listed(k: int, names: Sequence[str], sentence: Sentence) -> tuple[str, str] | None:
-    """The same for an expert of a thing that the prompt lists, or of what such a thing wears or holds."""
-    for thing in sentence.things:
-        if k in thing.experts:
-            others = ", ".join(repr(other.name) for other in sentence.things if other is not thing)
+    """The same for an expert of a subject that the prompt lists, or of what such a subject wears or holds."""
+    for subject in sentence.subjects:
+        if k in subject.experts:
+            others = ", ".join(repr(other.name) for other in sentence.subjects if other is not subject)
             return OWN_PLACE, f"the prompt lists it beside {others}"
-        if k in thing.worn:
-            owner = names[thing.experts[0]] if thing.experts else thing.name
-            return f"with {owner}", f"the prompt says it of {thing.name!r}"
+        if k in subject.attribute_adapters:
+            owner = names[subject.experts[0]] if subject.experts else subject.name
+            return f"with {owner}", f"the prompt says it of {subject.name!r}"
     return None
 
 
@@ -172,4 +172,4 @@ def _anywhere(k: int, own: Bound, there: Sequence[bool], sentence: Sentence) -> 
         return EVERY_PLACE, "it has no words of its own"
     if k in sentence.styles:
         return EVERY_PLACE, "its words name a style, a medium or a setting"
-    return EVERY_PLACE, sentence.why_no_places or "it is none of the things that the prompt lists"
+    return EVERY_PLACE, sentence.why_no_places or "it is none of the subjects that the prompt lists"

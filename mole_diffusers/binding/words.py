@@ -1,4 +1,4 @@
-"""Which tokens of a prompt belong to which expert, and which words name things that have a place in the picture."""
+"""Which tokens of a prompt belong to which expert, and which words name subjects that have a place in the picture."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mole_diffusers.binding.finding import Phrase, Span
 from mole_diffusers.binding.sentence import ALL, Mention, Sentence, Who, parse
 
 BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
-ThingKey = tuple[tuple[int, ...], str]  # experts, and the noun, or the phrase that sets it apart from their other things
+SubjectKey = tuple[tuple[int, ...], str]  # experts, and the noun, or the phrase that sets it apart from their other subjects
 Marks = tuple[bool, ...]  # [T]
 
 
 @dataclass(frozen=True)
-class Thing:
+class Subject:
     """Something with a place in the picture, see `sentence.Mention`."""
 
     name: str
     experts: tuple[int, ...]
     tokens: Marks  # [T], those of its words
     phrases: tuple[int, ...] = ()
-    worn: tuple[int, ...] = ()
+    attribute_adapters: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Reading:
     """One text as binding reads it."""
 
     own: tuple[Marks, ...]  # [N][T], the tokens of each expert's words
-    things: tuple[Thing, ...] = ()  # those that the text lists side by side, and those with a region from the user
+    subjects: tuple[Subject, ...] = ()  # those that the text lists side by side, and those with a region from the user
     relations: tuple[tuple[int, int, str], ...] = ()  # see `sentence.Sentence`
     said: Mapping[Phrase, Marks] = field(default_factory=dict)  # a phrase of an expert -> [T], its tokens
 
@@ -71,13 +71,16 @@ def _by_pieces(sentence: Sentence, pieces: Sequence[str], origin: Sequence[int])
                 t += 1
         return tuple(marks)
 
-    things = [Thing(each.name, each.experts, tokens(each.spans), each.phrases, each.worn) for each in sentence.things]
+    subjects = [
+        Subject(each.name, each.experts, tokens(each.spans), each.phrases, each.attribute_adapters)
+        for each in sentence.subjects
+    ]
     by_phrase: dict[Phrase, list[Span]] = {}
     for k, words in enumerate(sentence.words):
         for span, i in words.items():
             by_phrase.setdefault((k, i), []).append(span)
     said = {phrase: tokens(spans) for phrase, spans in by_phrase.items()}
-    return Reading(tuple(tokens(each) for each in sentence.words), tuple(things), sentence.relations, said)
+    return Reading(tuple(tokens(each) for each in sentence.words), tuple(subjects), sentence.relations, said)
 
 
 def joined(readings: Sequence[Reading]) -> Reading:
@@ -99,9 +102,9 @@ def _padded(reading: Reading, start: int, length: int) -> Reading:
     def padded(tokens: Marks) -> Marks:
         return (False,) * start + tokens + (False,) * (length - start - len(tokens))
 
-    things = tuple(replace(thing, tokens=padded(thing.tokens)) for thing in reading.things)
+    subjects = tuple(replace(subject, tokens=padded(subject.tokens)) for subject in reading.subjects)
     said = {phrase: padded(tokens) for phrase, tokens in reading.said.items()}
-    return Reading(tuple(map(padded, reading.own)), things, reading.relations, said)
+    return Reading(tuple(map(padded, reading.own)), subjects, reading.relations, said)
 
 
 def _merged(readings: Sequence[Reading]) -> Reading:
@@ -110,48 +113,50 @@ def _merged(readings: Sequence[Reading]) -> Reading:
         return readings[0]
     own = tuple(map(_union, zip(*(reading.own for reading in readings), strict=True)))
     said: dict[Phrase, Marks] = {}
-    tokens: dict[ThingKey, list[Marks]] = {}
+    tokens: dict[SubjectKey, list[Marks]] = {}
     for reading in readings:
         for phrase, marks in reading.said.items():
             said[phrase] = _union((said.get(phrase, marks), marks))
-        for key, thing in zip(keys(reading.things), reading.things, strict=True):
-            tokens.setdefault(key, []).append(thing.tokens)
-    longest = max(readings, key=lambda reading: len(reading.things))
-    experts = {thing.experts for thing in longest.things}
-    if any(thing.experts not in experts for reading in readings for thing in reading.things if thing.experts):
+        for key, subject in zip(keys(reading.subjects), reading.subjects, strict=True):
+            tokens.setdefault(key, []).append(subject.tokens)
+    longest = max(readings, key=lambda reading: len(reading.subjects))
+    experts = {subject.experts for subject in longest.subjects}
+    if any(subject.experts not in experts for reading in readings for subject in reading.subjects if subject.experts):
         return Reading(own, (), (), said)
-    things = [
-        replace(thing, tokens=_union((*tokens[key], *_claimed(thing, longest.things, own, said))))
-        for thing, key in zip(longest.things, keys(longest.things), strict=True)
+    subjects = [
+        replace(subject, tokens=_union((*tokens[key], *_claimed(subject, longest.subjects, own, said))))
+        for subject, key in zip(longest.subjects, keys(longest.subjects), strict=True)
     ]
     relations = dict.fromkeys(longest.relations)
-    place = {key: i for i, key in enumerate(keys(longest.things))}
+    place = {key: i for i, key in enumerate(keys(longest.subjects))}
     for reading in readings:
-        theirs = keys(reading.things)
+        theirs = keys(reading.subjects)
         for a, b, axis in reading.relations:
             if theirs[a] in place and theirs[b] in place:
                 relations[place[theirs[a]], place[theirs[b]], axis] = None
-    return Reading(own, tuple(things), tuple(relations), said)
+    return Reading(own, tuple(subjects), tuple(relations), said)
 
 
-def _claimed(thing: Thing, things: Sequence[Thing], own: Sequence[Marks], said: Mapping[Phrase, Marks]) -> Iterator[Marks]:
+def _claimed(
+    subject: Subject, subjects: Sequence[Subject], own: Sequence[Marks], said: Mapping[Phrase, Marks]
+) -> Iterator[Marks]:
     """The tokens of its words in all texts, whether these list it or not."""
-    for k in (*thing.experts, *thing.worn):
-        if sum(k in other.experts for other in things) < 2:
+    for k in (*subject.experts, *subject.attribute_adapters):
+        if sum(k in other.experts for other in subjects) < 2:
             yield own[k]
         else:
-            yield from (tokens for (j, phrase), tokens in said.items() if j == k and phrase in thing.phrases)
+            yield from (tokens for (j, phrase), tokens in said.items() if j == k and phrase in subject.phrases)
 
 
-def keys(things: Sequence[Thing | Mention]) -> list[ThingKey]:
-    """Keys that match things of two texts, or of one text in other tokens."""
-    experts = [thing.experts for thing in things]
+def keys(subjects: Sequence[Subject | Mention]) -> list[SubjectKey]:
+    """Keys that match subjects of two texts, or of one text in other tokens."""
+    experts = [subject.experts for subject in subjects]
     return [
         (
             t.experts,
             (str(t.phrases[0]) if experts.count(t.experts) > 1 else "") if t.experts else re.sub(r"\W", "", t.name.lower()),
         )
-        for t in things
+        for t in subjects
     ]
 
 

@@ -7,13 +7,13 @@ from .checkpoint import Checkpoint as Checkpoint
 from .checkpoint import UnfitGatesError as UnfitGatesError
 from .checkpoint import load_gates as load_gates
 from .checkpoint import save_gates as save_gates
-from .config import FAMILIES as FAMILIES
+from .config import GATE_TYPES as GATE_TYPES
 from .config import RECOMMENDED as RECOMMENDED
 from .config import GateConfig as GateConfig
 from .contract import Context as Context
-from .contract import Family as Family
 from .contract import Gate as Gate
 from .contract import GatePlace as GatePlace
+from .contract import GateType as GateType
 from .contract import Layer as Layer
 from .hub import CARD as CARD
 from .hub import model_card as model_card

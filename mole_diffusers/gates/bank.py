@@ -1,4 +1,4 @@
-"""The gates of one model, looked up by site."""
+"""The gates of one model, looked up by gate location."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mole_diffusers.gates.contract import Gate
 
 
 class GateBank(nn.Module):
-    """The gates of one model by site. They stay fp32 whatever the model is cast to.
+    """The gates of one model by gate location. They stay fp32 whatever the model is cast to.
 
-    A site has the name of a module. Parameter names may not contain dots, so "/" replaces them there. The site of
-    the network itself has no name, and is called "network" there.
+    A gate location has the name of a module. Parameter names may not contain dots, so "/" replaces them there. The gate
+    location of the network itself has no name, and is called "network" there.
     """
 
     def __init__(self, gates: Mapping[str, Gate]):
         super().__init__()
-        self.gates = nn.ModuleDict({_key(site): gate for site, gate in gates.items()})
+        self.gates = nn.ModuleDict({_key(location): gate for location, gate in gates.items()})
 
-    def __getitem__(self, site: str) -> Any:
-        return self.gates[_key(site)]
+    def __getitem__(self, location: str) -> Any:
+        return self.gates[_key(location)]
 
     def __iter__(self) -> Iterator[Gate]:
         return iter(self.gates.values())  # type: ignore[arg-type]
@@ -33,5 +33,5 @@ class GateBank(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 
-def _key(site: str) -> str:
-    return site.replace(".", "/") or "network"
+def _key(location: str) -> str:
+    return location.replace(".", "/") or "network"

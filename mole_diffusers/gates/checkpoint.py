@@ -1,4 +1,6 @@
-"""Gates on disk: safetensors and a JSON config with named experts and sites, checked strictly in both directions."""
+"""Gates on disk: safetensors and a JSON config with named experts and gate locations, checked strictly in both
+directions.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.gates import FAMILIES, GateBank, GateConfig
+from mole_diffusers.gates import GATE_TYPES, GateBank, GateConfig
 from mole_diffusers.lora import Expert
 from mole_diffusers.lora.writing import save_atomically
 from mole_diffusers.safe_files import RefusedFileError, parse_json, read_json, read_safetensors
@@ -61,10 +63,10 @@ class Checkpoint:
         return list(self.experts)
 
     def fill(self, banks: Mapping[str, GateBank]) -> None:
-        """Copy the weights into `banks`; UnfitGatesError naming the sites or shapes that differ.
+        """Copy the weights into `banks`; UnfitGatesError naming the gate locations or shapes that differ.
 
-        Gates without parameters for single experts may hold sites that none of the present experts has; these are
-        skipped. They may also lack sites, if they were trained with experts of fewer layers. All experts have equal
+        Gates without parameters for single experts may hold gate locations that none of the present experts has; these are
+        skipped. They may also lack gate locations, if they were trained with experts of fewer layers. All experts have equal
         weight there, and a warning says so.
         """
         wanted = {f"{part}.{k}": v for part, bank in banks.items() for k, v in bank.state_dict().items()}
@@ -150,10 +152,10 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    nothing = f"{name!r} is no gate family, no folder here and no hub repository that can be reached"
+    nothing = f"{name!r} is no gate type, no folder here and no hub repository that can be reached"
     if "/" not in name:
-        raise FileNotFoundError(f"{nothing}; families: {', '.join(FAMILIES)}")
+        raise FileNotFoundError(f"{nothing}; gate types: {', '.join(GATE_TYPES)}")
     try:
         return Path(snapshot_download(name, allow_patterns=[GATE_WEIGHTS, GATE_CONFIG]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(f"{nothing}; families: {', '.join(FAMILIES)}") from error
+        raise FileNotFoundError(f"{nothing}; gate types: {', '.join(GATE_TYPES)}") from error

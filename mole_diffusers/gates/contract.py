@@ -1,6 +1,6 @@
-"""What every gate family is: a `Family` with the options and the sites of its gates, and the `Gate` that it makes.
+"""What every gate type is: a `GateType` with the options and the locations of its gates, and the `Gate` that it makes.
 
-`families/` has one file for each.
+`gate_types/` has one file for each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mole_diffusers.functional import Routed
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.options import TYPE_NAMES
 
-FAMILIES: dict[str, type[Family]] = {}  # name -> family, each entered by its own class
+GATE_TYPES: dict[str, type[GateType]] = {}  # name -> gate type, each entered by its own class
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Layer:
 
     low: torch.Tensor  # A x: [B, R], [B, T, R] or [B, R, H, W]
     up: torch.Tensor  # [Cout, R] or [Cout, R, 1, 1]
-    segment: torch.Tensor  # [R] -> index of the expert that each rank belongs to
+    expert_index: torch.Tensor  # [R] -> index of the expert that each rank belongs to
 
 
 @dataclass(slots=True)
@@ -51,19 +51,19 @@ class Gate(nn.Module):
 
     A gate never waits for the device (no `.item()`, no `if tensor`). The user's strengths are applied after it.
 
-    hidden [B, T, C], of any dtype, is what the gate's site reads, see `Family.one_gate_per`:
+    hidden [B, T, C], of any dtype, is what the gate's gate location reads, see `GateType.one_gate_per`:
 
     - per "block": the input of the block's first attention, after the norm;
     - per "layer": the input of that attention or feed-forward;
     - per "matrix": the input of the linear or convolution layer;
-    - per "stream": the input of the block, or its text; outside of blocks that of each layer;
+    - per "token type": the input of the block, or its text; outside of blocks that of each layer;
     - for layers outside of blocks otherwise, and per "model": [B, 1, C + 32], the mean text and the noise level; in a
       text encoder the input of the first block.
 
-    If the family `mixes_outputs`, it is what each expert adds to the output of its block, side by side, [B, T, N C], except
-    outside of blocks. If it `reads_prompt`, it is the denoiser's text; in a text encoder the input of the block, or outside
-    of blocks of the first. If it `reads_experts`, it is the experts' outputs for that input, [B, T, D], except outside of
-    blocks and per "model".
+    If the gate type `mixes_outputs`, it is what each expert adds to the output of its block, side by side, [B, T, N C],
+    except outside of blocks. If it `reads_prompt`, it is the denoiser's text; in a text encoder the input of the block, or
+    outside of blocks of the first. If it `reads_experts`, it is the experts' outputs for that input, [B, T, D], except
+    outside of blocks and per "model".
 
     Attributes:
         step_invariant: the weights depend on nothing that changes while sampling, so they can be folded.
@@ -80,7 +80,7 @@ class Gate(nn.Module):
     # ---- training
 
     def begin(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
-        """Start training at `weights` [N] for the experts in `mask` [N], as near as the family allows."""
+        """Start training at `weights` [N] for the experts in `mask` [N], as near as the gate type allows."""
         raise NotImplementedError(f"{type(self).__name__} can only start at its own weights")
 
     def sensitivity(self) -> dict[str, float]:
@@ -107,23 +107,24 @@ class GatePlace:
     width: int  # channels C of what it reads, D if that is the experts' outputs
     tokens: int  # T at the model's default resolution, times `picture_area` in a denoiser; 0 if it is not fixed
     is_network: bool  # whether it weighs the layers outside of blocks, or all layers of the model
-    presents: Sequence[Sequence[bool]]  # [M][N], who has each layer if it `weighs_layers_apart`; else one row, all true
+    # [M][N], who has each layer if it `weighs_layers_apart`; else one row, all true
+    layer_adapters: Sequence[Sequence[bool]]
     stack: Stack | None  # the experts of its layer, if it sits at one
 
     @property
     def one_layer(self) -> Stack:
-        """The experts of its layer, for a family with `one_gate_per` "matrix"."""
+        """The experts of its layer, for a gate type with `one_gate_per` "matrix"."""
         assert self.stack is not None
         return self.stack
 
 
 @dataclass(frozen=True)
-class Family(ABC):
+class GateType(ABC):
     """One way to weigh experts. The fields of a subclass are its options, and its docstring is their help.
 
     Options are checked when one is made: a `Literal` has its values, an `Annotated[int, least, most]` its range.
 
-    `class Own(Family, name="own")` registers it. A few members say where its gates sit and what they read.
+    `class Own(GateType, name="own")` registers it. A few members say where its gates sit and what they read.
 
     Attributes:
         reads_prompt: whether gates read the prompt's text states instead of the state of their block.
@@ -131,7 +132,7 @@ class Family(ABC):
             output. Otherwise they weigh what each adds to every layer, and the block runs once.
         of_experts: whether gates belong to the experts that they were made for; otherwise they also serve any others.
         learns: whether there is anything to train.
-        recommended: whether it is what is trained if no family is named.
+        recommended: whether it is what is trained if no gate type is named.
         untrained: how experts are weighed before training.
     """
 
@@ -147,7 +148,7 @@ class Family(ABC):
     def one_gate_per(self) -> str:
         """The unit that has one gate.
 
-        "model", "block", "layer" (attention or feed-forward), "matrix" (linear or convolution layer), or "stream": in a
+        "model", "block", "layer" (attention or feed-forward), "matrix" (linear or convolution layer), or "token type": in a
         block one for the layers that read the picture and one for those that read the text, and outside of blocks one for
         each layer.
         """
@@ -160,7 +161,7 @@ class Family(ABC):
 
     @property
     def reads_experts(self) -> bool:
-        """Whether gates read the experts' outputs for the state of their site instead of that state."""
+        """Whether gates read the experts' outputs for the state of their gate location instead of that state."""
         return False
 
     @property
@@ -180,7 +181,7 @@ class Family(ABC):
 
     def __init_subclass__(cls, name: str):
         cls.name = name
-        FAMILIES[name] = cls
+        GATE_TYPES[name] = cls
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self), include_extras=True).items():

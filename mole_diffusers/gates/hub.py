@@ -31,7 +31,7 @@ TEXT = """\
 # {title}
 
 {what} by [mole_diffusers](https://github.com/mole-diffusers/mole-diffusers): {count} concept LoRAs in one picture, weighed
-by `{family}` gates{granularity}.{missing}
+by `{gate_type}` gates{granularity}.{missing}
 
 | expert | strength | trigger words | trained for | SHA-256 of its file |
 |---|---|---|---|---|
@@ -79,7 +79,7 @@ def model_card(
         title=f"{'Pipeline' if pipeline else 'Gates'} for {' + '.join(experts)}",
         what="A pipeline" if pipeline else "Gates",
         count=len(experts),
-        family=config.family,
+        gate_type=config.gate_type,
         granularity=f", one per {granularity}" if granularity else "",
         missing="" if pipeline else " The LoRAs are not included.",
         rows="\n".join(rows),

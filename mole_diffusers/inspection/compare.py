@@ -32,9 +32,9 @@ def columns(mixture: Mixture, tiles: Mapping[str, Any] | None = None) -> dict[st
     """
     strengths = {name: mixture.strength(name) for name in mixture.experts}
     alone = {f"alone {n}": partial(mixture.fixed, {n: s}) for n, s in strengths.items()}
-    family, binds, untiled = mixture.config.family, mixture.binding is not None, partial(mixture.tiled, 0)
+    gate_type, binds, untiled = mixture.config.gate_type, mixture.binding is not None, partial(mixture.tiled, 0)
     summed = partial(mixture.parts.planned, PlainSum(len(mixture.experts)))
-    gated = (f"bound + {family}" if binds else f"gated ({family})") if not binds or mixture.parameters() else ""
+    gated = (f"bound + {gate_type}" if binds else f"gated ({gate_type})") if not binds or mixture.parameters() else ""
     found: dict[str, Callable[[], AbstractContextManager]] = {
         "base": partial(mixture.fixed, {}),
         **alone,

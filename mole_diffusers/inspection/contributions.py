@@ -9,11 +9,17 @@ from typing import Any
 
 import torch
 
-from mole_diffusers.binding.picture_layout import side_of
+from mole_diffusers.binding.picture_layout import layer_size
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.functional import as_tokens
 from mole_diffusers.mixture import Mixture
-from mole_diffusers.patching.host.denoiser_inputs import DenoiserInputs, Groups, denoiser, groups_of, repeats
+from mole_diffusers.patching.host.denoiser_inputs import (
+    DenoiserInputs,
+    GuidanceLayout,
+    denoiser,
+    guidance_layout_of,
+    repeats,
+)
 from mole_diffusers.patching.install import peft_injection
 from mole_diffusers.patching.undo import undoing
 
@@ -60,18 +66,18 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
     here: GridSize | None = None  # of the picture's tokens, in this call
     tokens = whole = 0  # their number, and that of the largest call
     words = 0  # the number of the text's tokens in this call
-    groups: Groups = (True,)  # of this call's rows
+    guidance_layout: GuidanceLayout = (True,)  # of this call's rows
 
     def count(_: Any, args: tuple, kwargs: dict) -> None:
-        nonlocal here, tokens, whole, groups, words
-        here = inputs.side(args, kwargs)
+        nonlocal here, tokens, whole, guidance_layout, words
+        here = inputs.latent_size(args, kwargs)
         tokens = 0 if here is None else here[0] * here[1]
         whole = max(whole, tokens)
         latents = inputs.latents(args, kwargs)
         text = inputs.text(args, kwargs)
-        words, known = text.shape[1], groups_of(pipe, text, latents)
+        words, known = text.shape[1], guidance_layout_of(pipe, text, latents)
         # If unknown: the same pictures twice mean guidance, with the prompts' rows last.
-        groups = known or ((False, True) if repeats(latents, 2) else (True,))
+        guidance_layout = known or ((False, True) if repeats(latents, 2) else (True,))
 
     def measuring(up: Any, down: Any, *, has_text: bool) -> Callable[[Any, tuple], None]:
         def measure(_: Any, args: tuple) -> None:
@@ -80,32 +86,34 @@ def contributions(pipe: Any, mixture: Mixture, size: tuple[int, int]) -> Iterato
             z = as_tokens(args[0].detach())  # [B, T, R]
             if inputs.record.blocks.is_joint and tokens:  # among those of text, padding and given pictures
                 z = z[:, inputs.record.blocks.apart(tokens, words if has_text else 0)[0]]
-            if (shape := side_of(z.shape[1], here or size)) is None:
+            if (shape := layer_size(z.shape[1], here or size)) is None:
                 return
             # PAG gives some layers only the first groups, and others the perturbed ones, which are not the picture.
-            if prompted := [rows for rows, asks in zip(z.chunk(len(groups)), groups, strict=False) if asks]:
-                found.add(shape, norms(torch.cat(prompted), up.weight, down.segment, len(found.experts)))
+            if prompted := [
+                rows for rows, asks in zip(z.chunk(len(guidance_layout)), guidance_layout, strict=False) if asks
+            ]:
+                found.add(shape, norms(torch.cat(prompted), up.weight, down.expert_index, len(found.experts)))
 
         return measure
 
     with undoing() as undo:
         undo.before_forward(model, count, with_kwargs=True)
         for name, (up, down) in peft_injection.ups(model).items():
-            stream = inputs.record.blocks.stream_of(name)
-            if stream in ("image", "joint") and not name.endswith(NOT_IMAGE):
-                undo.before_forward(up, measuring(up, down, has_text=stream == "joint"))
+            token_type = inputs.record.blocks.token_type_of(name)
+            if token_type in ("image", "joint") and not name.endswith(NOT_IMAGE):
+                undo.before_forward(up, measuring(up, down, has_text=token_type == "joint"))
         yield found
 
 
-def norms(z: torch.Tensor, up: torch.Tensor, segment: torch.Tensor, experts: int) -> torch.Tensor:
-    """z [B, T, R], up [Cout, R] (or [Cout, R, 1, 1]), segment [R] -> [N, T]: |up_n z_n|, the mean over rows.
+def norms(z: torch.Tensor, up: torch.Tensor, expert_index: torch.Tensor, experts: int) -> torch.Tensor:
+    """z [B, T, R], up [Cout, R] (or [Cout, R, 1, 1]), expert_index [R] -> [N, T]: |up_n z_n|, the mean over rows.
 
     Uses the r x r matrix up_n' up_n, so that nothing of width Cout is allocated.
     """
     z, up = z.float(), up.float().flatten(1)
     rows = []
     for n in range(experts):
-        mine = segment == n
+        mine = expert_index == n
         gram = up[:, mine].T @ up[:, mine]  # [r, r]
         rows.append(((z[..., mine] @ gram) * z[..., mine]).sum(-1).clamp_min(0).sqrt().mean(0))  # [T]
     return torch.stack(rows)

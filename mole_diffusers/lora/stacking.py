@@ -47,7 +47,7 @@ class Stack:
         return tuple(w.rank if w is not None else 0 for w in self.rows)
 
     @property
-    def segment(self) -> torch.Tensor:
+    def expert_index(self) -> torch.Tensor:
         """[R] -> index of the expert that each rank belongs to."""
         return torch.repeat_interleave(torch.tensor(self.ranks))
 

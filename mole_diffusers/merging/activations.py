@@ -20,10 +20,10 @@ from mole_diffusers.mixture import attach, attached, detach
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens, TextHook
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS, DenoiserInputs, denoiser, models_of, tokenizers_of
 from mole_diffusers.patching.host.denoisers import record
-from mole_diffusers.patching.host.placement import stream_of
+from mole_diffusers.patching.host.placement import token_type_of
 from mole_diffusers.patching.undo import Undo, undoing
 
-WITH_TEXT = {"encoding", "text", "joint"}  # what layers read that read a text, see `stream_of`
+WITH_TEXT = {"encoding", "text", "joint"}  # what layers read that read a text, see `token_type_of`
 
 
 @dataclass(eq=False)
@@ -89,20 +89,20 @@ class Activations:
         models, texts = models_of(self.pipe), RecordedTokens(self.pipe)
         found: dict[str, list[torch.Tensor]] = {}
 
-        def keep(key: str, part: str, stream: str | None, module: nn.Module, args: tuple) -> None:
+        def keep(key: str, part: str, token_type: str | None, module: nn.Module, args: tuple) -> None:
             x = as_rows(module, args[0].detach())  # [B, T, Cin]
-            flat = x[texts.kept(part, stream, x).to(x.device)]  # [n, Cin]
+            flat = x[texts.kept(part, token_type, x).to(x.device)]  # [n, Cin]
             at = torch.linspace(0, len(flat) - 1, min(self.rows, len(flat))).round().long()
             found.setdefault(key, []).append(flat[at.to(flat.device)].float().cpu())
 
         with undoing() as undo:
             texts.watch_encoders(models, undo)
             for part, modules in match(with_host_names(expert, self.pipe, models), models).layers.items():
-                streams = {module: stream_of(part, models[part], module) for module in modules}
-                if part in DENOISERS and not WITH_TEXT.isdisjoint(streams.values()):
+                token_types = {module: token_type_of(part, models[part], module) for module in modules}
+                if part in DENOISERS and not WITH_TEXT.isdisjoint(token_types.values()):
                     undo.before_forward(models[part], partial(texts.denoises, name, part), with_kwargs=True)
-                for module, stream in streams.items():
-                    keeper = partial(keep, f"{part}.{layer_key(module)}", part, stream)
+                for module, token_type in token_types.items():
+                    keeper = partial(keep, f"{part}.{layer_key(module)}", part, token_type)
                     undo.before_forward(models[part].get_submodule(module), keeper)
             yield found
 
@@ -141,13 +141,13 @@ class RecordedTokens:
             )
         self._own[part] = kept
 
-    def kept(self, part: str, stream: str | None, x: torch.Tensor) -> torch.Tensor:
-        """[B, T] bool: which tokens of a layer's input [B, T, C] are recorded; `stream` is what it reads."""
+    def kept(self, part: str, token_type: str | None, x: torch.Tensor) -> torch.Tensor:
+        """[B, T] bool: which tokens of a layer's input [B, T, C] are recorded; `token_type` is what it reads."""
         kept = torch.ones(x.shape[:2], dtype=torch.bool)
-        if stream in WITH_TEXT:
+        if token_type in WITH_TEXT:
             text = functional.rows_for_layer(self._own[part], len(x))
             # A second attention of the picture (SD 3.5) has the name that cross-attention has elsewhere.
-            if stream == "joint":
+            if token_type == "joint":
                 where = self._record.blocks.apart(x.shape[1] - text.shape[1], text.shape[1])[1]
                 kept[:, where] = text
             elif x.shape[1] == text.shape[1]:

@@ -150,7 +150,7 @@ class DropIn:
 
     @_one_at_a_time
     def load_gates(self, gates: Gates) -> None:
-        """Weigh the loaded experts by `gates`: a folder, a hub id, a family name or a GateConfig."""
+        """Weigh the loaded experts by `gates`: a folder, a hub id, the name of a gate type or a GateConfig."""
         self._require()
         self._attach(self._experts(), gates)
 
@@ -204,7 +204,7 @@ class DropIn:
         if mixture is None:
             super().fuse_lora(*args, **kwargs)
             return
-        if mixture.parameters() or mixture.config.family != "sum" or mixture.is_bound:
+        if mixture.parameters() or mixture.config.gate_type != "sum" or mixture.is_bound:
             raise ValueError(
                 "gates and binding depend on the prompt and the picture, which fused weights cannot hold; call "
                 "pipe.mixture.bind(None) and pipe.load_gates('sum') first, or use pipe.mixture.collapsed(prompt)"

@@ -25,7 +25,7 @@ class ComposingBlocks:
         return [
             *super().inputs,  # type: ignore[misc]
             InputParam("experts", type_hint=dict, description="name -> LoRA file, or (file, strength); {} takes all off"),
-            InputParam("gates", type_hint=str, default="sum", description="a family, or a folder of trained gates"),
+            InputParam("gates", type_hint=str, default="sum", description="a gate type, or a folder of trained gates"),
             InputParam("binding", default="auto", description="which words and which place are whose; None binds nothing"),
         ]
 

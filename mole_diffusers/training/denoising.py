@@ -42,7 +42,7 @@ def _embedded(model: Network, prompts: Sequence[str]) -> _Text:
 def _telling(model: Network, prompts: Sequence[str]) -> AbstractContextManager[None]:
     """A block in which a mixture on the model need not look for these prompts in what it reads."""
     mixture = attached(model.pipe)
-    return nullcontext() if mixture is None else mixture.parts.shared.tokens.told(prompts)
+    return nullcontext() if mixture is None else mixture.parts.shared.tokens.explicit_prompts(prompts)
 
 
 def _predict(model: Network, x: torch.Tensor, timesteps: torch.Tensor, text: _Text) -> torch.Tensor:

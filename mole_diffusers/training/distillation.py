@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 from mole_diffusers.binding import words
-from mole_diffusers.binding.picture_layout import side_of
+from mole_diffusers.binding.picture_layout import layer_size
 from mole_diffusers.binding.regions import AUTO, EVERYWHERE
 from mole_diffusers.functional import onto
 from mole_diffusers.mixture import Mixture
@@ -277,8 +277,8 @@ def attention_maps(unet: Any, size: Sequence[int], tokens: torch.Tensor) -> Iter
         q, k = (x.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (queries.pop(), key))
         shares = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1).mean(1)  # [B, T, S], over heads
         flat = torch.einsum("bts,kbs->kbt", shares, tokens)
-        side = side_of(flat.shape[2], (size[0], size[1]))
-        maps.append(F.interpolate(flat.unflatten(2, side), size=tuple(size), mode="bilinear"))
+        latent_size = layer_size(flat.shape[2], (size[0], size[1]))
+        maps.append(F.interpolate(flat.unflatten(2, latent_size), size=tuple(size), mode="bilinear"))
 
     with undoing() as undo:
         for attention in cross_attentions(unet).values():

@@ -105,7 +105,7 @@ class GateTrainer:
         config, mixture, data = context.config, context.mixture, context.data
         network(context.pipe)  # raises for a pipeline that cannot be trained on
         if not mixture.parameters():
-            raise ValueError(f"gates of family {mixture.config.family!r} have nothing to train")
+            raise ValueError(f"gates of type {mixture.config.gate_type!r} have nothing to train")
         for name in (*data.singles, *data.others, *data.styles):
             mixture.strength(name)  # raises for an unknown expert
         if config.validation.every and not (config.validation.prompts or data.composed):

@@ -28,7 +28,7 @@ def initialize(context: TrainingContext, initial: str) -> None:
         return
     gates = context.mixture.parts.layers_by_gate()
     if not gates or not all(gate.starts_anywhere for gate, _ in gates):
-        raise ValueError(f"gates of family {context.mixture.config.family!r} can only start 'uniform', not {initial!r}")
+        raise ValueError(f"gates of type {context.mixture.config.gate_type!r} can only start 'uniform', not {initial!r}")
     equations = _equations(context, initial)
     for gate, layers in gates:
         parts = [equations[key] for key in map(merge_key, layers)]

@@ -48,6 +48,6 @@ class Reader:
 
 
 def _named(role, names):
-    """With the name of the LoRA whose thing it is said of."""
+    """With the name of the LoRA whose subject it is said of."""
     start, owner = role.place[:5], role.place[5:]
     return replace(role, place=f"with {names[int(owner)]}") if start == "with " and owner.isdigit() else role

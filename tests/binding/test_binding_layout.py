@@ -24,7 +24,7 @@ def test_cells_lie_along_the_longer_side_or_in_quarters_and_share_the_picture():
         assert torch.equal(cells.sum(0), torch.ones(cells.shape[1:]))
 
 
-def test_each_thing_gets_the_part_that_its_words_attend_to():
+def test_each_subject_gets_the_part_that_its_words_attend_to():
     maps = torch.stack([bump(8, 16, 4, 12), bump(8, 16, 4, 3)])
     regions, margin = assigned_regions(maps, 16, 32)
     assert regions[0, :, 16:].eq(1).all()
@@ -65,7 +65,7 @@ def test_place_words_win_over_maps_and_choose_the_strips():
     assert regions[0, 4:].eq(1).all()
 
 
-def test_three_things_of_a_square_get_a_quarter_each():
+def test_three_subjects_of_a_square_get_a_quarter_each():
     maps = torch.stack([bump(8, 8, 1, 1), bump(8, 8, 1, 6), bump(8, 8, 6, 6)])
     regions, _ = assigned_regions(maps, 16, 16)
     assert regions[0, :8, :8].eq(1).all()

@@ -1,4 +1,4 @@
-"""Which things touch in a prompt, and who is in front."""
+"""Which subjects touch in a prompt, and who is in front."""
 
 import pytest
 from reading import Reader, sentence_of
@@ -12,7 +12,7 @@ NAMES = ("fox", "owl", "bear", "ink")
 def contacts(prompt, names=NAMES):
     """(first, relation, second) of each pair."""
     return [
-        (contact.things[0].name, contact.relation, contact.things[1].name)
+        (contact.subjects[0].name, contact.relation, contact.subjects[1].name)
         for contact in sentence_of(prompt, *names).contacts
     ]
 
@@ -22,13 +22,13 @@ def test_the_worlds_captions_say_their_relation_and_who_is_in_front(relation):
     for between in BETWEEN[relation]:
         sentence = sentence_of(f"ink drawing of a fox {between} an owl on a beach", *NAMES)
         (contact,) = sentence.contacts
-        assert ([thing.experts for thing in contact.things], contact.relation) == ([(0,), (1,)], relation)
+        assert ([subject.experts for subject in contact.subjects], contact.relation) == ([(0,), (1,)], relation)
         assert contact.front == CONTACTS[relation]
         assert [part.text for part in contact.parts] == [
             "ink drawing of a fox on a beach",
             "ink drawing of an owl on a beach",
         ]
-        assert not sentence.things  # no strips
+        assert not sentence.subjects  # no strips
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_an_explanation_names_the_contact():
 )
 def test_two_that_touch_are_one_picture_if_the_prompt_says_more_of_both(prompt):
     (contact,) = sentence_of(prompt, *NAMES).contacts
-    assert contact.why_not_apart
+    assert contact.why_not_per_subject
 
 
 def test_two_that_touch_may_be_drawn_apart_whatever_is_said_of_one():
@@ -126,7 +126,7 @@ def test_two_that_touch_may_be_drawn_apart_whatever_is_said_of_one():
         "a photo of a married fox hugging an owl",
     ):
         (contact,) = sentence_of(prompt, *NAMES).contacts
-        assert not contact.why_not_apart
+        assert not contact.why_not_per_subject
 
 
 def test_panels_have_no_two_that_touch():

@@ -42,7 +42,7 @@ def test_a_prompt_is_read_as_people_read_it(explained, case):
     places = {name: role.place for name, role in as_one.experts.items()}
     assert {name for name, place in places.items() if place == "own"} == set(case["places"])
     assert {n: p.removeprefix("with ") for n, p in places.items() if p.startswith("with ")} == case.get("with", {})
-    assert [name for name, place in places.items() if place == "silent"] == case.get("silent", [])
+    assert [name for name, place in places.items() if place == "inactive"] == case.get("inactive", [])
     assert found.tiles == case.get("apart", case["tiles"])  # `apart`: each of two that touch
     apart = [name for name, role in found.experts.items() if role.place == "own tile"]
     assert bool(apart) == ("apart" in case)
@@ -71,7 +71,7 @@ def test_a_folder_is_silent_but_for_what_the_prompt_names(explained):
     loras = {"fox": "fox", "owl": "owl", "ink": "ink", "none": ()}
     found = explained("a fox in a forest", loras, required=True)
     assert {name: role.place for name, role in found.experts.items()} == {
-        "fox": "everywhere", "owl": "silent", "ink": "silent", "none": "everywhere"
+        "fox": "everywhere", "owl": "inactive", "ink": "inactive", "none": "everywhere"
     }  # fmt: skip
     chosen = explained("a fox in a forest", loras)
     assert {role.place for role in chosen.experts.values()} == {"everywhere"}
@@ -82,10 +82,10 @@ def test_a_folder_is_silent_but_for_what_the_prompt_names(explained):
 def test_who_is_off_is_nobody(explained):
     loras = {"fox": "fox", "owl": "owl", "bear": "bear"}
     found = explained("a fox, an owl and a bear", loras, acting={"fox", "bear"})
-    assert [role.place for role in found.experts.values()] == ["own", "silent", "own"]
+    assert [role.place for role in found.experts.values()] == ["own", "inactive", "own"]
     assert found.tiles == ["a fox", "an owl", "a bear"]  # the owl is one that the model draws by itself
     found = explained("a fox, an owl and a bear", loras, acting={"fox"})
-    assert [role.place for role in found.experts.values()] == ["everywhere", "silent", "silent"]
+    assert [role.place for role in found.experts.values()] == ["everywhere", "inactive", "inactive"]
     assert found.tiles is None
 
 
@@ -103,7 +103,7 @@ def test_a_region_counts_wherever_words_stand(explained):
 
 
 def test_a_tag_of_other_tools_says_nothing(explained):
-    """It may begin a prompt, name the same LoRA again, and stand anywhere; no thing is drawn with it."""
+    """It may begin a prompt, name the same LoRA again, and stand anywhere; no subject is drawn with it."""
     loras = {"fox": "fox", "owl": "owl"}
     said = explained("a fox and an owl, night", loras)
     for prompt in (
@@ -121,7 +121,7 @@ def test_an_explanation_is_a_table(explained):
     assert [line.split("  ")[0].strip() for line in table.splitlines()] == [
         "LoRA", "fox", "owl", "ink", "tile 1: ink drawing of a fox", "tile 2: ink drawing of an owl"
     ]  # fmt: skip
-    assert str(explained("a fox", {"fox": "fox"})).endswith("no tiles: the prompt lists it beside no other LoRA's thing")
+    assert str(explained("a fox", {"fox": "fox"})).endswith("no tiles: the prompt lists it beside no other LoRA's subject")
 
 
 WORDS = ["fox", "owl", "a"]
@@ -199,10 +199,10 @@ def test_any_text_can_be_read():
         for part in sentence.parts:
             assert part.text == "".join(text[i] for i in part.source)
             assert part.source == sorted(set(part.source))
-        for thing in sentence.things:
-            for begin, end in thing.spans:
+        for subject in sentence.subjects:
+            for begin, end in subject.spans:
                 assert 0 <= begin < end <= len(text)
-        owners = [k for thing in sentence.things for k in thing.experts]
-        assert not sentence.things or len(owners) > 1
-        listed += bool(sentence.things)
+        owners = [k for subject in sentence.subjects for k in subject.experts]
+        assert not sentence.subjects or len(owners) > 1
+        listed += bool(sentence.subjects)
     assert listed > 20

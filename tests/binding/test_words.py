@@ -18,7 +18,7 @@ from mole_world import default_folder
 
 INK = ["fox", "owl", "ink"]
 TWO = ["fox", "owl", "blue hat", "ink"]  # all of one LoRA
-ROWS = [  # prompt, words of each LoRA, those that are found, things as (*LoRAs, name)
+ROWS = [  # prompt, words of each LoRA, those that are found, subjects as (*LoRAs, name)
     # whole, in any case and in the plural
     ("drawing of two Foxes and an octopus", ["fox", "octopus"], "Foxes/octopus", [(0, "foxes"), (1, "octopus")]),
     ("a firefox and a boxfox", ["fox"], "", []),
@@ -74,22 +74,22 @@ ROWS = [  # prompt, words of each LoRA, those that are found, things as (*LoRAs,
         [("lemon",), (0, "tiger"), (1, "fox")],
     ),
     ("drawing of a lemon and a tiger", ["tiger"], "tiger", []),
-    # several things of one LoRA
+    # several subjects of one LoRA
     ("a bear, a fox and an owl", [TWO, "bear"], "fox,owl/bear", [(1, "bear"), (0, "fox"), (0, "owl")]),
     ("miku wearing a red cape and rin", ["miku", "cape", "rin"], "miku/cape/rin", [(0, "miku"), (2, "rin")]),
 ]
 
 
-@pytest.mark.parametrize(("prompt", "words", "found", "things"), ROWS, ids=[row[0] for row in ROWS])
-def test_words_and_things(prompt, words, found, things):
+@pytest.mark.parametrize(("prompt", "words", "found", "subjects"), ROWS, ids=[row[0] for row in ROWS])
+def test_words_and_subjects(prompt, words, found, subjects):
     sentence = sentence_of(prompt, *words)
     assert "/".join(",".join(prompt[slice(*span)] for span in sorted(own)) for own in sentence.words) == found
-    assert [(*thing.experts, thing.name) for thing in sentence.things] == things
+    assert [(*subject.experts, subject.name) for subject in sentence.subjects] == subjects
 
 
-def test_a_lora_with_a_place_of_its_own_is_one_thing():
+def test_a_lora_with_a_place_of_its_own_is_one_subject():
     sentence = sentence_of("a bear, a fox and an owl", TWO, "bear", regions={0: "left"})
-    assert [thing.experts for thing in sentence.things] == [(1,), (0,)]
+    assert [subject.experts for subject in sentence.subjects] == [(1,), (0,)]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_lora_with_a_place_of_its_own_is_one_thing():
     ],
 )
 def test_a_side_of_the_picture_is_a_place(prompt, relations, apart):
-    """And in the prompt of that thing alone it is not said."""
+    """And in the prompt of that subject alone it is not said."""
     sentence = sentence_of(prompt, "fox", "owl", "bear")
     assert list(sentence.relations) == relations
     assert [part.text for part in sentence.parts] == apart

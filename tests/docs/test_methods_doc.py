@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 import rivals
-from mole_diffusers.gates import FAMILIES, GateConfig
+from mole_diffusers.gates import GATE_TYPES, GateConfig
 from mole_diffusers.merging.merge import METHODS, by_activations
 from mole_diffusers.retrieval import Mode
 
@@ -22,7 +22,7 @@ def rows(section):
 
 
 def test_every_family_and_every_merge_has_its_row():
-    assert sorted(rows("Gates")) == sorted(FAMILIES)
+    assert sorted(rows("Gates")) == sorted(GATE_TYPES)
     assert sorted(rows("Merges")) == sorted(METHODS)
     assert rows("Merges")[-4:] == [method for method in METHODS if by_activations(method)]
 
@@ -36,9 +36,9 @@ def test_the_librarys_modes_are_there():
     assert all(f"`{mode}`" in SECTIONS["Libraries"] for mode in get_args(Mode))
 
 
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.learns])
-def test_what_is_said_of_a_family_can_be_set(family):
+@pytest.mark.parametrize("gate_type", [name for name, gate_type in GATE_TYPES.items() if gate_type.learns])
+def test_what_is_said_of_a_family_can_be_set(gate_type):
     """Every `option=value` of a family's paragraph is one that its config takes."""
-    said = re.search(rf"- \*\*`{family}`\*\*(.*?)(?=\n- \*\*|\Z)", SECTIONS["Gates"], re.DOTALL)
+    said = re.search(rf"- \*\*`{gate_type}`\*\*(.*?)(?=\n- \*\*|\Z)", SECTIONS["Gates"], re.DOTALL)
     for option, value in re.findall(r"`(\w+)=\"?(\w+)\"?`", said[1] if said else ""):
-        assert GateConfig(family, **{option: int(value) if value.isdigit() and option == "partition" else value})
+        assert GateConfig(gate_type, **{option: int(value) if value.isdigit() and option == "partition" else value})

@@ -1,4 +1,4 @@
-"""The documents as a site: it builds without a warning, and its reference holds everything public."""
+"""The documents as a gate location: it builds without a warning, and its reference holds everything public."""
 
 import re
 import runpy
@@ -17,7 +17,7 @@ LISTS = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
 ITEMS = [item for path in LISTS["PAGES"] for item in LISTS["ITEM"].finditer(path.read_text())]
 MEMBERS = {item[1]: LISTS["MEMBER"].findall(item[2]) for item in ITEMS}
 REFERENCE = [item[1].removeprefix("mole_diffusers.") for item in ITEMS]
-INTERNAL = "mole_diffusers.gates.families."  # classes that are described as options alone
+INTERNAL = "mole_diffusers.gates.types."  # classes that are described as options alone
 
 
 @pytest.mark.parametrize("path", LISTS["PAGES"], ids=lambda path: path.name)
@@ -43,24 +43,24 @@ def public(value):
     return isinstance(value, FunctionType | property | classmethod | staticmethod | cached_property) and value.__doc__
 
 
-def test_the_site_has_the_docstrings_of_what_is_listed():
+def test_the_location_has_the_docstrings_of_what_is_listed():
     items = (
         "- [`mole_diffusers.attach`](x.py): Put.",
         "- [`mole_diffusers.Trace`](x.py): It.",
         "  - `mean`: a",
-        "  - `sites`: b",
+        "  - `locations`: b",
     )
     text = "".join(f"{item}\n" for item in items)
     assert re.findall(r"^(?::::|    ) ?(.+)$", LISTS["with_docstrings"](text), re.M) == [
         "mole_diffusers.attach",
         "options: {members: false}",
         "mole_diffusers.Trace",
-        "options: {members: ['mean', 'sites']}",
+        "options: {members: ['mean', 'locations']}",
     ]
 
 
 @pytest.mark.thorough
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_location_builds_without_a_warning(tmp_path):
     built = run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path], cwd=ROOT, capture_output=True, text=True
     )

@@ -5,68 +5,68 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from gate_families import GATES, PLACE
+from gate_types import GATES, PLACE
 
 from mole_diffusers import functional
-from mole_diffusers.gates import FAMILIES, Context, Layer
+from mole_diffusers.gates import GATE_TYPES, Context, Layer
 
 CONTEXT = Context(torch.tensor([True, True]), torch.tensor([0.5]))
 
 
 def options():
-    for family, kind in FAMILIES.items():
+    for gate_type, kind in GATE_TYPES.items():
         hints = get_type_hints(kind, include_extras=True)
-        yield from (pytest.param(family, f.name, hints[f.name], id=f"{family}-{f.name}") for f in fields(kind))
+        yield from (pytest.param(gate_type, f.name, hints[f.name], id=f"{gate_type}-{f.name}") for f in fields(kind))
 
 
-@pytest.mark.parametrize(("family", "option", "kind"), options())
-def test_options_are_in_the_docstring_and_are_checked(family, option, kind):
-    assert f"\n        {option}: " in FAMILIES[family].__doc__
+@pytest.mark.parametrize(("gate_type", "option", "kind"), options())
+def test_options_are_in_the_docstring_and_are_checked(gate_type, option, kind):
+    assert f"\n        {option}: " in GATE_TYPES[gate_type].__doc__
     wrong = ["nonsense"]
     if get_origin(kind) is Annotated:
         number, low, high = get_args(kind)
         wrong += [low - 1, high + 1, float("nan")]
-        assert [replace(FAMILIES[family](), **{option: number(bound)}) for bound in (low, high)]
+        assert [replace(GATE_TYPES[gate_type](), **{option: number(bound)}) for bound in (low, high)]
     elif get_origin(kind) is Literal:
-        assert [replace(FAMILIES[family](), **{option: value}) for value in get_args(kind)]
+        assert [replace(GATE_TYPES[gate_type](), **{option: value}) for value in get_args(kind)]
     else:
         assert kind is bool
         wrong += [0]
     for value in wrong:
         with pytest.raises(ValueError, match=option):
-            FAMILIES[family](**{option: value})
+            GATE_TYPES[gate_type](**{option: value})
 
 
-@pytest.mark.parametrize("family", ["static", "mole"])
-def test_totals_are_those_of_gate_weights(family):
-    assert get_args(get_type_hints(FAMILIES[family])["total"]) == functional.TOTALS
+@pytest.mark.parametrize("gate_type", ["static", "mole"])
+def test_totals_are_those_of_gate_weights(gate_type):
+    assert get_args(get_type_hints(GATE_TYPES[gate_type])["total"]) == functional.TOTALS
 
 
 @pytest.fixture
 def layer():
     """What the layer of `PLACE` reads, [1, 1, C], all ones, and its experts."""
     hidden, stack = torch.ones(1, 1, PLACE.width), PLACE.one_layer
-    return hidden, Layer(hidden @ stack.down.T, stack.up, stack.segment)
+    return hidden, Layer(hidden @ stack.down.T, stack.up, stack.expert_index)
 
 
-@pytest.mark.parametrize("family", GATES)
-def test_weights_are_fp32_and_zero_for_who_is_absent(layer, family):
-    gate, (hidden, experts) = GATES[family], layer
+@pytest.mark.parametrize("gate_type", GATES)
+def test_weights_are_fp32_and_zero_for_who_is_absent(layer, gate_type):
+    gate, (hidden, experts) = GATES[gate_type], layer
     weights = gate(hidden.half(), replace(CONTEXT, layer=experts))
     assert weights.dtype == torch.float32
-    assert weights.shape[-1] == (len(experts.segment) if gate.ranked else PLACE.experts)
+    assert weights.shape[-1] == (len(experts.expert_index) if gate.ranked else PLACE.experts)
     assert weights.ne(0).all()
     alone = gate(hidden, Context(torch.tensor([True, False]), CONTEXT.time, experts))
     assert alone[..., 0].ne(0).all()
     assert alone[..., -1].eq(0).all()
 
 
-@pytest.mark.parametrize("family", GATES)
-def test_an_update_moves_weights_no_further_than_the_gate_says(layer, family):
+@pytest.mark.parametrize("gate_type", GATES)
+def test_an_update_moves_weights_no_further_than_the_gate_says(layer, gate_type):
     """If each entry of a parameter moves by 1 over its sensitivity, in the worst direction."""
-    gate, (hidden, experts) = GATES[family], layer
+    gate, (hidden, experts) = GATES[gate_type], layer
     parameters = dict(gate.named_parameters())
-    assert FAMILIES[family].learns == bool(parameters)
+    assert GATE_TYPES[gate_type].learns == bool(parameters)
     assert set(gate.sensitivity()) <= set(parameters)
     if parameters:
         first = gate(hidden, replace(CONTEXT, layer=experts))[..., 0].sum()

@@ -1,18 +1,18 @@
-"""What every gate family keeps, on a tiny real Stable Diffusion whose experts differ in rank and layers."""
+"""What every gate type keeps, on a tiny real Stable Diffusion whose experts differ in rank and layers."""
 
 from functools import partial
 
 import pytest
 import torch
-from gate_families import INPUT_FREE, LEARNED, families, size
+from gate_types import INPUT_FREE, LEARNED, gate_types, size
 from tiny import tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.gates import FAMILIES, transforms
+from mole_diffusers.gates import GATE_TYPES, transforms
 from mole_diffusers.training.denoising import predict
 
 PLAIN = {name: mole.GateConfig(name) for name in LEARNED}
-SUM = [name for name in LEARNED if FAMILIES[name].untrained == "the plain sum"]  # before training
+SUM = [name for name in LEARNED if GATE_TYPES[name].untrained == "the plain sum"]  # before training
 SHARE = {  # one expert weighs 1 whatever was learned, and two identical ones together
     "flow": mole.GateConfig("flow", start="mean"),
     "outputs": PLAIN["outputs"],
@@ -20,28 +20,28 @@ SHARE = {  # one expert weighs 1 whatever was learned, and two identical ones to
 }
 
 
-each = pytest.mark.parametrize("family", PLAIN)
-summing = pytest.mark.parametrize("family", SUM)
-some = pytest.mark.parametrize("family", families("flow", "rank"))
-rows = pytest.mark.parametrize("family", families("rank", among=[name for name in PLAIN if name not in INPUT_FREE]))
-sharing = pytest.mark.parametrize("family", families("flow", among=SHARE))
+each = pytest.mark.parametrize("gate_type", PLAIN)
+summing = pytest.mark.parametrize("gate_type", SUM)
+some = pytest.mark.parametrize("gate_type", gate_types("flow", "rank"))
+rows = pytest.mark.parametrize("gate_type", gate_types("rank", among=[name for name in PLAIN if name not in INPUT_FREE]))
+sharing = pytest.mark.parametrize("gate_type", gate_types("flow", among=SHARE))
 
 
 @summing
-def test_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, awake, family):
+def test_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, awake, gate_type):
     draw = partial(draw, num_inference_steps=1)
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)
-    mixture = mole.attach(pipe, loras, PLAIN[family])
+    mixture = mole.attach(pipe, loras, PLAIN[gate_type])
     torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
-    awake(mixture, size=size(family))
+    awake(mixture, size=size(gate_type))
     assert not torch.allclose(draw(pipe), plain, atol=1e-3)
 
 
 @sharing
-def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, awake, family):
+def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, awake, gate_type):
     base = draw(pipe)
-    awake(mole.attach(pipe, {"hat": loras["hat"]}, PLAIN[family]), size=size(family))
+    awake(mole.attach(pipe, {"hat": loras["hat"]}, PLAIN[gate_type]), size=size(gate_type))
     ours = draw(pipe)
     mole.detach(pipe)
     assert torch.equal(draw(pipe), base)
@@ -50,17 +50,17 @@ def test_one_expert_equals_that_lora_and_detach_is_bit_exact(pipe, loras, draw, 
 
 
 @sharing
-def test_two_identical_experts_equal_one(pipe, loras, draw, awake, family):
+def test_two_identical_experts_equal_one(pipe, loras, draw, awake, gate_type):
     mole.attach(pipe, {"a": loras["ink"]})
     one = draw(pipe)
-    awake(mole.attach(pipe, {"a": loras["ink"], "b": loras["ink"]}, SHARE[family]), size=size(family))
+    awake(mole.attach(pipe, {"a": loras["ink"], "b": loras["ink"]}, SHARE[gate_type]), size=size(gate_type))
     torch.testing.assert_close(draw(pipe), one, atol=1e-5, rtol=0)
 
 
 @some
-def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awake, family):
+def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awake, gate_type):
     draw = partial(draw, num_inference_steps=1)
-    mixture = awake(mole.attach(pipe, loras, PLAIN[family]), size=size(family))
+    mixture = awake(mole.attach(pipe, loras, PLAIN[gate_type]), size=size(gate_type))
     gated = draw(pipe)
     with mixture.only("fox", "ink"):
         masked = draw(pipe)
@@ -75,14 +75,14 @@ def test_masks_strengths_sets_per_row_and_weights_by_hand(pipe, loras, draw, awa
         by_hand = draw(pipe)
     mole.attach(pipe, {"fox": (loras["fox"], 0.5), "ink": (loras["ink"], 2.0)}, "sum")
     torch.testing.assert_close(by_hand, draw(pipe), atol=1e-5, rtol=0)
-    if family in SHARE:
+    if gate_type in SHARE:
         mole.attach(pipe, {"hat": loras["hat"]})
         torch.testing.assert_close(alone, draw(pipe), atol=1e-5, rtol=0)
 
 
 @rows
-def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family):
-    mixture = awake(mole.attach(pipe, loras, PLAIN[family]), size=size(family))
+def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, gate_type):
+    mixture = awake(mole.attach(pipe, loras, PLAIN[gate_type]), size=size(gate_type))
 
     def images(prompts, seeds):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -100,17 +100,17 @@ def test_guidance_rows_batches_and_resolutions(pipe, loras, draw, awake, family)
 
 
 @some
-def test_save_load_same_image(pipe, loras, draw, awake, tmp_path, family):
-    awake(mole.attach(pipe, loras, PLAIN[family]), size=size(family)).save_pretrained(tmp_path)
+def test_save_load_same_image(pipe, loras, draw, awake, tmp_path, gate_type):
+    awake(mole.attach(pipe, loras, PLAIN[gate_type]), size=size(gate_type)).save_pretrained(tmp_path)
     image, fresh = draw(pipe), tiny_pipeline()
     loaded = mole.attach(fresh, dict(reversed(loras.items())), tmp_path)
-    assert loaded.config == PLAIN[family]
+    assert loaded.config == PLAIN[gate_type]
     torch.testing.assert_close(draw(fresh), image, atol=1e-5, rtol=0)
 
 
 @each
-def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
-    mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, PLAIN[family]), size=size(family))
+def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, gate_type):
+    mixture = awake(mole.attach(pipe, {n: loras[n] for n in ("fox", "hat")}, PLAIN[gate_type]), size=size(gate_type))
     gates = {id(p) for p in mixture.parameters()}
     for model in (pipe.unet, pipe.text_encoder):
         model.requires_grad_(False)
@@ -124,8 +124,8 @@ def test_only_gates_get_gradients_and_each_does(pipe, loras, awake, family):
 
 
 @rows
-def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family):
-    mixture = awake(mole.attach(pipe, loras, PLAIN[family]), size=size(family))
+def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, gate_type):
+    mixture = awake(mole.attach(pipe, loras, PLAIN[gate_type]), size=size(gate_type))
     pipe.to(dtype=torch.bfloat16)
     seen = []
     for gate in (gate for bank in mixture.banks.values() for gate in bank):
@@ -136,11 +136,11 @@ def test_in_a_half_precision_host_gates_weigh_in_fp32(pipe, loras, awake, family
     assert {p.dtype for p in mixture.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", families("rank", among=[name for name in SUM if name not in INPUT_FREE]))
-def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, draw, awake, family):
+@pytest.mark.parametrize("gate_type", gate_types("rank", among=[name for name in SUM if name not in INPUT_FREE]))
+def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, draw, awake, gate_type):
     mole.attach(pipe, loras, "sum")
     plain = draw(pipe)
-    mixture = awake(mole.attach(pipe, loras, PLAIN[family]), size=size(family))
+    mixture = awake(mole.attach(pipe, loras, PLAIN[gate_type]), size=size(gate_type))
     with mixture.adjusted(transforms.uniform):
         torch.testing.assert_close(draw(pipe), plain, atol=1e-5, rtol=0)
     for control in (transforms.hardened, transforms.frozen_random(0)):
@@ -148,14 +148,14 @@ def test_uniform_control_is_the_plain_sum_and_the_others_differ(pipe, loras, dra
             assert not torch.allclose(draw(pipe), plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", families("mole", "rank", among=SUM))
-def test_a_family_that_is_not_trained_says_that_it_is_the_plain_sum(pipe, loras, draw, tmp_path, recwarn, family):
+@pytest.mark.parametrize("gate_type", gate_types("mole", "rank", among=SUM))
+def test_a_family_that_is_not_trained_says_that_it_is_the_plain_sum(pipe, loras, draw, tmp_path, recwarn, gate_type):
     experts = {name: loras[name] for name in ("fox", "ink")}
     mole.attach(pipe, experts, binding=None)
     summed = draw(pipe)
     assert not [each for each in recwarn if "gates weigh" in str(each.message)]
-    with pytest.warns(UserWarning, match=f"{family!r} gates weigh as the plain sum until they are trained or loaded"):
-        mixture = mole.attach(pipe, experts, family, binding=None)
+    with pytest.warns(UserWarning, match=f"{gate_type!r} gates weigh as the plain sum until they are trained or loaded"):
+        mixture = mole.attach(pipe, experts, gate_type, binding=None)
     assert torch.allclose(draw(pipe), summed, atol=1e-5)
     mixture.save_pretrained(tmp_path)
     recwarn.clear()

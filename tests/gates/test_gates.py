@@ -14,8 +14,8 @@ from tiny import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
 import mole_diffusers as mole
 from mole_diffusers import MoLEAttnProcessor
 from mole_diffusers.gates import Context, GateConfig
-from mole_diffusers.gates.families.mole import MoLEGate
-from mole_diffusers.gates.families.static import StaticGate
+from mole_diffusers.gates.types.mole import MoLEGate
+from mole_diffusers.gates.types.static import StaticGate
 
 ALL = Context(torch.tensor([True, True]), torch.zeros(1))
 
@@ -138,7 +138,7 @@ def test_every_gate_starts_at_the_plain_sum_and_then_matters(pipe, loras, draw, 
 def test_places_by_granularity(pipe, loras, draw, granularity, places):
     with mole.attach(pipe, loras, GateConfig("mole", granularity=granularity)).trace() as trace:
         draw(pipe, num_inference_steps=1)
-    assert len([p for p in trace.sites if "(" not in p]) == places
+    assert len([p for p in trace.locations if "(" not in p]) == places
 
 
 def test_layers_with_fewer_experts_are_traced_apart(pipe, loras, draw):
@@ -175,7 +175,7 @@ def test_inputs_experts_needs_an_expert_that_reads_the_block(pipe, tmp_path):
 
 
 def test_bad_configs_name_what_is_known(pipe, loras):
-    with pytest.raises(ValueError, match=r"unknown gate family 'sumo'; known: \['sum', 'mean', 'factors', 'flow', 'mole', "):
+    with pytest.raises(ValueError, match=r"unknown gate type 'sumo'; known: \['sum', 'mean', 'factors', 'flow', 'mole', "):
         GateConfig("sumo")
     with pytest.raises(ValueError, match=r"'mole' gates have no option 'famly'"):
         GateConfig.from_dict({"famly": "sum"})
@@ -195,7 +195,7 @@ def test_bad_configs_name_what_is_known(pipe, loras):
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "message"),
+    ("gate_type", "options", "message"),
     [
         ("static", {"bins": 0}, r"'bins' must be a whole number in 1\.\.1000, got 0"),
         ("static", {"bins": 2**40}, r"'bins' must be a whole number in 1\.\.1000"),
@@ -211,15 +211,15 @@ def test_bad_configs_name_what_is_known(pipe, loras):
         ("rank", {"rate": "1e-5"}, r"'rate' must be a number in 0\.\.1, got '1e-5'"),
         ("rank", {"refactor": 1}, "'refactor' must be true or false, got 1"),
         ("mole", {"granularity": ["block"]}, r"unknown gate granularity \['block'\]"),
-        (["mole"], {}, r"unknown gate family \['mole'\]"),
-        ({}, {}, "unknown gate family {}"),
+        (["mole"], {}, r"unknown gate type \['mole'\]"),
+        ({}, {}, "unknown gate type {}"),
     ],
 )
 @pytest.mark.shows("Files")
-def test_options_of_the_wrong_kind_or_size_are_refused(family, options, message):
+def test_options_of_the_wrong_kind_or_size_are_refused(gate_type, options, message):
     """A stranger's gates come with a config, and what it asks for is made before their weights are compared."""
     with pytest.raises(ValueError, match=message):
-        GateConfig.from_dict({"family": family, **options})
+        GateConfig.from_dict({"gate_type": gate_type, **options})
 
 
 def test_gates_stay_fp32_in_a_half_precision_host(pipe, loras, awake):
@@ -359,12 +359,12 @@ def change_weights(folder, value):
         (lambda f: edit(f, lambda a: a["gates"].update(granularity="layer")), ValueError, "lack .* more"),
         (lambda f: edit(f, lambda a: a["gates"].update(inputs="experts")), ValueError, "has shape .*, expected"),
         (
-            lambda f: edit(f, lambda a: a.update(gates={"family": "static", "bins": 2**40})),
+            lambda f: edit(f, lambda a: a.update(gates={"gate_type": "static", "bins": 2**40})),
             ValueError,
             "in 1..1000, got 1099",
         ),
         (
-            lambda f: edit(f, lambda a: a.update(gates={"family": "retrieval", "rank": 1.5})),
+            lambda f: edit(f, lambda a: a.update(gates={"gate_type": "retrieval", "rank": 1.5})),
             ValueError,
             "in 1..128, got 1.5",
         ),
@@ -376,7 +376,7 @@ def change_weights(folder, value):
         (lambda f: change_weights(f, torch.nan), ValueError, "holds values that are not finite numbers"),
         (lambda f: change_weights(f, torch.inf), ValueError, "holds values that are not finite numbers"),
         (
-            lambda f: edit(f, lambda a: a.update(gates={"family": "sum"})),
+            lambda f: edit(f, lambda a: a.update(gates={"gate_type": "sum"})),
             ValueError,
             "which this pipeline and experts do not have",
         ),
@@ -401,7 +401,7 @@ def test_a_folder_with_the_name_of_a_family_is_a_folder(pipe, loras, awake, tmp_
     saved.save_pretrained("flow")
     for folder in (Path("flow"), "./flow"):
         assert all(map(torch.equal, mole.attach(pipe, loras, folder).parameters(), saved.parameters()))
-    with pytest.raises(ValueError, match=r"'flow' is a family of gates.*; write '\./flow' for the folder"):
+    with pytest.raises(ValueError, match=r"'flow' is a gate type.*; write '\./flow' for the folder"):
         mole.attach(pipe, loras, "flow")
     fresh = mole.attach(pipe, loras, mole.GateConfig("flow"))
     assert not all(map(torch.equal, fresh.parameters(), saved.parameters()))

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from gate_families import LEARNED
+from gate_types import LEARNED
 from hosts import unet
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st

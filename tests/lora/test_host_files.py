@@ -256,8 +256,8 @@ FILES = {  # host -> {form: (prefix, endings, layers)}
     },
     "hidream": {"ai-toolkit": ("diffusion_model.", AB, HIDREAM), "diffusers": ("transformer.", AB, HIDREAM)},
 }  # fmt: skip
-FAMILIES = {"flux": "Flux", "flux2": "Flux.2", "qwen": "Qwen-Image", "z_image": "Z-Image", "wan": "Wan", "krea2": "Krea 2"}
-FAMILIES |= {"lumina2": "Lumina 2", "hidream": "HiDream", "anima": "Anima"}
+GATE_TYPES = {"flux": "Flux", "flux2": "Flux.2", "qwen": "Qwen-Image", "z_image": "Z-Image", "wan": "Wan", "krea2": "Krea 2"}
+GATE_TYPES |= {"lumina2": "Lumina 2", "hidream": "HiDream", "anima": "Anima"}
 CASES = [(host, form, not i) for host, forms in FILES.items() for i, form in enumerate(forms)]
 
 
@@ -363,21 +363,21 @@ def see(pipe, host):
 # ---- the family of a file
 
 
-@pytest.mark.parametrize("host", FAMILIES)
+@pytest.mark.parametrize("host", GATE_TYPES)
 def test_the_family_is_known_by_the_names_of_layers_from_the_header_alone_too(pipelines, tmp_path, host):
     for form in FILES[host].keys() - {"fused"}:  # Z-Image and Lumina 2 have the same original names
         path = write(pipelines(host), FILES[host][form], tmp_path / form)
-        assert read_expert(path).base == family_of_file(path) == FAMILIES[host]
+        assert read_expert(path).base == family_of_file(path) == GATE_TYPES[host]
 
 
-@pytest.mark.parametrize("host", FAMILIES)
+@pytest.mark.parametrize("host", GATE_TYPES)
 @pytest.mark.shows("LoRA files of each kind")
 def test_a_file_of_another_family_is_refused_in_one_sentence(pipelines, tmp_path, host):
-    for other, family in FAMILIES.items():
+    for other, family in GATE_TYPES.items():
         path = write(pipelines(other), next(iter(FILES[other].values())), tmp_path / "x.safetensors")
         pipe, said = (
             pipelines(host),
-            rf"'x' \(.*, {family}\): it is made for {family} and this pipeline is {FAMILIES[host]}$",
+            rf"'x' \(.*, {family}\): it is made for {family} and this pipeline is {GATE_TYPES[host]}$",
         )
         if other != host:
             with pytest.raises(RefusedFileError, match=said):

@@ -201,7 +201,7 @@ def test_padding_is_left_out_of_what_reads_a_text_and_nothing_of_pictures_and_fr
     seen = {}
     for name, module in hosts.denoiser(pipe).named_modules():
         if name.endswith(ends):
-            assert (record(hosts.denoiser(pipe)).blocks.stream_of(name) is None) == ("motion_modules" in name)
+            assert (record(hosts.denoiser(pipe)).blocks.token_type_of(name) is None) == ("motion_modules" in name)
             module.register_forward_pre_hook(lambda _, args, name=name: seen.update({layer_key(name): args[0]}))
     found = mole.Activations(pipe, {"a": prompts}, steps=1, rows=10**6).own("a", expert)
     tokenizer, start, whole = (pipe.tokenizer_2, 0, 512) if host == "flux" else (pipe.tokenizer, 1, 0)

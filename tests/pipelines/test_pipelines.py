@@ -154,9 +154,9 @@ def test_gates_that_are_not_trained_stay_when_experts_come_and_go(dropin, loras)
     dropin.load_lora_weights(loras["ink"], "ink")
     dropin.load_gates("mean")
     dropin.load_lora_weights(loras["hat"], "hat")
-    assert dropin.mixture.config.family == "mean"
+    assert dropin.mixture.config.gate_type == "mean"
     dropin.delete_adapters("fox")
-    assert dropin.mixture.config.family == "mean"
+    assert dropin.mixture.config.gate_type == "mean"
     dropin.load_gates("mole")
     dropin.delete_adapters("hat")
-    assert dropin.mixture.config.family == "sum"
+    assert dropin.mixture.config.gate_type == "sum"

@@ -108,11 +108,11 @@ def test_the_guided_loss_fits_what_the_pipeline_draws_with(pipe, loras):
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize(("host", "family"), [("flux", "mole"), *thorough(("qwen", "prompt"), ("z_image", "mole"))])
-def test_prompts_that_were_read_before_are_bound_as_if_they_were_read_again(monkeypatch, tmp_path, host, family):
+@pytest.mark.parametrize(("host", "gate_type"), [("flux", "mole"), *thorough(("qwen", "prompt"), ("z_image", "mole"))])
+def test_prompts_that_were_read_before_are_bound_as_if_they_were_read_again(monkeypatch, tmp_path, host, gate_type):
     pipe = hosts.HOSTS[host]()[0]
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
-    mixture = mole.attach(pipe, files, family)
+    mixture = mole.attach(pipe, files, gate_type)
     mixture.bind({"fox": ("fox", "left"), "ink": "ink"})
     x, level = torch.randn(2, 4, 16, 16), torch.tensor([500, 500])
     pairs = list(product(("", "a fox", "an ink, a fox"), repeat=2))

@@ -180,13 +180,15 @@ def test_rank_gates_even_out_their_load_once_per_update(loras):
 
 
 @pytest.mark.thorough  # test_gates.py compares the gradients of one call
-@pytest.mark.parametrize("family", ["mole", "static"])
-def test_checkpointing_changes_no_gradient(loras, clip, family):
+@pytest.mark.parametrize("gate_type", ["mole", "static"])
+def test_checkpointing_changes_no_gradient(loras, clip, gate_type):
     """Two terms and several noise levels in one update, with gates that read the noise level."""
     ends = []
     for checkpointing in (False, True):
         pipe = tiny_pipeline()
-        gates = mole.GateConfig(family, granularity="model") if family == "mole" else mole.GateConfig(family, bins=4)
+        gates = (
+            mole.GateConfig(gate_type, granularity="model") if gate_type == "mole" else mole.GateConfig(gate_type, bins=4)
+        )
         mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, gates)
         terms = {"rollout": {"steps": 2, "batch": 2}, "denoise": {"batch": 2}, "balance": 0.1}
         config = GateTraining(terms, steps=2, checkpointing=checkpointing)

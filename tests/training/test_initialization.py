@@ -8,9 +8,9 @@ import torch
 import mole_diffusers as mole
 from mole_diffusers.functional import gate_weights, logits_for
 from mole_diffusers.gates import Context, GateConfig
-from mole_diffusers.gates.families.flow import FlowGate
-from mole_diffusers.gates.families.mole import MoLEGate
-from mole_diffusers.gates.families.static import StaticGate
+from mole_diffusers.gates.types.flow import FlowGate
+from mole_diffusers.gates.types.mole import MoLEGate
+from mole_diffusers.gates.types.static import StaticGate
 from mole_diffusers.merging import Activations, layers_of, merge, merge_key
 from mole_diffusers.training import GateTraining, Samples, TrainingContext, TrainingData, initialization, train_gates
 from mole_diffusers.training.denoising import predict
@@ -142,8 +142,8 @@ def test_first_weights_are_not_computed_for_a_run_that_is_refused_or_resumed(pip
 def test_what_cannot_start_elsewhere_is_said(pipe, loras):
     for gates, message in (
         (GateConfig("mole"), "needs a bias to start at other weights"),
-        (GateConfig("rank"), "gates of family 'rank' can only start 'uniform', not 'scalars'"),
-        (GateConfig("prompt"), "gates of family 'prompt' can only start 'uniform'"),
+        (GateConfig("rank"), "gates of type 'rank' can only start 'uniform', not 'scalars'"),
+        (GateConfig("prompt"), "gates of type 'prompt' can only start 'uniform'"),
     ):
         with pytest.raises(ValueError, match=message):
             initialize(context_of(pipe, loras, gates), "scalars")

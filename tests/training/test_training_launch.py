@@ -38,7 +38,7 @@ def lines(loras, tmp_path_factory):
     settings = {
         "base": str(folder / "base"),
         "experts": {name: str(loras[name]) for name in ("fox", "ink")},
-        "gates": {"family": "mole"},
+        "gates": {"gate_type": "mole"},
         "lesson": {"singles": {"fox": ["a fox"], "ink": ["ink art"]}, "composed": ["a fox in ink"]},
         "data": [str(folder / "photos")],
         "clip": str(folder / "clip"),
@@ -124,9 +124,9 @@ MPIRUN = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun
     ],
 )
 def test_accelerate_launch_on_two_cpu_processes_equals_one(lines, alone, tmp_path, command, way):
-    command, *family = command.split()
+    command, *gate_type = command.split()
     line, root = (
-        [*lines[command], *family, "--steps", "4"],
+        [*lines[command], *gate_type, "--steps", "4"],
         {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
     )
     two, one = tmp_path / "two" / "x", tmp_path / "one" / "x"

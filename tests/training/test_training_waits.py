@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from gate_families import LEARNED
+from gate_types import LEARNED
 from hosts import HOSTS, sdxl
 from tiers import thorough
 from tiny import tiny_clip, tiny_lora, tiny_pipeline, tiny_tokenizer
@@ -122,14 +122,14 @@ def words_bound(pipe, mixture, prompts):
 
 
 REST = [t for t in OBJECTIVES if t != "denoise"]
-OTHERS = [family for family in LEARNED if family != "mole"]
+OTHERS = [gate_type for gate_type in LEARNED if gate_type != "mole"]
 CASES = [("denoise", "mole"), *thorough(*((t, "mole") for t in REST), *(("denoise", f) for f in OTHERS))]
 
 
-@pytest.mark.parametrize(("term", "family"), CASES)
-def test_an_update_of_gates_waits_for_nothing(meta, loras, term, family):
+@pytest.mark.parametrize(("term", "gate_type"), CASES)
+def test_an_update_of_gates_waits_for_nothing(meta, loras, term, gate_type):
     pipe, clip, leave = meta
-    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, family)
+    mixture = mole.attach(pipe, {n: loras[n] for n in ("fox", "ink")}, gate_type)
     data = TrainingData(
         {"fox": ["a fox"], "ink": ["ink art"]}, ["a fox in ink"], {"fox": ["cat"]}, ["a cat"],
         parts={"a fox in ink": ["a fox", "ink art"]}, samples=PICTURES,
@@ -173,7 +173,7 @@ def test_an_update_of_gates_on_a_transformer_waits_for_what_the_transformer_wait
     files = {n: tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("fox", "ink"))}
     mixture = mole.attach(pipe, files, "mole")
     inputs, sides = mixture.parts.shared.inputs, iter([(8, 8)] * 2)  # the side is read once, of each device
-    inputs.record = replace(inputs.record, side=lambda *_: next(sides)) if host == "flux" else inputs.record
+    inputs.record = replace(inputs.record, latent_size=lambda *_: next(sides)) if host == "flux" else inputs.record
     with words_bound(pipe, mixture, ["", *PICTURES.captions]):
         texts = {pair: network(pipe).embed(pair) for pair in product(("", *PICTURES.captions), repeat=2)}
         on_meta = partial(tree_map_only, torch.Tensor, lambda tensor: tensor.detach().to("meta", non_blocking=True))

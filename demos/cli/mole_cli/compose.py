@@ -26,7 +26,7 @@ def compose(
     prompt: options.Prompt = "noto drawing of a sunflower and a doughnut",
     expert: options.Experts = [],
     gates: Annotated[
-        str, Option(help="one more column: trained gates (a folder or a hub id), or a family such as mean.")
+        str, Option(help="one more column: trained gates (a folder or a hub id), or a gate type such as mean.")
     ] = "sum",
     bind: Annotated[
         list[str],

@@ -29,7 +29,7 @@ NEEDED = ("jinja2", "krippendorff", "matplotlib", "open_clip", "pandas", "scipy"
 DEFAULT_METHODS = ("base", "alone", "sum", "bound", "tiles")  # on a checkpoint, where pictures take long
 LIMIT = 24  # cases of each kind on a checkpoint
 MEASURING = ("clip", "dino", "detector", "lpips")  # options that are models
-FOR_CHECKPOINTS = ("loras", "expert", "protocol", "cases", "images", "own", "kind", "thing", *MEASURING, "base_config")
+FOR_CHECKPOINTS = ("loras", "expert", "protocol", "cases", "images", "own", "kind", "subject", *MEASURING, "base_config")
 
 
 def evaluate(
@@ -159,7 +159,7 @@ def evaluate(
             help="what a LoRA draws, if neither folder nor name says it. Repeatable.",
         ),
     ] = [],
-    thing: Annotated[
+    subject: Annotated[
         list[str],
         Option(
             metavar="NAME=WORDS",
@@ -376,9 +376,9 @@ def _checkpoint(
 
     files = {name: str(path) for name, path in files_of(wanted.loras, "lora").items()} if wanted.loras is not None else {}
     chosen = experts_for(base, files | named_values(wanted.expert, "--expert"), "")
-    kinds, things = (named_values(vars(wanted)[name], f"--{name}", chosen) for name in ("kind", "thing"))
+    kinds, subjects = (named_values(vars(wanted)[name], f"--{name}", chosen) for name in ("kind", "subject"))
     concepts = {
-        name: prompts.concept_of(expert, kind=kinds.get(name, ""), thing=things.get(name, ""))
+        name: prompts.concept_of(expert, kind=kinds.get(name, ""), subject=subjects.get(name, ""))
         for name, (expert, _) in chosen.items()
     }
     if wanted.cases is None:
@@ -394,7 +394,7 @@ def _checkpoint(
     named = {name: value for name, value in vars(wanted).items() if name in MEASURING and value is not None}
     models = Models(**named, device=_device(wanted))
     about: dict[str, Any] = {"prompts": own_prompts}
-    about["styles"] = frozenset(name for name, concept in concepts.items() if concept.kind not in prompts.THINGS)
+    about["styles"] = frozenset(name for name, concept in concepts.items() if concept.kind not in prompts.SUBJECTS)
     about["strengths"] = {name: strength for name, (_, strength) in chosen.items() if strength != 1}
     about |= {"gates": wanted.gates, "searched": _strengths(wanted)}
     setup = runner.Setup(

@@ -85,11 +85,11 @@ def describe(expert: Expert, path: Path, pipe: Any) -> dict[str, Any]:
 
 
 def _reasons(why: Mapping[str, str]) -> str:
-    """{thing: reason} -> each reason, with the number of things and the first of them."""
+    """{subject: reason} -> each reason, with the number of subjects and the first of them."""
     grouped: dict[str, list[str]] = {}
-    for thing, reason in why.items():
-        grouped.setdefault(reason, []).append(thing)
+    for subject, reason in why.items():
+        grouped.setdefault(reason, []).append(subject)
     return "; ".join(
-        f"{len(things)} layers, as {reason}: {things[0]}{', ...' if len(things) > 1 else ''}"
-        for reason, things in grouped.items()
+        f"{len(subjects)} layers, as {reason}: {subjects[0]}{', ...' if len(subjects) > 1 else ''}"
+        for reason, subjects in grouped.items()
     )

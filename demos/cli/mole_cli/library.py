@@ -72,7 +72,7 @@ def compose_library(
         Literal["selection", "mixture", "sum", "fusion"],
         Option(help="sum: each LoRA at its full strength. mixture: each at 1/N. selection: the best one. fusion: merged."),
     ] = "sum",
-    gates: Annotated[str, Option(help="trained gates (a folder or a hub id), or a family.")] = "sum",
+    gates: Annotated[str, Option(help="trained gates (a folder or a hub id), or a gate type.")] = "sum",
     k: options.K = 3,
     threshold: options.Threshold = 0.8,
     encoder: options.Encoder = None,

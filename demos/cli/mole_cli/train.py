@@ -45,7 +45,7 @@ NO_SETTINGS = ("out", "resume", "device", "push_to_hub")  # options that a file 
 
 PRESERVING = "Prior preservation: pictures that keep the class as the base draws it"  # the heading of its options
 GATES = (  # options that say which gates
-    "family", "start", "granularity", "total", "inputs", "features", "bias", "area", "axis", "top", "partition",
+    "gate_type", "start", "granularity", "total", "inputs", "features", "bias", "area", "axis", "top", "partition",
     "refactor", "rate", "rank", "scores", "bins",
 )  # fmt: skip
 GATE_UPDATES = [field.name for field in fields(GateTraining) if field.name not in ("terms", "validation")]
@@ -360,7 +360,7 @@ def train(
             help="pixels of the pictures of composed prompts. Default: the model's own size, which single prompts use.",
         ),
     ] = None,
-    family: Annotated[
+    gate_type: Annotated[
         Literal["factors", "flow", "mole", "outputs", "prompt", "rank", "retrieval", "static"] | None,
         Option(
             show_default=False,
@@ -550,7 +550,7 @@ def train(
         if len(prompts) != 1:
             raise ValueError(f"--part tells the subjects of one --prompt, got {len(prompts)} prompts")
         asked["lesson"]["parts"] = {prompts[0]: list(part)}
-    asked["gates"] = {"family": RECOMMENDED, **asked["gates"]}
+    asked["gates"] = {"gate_type": RECOMMENDED, **asked["gates"]}
     taught, config_of = TrainingData.from_dict(asked["lesson"]), GateConfig.from_dict(asked["gates"])
     carried_out(run, asked, partial(_train_gates, asked, taught, config_of, run, push_to_hub))
 

@@ -86,7 +86,7 @@ def test_compose_on_the_embedded_world(tmp_path, capsys):
     assert main(["compose", "--rows", "1", "--steps", "1", "--out", str(out), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["experts"] == ["sunflower", "doughnut"]  # as the prompt names them
-    assert facts["gates"]["family"] == "sum"  # gates are a column that one asks for
+    assert facts["gates"]["gate_type"] == "sum"  # gates are a column that one asks for
     with Image.open(out) as image:
         assert json.loads(image.text[infotext.SHEET])["columns"] == ["sum", "bound", "tiles", "true drawing"]
         assert image.width > 4 * 128
@@ -95,7 +95,7 @@ def test_compose_on_the_embedded_world(tmp_path, capsys):
 def test_compose_train_and_compose_again_on_any_pipeline(loras, base, tmp_path, capsys):
     experts = ["--base", base, "--expert", f"fox={loras['fox']}", "--expert", f"ink={loras['ink']}:0.7"]
     train = [*experts, "--prompt", "a fox in ink", "--single", "fox=a fox", "--single", "ink=ink", "--style", "ink"]
-    sizes = ["--steps", "2", "--batch", "2", "--family", "mole", "--granularity", "layer", "--total", "1"]
+    sizes = ["--steps", "2", "--batch", "2", "--gate-type", "mole", "--granularity", "layer", "--total", "1"]
     sizes += ["--term", "single=1,seeds=2,steps=2", "--term", "composed=0.5,seeds=2,steps=2", "--term", "balance=0.5"]
     assert main(["train", *train, *sizes, "--out", str(tmp_path / "g"), "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
@@ -198,7 +198,7 @@ def test_a_file_may_have_a_strength():
 
 
 def test_what_is_spelled_out_for_the_help_is_what_the_package_has():
-    from mole_diffusers.gates import FAMILIES
+    from mole_diffusers.gates import GATE_TYPES
     from mole_diffusers.merging.merge import METHODS
     from mole_diffusers.training.config import TERMS
 
@@ -206,7 +206,7 @@ def test_what_is_spelled_out_for_the_help_is_what_the_package_has():
     assert get_args(get_type_hints(merge_files)["method"]) == tuple(METHODS)
     said = {name: " ".join(option.help or "" for option in command.params) for name, command in commands.items()}
     assert [name for name in TERMS if f" {name}" not in said["train"]] == []
-    assert [name for name, family in FAMILIES.items() if family.learns and name not in said["train"]] == []
+    assert [name for name, gate_type in GATE_TYPES.items() if gate_type.learns and name not in said["train"]] == []
 
 
 def test_brackets_of_the_help_are_no_markup(capsys):
@@ -229,11 +229,11 @@ def test_help_names_options_that_the_command_has_and_no_code():
 
 def test_a_flag_for_every_setting_of_a_training_run():
     """And of the type of the setting, or of one that it may be left out of."""
-    from mole_diffusers.gates import FAMILIES
+    from mole_diffusers.gates import GATE_TYPES
     from mole_diffusers.training.config import GateTraining, LoraTraining
 
     for command, configs, elsewhere in (
-        ("train", (*FAMILIES.values(), GateTraining), {"terms": "term", "validation": "validate"}),
+        ("train", (*GATE_TYPES.values(), GateTraining), {"terms": "term", "validation": "validate"}),
         ("train-lora", (LoraTraining,), {"prior": "prior_weight"}),
     ):
         flags = {option.name for option in parser(*NAMED).commands[command].params}

@@ -89,7 +89,7 @@ def test_the_config_reaches_the_commands_that_do_not_draw(asked, base, loras, tm
         "retrieve": ["retrieve", "a fox", "--library", str(tmp_path / "library"), *cpu],
         "inspect": ["inspect", files[0]],
         "merge": ["merge", *files, "--method", "ssr", *own, "--out", str(tmp_path / "merged.safetensors"), *cpu],
-        "train": ["train", *experts, *lesson, "--family", "static", "--out", str(tmp_path / "gates"), *cpu],
+        "train": ["train", *experts, *lesson, "--gate-type", "static", "--out", str(tmp_path / "gates"), *cpu],
         "train-lora": ["train-lora", "--data", str(photo.parent), "--trigger", "a fox", "--steps", "1", "--batch", "1",
                        "--out", str(tmp_path / "lora"), *cpu],
     }  # fmt: skip

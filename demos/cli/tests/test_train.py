@@ -35,7 +35,7 @@ def base(tmp_path_factory):
 def flags(loras, base):
     words = ["--prompt", "a fox in ink", "--single", "fox=a fox", "--single", "ink=ink art", "--other", "fox=cat"]
     how = ["--term", "single=1,seeds=2,steps=2", "--term", "balance=0.5", "--steps", "2", "--batch", "2", "--every", "1"]
-    gates = ["--family", "static", "--total", "1", "--bins", "2"]
+    gates = ["--gate-type", "static", "--total", "1", "--bins", "2"]
     return ["--base", base, "--expert", f"fox={loras['fox']}", "--expert", f"ink={loras['ink']}:0.7", *words, *how, *gates]
 
 
@@ -60,7 +60,7 @@ def test_the_emoji_world_trains_at_a_size_with_room_for_each_composed_prompt():
 def test_settings_are_written_whole_over_nothing_and_only_if_they_can_run(tmp_path, capsys):
     file = tmp_path / "new" / "run.yaml"
     for argv, message in (
-        (["train", "--family", "nonsense"], "'nonsense' is not one of 'factors', "),
+        (["train", "--gate-type", "nonsense"], "'nonsense' is not one of 'factors', "),
         (["train", "--term", "bogus"], "unknown term 'bogus'; known: "),
         (["train", "--batch", "-3"], "batch of the training must be 1 or more, got -3"),
         (["train-lora", "--rank", "0"], "rank of the training must be 1 or more, got 0"),
@@ -126,7 +126,7 @@ def test_parts_of_a_prompt_are_learned_from_as_collages(loras, base, tmp_path, c
     log = json.loads((out / "log.jsonl").read_text())
     assert "collage" in log
     assert not {"single", "composed"} & set(log)
-    assert json.loads((out / "config.json").read_text())["gates"]["family"] == "factors"  # unless asked otherwise
+    assert json.loads((out / "config.json").read_text())["gates"]["gate_type"] == "factors"  # unless asked otherwise
     singles = ["--single", "fox=a fox", "--single", "hat=a hat"]
     assert main([*command, *singles, "--out", str(tmp_path / "all")]) == 0
     assert not {"single", "composed"} & set(json.loads((tmp_path / "all" / "log.jsonl").read_text()))
@@ -294,11 +294,11 @@ def test_the_card_says_what_the_gates_are(flags, loras, tmp_path, hub):
         ("{}", ["--term", "single", "--term", "single=2"], "--term 'single' is given more than once"),
         ("trainning: {}", [], "unknown options ['trainning'] of "),
         ("training: {stepps: 1, terms: {single: 1}}", [], "unknown options ['stepps'] of the training; known: ['steps'"),
-        ("gates: {family: moe}", [], "unknown gate family 'moe'; known: "),
+        ("gates: {gate_type: moe}", [], "unknown gate type 'moe'; known: "),
         ("experts: {hat: 'hat.safetensors:big'}", [], "the strength 'big' is not a number"),
         ("{}", ["--lr", "fast"], "Invalid value for '--lr'"),
-        ("gates: {family: mole, bias: 'yes'}", [], "must be true or false, got 'yes'"),
-        ("{}", ["--family", "flow", "--no-bias"], "'flow' gates have no option 'bias'; their options: ['start']"),
+        ("gates: {gate_type: mole, bias: 'yes'}", [], "must be true or false, got 'yes'"),
+        ("{}", ["--gate-type", "flow", "--no-bias"], "'flow' gates have no option 'bias'; their options: ['start']"),
         ("{}", ["--term", "single,seeds"], "--term 'seeds' is not NAME=VALUE"),
         ("{}", ["--term", "single=much"], "weight of the single term must be a number, got 'much'"),
         ("experts: [a, b]", [], "experts of "),
@@ -342,7 +342,7 @@ def test_yaml_means_what_it_says(flags, tmp_path):
 @pytest.mark.thorough
 def test_the_embedded_world_brings_its_own_judge(tmp_path, capsys):
     words = ["--prompt", "ink drawing of a fox", "--single", "fox=noto drawing of a fox"]
-    how = ["--term", "single=1,seeds=2,steps=2", "--steps", "2", "--validate", "1", "--family", "static"]
+    how = ["--term", "single=1,seeds=2,steps=2", "--steps", "2", "--validate", "1", "--gate-type", "static"]
     assert main(["train", *words, *how, "--out", str(tmp_path), "--json"]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["success"] <= 1
     assert sorted(p.name for p in (tmp_path / "validation").iterdir()) == ["step-1.png", "step-2.png"]

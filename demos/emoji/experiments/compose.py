@@ -8,8 +8,8 @@
 
 Rows are appended below work/compose/, so you can continue an interrupted run. The split "larger" has compositions of three
 and four test subjects. `--concepts` composes subjects and styles that are in no split; first make their LoRAs with
-`make_loras.py`. Trained gates are included if `train_gates.py --family FAMILY --to work/gates/FAMILY` has made them, MoLE in
-the form of its paper if `train_gates.py --family outputs --unbound --to work/paper` has, and the joint LoRA if
+`make_loras.py`. Trained gates are included if `train_gates.py --gate_type FAMILY --to work/gates/FAMILY` has made them,
+MoLE in the form of its paper if `train_gates.py --gate_type outputs --unbound --to work/paper` has, and the joint LoRA if
 `joint_lora.py` has.
 `--search` finds the strengths of the method "grid search" on validation compositions. `--pack` also writes the verdicts to
 docs/results/, from which docs/make_results.py makes the tables in the documents.
@@ -48,7 +48,7 @@ rivals = methods.imported(Path(__file__).parents[1] / "rivals")
 DOCS = Path(__file__).parents[3] / "docs"
 STRENGTHS = DOCS / "results" / "strengths.json"  # from a grid search: the best on validation, by kind
 GRID = (0.6, 0.8, 1.0, 1.2)
-FAMILIES = ("factors", "mole", "flow")  # of gates that are trained on top of the default
+GATE_TYPES = ("factors", "mole", "flow")  # of gates that are trained on top of the default
 SPLITS = {"test": TEST, "validation": VALIDATION}
 # The first seed of each split; "other" means concepts of no split.
 SEEDS = {"test": 1000, "validation": 3000, "larger": 1000, "other": 5000}
@@ -105,8 +105,8 @@ def own_methods() -> list[Method]:
         rivals.blended("masked blend, given places", parts),
         rivals.blended("masked blend, given places, tiles' steps", parts, since=0.4, until=methods.UNTIL),
         *(
-            methods.in_tiles(f"tiles, {family} gates", gates=methods.gates_of(WORK / "gates" / family))
-            for family in FAMILIES
+            methods.in_tiles(f"tiles, {gate_type} gates", gates=methods.gates_of(WORK / "gates" / gate_type))
+            for gate_type in GATE_TYPES
         ),
         methods.weighted(
             "bound, factors gates", gates=methods.gates_of(WORK / "gates" / "factors"), binding=methods.from_files

@@ -82,7 +82,7 @@ class Freed(Gate):
 
 @dataclass(frozen=True)
 class Rung:
-    """What learns: gates of a family, or what `frees` returns for A and B of each layer with LoRAs.
+    """What learns: gates of a type, or what `frees` returns for A and B of each layer with LoRAs.
 
     Attributes:
         lr: the learning rate; None takes the one that suits each gate.

@@ -71,7 +71,7 @@ class ScoreGate(Gate):
     def __init__(self, numbers: nn.Parameter, down: Any, up: Any, *, name: str, is_style: torch.Tensor, clock: Clock):
         super().__init__()
         self.numbers, self.clock = numbers, clock
-        self.segment = down.segment  # [R]
+        self.expert_index = down.expert_index  # [R]
         self.lengths = up.weight.detach().flatten(1).norm(dim=0)  # [R], of the columns of B
         here = torch.tensor([1.0, 0.0, "attn2" in name, name.startswith("up_blocks")])
         self.kinds = torch.stack([~is_style, is_style], -1).float()[..., None] * here  # [N, 2, 4]
@@ -82,13 +82,14 @@ class ScoreGate(Gate):
         axis = 1 if low.dim() == 4 else -1
         rows = low.movedim(axis, -1)  # [B, ..., R]
         weights = self.weights(rows)  # [B, ..., N]
-        return (rows * weights.index_select(-1, self.segment).to(rows)).movedim(-1, axis)
+        return (rows * weights.index_select(-1, self.expert_index).to(rows)).movedim(-1, axis)
 
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
         """Weights [..., N] for A x [..., R]."""
         experts = len(self.kinds)
         energy = rows.new_zeros(*rows.shape[:-1], experts, dtype=torch.float32)
-        energy = energy.index_add(-1, self.segment, (rows * self.lengths).float() ** 2)  # |B_k A_k x|^2, column by column
+        # |B_k A_k x|^2, column by column
+        energy = energy.index_add(-1, self.expert_index, (rows * self.lengths).float() ** 2)
         size = 0.5 * (energy + 1e-8).log()  # [..., N]
         of_size = torch.stack([(size - size.mean(-1, keepdim=True)).clamp(-3, 3), size.softmax(-1) - 1 / experts], -1)
         time = self.clock.time.expand(len(rows)) - 0.5  # [B]

@@ -1,10 +1,10 @@
 """Train the gates that come with the world, for a few compositions, on bound LoRAs and from prompts alone.
 
-    python demos/emoji/experiments/train_gates.py [CONCEPT+CONCEPT ...] [--family factors] [--to work/gates/factors]
-    python demos/emoji/experiments/train_gates.py CONCEPT+CONCEPT ... --family outputs --unbound --to work/paper
+    python demos/emoji/experiments/train_gates.py [CONCEPT+CONCEPT ...] [--gate-type factors] [--to work/gates/factors]
+    python demos/emoji/experiments/train_gates.py CONCEPT+CONCEPT ... --gate-type outputs --unbound --to work/paper
 
 This writes `assets/gates/NAME`, or `FOLDER/NAME`. `compose.py` draws with the gates in work/gates/FAMILY and in work/paper.
-Existing gates are kept, so you can continue an interrupted run. The family "outputs" is as in MoLE's paper: flattened
+Existing gates are kept, so you can continue an interrupted run. The gate type "outputs" is as in MoLE's paper: flattened
 features, and the balance loss. The world has no CLIP, so the other loss is that of the collages.
 """
 
@@ -35,7 +35,7 @@ def lesson(concepts: mole_world.Concepts) -> TrainingData:
 
 
 def gates_for(gates: str | GateConfig, concepts: mole_world.Concepts) -> GateConfig:
-    """Gates of a family, by default with its own options. Flattened features fit the canvas of this composition."""
+    """Gates of a type, by default with its own options. Flattened features fit the canvas of this composition."""
     if isinstance(gates, GateConfig) or gates != "outputs":
         return gates if isinstance(gates, GateConfig) else GateConfig(gates)
     width, height = mole_world.composition_scene(concepts).size
@@ -49,7 +49,7 @@ def recipe(concepts: mole_world.Concepts) -> GateTraining:
 
 
 def train(
-    world: EmojiWorld, concepts: mole_world.Concepts, family: str, folder: Path, *, updates: int, unbound: bool = False
+    world: EmojiWorld, concepts: mole_world.Concepts, gate_type: str, folder: Path, *, updates: int, unbound: bool = False
 ) -> None:
     """Train gates and write them to `folder`, unless they are already there. LoRAs are bound unless they are `unbound`."""
     if (folder / "config.json").exists():
@@ -57,8 +57,8 @@ def train(
     start = time.time()
     detach(world.pipe)
     experts, binding = {concept: world.loras[concept] for concept in concepts}, None if unbound else "auto"
-    mixture = attach(world.pipe, experts, gates_for(family, concepts), binding=binding)
-    config = replace(recipe(concepts), steps=updates, terms=PAPER if family == "outputs" else TRAINING.terms)
+    mixture = attach(world.pipe, experts, gates_for(gate_type, concepts), binding=binding)
+    config = replace(recipe(concepts), steps=updates, terms=PAPER if gate_type == "outputs" else TRAINING.terms)
     with small_attention():
         log = train_gates(world.pipe, mixture, lesson(concepts), config=config)
     mixture.save_pretrained(folder, dtype=torch.float16)
@@ -69,7 +69,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=SHOWN)
-    parser.add_argument("--family", default="flow", help="of the gates; the examples' vary from token to token")
+    parser.add_argument("--gate-type", default="flow", help="of the gates; the examples' vary from token to token")
     parser.add_argument("--unbound", action="store_true", help="every LoRA acts everywhere, as in the papers")
     parser.add_argument("--updates", type=int, default=TRAINING.steps)
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: the world's own gates")
@@ -77,7 +77,7 @@ def main() -> None:
     world = emoji_world(device=device().type)
     for name in args.names:
         folder = (args.to or world.folder / "gates") / name.replace(" ", "_")
-        train(world, tuple(name.split("+")), args.family, folder, updates=args.updates, unbound=args.unbound)
+        train(world, tuple(name.split("+")), args.gate_type, folder, updates=args.updates, unbound=args.unbound)
 
 
 if __name__ == "__main__":

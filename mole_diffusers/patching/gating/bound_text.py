@@ -1,4 +1,4 @@
-"""A text that the denoiser reads: which experts act on which tokens of text and picture, and which words are closed."""
+"""A text that the denoiser reads: which experts act on which tokens of text and picture, and which words are masked."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 import torch.nn.functional as F
 
 from mole_diffusers import functional
-from mole_diffusers.binding.picture_layout import PictureLayout, side_of, sides
+from mole_diffusers.binding.picture_layout import PictureLayout, layer_size, layer_sizes
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.unchanged import version
 from mole_diffusers.patching.host.denoisers import Blocks
 
-CLOSING = 8.0  # attention to a thing's words loses this many logits outside its region
+MASKED = 8.0  # attention to a subject's words loses this many logits outside its region
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
 LayerCache = dict[tuple, torch.Tensor | None]  # masks and biases, by a layer's request
 
 
-class Silence(NamedTuple):
+class Inactive(NamedTuple):
     """The experts whose words are not in a text. They count as at strength 0."""
 
-    experts: tuple[bool, ...]  # [N], those that are silent in all rows
+    experts: tuple[bool, ...]  # [N], those that are inactive in all rows
     rows: torch.Tensor | None = None  # [B, N] bool, if rows differ
 
 
@@ -58,27 +58,27 @@ class BoundText:
     input: TextInput
     picture: PictureLayout
     acting_tokens: torch.Tensor | None  # [B, S, N] bool, the tokens that each expert acts on; None if all act on every token
-    silence: Silence
+    inactive: Inactive
     # The text whose experts and places this one takes over: a negative prompt that the denoiser reads in a separate call
     # names no expert, and takes over those of the prompt.
     prompt: BoundText | None = None
-    place_masks: torch.Tensor | None = None  # [B, N, H, W] in 0..1, where each expert acts; None if all act everywhere
+    region_masks: torch.Tensor | None = None  # [B, N, H, W] in 0..1, where each expert acts; None if all act everywhere
     biases: dict[int, torch.Tensor] = field(default_factory=dict)  # tokens of the picture -> [B, T, S], added to logits
     cache: LayerCache = field(default_factory=dict)  # what layers have asked for, until places change
 
     def make_masks(self) -> None:
-        """Make the masks of places, and what closes words, from the places that the picture's layout knows now."""
+        """Make the masks of places, and what masks words, from the places that the picture's layout knows now."""
         masks, device = self.picture.expert_masks(), self.input.text.device
-        self.place_masks, self.biases, self.cache = None if masks is None else onto(masks, device), {}, {}
+        self.region_masks, self.biases, self.cache = None if masks is None else onto(masks, device), {}, {}
         if masks is not None and self.picture.readings:
-            for side in sides(self.picture.side):
-                bias = -CLOSING * self.picture.closed_words(side)
-                self.biases[side[0] * side[1]] = onto(bias.to(self.input.text.dtype), device)
+            for latent_size in layer_sizes(self.picture.latent_size):
+                bias = -MASKED * self.picture.masked_words(latent_size)
+                self.biases[latent_size[0] * latent_size[1]] = onto(bias.to(self.input.text.dtype), device)
 
     def follow_prompt(self) -> None:
         """Take over the places that were decided for the prompt since then, if there were any."""
-        if self.prompt is not None and self.place_masks is not self.prompt.place_masks:
-            self.place_masks, self.cache = self.prompt.place_masks, {}
+        if self.prompt is not None and self.region_masks is not self.prompt.region_masks:
+            self.region_masks, self.cache = self.prompt.region_masks, {}
 
     def forget(self) -> None:
         """Drop what was made for each layer. It is made again from masks and biases, if the same text comes once more."""
@@ -89,7 +89,7 @@ class BoundText:
     @property
     def binds(self) -> bool:
         """Whether any expert is kept off any token."""
-        return self.acting_tokens is not None or self.place_masks is not None
+        return self.acting_tokens is not None or self.region_masks is not None
 
     @property
     def rows(self) -> int:
@@ -106,37 +106,37 @@ class BoundText:
         rows = len(self.input.text)
         return rows if self.blocks.is_joint and tokens > rows and tokens % rows == 0 else None
 
-    def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
+    def mask(self, token_type: str, low: torch.Tensor) -> torch.Tensor | None:
         """[B, T, N] for a layer whose tokens are those of `low`; None if its tokens are others."""
         tokens = low.shape[1]
-        if stream == "joint":
+        if token_type == "joint":
             return self._joint(tokens)
-        if stream == "text":
+        if token_type == "text":
             added = (0, 0, 0, max(0, tokens - self.tokens))
             return None if self.acting_tokens is None else F.pad(self.acting_tokens, added, value=True)
-        side = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.side_of(tokens)
-        return None if side is None else self._place_tokens(side)
+        latent_size = (low.shape[2], low.shape[3]) if low.dim() == 4 else self.layer_size(tokens)
+        return None if latent_size is None else self._place_tokens(latent_size)
 
-    def _place_tokens(self, side: GridSize) -> torch.Tensor | None:
-        if self.place_masks is None:
+    def _place_tokens(self, latent_size: GridSize) -> torch.Tensor | None:
+        if self.region_masks is None:
             return None
-        tokens = F.adaptive_avg_pool2d(self.place_masks, side).flatten(2).transpose(1, 2)  # [B, T, N]
-        if side != self.picture.side:
+        tokens = F.adaptive_avg_pool2d(self.region_masks, latent_size).flatten(2).transpose(1, 2)  # [B, T, N]
+        if latent_size != self.picture.latent_size:
             return tokens
-        return F.pad(tokens, (0, 0, 0, self._tokens_of_pictures(side) - tokens.shape[1]), value=1.0)
+        return F.pad(tokens, (0, 0, 0, self._tokens_of_pictures(latent_size) - tokens.shape[1]), value=1.0)
 
-    def _tokens_of_pictures(self, side: GridSize) -> int:
+    def _tokens_of_pictures(self, latent_size: GridSize) -> int:
         """The number of tokens of the picture of this side, with its padding, and of given pictures behind it."""
-        own = side[0] * side[1]
+        own = latent_size[0] * latent_size[1]
         given = self.input.shape[1] - own if len(self.input.shape) == 3 else 0
-        return self.blocks.tokens_of(side) + given
+        return self.blocks.tokens_of(latent_size) + given
 
     def _joint(self, tokens: int) -> torch.Tensor | None:
         """Text and picture, in the order of attention."""
         if not self.binds or tokens <= self.tokens:
             return None
-        side = self.side_of(tokens - self.tokens)
-        acts, image = self.acting_tokens, None if side is None else self._place_tokens(side)
+        latent_size = self.layer_size(tokens - self.tokens)
+        acts, image = self.acting_tokens, None if latent_size is None else self._place_tokens(latent_size)
         rows, experts = len(self.input.text) if acts is None else len(acts), len(self.input.acting)
         if acts is None:
             acts = self.input.text.new_ones(rows, self.tokens, experts, dtype=torch.bool)
@@ -145,15 +145,15 @@ class BoundText:
         both = [acts.float(), functional.rows_for_layer(image, rows).to(acts.device)]
         return torch.cat(both if self.blocks.attention == "text first" else both[::-1], 1)
 
-    def side_of(self, tokens: int) -> GridSize | None:
+    def layer_size(self, tokens: int) -> GridSize | None:
         """Height and width of a layer with this many tokens of the picture; None if its tokens are others."""
-        side = self.picture.side
-        if side is not None and self._tokens_of_pictures(side) == tokens:
-            return side
-        return side_of(tokens, side)
+        latent_size = self.picture.latent_size
+        if latent_size is not None and self._tokens_of_pictures(latent_size) == tokens:
+            return latent_size
+        return layer_size(tokens, latent_size)
 
     def bias(self, tokens: int, rows: int) -> torch.Tensor | None:
-        """[B, T, S], added to cross-attention's logits: words of a thing are closed outside its region. None: no word is
+        """[B, T, S], added to cross-attention's logits: words of a subject are masked outside its region. None: no word is
         closed. In a layer, a video's frames are separate rows.
         """
         bias = self.biases.get(tokens)
@@ -175,11 +175,11 @@ class BoundText:
 
     def apart(self, tokens: int) -> tuple[slice, slice] | None:
         """The picture's tokens and the text's in attention over so many; None if that is not over both."""
-        if (side := self.picture.side) is None:
+        if (latent_size := self.picture.latent_size) is None:
             return None
-        if tokens != self._tokens_of_pictures(side) + self.tokens:
+        if tokens != self._tokens_of_pictures(latent_size) + self.tokens:
             return None
-        return self.blocks.apart(side[0] * side[1], self.tokens, self.blocks.tokens_of(side))
+        return self.blocks.apart(latent_size[0] * latent_size[1], self.tokens, self.blocks.tokens_of(latent_size))
 
     def joint_bias(self, tokens: int, rows: int) -> torch.Tensor | None:
         """The same for attention over text and picture together, [B, 1, tokens, tokens]; None for any other attention."""

@@ -1,4 +1,4 @@
-"""Hooks on cross-attention (UNets, Anima): they read how much attention words get, and close words outside their region.
+"""Hooks on cross-attention (UNets, Anima): they read how much attention words get, and mask words outside their region.
 
 These are hooks, since other tools replace processors (IP-Adapter, attention slicing), and every processor takes a mask.
 """
@@ -75,7 +75,7 @@ class CrossAttention(ForwardHook):
                 drawn = [row * frames + frame for row in bound.picture.picture_rows for frame in range(frames)]
                 shares = _probabilities(module, hidden[drawn], text[drawn])
                 self.shared.add_maps(shares.unflatten(0, (-1, frames)).mean(1))  # a video has one layout
-        if not self.shared.effective.closes:
+        if not self.shared.effective.masks_words:
             return None
         given = kwargs.get("attention_mask")
         of_rows = bound.blocks.masks_rows

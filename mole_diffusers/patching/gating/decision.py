@@ -18,22 +18,22 @@ Present = tuple[bool, ...]  # which of the N experts a layer has
 class Decision(NamedTuple):
     """The weights of one gate for the layers with one set of experts."""
 
-    site: Any  # the gate's site, which has a name
-    present: Present  # which experts these layers have; a site's first decision is for the largest set
+    location: Any  # the gate's gate location, which has a name
+    present: Present  # which experts these layers have; a gate location's first decision is for the largest set
     output: torch.Tensor  # [N], [B, N] or [B, T, N], the gate's output; for a gate per rank, R instead of N
     # The same times the user's strengths. The layers are multiplied by this, and by masks of tokens. Layers outside of
     # blocks, which share one gate, are also multiplied by a plan's strengths for where each is.
     applied: torch.Tensor
     mask: torch.Tensor  # [N] or [B, N] bool: experts that are present, active and not at strength 0
-    segment: torch.Tensor | None  # [R], the expert of each rank, if the gate weighs ranks
+    expert_index: torch.Tensor | None  # [R], the expert of each rank, if the gate weighs ranks
 
     @property
     def name(self) -> str:
-        """The site's name, component first.
+        """The gate location's name, component first.
 
         Only listeners read it: a name would make torch.compile compile every block separately.
         """
-        return self.site.name
+        return self.location.name
 
     @property
     def gates(self) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Decision(NamedTuple):
         return self._by_expert(self.applied)
 
     def _by_expert(self, values: torch.Tensor) -> torch.Tensor:
-        return values if self.segment is None else functional.by_expert(values, self.segment, len(self.present))
+        return values if self.expert_index is None else functional.by_expert(values, self.expert_index, len(self.present))
 
 
 HearsDecision = Callable[[Decision], None]

@@ -14,7 +14,7 @@ from torch import nn
 from mole_diffusers import functional
 from mole_diffusers.gates.unchanged import version
 from mole_diffusers.lora.stacking import Stack
-from mole_diffusers.patching.gating.gate_site import GateSite, WeighedLayer
+from mole_diffusers.patching.gating.gate_location import GateLocation, WeighedLayer
 from mole_diffusers.patching.gating.kept_text import OfText
 
 ADAPTER = "mole_experts"
@@ -25,21 +25,21 @@ class GatedExperts:
     """The experts of one layer: a variant of LoRA, in peft's terms.
 
     Args:
-        site: of the gate that weighs them.
+        location: of the gate that weighs them.
         layer: peft's layer, whose `base_layer` is W and whose adapter holds A [R, Cin] in `lora_A` and B [Cout, R] in
             `lora_B`.
         name: of the layer, component first.
-        stream: which tokens it reads, see `placement.stream_of`.
+        token_type: which tokens it reads, see `placement.token_type_of`.
     """
 
-    def __init__(self, site: GateSite, stack: Stack, layer: Any, name: str, stream: str | None):
+    def __init__(self, location: GateLocation, stack: Stack, layer: Any, name: str, token_type: str | None):
         base, down, up = matrices = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        self.site, self.layer = site, WeighedLayer(name, stack.present, "", stream, down, up)
+        self.location, self.layer = location, WeighedLayer(name, stack.present, "", token_type, down, up)
         # A module's attribute lookup is slow, so the dicts with weights and hooks are read directly.
         self._base, self._down, self._up = base._parameters, down._parameters, up._parameters
         self._hooks = tuple(hooks for m in matrices for hooks in (m._forward_pre_hooks, m._forward_hooks))
         self._own = base.__dict__, down.__dict__, up.__dict__
-        self._reads_text = stream == "text"
+        self._reads_text = token_type == "text"
 
     def hold(self, ranks: Sequence[int]) -> None:
         """The matrices have so many ranks of each expert from now on, [N]."""
@@ -58,11 +58,11 @@ class GatedExperts:
         base, down, up = self._own
         if any(self._hooks) or "forward" in base or "forward" in down or "forward" in up:
             return None
-        if self._reads_text and (made := self.site.shared.kept_text.of(x)) is not None:
+        if self._reads_text and (made := self.location.shared.kept_text.of(x)) is not None:
             return self._of_text(layer, x, made)
         rows = x.flatten(0, 1)  # [B T, Cin]; products of rows take fewer operations
         low = F.linear(rows, self._down["weight"])  # A x, [B T, R]
-        factor, scaling = self.site.factor(self.layer, x, low), layer.scaling[ADAPTER]
+        factor, scaling = self.location.factor(self.layer, x, low), layer.scaling[ADAPTER]
         if not (isinstance(scaling, float) and scaling == 1):
             factor = factor * scaling
         y = F.linear(rows, self._base["weight"], self._base["bias"])  # W x, [B T, Cout]
@@ -82,7 +82,7 @@ class GatedExperts:
         return output
 
     def _factor(self, layer: Any, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        factor, scaling = self.site.factor(self.layer, x, low), layer.scaling[ADAPTER]
+        factor, scaling = self.location.factor(self.layer, x, low), layer.scaling[ADAPTER]
         return factor if isinstance(scaling, float) and scaling == 1 else factor * scaling
 
     def forward(self, layer: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:

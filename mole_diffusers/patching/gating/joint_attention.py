@@ -1,4 +1,4 @@
-"""Hooks on attention that reads text and picture together: they read maps, and close words.
+"""Hooks on attention that reads text and picture together: they read maps, and mask words.
 
 They act where the model calls PyTorch's attention, so that its norms and rotary embeddings apply.
 """
@@ -30,16 +30,18 @@ def hooks(model: Any, shared: SharedState) -> Iterator[tuple[nn.Module, ForwardH
     be read. Maps are read in the middle half of the blocks.
     """
     around = list(model.modules())
-    yield model, Uncompiled(shared.entered, around, lambda: shared.wants_maps or _closes(shared))
+    yield model, Uncompiled(shared.entered, around, lambda: shared.wants_maps or _masks_words(shared))
     entries = shared.inputs.record.blocks.entries
     layers = [model.get_submodule(f"{block}.{entries[-1]}") for block in blocks(model, entries)]
     for i, layer in enumerate(layers):
         yield layer, JointAttention(shared, reads_maps=len(layers) // 4 <= i < max(1, 3 * len(layers) // 4))
 
 
-def _closes(shared: SharedState) -> bool:
+def _masks_words(shared: SharedState) -> bool:
     masks = shared.effective.binding
-    return shared.effective.closes and masks is not None and masks.text is not None and masks.text.place_masks is not None
+    return (
+        shared.effective.masks_words and masks is not None and masks.text is not None and masks.text.region_masks is not None
+    )
 
 
 @functools.cache  # once for each backend, not in every layer and step
@@ -61,8 +63,8 @@ class JointAttention(AroundForward):
     def enter(self, module: Any, stack: ExitStack) -> None:
         if self.shared.effective.binding is None or torch.compiler.is_compiling():
             return
-        closes, reads = _closes(self.shared), self.reads_maps and self.shared.wants_maps
-        if not (closes or reads):
+        masks_words, reads = _masks_words(self.shared), self.reads_maps and self.shared.wants_maps
+        if not (masks_words or reads):
             return
         processor = module.processor
         chosen = getattr(processor, "_attention_backend", None)
@@ -72,15 +74,15 @@ class JointAttention(AroundForward):
             stack.callback(setattr, processor, "_attention_backend", chosen)
             processor._attention_backend = None
         stack.enter_context(attention_backend("native"))
-        stack.enter_context(_WatchedAttention(self.shared, closes=closes, reads_maps=reads))
+        stack.enter_context(_WatchedAttention(self.shared, masks_words=masks_words, reads_maps=reads))
 
 
 class _WatchedAttention(TorchFunctionMode):
     """`scaled_dot_product_attention` with maps read from its queries and keys, and a bias added to its logits."""
 
-    def __init__(self, shared: SharedState, *, closes: bool, reads_maps: bool):
+    def __init__(self, shared: SharedState, *, masks_words: bool, reads_maps: bool):
         super().__init__()
-        self.shared, self.closes, self.reads_maps = shared, closes, reads_maps
+        self.shared, self.masks_words, self.reads_maps = shared, masks_words, reads_maps
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -97,7 +99,7 @@ class _WatchedAttention(TorchFunctionMode):
                 mask = given.get("attn_mask")
                 shown = mask[..., text] if mask is not None and mask.dtype == torch.bool else None
                 self._read(bound, query[:, :, picture], key[:, :, text], shown)
-            bias = bound.joint_bias(tokens, len(query)) if self.closes else None
+            bias = bound.joint_bias(tokens, len(query)) if self.masks_words else None
             if bias is not None:
                 before, bias = given.get("attn_mask"), bias.to(query.dtype)
                 if before is not None:

@@ -10,8 +10,8 @@ pass `prompt_embeds` of an earlier day. So what encoders returned last is kept, 
     `_cut_out`          the values of a part of a run
     `_most_alike`       the same directions, since prompt weighting scales words
 
-The log says on the level "debug" which of them found a text. Training knows its prompts, tells them (`told`), and has them
-looked for once.
+The log says on the level "debug" which of them found a text. Training knows its prompts, tells them (`explicit_prompts`),
+and has them looked for once.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PromptTokens:
     Attributes:
         tokenizers: name of a text encoder -> its tokenizer. If it is None, its words are not known.
         current: [B, T] bool, the words of the text that a text encoder is reading or read last; None before the first.
-        prompts: those that models read now, a row each, if they are `told`.
+        prompts: those that models read now, a row each, if they are `explicit_prompts`.
     """
 
     def __init__(self, tokenizers: Mapping[str, Any]) -> None:
@@ -80,11 +80,13 @@ class PromptTokens:
         self._text = LastTensor()
         self._rows: list[TextRow] | None = None  # of this text
         self.prompts: Sequence[str] = ()
-        self._seen: dict[Hashable, Any] | None = None  # what was read of each told prompt; None outside of `remembering`
+        self._seen: dict[Hashable, Any] | None = None  # what was read of each explicit prompt; None outside of `remembering`
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """A block, such as a run of training, in which what was read of the prompts that are `told` is remembered."""
+        """A block, such as a run of training, in which what was read of the prompts that are `explicit_prompts` is
+        remembered.
+        """
         before = self._seen
         self._seen = {} if before is None else before
         try:
@@ -93,7 +95,7 @@ class PromptTokens:
             self._seen = before
 
     @contextmanager
-    def told(self, prompts: Sequence[str]) -> Iterator[None]:
+    def explicit_prompts(self, prompts: Sequence[str]) -> Iterator[None]:
         """A block in which every model reads these prompts, a row each, always encoded in the same way."""
         before, self.prompts = self.prompts, prompts
         try:
@@ -146,7 +148,7 @@ class PromptTokens:
     def _once(self, what: Hashable, rows: int, read: Callable[[], list[T] | None], kept: Callable[[T], T]) -> list[T] | None:
         """`read()`, which waits for the device, and returns something for each row of a text.
 
-        For told prompts it is remembered, as `kept` makes it, and not read again.
+        For explicit prompts it is remembered, as `kept` makes it, and not read again.
         """
         if self._seen is None or len(self.prompts) != rows:
             return read()

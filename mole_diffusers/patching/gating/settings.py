@@ -10,7 +10,7 @@ import torch
 
 from mole_diffusers.gates.transforms import Control
 from mole_diffusers.patching.gating.token_masks import TokenMasks
-from mole_diffusers.patching.subjects.things import Tiling
+from mole_diffusers.patching.subjects.prompt_subjects import Tiling
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class StrengthPlan(Protocol):
         """For a whole component, "unet" or "text_encoder", at this step."""
 
     def block(self, module: str) -> Sequence[float]:
-        """For the block that contains `module` (a site or a layer, component first)."""
+        """For the block that contains `module` (a gate location or a layer, component first)."""
 
     def gates(self, place: str) -> Sequence[float] | None:
         """Weights that replace those of the gate at `place`; None keeps the gate's weights."""

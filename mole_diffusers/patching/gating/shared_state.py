@@ -43,20 +43,20 @@ class Step:
         calls_of_text: counts calls with the same text.
         is_off: whether no expert acts in it: the pipeline has switched LoRAs off.
         pipe: the pipeline, while a call of it runs.
-        alone: [N], in a call for a part of a step, such as a tile: the experts that act in it, on every word.
+        adapter_subset: [N], in a call for a part of a step, such as a tile: the experts that act in it, on every word.
     """
 
     def __init__(self) -> None:
         self.time = torch.zeros(1)
         self.number, self.texts, self.calls_of_text, self.is_off = -1, 0, 0, False
         self.pipe: Setting[Any] = Setting(None)
-        self.alone: Setting[tuple[bool, ...] | None] = Setting(None)
+        self.adapter_subset: Setting[tuple[bool, ...] | None] = Setting(None)
         self._text: Callable[[], torch.Tensor | None] = lambda: None
 
     def begin(self, text: torch.Tensor, time: torch.Tensor, *, is_off: bool) -> None:
         """The denoiser is called with a text [B, S, C], at a noise level [B]."""
         self.time, self.is_off = time, is_off
-        self.number, self.calls_of_text = self.number + (self.alone.now is None), self.calls_of_text + 1
+        self.number, self.calls_of_text = self.number + (self.adapter_subset.now is None), self.calls_of_text + 1
         if self._text() is not text:
             self.calls_of_text, self.texts, self._text = 0, self.texts + 1, weakref.ref(text)
 
@@ -87,14 +87,14 @@ class EffectiveSettings:
 
     Attributes:
         binding: that of the settings if it applies: weights by hand, and a part of a step, hold on every token.
-        closes: whether words are closed outside their regions: while no expert acts, the model draws as itself.
+        masks_words: whether words are masked outside their regions: while no expert acts, the model draws as itself.
         changes: counts changes. What gates decided before the last one no longer holds.
     """
 
     def __init__(self, settings: Settings, step: Step):
         self.settings, self.step = settings, step
         self.binding: TokenMasks | None = None
-        self.closes, self.changes = True, 0
+        self.masks_words, self.changes = True, 0
         self._weighed: dict[tuple[Present, torch.device], WeighedExperts] = {}
 
     def decide_again(self) -> None:
@@ -105,9 +105,9 @@ class EffectiveSettings:
     def follow(self) -> None:
         """Follow what has changed. What gates decided for the same part of a step still holds."""
         settings = self.settings
-        by_hand = settings.fixed.now is not None or self.step.alone.now is not None
+        by_hand = settings.fixed.now is not None or self.step.adapter_subset.now is not None
         self.binding = None if by_hand else settings.binding.now
-        self.closes = any(settings.acting) and not self.step.is_off
+        self.masks_words = any(settings.acting) and not self.step.is_off
         for present, device in self._weighed:
             self._weighed[present, device] = self.of_strengths(present, settings.strengths.now, device)
 
@@ -120,9 +120,12 @@ class EffectiveSettings:
 
     def of_strengths(self, present: Present, strengths: Sequence[float], device: torch.device) -> WeighedExperts:
         """The same with any strengths [N]."""
-        on = self.settings.active.now if self.step.alone.now is None else self.step.alone.now
-        silent = (False,) * len(present) if self.binding is None else self.binding.silence.experts
-        there = [p and a and s != 0 and not mute for p, a, s, mute in zip(present, on, strengths, silent, strict=True)]
+        on = self.settings.active.now if self.step.adapter_subset.now is None else self.step.adapter_subset.now
+        inactive = (False,) * len(present) if self.binding is None else self.binding.inactive.experts
+        there = [
+            p and a and s != 0 and not is_inactive
+            for p, a, s, is_inactive in zip(present, on, strengths, inactive, strict=True)
+        ]
         with torch.inference_mode(False):  # they are kept, and are also used with gradients
             mask, factor = onto(torch.tensor(there), device), onto(torch.tensor(strengths), device)
         return WeighedExperts(mask, factor, all(there), all(s == 1 for s in strengths))
@@ -133,19 +136,24 @@ class EffectiveSettings:
 
         With gradients all do: blocks may be run again later, with the matrices of their first run.
         """
-        settings, on = self.settings, self.settings.active.now if self.step.alone.now is None else self.step.alone.now
+        settings, on = (
+            self.settings,
+            self.settings.active.now if self.step.adapter_subset.now is None else self.step.adapter_subset.now,
+        )
         if torch.is_grad_enabled() or settings.control.now is not None:  # which may give weight to anyone
             return (True,) * len(on)
         if settings.fixed.now is not None:
             return tuple(weight != 0 for weight in settings.fixed.now)
-        silent = (False,) * len(on) if self.binding is None else self.binding.silence.experts
-        return tuple(a and s != 0 and not mute for a, s, mute in zip(on, settings.strengths.now, silent, strict=True))
+        inactive = (False,) * len(on) if self.binding is None else self.binding.inactive.experts
+        return tuple(
+            a and s != 0 and not is_inactive for a, s, is_inactive in zip(on, settings.strengths.now, inactive, strict=True)
+        )
 
     @property
     def rows_of_prompts(self) -> int:
         """How many rows of the batch may have experts of their own; 1 if all rows have the same."""
-        if self.binding is not None and self.binding.silence.rows is not None:
-            return len(self.binding.silence.rows)
+        if self.binding is not None and self.binding.inactive.rows is not None:
+            return len(self.binding.inactive.rows)
         rows = self.settings.rows.now
         return 1 if rows is None else len(rows.factors) * rows.images
 
@@ -182,7 +190,7 @@ class SharedState:
     def changed_while(self, *changes: Change[Any]) -> Iterator[None]:
         """Change settings, or where sampling is, while the block runs."""
         # What is drawn for a part of a step changes nothing that holds for all steps.
-        is_part = any(change.setting is self.step.alone for change in changes)
+        is_part = any(change.setting is self.step.adapter_subset for change in changes)
         follow = self.effective.follow if is_part else self.effective.decide_again
         with undoing() as undo:  # a leftover setting would change all later pictures
             undo.callback(follow)
@@ -211,10 +219,10 @@ class SharedState:
     def add_maps(self, shares: torch.Tensor) -> None:
         """Add what a layer attends to in each picture: shares [P, T, S] of its text's tokens, mean over heads."""
         masks = self.effective.binding
-        if masks is None or (side := masks.add_maps(shares)) is None or masks.text is None:
+        if masks is None or (latent_size := masks.add_maps(shares)) is None or masks.text is None:
             return
         for hears in self.listeners.maps.now:
-            hears(masks.text.picture.named_maps(shares, side))
+            hears(masks.text.picture.named_maps(shares, latent_size))
 
     def encoding(self) -> AbstractContextManager[None]:
         """The block that a pipeline's `encode_prompt` runs in, which reads a prompt and its negative prompt."""
@@ -249,7 +257,7 @@ class StepHook(ForwardHook):
         if effective.binding is not None and effective.binding.on_denoiser(
             text,
             inputs.latents(args, kwargs),
-            lambda: inputs.side(args, kwargs),
+            lambda: inputs.latent_size(args, kwargs),
             pipe=step.pipe.now,
             time=time,
             acting=shared.settings.acting,

@@ -4,13 +4,13 @@ In the order of a call of the pipeline:
 
     begin          forget the pictures of the previous call
     on_text        a text encoder reads a text: which expert each token belongs to
-    on_denoiser    step 1, and any new text: the same for the denoiser, and who is silent; given regions apply
+    on_denoiser    step 1, and any new text: the same for the denoiser, and who is inactive; given regions apply
     add_maps       step 1: attention hooks report how much attention each word gets where
     on_denoiser    step 2: the layout is decided from these maps, and stays from then on
     end            warn of what got no place
 
-So there are four ways to a place, and `BoundText.make_masks` turns it into masks; which of several things has which is kept
-in `binding/picture_layout.py`:
+So there are four ways to a place, and `BoundText.make_masks` turns it into masks; which of several subjects has which is
+kept in `binding/picture_layout.py`:
 
     given          a region from the user, which holds from the first step
     `decide`       attention to the words, after the first step
@@ -40,12 +40,12 @@ from mole_diffusers.binding.picture_layout import Layout, PictureLayout
 from mole_diffusers.binding.picture_warning import PictureWarning
 from mole_diffusers.binding.regions import EVERYWHERE, GridSize
 from mole_diffusers.binding.who_acts import notices, present, who_counts
-from mole_diffusers.binding.words import Reading, ThingKey, joined, overlaid, read
+from mole_diffusers.binding.words import Reading, SubjectKey, joined, overlaid, read
 from mole_diffusers.functional import onto
 from mole_diffusers.gates.unchanged import version
-from mole_diffusers.patching.gating.bound_text import BoundText, LayerCache, Silence, TextInput
+from mole_diffusers.patching.gating.bound_text import BoundText, Inactive, LayerCache, TextInput
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
-from mole_diffusers.patching.host.denoiser_inputs import Groups, groups_of, repeats
+from mole_diffusers.patching.host.denoiser_inputs import GuidanceLayout, guidance_layout_of, repeats
 from mole_diffusers.patching.host.denoisers import Blocks
 from mole_diffusers.patching.undo import Undo, restore_point
 
@@ -75,7 +75,7 @@ class EncoderText:
         """A text encoder's layers get the tokens of each row apart."""
         return None
 
-    def mask(self, stream: str, low: torch.Tensor) -> torch.Tensor | None:
+    def mask(self, token_type: str, low: torch.Tensor) -> torch.Tensor | None:
         """[B, T, N] for a layer; None if every expert acts on every token."""
         return self.acting_tokens
 
@@ -86,7 +86,7 @@ class TextReader:
     def __init__(self, bound: Mapping[str, Bound], tokens: PromptTokens):
         self.bound, self.tokens = dict(bound), tokens
         self.has_words = any(b.words for b in bound.values())  # if not, no text need be read
-        self.nobody = Silence((False,) * len(bound))
+        self.nobody = Inactive((False,) * len(bound))
 
     def encoder_text(self, encoder: str, ids: torch.Tensor, acting: Sequence[bool]) -> list[Reading] | None:
         """What a text encoder is about to read, ids [B, T], row by row; None if its tokenizer is not known."""
@@ -138,20 +138,20 @@ class TextReader:
         acts = torch.stack(rows)
         return None if acts.all() else onto(acts, device)
 
-    def silence(self, mentioned: Sequence[Mentioned], device: torch.device) -> Silence:
+    def inactive(self, mentioned: Sequence[Mentioned], device: torch.device) -> Inactive:
         """Who requires words that the text does not have. `mentioned` [B][N]: whether each row has the expert's words."""
         bounds = list(self.bound.values())
         rows = [tuple(b.needs_words and not there for b, there in zip(bounds, row, strict=True)) for row in mentioned]
         if len(set(rows)) == 1:
-            return Silence(rows[0])
-        return Silence(tuple(map(all, zip(*rows, strict=True))), onto(torch.tensor(rows), device))
+            return Inactive(rows[0])
+        return Inactive(tuple(map(all, zip(*rows, strict=True))), onto(torch.tensor(rows), device))
 
 
 class TokenMasks:
     """Masks per expert and token, from the user's binding, the texts' words and the layout of the picture.
 
     Attributes:
-        silence: the experts whose words are not in the current text.
+        inactive: the experts whose words are not in the current text.
         text: the denoiser's current text.
         binds: whether any expert is kept off any token, of the text encoder or of the denoiser.
         warned: the warnings since the call of the pipeline began.
@@ -159,12 +159,12 @@ class TokenMasks:
 
     def __init__(self, bound: Mapping[str, Bound], tokens: PromptTokens, blocks: Blocks):
         self.blocks, self.reader = blocks, TextReader(bound, tokens)
-        self.silence, self.binds = self.reader.nobody, False
+        self.inactive, self.binds = self.reader.nobody, False
         self.text: BoundText | None = None
         self.warned: list[str] = []
         self._encoder_text = EncoderText()
         self._texts: list[BoundText] = []  # of the current pictures
-        self._places: Mapping[ThingKey, torch.Tensor] = {}  # of their things, if somebody set them
+        self._places: Mapping[SubjectKey, torch.Tensor] = {}  # of their subjects, if somebody set them
         self._level = 0.0  # of noise at the last step, outside of calls
 
     @property
@@ -174,11 +174,11 @@ class TokenMasks:
 
     # ---- what layers ask
 
-    def text_of(self, stream: str) -> EncoderText | BoundText | None:
-        """The text with the masks of a layer that reads these tokens, see `placement.stream_of`; None if it has none."""
-        if stream == "encoding":
+    def text_of(self, token_type: str) -> EncoderText | BoundText | None:
+        """The text with the masks of a layer that reads these tokens, see `placement.token_type_of`; None if it has none."""
+        if token_type == "encoding":
             return self._encoder_text
-        if self.text is None or (stream == "image" and self.text.place_masks is None):
+        if self.text is None or (token_type == "image" and self.text.region_masks is None):
             return None
         return self.text
 
@@ -195,10 +195,10 @@ class TokenMasks:
 
         Returns the layer's height and width; None if its tokens are not those of the picture.
         """
-        side = None if self.text is None else self.text.side_of(shares.shape[1])
-        if self.text is not None and side is not None and self.text.picture.wants_maps:
-            self.text.picture.add_maps(shares, side)
-        return side
+        latent_size = None if self.text is None else self.text.layer_size(shares.shape[1])
+        if self.text is not None and latent_size is not None and self.text.picture.wants_maps:
+            self.text.picture.add_maps(shares, latent_size)
+        return latent_size
 
     @property
     def layouts(self) -> list[Layout]:
@@ -228,7 +228,7 @@ class TokenMasks:
         mentioned = self._or_in_first_text(encoder, mentioned)
         acts = None if readings is None else self.reader.acting_tokens(readings, mentioned, acting, ids.device)
         self._encoder_text = EncoderText(acts, self._encoder_text.first)
-        self._hold(self.text, self.reader.silence(mentioned, ids.device))
+        self._hold(self.text, self.reader.inactive(mentioned, ids.device))
         return True
 
     def _or_in_first_text(self, encoder: str, mentioned: list[Mentioned]) -> list[Mentioned]:
@@ -258,7 +258,7 @@ class TokenMasks:
         self,
         text: torch.Tensor,
         latents: torch.Tensor,
-        side: Callable[[], GridSize | None],
+        latent_size: Callable[[], GridSize | None],
         *,
         pipe: Any,
         time: torch.Tensor,
@@ -269,8 +269,8 @@ class TokenMasks:
         Args:
             text: its states, [B, S, C].
             latents: the denoiser's input.
-            side: of the latents; None if it is not known, and nothing has a place. It may wait for the device, so it is
-                called only if needed.
+            latent_size: of the latents; None if it is not known, and nothing has a place. It may wait for the device, so it
+                is called only if needed.
             pipe: the pipeline, while a call of it runs.
             time: [B], the noise level.
             acting: [N], the experts that are on.
@@ -284,20 +284,20 @@ class TokenMasks:
         state = next((known for known in alike if known.input.is_same(text)), None)
         state = state or next((known for known in alike if known.input.is_copied(text)), None)
         if state is None:
-            state = self._new(text, latents, side(), pipe, acting)
+            state = self._new(text, latents, latent_size(), pipe, acting)
             self._texts = [*self._texts, state][-MOST_TEXTS:]
             self.warn(*state.picture.lost_regions(acting))
             if pipe is not None:  # training prompts name single experts
                 self.warn(*self._notices(state), *state.picture.crowded(acting))
-        places = state.place_masks
+        places = state.region_masks
         if state.picture.can_decide:
             self.warn(*state.picture.decide())
             state.make_masks()
         state.follow_prompt()
-        others_are_silent = self.silence.experts != state.silence.experts or self.silence.rows is not state.silence.rows
-        changes = self.text is not state or state.place_masks is not places or others_are_silent
+        others_are_silent = self.inactive.experts != state.inactive.experts or self.inactive.rows is not state.inactive.rows
+        changes = self.text is not state or state.region_masks is not places or others_are_silent
         if changes:
-            self._hold(state, state.silence)
+            self._hold(state, state.inactive)
         return changes
 
     def _notices(self, text: BoundText) -> Iterator[str]:
@@ -308,10 +308,10 @@ class TokenMasks:
             mentioned = tuple(map(any, zip(*rows, strict=True)))
             yield from notices(list(self.bound), list(self.bound.values()), text.input.acting, mentioned)
 
-    def set_places(self, regions: Mapping[ThingKey, torch.Tensor]) -> bool:
-        """Set where the things of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read.
+    def set_places(self, regions: Mapping[SubjectKey, torch.Tensor]) -> bool:
+        """Set where the subjects of this call's pictures are, [H, W] in 0..1 by `words.keys`. Maps are then not read.
 
-        Returns False, and sets nothing, if the text that the denoiser reads names other things.
+        Returns False, and sets nothing, if the text that the denoiser reads names other subjects.
         """
         if not all(state.picture.names_only(regions) for state in self._texts):
             return False
@@ -319,7 +319,7 @@ class TokenMasks:
         for state in self._texts:
             if state.picture.set_places(regions):
                 state.make_masks()
-        self._hold(self.text, self.silence)
+        self._hold(self.text, self.inactive)
         return True
 
     def end(self, *, warns: bool) -> None:
@@ -333,11 +333,11 @@ class TokenMasks:
 
     def restore_point(self) -> Callable[[Undo], None]:
         """A function that holds the text of now for the layers again, until it is undone."""
-        return restore_point(self, "text", "silence", "binds")
+        return restore_point(self, "text", "inactive", "binds")
 
-    def _hold(self, text: BoundText | None, silence: Silence) -> None:
+    def _hold(self, text: BoundText | None, inactive: Inactive) -> None:
         """Hold a text for the layers that run now."""
-        self.text, self.silence = text, silence
+        self.text, self.inactive = text, inactive
         self.binds = self._encoder_text.acting_tokens is not None or (text is not None and text.binds)
 
     def _begin_if_noisier(self, time: torch.Tensor) -> None:
@@ -350,27 +350,29 @@ class TokenMasks:
                 self._texts = []
 
     def _new(
-        self, text: torch.Tensor, latents: torch.Tensor, side: GridSize | None, pipe: Any, acting: tuple[bool, ...]
+        self, text: torch.Tensor, latents: torch.Tensor, latent_size: GridSize | None, pipe: Any, acting: tuple[bool, ...]
     ) -> BoundText:
-        """What follows from a new text. Within a call, it keeps the layout of the last prompt if the things are the same.
+        """What follows from a new text. Within a call, it keeps the layout of the last prompt if the subjects are the same.
 
         If it is not known whether it is a prompt, a text without any expert's words counts as the unconditional one of
         guidance that calls the denoiser separately. It then has the experts and places of the last prompt.
         """
-        known = None if pipe is None else groups_of(pipe, text, latents)
+        known = None if pipe is None else guidance_layout_of(pipe, text, latents)
         readings = self._read(text, acting)
-        groups = known or _groups(readings, latents, self.reader.tokens.prompts)
+        guidance_layout = known or _guidance_layout(readings, latents, self.reader.tokens.prompts)
         frames = max(1, len(text) // len(latents))  # a video repeats its text for each frame
-        picture = PictureLayout(self.bound, readings, groups=groups, frames=frames, side=side)
+        picture = PictureLayout(
+            self.bound, readings, guidance_layout=guidance_layout, frames=frames, latent_size=latent_size
+        )
         mentioned = [readings[row].mentioned for row in picture.prompt_of]
         acts = self.reader.acting_tokens(readings, mentioned, acting, text.device) if readings else None
         words = TextInput(text.detach(), version(text), latents.shape, acting), picture, acts
         prompt = next(reversed(self._prompts), None)
         is_prompt = known is not None or _names_an_expert(readings)
         if not is_prompt and prompt is not None and len(prompt.input.text) == len(text):
-            return BoundText(self.blocks, *words, prompt.silence, prompt)
-        silence = self.reader.silence(mentioned or [(True,) * len(self.bound)], text.device)
-        state = BoundText(self.blocks, *words, silence)
+            return BoundText(self.blocks, *words, prompt.inactive, prompt)
+        inactive = self.reader.inactive(mentioned or [(True,) * len(self.bound)], text.device)
+        state = BoundText(self.blocks, *words, inactive)
         if self._places:
             picture.set_places(self._places)
         elif prompt is not None and pipe is not None:
@@ -404,8 +406,8 @@ def _names_an_expert(readings: Sequence[Reading]) -> bool:
     return any(any(reading.mentioned) for reading in readings)
 
 
-def _groups(readings: Sequence[Reading], latents: torch.Tensor, prompts: Sequence[str]) -> Groups:
-    """The groups of a text's rows, of a pipeline that is not known. `prompts` are those rows if they are told.
+def _guidance_layout(readings: Sequence[Reading], latents: torch.Tensor, prompts: Sequence[str]) -> GuidanceLayout:
+    """The guidance layout of a text's rows, of a pipeline that is not known. `prompts` are those rows if they are told.
 
     Guidance repeats each picture, first without its prompt. In training, where nothing waits for the device, only a batch
     whose other rows all name an expert counts as guided, or without gradients one that begins without prompts.

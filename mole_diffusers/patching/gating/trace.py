@@ -1,4 +1,4 @@
-"""A record of the gates' decisions inside a block: weights by site, step, batch row and expert."""
+"""A record of the gates' decisions inside a block: weights by gate location, step, batch row and expert."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Trace:
         experts: names, in the order of the last axis.
         step: where sampling is.
         before: its number when the block began; a trace counts its own.
-        records: (site, step, applied weights [N] or [B, N] on the CPU). Step -1 is before the first denoiser call, when
-            text encoders run. If some layers of a site have fewer of the experts, they are recorded separately, as
-            "SITE (fox, ink)". Layers outside of blocks share one record, without a plan's strengths by block.
+        records: (gate location, step, applied weights [N] or [B, N] on the CPU). Step -1 is before the first denoiser call,
+            when text encoders run. If some layers of a gate location have fewer of the experts, they are recorded
+            separately, as "SITE (fox, ink)". Layers outside of blocks share one record, without a plan's strengths by block.
         layouts: where each expert acted, for each picture of the last call. Available when the block has ended.
         maps: with `maps=True`, number of the denoiser call, from 0 -> for each picture, name of an expert or noun -> [h,
             w] on the CPU. It is the attention to its words, 0..1 in each layer that is read, summed over these layers.
@@ -39,12 +39,12 @@ class Trace:
     _largest: dict[str, Present] = field(default_factory=dict, repr=False)
 
     def record(self, decision: Decision) -> None:
-        site = decision.name
-        largest = self._largest.setdefault(site, decision.present)
+        location = decision.name
+        largest = self._largest.setdefault(location, decision.present)
         if decision.present != largest:
             names = [name for name, there in zip(self.experts, decision.present, strict=True) if there]
-            site = f"{site} ({', '.join(names)})"
-        self.records.append((site, self.step.number - self.before, decision.weights.detach().float().cpu()))
+            location = f"{location} ({', '.join(names)})"
+        self.records.append((location, self.step.number - self.before, decision.weights.detach().float().cpu()))
 
     def record_layouts(self, layouts: list[Layout]) -> None:
         self.layouts = layouts
@@ -55,29 +55,31 @@ class Trace:
             maps |= {name: maps.get(name, 0) + map_ for name, map_ in layer.items()}
 
     @property
-    def sites(self) -> list[str]:
+    def locations(self) -> list[str]:
         """Every gate that was evaluated, in the order of first evaluation."""
-        return list(dict.fromkeys(site for site, _, _ in self.records))
+        return list(dict.fromkeys(location for location, _, _ in self.records))
 
-    def weights(self, site: str) -> torch.Tensor:
-        """The weights at one site by step, mean over batch rows: [steps, N]. In a text encoder, by call instead of step.
+    def weights(self, location: str) -> torch.Tensor:
+        """The weights at one gate location by step, mean over batch rows: [steps, N]. In a text encoder, by call instead of
+        step.
 
         In a step that is drawn in tiles, each expert's weight is the mean over the tiles in which it is not 0.
         """
-        if site not in (found := self.all_weights()):
-            raise ValueError(f"no gate was evaluated at {site!r}; known: {self.sites}")
-        return found[site]
+        if location not in (found := self.all_weights()):
+            raise ValueError(f"no gate was evaluated at {location!r}; known: {self.locations}")
+        return found[location]
 
     def all_weights(self) -> dict[str, torch.Tensor]:
-        """`weights` of every site, read in one pass: SDXL has 700."""
-        steps = dict[str, dict[tuple[int, int], list[torch.Tensor]]]()  # site -> (step, number before the first step)
-        for i, (site, step, weights) in enumerate(self.records):
+        """`weights` of every gate location, read in one pass: SDXL has 700."""
+        # gate location -> (step, number before the first step)
+        steps = dict[str, dict[tuple[int, int], list[torch.Tensor]]]()
+        for i, (location, step, weights) in enumerate(self.records):
             mean = weights.reshape(-1, weights.shape[-1]).mean(0)  # [N]
-            steps.setdefault(site, {}).setdefault((step, i if step < 0 else 0), []).append(mean)
-        return {site: torch.stack([_mean_of_shown(each) for each in of.values()]) for site, of in steps.items()}
+            steps.setdefault(location, {}).setdefault((step, i if step < 0 else 0), []).append(mean)
+        return {location: torch.stack([_mean_of_shown(each) for each in of.values()]) for location, of in steps.items()}
 
     def mean(self) -> dict[str, float]:
-        """Each expert's weight, averaged over steps, rows and the sites in which it is not 0."""
+        """Each expert's weight, averaged over steps, rows and the gate locations in which it is not 0."""
         self._refuse_empty()
         average = _mean_of_shown([weights.mean(0) for weights in self.all_weights().values()])
         return dict(zip(self.experts, average.tolist(), strict=True))

@@ -50,21 +50,21 @@ class Cropping(ABC):
     def __init__(self, config: Any):
         """Of a denoiser with this config."""
 
-    def obstacle(self, call: Call, latents: torch.Tensor, side: GridSize) -> str:
+    def obstacle(self, call: Call, latents: torch.Tensor, latent_size: GridSize) -> str:
         """Why a call for a picture of this side cannot be cut; "" if it can."""
         if any(call.get(name) is not None for name in OF_WHOLE_SIZE):
             return "a ControlNet sees the whole picture, and tiles are parts of it: draw without one of them"
         return ""
 
     @abstractmethod
-    def to_grid(self, tokens: torch.Tensor, side: GridSize) -> torch.Tensor:
+    def to_grid(self, tokens: torch.Tensor, latent_size: GridSize) -> torch.Tensor:
         """Latents or a prediction of a picture of this side, as [B, C, H, W] with one place for each token."""
 
     @abstractmethod
     def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
         """The same backwards."""
 
-    def ids(self, call: Call, box: Box, side: GridSize) -> dict[str, Any]:
+    def ids(self, call: Call, box: Box, latent_size: GridSize) -> dict[str, Any]:
         """The arguments that say where tokens are, for a part."""
         return {}
 
@@ -76,8 +76,8 @@ class Cropping(ABC):
         """What else the model is told in all steps, [B, ...] each: pooled states, and to SDXL sizes."""
         return [pooled] if (pooled := call.get("pooled_projections")) is not None else []
 
-    def told(
-        self, call: Call, pooled: torch.Tensor | None, prompted: torch.Tensor, box: Box, side: GridSize, pixels: int
+    def conditions(
+        self, call: Call, pooled: torch.Tensor | None, prompted: torch.Tensor, box: Box, latent_size: GridSize, pixels: int
     ) -> dict[str, Any]:
         """The arguments, beside latents and text, that a part changes in every step.
 
@@ -100,14 +100,14 @@ class UNetCropping(Cropping):
         self.trained = config.sample_size if isinstance(config.sample_size, int) else 0
         self.multiple = 2 ** (len(config.block_out_channels) - 1)  # it halves them without a remainder
 
-    def obstacle(self, call: Call, latents: torch.Tensor, side: GridSize) -> str:
+    def obstacle(self, call: Call, latents: torch.Tensor, latent_size: GridSize) -> str:
         if latents.dim() != 4:
             return "tiles are parts of a picture, and this is a video"
         if (ids := (call.get("added_cond_kwargs") or {}).get("time_ids")) is not None and ids.shape[-1] != SIZES:
             return f"tiles tell SDXL their size in {SIZES} numbers, and this UNet reads {ids.shape[-1]}, as refiners do"
-        return super().obstacle(call, latents, side)
+        return super().obstacle(call, latents, latent_size)
 
-    def to_grid(self, tokens: torch.Tensor, side: GridSize) -> torch.Tensor:
+    def to_grid(self, tokens: torch.Tensor, latent_size: GridSize) -> torch.Tensor:
         return tokens
 
     def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
@@ -117,13 +117,13 @@ class UNetCropping(Cropping):
         added = call.get("added_cond_kwargs") or {}
         return [added[name] for name in ("text_embeds", "time_ids") if name in added]
 
-    def told(
-        self, call: Call, pooled: torch.Tensor | None, prompted: torch.Tensor, box: Box, side: GridSize, pixels: int
+    def conditions(
+        self, call: Call, pooled: torch.Tensor | None, prompted: torch.Tensor, box: Box, latent_size: GridSize, pixels: int
     ) -> dict[str, Any]:
         added = call.get("added_cond_kwargs")
         if added is None or pooled is None:
             return {}
-        (height, width), (top, _, left, _), times = side, box, added["time_ids"]
+        (height, width), (top, _, left, _), times = latent_size, box, added["time_ids"]
         whole = pixels * height, pixels * width
         sizes = onto(torch.tensor((*whole, pixels * top, pixels * left, *whole)), times.device).to(times.dtype)
         own = _in_rows(prompted, pooled, added["text_embeds"])
@@ -138,7 +138,7 @@ class SD3Cropping(Cropping):
     def __init__(self, config: Any):
         self.patch, self.trained = config.patch_size, config.sample_size // config.patch_size
 
-    def to_grid(self, tokens: torch.Tensor, side: GridSize) -> torch.Tensor:
+    def to_grid(self, tokens: torch.Tensor, latent_size: GridSize) -> torch.Tensor:
         return F.pixel_unshuffle(tokens, self.patch)
 
     def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
@@ -156,20 +156,20 @@ class FluxCropping(Cropping):
     def __init__(self, config: Any):
         self.patch, self.trained = 2, 64  # 1024 pixels; its config has no size
 
-    def obstacle(self, call: Call, latents: torch.Tensor, side: GridSize) -> str:
-        if latents.shape[1] != side[0] * side[1]:
+    def obstacle(self, call: Call, latents: torch.Tensor, latent_size: GridSize) -> str:
+        if latents.shape[1] != latent_size[0] * latent_size[1]:
             return "tiles are parts of the picture that is drawn, and this call has given pictures, too"
-        return super().obstacle(call, latents, side)
+        return super().obstacle(call, latents, latent_size)
 
-    def to_grid(self, tokens: torch.Tensor, side: GridSize) -> torch.Tensor:
-        return tokens.transpose(1, 2).unflatten(2, side)
+    def to_grid(self, tokens: torch.Tensor, latent_size: GridSize) -> torch.Tensor:
+        return tokens.transpose(1, 2).unflatten(2, latent_size)
 
     def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
         return grid.flatten(2).transpose(1, 2).contiguous()
 
-    def ids(self, call: Call, box: Box, side: GridSize) -> dict[str, Any]:
+    def ids(self, call: Call, box: Box, latent_size: GridSize) -> dict[str, Any]:
         top, bottom, left, right = box
-        ids = call["img_ids"].unflatten(-2, side)  # [H, W, 3], or the same for each picture
+        ids = call["img_ids"].unflatten(-2, latent_size)  # [H, W, 3], or the same for each picture
         return {"img_ids": ids[..., : bottom - top, : right - left, :].flatten(-3, -2)}
 
     def encoded(self, made: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:

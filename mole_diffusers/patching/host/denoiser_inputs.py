@@ -24,7 +24,7 @@ DENOISERS = ("unet", "transformer")
 CONDITIONER = "text_conditioner"  # makes the denoiser's text: of another tokenizer's tokens, and what the encoder returns
 # What pipelines and denoisers call the arguments for attention; LoRAs are multiplied by their "scale".
 FOR_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
-Groups = tuple[bool, ...]  # for each group of a text's rows, all of one size: whether its rows are the prompts
+GuidanceLayout = tuple[bool, ...]  # for each group of a text's rows, all of one size: whether its rows are the prompts
 
 
 def lora_scale(call: Mapping[str, Any]) -> float:
@@ -65,13 +65,13 @@ class DenoiserInputs:
         time = time.float().expand(sample.shape[0])
         return (time - clean if clean else time) / (pure_noise - clean)
 
-    def side(self, args: tuple, kwargs: dict) -> GridSize | None:
+    def latent_size(self, args: tuple, kwargs: dict) -> GridSize | None:
         """Height and width of the latents, in the denoiser's tokens; None if their layout is not known."""
-        if self.record.side is None:
+        if self.record.latent_size is None:
             return None
         places = self.record.arguments.places
         if places is None or not self._places.is_again(self._read(places, args, kwargs)):
-            self._side = self.record.side(lambda name: self._read(name, args, kwargs), self._config)
+            self._side = self.record.latent_size(lambda name: self._read(name, args, kwargs), self._config)
         return self._side
 
     def latents(self, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -120,7 +120,7 @@ class DenoiserInputs:
         return last if shown is None else last[:, : int(shown.sum(1).amax())]
 
 
-def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | None:
+def guidance_layout_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> GuidanceLayout | None:
     """How a call's guidance has combined the rows of a text [B, S, C].
 
     None if that is not known, or if the denoiser is called separately for each text.
@@ -132,10 +132,10 @@ def groups_of(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> Groups | 
     if guided is None:
         return None
     perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
-    groups = (False,) * bool(guided) + (True,) * (1 + perturbed)
+    guidance_layout = (False,) * bool(guided) + (True,) * (1 + perturbed)
     if record(denoiser(pipe)).pipelines.prompts_first:
-        groups = groups[::-1]
-    return groups if repeats(latents, len(groups)) else None
+        guidance_layout = guidance_layout[::-1]
+    return guidance_layout if repeats(latents, len(guidance_layout)) else None
 
 
 def guides_in_turns(call: Mapping[str, Any]) -> bool:
@@ -155,8 +155,8 @@ def repeats(latents: torch.Tensor, times: int) -> bool:
 
 def prompted_rows(pipe: Any, text: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """[B] bool: the rows of a text [B, S, C] that are prompts; all if that is not known."""
-    groups = groups_of(pipe, text, latents) or (True,)
-    return torch.tensor(groups, device=text.device).repeat_interleave(len(text) // len(groups))
+    guidance_layout = guidance_layout_of(pipe, text, latents) or (True,)
+    return torch.tensor(guidance_layout, device=text.device).repeat_interleave(len(text) // len(guidance_layout))
 
 
 def compiled_from(model: Any) -> Any:

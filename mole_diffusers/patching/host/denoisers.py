@@ -55,9 +55,9 @@ class Blocks:
         """The number of tokens in blocks, of a text or a picture of so many."""
         return -(-tokens // self.multiple) * self.multiple
 
-    def tokens_of(self, side: GridSize) -> int:
+    def tokens_of(self, latent_size: GridSize) -> int:
         """The number of tokens in blocks of a picture with this height and width."""
-        height, width = side
+        height, width = latent_size
         return self.oblong if self.oblong and height != width else self.padded(height * width)
 
     def apart(self, picture: int, text: int, padded: int | None = None) -> tuple[slice, slice]:
@@ -67,7 +67,7 @@ class Blocks:
         start = self.padded(picture) if padded is None else padded
         return slice(0, picture), slice(start, start + text)
 
-    def stream_of(self, layer: str) -> str | None:
+    def token_type_of(self, layer: str) -> str | None:
         """The tokens that a layer reads: "image", "text", or "joint", those of both in the order of attention.
 
         None if its tokens are neither (the frames of a video).
@@ -128,8 +128,9 @@ class Denoiser:
 
     Attributes:
         pipelines: what its pipelines give it.
-        side: height and width of the picture, from a call's arguments and the model's config; None if the call does not
-            say it. Then nothing has a place. None instead of the function: nothing ever has one, and regions are refused.
+        latent_size: height and width of the picture, from a call's arguments and the model's config; None if the call does
+            not say it. Then nothing has a place. None instead of the function: nothing ever has one, and regions are
+                refused.
         text_width: name in its config of the text's channels; those of several texts are alike.
         blocks: what they do with text and picture.
         cropping: how a part of a picture is drawn as a picture of its own; None: nothing is drawn in tiles.
@@ -137,7 +138,7 @@ class Denoiser:
     """
 
     pipelines: Pipelines
-    side: Callable[[Read, Any], GridSize | None] | None
+    latent_size: Callable[[Read, Any], GridSize | None] | None
     text_width: str
     blocks: Blocks
     arguments: Arguments = Arguments()

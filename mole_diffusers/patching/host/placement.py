@@ -1,4 +1,4 @@
-"""Where the sites of gates are in a model, and what a gate reads there."""
+"""Where gates are in a model, and what a gate reads there."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
 from mole_diffusers.patching.host.denoisers import TEXT_LAYERS, record
 
-OUTSIDE_BLOCKS = ""  # the site of layers outside any block: resnets, time embedding, proj_in and proj_out
+OUTSIDE_BLOCKS = ""  # the gate location of layers outside any block: resnets, time embedding, proj_in and proj_out
 ENCODER_ENTRIES = ("self_attn", "SelfAttention")  # in blocks of text encoders, the module that their input enters first
 TIME_WIDTH = 32  # channels of the sinusoidal time features that the network's gate reads beside the text
 
 
 @dataclass(frozen=True)
-class SiteDescription:
+class LocationDescription:
     """What one gate reads.
 
     - "block": what enters `module`, whenever `block` runs
@@ -45,14 +45,14 @@ def blocks(model: nn.Module, entries: Sequence[str]) -> dict[str, str]:
     }
 
 
-def site_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str:
-    """The name of the site whose gate weighs `layer`, see `Family.one_gate_per`."""
+def location_name(layer: str, one_gate_per: str, block_names: Iterable[str]) -> str:
+    """The name of the gate location whose gate weighs `layer`, see `GateType.one_gate_per`."""
     block = _block_of(layer, block_names)
-    if one_gate_per == "matrix" or (one_gate_per == "stream" and block is None):
+    if one_gate_per == "matrix" or (one_gate_per == "token type" and block is None):
         return layer
     if one_gate_per == "model" or block is None:
         return OUTSIDE_BLOCKS
-    if one_gate_per == "stream" and layer.endswith(TEXT_LAYERS):
+    if one_gate_per == "token type" and layer.endswith(TEXT_LAYERS):
         return f"{block}.{TEXT_LAYERS[0]}"
     return block if one_gate_per != "layer" else ".".join([block, layer.removeprefix(f"{block}.").split(".")[0]])
 
@@ -62,43 +62,46 @@ def _block_of(module: str, block_names: Iterable[str]) -> str | None:
     return next((block for block in block_names if f"{module}.".startswith(f"{block}.")), None)
 
 
-def describe_site(
+def describe_location(
     name: str, one_gate_per: str, model: nn.Module, entries: Mapping[str, str], *, denoises: bool, reads_prompt: bool
-) -> SiteDescription:
-    """Describe the site with a name from `site_name`, in a denoiser or a text encoder whose `blocks` are `entries`.
+) -> LocationDescription:
+    """Describe the gate location with a name from `location_name`, in a denoiser or a text encoder whose `blocks` are
+    `entries`.
 
     A gate that `reads_prompt` reads what a denoiser gets, or what enters a text encoder's block.
     """
     block = _block_of(name, entries)
     if reads_prompt and not denoises and block is not None:
-        return SiteDescription(name, "block", block, block, _in_width(model.get_submodule(block)), 0)
+        return LocationDescription(name, "block", block, block, _in_width(model.get_submodule(block)), 0)
     if reads_prompt or name == OUTSIDE_BLOCKS:
         width = text_width(model, denoises=denoises) + (TIME_WIDTH if denoises and not reads_prompt else 0)
-        return SiteDescription(name, "model", None if denoises else next(iter(entries)), None, width, 0)
+        return LocationDescription(name, "model", None if denoises else next(iter(entries)), None, width, 0)
     width = _in_width(model.get_submodule(name))
     if one_gate_per == "matrix" or block is None:
-        return SiteDescription(name, "layer", None, None, width, 0)
-    if one_gate_per == "stream" and name == block:
-        return SiteDescription(name, "block", block, block, width, 0)
-    if one_gate_per == "stream":
-        return SiteDescription(name, "text", None, block, width, 0)
+        return LocationDescription(name, "layer", None, None, width, 0)
+    if one_gate_per == "token type" and name == block:
+        return LocationDescription(name, "block", block, block, width, 0)
+    if one_gate_per == "token type":
+        return LocationDescription(name, "text", None, block, width, 0)
     entry = entries[name] if one_gate_per == "block" else name
-    return SiteDescription(name, "block", entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
+    return LocationDescription(name, "block", entry, name, _in_width(model.get_submodule(entry)), tokens_of(name, model))
 
 
-def first_reads_its_input(site: SiteDescription, layers: Sequence[str], model: nn.Module) -> bool:
+def first_reads_its_input(location: LocationDescription, layers: Sequence[str], model: nn.Module) -> bool:
     """Whether the first to run of these layers of a block reads the picture, in as many channels as its gate does.
 
     Inside of a block, modules run in the order in which they are listed.
     """
-    block = str(site.block)
+    block = str(location.block)
     first = next(name for name, _ in model.get_submodule(block).named_modules(prefix=block) if name in layers)
-    return record(model).blocks.stream_of(first) != "text" and _in_width(model.get_submodule(first)) == site.width
+    return record(model).blocks.token_type_of(first) != "text" and _in_width(model.get_submodule(first)) == location.width
 
 
-def stream_of(part: str, model: nn.Module, layer: str) -> str | None:
-    """The tokens that a layer of a part of a pipeline reads: "encoding" in a text encoder, else see `Blocks.stream_of`."""
-    return record(model).blocks.stream_of(layer) if part in DENOISERS else "encoding"
+def token_type_of(part: str, model: nn.Module, layer: str) -> str | None:
+    """The tokens that a layer of a part of a pipeline reads: "encoding" in a text encoder, else see
+    `Blocks.token_type_of`.
+    """
+    return record(model).blocks.token_type_of(layer) if part in DENOISERS else "encoding"
 
 
 def _in_width(module: nn.Module) -> int:
@@ -131,24 +134,24 @@ def tokens_of(name: str, model: Any) -> int:
         level = depth - level
     if not (size := config.sample_size):  # the model is for pictures of any size
         return 0
-    side = size if isinstance(size, int) else size[0]
-    return (side >> level) ** 2
+    latent_size = size if isinstance(size, int) else size[0]
+    return (latent_size >> level) ** 2
 
 
-def probed(site: SiteDescription, stacks: Mapping[str, Stack]) -> list[str]:
+def probed(location: LocationDescription, stacks: Mapping[str, Stack]) -> list[str]:
     """The expert layers that read the gate's own input, so that their outputs are known when the gate is evaluated.
 
-    Raises ValueError if no expert has one: the paper's input does not exist at that site.
+    Raises ValueError if no expert has one: the paper's input does not exist at that location.
     """
-    if site.module is None:
-        return [site.name]
+    if location.module is None:
+        return [location.name]
     ends: tuple[str, ...] = ("to_q", "q_proj", "net.0.proj", "fc1")
-    if not site.module.endswith("attn2"):  # cross-attention reads keys and values from the text
+    if not location.module.endswith("attn2"):  # cross-attention reads keys and values from the text
         ends += ("to_k", "to_v", "k_proj", "v_proj")
-    names = [name for name in stacks if name.startswith(f"{site.module}.") and name.endswith(ends)]
+    names = [name for name in stacks if name.startswith(f"{location.module}.") and name.endswith(ends)]
     if not names:
         raise ValueError(
-            f"inputs='experts' needs an expert layer that reads the input of {site.module}, and no expert has one; "
+            f"inputs='experts' needs an expert layer that reads the input of {location.module}, and no expert has one; "
             f"use inputs='hidden'"
         )
     return names

@@ -15,10 +15,16 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates import Family, Gate, GateBank, GatePlace, Layer
+from mole_diffusers.gates import Gate, GateBank, GatePlace, GateType, Layer
 from mole_diffusers.lora.stacking import Stack
 from mole_diffusers.patching.gating.decision import Present
-from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, LayerSite, ModelSite, OutputSite
+from mole_diffusers.patching.gating.gate_location import (
+    BlockLocation,
+    GateLocation,
+    LayerLocation,
+    ModelLocation,
+    OutputLocation,
+)
 from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.hooks import ForwardHook, Uncompiled
 from mole_diffusers.patching.host.denoiser_inputs import DENOISERS
@@ -26,28 +32,28 @@ from mole_diffusers.patching.host.denoisers import record
 from mole_diffusers.patching.host.placement import (
     ENCODER_ENTRIES,
     OUTSIDE_BLOCKS,
-    SiteDescription,
+    LocationDescription,
     blocks,
-    describe_site,
+    describe_location,
     first_reads_its_input,
+    location_name,
     probed,
-    site_name,
-    stream_of,
+    token_type_of,
 )
 from mole_diffusers.patching.install import peft_injection
 from mole_diffusers.patching.install.gate_inputs import AroundBlock, GateInput, ModelInput, MoLEAttnProcessor, OutputMixing
-from mole_diffusers.patching.install.held_ranks import HeldRanks
+from mole_diffusers.patching.install.loaded_adapters import LoadedAdapters
 from mole_diffusers.patching.undo import Undo
 
 BANK = "mole_gates"  # submodule of a model with its gates, so that they move and offload with it
 
 
 @dataclass(frozen=True)
-class PlacedSite:
-    """A site, what its gate reads, and the layers that take its weights."""
+class PlacedLocation:
+    """A gate location, what its gate reads, and the layers that take its weights."""
 
-    site: GateSite
-    about: SiteDescription
+    location: GateLocation
+    about: LocationDescription
     layers: Sequence[str]
     by_processor: bool  # whether our attention processor passes on what the gate reads; else a hook does, if anything
 
@@ -64,93 +70,95 @@ class Component:
         model: Any,
         stacks: Mapping[str, Stack],
         *,
-        family: Family,
+        gate_type: GateType,
         shared: SharedState,
         lock: threading.RLock,
     ):
-        self.name, self.model, self.family, self.shared = name, model, family, shared
-        if family.mixes_outputs and self._is_joint:
+        self.name, self.model, self.gate_type, self.shared = name, model, gate_type, shared
+        if gate_type.mixes_outputs and self._is_joint:
             raise ValueError(
                 f"gates that weigh outputs of blocks need blocks with one output, and those of a {type(model).__name__} "
                 "have one for the text and one for the picture"
             )
-        self.stacks = {layer: family.prepared(stack) for layer, stack in stacks.items()}
+        self.stacks = {layer: gate_type.prepared(stack) for layer, stack in stacks.items()}
         entries = blocks(model, record(model).blocks.entries if self.denoises else ENCODER_ENTRIES)
-        per = family.one_gate_per
-        if per == "stream" and self._is_joint:  # text and picture come together inside of blocks
+        per = gate_type.one_gate_per
+        if per == "token type" and self._is_joint:  # text and picture come together inside of blocks
             per = "matrix"
-        self._layers_of_gate = _by_site(stacks, per, entries)
-        if family.weighs_layers_apart:  # then a gate has a site at each of its layers
+        self._layers_of_gate = _by_location(stacks, per, entries)
+        if gate_type.weighs_layers_apart:  # then a gate has a gate location at each of its layers
             per = "matrix"
-        layers_of_site = _by_site(stacks, per, entries)
-        reading = {"denoises": self.denoises, "reads_prompt": family.reads_prompt}
-        sites = {name: describe_site(name, per, model, entries, **reading) for name in layers_of_site}
-        of_layer = {layer: sites[name] for name, layers in layers_of_site.items() for layer in layers}
+        layers_of_location = _by_location(stacks, per, entries)
+        reading = {"denoises": self.denoises, "reads_prompt": gate_type.reads_prompt}
+        locations = {name: describe_location(name, per, model, entries, **reading) for name in layers_of_location}
+        of_layer = {layer: locations[name] for name, layers in layers_of_location.items() for layer in layers}
         gates = {name: self._gate(name, layers, of_layer[layers[0]]) for name, layers in self._layers_of_gate.items()}
         self.bank = GateBank(gates)
         self.placed = [
-            PlacedSite(self._site(sites[name], layers), sites[name], layers, self._by_processor(sites[name], layers))
-            for name, layers in layers_of_site.items()
+            PlacedLocation(
+                self._location(locations[name], layers), locations[name], layers, self._by_processor(locations[name], layers)
+            )
+            for name, layers in layers_of_location.items()
         ]
-        self.ranks = HeldRanks(model, self.stacks, shared, lock, denoises=self.denoises, whole=family.reads_ranks)
-        self.site_of = {layer: each.site for each in self.placed for layer in each.layers}
+        self.ranks = LoadedAdapters(model, self.stacks, shared, lock, denoises=self.denoises, whole=gate_type.reads_ranks)
+        self.location_of = {layer: each.location for each in self.placed for layer in each.layers}
 
     def install(self, undo: Undo) -> None:
         """Put experts, gates and attention processors on the model, each recorded in `undo` first; its hooks are `hooks`.
 
         A gate at a block reads what enters its attention. Where diffusers lets the processor of an attention be replaced,
-        ours does that inside the attention, so that a processor that replaces ours is seen (`BlockSite`). Everything else
-        gets a hook, see `_by_processor`.
+        ours does that inside the attention, so that a processor that replaces ours is seen (`BlockLocation`). Everything
+        else gets a hook, see `_by_processor`.
         """
         undo.callback(self.model._modules.pop, BANK, None)
         self.model.add_module(BANK, self.bank.to(next(self.model.parameters()).device))
-        layers = {layer: (self.site_of[layer], stream_of(self.name, self.model, layer)) for layer in self.stacks}
+        layers = {layer: (self.location_of[layer], token_type_of(self.name, self.model, layer)) for layer in self.stacks}
         peft_injection.inject(self.model, self.stacks, self.ranks.install(), layers, undo)
         for each in self.placed:
             module = self._module(each.about)
             if each.by_processor and isinstance(module, Attention):
-                _replace_processor(module, each.site, undo)
+                _replace_processor(module, each.location, undo)
 
     def hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
-        """The hooks that let sites know when sampling gets to them, and what their gates read."""
-        if self.denoises and (sites := self.model_sites):
-            yield self.model, ModelInput(sites, self.shared, reads_prompt=self.family.reads_prompt)
-        if mixing := {each.about.name: each.site for each in self.placed if isinstance(each.site, OutputSite)}:
+        """The hooks that let gate locations know when sampling gets to them, and what their gates read."""
+        if self.denoises and (locations := self.model_locations):
+            yield self.model, ModelInput(locations, self.shared, reads_prompt=self.gate_type.reads_prompt)
+        if mixing := {each.about.name: each.location for each in self.placed if isinstance(each.location, OutputLocation)}:
             blocks = {name: self.model.get_submodule(name) for name in mixing}
             yield self.model, Uncompiled(self.shared.entered, list(blocks.values()), lambda: True)
             for name, mixed in mixing.items():
                 yield blocks[name], OutputMixing(mixed)
         for each in self.placed:
-            site, module = each.site, self._module(each.about)
-            if isinstance(site, OutputSite):
+            location, module = each.location, self._module(each.about)
+            if isinstance(location, OutputLocation):
                 continue
-            if isinstance(site, BlockSite):
-                yield self.model.get_submodule(str(each.about.block)), AroundBlock(site)
+            if isinstance(location, BlockLocation):
+                yield self.model.get_submodule(str(each.about.block)), AroundBlock(location)
             if module is not None and not each.by_processor:
-                yield module, GateInput(site, None if site.timed else self.shared.tokens)
+                yield module, GateInput(location, None if location.timed else self.shared.tokens)
 
     @property
     def _is_joint(self) -> bool:
         """Whether it attends to text and picture together. Such processors say which backend they use, so they stay."""
         return self.denoises and record(self.model).blocks.is_joint
 
-    def _by_processor(self, site: SiteDescription, layers: Sequence[str]) -> bool:
-        """Whether our attention processor gives the gate of a site and these layers its input.
+    def _by_processor(self, location: LocationDescription, layers: Sequence[str]) -> bool:
+        """Whether our attention processor gives the gate of a gate location and these layers its input.
 
         Not where there is no processor, or one that must stay (`_is_joint`). And not where the layers cannot stand in for a
         processor that replaces ours, since the first of them reads the text, or other channels than the gate.
         """
-        if self._is_joint or self.family.mixes_outputs or not isinstance(self._module(site), Attention):
+        if self._is_joint or self.gate_type.mixes_outputs or not isinstance(self._module(location), Attention):
             return False
-        return first_reads_its_input(site, layers, self.model)
+        return first_reads_its_input(location, layers, self.model)
 
-    def _module(self, site: SiteDescription) -> nn.Module | None:
-        """The module whose input the gate of a site reads when it runs."""
-        return None if site.module is None else self.model.get_submodule(site.module)
+    def _module(self, location: LocationDescription) -> nn.Module | None:
+        """The module whose input the gate of a gate location reads when it runs."""
+        return None if location.module is None else self.model.get_submodule(location.module)
 
     @property
-    def sites(self) -> list[GateSite]:
-        return [each.site for each in self.placed]
+    def locations(self) -> list[GateLocation]:
+        return [each.location for each in self.placed]
 
     @property
     def denoises(self) -> bool:
@@ -164,21 +172,21 @@ class Component:
     @property
     def step_invariant(self) -> bool:
         """Whether no gate depends on anything that changes while sampling."""
-        return all(site.gate.step_invariant for site in self.sites)
+        return all(location.gate.step_invariant for location in self.locations)
 
     @property
     def input_free(self) -> bool:
         """Whether no gate depends on anything."""
-        return all(site.gate.input_free for site in self.sites)
+        return all(location.gate.input_free for location in self.locations)
 
     def evaluate_deferred(self) -> None:
         """Evaluate the gates that wait until a layer asks."""
-        for site in self.model_sites:
-            site.evaluate_deferred()
+        for location in self.model_locations:
+            location.evaluate_deferred()
 
     @property
-    def model_sites(self) -> list[ModelSite]:
-        return [site for site in self.sites if isinstance(site, ModelSite)]
+    def model_locations(self) -> list[ModelLocation]:
+        return [location for location in self.locations if isinstance(location, ModelLocation)]
 
     def evaluate_input_free(self) -> None:
         """Evaluate gates that read nothing, outside of any sampling, for the listeners.
@@ -188,14 +196,16 @@ class Component:
         device = next(self.model.parameters()).device
         rows = self.shared.effective.rows_of_prompts
         for each in self.placed:
-            site, about, layer = each.site, each.about, None
-            if self.shared.settings.fixed.now is None and not site.gate.input_free:
-                reads = "prompt" if site.gate.step_invariant else "picture"
-                raise ValueError(f"the gate of {site.name} depends on the {reads}; give a prompt to average over")
-            if site.gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
+            location, about, layer = each.location, each.about, None
+            if self.shared.settings.fixed.now is None and not location.gate.input_free:
+                reads = "prompt" if location.gate.step_invariant else "picture"
+                raise ValueError(f"the gate of {location.name} depends on the {reads}; give a prompt to average over")
+            if location.gate.ranked:  # it sits at one layer, and only asks for the experts of the ranks
                 stack = self.stacks[about.name]
-                layer = Layer(torch.zeros(1, len(stack.segment), device=device), stack.up, stack.segment.to(device))
-            self._site(about, each.layers).evaluate(torch.zeros(rows, 1, about.width, device=device), layer)
+                layer = Layer(
+                    torch.zeros(1, len(stack.expert_index), device=device), stack.up, stack.expert_index.to(device)
+                )
+            self._location(about, each.layers).evaluate(torch.zeros(rows, 1, about.width, device=device), layer)
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate with the layers that it weighs."""
@@ -203,54 +213,58 @@ class Component:
 
     # ---- building
 
-    def _gate(self, name: str, layers: Sequence[str], site: SiteDescription) -> Gate:
-        """The gate of a name for these layers, the first of which has this site."""
+    def _gate(self, name: str, layers: Sequence[str], location: LocationDescription) -> Gate:
+        """The gate of a name for these layers, the first of which has this location."""
         experts = len(self.shared.settings.active.now)
-        width, presents, is_outside = site.width, [(True,) * experts], site.name == OUTSIDE_BLOCKS
-        if self.family.reads_experts and not is_outside:
-            width = experts * sum(self.stacks[layer].out for layer in probed(site, self.stacks))
-        if self.family.mixes_outputs and not is_outside:
+        width, layer_adapters, is_outside = location.width, [(True,) * experts], location.name == OUTSIDE_BLOCKS
+        if self.gate_type.reads_experts and not is_outside:
+            width = experts * sum(self.stacks[layer].out for layer in probed(location, self.stacks))
+        if self.gate_type.mixes_outputs and not is_outside:
             width = experts * width
-        if self.family.weighs_layers_apart:
-            presents = [self.stacks[layer].present for layer in layers]
-        tokens = round(site.tokens * self.family.picture_area) if self.denoises else site.tokens
-        return self.family.gate(GatePlace(experts, width, tokens, name == OUTSIDE_BLOCKS, presents, self.stacks.get(name)))
+        if self.gate_type.weighs_layers_apart:
+            layer_adapters = [self.stacks[layer].present for layer in layers]
+        tokens = round(location.tokens * self.gate_type.picture_area) if self.denoises else location.tokens
+        return self.gate_type.gate(
+            GatePlace(experts, width, tokens, name == OUTSIDE_BLOCKS, layer_adapters, self.stacks.get(name))
+        )
 
-    def _site(self, about: SiteDescription, layers: Sequence[str]) -> GateSite:
-        """The site of a gate. What the gate reads there decides when it is evaluated, and so the kind of site."""
-        presents = {self.stacks[layer].present for layer in layers}
+    def _location(self, about: LocationDescription, layers: Sequence[str]) -> GateLocation:
+        """The gate location of a gate. What the gate reads there decides when it is evaluated, and so the kind of site."""
+        layer_adapters = {self.stacks[layer].present for layer in layers}
         gate, index, scope = self._gate_at(about.name)
         common: dict[str, Any] = {
             "name": f"{self.name}.{about.name}" if about.name else self.name,
             "gate": gate,
             "shared": self.shared,
-            "presents": sorted(presents, key=lambda present: (sum(present), present), reverse=True),
+            "layer_adapters": sorted(layer_adapters, key=lambda present: (sum(present), present), reverse=True),
             "timed": self.denoises,
             "index": index,
             "scope": scope,
             "probe": self._probe(about),
         }
         if about.reads == "model":
-            return ModelSite(**common, spans_blocks=about.name == OUTSIDE_BLOCKS)
-        if self.family.mixes_outputs:
-            return OutputSite(**common | {"presents": [tuple(map(any, zip(*presents, strict=True)))]})
+            return ModelLocation(**common, spans_blocks=about.name == OUTSIDE_BLOCKS)
+        if self.gate_type.mixes_outputs:
+            return OutputLocation(**common | {"layer_adapters": [tuple(map(any, zip(*layer_adapters, strict=True)))]})
         if about.reads == "layer":
-            return LayerSite(**common)
-        return BlockSite(**common, reads_text=about.reads == "text")
+            return LayerLocation(**common)
+        return BlockLocation(**common, reads_text=about.reads == "text")
 
-    def _gate_at(self, site: str) -> tuple[Gate, int | None, Present | None]:
-        """The gate of a site; if it weighs each of its layers, the layer's index and the experts it shares among."""
-        if not self.family.weighs_layers_apart:
-            return self.bank[site], None, None
-        name, layers = next((name, layers) for name, layers in self._layers_of_gate.items() if site in layers)
+    def _gate_at(self, location: str) -> tuple[Gate, int | None, Present | None]:
+        """The gate of a gate location; if it weighs each of its layers, the layer's index and the experts it shares
+        among.
+        """
+        if not self.gate_type.weighs_layers_apart:
+            return self.bank[location], None, None
+        name, layers = next((name, layers) for name, layers in self._layers_of_gate.items() if location in layers)
         scope = tuple(map(any, zip(*(self.stacks[layer].present for layer in layers), strict=True)))
-        return self.bank[name], layers.index(site), scope
+        return self.bank[name], layers.index(location), scope
 
-    def _probe(self, site: SiteDescription) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _probe(self, location: LocationDescription) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The paper's gate input: hidden state [B, T, C] -> each expert's outputs [B, T, N * sum Cout]."""
-        if not self.family.reads_experts or site.name == OUTSIDE_BLOCKS:
+        if not self.gate_type.reads_experts or location.name == OUTSIDE_BLOCKS:
             return None
-        names, pool = probed(site, self.stacks), not self.family.reads_tokens
+        names, pool = probed(location, self.stacks), not self.gate_type.reads_tokens
 
         def outputs(hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden.mean(1, keepdim=True) if pool else hidden  # the mean commutes with linear layers
@@ -263,21 +277,21 @@ class Component:
         return outputs
 
 
-def _by_site(layers: Iterable[str], per: str, entries: Iterable[str]) -> dict[str, list[str]]:
-    """The name of each site -> its layers, see `site_name`."""
+def _by_location(layers: Iterable[str], per: str, entries: Iterable[str]) -> dict[str, list[str]]:
+    """The name of each gate location -> its layers, see `location_name`."""
     found: dict[str, list[str]] = {}
     for layer in layers:
-        found.setdefault(site_name(layer, per, entries), []).append(layer)
+        found.setdefault(location_name(layer, per, entries), []).append(layer)
     return found
 
 
-def _replace_processor(attention: Attention, site: GateSite, undo: Undo) -> None:
+def _replace_processor(attention: Attention, location: GateLocation, undo: Undo) -> None:
     found = attention.processor
 
     def put_back() -> None:
         # A processor that another tool put in place of ours stays; a blank copy that it made of ours is removed.
         if isinstance(attention.processor, MoLEAttnProcessor):
-            attention.set_processor(found if attention.processor.site is site else attention.processor.host)
+            attention.set_processor(found if attention.processor.location is location else attention.processor.host)
 
     undo.callback(put_back)
-    attention.set_processor(MoLEAttnProcessor(found, site))
+    attention.set_processor(MoLEAttnProcessor(found, location))

@@ -18,7 +18,8 @@ from mole_diffusers.patching.host.denoisers import record
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.undo import undoing
 
-SiteWeights = Mapping[tuple[str, Present], torch.Tensor]  # (site, present experts) -> [N], or [R] of gates per rank
+# (gate location, present experts) -> [N], or [R] of gates per rank
+LocationWeights = Mapping[tuple[str, Present], torch.Tensor]
 Folded = dict[str, dict[str, LoraWeights]]  # component -> {module name in the model: one LoRA's weights}
 
 
@@ -35,7 +36,7 @@ class Averages:
         self._sums[key] = (total.to(weights.device) + weights.reshape(-1, weights.shape[-1]).mean(0), count + 1)
 
     @property
-    def weights(self) -> SiteWeights:
+    def weights(self) -> LocationWeights:
         return {key: total / count for key, (total, count) in self._sums.items()}
 
 
@@ -46,9 +47,9 @@ def evaluate_gates(pipe: Any, components: Sequence[Component], prompt: str | Seq
 
     Raises ValueError if a gate needs an input and there is no prompt, or weighs outputs of blocks.
     """
-    if components[0].family.mixes_outputs:
+    if components[0].gate_type.mixes_outputs:
         raise ValueError("gates that weigh outputs of blocks cannot be folded: no weights of layers give the same")
-    if components[0].family.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
+    if components[0].gate_type.reads_prompt and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
         call = {"guidance_scale": record(denoiser(pipe)).pipelines.unguided, **call}
     if prompt is None or reads_nothing(components):
         for component in components:
@@ -102,26 +103,27 @@ def _draw_latents(pipe: Any, prompt: str | Sequence[str], **call: Any) -> None:
     pipe(prompt, **{"num_inference_steps": 10, "generator": generator, "output_type": "latent", **call})
 
 
-def one_lora(components: Iterable[Component], weights: SiteWeights) -> tuple[Folded, set[int]]:
-    """All experts, each at its site's weight, as one LoRA of summed rank, and the columns of the experts that are in it.
+def one_lora(components: Iterable[Component], weights: LocationWeights) -> tuple[Folded, set[int]]:
+    """All experts, each at its gate location's weight, as one LoRA of summed rank, and the columns of the experts that are
+    in it.
 
-    SiteWeights of 0 are left out, and layers without a weight: they did not run.
+    Weights of 0 are left out, and layers without a weight: they did not run.
     """
     layers: Folded = {}
     acting: set[int] = set()
     for component in components:
         for name, stack in component.stacks.items():
-            site = component.site_of[name]
-            if (site.name, stack.present) not in weights:
+            location = component.location_of[name]
+            if (location.name, stack.present) not in weights:
                 continue
-            factor = weights[site.name, stack.present].cpu()
-            if site.spans_blocks and (plan := component.shared.settings.plan.now) is not None:
+            factor = weights[location.name, stack.present].cpu()
+            if location.spans_blocks and (plan := component.shared.settings.plan.now) is not None:
                 factor = factor * torch.tensor(plan.block(f"{component.name}.{name}"))  # [N]
-            factor = factor if site.gate.ranked else factor[stack.segment]  # [R]
+            factor = factor if location.gate.ranked else factor[stack.expert_index]  # [R]
             if (kept := factor != 0).any():
                 up = stack.up[:, kept] * factor[kept].reshape(1, -1, *(1,) * (stack.up.dim() - 2))
                 layers.setdefault(component.name, {})[name] = LoraWeights(stack.down[kept], up, 1.0)
-                acting.update(stack.segment[kept].tolist())
+                acting.update(stack.expert_index[kept].tolist())
     return layers, acting
 
 

@@ -1,4 +1,4 @@
-"""What tells the sites of gates that a block begins, and gives them what their gates read: a processor where the model has
+"""What tells the gate locations that a block begins, and gives them what their gates read: a processor where the model has
 attention processors, hooks elsewhere."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.patching.gating.gate_site import BlockSite, GateSite, ModelSite, OutputSite
+from mole_diffusers.patching.gating.gate_location import BlockLocation, GateLocation, ModelLocation, OutputLocation
 from mole_diffusers.patching.gating.prompt_tokens import PromptTokens
 from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.hooks import ForwardHook
@@ -31,20 +31,20 @@ class MoLEAttnProcessor:
     attention, and the block's layers evaluate the gate themselves.
     """
 
-    def __new__(cls, host: Any = None, site: GateSite | None = None) -> MoLEAttnProcessor:
+    def __new__(cls, host: Any = None, location: GateLocation | None = None) -> MoLEAttnProcessor:
         # On a class, since Python and torch.compile look up calls there.
         mine: Any = cls
         kind: Any = type(host) if host is not None else AttnProcessor2_0
         return super().__new__(_with_signature(mine, kind))
 
-    def __init__(self, host: Any = None, site: GateSite | None = None):
+    def __init__(self, host: Any = None, location: GateLocation | None = None):
         self.host = host or AttnProcessor2_0()
-        self.site = site
+        self.location = location
 
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """hidden_states [B, T, C] (or [B, C, H, W]) -> the result of the model's own processor."""
-        if self.site is not None:
-            self.site.evaluate(functional.as_tokens(hidden_states))
+        if self.location is not None:
+            self.location.evaluate(functional.as_tokens(hidden_states))
         return self.host(attn, hidden_states, *args, **kwargs)
 
 
@@ -67,64 +67,64 @@ def _with_signature(cls: Any, kind: Any) -> Any:
 class AroundBlock(ForwardHook):
     """On a block: its gate must be evaluated again when it begins, and what the gate decided is let go when it ends."""
 
-    site: BlockSite
+    location: BlockLocation
 
     def register(self, module: nn.Module, undo: Undo) -> None:
         super().register(module, undo)
         undo.after_forward(module, self.after)
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.site.begin_block()
+        self.location.begin_block()
 
     def after(self, *_: object) -> None:
-        self.site.end_block()
+        self.location.end_block()
 
 
 @dataclass(eq=False)
 class OutputMixing(ForwardHook):
     """On a block: runs it again with each expert alone, and adds what they change, weighed by the gate, to its output."""
 
-    site: OutputSite
+    location: OutputLocation
 
     def register(self, module: nn.Module, undo: Undo) -> None:
         super().register(module, undo)
         undo.hook(module.register_forward_hook, self.after, with_kwargs=True)
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.site.begin(args[0] if args else kwargs["hidden_states"])
+        self.location.begin(args[0] if args else kwargs["hidden_states"])
 
     def after(self, module: Any, args: tuple, kwargs: dict[str, Any], base: Any) -> torch.Tensor | None:
         """The first run, which has ended, was without experts."""
-        if not self.site.mixes:
+        if not self.location.mixes:
             return None
         if not isinstance(base, torch.Tensor):
             raise ValueError(
                 f"gates that weigh outputs of blocks need blocks with one output, unlike {type(module).__name__}"
             )
-        changes = [torch.zeros_like(base)] * len(self.site.presents[0])
-        for expert in self.site.experts:
-            self.site.take(expert)
+        changes = [torch.zeros_like(base)] * len(self.location.layer_adapters[0])
+        for expert in self.location.experts:
+            self.location.take(expert)
             changes[expert] = module.forward(*args, **kwargs) - base
-        return base + self.site.mixed(torch.stack(changes))
+        return base + self.location.mixed(torch.stack(changes))
 
 
 @dataclass(eq=False)
 class GateInput(ForwardHook):
     """On a module whose input a gate reads, where `MoLEAttnProcessor` does not pass it on."""
 
-    site: GateSite
+    location: GateLocation
     tokens: PromptTokens | None  # in a text encoder, knows which tokens are words
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         words = None if self.tokens is None else self.tokens.current
-        self.site.evaluate(functional.as_tokens(args[0] if args else kwargs["hidden_states"]), tokens=words)
+        self.location.evaluate(functional.as_tokens(args[0] if args else kwargs["hidden_states"]), tokens=words)
 
 
 @dataclass(eq=False)
 class ModelInput(ForwardHook):
-    """On the denoiser: gives sites the text if they read the prompt, otherwise its mean and the noise level."""
+    """On the denoiser: gives gate locations the text if they read the prompt, otherwise its mean and the noise level."""
 
-    sites: Sequence[ModelSite]
+    locations: Sequence[ModelLocation]
     shared: SharedState
     reads_prompt: bool
 
@@ -138,5 +138,5 @@ class ModelInput(ForwardHook):
             text = functional.resample_rows(hidden, len(time)).float()  # a video repeats it for each frame
             time = get_timestep_embedding(1000 * time, TIME_WIDTH)  # [B, TIME_WIDTH]
             hidden = torch.cat([text.mean(1), time], -1)[:, None]  # [B, 1, C + TIME_WIDTH]
-        for site in self.sites:
-            site.defer(hidden, tokens=tokens)
+        for location in self.locations:
+            location.defer(hidden, tokens=tokens)

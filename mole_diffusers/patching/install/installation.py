@@ -209,7 +209,7 @@ class Installation:
         # Layers need the ranks of those who act.
         for component in self.components:
             yield component.model, component.ranks
-        # Attention that is read or closed must not be compiled in this call.
+        # Attention that is read or masked must not be compiled in this call.
         attention = joint_attention if shared.inputs.record.blocks.is_joint else cross_attention
         yield from attention.hooks(self.denoiser, shared)
         # What gates read: first what enters the denoiser, then what enters each block and each place in it.

@@ -1,4 +1,6 @@
-"""One call of a pipeline with a mixture on it: what begins and ends with it, and how the things of its prompt are drawn."""
+"""One call of a pipeline with a mixture on it: what begins and ends with it, and how the subjects of its prompt are
+drawn.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,14 @@ import torch
 
 from mole_diffusers.binding.picture_warning import PictureWarning
 from mole_diffusers.binding.sentence import TAG
-from mole_diffusers.binding.words import ThingKey
+from mole_diffusers.binding.words import SubjectKey
 from mole_diffusers.patching.gating.settings import Change
 from mole_diffusers.patching.gating.shared_state import SharedState
 from mole_diffusers.patching.gating.token_masks import TokenMasks
 from mole_diffusers.patching.host.denoiser_inputs import denoiser, is_one_graph
 from mole_diffusers.patching.subjects import place_sources  # noqa: F401, registers them
-from mole_diffusers.patching.subjects.apart import lost_tiles, things_for_tiles, why_one_picture, why_unbound
-from mole_diffusers.patching.subjects.things import PLACE_SOURCES, PictureCall, Tiling
+from mole_diffusers.patching.subjects.per_subject import lost_tiles, subjects_for_tiles, why_one_picture, why_unbound
+from mole_diffusers.patching.subjects.prompt_subjects import PLACE_SOURCES, PictureCall, Tiling
 from mole_diffusers.patching.subjects.tiles import Tiles
 
 
@@ -97,7 +99,7 @@ class OneCall:
             masks.warn(why)
 
     def _apart_or_placed(self, masks_of_files: Callable[[], TokenMasks | None]) -> AbstractContextManager[None]:
-        """A block in which the things of the prompt are drawn in tiles where there is room, or are first found in a given
+        """A block in which the subjects of the prompt are drawn in tiles where there is room, or are first found in a given
         picture; or neither. Whether there is room is known once the denoiser gets its latents.
         """
         settings = self.shared.settings
@@ -111,13 +113,13 @@ class OneCall:
             return nullcontext()
         acting = {name for name, acts in zip(self.names, settings.acting, strict=True) if acts}
         read, set_places = PictureCall(self.pipe, tiling, self.given, masks.bound, acting), partial(self._set_places, masks)
-        if (things := things_for_tiles(read)) is not None:
-            return Tiles(read, things, alone=self._alone, set_places=set_places).drawn()
+        if (subjects := subjects_for_tiles(read)) is not None:
+            return Tiles(read, subjects, adapter_subset=self._adapter_subset, set_places=set_places).drawn()
         self._warn_of_one_picture(why_one_picture(read))
         if why := lost_tiles(read, self._encoded_prompts()):
             masks.warn(why)
-        unheard = partial(self._alone, is_heard=False)
-        found = (source(read, alone=unheard, set_places=set_places) for source in PLACE_SOURCES)
+        unheard = partial(self._adapter_subset, is_heard=False)
+        found = (source(read, adapter_subset=unheard, set_places=set_places) for source in PLACE_SOURCES)
         return next((placing for placing in found if placing is not None), nullcontext())
 
     def _warn_of_one_picture(self, why: str) -> None:
@@ -130,14 +132,14 @@ class OneCall:
         states = (self.given or {}).get("prompt_embeds")
         return self.shared.tokens.texts(states) if isinstance(states, torch.Tensor) else []
 
-    def _alone(self, names: Sequence[str], *, is_heard: bool = True) -> AbstractContextManager[None]:
+    def _adapter_subset(self, names: Sequence[str], *, is_heard: bool = True) -> AbstractContextManager[None]:
         """Only these experts, on every word, for calls of the denoiser that are parts of a step, or that draw nothing."""
-        changes: list[Change[Any]] = [self.shared.step.alone.to(tuple(name in names for name in self.names))]
+        changes: list[Change[Any]] = [self.shared.step.adapter_subset.to(tuple(name in names for name in self.names))]
         if not is_heard:
             changes.append(self.shared.listeners.decisions.to(()))
         return self.shared.changed_while(*changes)
 
-    def _set_places(self, masks: TokenMasks, places: Mapping[ThingKey, torch.Tensor]) -> bool:
+    def _set_places(self, masks: TokenMasks, places: Mapping[SubjectKey, torch.Tensor]) -> bool:
         if done := masks.set_places(places):
             self.shared.effective.decide_again()
         return done

@@ -28,8 +28,8 @@ from mole_diffusers.patching.host.denoiser_inputs import (
 from mole_diffusers.patching.install.component import Component
 from mole_diffusers.patching.install.installation import Installable, Installation, lock_of
 from mole_diffusers.patching.install.one_call import OneCall
-from mole_diffusers.patching.subjects.apart import begin_of_tiles
-from mole_diffusers.patching.subjects.things import PictureCall, Tiling
+from mole_diffusers.patching.subjects.per_subject import begin_of_tiles
+from mole_diffusers.patching.subjects.prompt_subjects import PictureCall, Tiling
 
 
 class PersistentSettings(NamedTuple):
@@ -70,7 +70,7 @@ class Parts:
         self.shared = SharedState.of(strengths, DenoiserInputs(denoiser(pipe)), PromptTokens(tokenizers_of(pipe)))
         self.lock = lock_of(denoiser(pipe))
         self.components = [
-            Component(name, models[name], stacks, family=config.options, shared=self.shared, lock=self.lock)
+            Component(name, models[name], stacks, gate_type=config.options, shared=self.shared, lock=self.lock)
             for name, stacks in stack_all(matches, models).items()
         ]
         self.installation = Installation(mixture, pipe, files, self.components, self.shared)
@@ -89,9 +89,9 @@ class Parts:
         return {each.name: each.bank for each in self.components}
 
     @property
-    def sites(self) -> list[str]:
-        """The names of the gates' sites, such as "unet.mid_block.attentions.0.transformer_blocks.0"."""
-        return [site.name for each in self.components for site in each.sites]
+    def locations(self) -> list[str]:
+        """The names of the gates' locations, such as "unet.mid_block.attentions.0.transformer_blocks.0"."""
+        return [location.name for each in self.components for location in each.locations]
 
     def layers_by_gate(self) -> list[tuple[Any, list[str]]]:
         """Each gate with the layers that it weighs, such as "unet.down_blocks.0.attentions.0.proj_in"."""
@@ -111,8 +111,8 @@ class Parts:
         `with` blocks that set the binding and the active experts have ended.
         """
         settings, masks = self.settings, self.settings.binding.now
-        sites = [site for each in self.components for site in each.model_sites]
-        points = [self.shared.step.restore_point(), *(site.restore_point() for site in sites)]
+        locations = [location for each in self.components for location in each.model_locations]
+        points = [self.shared.step.restore_point(), *(location.restore_point() for location in locations)]
         if masks is not None:
             points.append(masks.restore_point())
         return self.shared.restored(points, settings.binding.to(masks), settings.active.to(list(settings.active.now)))
@@ -213,7 +213,7 @@ class Parts:
             return None
         bound = bindings(binding, self.file_words, self.binding or self.file_words)
         given, record = [name for name, each in bound.items() if each.given is not None], self.shared.inputs.record
-        if given and record.side is None:
+        if given and record.latent_size is None:
             named = " and ".join(map(repr, given))
             raise ValueError(f"a {type(denoiser(self.pipe)).__name__} has no regions, and one was given for {named}")
         if lost := [

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from mole_diffusers.lora.expert import LoraWeights
 from mole_diffusers.lora.keys import layer_key
 from mole_diffusers.lora.stacking import Stack
-from mole_diffusers.patching.gating.gate_site import GateSite
+from mole_diffusers.patching.gating.gate_location import GateLocation
 from mole_diffusers.patching.gating.gated_experts import ADAPTER, GatedExperts
 from mole_diffusers.patching.hooks import ForwardHook, ForwardInput
 from mole_diffusers.patching.undo import Undo
@@ -41,13 +41,13 @@ def inject(
     model: Any,
     stacks: Mapping[str, Stack],
     held: Mapping[str, Stack],
-    layers: Mapping[str, tuple[GateSite, str | None]],
+    layers: Mapping[str, tuple[GateLocation, str | None]],
     undo: Undo,
 ) -> None:
     """Put experts on the named layers of `model`, each change recorded in `undo` first.
 
-    `stacks` has all experts of each layer, `held` those whose ranks it gets, and `layers` the site of its gate, and what it
-    reads, see `placement.stream_of`.
+    `stacks` has all experts of each layer, `held` those whose ranks it gets, and `layers` the gate location of its gate,
+    and what it reads, see `placement.token_type_of`.
     """
     before, active = _record(model, ADAPTER, undo)
     targets = "|".join(re.escape(name) for name in stacks)
@@ -127,15 +127,15 @@ def fill(model: Any, stacks: Mapping[str, Stack]) -> None:
             weight, dtype = layer.get_base_layer().weight, _computed_in(layer.get_base_layer())
             for half, matrix in ((layer.lora_A, stack.down), (layer.lora_B, stack.up)):
                 half[ADAPTER].weight = nn.Parameter(matrix.to(weight.device, dtype), requires_grad=False)
-            layer.lora_A[ADAPTER].register_buffer("segment", stack.segment.to(weight.device), persistent=False)
+            layer.lora_A[ADAPTER].register_buffer("expert_index", stack.expert_index.to(weight.device), persistent=False)
             layer.lora_variant[ADAPTER].hold(stack.ranks)
 
 
-def _prepare(layer: Any, stack: Stack, site: GateSite, stream: str | None, name: str) -> None:
+def _prepare(layer: Any, stack: Stack, location: GateLocation, token_type: str | None, name: str) -> None:
     rank = sum(stack.ranks)
     layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, rank, 1.0
-    component = site.name.partition(".")[0]
-    layer.lora_variant[ADAPTER] = GatedExperts(site, stack, layer, f"{component}.{name}", stream)
+    component = location.name.partition(".")[0]
+    layer.lora_variant[ADAPTER] = GatedExperts(location, stack, layer, f"{component}.{name}", token_type)
     if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear:
         layer.__class__ = GatedLinear
     # Training, `set_adapter` and `enable_lora` turn gradients of active adapters on; experts stay frozen.
@@ -254,6 +254,6 @@ def stacked(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def ups(model: Any) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """layer -> the modules that hold `up`, and segment [R]. The input of the first is z times the weights."""
+    """layer -> the modules that hold `up`, and expert_index [R]. The input of the first is z times the weights."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A}
     return {name: (layer.lora_B[ADAPTER], layer.lora_A[ADAPTER]) for name, layer in layers.items()}

@@ -1,1 +1,1 @@
-"""The things of a prompt: drawn apart at first and then joined, or found in a given picture."""
+"""The subjects of a prompt: drawn apart at first and then joined, or found in a given picture."""

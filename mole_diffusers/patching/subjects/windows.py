@@ -1,4 +1,4 @@
-"""Where each thing is drawn: its place in the latents, and the window around it that the denoiser draws, in its tokens."""
+"""Where each subject is drawn: its place in the latents, and the window around it that the denoiser draws, in its tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mole_diffusers.patching.host.cropping import Box
 ROOM = 0.75  # a place has room if its sides are at least this share of the side that the denoiser was trained at
 BORDER = 3 / 16  # of that side: so near to another's place, silhouettes decide whose it is
 STEADY = 0.5  # share of the silhouettes of earlier steps in that of a step
-INSIDE, OUTSIDE = 0.6, 0.3  # how much guidance changes a thing and what is around it, relative to where it changes most
+INSIDE, OUTSIDE = 0.6, 0.3  # how much guidance changes a subject and what is around it, relative to where it changes most
 
 
 class Window(NamedTuple):
@@ -40,11 +40,11 @@ def window_around(mask: torch.Tensor, trained: int, step: int) -> Window:
 
     Its sides are multiples of `step`, so that the denoiser can halve it without a remainder.
     """
-    sides = (*extent(mask)[:2], mask.shape[0]), (*extent(mask)[2:], mask.shape[1])
-    grows = all(end - begin >= ROOM * trained for begin, end, _ in sides)
+    layer_sizes = (*extent(mask)[:2], mask.shape[0]), (*extent(mask)[2:], mask.shape[1])
+    grows = all(end - begin >= ROOM * trained for begin, end, _ in layer_sizes)
     top, bottom, left, right = (
         edge
-        for begin, end, size in sides
+        for begin, end, size in layer_sizes
         for edge in (
             _centred((begin + end) / 2, trained, size)
             if grows and end - begin < trained
@@ -67,10 +67,10 @@ def windows_of_two_that_touch(height: int, width: int, trained: int, step: int, 
     Each place is a half of the picture. Sides are multiples of `step`, as those of the picture.
     """
     length = height if stacked else width
-    side = min(-(-(length // 2 + trained // 4) // step) * step, length)
+    latent_size = min(-(-(length // 2 + trained // 4) // step) * step, length)
     found = []
     for is_second in (False, True):
-        along = (length - side, length) if is_second else (0, side)
+        along = (length - latent_size, length) if is_second else (0, latent_size)
         half = (length // 2, length) if is_second else (0, length // 2)
         mask = torch.zeros(height, width)
         mask[slice(*half) if stacked else slice(None), slice(None) if stacked else slice(*half)] = 1
@@ -97,7 +97,7 @@ def border_of(first: Window, second: Window, trained: int) -> torch.Tensor | Non
 
 
 def silhouette(guided: torch.Tensor) -> torch.Tensor:
-    """Where a thing is in its window, [P, h, w] in 0..1.
+    """Where a subject is in its window, [P, h, w] in 0..1.
 
     Args:
         guided: [P, C, h, w], what its prompt changes in the prediction: that with it, less that without.

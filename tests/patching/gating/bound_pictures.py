@@ -29,7 +29,7 @@ def now(mixture):
 
 
 def by_hand(steps, tokens, side):
-    """Each thing's map at each step: steps has lists of (q, k) [heads, T or S, D], one for each layer that is read."""
+    """Each subject's map at each step: steps has lists of (q, k) [heads, T or S, D], one for each layer that is read."""
     found = []
     for layers in steps:
         total = torch.zeros(len(tokens), *side)

@@ -72,9 +72,9 @@ def test_guidance_by_a_second_text_has_one_layout(other):
     other.pipe("fox and owl", output_type="latent", **hosts.SIZE, **options)
     assert set(mixture.layouts[0].regions) == {"fox", "ink"}
     spoken, negative = mixture.parts.settings.binding.now._texts
-    assert spoken.place_masks is not None
-    assert negative.place_masks is spoken.place_masks
-    assert negative.silence.experts == spoken.silence.experts == (False, False)
+    assert spoken.region_masks is not None
+    assert negative.region_masks is spoken.region_masks
+    assert negative.inactive.experts == spoken.inactive.experts == (False, False)
 
 
 @pytest.mark.thorough

@@ -82,13 +82,13 @@ def test_permuting_experts_changes_nothing(attach, pipe, draw):
 def test_a_region_of_one_and_attention_for_the_others(attach, pipe):
     mixture = attach({"fox": ("fox", "right"), "ink": "owl"}, names=("fox", "ink"))
     pipe(PROMPT, num_inference_steps=2, output_type="latent", guidance_scale=1)
-    fox, owl = now(mixture).place_masks[0]
+    fox, owl = now(mixture).region_masks[0]
     assert torch.equal(fox, region_mask("right", 16, 16))
     assert (owl * fox).sum() == 0
     assert owl.sum() > 0
 
 
-def test_a_lora_of_two_things_has_the_places_of_both(attach, pipe):
+def test_a_lora_of_two_subjects_has_the_places_of_both(attach, pipe):
     """Each word is closed in the place of the other, as where two LoRAs have these words."""
     generator = torch.Generator().manual_seed(0)
     found = []
@@ -99,14 +99,14 @@ def test_a_lora_of_two_things_has_the_places_of_both(attach, pipe):
         pipe("a fox and an owl", num_inference_steps=2, output_type="latent", generator=generator.manual_seed(0))
         found.append((now(mixture), mixture.layouts[0]))
     (two, places), (one, place) = found
-    assert torch.equal(one.place_masks[:, 0], torch.maximum(two.place_masks[:, 0], two.place_masks[:, 1]))
+    assert torch.equal(one.region_masks[:, 0], torch.maximum(two.region_masks[:, 0], two.region_masks[:, 1]))
     assert torch.equal(place.regions["fox"], torch.maximum(places.regions["fox"], places.regions["ink"]))
     assert any(bias.any() for bias in one.biases.values())
     for side, bias in one.biases.items():
         assert torch.equal(bias, two.biases[side])
 
 
-def test_one_thing_alone_has_the_whole_picture(attach, pipe):
+def test_one_subject_alone_has_the_whole_picture(attach, pipe):
     mixture = attach({"fox": "fox"}, names=("fox",))
     pipe("a fox", num_inference_steps=2, output_type="latent")
     assert not now(mixture).binds
@@ -187,7 +187,7 @@ def test_several_pictures_of_a_prompt_each_have_their_own_layout(attach, pipe):
     mixture = attach({"fox": "fox", "ink": "owl"}, names=("fox", "ink"))
     pipe(PROMPT, num_inference_steps=2, num_images_per_prompt=3, output_type="latent")
     assert len(mixture.layouts) == 3  # of conditional rows; the others borrow from them
-    assert torch.equal(now(mixture).place_masks[0], now(mixture).place_masks[3])
+    assert torch.equal(now(mixture).region_masks[0], now(mixture).region_masks[3])
 
 
 def test_each_call_plans_its_own_layout(attach, pipe):
@@ -258,7 +258,7 @@ def test_a_word_of_two_experts_is_open_where_either_stands(attach, pipe):
     pipe(PROMPT, num_inference_steps=2, output_type="latent", guidance_scale=1)
     layout = mixture.layouts[0].regions
     assert torch.equal(layout["fox"], layout["ink"])
-    closed = now(mixture).picture.closed_words((16, 16))[0]
+    closed = now(mixture).picture.masked_words((16, 16))[0]
     assert torch.equal(closed[:, FOX[0]].reshape(16, 16), 1 - layout["fox"])
 
 
@@ -286,4 +286,4 @@ def test_a_layout_stays_when_guidance_ends_midway(attach, pipe):
     pipe(PROMPT, num_inference_steps=5, output_type="latent", callback_on_step_end=end_guidance,
          callback_on_step_end_tensor_inputs=inputs)  # fmt: skip
     assert torch.equal(seen[1]["fox"], seen[-1]["fox"])
-    assert now(mixture).place_masks.shape[0] == 1
+    assert now(mixture).region_masks.shape[0] == 1

@@ -57,7 +57,7 @@ def test_maps_are_the_hosts_own_attention(pipe, attach):
 
 @pytest.mark.parametrize("binding", [{"fox": "fox", "ink": "owl"}, *thorough(HALVES, {"fox": "fox", "ink": "everywhere"})])
 def test_a_trace_keeps_the_maps_of_every_step(pipe, attach, draw, binding):
-    """With places that are found or given, and for a thing that needs none."""
+    """With places that are found or given, and for a subject that needs none."""
     names = ("fox", "ink", "hat") if "hat" in binding else ("fox", "ink")
     mixture = attach(binding, names=names)
     plain = draw(pipe, PROMPT, num_inference_steps=3)
@@ -192,7 +192,7 @@ def test_words_are_closed_in_layers_that_perturbed_attention_splits(guidance, tm
     monkeypatch.setattr(bound_text.BoundText, "bias", bias)
     hosts.draw(pipe, hosts.SIZE | {"guidance_scale": guidance, "pag_scale": 3.0}, PROMPT, steps=1)
     whole, before, perturbed = given
-    assert whole.amin((1, 2)).tolist() == [0.0] * (guidance > 1) + [-bound_text.CLOSING] * 2
+    assert whole.amin((1, 2)).tolist() == [0.0] * (guidance > 1) + [-bound_text.MASKED] * 2
     assert torch.equal(torch.cat([before, perturbed]), whole)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gate_families import families
+from gate_types import gate_types
 from tiers import thorough
 from tiny import tiny_pipeline
 
@@ -70,9 +70,9 @@ def test_a_low_rank_product_is_added_as_in_float64(dtype, rows, gradients):
         torch.testing.assert_close(given[2].grad.double(), expected, atol=20 * TOLERANCE[dtype], rtol=0.02)
 
 
-@pytest.mark.parametrize("family", ["mole", *thorough("sum", "flow")])
-def test_a_picture_is_the_same_by_whole_layers_and_by_peft(pipe, loras, draw, awake, family):
-    awake(mole.attach(pipe, loras, family))
+@pytest.mark.parametrize("gate_type", ["mole", *thorough("sum", "flow")])
+def test_a_picture_is_the_same_by_whole_layers_and_by_peft(pipe, loras, draw, awake, gate_type):
+    awake(mole.attach(pipe, loras, gate_type))
     whole = draw(pipe)
     by_peft(pipe)
     torch.testing.assert_close(draw(pipe), whole, **CLOSE)
@@ -108,9 +108,9 @@ def test_half_precision_is_near_and_stays_half(loras, awake, dtype):
     assert (near - exact).abs().mean() < 0.05 * exact.std()
 
 
-@pytest.mark.parametrize("family", families("mole"))
-def test_gates_learn_after_a_picture_of_inference_mode(pipe, loras, draw, family):
-    mixture = mole.attach(pipe, loras, family, binding=None)
+@pytest.mark.parametrize("gate_type", gate_types("mole"))
+def test_gates_learn_after_a_picture_of_inference_mode(pipe, loras, draw, gate_type):
+    mixture = mole.attach(pipe, loras, gate_type, binding=None)
     with torch.inference_mode():
         draw(pipe)
     pipe.unet(torch.randn(1, 4, 16, 16), torch.tensor(500), torch.randn(1, 16, 16)).sample.sum().backward()
@@ -183,7 +183,7 @@ def test_a_sum_is_evaluated_once_and_traced_at_every_step(pipe, loras, step):
         once = len(calls)
         torch.testing.assert_close(step(), first, **CLOSE)
     assert len(calls) == once > 0
-    assert len(trace.weights(trace.sites[0])) >= 2
+    assert len(trace.weights(trace.locations[0])) >= 2
     mixture.strength("fox", 0.0)
     step()
     assert len(calls) > once
@@ -205,9 +205,9 @@ class Schedule:
         return None
 
 
-@pytest.mark.parametrize("family", ["sum", *thorough("factors")])
-def test_under_a_schedule_gates_are_asked_when_its_strengths_change(pipe, loras, step, family):
-    mixture, schedule = mole.attach(pipe, loras, family), Schedule()
+@pytest.mark.parametrize("gate_type", ["sum", *thorough("factors")])
+def test_under_a_schedule_gates_are_asked_when_its_strengths_change(pipe, loras, step, gate_type):
+    mixture, schedule = mole.attach(pipe, loras, gate_type), Schedule()
     decided = asked(mixture)
     with mixture.planned(schedule):
         first = step()
@@ -270,7 +270,7 @@ def test_gates_asked_at_every_second_step(pipe, loras, awake, draw):
     whole = len(calls)
     again, some = weights(2)
     assert len(calls) < whole
-    place = next(p for p in some.sites if p.startswith("unet.") and "attentions" in p)
+    place = next(p for p in some.locations if p.startswith("unet.") and "attentions" in p)
     table = some.weights(place)
     assert torch.equal(table[0], each.weights(place)[0])
     assert torch.equal(table[1], table[0])

@@ -24,7 +24,7 @@ def test_closed_words_of_joint_attention_are_those_written_out(other, monkeypatc
     mixture, closed = bound_pictures(other, binding)
     own = torch.tensor(now(mixture).picture.readings[-1].own).float()  # [N, S]
     conditional = [row for row, prompt in enumerate(now(mixture).picture.prompt_of) if row == prompt]
-    height, width = now(mixture).picture.side
+    height, width = now(mixture).picture.latent_size
     words, tokens = own.shape[1], height * width
     outside = 1 - torch.stack([region_mask(side, height, width).flatten() for side in ("left", "right")])  # [N, T]
     closing = -8.0 * outside.T @ own  # [T, S]
@@ -86,12 +86,12 @@ def test_a_trace_keeps_the_maps_of_joint_attention(other):
         warnings.simplefilter("ignore")
         draw_other(other, steps=3)
     picture = now(mixture).picture
-    side, things = picture.side, picture.readings[0].things
-    text = len(things[0].tokens)
+    side, subjects = picture.latent_size, picture.readings[0].subjects
+    text = len(subjects[0].tokens)
     joint = [(q[0], k[0]) for q, k in heard.calls if q.shape[2] == text + side[0] * side[1]]
     assert len(joint) == 9
     steps = [[(q[:, text:], k[:, :text]) for q, k in joint[i : i + 2]] for i in (0, 3, 6)]
-    tokens = [[t for t, own in enumerate(thing.tokens) if own] for thing in things]
+    tokens = [[t for t, own in enumerate(subject.tokens) if own] for subject in subjects]
     for (maps,), wanted in zip(trace.maps.values(), by_hand(steps, tokens, side), strict=True):
         assert list(maps) == ["fox", "ink"]
         torch.testing.assert_close(torch.stack(list(maps.values())), wanted, atol=1e-5, rtol=1e-5)

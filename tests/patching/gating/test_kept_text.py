@@ -7,13 +7,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
-from gate_families import families
+from gate_types import gate_types
 from PIL import Image
 from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from benchmarks.hosts import SIZES
-from mole_diffusers.gates import FAMILIES
+from mole_diffusers.gates import GATE_TYPES
 from mole_diffusers.patching.gating.kept_text import KeptText
 
 TWO = ("fox", "ink")
@@ -24,8 +24,8 @@ PLACES = {"fox": ("fox", "left"), "ink": ("ink", "right")}
 def attached(pipe, loras, awake):
     """attached(family): a mixture whose gates depend on what they read."""
 
-    def run(family, **how):
-        return awake(mole.attach(pipe, {name: loras[name] for name in TWO}, family, **how))
+    def run(gate_type, **how):
+        return awake(mole.attach(pipe, {name: loras[name] for name in TWO}, gate_type, **how))
 
     return run
 
@@ -56,9 +56,9 @@ def each_step(change):
     return {"callback_on_step_end": between, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
 
 
-@pytest.mark.parametrize("family", families("sum", "mole", among=list(FAMILIES)))
-def test_pictures_have_the_same_bits(pipe, attached, draw, anew, family):
-    mixture, four = attached(family, binding=PLACES), {"num_inference_steps": 4}
+@pytest.mark.parametrize("gate_type", gate_types("sum", "mole", among=list(GATE_TYPES)))
+def test_pictures_have_the_same_bits(pipe, attached, draw, anew, gate_type):
+    mixture, four = attached(gate_type, binding=PLACES), {"num_inference_steps": 4}
     schedule = each_step(lambda step, _: mixture.strength("fox", [0.5, 1, 0, 1][step]))
     for options in (
         {},
@@ -150,11 +150,11 @@ def test_keys_are_kept_until_the_call_ends(pipe, attached, draw, binding):
     assert [key() for key in keys] == [None] * 6
 
 
-@pytest.mark.parametrize("family", ["sum", "mole"])
+@pytest.mark.parametrize("gate_type", ["sum", "mole"])
 @pytest.mark.parametrize("tiled", [False, *[pytest.param(True, marks=pytest.mark.thorough)]])
-def test_what_is_kept_takes_the_memory_of_keys_and_values(pipe, attached, draw, family, tiled):
+def test_what_is_kept_takes_the_memory_of_keys_and_values(pipe, attached, draw, gate_type, tiled):
     """Of one text, whether its factors change or not; and of none if texts take turns."""
-    mixture, held = attached(family, binding=PLACES), []
+    mixture, held = attached(gate_type, binding=PLACES), []
 
     def count(step, _):
         products = mixture.parts.shared.kept_text._made.values()

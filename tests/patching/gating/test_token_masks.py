@@ -7,7 +7,7 @@ import hosts
 import pytest
 import torch
 from bound_pictures import FOX, HALVES, IN_A_FOLDER, PROMPT, WORDS, now, own_words
-from gate_families import LEARNED, families
+from gate_types import LEARNED, gate_types
 from PIL import Image
 from tiers import thorough
 from tiny import tiny_lora
@@ -94,7 +94,7 @@ def test_a_region_that_leaves_somebody_no_place_is_told_of_at_every_call(attach,
         with pytest.warns(UserWarning, match=warned) if warned else nullcontext():
             draw(pipe, PROMPT)
     assert len(mixture.binding_warnings) == bool(warned)
-    assert now(mixture).place_masks[:, 1].min() == (warned != "expert")  # the owl acts in the whole picture
+    assert now(mixture).region_masks[:, 1].min() == (warned != "expert")  # the owl acts in the whole picture
 
 
 def test_places_that_attention_does_not_tell_say_what_to_do(attach, pipe, draw, monkeypatch):
@@ -119,7 +119,7 @@ def test_no_more_is_explained_than_the_text_encoder_reads(attach, pipe, draw, pr
     said, reading = mixture.explain(prompt), now(mixture).picture.readings[-1]
     assert [bool(role.words) for role in said.experts.values()] == list(reading.mentioned)
     assert [role.place == "own" for role in said.experts.values()] == [
-        any(k in thing.experts for thing in reading.things) for k in range(3)
+        any(k in subject.experts for subject in reading.subjects) for k in range(3)
     ]
     assert prompt.replace(" ", "")[14:] == said.unread.replace(" ", "")  # a token per letter, and two marks
     assert (f"no text encoder reads {said.unread!r}" in str(said)) == bool(said.unread)
@@ -150,10 +150,10 @@ def test_without_an_expert_the_base_is_drawn_and_its_attention_read(attach, pipe
     torch.testing.assert_close(beside, draw(pipe, PROMPT), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("gates", families("mole", among=["sum", *LEARNED]))
+@pytest.mark.parametrize("gates", gate_types("mole", among=["sum", *LEARNED]))
 def test_an_absent_word_is_strength_0_in_a_folder(attach, pipe, draw, awake, gates):
     mixture = awake(attach({"fox": "fox", "ink": Bound(("cat",), required=True), "hat": "everywhere"}, gates))
-    with pytest.warns(UserWarning, match="expert 'ink' is silent: the prompt has none of its words, cat"):
+    with pytest.warns(UserWarning, match="expert 'ink' is inactive: the prompt has none of its words, cat"):
         absent = draw(pipe, PROMPT)
     mixture.bind({"ink": "everywhere"})
     mixture.strength("ink", 0)
@@ -303,10 +303,10 @@ def test_a_prompt_that_loses_its_words_midway_silences_their_experts(attach, pip
     def change(pipe, step, timestep, kwargs):
         return {"prompt_embeds": torch.cat([empty, prompt])} if step == 0 else {}
 
-    with pytest.warns(UserWarning, match="'fox' is silent"):
+    with pytest.warns(UserWarning, match="'fox' is inactive"):
         pipe(PROMPT, num_inference_steps=3, output_type="latent", callback_on_step_end=change,
              callback_on_step_end_tensor_inputs=["prompt_embeds"])  # fmt: skip
-    assert now(mixture).silence.experts == (True, True)
+    assert now(mixture).inactive.experts == (True, True)
 
 
 @pytest.mark.thorough
@@ -368,7 +368,7 @@ def test_words_of_a_second_prompt_are_found_in_its_own_text(name, tmp_path):
     options |= {"guidance_scale": 1.0, "prompt_2": "a fox"}
     mixture = mole.attach(pipe, files, binding=IN_A_FOLDER | {"ink": "everywhere"})
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # that it is silent, say
+        warnings.simplefilter("error", UserWarning)  # that it is inactive, say
         bound = hosts.draw(pipe, options, "a hen")
     mixture.bind({"ink": IN_A_FOLDER["ink"]})  # in neither text
     with warnings.catch_warnings():
@@ -411,7 +411,7 @@ def test_words_of_two_prompts_share_the_tokens_of_both(name, tmp_path):
         hosts.draw(pipe, options | {"prompt_2": "an owl"}, "a fox", steps=3)
         assert torch.equal(now(mixture).acting_tokens[1], own)  # whichever text has which
         hosts.draw(pipe, options, "an owl", steps=1)
-        assert now(mixture).silence.experts == (True, False)
+        assert now(mixture).inactive.experts == (True, False)
     fox, owl = {2, 3, 4}, {3, 4, 5}
     for k, others in ((0, owl - fox), (1, fox - owl)):
         assert (~own[:, k]).nonzero().flatten().tolist() == sorted(others)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 from diffusers import UNet2DConditionModel
-from gate_families import LEARNED
+from gate_types import LEARNED
 from tiny import tiny_pipeline
 
 import mole_diffusers as mole
@@ -32,9 +32,9 @@ def narrow(width):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("family", LEARNED)
+@pytest.mark.parametrize("gate_type", LEARNED)
 @pytest.mark.shows("`torch.compile`")
-def test_sixteen_blocks_share_the_graphs_that_the_base_has(family, awake, tmp_path):
+def test_sixteen_blocks_share_the_graphs_that_the_base_has(gate_type, awake, tmp_path):
     pipe = tiny_pipeline()
     width = pipe.unet.config.cross_attention_dim
     latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, width)
@@ -45,7 +45,7 @@ def test_sixteen_blocks_share_the_graphs_that_the_base_has(family, awake, tmp_pa
     pipe.register_modules(unet=narrow(width))
     plain = compiled(pipe.unet, step)[1]
     pipe.register_modules(unet=narrow(width))
-    mixture = awake(mole.attach(pipe, lora_files(pipe.unet, tmp_path, 3, rank=2), family))
+    mixture = awake(mole.attach(pipe, lora_files(pipe.unet, tmp_path, 3, rank=2), gate_type))
     with torch.no_grad():
         expected = step()
     given, graphs = compiled(pipe.unet, step)

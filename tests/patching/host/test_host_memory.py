@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 from accelerate.hooks import ModelHook, add_hook_to_module
-from gate_families import families
+from gate_types import gate_types
 from hosts import OFFLOADS
 from tiers import thorough
 from tiny import tiny_pipeline
@@ -63,9 +63,9 @@ class Elsewhere(ModelHook):
         return output
 
 
-@pytest.mark.parametrize("family", families("rank"))
-def test_no_gate_reads_weights_before_the_host_has_brought_them(pipe, loras, draw, awake, family):
-    awake(mole.attach(pipe, loras, family))
+@pytest.mark.parametrize("gate_type", gate_types("rank"))
+def test_no_gate_reads_weights_before_the_host_has_brought_them(pipe, loras, draw, awake, gate_type):
+    awake(mole.attach(pipe, loras, gate_type))
     picture = draw(pipe)
     for model in (pipe.unet, pipe.text_encoder):
         add_hook_to_module(model, Elsewhere())

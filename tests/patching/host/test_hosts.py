@@ -110,12 +110,12 @@ def test_flux_2_is_drawn_bound(tmp_path):
         "timestep": torch.ones(1),
     }
     call |= {"encoder_hidden_states": text, "txt_ids": pipe._prepare_text_ids(text), "guidance": torch.ones(1)}
-    assert DenoiserInputs(transformer).side((), call | {"img_ids": call["img_ids"] + 512}) == (4, 8)
+    assert DenoiserInputs(transformer).latent_size((), call | {"img_ids": call["img_ids"] + 512}) == (4, 8)
     mixture, outputs = mole.attach(pipe, files), []
     for region in ("left", (0.0, 0.0, 0.5, 1.0), "right"):
         mixture.bind({"fox": (None, region)})
         outputs.append(transformer(**call).sample)
-        assert mixture.parts.settings.binding.now.text.place_masks.shape == (1, 2, 4, 8)
+        assert mixture.parts.settings.binding.now.text.region_masks.shape == (1, 2, 4, 8)
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.allclose(outputs[0], outputs[2], atol=1e-4)
 
@@ -130,7 +130,7 @@ def test_gates_speak_in_every_block_of_a_transformer(name, kinds, tmp_path):
         hosts.draw(pipe, options)
     blocks = {f"transformer.{kind}.{i}" for kind in kinds for i in range(len(getattr(pipe.transformer, kind)))}
     assert len(blocks) >= 2
-    assert blocks <= set(trace.sites)
+    assert blocks <= set(trace.locations)
 
 
 def test_a_denoiser_without_text_is_refused(tmp_path):

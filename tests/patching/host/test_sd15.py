@@ -66,7 +66,7 @@ def test_three_experts_on_sd15_at_512_pixels(tmp_path):
         gated = draw()
     assert gated.isfinite().all()
     assert not torch.equal(gated, base)
-    assert len([p for p in trace.sites if "(" not in p]) == 16 + 12  # UNet blocks and text layers
-    assert len(trace.sites) == 2 * (16 + 12)  # feed-forward layers have "b" alone
+    assert len([p for p in trace.locations if "(" not in p]) == 16 + 12  # UNet blocks and text layers
+    assert len(trace.locations) == 2 * (16 + 12)  # feed-forward layers have "b" alone
     mole.detach(pipe)
     assert torch.equal(draw(), base)

@@ -93,7 +93,7 @@ def test_two_experts_on_sdxl_at_512_pixels(tmp_path):
         gated = draw()
     assert gated.isfinite().all()
     assert (gated - base).norm() > 0.02 * base.norm()  # random weights draw faintly, so what counts is the share
-    assert len([p for p in trace.sites if "(" not in p]) == 70 + 12 + 32  # UNet blocks and text layers
+    assert len([p for p in trace.locations if "(" not in p]) == 70 + 12 + 32  # UNet blocks and text layers
     mixture.save_pretrained(tmp_path / "gates")
     again = mole.attach(pipe, files, tmp_path / "gates")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), mixture.parameters(), strict=True))

@@ -159,7 +159,7 @@ def test_a_given_region_reaches_the_embedder_of_z_image(tmp_path):
 @pytest.mark.usefixtures("decided")
 @pytest.mark.parametrize("drawn", ["qwen", *thorough(*(name for name in LAST if name != "qwen"))], indirect=True)
 @pytest.mark.shows("Words and places")
-def test_things_of_a_list_get_places_from_attention(drawn):
+def test_subjects_of_a_list_get_places_from_attention(drawn):
     pipe, options, files = drawn
     mixture = mole.attach(pipe, files, "sum", binding={"fox": "fox", "owl": "owl"})
     with mixture.trace() as trace:
@@ -213,8 +213,8 @@ def test_words_are_closed_outside_of_their_regions_in_anima(drawn):
     with Masks() as masks:
         hosts.draw(pipe, options, PROMPT, steps=1)
     tokens, wanted = tokens_of("anima", pipe), torch.zeros(8, 8, 64)
-    wanted[:, 4:, tokens.index("f") : tokens.index("f") + 3] = -bound_text.CLOSING
-    wanted[:, :4, tokens.index("w") - 1 : tokens.index("w") + 2] = -bound_text.CLOSING
+    wanted[:, 4:, tokens.index("f") : tokens.index("f") + 3] = -bound_text.MASKED
+    wanted[:, :4, tokens.index("w") - 1 : tokens.index("w") + 2] = -bound_text.MASKED
     assert masks.kept
     assert all(torch.equal(mask, wanted.flatten(0, 1)[None, None]) for mask in masks.kept)
 

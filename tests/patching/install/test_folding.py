@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gate_families import GATES, INPUT_FREE, families
+from gate_types import GATES, INPUT_FREE, gate_types
 from hosts import HOSTS, quiet
 from safetensors import safe_open
 from tiers import thorough
@@ -14,7 +14,7 @@ from tiny import CONVOLUTION, tiny_lora, tiny_pipeline
 import mole_diffusers as mole
 from mole_app.studio.clip_skip import clip_skip
 from mole_diffusers import functional
-from mole_diffusers.patching.gating.gate_site import GateSite
+from mole_diffusers.patching.gating.gate_location import GateLocation
 from mole_diffusers.patching.install.folding import Averages, evaluate_gates
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
@@ -27,10 +27,10 @@ def load_stock(path, draw):
     return draw(pipe)
 
 
-@pytest.mark.parametrize("family", families("static", among=INPUT_FREE))
-def test_collapsed_gates_draw_the_same_and_leave_no_trace(pipe, loras, draw, awake, family):
+@pytest.mark.parametrize("gate_type", gate_types("static", among=INPUT_FREE))
+def test_collapsed_gates_draw_the_same_and_leave_no_trace(pipe, loras, draw, awake, gate_type):
     base, bits = draw(pipe), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
-    mixture = awake(mole.attach(pipe, loras, family), size=0.3 if GATES[family].ranked else 3.0)
+    mixture = awake(mole.attach(pipe, loras, gate_type), size=0.3 if GATES[gate_type].ranked else 3.0)
     gated = draw(pipe)
     with mixture.collapsed():
         assert mole.attached(pipe) is None
@@ -80,7 +80,7 @@ def test_collapsed_respects_weights_per_block_outside_of_blocks_too(pipe, loras,
 
 def test_gates_without_input_are_evaluated_where_their_model_is(pipe, loras, monkeypatch):
     mixture, devices = mole.attach(pipe, {"fox": (loras["fox"], 0.8), "hat": loras["hat"]}, "static"), set()
-    monkeypatch.setattr(GateSite, "evaluate", lambda _, hidden, *__, **___: devices.add(hidden.device.type))
+    monkeypatch.setattr(GateLocation, "evaluate", lambda _, hidden, *__, **___: devices.add(hidden.device.type))
     pipe.unet.to("meta")
     evaluate_gates(pipe, [part for part in mixture.parts.components if part.name == "unet"], None)
     assert devices == {"meta"}
@@ -97,7 +97,7 @@ def test_gates_that_move_collapse_to_their_average(pipe, loras, draw, awake):
     for part, bank in still.parts.banks.items():
         for key, gate in bank.gates.items():
             name = part if key == "network" else f"{part}.{key.replace('/', '.')}"
-            weights = torch.stack([trace.weights(p).mean(0) for p in trace.sites if p.split(" ")[0] == name])
+            weights = torch.stack([trace.weights(p).mean(0) for p in trace.locations if p.split(" ")[0] == name])
             gate.logits.data = weights.amax(0, keepdim=True) - 1  # an expert that a layer lacks has 0 there
     torch.testing.assert_close(collapsed, draw(pipe), **CLOSE)
 
@@ -130,7 +130,9 @@ def test_folding_a_prompt_leaves_the_processors_of_a_call_that_stopped(loras):
     before = dict(pipe.unet.attn_processors)
     with mixture.collapsed("a fox", **options):
         pass
-    assert all(pipe.unet.attn_processors[name].site is p.site for name, p in before.items() if hasattr(p, "site"))
+    assert all(
+        pipe.unet.attn_processors[name].location is p.location for name, p in before.items() if hasattr(p, "location")
+    )
     assert {n: type(p) for n, p in pipe.unet.attn_processors.items()} == {n: type(p) for n, p in before.items()}
 
 

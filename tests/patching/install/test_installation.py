@@ -21,7 +21,7 @@ from tiny import tiny_pipeline
 from turns import entered
 
 import mole_diffusers as mole
-from mole_diffusers.gates import FAMILIES
+from mole_diffusers.gates import GATE_TYPES
 from mole_diffusers.patching.undo import Undo, undoing
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
@@ -287,25 +287,27 @@ def test_no_hook_is_left_where_recording_it_is_interrupted(loras, monkeypatch):
     assert not hooked()
 
 
-@pytest.mark.parametrize(("families", "rounds"), [(("mole",), 1), *thorough((tuple(FAMILIES), 25))], ids=["mole", "each"])
-def test_no_family_leaves_anything_behind(loras, families, rounds):
+@pytest.mark.parametrize(
+    ("gate_types", "rounds"), [(("mole",), 1), *thorough((tuple(GATE_TYPES), 25))], ids=["mole", "each"]
+)
+def test_no_family_leaves_anything_behind(loras, gate_types, rounds):
     """No more tensors, modules, mixtures and hooks after twice as many rounds. What ended before may still go meanwhile."""
     pipe, kinds = tiny_pipeline(), (torch.Tensor, torch.nn.Module, mole.Mixture)
 
     def alive():
         gc.collect()
-        things = [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
+        subjects = [subject for subject in gc.get_objects() if isinstance(subject, kinds)]
         modules = [module for model in (pipe.unet, pipe.text_encoder) for module in model.modules()]
-        return len(things), sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
+        return len(subjects), sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
 
     def attaching(times):
-        for family in families * times:
-            mole.attach(pipe, loras, family)
+        for gate_type in gate_types * times:
+            mole.attach(pipe, loras, gate_type)
             mole.detach(pipe)
 
     attaching(rounds)
-    things, hooks = alive()
+    subjects, hooks = alive()
     attaching(rounds)
     now, still = alive()
-    assert now <= things
+    assert now <= subjects
     assert still == hooks

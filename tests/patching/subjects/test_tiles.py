@@ -14,10 +14,10 @@ from tiny import tiny_lora, tiny_pipeline
 from waits import waits_of_a_step
 
 import mole_diffusers as mole
-from mole_diffusers.binding import AUTO, SILENT, Bound, PictureWarning
+from mole_diffusers.binding import AUTO, INACTIVE, Bound, PictureWarning
 from mole_diffusers.inspection import contributions
 from mole_diffusers.lora import read_expert
-from mole_diffusers.patching.subjects.things import PromptThings
+from mole_diffusers.patching.subjects.prompt_subjects import PromptSubjects
 from mole_diffusers.patching.subjects.windows import silhouette
 
 PROMPT = "a fox+a hen"  # a token per letter
@@ -76,7 +76,7 @@ def test_a_picture_in_tiles_is_the_pictures_of_its_parts_side_by_side(pipe, expe
     assert (found - latent(pipe)).abs().max() > 1e-2
 
 
-def test_a_lora_of_two_things_draws_each_in_a_tile(pipe, experts):
+def test_a_lora_of_two_subjects_draws_each_in_a_tile(pipe, experts):
     """As two LoRAs that are the same file do, each with its own words."""
     prompt, fox = "a fox and a hen", experts["fox"]
     alone = {"guidance_scale": 1.0}  # without a text that both LoRAs of two read
@@ -90,7 +90,7 @@ def test_a_lora_of_two_things_draws_each_in_a_tile(pipe, experts):
     assert latent(pipe, prompt, **alone).sub(two).abs().max() > 1e-3
 
 
-def test_what_one_thing_has_draws_in_its_tile_alone(pipe, experts):
+def test_what_one_subject_has_draws_in_its_tile_alone(pipe, experts):
     experts = experts | {"ink": replace(experts["ink"], triggers=("cap",))}
     x, empty, prompt = noise(), empty_of(pipe, experts), "fox in a cap&hen"
     assert len(pipe.tokenizer(prompt).input_ids) <= 16
@@ -125,7 +125,7 @@ def test_a_style_draws_in_every_tile_and_the_rest_is_that_of_the_bound_picture(p
 
 
 def test_the_rest_of_the_picture_is_bound_to_the_places_of_the_tiles_from_the_first_step(pipe, experts, tmp_path):
-    """Of three things in four quarters the last quarter is nobody's."""
+    """Of three subjects in four quarters the last quarter is nobody's."""
     owl = replace(read_expert(tiny_lora(pipe, tmp_path / "owl.safetensors", seed=7)), triggers=("owl",))
     names = {"fox": experts["fox"], "hat": experts["hat"], "owl": owl}
     mixture = mole.attach(pipe, names)
@@ -146,7 +146,7 @@ def test_a_trace_counts_a_step_once_however_many_tiles_it_has(pipe, experts):
         with tiled(pipe, until=share), mixture.trace() as trace:
             latent(pipe, steps=4)
         steps[share] = sorted({step for place, step, _ in trace.records if place.startswith("unet")})
-        for place in trace.sites:
+        for place in trace.locations:
             if place.startswith("unet.") and place[-1] != ")":
                 assert torch.equal(trace.weights(place), torch.tensor([[1.0, 0.5]]).expand(4, 2)), place
     assert steps[0.8] == steps[0.0] == [0, 1, 2, 3]
@@ -163,10 +163,10 @@ def test_while_a_tile_is_drawn_the_mixture_says_what_the_user_set(pipe, experts)
     assert all(each == (before, 1) for each in seen)
 
 
-@pytest.mark.parametrize("family", ["sum", *thorough("factors")])
-def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, family):
+@pytest.mark.parametrize("gate_type", ["sum", *thorough("factors")])
+def test_gates_that_read_nothing_are_asked_once_for_each_tile(pipe, experts, gate_type):
     """And again if a strength changes between two steps."""
-    mixture = mole.attach(pipe, experts, family)
+    mixture = mole.attach(pipe, experts, gate_type)
     asked = asked_gates(mixture)
     strong = {"fox": 3.0, "hat": 0.5}
 
@@ -262,7 +262,7 @@ def test_rows_of_a_batch_and_their_guidance_are_drawn_as_alone(pipe, experts):
     assert torch.isfinite(plain).all()
 
 
-def test_four_things_share_a_square_and_words_of_place_decide(pipe, experts, tmp_path):
+def test_four_subjects_share_a_square_and_words_of_place_decide(pipe, experts, tmp_path):
     names = ("a", "b", "c")
     made = {
         n: replace(read_expert(tiny_lora(pipe, tmp_path / f"{n}.safetensors", seed=i), n), triggers=(f"x{n}",))
@@ -358,11 +358,11 @@ def test_a_prompt_is_explained_before_anything_is_attached(pipe, experts):
     assert mole.explain(pipe, PROMPT, bound, **size, prompt_2="a fox").tiles is None
     assert mole.explain(pipe, PROMPT, bound, **size, texts=[PROMPT, "a hat"]).tiles is None
     off = mole.explain(pipe, PROMPT, bound, **size, acting=[])
-    assert {role.place for role in off.experts.values()} == {SILENT}
+    assert {role.place for role in off.experts.values()} == {INACTIVE}
 
 
-def test_a_mixture_draws_in_tiles_by_itself_where_each_thing_has_room(pipe, experts):
-    """Room for pictures of the size that the UNet was trained at; and things are listed, not doing something together."""
+def test_a_mixture_draws_in_tiles_by_itself_where_each_subject_has_room(pipe, experts):
+    """Room for pictures of the size that the UNet was trained at; and subjects are listed, not doing something together."""
     assert pipe.unet.config.sample_size == 16
     pipe.unet.register_to_config(sample_size=8)
     mixture = mole.attach(pipe, experts)
@@ -496,11 +496,11 @@ def test_two_that_touch_are_drawn_as_one_beside_others_or_in_given_regions_or_wi
 )
 def test_a_third_lora_keeps_two_that_touch_in_one_picture(prompt):
     bound = {name: Bound((name,), AUTO) for name in ("fox", "owl", "bear")}
-    assert PromptThings(prompt, bound, list(bound)).contact is None
+    assert PromptSubjects(prompt, bound, list(bound)).contact is None
     style = {**bound, "ink": Bound(("ink",), AUTO)}
-    assert PromptThings("ink drawing of a fox riding an owl", style, list(style)).contact is not None
-    said = PromptThings("a fox riding an owl, she smiles", bound, list(bound))
-    assert (said.contact, said.why_not_apart) == (None, "the prompt says 'she' of one of them")
+    assert PromptSubjects("ink drawing of a fox riding an owl", style, list(style)).contact is not None
+    said = PromptSubjects("a fox riding an owl, she smiles", bound, list(bound))
+    assert (said.contact, said.why_not_per_subject) == (None, "the prompt says 'she' of one of them")
 
 
 @pytest.mark.parametrize("regions", [None, ((0.0, 0.0, 0.45, 1.0), (0.55, 0.0, 1.0, 1.0)), ("left", "right")])
@@ -572,14 +572,14 @@ def test_the_last_steps_are_bound_to_the_places_of_the_tiles(pipe, experts, recw
     assert not [w for w in recwarn if "places" in str(w.message)]
 
 
-def test_a_thing_that_the_text_encoder_cuts_off_gets_no_tile(pipe, experts):
+def test_a_subject_that_the_text_encoder_cuts_off_gets_no_tile(pipe, experts):
     pipe.unet.register_to_config(sample_size=8)
     mixture = mole.attach(pipe, {name: experts[name] for name in ("fox", "hat")})
     prompt = "a fox in a long blue sea and a hen"
     with mixture.tiled(0):
         bound = latent(pipe, prompt)
     assert torch.equal(latent(pipe, prompt), bound)
-    with mixture.tiled(), pytest.raises(ValueError, match="other things in this prompt than 'fox' and 'hen': shorten"):
+    with mixture.tiled(), pytest.raises(ValueError, match="other subjects in this prompt than 'fox' and 'hen': shorten"):
         latent(pipe, prompt)
 
 
@@ -690,9 +690,9 @@ def test_what_a_call_gives_attention_is_honoured_or_said(pipe, experts):
         latent(pipe, cross_attention_kwargs={"mine": 1})
 
 
-@pytest.mark.parametrize("family", ["sd", *thorough("sdxl")])
-def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_path, family):
-    pipe = sdxl() if family == "sdxl" else pipe
+@pytest.mark.parametrize("gate_type", ["sd", *thorough("sdxl")])
+def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_path, gate_type):
+    pipe = sdxl() if gate_type == "sdxl" else pipe
     files = {name: tiny_lora(pipe, tmp_path / name, seed=seed) for seed, name in enumerate(("fox", "hat"))}
     mixture = mole.attach(pipe, {name: replace(read_expert(path), triggers=(WORDS[name],)) for name, path in files.items()})
     assert "text_encoder" in mixture.banks
@@ -757,7 +757,7 @@ def test_films_are_drawn_as_one(tmp_path):
 
 
 @pytest.mark.thorough
-def test_a_region_that_is_no_things_place_is_kept(pipe, experts):
+def test_a_region_that_is_no_subjects_place_is_kept(pipe, experts):
     """A style in a part of the picture cannot be kept there in tiles."""
     pipe.unet.register_to_config(sample_size=8)
     mixture = mole.attach(pipe, experts)
@@ -766,7 +766,7 @@ def test_a_region_that_is_no_things_place_is_kept(pipe, experts):
     found = latent(pipe, prompt)
     with mixture.tiled(0):
         assert torch.equal(latent(pipe, prompt), found)
-    with mixture.tiled(), pytest.raises(ValueError, match="'ink' has a region, but is no thing"):
+    with mixture.tiled(), pytest.raises(ValueError, match="'ink' has a region, but is no subject"):
         latent(pipe, prompt)
 
 

@@ -122,7 +122,7 @@ def sizes_of(pipe):
 
 
 def check_halves(host, seen, *, is_guided):
-    """Each half of the predictions is that of its thing alone."""
+    """Each half of the predictions is that of its subject alone."""
     assert seen
     for prediction, time, x in seen:
         parts = [host.guided(n, x, slice(0, 8), columns, time, is_guided=is_guided)[0] for n, columns in HALVES.items()]
@@ -205,7 +205,7 @@ def test_rows_of_a_batch_are_drawn_as_alone(host):
             torch.testing.assert_close(both, each, rtol=0, atol=1e-4)
 
 
-def test_one_thing_is_drawn_as_set_adapters_does(host):
+def test_one_subject_is_drawn_as_set_adapters_does(host):
     with host.attach(["fox"]).tiled():
         found = host.draw("fox")
     load_adapters(host.other, {"fox": host.files["fox"]})

@@ -14,11 +14,11 @@ import torch
 
 from mole_app.studio.model_folders import SAVED
 from mole_app.studio.names import is_text, known_names, matching, matching_lora
-from mole_diffusers.gates import FAMILIES, GATE_CONFIG, GATE_WEIGHTS, load_gates
+from mole_diffusers.gates import GATE_CONFIG, GATE_TYPES, GATE_WEIGHTS, load_gates
 from mole_diffusers.lora import Expert, LoraWeights, base_of, parse_key, preferred_weight, read_expert
 from mole_diffusers.safe_files import read_header
 
-UNTRAINED = tuple(name for name, family in FAMILIES.items() if not family.learns)
+UNTRAINED = tuple(name for name, gate_type in GATE_TYPES.items() if not gate_type.learns)
 OTHERS = {  # kind of file -> what people call one
     "embedding": "embedding", "upscaler": "upscaler", "controlnet": "ControlNet", "ip_adapter": "IP-Adapter",
     "clip_vision": "image encoder",
@@ -162,7 +162,9 @@ class Catalog:
     # ---- gates
 
     def gates_source(self, name: str) -> str | Path:
-        """The `gates` argument of `attach` for the name of a family or of trained gates; ValueError for an unknown name."""
+        """The `gates` argument of `attach` for the name of a gate type or of trained gates; ValueError for an unknown
+        name.
+        """
         if name in UNTRAINED:
             return name
         if name not in self.gates:
@@ -193,9 +195,9 @@ class Catalog:
         return [name for name in experts if name in known and known[name]["sha256"] != self.expert(name).sha256]
 
     def add_gates(self, name: str, folder: Path) -> None:
-        """Add trained gates, replacing any of the same name. Raises ValueError if the name is a family's."""
-        if name in FAMILIES:
-            raise ValueError(f"{name!r} is the name of a family; choose another")
+        """Add trained gates, replacing any of the same name. Raises ValueError if the name is a gate type's."""
+        if name in GATE_TYPES:
+            raise ValueError(f"{name!r} is the name of a gate type; choose another")
         self.examples.discard(name)
         self._trained.pop(name, None)
         self.gates = self.gates | {name: folder}

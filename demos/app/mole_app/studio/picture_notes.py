@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from mole_app.studio.recipe import Recipe
 from mole_diffusers import Mixture
-from mole_diffusers.binding import OWN_PLACE, OWN_TILE, SILENT, Explanation, Layout, region_mask
+from mole_diffusers.binding import INACTIVE, OWN_PLACE, OWN_TILE, Explanation, Layout, region_mask
 
-WHERE = {OWN_PLACE: "in a place of its own", OWN_TILE: "in a tile of its own", SILENT: "nowhere"}  # as people read them
+WHERE = {OWN_PLACE: "in a place of its own", OWN_TILE: "in a tile of its own", INACTIVE: "nowhere"}  # as people read them
 
 
 @dataclass
@@ -18,16 +18,16 @@ class PictureNotes:
     Attributes:
         layout: where its LoRAs acted, if they have places.
         warnings: those of binding.
-        sites: of the gates.
+        locations: of the gates.
     """
 
     layout: Layout | None = None
     warnings: list[str] = field(default_factory=list)
-    sites: list[str] = field(default_factory=list)
+    locations: list[str] = field(default_factory=list)
 
     def take(self, mixture: Mixture, recipe: Recipe) -> None:
         """Note what the mixture says right after the first pass."""
-        self.sites, self.warnings = mixture.gate_names, mixture.binding_warnings
+        self.locations, self.warnings = mixture.gate_names, mixture.binding_warnings
         bound = (mixture.binding or {}).items()
         side = recipe.height // 8, recipe.width // 8
         given = {name: region_mask(b.given, *side) for name, b in bound if b.given is not None}

@@ -51,14 +51,14 @@ class Recipe:
         width, height: pixels, rounded to what the base can draw. Default: the size that the base was trained
             at (in the embedded world, that for so many subjects), or that of the picture to draw over.
         sampler: Euler a, DPM++ 2M Karras, UniPC, LCM, ...; a wrong name lists all. Default: the base's own.
-        gates: an untrained family (sum, mean), the name of trained gates, or auto: your own gates for these LoRAs if there
-            are any, else sum.
+        gates: an untrained gate type (sum, mean), the name of trained gates, or auto: your own gates for these LoRAs if
+            there are any, else sum.
         arm: how the LoRAs are combined: "gates", or for comparison "sum", "base" (no LoRA), "alone NAME" or "merge METHOD"
             (see `merging.merge`).
-        locks: gate site -> {LoRA: weight}, used instead of the gate there.
+        locks: gate location -> {LoRA: weight}, used instead of the gate there.
         experts: LoRA -> sha256 of its tensors. A file is found again by it, whatever its name.
         embeddings: embedding that a prompt names as "embedding:NAME" -> sha256 of its tensors.
-        gates_sha256: the hash of the trained gates; "" for a family.
+        gates_sha256: the hash of the trained gates; "" for a gate type.
         base: the base pipeline's name; in a file, its `shared_name`.
         binding: bound: each LoRA acts on its own words and in its own place; tiles: in some steps each subject is also
             drawn by itself in its place; auto: tiles if each has room, else bound; none: every LoRA acts everywhere.

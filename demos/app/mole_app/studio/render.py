@@ -208,7 +208,7 @@ class Studio:
         words = f"at {size[0]} x {size[1]} pixels, each subject is drawn by itself in some steps"
         if self.base.name != WORLD:
             width, height = usual_size(self.base.pipe, self.base.name, "")
-            words += f"; the base was trained at {width} x {height}, and may draw things twice there"
+            words += f"; the base was trained at {width} x {height}, and may draw subjects twice there"
         if type(self.base.pipe).__name__.startswith("StableDiffusionXL") and size in SDXL_FOR_TWO:
             words += f": two have more room at {SDXL_FOR_TWO[size]}, which it was trained at, too"
         return words

@@ -19,7 +19,7 @@ class StrengthSchedule:
         tags: the tags.
         unet: the pipeline's denoiser; block weights need a UNet.
         steps: number of sampling steps.
-        locks: gate site -> {expert: weight}, used instead of the gate there. Experts that are not named get 0.
+        locks: gate location -> {expert: weight}, used instead of the gate there. Experts that are not named get 0.
 
     Raises ValueError for a tag whose expert is not in the mixture, and for block weights that do not fit the UNet.
     """
@@ -57,7 +57,7 @@ class StrengthSchedule:
         return self._cache[module]
 
     def gates(self, place: str) -> Sequence[float] | None:
-        """[N] weights that replace the gate at a site; None if it is not locked."""
+        """[N] weights that replace the gate at a gate location; None if it is not locked."""
         return self.locks.get(place)
 
     def on_step(self, then: Callable[[Any, int, Any, dict], dict] | None = None) -> Callable[..., dict]:

@@ -276,7 +276,7 @@ class Actions:
                     report(replace(state))
                     told = partial(on_step, recipe, state.done)
                     image = self.studio.draw(recipe, **pictures, on_step=told, inside=inside, noted=noted)
-                    recipe, by_hand = _with_locks_of(recipe, noted.sites)
+                    recipe, by_hand = _with_locks_of(recipe, noted.locations)
                     warned = [f"{label}: {each}" if says_which else each for each in noted.warnings]
                     state.warnings = list(dict.fromkeys([*state.warnings, *warned, *by_hand]))
                     path = (gallery or self.unkept).add(image, recipe)
@@ -417,7 +417,7 @@ def _saved_small(image: Image.Image, path: Path) -> Path:
     return part.replace(path)
 
 
-def _with_locks_of(recipe: Recipe, sites: Collection[str]) -> tuple[Recipe, list[str]]:
+def _with_locks_of(recipe: Recipe, locations: Collection[str]) -> tuple[Recipe, list[str]]:
     """A recipe with only those weights set by hand whose gates were there when it was drawn, and what to say about them."""
 
     def blocks(count: int) -> str:
@@ -425,7 +425,7 @@ def _with_locks_of(recipe: Recipe, sites: Collection[str]) -> tuple[Recipe, list
 
     if recipe.arm != "gates":
         return recipe, []
-    here, said = {site: row for site, row in recipe.locks.items() if site in sites}, []
+    here, said = {location: row for location, row in recipe.locks.items() if location in locations}, []
     if gone := len(recipe.locks) - len(here):
         said.append(f"weights set by hand for {blocks(gone)} that these gates do not have are left out")
     if here:

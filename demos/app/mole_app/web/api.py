@@ -341,7 +341,7 @@ class Endpoints:
         return done.rows, [done.verdict]
 
     def gates(self) -> list[dict]:
-        """All trained gates: their name, family and LoRAs, and which of these are missing here or are another file. For
+        """All trained gates: their name, gate type and LoRAs, and which of these are missing here or are another file. For
         gates that cannot be read: their name, and why."""
         return describe_all_gates(self.actions.studio.catalog)
 

@@ -107,8 +107,9 @@ def _gate_report(page: Page) -> None:
         places = gallery(label="Where each LoRA acts", columns=3, visible=False, elem_id="places", elem_classes=None)
         shares = figure(label="Share over the steps", visible=False, elem_id="shares")
         heat = figure(label="Weights by block and step", visible=False, elem_id="heat")
-        sites, gates = gr.State({}), gr.State({})  # short name of a block -> gate site, -> the gate's weights as text
-        block = _by_hand(page, sites, gates)
+        # short name of a block -> gate location, -> the gate's weights as text
+        locations, gates = gr.State({}), gr.State({})
+        block = _by_hand(page, locations, gates)
 
     def work_of(recipe: Recipe, cards: list[MixerCard], last: int | None, pictures: SourcePictures) -> Work:
         recipe, notes = at_seed(recipe, last)
@@ -122,16 +123,16 @@ def _gate_report(page: Page) -> None:
             heat: gr.update(value=report.heat, visible=True),
             shares: gr.update(value=report.shares, visible=True),
             places: gr.update(value=[(image, label) for label, image in report.places.items()], visible=True),
-            sites: report.labels,
+            locations: report.labels,
             gates: {label: _typed(dict(zip(report.experts, row, strict=True))) for label, row in report.gates.items()},
             block: gr.update(choices=list(report.labels), value=next(iter(report.labels))),
         }
 
-    outputs = [status, heat, shares, places, sites, gates, block]
+    outputs = [status, heat, shares, places, locations, gates, block]
     connect_job(page, "look", [look], work_of, show, outputs, more=[page.prompt.cards, last])
 
 
-def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
+def _by_hand(page: Page, locations: Any, gates: Any) -> Any:
     """Lay out the fields for weights that replace a gate. Returns the choice of the block."""
     with gr.Accordion("Change it by hand", open=True):
         with gr.Row():
@@ -147,20 +148,20 @@ def _by_hand(page: Page, sites: Any, gates: Any) -> Any:
     catalog, prompt = page.actions.studio.catalog, page.prompt.text
 
     @errors_to(why)
-    def set_lock(block: str | None, weights: str, factor: float | None, sites: dict, text: str, locks: dict) -> Values:
-        if block not in sites:
+    def set_lock(block: str | None, weights: str, factor: float | None, locations: dict, text: str, locks: dict) -> Values:
+        if block not in locations:
             raise ValueError("watch the gates first, then choose a block")
         names = [tag.name for tag in parse_named(text, catalog.loras).tags]
         row = {name: weight * (1.0 if factor is None else factor) for name, weight in parse_lock(weights, names).items()}
-        return {page.form.locks: {**locks, sites[block]: row}}
+        return {page.form.locks: {**locks, locations[block]: row}}
 
-    def held(locks: dict[str, dict[str, float]], sites: dict[str, str]) -> str:
-        labels = {site: label for label, site in sites.items()}
-        return "\n".join(f"{labels.get(site, site)}: {_typed(row)}" for site, row in locks.items()) or NO_LOCKS
+    def held(locks: dict[str, dict[str, float]], locations: dict[str, str]) -> str:
+        labels = {location: label for label, location in locations.items()}
+        return "\n".join(f"{labels.get(location, location)}: {_typed(row)}" for location, row in locks.items()) or NO_LOCKS
 
-    lock.click(set_lock, [block, weights, factor, sites, prompt, page.form.locks], [page.form.locks, why])
+    lock.click(set_lock, [block, weights, factor, locations, prompt, page.form.locks], [page.form.locks, why])
     free.click(lambda: {}, None, page.form.locks)
-    gr.on([page.form.locks.change, sites.change], held, [page.form.locks, sites], locked, show_progress="hidden")
+    gr.on([page.form.locks.change, locations.change], held, [page.form.locks, locations], locked, show_progress="hidden")
     block.change(lambda block, gates: gates.get(block, ""), [block, gates], weights)
     return block
 

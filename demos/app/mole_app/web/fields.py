@@ -13,7 +13,7 @@ from mole_app.studio.prompt_syntax import PAINTED
 from mole_app.studio.recipe import BINDINGS, RANGES
 from mole_app.web.gate_training import TRAINED, WAYS
 from mole_diffusers.binding import AUTO, BOXES, EVERYWHERE
-from mole_diffusers.gates import FAMILIES, RECOMMENDED
+from mole_diffusers.gates import GATE_TYPES, RECOMMENDED
 
 SECOND, SIDE = "of the second text encoder; empty: the same", "0: the model's own"
 SWITCH = (AUTO, EVERYWHERE, PAINTED)  # where a LoRA acts
@@ -84,12 +84,12 @@ TRAINING: dict[str, Callable[..., Any]] = {  # field of a TrainingRequest -> its
     "composed": partial(text, label="Composed: prompts with all of them", info="one per line", lines=2),
     "styles": partial(choice, value=[], multiselect=True, label="Styles", info="they act everywhere"),
     "steps": partial(gr.Slider, 1, 500, 60, step=1, label="Steps (updates)"),
-    "family": partial(
+    "gate_type": partial(
         choice,
         TRAINED,
         value=RECOMMENDED,
-        label="Family of gates",
-        info=f"{RECOMMENDED}: {(FAMILIES[RECOMMENDED].__doc__ or '').partition(chr(10))[0]}",
+        label="Gate type",
+        info=f"{RECOMMENDED}: {(GATE_TYPES[RECOMMENDED].__doc__ or '').partition(chr(10))[0]}",
     ),
     "way": partial(
         choice,

@@ -17,7 +17,7 @@ from mole_app.studio.catalog import Catalog
 from mole_app.studio.names import matching
 from mole_app.web.sentences import without_folders
 from mole_diffusers.binding import AUTO
-from mole_diffusers.gates import FAMILIES, GATE_CONFIG, GATE_WEIGHTS, load_gates
+from mole_diffusers.gates import GATE_CONFIG, GATE_TYPES, GATE_WEIGHTS, load_gates
 
 GATES = {".safetensors": (GATE_WEIGHTS, 256 << 20), ".json": (GATE_CONFIG, 1 << 20)}  # name here, most bytes
 MOST_KEPT = 16 << 30  # bytes of all that visitors upload
@@ -45,8 +45,10 @@ def check_gates_name(name: str) -> str:
     """Returns the name if gates (and their folder) can have it. Raises ValueError if not."""
     if not GATES_NAME.fullmatch(name) or name != name.strip():
         raise ValueError(f"a name has letters, digits, spaces, + - and _, at most 60, got {name!r}")
-    if name in (*FAMILIES, AUTO):
-        raise ValueError(f"{name!r} is {'a choice among gates' if name == AUTO else 'the name of a family'}; choose another")
+    if name in (*GATE_TYPES, AUTO):
+        raise ValueError(
+            f"{name!r} is {'a choice among gates' if name == AUTO else 'the name of a gate type'}; choose another"
+        )
     return name
 
 
@@ -56,12 +58,12 @@ def default_gates_name(loras: Iterable[str]) -> str:
 
 
 def describe_gates(catalog: Catalog, name: str) -> dict[str, Any]:
-    """Name, family and LoRAs of trained gates, and which of these LoRAs are missing here or are another file."""
+    """Name, gate type and LoRAs of trained gates, and which of these LoRAs are missing here or are another file."""
     saved = load_gates(catalog.gates_source(name))
     here = [expert for expert in saved.experts if expert in catalog.loras]
     return {
         "name": name,
-        "family": saved.config.family,
+        "gate_type": saved.config.gate_type,
         "experts": list(saved.experts),
         "other_files": catalog.other_files(name, here),
         "missing": [expert for expert in saved.experts if expert not in here],

@@ -130,7 +130,7 @@ class Form:
 
     def values(self, recipe: Recipe) -> Values:
         """The values of `inputs` for a recipe."""
-        locks = {site: dict(row) for site, row in recipe.locks.items()}
+        locks = {location: dict(row) for location, row in recipe.locks.items()}
         own = {self.locks: locks, self.masks: dict(recipe.masks), self.base: self.actions.bases.open}
         return {self.controls[name]: value for name, value in self._shown(recipe).items()} | own
 

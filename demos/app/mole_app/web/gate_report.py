@@ -28,7 +28,7 @@ class GateReport:
         picture: the picture's file.
         experts: the LoRAs, in the same order as all weights.
         heat, shares, places: figures, see the functions of these names in `inspection`.
-        labels: short name of a block (in a transformer, its module's name) -> gate site.
+        labels: short name of a block (in a transformer, its module's name) -> gate location.
         weights: short name of a block -> mean weight of each expert, as applied.
         gates: the same before the tags' strengths, block weights and steps are applied. These values can be set by hand.
         notes: for the user, as for any picture.
@@ -79,7 +79,8 @@ def gate_report(
 
 
 def before_tags(weights: torch.Tensor, schedule: StrengthSchedule, place: str) -> torch.Tensor:
-    """Applied weights [steps, N] at a gate site -> [N] means of the gates themselves, over the steps whose tags are not 0.
+    """Applied weights [steps, N] at a gate location -> [N] means of the gates themselves, over the steps whose tags are not
+    0.
 
     An expert whose tag is 0 at every step gets 0.
     """

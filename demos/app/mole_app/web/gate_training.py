@@ -23,7 +23,7 @@ from mole_app.web.files import check_gates_name
 from mole_app.web.jobs import ReportProgress, Work
 from mole_app.web.training_runs import TrainingRun
 from mole_diffusers import attach
-from mole_diffusers.gates import FAMILIES, RECOMMENDED
+from mole_diffusers.gates import GATE_TYPES, RECOMMENDED
 from mole_diffusers.inspection import sample
 from mole_diffusers.options import check_options
 from mole_diffusers.training import GateTraining, TrainingData, train_gates, unet_of
@@ -31,7 +31,7 @@ from mole_diffusers.training import GateTraining, TrainingData, train_gates, une
 MAX_UPDATES, MAX_PROMPTS, VALIDATION_PICTURES = 2000, 64, 4  # per run
 SHOWN = 2  # seeds whose pictures are shown before and after training
 WAYS = ("collage", "blend")
-TRAINED = tuple(name for name, family in FAMILIES.items() if family.learns)
+TRAINED = tuple(name for name, gate_type in GATE_TYPES.items() if gate_type.learns)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TrainingRequest:
         composed: prompts that name all LoRAs.
         steps: the total number of updates, including earlier ones of a run that is continued.
         styles: LoRAs that act on the whole picture.
-        family: the kind of gates: FAMILIES.
+        gate_type: the kind of gates: FAMILIES.
         way: "collage" puts the subjects side by side, each drawn by its own LoRA. "blend" blends the LoRAs' predictions
             under masks.
     """
@@ -54,7 +54,7 @@ class TrainingRequest:
     composed: list[str]
     steps: int = 60
     styles: list[str] = field(default_factory=list)
-    family: str = RECOMMENDED
+    gate_type: str = RECOMMENDED
     way: str = "collage"
 
     def __post_init__(self) -> None:
@@ -65,9 +65,9 @@ class TrainingRequest:
             raise ValueError(f"a training has at most {MAX_PROMPTS} prompts, of at most {MAX_PROMPT} characters each")
         if not 1 <= self.steps <= MAX_UPDATES:
             raise ValueError(f"the number of updates must be in 1..{MAX_UPDATES}, got {self.steps}")
-        for what, known in (("family", TRAINED), ("way", WAYS)):
+        for what, known in (("gate_type", TRAINED), ("way", WAYS)):
             if getattr(self, what) not in known:
-                raise ValueError(f"unknown {what} {getattr(self, what)!r}; known: {', '.join(known)}")
+                raise ValueError(f"unknown {what.replace('_', ' ')} {getattr(self, what)!r}; known: {', '.join(known)}")
         if self.way == "collage" and not (self._subject_prompts and self.composed):
             raise ValueError("a collage needs a prompt for each subject alone, and one with all of them")
 
@@ -157,7 +157,7 @@ def train(studio: Studio, recipe: Recipe, request: TrainingRequest, *, home: Pat
     settings["is_bound"] = recipe.binding != "none"  # in whatever way: all teach the same
     recipe.constant_strengths()  # raises ValueError if one varies over components, blocks or steps
     recipe.tag_bindings()  # raises ValueError if a painted region has no mask
-    run = TrainingRun(studio.catalog, home, request.name, request.family, settings)
+    run = TrainingRun(studio.catalog, home, request.name, request.gate_type, settings)
     run.check(again)
 
     def work(report: ReportProgress) -> TrainingProgress:

@@ -29,7 +29,7 @@ from mole_app.web.prompt_box import ORDERED
 from mole_app.web.sentences import errors_to, markdown
 from mole_app.web.side_by_side import SideBySide
 from mole_app.web.style import Values, figure
-from mole_diffusers.binding import AUTO, EVERY_PLACE, EVERYWHERE, OWN_PLACE, OWN_TILE, SILENT, Role
+from mole_diffusers.binding import AUTO, EVERY_PLACE, EVERYWHERE, INACTIVE, OWN_PLACE, OWN_TILE, Role
 
 LAST: dict[str, Any] = {"show_progress_on": [], "trigger_mode": "always_last", **ORDERED, "api_visibility": "private"}
 EDITABLE: dict[str, Any] = {"interactive": True}  # Gradio disables redrawn components by default
@@ -101,7 +101,7 @@ def sentence(role: Role, stood: str = "", tag: LoraTag | None = None) -> str:
         tag: its tag, which may give it a place, or strength 0.
     """
     given = tag.region if tag else ""
-    if role.place == SILENT:
+    if role.place == INACTIVE:
         return f"Does not act: {'its strength is 0' if tag and tag.is_off else role.why}"
     words = f"“{', '.join(role.words)}”" if role.words else ""
     if role.place == OWN_PLACE and given not in ("", AUTO):

@@ -80,7 +80,7 @@ def _fields(page: Page) -> None:
     catalog, fields, prompt = page.actions.studio.catalog, page.form.training, page.prompt.text
     for name in ("name", "singles", "composed", "styles", "steps"):
         fields[name].render()
-    row(fields["family"], fields["way"])
+    row(fields["gate_type"], fields["way"])
     suggest = gr.Button("Suggest from the prompt", size="sm", elem_id="suggest")
     why = status_line(elem_id="suggest-status")
 
@@ -131,8 +131,8 @@ def suggested(
     others = {name: [word for other in bound if other != name for word in bound[other].words] for name in bound}
     if way == "collage":
         subjects: dict[str, list[str]] = {}
-        for thing, part in zip(sentence.things, sentence.parts, strict=False):  # the listed ones come first
-            for k in thing.experts:
+        for subject, part in zip(sentence.subjects, sentence.parts, strict=False):  # the listed ones come first
+            for k in subject.experts:
                 subjects.setdefault(names[k], []).append(part.text)
         for name in names:  # those that the prompt does not list side by side
             if name not in (*subjects, *found, *silent):
@@ -193,7 +193,7 @@ def _gate_files(page: Page) -> None:
     @errors_to(status)
     def uploaded(paths: list[str], name: str) -> Values:
         found = page.actions.add_gates([Path(path) for path in paths], name or "")
-        words = f"{found['family']} gates **{markdown(found['name'])}** for {markdown(', '.join(found['experts']))}"
+        words = f"{found['gate_type']} gates **{markdown(found['name'])}** for {markdown(', '.join(found['experts']))}"
         if found["other_files"]:
             words += f"; they were trained with another file of {markdown(', '.join(found['other_files']))}"
         if found["missing"]:

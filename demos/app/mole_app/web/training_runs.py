@@ -34,7 +34,7 @@ class TrainingRun:
     catalog: Catalog
     home: Path
     name: str
-    family: str
+    gate_type: str
     settings: dict[str, Any]
 
     @property
@@ -46,7 +46,7 @@ class TrainingRun:
     def first_gates(self) -> Path | GateConfig:
         """The gates that the training begins with."""
         start = self.folder / "start"
-        return start if start.is_dir() else GateConfig(self.family)
+        return start if start.is_dir() else GateConfig(self.gate_type)
 
     def check(self, again: str) -> None:
         """Raises GatesExistError if `again` must say what to do, and ValueError if that cannot be done."""
@@ -57,8 +57,8 @@ class TrainingRun:
             return
         if not again:
             raise GatesExistError(f"there are gates {self.name!r} with other settings: continue from them, or overwrite?")
-        if again == "continue" and (family := load_gates(self._source()).config.family) != self.family:
-            raise ValueError(f"the gates {self.name!r} are {family} gates: continue with these, or overwrite them")
+        if again == "continue" and (gate_type := load_gates(self._source()).config.gate_type) != self.gate_type:
+            raise ValueError(f"the gates {self.name!r} are {gate_type} gates: continue with these, or overwrite them")
 
     def prepare(self, again: str) -> None:
         """Make the folder. It stays as it is if the settings are the same, else it is new, with any gates to continue."""

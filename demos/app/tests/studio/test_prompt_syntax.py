@@ -179,7 +179,7 @@ def test_an_expert_that_stops_is_absent_and_the_gates_share_among_the_others(pip
     mixture = attach(pipe, {"fox": loras["fox"], "ink": loras["ink"]}, "mean")
     with mixture.trace() as trace:
         drawn(pipe, draw, mixture, "<lora:fox:1:stop=1> <lora:ink:unet=1@0,0.5@1>")
-    place = next(p for p in trace.sites if p.startswith("unet.mid_block") and "(" not in p)
+    place = next(p for p in trace.locations if p.startswith("unet.mid_block") and "(" not in p)
     assert torch.allclose(trace.weights(place), torch.tensor([[0.5, 0.5], [0, 0.75], [0, 0.5]]))
     detach(pipe)
 

@@ -29,7 +29,7 @@ from mole_app.studio.prompt_weights import call_arguments, chunks_of
 from mole_app.studio.recipe import READ_WITH, Recipe
 from mole_app.studio.render import Studio
 from mole_diffusers import attach, attached, detach
-from mole_diffusers.binding.who_acts import SILENT
+from mole_diffusers.binding.who_acts import INACTIVE
 
 RECIPE = Recipe("a fox in ink <lora:fox:0.8> <lora:ink:1>", seed=7, steps=4, width=32, height=32)
 
@@ -103,9 +103,9 @@ def test_a_lora_at_strength_0_takes_no_words_from_another(studio):
     prompts = (prompt, f"{prompt} <lora:ink:0:word=owl>")
     alone, both = (studio.complete(dataclasses.replace(RECIPE, prompt=each)) for each in prompts)
     assert far(studio.draw(both), studio.draw(alone)) == 0
-    assert studio.explain(both).experts["ink"].place == SILENT
+    assert studio.explain(both).experts["ink"].place == INACTIVE
     on = studio.complete(dataclasses.replace(RECIPE, prompt=f"{prompt} <lora:ink:0@0,1@1:word=owl>"))
-    assert studio.explain(on).experts["ink"].place != SILENT
+    assert studio.explain(on).experts["ink"].place != INACTIVE
 
 
 def test_tiles_that_are_asked_for_and_not_drawn_are_said(studio):
@@ -207,7 +207,7 @@ def test_subjects_are_drawn_in_tiles_in_the_first_pass(studio, loras, photo, roo
 
 
 def of_room(width, height, own=(32, 32)):
-    beyond = f"the base was trained at {own[0]} x {own[1]}, and may draw things twice there"
+    beyond = f"the base was trained at {own[0]} x {own[1]}, and may draw subjects twice there"
     return f"at {width} x {height} pixels, each subject is drawn by itself in some steps; {beyond}"
 
 
@@ -271,9 +271,9 @@ def test_tiles_that_are_asked_for_are_explained_without_room(studio):
 
 def test_no_size_is_said_that_the_app_does_not_draw(studio, monkeypatch):
     recipe = studio.complete(Recipe(THREE, width=32, height=32))
-    monkeypatch.setattr("mole_diffusers.patching.subjects.apart.MOST_SIDE", 95)
+    monkeypatch.setattr("mole_diffusers.patching.subjects.per_subject.MOST_SIDE", 95)
     assert studio.notes(recipe, recipe) == [of_room(64, 64)]
-    monkeypatch.setattr("mole_diffusers.patching.subjects.apart.MOST_SIDE", 63)
+    monkeypatch.setattr("mole_diffusers.patching.subjects.per_subject.MOST_SIDE", 63)
     assert studio.notes(recipe, recipe) == []
 
 
@@ -332,7 +332,7 @@ def test_what_is_explained_is_what_is_drawn(host, prompt, second, tmp_path):
     said = studio.explain(recipe).experts
     assert [bool(role.words) for role in said.values()] == list(seen[-1].mentioned)
     placed = {name for name, role in said.items() if role.place == "own"}
-    assert placed == (set(noted.layout.regions) if seen[-1].things else set())
+    assert placed == (set(noted.layout.regions) if seen[-1].subjects else set())
     tiled = dataclasses.replace(recipe, binding="tiles")
     if second or len(chunks_of(pipe, recipe.text)) > 1:
         assert studio.explain(tiled).tiles is None

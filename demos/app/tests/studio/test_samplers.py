@@ -130,7 +130,7 @@ def evaluations(studio, recipe):
     with ExitStack() as stack:
         traces = []
         studio.draw(recipe, inside=lambda mixture: traces.append(stack.enter_context(mixture.trace())) or nullcontext())
-    place = next(p for p in traces[0].sites if p.startswith("unet.mid_block") and "(" not in p)
+    place = next(p for p in traces[0].locations if p.startswith("unet.mid_block") and "(" not in p)
     return traces[0].weights(place)[:, 0].tolist()
 
 

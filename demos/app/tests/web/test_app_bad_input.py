@@ -339,7 +339,7 @@ BAD = [
     ("export", (RECIPE, "full"), "rank of export must be a whole number"),
     ("export", ({"prompt": "<lora:fox:1:stop=1>"},), "one LoRA has one strength"),
     ("train", (RECIPE, "../up", {}, [], 2), "a name has letters"),
-    ("train", (RECIPE, "sum", {}, [], 2), "is the name of a family"),
+    ("train", (RECIPE, "sum", {}, [], 2), "is the name of a gate type"),
     ("train", BLENDED, "gates weigh two LoRAs or more"),
     ("train", (RECIPE, "one", {}, [], 2), "a collage needs a prompt for each subject"),
     (
@@ -349,7 +349,7 @@ BAD = [
     ),
     ("train", (RECIPE, "one", {}, "x", 2), "composed of a training must be a list of texts, got 'x'"),
     ("train", (RECIPE, "one", {}, [], 10**6), "the number of updates must be in"),
-    ("train", (RECIPE, "one", {"fox": ["x"]}, ["x"], 2, [], "best"), "unknown family 'best'; known: factors"),
+    ("train", (RECIPE, "one", {"fox": ["x"]}, ["x"], 2, [], "best"), "unknown gate type 'best'; known: factors"),
     (
         "train",
         (RECIPE, "one", {"fox": ["x"]}, ["x"], 2, [], "flow", "by heart"),

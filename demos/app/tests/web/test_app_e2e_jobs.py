@@ -267,8 +267,8 @@ def test_a_click_in_the_gallery_is_not_lost_to_a_search(tiny, tmp_path, monkeypa
 
 @pytest.mark.thorough
 def test_what_is_set_by_hand_is_seen_wherever_it_comes_from(tiny, tmp_path):
-    site = "unet.mid_block.attentions.0.transformer_blocks.0"
-    replace(RECIPE, locks={site: {"fox": 0.5}}).save(tmp_path / "recipe.json")
+    location = "unet.mid_block.attentions.0.transformer_blocks.0"
+    replace(RECIPE, locks={location: {"fox": 0.5}}).save(tmp_path / "recipe.json")
     held = lambda: value(tiny, "#held")  # noqa: E731
     tiny.tab("Compare")
     opened(tiny, "#gate-report")
@@ -276,11 +276,11 @@ def test_what_is_set_by_hand_is_seen_wherever_it_comes_from(tiny, tmp_path):
     tiny.tab("Compose")
     dropped(tiny, tmp_path / "recipe.json")
     tiny.tab("Compare")
-    tiny.until(lambda: held() == f"{site}: fox=0.5", WAIT)
+    tiny.until(lambda: held() == f"{location}: fox=0.5", WAIT)
     tiny.open(tiny.url)
     tiny.tab("Compare")
     opened(tiny, "#gate-report")
-    tiny.until(lambda: tiny.all("#held") and held() == f"{site}: fox=0.5", WAIT)
+    tiny.until(lambda: tiny.all("#held") and held() == f"{location}: fox=0.5", WAIT)
     tiny.click("#look")
     tiny.until(lambda: held() == "M00: fox=0.5", WAIT)
     tiny.type("#weights textarea, #weights input", "fox=2")

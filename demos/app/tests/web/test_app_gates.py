@@ -51,13 +51,13 @@ def test_gates_that_cannot_be_read_are_listed_with_the_reason(trained, loras, tm
     shutil.copytree(trained, tmp_path / "cut")
     (tmp_path / "cut" / GATE_WEIGHTS).write_bytes(b"cut")
     good, bad = app_files.describe_all_gates(Catalog(loras, {"good": trained, "bad": tmp_path / "cut"}))
-    assert (good["name"], good["family"]) == ("good", "mole")
+    assert (good["name"], good["gate_type"]) == ("good", "mole")
     assert set(bad) == {"name", "unreadable"}
 
 
 def test_gates_come_and_go(client, trained, tmp_path):
     report = client.predict(*files(trained), api_name="/upload_gates")
-    assert report == {"name": "fox+ink", "family": "mole", "experts": ["fox", "ink"], "other_files": [], "missing": []}
+    assert report == {"name": "fox+ink", "gate_type": "mole", "experts": ["fox", "ink"], "other_files": [], "missing": []}
     assert client.predict(api_name="/gates") == [report]
     picture, recipe = drawn(client, "auto")
     assert recipe["gates"] == "fox+ink"  # they weigh exactly these
@@ -100,12 +100,12 @@ def test_gates_that_are_not_good_are_refused_and_leave_nothing(client, trained, 
     before = client.predict(api_name="/gates")
     weights, about = files(trained)
     for sent, name, message in (
-        ([weights, about], "sum", "is the name of a family"),
+        ([weights, about], "sum", "is the name of a gate type"),
         ([weights, about], "../up", "a name has letters"),
         ([weights, weights], "x", "one .safetensors and one .json"),
         (changed(tmp_path / "a", trained, format="other"), "x", "this release reads mole_diffusers.gates"),
         ([weights, about], "auto", "'auto' is a choice among gates; choose another"),
-        (changed(tmp_path / "c", trained, experts={}, gates={"family": "best"}), "x", "unknown gate family 'best'"),
+        (changed(tmp_path / "c", trained, experts={}, gates={"gate_type": "best"}), "x", "unknown gate type 'best'"),
         (files(tmp_path / "cut"), "x", "truncated"),
     ):
         with pytest.raises(gradio_client.exceptions.AppError) as error:

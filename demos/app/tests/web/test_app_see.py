@@ -42,7 +42,7 @@ def test_every_model_shows_where_which_lora_acted(actions):
     report = actions.look(RECIPE)(seen.append)
     part = PARTS[actions.studio.base.name]
     assert str(report) == "mean weight: fox 0.50, ink 1.00"
-    assert all(site.startswith(f"{part}.") for site in report.labels.values())
+    assert all(location.startswith(f"{part}.") for location in report.labels.values())
     assert len(report.labels) > 1
     assert all(row == [0.5, 1.0] for row in report.weights.values())
     assert all(row == [1.0, 1.0] for row in report.gates.values())
@@ -52,8 +52,8 @@ def test_every_model_shows_where_which_lora_acted(actions):
 
 @pytest.mark.parametrize("actions", ["flux", *thorough("sd15", "sd3")], indirect=True)
 def test_a_block_that_is_set_by_hand_is_followed(actions):
-    label, site = next(iter(actions.look(RECIPE)(ignore).labels.items()))
-    held = dataclasses.replace(RECIPE, locks={site: {"fox": 2.0, "ink": 0.0}})
+    label, location = next(iter(actions.look(RECIPE)(ignore).labels.items()))
+    held = dataclasses.replace(RECIPE, locks={location: {"fox": 2.0, "ink": 0.0}})
     report = actions.look(held)(ignore)
     assert report.weights[label] == [1.0, 0.0]  # times the strengths
     assert report.gates[label] == [2.0, 0.0]
@@ -62,10 +62,10 @@ def test_a_block_that_is_set_by_hand_is_followed(actions):
 
 @pytest.mark.parametrize("actions", ["sd15", *thorough("flux", "sd3")], indirect=True)
 def test_weights_by_hand_are_said_and_those_of_other_gates_left_out(actions):
-    site, other = next(iter(actions.look(RECIPE)(ignore).labels.values())), "unet.gone"
+    location, other = next(iter(actions.look(RECIPE)(ignore).labels.values())), "unet.gone"
     row, (plain,) = {"fox": 2.0, "ink": 0.0}, actions.compose(RECIPE, 1)(ignore).pictures
     for locks, kept, said in (
-        ({site: row}, {site: row}, ["the weights of 1 block are set by hand, see the tab Compare"]),
+        ({location: row}, {location: row}, ["the weights of 1 block are set by hand, see the tab Compare"]),
         (
             {other: row, f"{other}.too": row},
             {},
@@ -79,7 +79,7 @@ def test_weights_by_hand_are_said_and_those_of_other_gates_left_out(actions):
             kept,
         )
         assert np.array_equal(pixels(done.pictures[0].path), pixels(plain.path)) == (not kept)
-    summed = dataclasses.replace(RECIPE, locks={site: row}, arm="sum")  # which asks no gate
+    summed = dataclasses.replace(RECIPE, locks={location: row}, arm="sum")  # which asks no gate
     assert actions.compose(summed, 1)(ignore).warnings == []
 
 

@@ -162,7 +162,7 @@ def test_the_same_name_with_other_settings_is_asked_about(studio, tmp_path):
         train(studio, RECIPE, other, home=tmp_path)
     assert str(tmp_path) not in str(error.value)
     with pytest.raises(ValueError, match="are factors gates: continue with these"):
-        train(studio, RECIPE, request(family="mole"), home=tmp_path, again="continue")
+        train(studio, RECIPE, request(gate_type="mole"), home=tmp_path, again="continue")
     assert np.array_equal(weights(tmp_path / "g"), first)
 
 

@@ -1,7 +1,7 @@
 """The protocol for real checkpoints: is every concept in the picture, as itself, and in one scene?
 
-A detector finds the things of a prompt, and DINOv2 compares what it found with pictures of each concept. CLIP scores hardly
-follow what people see in compositions (ComposLoRA reports r = -0.006); `judging_sheet` is for that.
+A detector finds the subjects of a prompt, and DINOv2 compares what it found with pictures of each concept. CLIP scores
+hardly follow what people see in compositions (ComposLoRA reports r = -0.006); `judging_sheet` is for that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mole_diffusers.options import check_options
 from mole_diffusers.safe_files import json_lines
 from mole_world.evaluation.measures import Models, seam
 from mole_world.evaluation.methods import alone
-from mole_world.evaluation.prompts import THINGS, Concept
+from mole_world.evaluation.prompts import SUBJECTS, Concept
 from mole_world.evaluation.report import EvaluationReport
 from mole_world.evaluation.rows import SAME_NOISE, Row, Rows, digest, digest_texts, key, picture_of
 from mole_world.evaluation.runner import Case, Setup, evaluate, requested_rows
@@ -102,9 +102,9 @@ class Measures:
     """Measures pictures of several concepts.
 
     Each row has: `dino` (concept -> cosine of its crop with its own pictures; 0 if no crop is left for it; of styles and
-    backgrounds, the whole picture), `collapse` (whether a thing is missing, or is more like another of the prompt's things
-    than like itself; None for fewer than two things), `clip_t` (cosine of picture and prompt), `seam`, and, with the base's
-    picture of the same noise, `lpips` and `ssim` to that.
+    backgrounds, the whole picture), `collapse` (whether a subject is missing, or is more like another of the prompt's
+    subjects than like itself; None for fewer than two subjects), `clip_t` (cosine of picture and prompt), `seam`, and, with
+    the base's picture of the same noise, `lpips` and `ssim` to that.
 
     Args:
         references: concept -> pictures of it alone.
@@ -113,35 +113,35 @@ class Measures:
     def __init__(self, models: Models, concepts: Mapping[str, Concept], references: Mapping[str, Sequence[Image.Image]]):
         self.models, self.concepts = models, concepts
         pictures = digest(part for name, own in references.items() for part in (name.encode(), *(i.tobytes() for i in own)))
-        things = digest_texts(*(f"{name}: {concepts[name].kind}, {concepts[name].thing}" for name in references))
-        self.settings = models.names | {"references": pictures, "things": things}
+        subjects = digest_texts(*(f"{name}: {concepts[name].kind}, {concepts[name].subject}" for name in references))
+        self.settings = models.names | {"references": pictures, "subjects": subjects}
         self.references = {name: self._reference(concepts[name], own) for name, own in references.items()}  # [P, D]
 
     def _reference(self, concept: Concept, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """Features of a concept's own pictures; of things, of the crop that the detector is surest of."""
-        if concept.kind not in THINGS:
+        """Features of a concept's own pictures; of subjects, of the crop that the detector is surest of."""
+        if concept.kind not in SUBJECTS:
             return self.models.features(pictures)
-        boxes = [self.models.detector.boxes(picture, [concept.thing])[:1] for picture in pictures]
+        boxes = [self.models.detector.boxes(picture, [concept.subject])[:1] for picture in pictures]
         return self.models.features(
             [own[0].crop(picture) if own else picture for picture, own in zip(pictures, boxes, strict=True)]
         )
 
     def __call__(self, names: Sequence[str], prompt: str, image: Image.Image, base: Image.Image | None) -> Row:
-        things = [name for name in names if self.concepts[name].kind in THINGS]
-        whole = [name for name in names if name not in things]
-        dino = dict.fromkeys(things, 0.0)
+        subjects = [name for name in names if self.concepts[name].kind in SUBJECTS]
+        whole = [name for name in names if name not in subjects]
+        dino = dict.fromkeys(subjects, 0.0)
         kept = 0
-        boxes = self.models.detector.boxes(image, [self.concepts[name].thing for name in things]) if things else []
+        boxes = self.models.detector.boxes(image, [self.concepts[name].subject for name in subjects]) if subjects else []
         if boxes:
             crops = self.models.features([box.crop(image) for box in boxes])  # [boxes, D]
-            like = torch.stack([self._like(name, crops) for name in things])  # [things, boxes]
-            for i, box in zip(*linear_sum_assignment(-like), strict=True):  # each thing has a box of its own
-                dino[things[i]] = like[i, box].item()
+            like = torch.stack([self._like(name, crops) for name in subjects])  # [subjects, boxes]
+            for i, box in zip(*linear_sum_assignment(-like), strict=True):  # each subject has a box of its own
+                dino[subjects[i]] = like[i, box].item()
                 kept += bool(like[i, box] >= like[:, box].max())
         if whole:
             features = self.models.features([image])
             dino |= {name: self._like(name, features).item() for name in whole}
-        collapse = kept < len(things) if len(things) > 1 else None
+        collapse = kept < len(subjects) if len(subjects) > 1 else None
         lpips, ssim = (None, None) if base is None else self.models.change(image, base)
         found = {"dino": dino, "collapse": collapse, "clip_t": self.models.fit(image, prompt), "seam": seam(image)}
         return found | {"lpips": lpips, "ssim": ssim}
@@ -182,7 +182,9 @@ def _about(row: Row, measures: Measures, bases: Mapping[tuple[Any, ...], Row]) -
 
 
 def frame(rows: Sequence[Row], styles: Collection[str] = ()) -> pd.DataFrame:
-    """Rows as a table with `SCORES`, and DINO for the case's things and for its styles. A score that a row lacks is NaN."""
+    """Rows as a table with `SCORES`, and DINO for the case's subjects and for its styles. A score that a row lacks is
+    NaN.
+    """
     found = as_frame(rows)
     named = {"clip_t": "CLIP-T", "lpips": "LPIPS", "ssim": "SSIM"}
     found = found.assign(**{score: found[name].astype(float) for name, score in named.items()})

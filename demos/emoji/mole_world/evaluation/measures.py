@@ -25,7 +25,7 @@ CLIP = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 DINO = "vit_base_patch14_dinov2.lvd142m"
 DETECTOR = "google/owlv2-base-patch16-ensemble"
 LPIPS: Backbone = "alex"
-BOXES = 5  # boxes that a thing may be in
+BOXES = 5  # boxes that a subject may be in
 SAME_BOX = 0.7  # two boxes that share more of their union are one
 
 
@@ -48,11 +48,11 @@ class Detector:
     def __init__(self, source: str, *, device: str):
         self.run = pipeline("zero-shot-object-detection", model=source, device=device)
 
-    def boxes(self, image: Image.Image, things: Sequence[str]) -> list[Detection]:
-        """Different boxes for any of the things: the surest ones of each, without those that nearly cover a surer one."""
+    def boxes(self, image: Image.Image, subjects: Sequence[str]) -> list[Detection]:
+        """Different boxes for any of the subjects: the surest ones of each, without those that nearly cover a surer one."""
         found: list[Detection] = []
-        for thing in things:
-            for each in self.run(image, candidate_labels=[thing], top_k=BOXES):
+        for subject in subjects:
+            for each in self.run(image, candidate_labels=[subject], top_k=BOXES):
                 left, top, right, bottom = (each["box"][name] for name in ("xmin", "ymin", "xmax", "ymax"))
                 box = Detection(max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height), each["score"])
                 if box.left < box.right and box.top < box.bottom:
@@ -133,7 +133,7 @@ class Models:
 def seam(image: Image.Image) -> float:
     """How much more colour changes across one straight line through the whole picture than across most, 0 to 255.
 
-    The change of a line is the median along it, so that the edge of a thing, which does not run along half of a straight
+    The change of a line is the median along it, so that the edge of a subject, which does not run along half of a straight
     line, is no seam.
     """
     x = _pixels(image)

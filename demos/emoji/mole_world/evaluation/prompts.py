@@ -21,8 +21,8 @@ from pathlib import Path
 from mole_diffusers.lora import Expert, as_read
 from mole_world.evaluation.runner import Case
 
-THINGS = ("character", "object", "clothing")  # kinds of concepts that are somewhere in a picture
-KINDS = (*THINGS, "style", "background")
+SUBJECTS = ("character", "object", "clothing")  # kinds of concepts that are somewhere in a picture
+KINDS = (*SUBJECTS, "style", "background")
 GROUPS = (2, 4, 6, 8, 10)  # subjects in a picture
 
 TOGETHER = ("a photo of {all}", "{all} in a bright room", "{all} on a wooden table", "{all} in a garden")
@@ -50,13 +50,13 @@ class Concept:
     Attributes:
         words: its trigger words; the first ones name it in a prompt.
         kind: one of `KINDS`.
-        thing: the words that a detector looks for.
+        subject: the words that a detector looks for.
     """
 
     name: str
     words: tuple[str, ...]
     kind: str
-    thing: str
+    subject: str
 
     @property
     def phrase(self) -> str:
@@ -67,13 +67,13 @@ class Concept:
         return f"{'an' if first[:1].lower() in tuple('aeiou') else 'a'} {self.words[0]}"
 
 
-def concept_of(expert: Expert, *, kind: str = "", thing: str = "") -> Concept:
+def concept_of(expert: Expert, *, kind: str = "", subject: str = "") -> Concept:
     """What an expert draws. Without trigger words in its file, it is named as the file is.
 
     Args:
         kind: one of `KINDS`. By default the folder that the file is in, or what its name starts with, as in ComposLoRA:
             character/mary.safetensors, style_2.safetensors. All others are objects.
-        thing: the words that a detector looks for; by default the first trigger words.
+        subject: the words that a detector looks for; by default the first trigger words.
 
     Raises ValueError for another kind.
     """
@@ -81,7 +81,7 @@ def concept_of(expert: Expert, *, kind: str = "", thing: str = "") -> Concept:
         raise ValueError(f"the kind of {expert.name!r} is one of {', '.join(KINDS)}, got {kind!r}")
     file = Path(expert.source)
     words = tuple(as_read((phrase,))[-1] for phrase in expert.triggers) or (file.stem.replace("_", " "),)
-    return Concept(expert.name, words, kind or _kind_of(file), thing or words[0])
+    return Concept(expert.name, words, kind or _kind_of(file), subject or words[0])
 
 
 def _kind_of(file: Path) -> str:
@@ -94,7 +94,7 @@ def _kind_of(file: Path) -> str:
 
 def own_prompt(concept: Concept) -> str:
     """A prompt for one concept alone."""
-    return f"a photo of {concept.phrase}" if concept.kind in THINGS else f"a house by a lake, {concept.phrase}"
+    return f"a photo of {concept.phrase}" if concept.kind in SUBJECTS else f"a house by a lake, {concept.phrase}"
 
 
 def cases(concepts: Sequence[Concept], names: Sequence[str] = (), *, limit: int | None = None) -> list[Case]:
@@ -184,7 +184,7 @@ def _composlora(concepts: Sequence[Concept]) -> Kinds:
 
 
 def _styles(concepts: Sequence[Concept]) -> Kinds:
-    whole = [concept for concept in concepts if concept.kind not in THINGS]
+    whole = [concept for concept in concepts if concept.kind not in SUBJECTS]
     yield _told("styles", _spread(list(product(_subjects(concepts), whole))), ("{first}, {rest}",))
 
 

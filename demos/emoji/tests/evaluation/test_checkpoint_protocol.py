@@ -41,7 +41,7 @@ class ByColour:
     def __init__(self):
         self.detector, self.fit, self.change = SimpleNamespace(boxes=self.boxes), lambda *_: 0.5, lambda *_: (0.25, 0.75)
 
-    def boxes(self, image, things):
+    def boxes(self, image, subjects):
         return [Detection(x, y, x + 24, y + 24, 0.5) for x, y in self.squares if image.getpixel((x, y)) != (255, 255, 255)]
 
     def features(self, images):
@@ -68,7 +68,7 @@ def squares(*colours):
         (("lime", "red", "blue"), False, (1, 1)),  # something else is there, too
     ],
 )
-def test_a_picture_collapses_if_a_thing_is_missing_or_is_another(drawn, collapse, like):
+def test_a_picture_collapses_if_a_subject_is_missing_or_is_another(drawn, collapse, like):
     references = {name: [squares(colour)] for name, colour in COLOURS.items()}
     concepts = {name: Concept(name, (name,), "object", name) for name in COLOURS}
     found = Measures(ByColour(), concepts, references)(["fox", "hat"], "a fox and a hat", squares(*drawn), None)
@@ -77,7 +77,7 @@ def test_a_picture_collapses_if_a_thing_is_missing_or_is_another(drawn, collapse
     assert (found["lpips"], found["ssim"], found["clip_t"]) == (None, None, 0.5)
 
 
-def test_a_style_is_in_the_whole_picture_and_one_thing_cannot_collapse():
+def test_a_style_is_in_the_whole_picture_and_one_subject_cannot_collapse():
     concepts = {name: Concept(name, (name,), kind, name) for name, kind in (("fox", "object"), ("ink", "style"))}
     references, picture = {"fox": [squares("red")], "ink": [Image.new("RGB", (64, 64), "white")]}, squares("red")
     found = Measures(ByColour(), concepts, references)(["fox", "ink"], "a fox in ink", picture, picture)

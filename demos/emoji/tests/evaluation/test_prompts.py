@@ -32,7 +32,7 @@ def test_composlora_has_its_480_sets():
         assert case.prompt == ", ".join(f"{name.replace('_', ' ')}, more" for name in case.concepts)
 
 
-def test_every_pair_and_triple_comes_once_and_names_its_things():
+def test_every_pair_and_triple_comes_once_and_names_its_subjects():
     for name, size in (("pairs", 2), ("triples", 3), ("scenes", 2), ("contact", 2)):
         found = cases(SUBJECTS, [name])
         assert {frozenset(case.concepts) for case in found} == set(
@@ -91,7 +91,7 @@ def test_a_lora_is_named_by_its_triggers_and_its_kind_by_its_place(loras):
     ):  # fmt: skip
         assert concept_of(replace(fox, source=source)).kind == kind
     told = replace(fox, triggers=("(sks dog:1.2)", "an old dog"), source="red_fox.safetensors")
-    assert concept_of(told, kind="clothing", thing="dog") == Concept("fox", ("sks dog", "an old dog"), "clothing", "dog")
+    assert concept_of(told, kind="clothing", subject="dog") == Concept("fox", ("sks dog", "an old dog"), "clothing", "dog")
     assert concept_of(told).phrase == "a sks dog"
     assert concept_of(replace(told, triggers=())).phrase == "a red fox"
     assert concept_of(replace(told, triggers=("an old dog",))).phrase == "an old dog"

@@ -177,12 +177,12 @@ def test_gates_of_a_composition_are_trained_as_asked_and_kept_once(script, tmp_p
     train_gates, seen = script("train_gates"), []
 
     def trained(pipe, mixture, data, *, config):
-        seen.append((mixture.config.family, config.steps, config.width))
+        seen.append((mixture.config.gate_type, config.steps, config.width))
         return [{"loss": 0.5}]
 
     monkeypatch.setattr(train_gates, "train_gates", trained)
     monkeypatch.setattr(train_gates, "note", lambda *_, **__: None)
-    monkeypatch.setattr("sys.argv", ["x", "fox+koala", "--family", "factors", "--updates", "7", "--to", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["x", "fox+koala", "--gate-type", "factors", "--updates", "7", "--to", str(tmp_path)])
     train_gates.main()
     train_gates.main()
     assert seen == [("factors", 7, 128)]
@@ -199,8 +199,8 @@ def test_gates_in_the_form_of_moles_paper_fit_the_canvas_of_a_composition(script
 
     monkeypatch.setattr(train_gates, "train_gates", trained)
     monkeypatch.setattr(train_gates, "note", lambda *_, **__: None)
-    argv = ["x", "fox+koala", "--family", "outputs", "--unbound", "--to", str(tmp_path)]
+    argv = ["x", "fox+koala", "--gate-type", "outputs", "--unbound", "--to", str(tmp_path)]
     monkeypatch.setattr("sys.argv", argv)
     train_gates.main()
-    gates = {"family": "outputs", "features": "flattened", "area": 2.0}
+    gates = {"gate_type": "outputs", "features": "flattened", "area": 2.0}
     assert seen == [(gates, None, {"collage": 1.0, "balance": 0.5})]

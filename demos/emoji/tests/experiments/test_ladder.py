@@ -61,7 +61,7 @@ def test_a_mixer_mixes_ranks_before_the_gate(ladder, pipe, experts):
     with torch.no_grad():
         mixer.change.copy_(torch.randn(mixer.change.shape, generator=torch.Generator().manual_seed(2)))
     layer, a, b = getattr(pipe, part).get_submodule(name), down.weight, up.weight
-    x, g = torch.randn(1, 5, a.shape[1]), torch.tensor([0.5, 2.0])[down.segment]
+    x, g = torch.randn(1, 5, a.shape[1]), torch.tensor([0.5, 2.0])[down.expert_index]
     with torch.no_grad():
         written = layer.base_layer(x) + (x @ a.T @ (torch.eye(len(a)) + mixer.change).T * g) @ b.T
         torch.testing.assert_close(layer(x), written, atol=1e-5, rtol=1e-5)

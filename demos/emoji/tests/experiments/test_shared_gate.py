@@ -69,8 +69,8 @@ def test_the_larger_of_two_outputs_is_weighed_by_its_size(shared, pipe, mixture)
     put(shared, pipe, mixture, [0, 0, 0, 0, 0, 0, 0, 0, 0.5, 1.0])
     queries = next(name for _, name, *_ in shared.ladder.layers(pipe) if name.endswith("attn1.to_q"))
     gate = mixture.parts.banks["scores"][queries]
-    rows = torch.randn(1, 3, len(gate.segment))
-    sizes = [((rows * gate.lengths)[..., gate.segment == k] ** 2).sum(-1).sqrt() for k in (0, 1)]
+    rows = torch.randn(1, 3, len(gate.expert_index))
+    sizes = [((rows * gate.lengths)[..., gate.expert_index == k] ** 2).sum(-1).sqrt() for k in (0, 1)]
     log, share = [size.log() for size in sizes], sizes[0] / (sizes[0] + sizes[1])
     apart = ((log[0] - log[1]) / 2).clamp(-3, 3)
     wanted = torch.stack([0.5 * apart + share - 0.5, -0.5 * apart + 0.5 - share], -1).exp()

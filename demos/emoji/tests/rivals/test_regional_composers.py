@@ -124,7 +124,7 @@ def test_a_regional_prompt_of_the_whole_picture_is_that_lora(pipe, attach):
 
 def test_what_regional_prompts_cannot_draw(pipe, attach):
     for gates, parts, why in (
-        ("sum", PARTS, r"need a gate per matrix \(granularity\), got {'family': 'sum'}"),
+        ("sum", PARTS, r"need a gate per matrix \(granularity\), got {'gate_type': 'sum'}"),
         (MATRIX, FOUND, r"there is none for \['fox', 'hat'\]"),
         (MATRIX, {}, "one or more"),
         (MATRIX, {"owl": PARTS["fox"]}, r"got \['owl'\] of \['fox', 'ink', 'hat'\]"),

@@ -119,7 +119,7 @@ def test_k_lora_turns_each_layer_once_at_the_same_share_of_any_run(pipe, loras):
             pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
         with sampling_composers.k_lora(pipe, mixture, content="fox", style="ink"), mixture.trace() as trace:
             latent(pipe, steps=8 if steps == "heun" else steps)
-        weights = {place: trace.weights(place) for place in trace.sites if "attn" in place and place.startswith("unet")}
+        weights = {place: trace.weights(place) for place in trace.locations if "attn" in place and place.startswith("unet")}
         assert all(w.count_nonzero(1).eq(1).all() for w in weights.values())
         chose = {place: (w[:, 0] != 0).tolist() for place, w in weights.items()}
         assert all(sorted(row, reverse=True) == row for row in chose.values())  # content, then style

@@ -1,4 +1,4 @@
-"""What a call's prompt names, and how it is drawn alone: for tiles, and to find things in a given picture."""
+"""What a call's prompt names, and how it is drawn alone: for tiles, and to find subjects in a given picture."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 from diffusers import CacheMixin
 
 from mole_diffusers.binding.config import Bound, given_region
-from mole_diffusers.binding.picture_layout import regions_of_things
+from mole_diffusers.binding.picture_layout import regions_of_subjects
 from mole_diffusers.binding.regions import region_mask
 from mole_diffusers.binding.sentence import Contact, Mention, Part, why_unparted
 from mole_diffusers.binding.who_acts import present, read_prompt
-from mole_diffusers.binding.words import ThingKey, keys
+from mole_diffusers.binding.words import SubjectKey, keys
 from mole_diffusers.patching.host.cropping import Cropping
 from mole_diffusers.patching.host.denoiser_inputs import FOR_ATTENTION, denoiser, is_one_graph, lora_scale
 from mole_diffusers.patching.host.denoisers import record
 
 SINCE, UNTIL = 0.4, 0.8  # shares of the steps
 
-Alone = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts act, on every word
-# Called with the place [H, W] of each thing, by its key. Returns whether the denoiser's text names these things.
-SetPlaces = Callable[[Mapping[ThingKey, torch.Tensor]], bool]
+AdapterSubset = Callable[[Sequence[str]], AbstractContextManager[None]]  # only these experts act, on every word
+# Called with the place [H, W] of each subject, by its key. Returns whether the denoiser's text names these subjects.
+SetPlaces = Callable[[Mapping[SubjectKey, torch.Tensor]], bool]
 # A part of a prompt -> its text states [1, S, C], and the pooled states [1, P] that SDXL, SD 3 and Flux read, else None.
 Encode = Callable[[Part], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -42,17 +42,17 @@ class Tiling:
     encode: Encode | None = None
 
 
-class PromptThings:
-    """The things that a prompt lists, or two that touch.
+class PromptSubjects:
+    """The subjects that a prompt lists, or two that touch.
 
     Attributes:
-        sentence: what the prompt says. Its first things are those that it lists.
-        parts: the prompt for each listed thing alone, in the order of naming.
-        keys: of the sentence's things, see `words.keys`.
-        contact: two things that touch, if nothing else has a place; then they are drawn apart, and not a list.
-        apart: each thing that may be drawn apart, with its prompt.
-        why_not_apart: "" if they may be drawn apart.
-        everywhere: the indices of the experts that act besides those of these things, such as a style.
+        sentence: what the prompt says. Its first subjects are those that it lists.
+        parts: the prompt for each listed subject alone, in the order of naming.
+        keys: of the sentence's subjects, see `words.keys`.
+        contact: two subjects that touch, if nothing else has a place; then they are drawn apart, and not a list.
+        apart: each subject that may be drawn apart, with its prompt.
+        why_not_per_subject: "" if they may be drawn apart.
+        everywhere: the indices of the experts that act besides those of these subjects, such as a style.
         outside: the names of those of them that the user gave a region.
     """
 
@@ -60,54 +60,54 @@ class PromptThings:
         self.names, self.bound = list(bound), list(bound.values())
         on = [name in acting for name in self.names]
         self.sentence = read_prompt(prompt, self.bound, on)
-        self.parts, self.keys = self.sentence.parts, list(keys(self.sentence.things))
+        self.parts, self.keys = self.sentence.parts, list(keys(self.sentence.subjects))
         there = present(self.bound, on, self.sentence.mentioned)
         self.contact, why = self._only_contact(on)
         of = self.contact or self.sentence
-        self.apart = tuple(zip(of.things, of.parts, strict=False))
-        self.why_not_apart = why or ("" if self.contact else self.sentence.why_no_tiles)
-        placed = {k for thing, _ in self.apart for k in thing.experts}
+        self.apart = tuple(zip(of.subjects, of.parts, strict=False))
+        self.why_not_per_subject = why or ("" if self.contact else self.sentence.why_no_tiles)
+        placed = {k for subject, _ in self.apart for k in subject.experts}
         self.everywhere = [k for k, acts in enumerate(there) if acts and k not in placed]
         self.outside = [self.names[k] for k in self.everywhere if self.bound[k].given is not None]
 
     def _only_contact(self, on: Sequence[bool]) -> tuple[Contact | None, str]:
-        """The contact of two things without a given region, if no words of others are in the prompt, but for styles.
+        """The contact of two subjects without a given region, if no words of others are in the prompt, but for styles.
 
-        And why its things are not drawn apart, if what is said of them is why.
+        And why its subjects are not drawn apart, if what is said of them is why.
         """
         if len(self.sentence.contacts) != 1:
             return None, ""
         (contact,) = self.sentence.contacts
-        own = {k for thing in contact.things for k in thing.experts}
+        own = {k for subject in contact.subjects for k in subject.experts}
         spoken = [k for k, acts in enumerate(on) if acts and self.sentence.words[k]]
-        if any(self.is_given(thing) for thing in contact.things) or not set(spoken) <= own | self.sentence.styles:
+        if any(self.is_given(subject) for subject in contact.subjects) or not set(spoken) <= own | self.sentence.styles:
             return None, ""
-        if why := why_unparted(contact.parts, contact.things, [self.sentence.words[k] for k in spoken]):
+        if why := why_unparted(contact.parts, contact.subjects, [self.sentence.words[k] for k in spoken]):
             return None, why
-        return contact, contact.why_not_apart
+        return contact, contact.why_not_per_subject
 
-    def is_given(self, thing: Mention) -> bool:
-        """Whether the user gave a thing its region."""
-        return given_region(thing, self.bound) is not None
+    def is_given(self, subject: Mention) -> bool:
+        """Whether the user gave a subject its region."""
+        return given_region(subject, self.bound) is not None
 
-    def drawing(self, thing: Mention, part: Part) -> tuple[str, ...]:
-        """The experts that draw a thing alone: its own, and the others, unless their words stand elsewhere."""
+    def drawing(self, subject: Mention, part: Part) -> tuple[str, ...]:
+        """The experts that draw a subject alone: its own, and the others, unless their words stand elsewhere."""
         words = self.sentence.words
         spoken = [k for k in self.everywhere if not words[k] or any(part.has(begin) for begin, _ in words[k])]
-        return tuple(self.names[k] for k in (*thing.experts, *spoken))
+        return tuple(self.names[k] for k in (*subject.experts, *spoken))
 
     def masks(self, height: int, width: int) -> torch.Tensor:
-        """[K, height, width] in 0..1: the place of each thing, as given, or a cell of the rest, in the order of naming."""
-        things, side = self.sentence.things[: len(self.parts)], (height, width)
-        regions = [given_region(thing, self.bound) for thing in things]
-        free = [thing for thing, region in zip(things, regions, strict=True) if region is None]
-        cells = iter(regions_of_things(self.sentence, free, None, self.bound, side)[0]) if free else iter(())
-        return torch.stack([next(cells) if region is None else region_mask(region, *side) for region in regions])
+        """[K, height, width] in 0..1: the place of each subject, as given, or a cell of the rest, in the order of naming."""
+        subjects, latent_size = self.sentence.subjects[: len(self.parts)], (height, width)
+        regions = [given_region(subject, self.bound) for subject in subjects]
+        free = [subject for subject, region in zip(subjects, regions, strict=True) if region is None]
+        cells = iter(regions_of_subjects(self.sentence, free, None, self.bound, latent_size)[0]) if free else iter(())
+        return torch.stack([next(cells) if region is None else region_mask(region, *latent_size) for region in regions])
 
 
 @dataclass(frozen=True)
 class PictureCall:
-    """A call of a pipeline, as it is read for tiles and for things in a given picture."""
+    """A call of a pipeline, as it is read for tiles and for subjects in a given picture."""
 
     pipe: Any
     tiling: Tiling
@@ -121,10 +121,10 @@ class PictureCall:
         return self.given.get("prompt") is None and self.tiling.prompt is not None
 
     @cached_property
-    def things(self) -> PromptThings | None:
-        """The things that its prompt names; None if it does not have exactly one prompt."""
+    def subjects(self) -> PromptSubjects | None:
+        """The subjects that its prompt names; None if it does not have exactly one prompt."""
         prompt = self.tiling.prompt if self.gives_states else _one_prompt(self.given.get("prompt"))
-        return None if prompt is None else PromptThings(prompt, self.bound, self.acting)
+        return None if prompt is None else PromptSubjects(prompt, self.bound, self.acting)
 
     @property
     def denoiser(self) -> Any:
@@ -147,7 +147,7 @@ class PictureCall:
     @cached_property
     def obstacle(self) -> str:
         """Why the pipeline cannot draw these in tiles; "" if it can."""
-        pipe, things = self.pipe, self.things
+        pipe, subjects = self.pipe, self.subjects
         try:
             needed = self.cropping.of_pipelines
         except ValueError as why:
@@ -158,10 +158,10 @@ class PictureCall:
             return "tiles have other sizes than the picture, and the denoiser is compiled as one graph"
         if isinstance(self.denoiser, CacheMixin) and self.denoiser.is_cache_enabled:
             return "tiles are several pictures in each step, and the denoiser's cache knows one: call disable_cache"
-        if things is None:
+        if subjects is None:
             return "tiles are drawn of one prompt: call the pipeline with it, or say tiled(prompt=...)"
-        if things.apart and things.outside:
-            return f"{things.outside[0]!r} has a region, but is no thing that could be drawn in a tile there"
+        if subjects.apart and subjects.outside:
+            return f"{subjects.outside[0]!r} has a region, but is no subject that could be drawn in a tile there"
         return ""
 
     def encode(self, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -180,10 +180,12 @@ class PictureCall:
 class PlaceSource(Protocol):
     """Where places can come from before the first step, such as a given picture."""
 
-    def __call__(self, call: PictureCall, *, alone: Alone, set_places: SetPlaces) -> AbstractContextManager[None] | None:
+    def __call__(
+        self, call: PictureCall, *, adapter_subset: AdapterSubset, set_places: SetPlaces
+    ) -> AbstractContextManager[None] | None:
         """A block for the call, in which the source calls `set_places` once; None if it does not know this call's places.
 
-        Inside `alone(names)` only these experts act, on every word, and without listeners.
+        Inside `adapter_subset(names)` only these experts act, on every word, and without listeners.
         """
 
 

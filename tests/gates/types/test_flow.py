@@ -11,9 +11,9 @@ from tiny import tiny_lora
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context
-from mole_diffusers.gates.families.flow import FlowGate
+from mole_diffusers.gates.types.flow import FlowGate
 from mole_diffusers.lora import layer_key, read_expert
-from mole_diffusers.patching.gating.gate_site import GateSite
+from mole_diffusers.patching.gating.gate_location import GateLocation
 
 BOTH = Context(torch.tensor([True, True]), torch.zeros(1))
 
@@ -108,13 +108,13 @@ def test_the_last_expert_that_is_there_begins_alone():
 
 
 def test_layers_of_a_block_share_one_tensor_and_text_has_its_own(pipe, loras, draw, monkeypatch):
-    seen, read = [], GateSite.factor
+    seen, read = [], GateLocation.factor
 
     def note(slot, asking, x, layer):
         seen.append((asking.name, read(slot, asking, x, layer)))
         return seen[-1][1]
 
-    monkeypatch.setattr(GateSite, "factor", note)
+    monkeypatch.setattr(GateLocation, "factor", note)
     mole.attach(pipe, {"fox": loras["fox"]}, "flow")
     draw(pipe, num_inference_steps=1)
     block = "unet.mid_block.attentions.0.transformer_blocks.0."

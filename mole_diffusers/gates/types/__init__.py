@@ -1,4 +1,4 @@
-"""The gate families, one file each. Every file here is imported, which registers its families."""
+"""The gate types, one file each. Every file here is imported, which registers its types."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
+from mole_diffusers.gates.contract import Context, Gate, GatePlace, GateType
 from mole_diffusers.gates.unchanged import Derived
 
 
 @dataclass(frozen=True)
-class Flow(Family, name="flow"):
+class Flow(GateType, name="flow"):
     """Reads the block's state token by token.
 
     Attributes:
         start: weights before training: the plain "sum", the "mean", or "faithful" to the paper (the last LoRA alone).
     """
 
-    one_gate_per = "stream"
+    one_gate_per = "token type"
     start: Literal["sum", "mean", "faithful"] = "sum"
 
     def gate(self, at: GatePlace) -> FlowGate:

@@ -22,7 +22,7 @@ OFFLOADED = (
 ONE_GRAPH = "this compiled {kind} was made for other LoRAs; call the pipeline, or the model inside `with mixture.drawing():`"
 
 
-class HeldRanks(ForwardHook):
+class LoadedAdapters(ForwardHook):
     """On a model with experts: before it runs, its layers get the ranks of experts that act and that they do not hold.
 
     When a call of the pipeline begins, its first texts and settings say which ranks are held from then on. So a picture
@@ -68,7 +68,9 @@ class HeldRanks(ForwardHook):
         return self.experts == self._all
 
     def install(self) -> dict[str, Stack]:
-        """What the layers hold when they get their experts: without the experts that are silent until a text names them."""
+        """What the layers hold when they get their experts: without the experts that are inactive until a text names
+        them.
+        """
         masks = self.shared.settings.binding.now
         if self._needed is None and masks is not None and not self._always_whole:
             self.experts = tuple(not bound.needs_words for bound in masks.bound.values())
@@ -90,7 +92,7 @@ class HeldRanks(ForwardHook):
             with self.lock:
                 self._always_whole, self._begins = True, False
                 self.hold_all()
-        needed, may_drop = self.shared.effective.needed, self._begins and self.shared.step.alone.now is None
+        needed, may_drop = self.shared.effective.needed, self._begins and self.shared.step.adapter_subset.now is None
         if needed != self._needed or may_drop:
             self._needed, self._begins = needed, self._begins and not may_drop
             self._follow(needed, may_drop=may_drop)

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace, Layer
+from mole_diffusers.gates.contract import Context, Gate, GatePlace, GateType, Layer
 
 
 @dataclass(frozen=True)
-class Retrieval(Family, name="retrieval"):
+class Retrieval(GateType, name="retrieval"):
     """Compares the LoRAs' outputs at every layer, and serves LoRAs that it never saw.
 
     Attributes:
@@ -44,7 +44,7 @@ def answers(query: torch.Tensor, layer: Layer, router_up: torch.Tensor, experts:
     """
     between = router_up.T @ layer.up.flatten(1).float()  # [r, R]
     by_rank = (query @ between) * functional.as_tokens(layer.low).float()  # [B, T, R]
-    return by_rank.new_zeros(*by_rank.shape[:-1], experts).index_add(-1, layer.segment, by_rank)
+    return by_rank.new_zeros(*by_rank.shape[:-1], experts).index_add(-1, layer.expert_index, by_rank)
 
 
 class RetrievalGate(Gate):

@@ -12,7 +12,7 @@ from torch import nn
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, GateConfig
-from mole_diffusers.gates.families.outputs import LENGTH, OutputGate
+from mole_diffusers.gates.types.outputs import LENGTH, OutputGate
 from mole_diffusers.lora import read_expert
 from mole_diffusers.training import GateTraining, TrainingContext
 from mole_diffusers.training.gate_trainer import GateTrainer
@@ -120,7 +120,7 @@ def test_who_is_off_does_not_run_and_layers_outside_blocks_have_a_gate(pipe, lor
         draw(pipe, num_inference_steps=1)
     assert len(runs) == 1 + len(loras) + 2
     assert all(weights.reshape(-1, 3)[:, 1:].eq(0).all() for _, _, weights in trace.records)
-    assert "unet" in trace.sites  # the convolutions of hat
+    assert "unet" in trace.locations  # the convolutions of hat
     with mixture.fixed({"hat": 1.0}):
         draw(pipe, num_inference_steps=1)
     assert len(runs) == 1 + len(loras) + 3

@@ -1,4 +1,4 @@
-"""Things keep their places in a picture that is drawn over."""
+"""Subjects keep their places in a picture that is drawn over."""
 
 import diffusers
 import pytest
@@ -9,7 +9,7 @@ from tiers import thorough
 from tiny import tiny_lora
 
 import mole_diffusers as mole
-from mole_diffusers.patching.subjects.place_sources import drawn_over
+from mole_diffusers.patching.subjects.place_sources import img2img
 from mole_world import emoji_world
 from mole_world.scenes import Scene
 
@@ -41,7 +41,7 @@ def drawn(pipe, prompt, image, **options):
 def test_places_are_those_of_the_picture_whoever_is_named_first(world, over, picture, mirrored):
     mixture = mole.attach(over, {name: world.loras[name] for name in ("tiger", "koala")})
     prompts = [
-        f"noto drawing of {things} on a green background" for things in ("a koala and a tiger", "a tiger and a koala")
+        f"noto drawing of {subjects} on a green background" for subjects in ("a koala and a tiger", "a tiger and a koala")
     ]
     koala = torch.zeros(16, 32)
     koala[:, :16] = 1
@@ -75,14 +75,14 @@ def test_what_is_found_is_drawn_as_what_is_given(world, over, picture):
         assert (drawn(over, prompt, picture) - given).abs().max() > 1e-2
 
 
-def test_a_place_fits_the_thing_whose_model_errs_least_there(pipe, loras, monkeypatch):
+def test_a_place_fits_the_subject_whose_model_errs_least_there(pipe, loras, monkeypatch):
     """The errors, by hand, of a model that predicts the noise."""
     over = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     mixture = mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hen"})
     image = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(3))
     seen = []
     monkeypatch.setattr(
-        drawn_over, "regions_of_things", lambda reading, free, maps, *_: (seen.append(maps), (torch.ones_like(maps), 0.0))[1]
+        img2img, "regions_of_subjects", lambda reading, free, maps, *_: (seen.append(maps), (torch.ones_like(maps), 0.0))[1]
     )
     with torch.no_grad():
         latents = over.vae.encode(2 * image - 1).latent_dist.mode() * over.vae.config.scaling_factor
@@ -134,7 +134,7 @@ SEEDS = [torch.Generator().manual_seed(seed) for seed in range(2)]
         ("Inpaint", {"mask_image": torch.ones(1, 1, 32, 64), "strength": 1.0}, False),  # nothing of the picture is kept
     ],
 )
-def test_the_unet_is_called_for_each_thing_of_one_picture(pipe, loras, kind, options, finds):
+def test_the_unet_is_called_for_each_subject_of_one_picture(pipe, loras, kind, options, finds):
     over = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**pipe.components, requires_safety_checker=False)
     mole.attach(over, {name: loras[name] for name in ("fox", "hat")}, binding={"fox": "fox", "hat": "hen"})
     calls = []
@@ -160,7 +160,7 @@ def test_what_else_the_unet_is_given_stays(pipe, loras):
 
 
 @pytest.mark.thorough
-def test_sdxl_reads_the_whole_prompt_of_each_thing_too(tmp_path):
+def test_sdxl_reads_the_whole_prompt_of_each_subject_too(tmp_path):
     pipe, (fox, ink) = sdxl(), (tmp_path / f"{name}.safetensors" for name in ("fox", "ink"))
     for seed, path in enumerate((fox, ink)):
         tiny_lora(pipe, path, seed=seed)

@@ -15,7 +15,7 @@ from torch import nn
 
 from mole_diffusers import functional
 from mole_diffusers.functional import Routed
-from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
+from mole_diffusers.gates.contract import Context, Gate, GatePlace, GateType
 from mole_diffusers.gates.unchanged import LastTensor, version
 
 GELU = (  # coefficients of `rational` fitted to GELU on -3..3; the error is below 0.01 there
@@ -25,7 +25,7 @@ GELU = (  # coefficients of `rational` fitted to GELU on -3..3; the error is bel
 
 
 @dataclass(frozen=True)
-class Prompt(Family, name="prompt"):
+class Prompt(GateType, name="prompt"):
     """Reads the text once per prompt.
 
     Attributes:
@@ -44,7 +44,7 @@ class Prompt(Family, name="prompt"):
         return self.axis != "concept"
 
     def gate(self, at: GatePlace) -> PromptGate:
-        return PromptGate(at.width, at.presents, axis=self.axis, top=self.top, total=self.total)
+        return PromptGate(at.width, at.layer_adapters, axis=self.axis, top=self.top, total=self.total)
 
 
 def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,8 @@ def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor
 class PromptGate(Gate):
     """softmax(W g(h)), then top-k (MiLoRA, eq. 5-8). h = softmax(H w)^T H pools the prompt's tokens by self-attention.
 
-    Every site has its own w, W and g. They begin even: w and W are zero, g is close to GELU. The router runs once per
+    Every gate location has its own w, W and g. They begin even: w and W are zero, g is close to GELU. The router runs once
+        per
     prompt: it reuses its logits for the very same states, while masks and strengths may change.
 
     The paper does not say whether the kept probabilities are renormalised. `total` is "none" (as they are), "1" or "N"
@@ -67,7 +68,8 @@ class PromptGate(Gate):
     folded weights (`mixture.collapsed(prompt)`), the prompt decides for all rows.
 
     Args:
-        presents: which experts each layer of the site has, [M][N]; one row for the whole site on axis "concept".
+        layer_adapters: which experts each layer of the gate location has, [M][N]; one row for the whole gate location on
+            axis "concept".
         axis: the softmax is over the N concepts, the M modules, or "both", N * M.
         top: how many of them are kept; 0 keeps all.
     """
@@ -75,11 +77,11 @@ class PromptGate(Gate):
     step_invariant = True
     present: torch.Tensor
 
-    def __init__(self, width: int, presents: Sequence[Sequence[bool]], *, axis: str, top: int, total: str):
+    def __init__(self, width: int, layer_adapters: Sequence[Sequence[bool]], *, axis: str, top: int, total: str):
         super().__init__()
         self.axis, self.top, self.total = axis, top, total
-        self.register_buffer("present", torch.tensor(presents), persistent=False)  # [M, N]
-        modules, concepts = len(presents), len(presents[0])
+        self.register_buffer("present", torch.tensor(layer_adapters), persistent=False)  # [M, N]
+        modules, concepts = len(layer_adapters), len(layer_adapters[0])
         count = {"concept": concepts, "module": modules, "both": modules * concepts}[axis]
         self.pooler = nn.Parameter(torch.zeros(width))  # w
         self.weight = nn.Parameter(torch.zeros(count, width))  # W

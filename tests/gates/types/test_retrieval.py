@@ -6,7 +6,7 @@ from tiny import tiny_pipeline
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, Layer, transforms
-from mole_diffusers.gates.families.retrieval import RetrievalGate, answers
+from mole_diffusers.gates.types.retrieval import RetrievalGate, answers
 from mole_diffusers.training import GateTraining, TrainingData, train_gates
 from mole_diffusers.training.gate_trainer import drop_experts
 

@@ -1,4 +1,4 @@
-"""Which things of a call are drawn apart, in which windows and from which step on; and why a call is drawn as one."""
+"""Which subjects of a call are drawn apart, in which windows and from which step on; and why a call is drawn as one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from mole_diffusers.binding.config import Bound
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.binding.sentence import together
-from mole_diffusers.binding.who_acts import EVERY_PLACE, OWN_TILE, SILENT, Explanation, read_prompt, roles
+from mole_diffusers.binding.who_acts import EVERY_PLACE, INACTIVE, OWN_TILE, Explanation, read_prompt, roles
 from mole_diffusers.binding.words import keys
 from mole_diffusers.patching.host.denoiser_inputs import is_one_graph, text_read
-from mole_diffusers.patching.subjects.things import SINCE, PictureCall, PromptThings, Tiling
+from mole_diffusers.patching.subjects.prompt_subjects import SINCE, PictureCall, PromptSubjects, Tiling
 from mole_diffusers.patching.subjects.windows import Window, border_of, window_around, windows_of_two_that_touch
 
 # Arguments of calls that only ask for pictures of a prompt. Tiles do not support anything else, such as an input image.
@@ -33,7 +33,7 @@ OF_WHOLE_PICTURE = {"prompt_2", "prompt_3"} | {
 MOST_SIDE = 2048  # pixels of a size that is proposed
 SINCE_OVERLAPPING = 0.2  # of tiles that overlap: each sees much of the other, so they agree on a scene earlier
 ONE_PROMPT = "each tile has a prompt and a size of its own: draw without {}"
-OTHER_THINGS = "the text encoder reads other things in this prompt than {}: shorten or reword it"
+OTHER_SUBJECTS = "the text encoder reads other subjects in this prompt than {}: shorten or reword it"
 SCALE_ONLY = "of arguments for attention, tiles only know the scale of LoRAs, not {!r}"
 
 
@@ -47,13 +47,13 @@ def why_unbound(denoiser: Any) -> str:
 def why_one_picture(call: PictureCall) -> str:
     """Why the prompts or the pipeline of a call make its picture be drawn as one; "" if it may be drawn in tiles.
 
-    The call's other arguments (`things_for_tiles`) and the size (`cut`) decide about the rest.
+    The call's other arguments (`subjects_for_tiles`) and the size (`cut`) decide about the rest.
     """
-    things, always = call.things, call.tiling.always
+    subjects, always = call.subjects, call.tiling.always
     if call.tiling.until == 0:
         return "tiles are off"
-    if things is not None and things.why_not_apart and not (always and len(things.apart) > 1):
-        return things.why_not_apart
+    if subjects is not None and subjects.why_not_per_subject and not (always and len(subjects.apart) > 1):
+        return subjects.why_not_per_subject
     if call.obstacle:
         return call.obstacle
     if lost := sorted(_given(call) & OF_WHOLE_PICTURE):
@@ -63,18 +63,18 @@ def why_one_picture(call: PictureCall) -> str:
     return f"a {type(call.denoiser).__name__} draws in tiles inside `mixture.tiled()` alone"
 
 
-def things_for_tiles(call: PictureCall) -> PromptThings | None:
-    """The things that a call is drawn of, in tiles if there is room; None if its picture is drawn as one.
+def subjects_for_tiles(call: PictureCall) -> PromptSubjects | None:
+    """The subjects that a call is drawn of, in tiles if there is room; None if its picture is drawn as one.
 
     Raises ValueError if tiles are always wanted and not possible, see `Mixture.tiled`, or are of another prompt.
     """
     own, said = call.given.get("prompt"), call.tiling.prompt
     if said is not None and own is not None and any(each != said for each in ([own] if isinstance(own, str) else own)):
         raise ValueError(f"the tiles' prompt is {said!r}, and that of the call is {own!r}: say one of them")
-    things, always = call.things, call.tiling.always and call.tiling.until > 0
+    subjects, always = call.subjects, call.tiling.always and call.tiling.until > 0
     if always and call.obstacle:
         raise ValueError(call.obstacle)
-    if things is None or len(things.apart) < 2:
+    if subjects is None or len(subjects.apart) < 2:
         return None
     why = why_one_picture(call)
     if always and call.for_processors and not why:
@@ -82,7 +82,7 @@ def things_for_tiles(call: PictureCall) -> PromptThings | None:
     if always and why:
         raise ValueError(why)
     allowed = OF_A_PROMPT | OF_STATES if call.gives_states else OF_A_PROMPT
-    return things if always or not why and _given(call) <= allowed else None
+    return subjects if always or not why and _given(call) <= allowed else None
 
 
 def _given(call: PictureCall) -> set[str]:
@@ -95,7 +95,7 @@ class Cut:
     """How a picture is cut into tiles.
 
     Attributes:
-        windows: one for each thing.
+        windows: one for each subject.
         border: [H, W] bool, where silhouettes divide two windows, see `border_of`; None where nothing or the user does.
         since: the share of the steps before the tiles.
     """
@@ -105,16 +105,16 @@ class Cut:
     since: float
 
 
-def cut(call: PictureCall, things: PromptThings, height: int, width: int) -> Cut | None:
-    """How the things of a call are cut in a picture of so many tokens; None if tiles need more room."""
-    trained, step, contact = call.cropping.trained, call.cropping.multiple, things.contact
+def cut(call: PictureCall, subjects: PromptSubjects, height: int, width: int) -> Cut | None:
+    """How the subjects of a call are cut in a picture of so many tokens; None if tiles need more room."""
+    trained, step, contact = call.cropping.trained, call.cropping.multiple, subjects.contact
     if contact is not None:
         windows = windows_of_two_that_touch(height, width, trained, step, contact.is_stacked)
     else:
-        windows = [window_around(mask, trained, step) for mask in things.masks(height, width)]
+        windows = [window_around(mask, trained, step) for mask in subjects.masks(height, width)]
     if not call.tiling.always and not (trained > 0 and all(window.has_room(trained) for window in windows)):
         return None
-    is_given = any(things.is_given(thing) for thing, _ in things.apart)
+    is_given = any(subjects.is_given(subject) for subject, _ in subjects.apart)
     border = None if len(windows) != 2 or is_given else border_of(windows[0], windows[1], trained)
     usual = min(SINCE if border is None else SINCE_OVERLAPPING, call.tiling.until / 2)
     return Cut(windows, border, usual if call.tiling.since is None else call.tiling.since)
@@ -124,10 +124,10 @@ def begin_of_tiles(call: PictureCall) -> float | None:
     """The share of the steps after which the pictures of a call, which includes their size, are drawn in tiles; None if they
     never are.
     """
-    things = things_for_tiles(call)
-    if things is None or call.for_processors:
+    subjects = subjects_for_tiles(call)
+    if subjects is None or call.for_processors:
         return None
-    found = cut(call, things, *_tokens(call))
+    found = cut(call, subjects, *_tokens(call))
     return None if found is None else found.since
 
 
@@ -138,7 +138,7 @@ def lost_tiles(call: PictureCall, encoded: Sequence[str]) -> str:
         encoded: the prompts of the states that it gives, as far as they are known.
     """
     given, own = call.given, call.given.get("prompt")
-    if call.things is not None or call.tiling.always or given.get("height") is None or given.get("width") is None:
+    if call.subjects is not None or call.tiling.always or given.get("height") is None or given.get("width") is None:
         return ""
     others = {name: value for name, value in given.items() if name not in OF_STATES}
     for prompt in dict.fromkeys(encoded if own is None else own):
@@ -169,7 +169,7 @@ def explain(
         prompt: as the pipeline gets it, the only one of the call. Several prompts in one call, and states of a prompt,
             are not drawn in tiles.
         binding: each LoRA's words and region, as `Mixture.binding` has them and `binding.bindings` makes them.
-        width: of the picture in pixels. Without a size, tiles are told as if there were room.
+        width: of the picture in pixels. Without a size, tiles are explained as if there were room.
         height: of the picture in pixels.
         prompt_2: what a second text encoder reads, if that is another prompt.
         acting: the LoRAs that are on, by default all.
@@ -181,50 +181,52 @@ def explain(
     """
     if not isinstance(prompt, str):
         raise ValueError(f"one prompt is explained at a time, given as a text, got {prompt!r}")
-    if (width is None) != (height is None) or not all(side is None or side > 0 for side in (width, height)):
+    if (width is None) != (height is None) or not all(
+        latent_size is None or latent_size > 0 for latent_size in (width, height)
+    ):
         raise ValueError("a picture has a width and a height of 1 or more: give both, or none")
     acting = list(binding) if acting is None else acting
     given = {"prompt": prompt, "prompt_2": prompt_2 or None, "width": width, "height": height}
-    call, things = PictureCall(pipe, tiling or Tiling(), given, binding, acting), PromptThings(prompt, binding, acting)
+    call, subjects = PictureCall(pipe, tiling or Tiling(), given, binding, acting), PromptSubjects(prompt, binding, acting)
     encoded = [text_read(pipe, prompt)] if texts is None else list(dict.fromkeys(texts))
     on = [name in acting for name in binding]
-    read = together([read_prompt(text, things.bound, on) for text in encoded])
-    found = roles(list(binding), things.bound, on, read)
+    read = together([read_prompt(text, subjects.bound, on) for text in encoded])
+    found = roles(list(binding), subjects.bound, on, read)
     if is_one_graph(pipe):
-        own = {name: role for name, role in found.items() if role.place not in (EVERY_PLACE, SILENT)}
+        own = {name: role for name, role in found.items() if role.place not in (EVERY_PLACE, INACTIVE)}
         found |= {name: replace(role, place=EVERY_PLACE, why=why_unbound(call.denoiser)) for name, role in own.items()}
     why, how, room = why_one_picture(call), None, None
     if not why and len(encoded) > 1:
         why = f"tiles read a prompt of one part, and this one is read in {len(encoded)}: shorten it"
-    elif not why and {*keys(read.things)} != {*things.keys}:
-        why = OTHER_THINGS.format(" and ".join(repr(thing.name) for thing, _ in things.apart))
-    elif not why and width is not None and (how := cut(call, things, *_tokens(call))) is None:
-        why, room = _no_room(call, things), _size_for_tiles(call, things)
-    tiles = None if why else [part.text for _, part in things.apart]
-    for thing, other in () if tiles is None or things.contact is None else permutations(things.contact.things):
-        for name in (things.names[k] for k in thing.experts):
+    elif not why and {*keys(read.subjects)} != {*subjects.keys}:
+        why = OTHER_SUBJECTS.format(" and ".join(repr(subject.name) for subject, _ in subjects.apart))
+    elif not why and width is not None and (how := cut(call, subjects, *_tokens(call))) is None:
+        why, room = _no_room(call, subjects), _size_for_tiles(call, subjects)
+    tiles = None if why else [part.text for _, part in subjects.apart]
+    for subject, other in () if tiles is None or subjects.contact is None else permutations(subjects.contact.subjects):
+        for name in (subjects.names[k] for k in subject.experts):
             found[name] = replace(found[name], place=OWN_TILE, why=f"it touches {other.name!r}")
     tiled = None if how is None else (how.since, call.tiling.until)
     unread = prompt[len(encoded[0]) :] if texts is None else ""
     return Explanation(found, tiles, why, read.contacts, unread, tiled, room)
 
 
-def _no_room(call: PictureCall, things: PromptThings) -> str:
+def _no_room(call: PictureCall, subjects: PromptSubjects) -> str:
     size = f"{call.given['width']} x {call.given['height']} pixels"
-    if things.contact is None:
-        return f"{size} are too small to draw each thing apart"
-    return f"{size} have no room for one thing {'above' if things.contact.is_stacked else 'beside'} the other"
+    if subjects.contact is None:
+        return f"{size} are too small to draw each subject apart"
+    return f"{size} have no room for one thing {'above' if subjects.contact.is_stacked else 'beside'} the other"
 
 
-def _size_for_tiles(call: PictureCall, things: PromptThings) -> tuple[int, int] | None:
-    """The smallest width and height in pixels at which things are drawn in tiles, in whole pictures of the size that the
+def _size_for_tiles(call: PictureCall, subjects: PromptSubjects) -> tuple[int, int] | None:
+    """The smallest width and height in pixels at which subjects are drawn in tiles, in whole pictures of the size that the
     denoiser was trained at; None if there is none with sides of at most `MOST_SIDE`."""
-    if not (side := call.cropping.trained):
+    if not (latent_size := call.cropping.trained):
         return None
-    pixels = side * _token(call)
-    times = range(1, min(len(things.apart), MOST_SIDE // pixels) + 1)
+    pixels = latent_size * _token(call)
+    times = range(1, min(len(subjects.apart), MOST_SIDE // pixels) + 1)
     for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
-        if cut(call, things, height * side, width * side) is not None:
+        if cut(call, subjects, height * latent_size, width * latent_size) is not None:
             return width * pixels, height * pixels
     return None
 

@@ -6,7 +6,7 @@ from tiers import thorough
 
 import mole_diffusers as mole
 from mole_diffusers.gates import Context, Layer
-from mole_diffusers.gates.families.rank import RankGate, grouped, shared_out, singular
+from mole_diffusers.gates.types.rank import RankGate, grouped, shared_out, singular
 from mole_diffusers.lora import LoraWeights
 from mole_diffusers.lora.stacking import Stack
 
@@ -92,8 +92,8 @@ def test_partition_over_whole_experts_is_a_top_k_mixture_of_loras():
     x, rank, count, k = torch.randn(2, 4, CIN, generator=generator), 2, 3, 2
     down, up = torch.randn(count, rank, CIN, generator=generator), torch.randn(count, COUT, rank, generator=generator)
     router = gate((rank,) * count, top=k * rank, partition=rank)
-    segment = torch.arange(count).repeat_interleave(rank)
-    known = Layer(x @ down.flatten(0, 1).T, up, segment)
+    expert_index = torch.arange(count).repeat_interleave(rank)
+    known = Layer(x @ down.flatten(0, 1).T, up, expert_index)
     ours = router(x, Context(torch.ones(count, dtype=torch.bool), NOW, known))
     assert torch.equal(
         ours, gate((rank,) * count, top=k * rank, partition=0)(x, Context(MASK[:1].expand(count), NOW, known))
@@ -191,7 +191,7 @@ def test_gates_that_stand_still_fold_rank_by_rank(pipe, loras, draw, refactor):
     live = draw(pipe)
     with mixture.trace() as trace:
         draw(pipe)
-    assert trace.weights(trace.sites[0]).shape[-1] == 2
+    assert trace.weights(trace.locations[0]).shape[-1] == 2
     with mixture.collapsed("a", num_inference_steps=1):
         torch.testing.assert_close(draw(pipe), live, atol=1e-4, rtol=0)
 

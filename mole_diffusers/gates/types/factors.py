@@ -1,4 +1,4 @@
-"""A learned constant for each rank of each LoRA at every layer. This family is not from a paper."""
+"""A learned constant for each rank of each LoRA at every layer. This gate type is not from a paper."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
+from mole_diffusers.gates.contract import Context, Gate, GatePlace, GateType
 
 
 @dataclass(frozen=True)
-class Factors(Family, name="factors"):
+class Factors(GateType, name="factors"):
     """Learns a constant for each rank of each LoRA at every layer."""
 
     one_gate_per = "matrix"
@@ -35,4 +35,4 @@ class FactorGate(Gate):
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         if context.layer is None:
             raise ValueError("a factor gate sits at one layer and needs its experts")
-        return (1 + self.change.float()) * context.mask[..., context.layer.segment]  # [R] or [B, R]
+        return (1 + self.change.float()) * context.mask[..., context.layer.expert_index]  # [R] or [B, R]

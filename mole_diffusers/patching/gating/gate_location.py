@@ -1,14 +1,14 @@
-"""A site: one gate, and the layers that take its weights.
+"""A gate location: one gate, and the layers that take its weights.
 
-Every site keeps its gate's last weights, evaluates the gate again when these no longer hold (`evaluate`), and gives each
-of its layers the factor for its ranks (`factor`). Sites differ in when they evaluate it:
+Every gate location keeps its gate's last weights, evaluates the gate again when these no longer hold (`evaluate`), and
+gives each of its layers the factor for its ranks (`factor`). Sites differ in when they evaluate it:
 
     BlockSite    when its block begins, for all its layers there
     OutputSite   when its block has run with each expert
     LayerSite    when its only layer runs
     ModelSite    once in a call of the model; in a denoiser, when the first of its layers asks
 
-Three things say whether weights still hold. Each layer compares its batch with `ready_for_rows`: has the block's gate been
+Three subjects say whether weights still hold. Each layer compares its batch with `ready_for_rows`: has the block's gate been
 evaluated on so many rows since the block began? If not, `evaluate` is called. A `Validity` then says what decisions on its
 input depend on, and `KeptDecisions` has those that were made, as long as that stays the same.
 """
@@ -37,19 +37,19 @@ NEVER = -1  # no batch has so many rows
 
 @dataclass(frozen=True)
 class WeighedLayer:
-    """A layer whose experts take the weights of a site."""
+    """A layer whose experts take the weights of a gate location."""
 
     name: str  # component first
     present: Present
     held: str  # whose ranks it holds, and how many of each; as text, since it is hashed and compared in every layer
-    stream: str | None  # which tokens it reads, see `placement.stream_of`
+    token_type: str | None  # which tokens it reads, see `placement.token_type_of`
     down: Any  # the module that holds A [R, Cin]
     up: Any  # and B [Cout, R]
 
     @property
-    def segment(self) -> torch.Tensor:
+    def expert_index(self) -> torch.Tensor:
         """[R] -> index of the expert that each rank belongs to."""
-        return self.down._buffers["segment"]
+        return self.down._buffers["expert_index"]
 
 
 class Validity(NamedTuple):
@@ -109,20 +109,21 @@ class KeptDecisions:
         return self._until is None
 
 
-class GateSite(ABC):
+class GateLocation(ABC):
     """One gate, the layers that take its weights, and its last weights for each set of experts.
 
     Args:
-        name: the module name of the site, component first.
-        presents: the sets of experts that the site's layers have, the largest first.
-        timed: whether the site knows the noise level; a text encoder does not.
-        index: of the site's layer among those of a gate that weighs its layers apart, [B, M, N]; else None.
+        name: the module name of the gate location, component first.
+        layer_adapters: the sets of experts that the gate location's layers have, the largest first.
+        timed: whether the gate location knows the noise level; a text encoder does not.
+        index: of the gate location's layer among those of a gate that weighs its layers apart, [B, M, N]; else None.
         scope: the experts that such a gate shares among: all that one of its layers has.
         probe: hidden state [B, T, C] -> what the gate reads instead, [B, T, D].
     """
 
     shares_factors = True  # whether all layers of the same ranks have the same factor
-    ready_for_rows = NEVER  # a layer whose input has so many rows takes the last weights as they are; only of a `BlockSite`
+    # a layer whose input has so many rows takes the last weights as they are; only of a `BlockLocation`
+    ready_for_rows = NEVER
     spans_blocks = False  # whether each layer multiplies its own block's strength from a schedule
     text: LastTensor | None = None  # what the gate reads, if it reads only the text, as its layers do
 
@@ -132,14 +133,14 @@ class GateSite(ABC):
         gate: Gate,
         shared: SharedState,
         *,
-        presents: Sequence[Present],
+        layer_adapters: Sequence[Present],
         timed: bool,
         index: int | None,
         scope: Present | None,
         probe: Callable[[torch.Tensor], torch.Tensor] | None,
     ):
         self.name, self.gate, self.shared = name, gate, shared
-        self.presents, self.timed, self.probe = tuple(presents), timed, probe
+        self.layer_adapters, self.timed, self.probe = tuple(layer_adapters), timed, probe
         self.index, self.scope = index, scope
         self.decided = KeptDecisions()
 
@@ -164,17 +165,17 @@ class GateSite(ABC):
         if torch.compiler.is_compiling():  # asked first: whatever is read before would be checked in each compiled call
             return THIS_CALL
         step, settings = self.shared.step, self.shared.settings
-        alone, every = step.alone.now, settings.every.now
+        adapter_subset, every = step.adapter_subset.now, settings.every.now
         if torch.is_grad_enabled() or settings.control.now is not None:
             return THIS_CALL
         if self.gate.input_free:  # for each size of the batch, whatever it reads
-            return Validity((*self._settings(), self._gate_version()), (alone, hidden.device, hidden.shape[0]))
+            return Validity((*self._settings(), self._gate_version()), (adapter_subset, hidden.device, hidden.shape[0]))
         if self.timed and every > 1:  # for some calls with one text, see `Mixture.every`
             turn = step.texts, step.calls_of_text // every
-            return Validity((*self._settings(), *turn), (alone, hidden.device, *hidden.shape[:2]))
+            return Validity((*self._settings(), *turn), (adapter_subset, hidden.device, *hidden.shape[:2]))
         if self.text is not None:  # for one text
             self.text.is_again(hidden)
-            return Validity((*self._settings(), self._gate_version(), self.text.number), (alone,))
+            return Validity((*self._settings(), self._gate_version(), self.text.number), (adapter_subset,))
         return THIS_CALL
 
     def _settings(self) -> tuple[Any, ...]:
@@ -188,14 +189,14 @@ class GateSite(ABC):
         return sum(version(p) for p in self.gate.parameters())
 
     def _decide(self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None) -> list[Decision]:
-        """One decision for each set of experts among the site's layers."""
-        segment = layer.segment if layer is not None and self.gate.ranked else None
+        """One decision for each set of experts among the gate location's layers."""
+        expert_index = layer.expert_index if layer is not None and self.gate.ranked else None
         if (fixed := self._fixed()) is not None:
-            return [self._by_hand(present, fixed, hidden, segment) for present in self.presents]
+            return [self._by_hand(present, fixed, hidden, expert_index) for present in self.layer_adapters]
         if torch.is_autocast_enabled(hidden.device.type):  # entering the context costs as much as a small gate
             with torch.autocast(hidden.device.type, enabled=False):
-                return self._by_gate(hidden, layer, tokens, segment)
-        return self._by_gate(hidden, layer, tokens, segment)
+                return self._by_gate(hidden, layer, tokens, expert_index)
+        return self._by_gate(hidden, layer, tokens, expert_index)
 
     def _fixed(self) -> Sequence[float] | None:
         """Weights by hand, for all gates or from a schedule for this one."""
@@ -203,7 +204,7 @@ class GateSite(ABC):
         return plan.gates(self.name) if fixed is None and plan is not None else fixed
 
     def _by_gate(
-        self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None, segment: torch.Tensor | None
+        self, hidden: torch.Tensor, layer: Layer | None, tokens: torch.Tensor | None, expert_index: torch.Tensor | None
     ) -> list[Decision]:
         control = self.shared.settings.control.now
         time = self.shared.step.time.to(hidden.device) if self.timed else torch.zeros(1, device=hidden.device)
@@ -211,35 +212,37 @@ class GateSite(ABC):
         time = functional.resample_rows(time, len(hidden))
         features = hidden if self.probe is None else self.probe(hidden.float())
         decisions = []
-        for present in self.presents:
+        for present in self.layer_adapters:
             weighed = self._weighed_experts(present, hidden)
             among = weighed if self.scope is None else self._weighed_experts(self.scope, hidden)
             all_weighed = not torch.compiler.is_compiling() and among.all_weighed  # a flag would be part of compiled code
             gates = self.gate(features, Context(among.there, time, layer, tokens, all_weighed))
             gates = gates if self.index is None else gates[:, self.index]
             if control is not None:
-                gates = control(self.name, gates, weighed.there if segment is None else weighed.there[..., segment])
-            decisions.append(self._decision(present, gates, weighed, segment))
+                gates = control(
+                    self.name, gates, weighed.there if expert_index is None else weighed.there[..., expert_index]
+                )
+            decisions.append(self._decision(present, gates, weighed, expert_index))
         return decisions
 
     def _decision(
-        self, present: Present, gates: torch.Tensor, weighed: WeighedExperts, segment: torch.Tensor | None
+        self, present: Present, gates: torch.Tensor, weighed: WeighedExperts, expert_index: torch.Tensor | None
     ) -> Decision:
-        """Gates times the users' strengths; with `segment` [R] the gates are per rank."""
+        """Gates times the users' strengths; with `expert_index` [R] the gates are per rank."""
         applied = gates
         if torch.compiler.is_compiling() or not weighed.unit_strengths:
-            strengths = weighed.strengths if segment is None else weighed.strengths[..., segment]
+            strengths = weighed.strengths if expert_index is None else weighed.strengths[..., expert_index]
             applied = gates * functional.over_tokens(strengths, gates)
-        return Decision(self, present, gates, applied, weighed.there, segment)
+        return Decision(self, present, gates, applied, weighed.there, expert_index)
 
     def _by_hand(
-        self, present: Present, fixed: Sequence[float], hidden: torch.Tensor, segment: torch.Tensor | None
+        self, present: Present, fixed: Sequence[float], hidden: torch.Tensor, expert_index: torch.Tensor | None
     ) -> Decision:
         gates = onto(torch.tensor([w * p for w, p in zip(fixed, present, strict=True)]), hidden.device)
         weighed = self._weighed_experts(present, hidden)
         if self.shared.settings.fixed.now is None:  # weights by hand for one gate; an expert may be absent
             gates = gates * weighed.there
-        return self._decision(present, gates if segment is None else gates[..., segment], weighed, segment)
+        return self._decision(present, gates if expert_index is None else gates[..., expert_index], weighed, expert_index)
 
     def _weighed_experts(self, present: Present, hidden: torch.Tensor) -> WeighedExperts:
         """The experts that the gate weighs at this step: first those of the whole batch, then what differs by row."""
@@ -248,12 +251,12 @@ class GateSite(ABC):
             weighed = effective.experts(present, hidden.device)
         else:
             weighed = effective.of_strengths(present, self._strengths(), hidden.device)
-        silent = None if effective.binding is None else effective.binding.silence.rows
-        if silent is None and settings.rows.now is None:
+        inactive = None if effective.binding is None else effective.binding.inactive.rows
+        if inactive is None and settings.rows.now is None:
             return weighed
         mask, strengths = weighed.there, weighed.strengths
-        if silent is not None:
-            mask = mask & ~functional.rows_for_layer(silent, batch)  # [B, N]
+        if inactive is not None:
+            mask = mask & ~functional.rows_for_layer(inactive, batch)  # [B, N]
         if (rows := settings.rows.now) is not None:
             images = rows.images if self.timed else 1  # a text encoder sees a prompt once for all its pictures
             factors = functional.rows_per_prompt(onto(rows.factors, hidden.device), batch, images)  # [B, N]
@@ -290,7 +293,7 @@ class GateSite(ABC):
             return self._new_factor(layer, x, low)
         masks = self.shared.effective.binding
         binds = masks is not None and masks.binds
-        in_common = layer.held, low.dim(), low.dtype, binds and layer.stream
+        in_common = layer.held, low.dim(), low.dtype, binds and layer.token_type
         all_kept = self.decided.now.factors.get(in_common, ())
         # With the number of tokens in the key, a compiled block would be for it alone. PAG passes a part of the rows.
         for kept in all_kept:
@@ -303,13 +306,13 @@ class GateSite(ABC):
 
     def _new_factor(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """The weights of a layer's experts over their ranks, times the masks of its tokens if experts are bound."""
-        weights, segment = self._weights_of(layer, len(x)), None if self.gate.ranked else layer.segment
+        weights, expert_index = self._weights_of(layer, len(x)), None if self.gate.ranked else layer.expert_index
         rows_of = len(x) if low.dim() < x.dim() else None
         if rows_of is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             low, rows_of = _of_tokens(low, x), None
-            factor = functional.over_ranks(weights, segment, low)
+            factor = functional.over_ranks(weights, expert_index, low)
         else:
-            factor = functional.over_rows(weights, segment, low, rows_of)
+            factor = functional.over_rows(weights, expert_index, low, rows_of)
         mask = self._mask(layer, low, rows_of)
         return factor if mask is None else factor * mask
 
@@ -320,20 +323,20 @@ class GateSite(ABC):
             low: [B, R], [B, T, R] or [B, R, H, W]; or rows [B T, R].
             rows_of: B if `low` is rows, else None.
         """
-        masks, stream = self.shared.effective.binding, layer.stream
-        if masks is None or not masks.binds or stream is None or (text := masks.text_of(stream)) is None:
+        masks, token_type = self.shared.effective.binding, layer.token_type
+        if masks is None or not masks.binds or token_type is None or (text := masks.text_of(token_type)) is None:
             return None
         if low.dim() == 2 and rows_of is None and (rows_of := text.rows_among(len(low))) is None:
             return None  # no tokens, or those of all rows one after the other
-        key = stream, layer.held, rows_of, low.shape, low.dtype, low.device
+        key = token_type, layer.held, rows_of, low.shape, low.dtype, low.device
         if key not in text.cache:
             tokens = low if rows_of is None else low.view(rows_of, -1, low.shape[1])
-            found = text.mask(stream, tokens)
+            found = text.mask(token_type, tokens)
             if found is not None and tokens.dim() == 3 and found.shape[1] != tokens.shape[1]:
                 found = None
             if found is not None:
                 found = functional.rows_for_layer(found, len(tokens)).to(tokens.device)
-                found = functional.over_ranks(found, layer.segment, tokens)
+                found = functional.over_ranks(found, layer.expert_index, tokens)
                 found = found if tokens is low else found.flatten(0, 1)
             text.cache[key] = found
         return text.cache[key]
@@ -347,7 +350,7 @@ class GateSite(ABC):
         return next(d.applied for d in self.decided.now.decisions if d.present == layer.present)
 
 
-class BlockSite(GateSite):
+class BlockLocation(GateLocation):
     """A gate that is evaluated when its block begins.
 
     If it was not evaluated then on as many rows as a layer has, the layer's own input is read instead. This happens if
@@ -378,7 +381,7 @@ class BlockSite(GateSite):
         self.evaluate(_as_input(x, low))
 
 
-class OutputSite(GateSite):
+class OutputLocation(GateLocation):
     """A gate that weighs what each expert alone adds to the output of its block, see `OutputMixing`.
 
     Its layers take no expert, then one at a time. Weights by hand hold in the layers instead, and the block runs once.
@@ -388,7 +391,7 @@ class OutputSite(GateSite):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._acting = self._taken = torch.zeros(len(self.presents[0]))  # strengths [N] or [B, N], and those of a run
+        self._acting = self._taken = torch.zeros(len(self.layer_adapters[0]))  # strengths [N] or [B, N], and those of a run
 
     @property
     def mixes(self) -> bool:
@@ -401,20 +404,20 @@ class OutputSite(GateSite):
             self.evaluate(hidden)
             self._taken = self.decided.now.decisions[0].applied
             return
-        weighed = self._weighed_experts(self.presents[0], hidden)
+        weighed = self._weighed_experts(self.layer_adapters[0], hidden)
         self._acting = weighed.strengths * weighed.there
         self._taken = torch.zeros_like(self._acting)
 
     @property
     def experts(self) -> list[int]:
         """The indices of the experts that may add anything."""
-        on = self.shared.step.alone.now or self.shared.settings.active.now
-        return [i for i, there in enumerate(self.presents[0]) if there and on[i]]
+        on = self.shared.step.adapter_subset.now or self.shared.settings.active.now
+        return [i for i, there in enumerate(self.layer_adapters[0]) if there and on[i]]
 
     def take(self, expert: int) -> None:
         """From now on the layers take this expert alone, at the user's strength."""
-        alone = torch.arange(self._acting.shape[-1], device=self._acting.device) == expert
-        self._taken = self._acting * alone
+        adapter_subset = torch.arange(self._acting.shape[-1], device=self._acting.device) == expert
+        self._taken = self._acting * adapter_subset
 
     def mixed(self, changes: torch.Tensor) -> torch.Tensor:
         """What each expert adds to the output, [N, B, T, C], times its gate, summed: [B, T, C]."""
@@ -429,16 +432,16 @@ class OutputSite(GateSite):
         return self._taken if self._taken.dim() == 1 else functional.rows_for_layer(self._taken, rows)
 
 
-class LayerSite(GateSite):
+class LayerLocation(GateLocation):
     """A gate that is evaluated on its layer's input whenever that layer runs."""
 
     def _make_ready(self, layer: WeighedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
         if not self.gate.input_free:
             low = _of_tokens(low, x)
-        self.evaluate(_as_input(x, low), Layer(low, layer.up._parameters["weight"], layer.segment))
+        self.evaluate(_as_input(x, low), Layer(low, layer.up._parameters["weight"], layer.expert_index))
 
 
-class ModelSite(GateSite):
+class ModelLocation(GateLocation):
     """A gate for layers outside of blocks, or one that reads the prompt.
 
     In a denoiser it reads the model's inputs, and is evaluated when the first layer asks. When the model is entered, the

@@ -1,4 +1,4 @@
-"""MoLE (Wu et al., ICLR 2024): weights from the whole state of a site."""
+"""MoLE (Wu et al., ICLR 2024): weights from the whole state at a gate location."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
+from mole_diffusers.gates.contract import Context, Gate, GatePlace, GateType
 from mole_diffusers.gates.unchanged import Derived
 
 SHORT = 1e-6  # features of a block are longer by far; shorter ones stay as they are, so that zeros give equal weights
 
 
 @dataclass(frozen=True)
-class MoLE(Family, name="mole"):
+class MoLE(GateType, name="mole"):
     """Reads the block's state as a whole.
 
     Attributes:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
+from mole_diffusers.gates.contract import Context, Gate, GatePlace, GateType
 
 
 @dataclass(frozen=True)
-class Static(Family, name="static"):
+class Static(GateType, name="static"):
     """Learns weights that are constant or change with time.
 
     Attributes:
@@ -35,7 +35,7 @@ class Static(Family, name="static"):
 
 
 class StaticGate(Gate):
-    """Learned weights per site, one set per time bin: [bins, N] logits that start equal."""
+    """Learned weights per gate location, one set per time bin: [bins, N] logits that start equal."""
 
     starts_anywhere = True
 

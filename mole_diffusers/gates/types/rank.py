@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
+from mole_diffusers.gates.contract import Context, Gate, GatePlace, GateType
 from mole_diffusers.lora import LoraWeights
 from mole_diffusers.lora.stacking import Stack
 
@@ -18,7 +18,7 @@ LEAST = 1e-12  # the smallest score
 
 
 @dataclass(frozen=True)
-class Rank(Family, name="rank"):
+class Rank(GateType, name="rank"):
     """Weighs each rank of each LoRA at every layer by what it reads there.
 
     Attributes:
@@ -108,7 +108,7 @@ class RankGate(Gate):
         if context.layer is None:
             raise ValueError("a rank gate sits at one layer and needs its experts")
         scores = torch.sigmoid(hidden.float() @ self.weight.float().T)[..., self.group] + self.balance  # [B, T, R]
-        mask = functional.over_tokens(context.mask[..., context.layer.segment], scores)
+        mask = functional.over_tokens(context.mask[..., context.layer.expert_index], scores)
         gates = shared_out(scores, mask, self.top)
         if torch.is_grad_enabled() and self.weight.requires_grad:
             self._count(gates > 0, mask.expand_as(gates))

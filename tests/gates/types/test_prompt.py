@@ -12,7 +12,7 @@ from tiny import tiny_lora
 import mole_diffusers as mole
 from mole_diffusers.functional import among_largest, load_balance
 from mole_diffusers.gates import Context
-from mole_diffusers.gates.families.prompt import GELU, PromptGate, rational
+from mole_diffusers.gates.types.prompt import GELU, PromptGate, rational
 from mole_diffusers.patching.gating.prompt_tokens import word_mask
 
 BOTH, NOW = torch.tensor([True, True]), torch.zeros(1)
@@ -59,12 +59,12 @@ def test_top_k_and_renormalisation_by_hand(monkeypatch, top, total, expected):
 
 def test_axes_by_hand(monkeypatch):
     """Two layers, two concepts; the second layer lacks the first concept."""
-    presents, hidden = [[True, True], [False, True]], torch.zeros(1, 1, 4)
+    layer_adapters, hidden = [[True, True], [False, True]], torch.zeros(1, 1, 4)
     fixed(monkeypatch, torch.tensor([[math.log(3.0), 0.0]]))
-    weights = PromptGate(4, presents, axis="module", top=0, total="1")(hidden, Context(BOTH, NOW))
+    weights = PromptGate(4, layer_adapters, axis="module", top=0, total="1")(hidden, Context(BOTH, NOW))
     torch.testing.assert_close(weights, torch.tensor([[[0.75, 0.75], [0.0, 0.25]]]))
     fixed(monkeypatch, torch.tensor([[math.log(2.0), math.log(3.0), math.log(9.0), math.log(5.0)]]))
-    both = PromptGate(4, presents, axis="both", top=0, total="N")
+    both = PromptGate(4, layer_adapters, axis="both", top=0, total="N")
     torch.testing.assert_close(both(hidden, Context(BOTH, NOW)), torch.tensor([[[0.6, 0.9], [0.0, 1.5]]]))
     one = both(hidden, Context(torch.tensor([True, False]), NOW))
     torch.testing.assert_close(one, torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]))
@@ -231,7 +231,7 @@ def test_modules_as_experts(pipe, loras, draw, awake, tmp_path, axis):
         gated = draw(pipe)
     assert not torch.allclose(gated, plain, atol=1e-3)
     block = "unet.mid_block.attentions.0.transformer_blocks.0."
-    layers = torch.stack([trace.weights(p)[0] for p in trace.sites if p.startswith(block)])  # [M, N]
+    layers = torch.stack([trace.weights(p)[0] for p in trace.locations if p.startswith(block)])  # [M, N]
     if axis == "both":  # 8 layers of three experts and 2 of one
         assert layers.sum().item() == pytest.approx(26, rel=1e-4)
     else:

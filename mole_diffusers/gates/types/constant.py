@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from mole_diffusers import functional
-from mole_diffusers.gates.contract import Context, Family, Gate, GatePlace
+from mole_diffusers.gates.contract import Context, Gate, GatePlace, GateType
 
 
 @dataclass(frozen=True)
-class Sum(Family, name="sum"):
+class Sum(GateType, name="sum"):
     """Every LoRA at weight 1."""
 
     learns = False
@@ -21,7 +21,7 @@ class Sum(Family, name="sum"):
 
 
 @dataclass(frozen=True)
-class Mean(Family, name="mean"):
+class Mean(GateType, name="mean"):
     """Every LoRA at weight 1 / N."""
 
     learns = False

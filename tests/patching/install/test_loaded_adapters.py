@@ -6,14 +6,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from gate_families import families
+from gate_types import gate_types
 from hosts import OFFLOADS
 from safetensors.torch import load_file, save_file
 from tiers import thorough
 from tiny import ATTENTION, FEED_FORWARD, tiny_lora, tiny_pipeline
 
 import mole_diffusers as mole
-from mole_diffusers.gates import FAMILIES
+from mole_diffusers.gates import GATE_TYPES
 from mole_diffusers.lora.writing import trigger_phrase
 from mole_diffusers.patching.gating.gated_experts import ADAPTER
 
@@ -66,13 +66,13 @@ def test_a_folder_draws_and_holds_what_its_named_loras_alone_do(folders, draw):
     assert torch.equal(draw(many), draw(tiny_pipeline()))
 
 
-@pytest.mark.parametrize("gates", families("mole", "factors", among=FAMILIES))
+@pytest.mark.parametrize("gates", gate_types("mole", "factors", among=GATE_TYPES))
 def test_pictures_are_those_with_all_ranks(folders, draw, awake, gates):
     pipe = tiny_pipeline()
     mixture = awake(mole.attach(pipe, folders(*ENDS), gates), size=0.3)
     for prompt in (PROMPT, "a hat", "a house"):
         picture = draw(pipe, prompt)
-        with mixture.adjusted(lambda site, given, mask: given):  # it may weigh anyone, so all are held
+        with mixture.adjusted(lambda location, given, mask: given):  # it may weigh anyone, so all are held
             torch.testing.assert_close(draw(pipe, prompt), picture, **CLOSE)
         assert ranks(pipe)[FEED] == 4
         assert max(ranks(pipe).values()) == 2 + 3 + 4 + 5 + 6
@@ -93,7 +93,7 @@ def test_ranks_move_only_when_others_are_named(folders, draw):
     mixture = mole.attach(pipe, folders(*ENDS))
     draw(pipe, PROMPT)
     before = held(pipe, "unet")
-    with mixture.tiled(0.6, since=0.0):  # each thing is drawn by its own LoRA
+    with mixture.tiled(0.6, since=0.0):  # each subject is drawn by its own LoRA
         draw(pipe, PROMPT, num_inference_steps=4)
     pipe.disable_lora()
     draw(pipe, "a dog")

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 
-from mole_diffusers.gates.contract import Family, GatePlace
-from mole_diffusers.gates.families.mole import MoLEGate
+from mole_diffusers.gates.contract import GatePlace, GateType
+from mole_diffusers.gates.types.mole import MoLEGate
 
 LENGTH = 0.01  # of each row of e before training, as in the authors' code: logits are at most this far from 0
 
 
 @dataclass(frozen=True)
-class Outputs(Family, name="outputs"):
+class Outputs(GateType, name="outputs"):
     """Runs each block once with each LoRA, and weighs what they add to its output (MoLE by its equations).
 
     Attributes:
