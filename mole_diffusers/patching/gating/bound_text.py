@@ -15,7 +15,7 @@ from mole_diffusers.functional import onto
 from mole_diffusers.gates.unchanged import version
 from mole_diffusers.patching.host.denoisers import Blocks
 
-MASKED = 8.0  # attention to a subject's words loses this many logits outside its region
+MASK_BIAS = 8.0  # attention to a subject's words loses this many logits outside its region
 MOST_KEPT = 32 << 20  # bytes of a bias for each head
 LayerCache = dict[tuple, torch.Tensor | None]  # masks and biases, by a layer's request
 
@@ -72,7 +72,7 @@ class BoundText:
         self.region_masks, self.biases, self.cache = None if masks is None else onto(masks, device), {}, {}
         if masks is not None and self.picture.readings:
             for latent_size in layer_sizes(self.picture.latent_size):
-                bias = -MASKED * self.picture.masked_words(latent_size)
+                bias = -MASK_BIAS * self.picture.masked_words(latent_size)
                 self.biases[latent_size[0] * latent_size[1]] = onto(bias.to(self.input.text.dtype), device)
 
     def follow_prompt(self) -> None:

@@ -176,7 +176,7 @@ class Reference:
 @pytest.mark.shows("binding: these work")
 def test_a_bound_picture_is_the_sums_written_out(attach, pipe, loras, draw, closing, monkeypatch):
     host = copy.deepcopy(pipe)
-    monkeypatch.setattr(bound_text, "CLOSING", closing)
+    monkeypatch.setattr(bound_text, "MASK_BIAS", closing)
     attach(HALVES)
     bound = draw(pipe, PROMPT)
     reference = Reference(host, loras, [torch.ones(16, 3), own_words()], ["left", "right", (0.0, 0.0, 1.0, 1.0)], closing)

@@ -192,7 +192,7 @@ def test_words_are_closed_in_layers_that_perturbed_attention_splits(guidance, tm
     monkeypatch.setattr(bound_text.BoundText, "bias", bias)
     hosts.draw(pipe, hosts.SIZE | {"guidance_scale": guidance, "pag_scale": 3.0}, PROMPT, steps=1)
     whole, before, perturbed = given
-    assert whole.amin((1, 2)).tolist() == [0.0] * (guidance > 1) + [-bound_text.MASKED] * 2
+    assert whole.amin((1, 2)).tolist() == [0.0] * (guidance > 1) + [-bound_text.MASK_BIAS] * 2
     assert torch.equal(torch.cat([before, perturbed]), whole)
 
 

@@ -42,7 +42,7 @@ def test_closed_words_of_joint_attention_are_those_written_out(other, monkeypatc
             logits[row, :, picture, text] += closing
         return logits.softmax(-1) @ value
 
-    monkeypatch.setattr(bound_text, "CLOSING", 0.0)
+    monkeypatch.setattr(bound_text, "MASK_BIAS", 0.0)
     with monkeypatch.context() as patched:
         patched.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
         by_hand = draw_other(other)

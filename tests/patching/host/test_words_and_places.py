@@ -112,7 +112,7 @@ def test_an_unbound_sum_is_set_adapters_and_each_words_tokens_are_known(request,
 @pytest.mark.shows("Words and places")
 def test_a_given_region_acts_inside_it_alone(name, words, tmp_path, monkeypatch):
     """Of a LoRA for the last layer, which mixes no tokens: inside, it is as without a region; outside, the base is drawn."""
-    monkeypatch.setattr(bound_text, "CLOSING", 0.0)  # closing the words would change the base, too
+    monkeypatch.setattr(bound_text, "MASK_BIAS", 0.0)  # closing the words would change the base, too
     pipe, options = hosts.HOSTS[name]()
     options = options | {"output_type": "latent"}
     file = tiny_lora(pipe, tmp_path / "fox", ends=(LAST[name],))
@@ -213,8 +213,8 @@ def test_words_are_closed_outside_of_their_regions_in_anima(drawn):
     with Masks() as masks:
         hosts.draw(pipe, options, PROMPT, steps=1)
     tokens, wanted = tokens_of("anima", pipe), torch.zeros(8, 8, 64)
-    wanted[:, 4:, tokens.index("f") : tokens.index("f") + 3] = -bound_text.MASKED
-    wanted[:, :4, tokens.index("w") - 1 : tokens.index("w") + 2] = -bound_text.MASKED
+    wanted[:, 4:, tokens.index("f") : tokens.index("f") + 3] = -bound_text.MASK_BIAS
+    wanted[:, :4, tokens.index("w") - 1 : tokens.index("w") + 2] = -bound_text.MASK_BIAS
     assert masks.kept
     assert all(torch.equal(mask, wanted.flatten(0, 1)[None, None]) for mask in masks.kept)
 
@@ -252,7 +252,7 @@ def test_prompts_of_several_lengths_have_no_places_in_lumina_2(tmp_path):
 
 def test_a_region_acts_inside_it_alone_on_a_picture_that_hidream_pads(tmp_path, monkeypatch):
     """It pads what is not square, and the text's tokens come behind the padding."""
-    monkeypatch.setattr(bound_text, "CLOSING", 0.0)
+    monkeypatch.setattr(bound_text, "MASK_BIAS", 0.0)
     pipe, options = hosts.HOSTS["hidream"]()
     options |= {"height": 16, "width": 64, "max_sequence_length": 64, "output_type": "latent"}
     file = tiny_lora(pipe, tmp_path / "fox", ends=(LAST["hidream"],))
