@@ -116,7 +116,12 @@ class Mixture:
                 self.parts.shared.set(self.parts.settings.strengths, now)
 
     def planned(self, plan: StrengthPlan) -> AbstractContextManager[None]:
-        """Multiply the strengths by those of a plan inside the block: by component, block and step, or gates by hand."""
+        """Multiply the strengths by those of a plan inside the block: by component, block and step, or gates by hand.
+
+        Raises TypeError for what is no `StrengthPlan`.
+        """
+        if not isinstance(plan, StrengthPlan):
+            raise TypeError(f"a plan has the methods part, block and gates of mole_diffusers.StrengthPlan, got {plan!r}")
         return self.parts.planned(plan)
 
     def weighed(self) -> dict[str, tuple[Expert, float]]:

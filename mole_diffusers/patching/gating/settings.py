@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -58,6 +58,7 @@ class Change(Generic[T]):
     value: T
 
 
+@runtime_checkable
 class StrengthPlan(Protocol):
     """A strength schedule: the user's strengths by component, block and step, on top of `Mixture.strength`.
 

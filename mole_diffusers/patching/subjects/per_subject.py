@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from mole_diffusers.binding.config import Bound
+from mole_diffusers.binding.config import Bound, bound
 from mole_diffusers.binding.regions import GridSize
 from mole_diffusers.binding.sentence import together
 from mole_diffusers.binding.who_acts import EVERY_PLACE, INACTIVE, OWN_TILE, Explanation, read_prompt, roles
@@ -153,7 +153,7 @@ def lost_tiles(call: PictureCall, encoded: Sequence[str]) -> str:
 def explain(
     pipe: Any,
     prompt: str,
-    binding: Mapping[str, Bound],
+    binding: Mapping[str, Any],
     *,
     width: int | None = None,
     height: int | None = None,
@@ -168,7 +168,8 @@ def explain(
         pipe: the pipeline.
         prompt: as the pipeline gets it, the only one of the call. Several prompts in one call, and states of a prompt,
             are not drawn in tiles.
-        binding: each LoRA's words and region, as `Mixture.binding` has them and `binding.bindings` makes them.
+        binding: name -> the LoRA's words and place, as `Mixture.bind` takes them. Of LoRAs that are not named, nothing is
+            known; `binding.files_bindings` has what files say.
         width: of the picture in pixels. Without a size, tiles are explained as if there were room.
         height: of the picture in pixels.
         prompt_2: what a second text encoder reads, if that is another prompt.
@@ -177,15 +178,17 @@ def explain(
             a text encoder reads.
         tiling: whether tiles are drawn, and in which steps; by default where there is room for them.
 
-    Raises ValueError if only one side is given, or one that no picture has, and for several prompts.
+    Raises ValueError if only one side is given, or one that no picture has, for several prompts, for a binding that is none,
+    and for names in `acting` that have no binding.
     """
     if not isinstance(prompt, str):
         raise ValueError(f"one prompt is explained at a time, given as a text, got {prompt!r}")
-    if (width is None) != (height is None) or not all(
-        latent_size is None or latent_size > 0 for latent_size in (width, height)
-    ):
+    if (width is None) != (height is None) or not all(pixels is None or pixels > 0 for pixels in (width, height)):
         raise ValueError("a picture has a width and a height of 1 or more: give both, or none")
+    binding = {name: bound(each, name, Bound()) for name, each in binding.items()}
     acting = list(binding) if acting is None else acting
+    if unknown := [name for name in acting if name not in binding]:
+        raise ValueError(f"unknown expert {unknown[0]!r} in acting; bound: {list(binding)}")
     given = {"prompt": prompt, "prompt_2": prompt_2 or None, "width": width, "height": height}
     call, subjects = PictureCall(pipe, tiling or Tiling(), given, binding, acting), PromptSubjects(prompt, binding, acting)
     encoded = [text_read(pipe, prompt)] if texts is None else list(dict.fromkeys(texts))
@@ -221,12 +224,12 @@ def _no_room(call: PictureCall, subjects: PromptSubjects) -> str:
 def _size_for_tiles(call: PictureCall, subjects: PromptSubjects) -> tuple[int, int] | None:
     """The smallest width and height in pixels at which subjects are drawn in tiles, in whole pictures of the size that the
     denoiser was trained at; None if there is none with sides of at most `MOST_SIDE`."""
-    if not (latent_size := call.cropping.trained):
+    if not (side := call.cropping.trained):
         return None
-    pixels = latent_size * _token(call)
+    pixels = side * _token(call)
     times = range(1, min(len(subjects.apart), MOST_SIDE // pixels) + 1)
     for width, height in sorted(product(times, times), key=lambda size: (size[0] * size[1], max(size), size[1])):
-        if cut(call, subjects, height * latent_size, width * latent_size) is not None:
+        if cut(call, subjects, height * side, width * side) is not None:
             return width * pixels, height * pixels
     return None
 

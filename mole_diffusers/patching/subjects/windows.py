@@ -67,10 +67,10 @@ def windows_of_two_that_touch(height: int, width: int, trained: int, step: int, 
     Each place is a half of the picture. Sides are multiples of `step`, as those of the picture.
     """
     length = height if stacked else width
-    latent_size = min(-(-(length // 2 + trained // 4) // step) * step, length)
+    side = min(-(-(length // 2 + trained // 4) // step) * step, length)
     found = []
     for is_second in (False, True):
-        along = (length - latent_size, length) if is_second else (0, latent_size)
+        along = (length - side, length) if is_second else (0, side)
         half = (length // 2, length) if is_second else (0, length // 2)
         mask = torch.zeros(height, width)
         mask[slice(*half) if stacked else slice(None), slice(None) if stacked else slice(*half)] = 1

@@ -359,6 +359,28 @@ def test_a_prompt_is_explained_before_anything_is_attached(pipe, experts):
     assert mole.explain(pipe, PROMPT, bound, **size, texts=[PROMPT, "a hat"]).tiles is None
     off = mole.explain(pipe, PROMPT, bound, **size, acting=[])
     assert {role.place for role in off.experts.values()} == {INACTIVE}
+    said = {name: WORDS[name] for name in experts}  # words and places as `attach` takes them
+    assert mole.explain(pipe, PROMPT, said, **size).tiles == wanted.tiles
+    for other, place in (("a hat", "own"), (PROMPT, "own"), ("a fox and an ink", "everywhere")):
+        found = mole.explain(pipe, PROMPT, bound, **size, texts=[PROMPT, other])
+        assert [found.experts[name].place for name in ("fox", "hat")] == [place] * 2, other
+    assert found.experts["fox"].why == "the texts that are read list different subjects"
+    with pytest.raises(ValueError, match="unknown expert 'owl' in acting; bound: "):
+        mole.explain(pipe, PROMPT, bound, acting=["owl"])
+    with pytest.raises(ValueError, match="'lefft'"):
+        mole.explain(pipe, PROMPT, {"fox": ("fox", "lefft")})
+
+
+@pytest.mark.parametrize("more", [{}, {"timesteps": [750, 500, 250, 1]}, {"prompt_2": "a fox"}, {"original_size": (64, 64)}])
+def test_a_call_that_says_more_than_its_prompt_and_size_is_not_in_tiles_by_itself(tmp_path, more):
+    pipe = sdxl()
+    pipe.unet.register_to_config(sample_size=8)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    file, widths = tiny_lora(pipe, tmp_path / "fox.safetensors"), []
+    mole.attach(pipe, {"fox": file, "hen": file}, binding={"fox": "fox", "hen": "hen"})
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[-1]))
+    latent(pipe, steps=None if "timesteps" in more else 4, **more)
+    assert (8 in widths) == (not more)
 
 
 def test_a_mixture_draws_in_tiles_by_itself_where_each_subject_has_room(pipe, experts):
@@ -690,9 +712,9 @@ def test_what_a_call_gives_attention_is_honoured_or_said(pipe, experts):
         latent(pipe, cross_attention_kwargs={"mine": 1})
 
 
-@pytest.mark.parametrize("gate_type", ["sd", *thorough("sdxl")])
-def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_path, gate_type):
-    pipe = sdxl() if gate_type == "sdxl" else pipe
+@pytest.mark.parametrize("model", ["sd", *thorough("sdxl")])
+def test_the_scale_of_a_call_reaches_the_text_of_each_tile(pipe, experts, tmp_path, model):
+    pipe = sdxl() if model == "sdxl" else pipe
     files = {name: tiny_lora(pipe, tmp_path / name, seed=seed) for seed, name in enumerate(("fox", "hat"))}
     mixture = mole.attach(pipe, {name: replace(read_expert(path), triggers=(WORDS[name],)) for name, path in files.items()})
     assert "text_encoder" in mixture.banks

@@ -237,6 +237,9 @@ def test_it_is_never_done_without_being_asked(host):
     with mixture.tiled():
         assert mixture.explain(PROMPT, 32, 32).tiles == ["fox", "hen"]
         assert mixture.explain("fox", 32, 32).tiles is None
+        side = {"sd3": 16, "flux": 256}[host.name]  # pixels of a picture that the transformer was trained with
+        assert mixture.explain(PROMPT, 2 * side, side).tiled == (0.4, 0.8)
+        assert mixture.explain(PROMPT, side + side // 2, side).tiled == (0.2, 0.8)  # windows overlap
     with mixture.tiled(0):
         assert mixture.explain(PROMPT).why_no_tiles == "tiles are off"
 
