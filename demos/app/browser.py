@@ -13,7 +13,7 @@ from typing import Any
 PROGRAMS = ("chromium", "chromedriver")
 WAIT = 240  # seconds; a busy machine is slow
 CLOSED = (  # what a page says that is left, whose streams end; it may ask for them once more
-    "AbortError: signal is aborted without reason", "TypeError: network error",
+    "AbortError: signal is aborted without reason", "AbortError: BodyStreamBuffer was aborted", "TypeError: network error",
     '"Unexpected error" "Connection errored out. "', '"Unexpected error" "404: Not Found"',
     "Failed to load resource: net::ERR_INCOMPLETE_CHUNKED_ENCODING",
 )  # fmt: skip
