@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import psutil
 from filelock import FileLock, Timeout
 
 __all__ = ["new_file", "new_folder", "only_run", "write_text"]
 
 LOCK = ".lock"
 WEIGHTS = re.compile(r"(?P<name>.+?)(-\d+-of-\d+)?\.(safetensors|bin)(\.index(?P<variant>\.[^.]+)?\.json)?")
-LONGEST = 200  # characters of a name that others are derived from; file systems allow 255 bytes
+LONGEST = 200  # bytes of a name that another is derived from; file systems allow 255
 
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """A path to write to. When the block ends, it replaces `path`; after an error `path` is as before."""
     path = Path(path).resolve()  # a link stays a link
-    with _part(path) as folder:
-        yield (part := folder / path.name)
+    with _folder_beside(path) as folder:
+        yield (new := folder / path.name)
         if path.exists():
-            shutil.copymode(path, part)
-        part.replace(path)
+            shutil.copymode(path, new)
+        new.replace(path)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -43,28 +41,28 @@ def write_text(path: str | Path, text: str) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to write to. When the block ends, it replaces `path`; after an error `path` is as before.
 
-    Between two renames, `path` is missing for a moment; `whole_folder` then finds the old one. The current directory of
-    the process cannot be moved, so the new contents are moved into it piece by piece.
+    Between two renames, `path` is missing for a moment; `whole_folder` then finds the old one.
+
+    Raises:
+        FileExistsError: `path` is a file.
+        ValueError: `path` is the current directory, or holds it: it would be gone for this process.
     """
     path = Path(path).resolve()
     check_no_file(path)
+    if Path.cwd().is_relative_to(path):
+        raise ValueError(f"{path} is where this process runs, so it cannot be replaced; give another folder, or one inside")
     aside = _aside(path)
-    with _part(path) as part:
+    with _folder_beside(path) as folder:
+        new = folder / path.name
+        new.mkdir()
         if path.is_dir():
-            shutil.copymode(path, part)
-        yield part
-        if Path.cwd().is_relative_to(path):
-            for new in list(part.iterdir()):
-                old = path / new.name
-                if old.is_dir() and not old.is_symlink():
-                    shutil.rmtree(old)
-                new.replace(old)
-            return
+            shutil.copymode(path, new)
+        yield new
         if path.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
         try:
-            part.rename(path)
+            new.rename(path)
         except BaseException:
             if aside.is_dir():
                 aside.rename(path)
@@ -73,20 +71,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _part(path: Path) -> Iterator[Path]:
-    """A folder next to `path` to write to, until the block ends. What killed processes of this machine left is removed."""
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A hidden folder next to `path`, so on the same disk, until the block ends. A process that is killed leaves it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    start = f".{_short(path.name)}.{platform.node()[:20]}."
-    ours = re.compile(rf"{re.escape(start)}(\d+)-[0-9a-f]{{8}}\.part")  # the number of the process that writes
-    for left, process in [(other, found[1]) for other in path.parent.iterdir() if (found := ours.fullmatch(other.name))]:
-        if not psutil.pid_exists(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-    part = path.with_name(f"{start}{os.getpid()}-{secrets.token_hex(4)}.part")
-    part.mkdir()
-    try:
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as folder:
+        yield Path(folder)
 
 
 def whole_folder(path: Path) -> Path:
@@ -146,8 +135,5 @@ def check_no_file(folder: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{_short(path.name)}.old")
-
-
-def _short(name: str) -> str:
-    return name if len(name.encode()) <= LONGEST else hashlib.sha256(name.encode()).hexdigest()[:32]
+    short = path.name if len(path.name.encode()) <= LONGEST else hashlib.sha256(path.name.encode()).hexdigest()[:32]
+    return path.with_name(f".{short}.old")
