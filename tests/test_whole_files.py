@@ -141,7 +141,7 @@ from tiny import tiny_pipeline
 fox, ink, folder = sys.argv[1:]
 kept = []
 for value, total, experts in ((1.0, "1", {"fox": fox, "ink": ink}), (2.0, "N", {"ink": ink, "fox": fox})):
-    mixture = mole.attach(tiny_pipeline(), experts, GateConfig(family="static", total=total))
+    mixture = mole.attach(tiny_pipeline(), experts, GateConfig("static", total=total))
     with torch.no_grad():
         for p in mixture.parameters():
             p.fill_(value)
